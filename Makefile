@@ -1,0 +1,40 @@
+# `make demo` and `make test` need nothing but a Python; they make their own environment in .venv the first time.
+PYTHON ?= python3
+PYTEST_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: venv demo test lint dev clean
+
+venv: $(INSTALLED)
+
+# torch goes first and alone: together with the rest, pip may prefer a CUDA build over a CPU wheel that is at hand.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info < (3, 14) else "mla-compile needs Python 3.11 to 3.13; name one: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt torch
+	$(BIN)/python -m pip install -c constraints.txt -e ".[cpu,dev]"
+	@touch $@
+
+demo: venv
+	$(BIN)/python examples/demo.py
+
+test: venv
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# mypy and lint-imports read files instead of importing, so they find passes/ and runtime/ only through the links.
+lint: dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+dev: venv
+	@ln -sfn ../passes mla_compile/passes
+	@ln -sfn ../runtime mla_compile/runtime
+
+clean:
+	rm -f mla_compile/passes mla_compile/runtime
+	rm -rf $(VENV) build dist *.egg-info demo-out .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,345 @@
+"""The steps of a conversion in order; reads as the table of contents of the compiler."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+
+from mla_compile import frontend, verify
+from mla_compile.artifacts import write_folder, write_onnx
+from mla_compile.config import CompileConfig, make_config
+from mla_compile.corpus import load_tokenizer, read_documents, token_windows, tokenize
+from mla_compile.errors import LoadError, QualityGateError, RefusedError, UsageError
+from mla_compile.evaluate import original_scorer, perplexity
+from mla_compile.passes.calibrate import PairNorms, pair_norms
+from mla_compile.passes.factorise import METHODS
+from mla_compile.passes.insert_latent import insert_latent
+from mla_compile.passes.recognise import Recognition, recognise
+from mla_compile.passes.weights import input_width, read_site
+from mla_compile.plan import LatentPlan, plan_layers
+from mla_compile.progress import Display, Stages
+from mla_compile.program import Assets, Program
+from mla_compile.report import Quality, Report
+from mla_compile.runtime.module import LatentModel
+
+__all__ = ["CompiledModel", "Text", "compile", "inspect", "load", "plan"]
+
+Text = str | Path | Sequence[str] | Tensor
+"""Calibration text: a file, documents, or token windows ``[windows, length]``."""
+_HELD_OUT = 16
+"""Windows of the calibration text kept for measuring, at most; a tenth of it if that is less."""
+_DEFAULT_WINDOW = 512
+
+
+@dataclass(frozen=True)
+class CompiledModel:
+    """A converted model.
+
+    Attributes:
+        module: The model in PyTorch: callable and trainable, with an explicit latent cache.
+        report: What was done.
+        assets: Configuration and tokenizer of the original.
+        checks: Token ids the ONNX file is checked on, ``[batch, length]``; None when verification was switched off.
+    """
+
+    module: LatentModel
+    report: Report
+    assets: Assets = field(default_factory=Assets)
+    checks: Tensor | None = None
+
+    def to_onnx(self, path: str | Path, *, force: bool = False, display: Display | None = None) -> Report:
+        """Write the model as ONNX, with configuration, tokenizer and ``report.json`` beside it.
+
+        The file appears under its name only after ONNX Runtime reproduced the PyTorch module with it.
+
+        Args:
+            path: A ``.onnx`` file.
+            force: Replace existing files.
+            display: Shows progress.
+
+        Returns:
+            The report, completed with what was measured on the file.
+
+        Raises:
+            UsageError: The path cannot be written, or something exists there.
+            VerificationError: ONNX Runtime computes something else.
+        """
+        return write_onnx(self.module, self.report, self.assets, Path(path), self.checks, force, Stages(display))
+
+    def save(self, folder: str | Path, *, force: bool = False) -> Report:
+        """Write the PyTorch module (a ``torch.export`` archive) with configuration, tokenizer and report.
+
+        Read it back with :func:`mla_compile.load`.
+
+        Args:
+            folder: A folder that does not exist yet, or an empty one.
+            force: Replace existing files.
+
+        Raises:
+            UsageError: The folder cannot be written, or is not empty.
+        """
+        return write_folder(self.module, self.report, self.assets, Path(folder), force)
+
+
+def compile(
+    model: nn.Module | ExportedProgram | str | Path,
+    example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
+    *,
+    calibration: Text | None = None,
+    tokenizer: Any = None,  # noqa: ANN401 - a folder or any transformers tokenizer
+    config: CompileConfig | None = None,
+    check: bool = True,
+    max_perplexity_ratio: float | None = None,
+    unsafe_load: bool = False,
+    display: Display | None = None,
+    **settings: Any,  # noqa: ANN401 - validated by CompileConfig
+) -> CompiledModel:
+    """Convert a model's attention to latent attention.
+
+    Args:
+        model: An ``nn.Module``, an ``ExportedProgram``, an archive, a Hugging Face folder or a hub id.
+        example_inputs: Inputs to export an ``nn.Module`` with: token ids ``[batch, length]`` first.
+        calibration: Text to choose rotary components by and to measure on.
+        tokenizer: Tokenizer for text, or the folder it is in, when the model does not bring one.
+        config: All settings at once.
+        check: Verify the conversion against the original.
+        max_perplexity_ratio: Fail when perplexity grows by more than this factor; needs calibration text.
+        unsafe_load: Allow unpickling a module from a file.
+        display: Shows progress.
+        **settings: Fields of :class:`~mla_compile.config.CompileConfig`, instead of ``config``.
+
+    Returns:
+        The converted model.
+
+    Raises:
+        LoadError: The model or text cannot be read.
+        RefusedError: Some attention layer is not understood; the message names each with its reason.
+        UsageError: Settings do not fit the model.
+        VerificationError: The conversion is not correct.
+        QualityGateError: The conversion loses more than ``max_perplexity_ratio``.
+    """
+    if config is not None and settings:
+        raise UsageError("Both config and single settings were given.", "Give one of them.")
+    config = config or make_config(**settings)
+    if calibration is None and config.selection == "2-norm":
+        raise UsageError("The 2-norm selection needs text to measure on.", "Give some with --calibration FILE.")
+    if calibration is None and max_perplexity_ratio is not None:
+        raise UsageError("A perplexity limit needs text to measure on.", "Give some with --calibration FILE.")
+    stages = Stages(display)
+    with stages.stage("load"):
+        program = _load(model, example_inputs, tokenizer, unsafe_load)
+    with stages.stage("recognise"):
+        sites = _require_all(program, recognise(program)).sites
+        plans = plan_layers(sites, [input_width(program, s) for s in sites], config)
+    text = _windows(program, calibration, tokenizer, config)
+    config, notes = _settle_selection(config, text is not None)
+    norms: Sequence[PairNorms | None] = [None] * len(sites)
+    if text is not None and config.selection == "2-norm" and any(p.rope_dims for p in plans):
+        batches = math.ceil(len(text.calibration) / 8)
+        norms = pair_norms(
+            program, sites, text.calibration, progress=lambda b: stages.each("calibrate", b, batches)
+        )
+    converted = _convert(program, sites, plans, config, norms, stages)
+    verification = None
+    ids = text.held_out[:4, :256] if text is not None else _random_ids(program, config)
+    if check:
+        with stages.stage("verify"):
+            exact = converted if config.exact else _exact_twin(program, sites)
+            verification = verify.check_module(original_scorer(program), exact, converted, ids, text is not None)
+    report = Report(
+        source=program.source,
+        config=config.model_dump(),
+        sites=tuple(sites),
+        plans=tuple(plans),
+        bytes_per_element=torch.float32.itemsize,
+        selection=config.selection,
+        stages=(),
+        verification=verification,
+        quality=_measure(program, converted, text, stages),
+        warnings=(*notes, *_warnings(plans)),
+    )
+    _gate(report.quality, max_perplexity_ratio)
+    report = dataclasses.replace(report, stages=tuple(stages.timings))
+    return CompiledModel(converted, report, program.assets, ids if check else None)
+
+
+def inspect(model: str | Path, *, tokenizer: str | None = None, unsafe_load: bool = False) -> tuple[Program, Recognition]:
+    """Load a model and describe its attention layers, or say why they are not understood."""
+    program = frontend.load_program(model, tokenizer=tokenizer, unsafe=unsafe_load)
+    return program, recognise(program)
+
+
+def plan(
+    model: str | Path, config: CompileConfig, *, unsafe_load: bool = False
+) -> tuple[Recognition, tuple[LatentPlan, ...]]:
+    """Plan a conversion without computing any weights."""
+    program = frontend.load_program(model, unsafe=unsafe_load)
+    found = _require_all(program, recognise(program))
+    return found, plan_layers(found.sites, [input_width(program, s) for s in found.sites], config)
+
+
+def load(folder: str | Path) -> LatentModel:
+    """Read back a model written by :meth:`CompiledModel.save`.
+
+    Raises:
+        LoadError: The folder holds no such model.
+    """
+    archive = Path(folder) / "model.pt2"
+    if not archive.is_file():
+        raise LoadError(f"'{folder}' holds no model.pt2.", "Give a folder written by mla-compile.")
+    try:
+        exported = torch.export.load(archive)
+    except Exception as error:
+        raise LoadError(f"'{archive}' could not be read ({error}).", "Convert the model again.") from error
+    module = exported.module(check_guards=False)
+    graph = fx.GraphModule(module, module.graph)
+    graph.graph.set_codegen(fx.graph.CodeGen())
+    graph.recompile()
+    rows = [
+        int(n.meta["val"].shape[-1]) for n in exported.graph.nodes if n.op == "placeholder" and n.name.startswith("past_")
+    ]
+    return LatentModel(graph, rows)
+
+
+@dataclass(frozen=True)
+class _Windows:
+    """Token windows ``[windows, length]``, one part to calibrate on and one to measure on."""
+
+    calibration: Tensor
+    held_out: Tensor
+
+
+def _load(
+    model: nn.Module | ExportedProgram | str | Path,
+    example_inputs: Sequence[Any] | Mapping[str, Any] | None,
+    tokenizer: Any,  # noqa: ANN401
+    unsafe: bool,
+) -> Program:
+    folder = str(tokenizer) if isinstance(tokenizer, str | Path) else None
+    if isinstance(model, str | Path):
+        return frontend.load_program(model, tokenizer=folder, unsafe=unsafe)
+    assets = Assets(folder=folder)
+    if isinstance(model, ExportedProgram):
+        return frontend.program_from_export(model, source="ExportedProgram", assets=assets)
+    if example_inputs is None:
+        raise UsageError(
+            "An nn.Module was given without example_inputs.", "Pass token ids, e.g. (torch.zeros(2, 8, dtype=torch.long),)."
+        )
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return frontend.capture(model, example_inputs, assets=assets, max_positions=positions)
+
+
+def _require_all(program: Program, found: Recognition) -> Recognition:
+    """Refuse a model with a layer that is not understood, or with none at all."""
+    if found.rejections:
+        reasons = "; ".join(f"{r.path}: {r.reason} [{r.code.value}]" for r in found.rejections)
+        raise RefusedError(
+            f"{len(found.rejections)} of {len(found.rejections) + len(found.sites)} attention layers of "
+            f"'{program.source}' cannot be converted: {reasons}.",
+            "Run 'mla-compile inspect' for the whole table.",
+        )
+    if not found.sites:
+        raise RefusedError(
+            f"No attention was found in '{program.source}'.",
+            "Export with run_decompositions({}) at most, so that attention is still a softmax between two products.",
+        )
+    return found
+
+
+def _windows(program: Program, text: Text | None, tokenizer: Any, config: CompileConfig) -> _Windows | None:  # noqa: ANN401
+    """Cut text into windows and hold the last part back for measuring."""
+    if text is None:
+        return None
+    if isinstance(text, Tensor):
+        windows = text
+        if windows.dim() != 2 or windows.is_floating_point():
+            raise UsageError("Calibration ids must be an integer tensor [windows, length].", "Reshape them.")
+    else:
+        documents = read_documents(text) if isinstance(text, str | Path) else list(text)
+        named = tokenizer is None or isinstance(tokenizer, str | Path)
+        tokenizer = load_tokenizer(program.assets.folder) if named else tokenizer
+        length = config.seq_len or min(_DEFAULT_WINDOW, program.max_positions or _DEFAULT_WINDOW)
+        windows = token_windows(tokenize(documents, tokenizer), length)
+    held_out = min(_HELD_OUT, max(1, len(windows) // 10))
+    used = max(1, config.calibration_tokens // windows.shape[1])
+    calibration = windows[: max(1, len(windows) - held_out)][:used]
+    return _Windows(calibration, windows[-held_out:])
+
+
+def _settle_selection(config: CompileConfig, text: bool) -> tuple[CompileConfig, tuple[str, ...]]:
+    """Resolve ``auto``, and say so when the choice was made for lack of text."""
+    if config.selection != "auto":
+        return config, ()
+    selection = "2-norm" if text else "uniform"
+    note = "without calibration text the rotary components are selected uniformly"
+    return config.model_copy(update={"selection": selection}), () if text or config.exact else (note,)
+
+
+def _convert(
+    program: Program,
+    sites: Sequence[Any],
+    plans: Sequence[LatentPlan],
+    config: CompileConfig,
+    norms: Sequence[PairNorms | None],
+    stages: Stages,
+) -> LatentModel:
+    factorise = METHODS[config.method]
+    weights = [
+        factorise(site, read_site(program, site), plan, config, norm)
+        for site, plan, norm in stages.each("factorise", zip(sites, plans, norms, strict=True), len(sites))
+    ]
+    with stages.stage("rewrite"):
+        graph = insert_latent(program, sites, weights, torch.float32)
+    return LatentModel(graph, [p.elements_after for p in plans])
+
+
+def _exact_twin(program: Program, sites: Sequence[Any]) -> LatentModel:
+    """The same rewrite with nothing left out."""
+    config = make_config(exact=True, selection="uniform")
+    plans = plan_layers(sites, [input_width(program, s) for s in sites], config)
+    return _convert(program, sites, plans, config, [None] * len(sites), Stages())
+
+
+def _random_ids(program: Program, config: CompileConfig) -> Tensor:
+    nodes = {n.name: n for n in program.exported.graph.nodes}
+    vocabulary = int(nodes[program.logits].meta["val"].shape[-1])
+    length = min(32, program.max_positions or 32)
+    return torch.randint(0, vocabulary, (2, length), generator=torch.Generator().manual_seed(config.seed))
+
+
+def _measure(program: Program, converted: LatentModel, text: _Windows | None, stages: Stages) -> Quality | None:
+    if text is None:
+        return None
+    steps = 2 * math.ceil(len(text.held_out) / 8)
+    with stages.stage("evaluate", steps) as advance:
+
+        def counted(batches: Any) -> Any:  # noqa: ANN401
+            for batch in batches:
+                yield batch
+                advance()
+
+        before = perplexity(original_scorer(program), text.held_out, progress=counted)
+        after = perplexity(lambda ids: converted(ids).logits, text.held_out, progress=counted)
+    return Quality(before.value, after.value, before.tokens)
+
+
+def _warnings(plans: Sequence[LatentPlan]) -> tuple[str, ...]:
+    grown = [p.path for p in plans if p.elements_after >= p.elements_before]
+    return (f"the cache of {len(grown)} layers does not shrink at this setting",) if grown else ()
+
+
+def _gate(quality: Quality | None, limit: float | None) -> None:
+    if quality is not None and limit is not None and quality.ratio > limit:
+        raise QualityGateError(
+            f"Perplexity grows {quality.ratio:.3f} times ({quality.original:.3f} to {quality.converted:.3f}), above the "
+            f"limit of {limit:g}.",
+            "Raise --cache-ratio or --max-ppl-ratio.",
+        )

@@ -1,0 +1,204 @@
+"""Write results so that a name either holds a whole, verified artefact or nothing new.
+
+Everything is written into a hidden folder beside the target and moved into place at the end.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import yaml
+from torch import Tensor
+
+from mla_compile import verify
+from mla_compile.errors import UsageError
+from mla_compile.passes.lower_onnx import export_rewritten, lower_to_onnx
+from mla_compile.progress import Stages
+from mla_compile.program import Assets
+from mla_compile.report import Report, environment
+from mla_compile.runtime.module import LatentModel
+from mla_compile.runtime.onnx_session import OnnxDecoder
+
+__all__ = ["check_target", "write_folder", "write_onnx"]
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+)
+
+
+def check_target(path: Path, force: bool) -> None:
+    """Refuse a target that cannot be written, before any work is done.
+
+    Raises:
+        UsageError: The name is not one this version writes, exists already, or its folder cannot be written.
+    """
+    if path.suffix and path.suffix != ".onnx":
+        raise UsageError(
+            f"'{path}' does not say what to write: '{path.suffix}' is not known.",
+            "Name a .onnx file, or a folder without a suffix.",
+        )
+    if path.suffix == ".onnx" and path.is_dir():
+        raise UsageError(f"'{path}' is a folder.", "Name a .onnx file.")
+    if not path.suffix and path.is_file():
+        raise UsageError(f"'{path}' is a file.", "Name a .onnx file, or a folder.")
+    occupied = path.is_file() or (path.is_dir() and any(path.iterdir()))
+    if occupied and not force:
+        raise UsageError(f"'{path}' exists already.", "Choose another name, or pass --force to replace it.")
+    parent = path if path.is_dir() else path.parent
+    existing = next((p for p in (parent, *parent.absolute().parents) if p.exists()), None)
+    if existing is None or not existing.is_dir():
+        raise UsageError(f"The folder of '{path}' cannot be created.", "Choose another folder.")
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise UsageError(f"'{existing}' cannot be written ({error.strerror}).", "Choose another folder.") from error
+
+
+def write_onnx(
+    module: LatentModel, report: Report, assets: Assets, path: Path, checks: Tensor | None, force: bool, stages: Stages
+) -> Report:
+    """Lower, verify in ONNX Runtime, and only then give the file its name.
+
+    Args:
+        module: The converted model.
+        report: What was done so far.
+        assets: Configuration and tokenizer.
+        path: The ``.onnx`` file.
+        checks: Token ids to compare on; None to skip the comparison.
+        force: Replace existing files.
+        stages: Times and shows what runs.
+
+    Returns:
+        The completed report, also written as ``report.json`` beside the file.
+    """
+    check_target(path, force)
+    if path.suffix != ".onnx":
+        raise UsageError(f"'{path}' is not named like an ONNX file.", "Name it with the suffix .onnx.")
+    with _moved_into(path.parent, keep=() if force else _beside(path, assets)) as folder:
+        with stages.stage("lower to ONNX"):
+            lower_to_onnx(
+                module.graph,  # type: ignore[arg-type]
+                module.rows,
+                folder / path.name,
+                opset=report.config["opset"],
+                inline=report.config["inline"],
+                metadata=_metadata(report, assets),
+            )
+        if checks is not None:
+            with stages.stage("verify ONNX"):
+                decoder = OnnxDecoder(folder / path.name)
+                error, greedy, measured = verify.check_onnx(module, decoder, checks, report.cache_bytes_after)
+            if report.verification is not None:
+                report = dataclasses.replace(
+                    report,
+                    verification=dataclasses.replace(
+                        report.verification,
+                        lowering_error=error,
+                        lowering_greedy=greedy,
+                        cache_bytes_per_token=measured,
+                    ),
+                )
+        _copy_assets(assets, folder)
+        report = _finish(report, folder, stages)
+    return report
+
+
+def write_folder(module: LatentModel, report: Report, assets: Assets, path: Path, force: bool) -> Report:
+    """Write the PyTorch module as a ``torch.export`` archive in a folder of its own."""
+    check_target(path, force)
+    with _moved_into(path) as folder:
+        torch.export.save(export_rewritten(module.graph, module.rows), folder / "model.pt2")  # type: ignore[arg-type]
+        _copy_assets(assets, folder)
+        (folder / "mla_config.yaml").write_text(yaml.safe_dump(dict(report.config), sort_keys=False), encoding="utf-8")
+        report = _finish(report, folder, Stages())
+    return report
+
+
+def _metadata(report: Report, assets: Assets) -> dict[str, object]:
+    """What the file says of itself: enough to run it and to know where it came from."""
+    return {
+        "schema_version": 1,
+        "source": Path(report.source).name,
+        "environment": environment(),
+        "config": dict(report.config),
+        "layers": [dataclasses.asdict(p) for p in report.plans],
+        "cache_bytes_per_token": report.cache_bytes_after,
+        "original_cache_bytes_per_token": report.cache_bytes_before,
+        "bos_token_id": assets.generation.get("bos_token_id"),
+        "eos_token_id": assets.generation.get("eos_token_id"),
+        "max_position_embeddings": assets.config.get("max_position_embeddings"),
+    }
+
+
+def _beside(path: Path, assets: Assets) -> tuple[str, ...]:
+    """Names this run would write beside the ONNX file."""
+    return ("config.json", "generation_config.json", *_TOKENIZER_FILES)
+
+
+def _copy_assets(assets: Assets, folder: Path) -> None:
+    for name, content in (("config.json", assets.config), ("generation_config.json", assets.generation)):
+        if content:
+            (folder / name).write_text(json.dumps(content, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8")
+    local = assets.local_folder
+    if local is not None:
+        for name in _TOKENIZER_FILES:
+            if (local / name).is_file():
+                shutil.copyfile(local / name, folder / name)
+    elif assets.folder is not None:
+        from mla_compile.corpus import load_tokenizer
+
+        load_tokenizer(assets.folder).save_pretrained(folder)
+
+
+def _finish(report: Report, folder: Path, stages: Stages) -> Report:
+    sizes = {p.name: p.stat().st_size for p in sorted(folder.iterdir())}
+    report = dataclasses.replace(report, artifacts=sizes, stages=(*report.stages, *stages.timings))
+    (folder / "report.json").write_text(report.to_json(), encoding="utf-8")
+    return report
+
+
+@contextmanager
+def _moved_into(target: Path, keep: tuple[str, ...] = ()) -> Iterator[Path]:
+    """Give a hidden folder to write in; on success move its files into ``target``, on failure remove everything.
+
+    Args:
+        target: Final folder; created if needed.
+        keep: Names that must not replace a different file of the user's.
+    """
+    created = [p for p in (target, *target.absolute().parents) if not p.exists()]
+    target.mkdir(parents=True, exist_ok=True)
+    hidden = Path(tempfile.mkdtemp(prefix=".mla-compile-", dir=target))
+    try:
+        yield hidden
+        for name in keep:
+            new, old = hidden / name, target / name
+            if new.is_file() and old.is_file() and new.read_bytes() != old.read_bytes():
+                raise UsageError(
+                    f"'{old}' exists already and belongs to another model.",
+                    "Choose a folder of its own, or pass --force to replace it.",
+                )
+        for file in sorted(hidden.iterdir()):
+            file.replace(target / file.name)
+    except BaseException:
+        shutil.rmtree(hidden, ignore_errors=True)
+        for folder in created:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+        raise
+    hidden.rmdir()

@@ -1,0 +1,286 @@
+"""The command line: parse, call, render, exit code. Nothing here computes, and nothing here imports torch at start."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mla_compile.errors import MlaCompileError, UsageError
+
+__all__ = ["main"]
+
+app = typer.Typer(
+    name="mla-compile",
+    help="Make a trained transformer's KV cache small: rewrite its attention into latent attention and export to ONNX.\n\n"
+    "'mla-compile MODEL --out FILE.onnx' is short for 'mla-compile convert MODEL --out FILE.onnx'.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+_SIZE, _METHOD, _TEXT, _OUTPUT, _CHECKS = "Size", "Method", "Text", "Output", "Checks"
+Model = Annotated[str, typer.Argument(help="A torch.export archive (.pt2, .pt), a Hugging Face folder, or a hub id.")]
+CacheRatio = Annotated[
+    float | None, typer.Option(help="Cache size after over before, at most.  [default: 0.3125]", rich_help_panel=_SIZE)
+]
+KvRank = Annotated[
+    int | None, typer.Option(help="Latent rank per layer, instead of a ratio.", rich_help_panel=_SIZE)
+]
+Exact = Annotated[
+    bool, typer.Option("--exact", help="Leave nothing out: the result must equal the original.", rich_help_panel=_SIZE)
+]
+RopeDims = Annotated[
+    int | None,
+    typer.Option(
+        help="Rotating channels kept per key/value head.  [default: an eighth of the head]", rich_help_panel=_METHOD
+    ),
+]
+Selection = Annotated[
+    str,
+    typer.Option(
+        help="Which rotary components keep rotating: high, low, uniform, 2-norm; auto is 2-norm with calibration text, "
+        "else uniform.",
+        rich_help_panel=_METHOD,
+    ),
+]
+Svd = Annotated[
+    str, typer.Option(help="Factorise keys and values in one latent (joint) or two halves (split).", rich_help_panel=_METHOD)
+]
+MethodName = Annotated[str, typer.Option(help="Factorisation method: mha2mla.", rich_help_panel=_METHOD)]
+Calibration = Annotated[
+    Path | None,
+    typer.Option(
+        help="Text to choose components by and to measure on: .txt (documents separated by <|endoftext|>) or .jsonl.",
+        rich_help_panel=_TEXT,
+    ),
+]
+CalibrationTokens = Annotated[int, typer.Option(help="Tokens of it to use.", rich_help_panel=_TEXT)]
+SeqLen = Annotated[
+    int | None,
+    typer.Option(help="Tokens per window.  [default: the model's limit, at most 512]", rich_help_panel=_TEXT),
+]
+Tokenizer = Annotated[
+    str | None, typer.Option(help="Folder or id of the tokenizer, if the model has none.", rich_help_panel=_TEXT)
+]
+Seed = Annotated[int, typer.Option(help="Seed of random ids and samples.", rich_help_panel=_CHECKS)]
+UnsafeLoad = Annotated[
+    bool, typer.Option("--unsafe-load", help="Unpickle a module from a file; this runs the code in it.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        typer.echo(f"mla-compile {installed('mla-compile')}")
+        raise typer.Exit
+
+
+@app.command()
+def convert(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="A .onnx file, or a folder for the PyTorch module.", rich_help_panel=_OUTPUT)],
+    cache_ratio: CacheRatio = None,
+    kv_rank: KvRank = None,
+    exact: Exact = False,
+    method: MethodName = "mha2mla",
+    selection: Selection = "auto",
+    rope_dims: RopeDims = None,
+    svd: Svd = "joint",
+    calibration: Calibration = None,
+    calibration_tokens: CalibrationTokens = 65536,
+    seq_len: SeqLen = None,
+    tokenizer: Tokenizer = None,
+    opset: Annotated[int, typer.Option(help="ONNX operator set: 23 or 24.", rich_help_panel=_OUTPUT)] = 23,
+    inline: Annotated[
+        bool, typer.Option("--inline", help="Standard operators only, no LatentAttention nodes.", rich_help_panel=_OUTPUT)
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace existing files.", rich_help_panel=_OUTPUT)] = False,
+    max_ppl_ratio: Annotated[
+        float | None,
+        typer.Option(help="Fail (exit 4) if perplexity grows by more than this factor.", rich_help_panel=_CHECKS),
+    ] = None,
+    no_verify: Annotated[
+        bool, typer.Option("--no-verify", help="Skip the checks against the original.", rich_help_panel=_CHECKS)
+    ] = False,
+    seed: Seed = 0,
+    unsafe_load: UnsafeLoad = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Convert a model and write it."""
+    from mla_compile import display
+    from mla_compile.config import make_config
+
+    config = make_config(
+        method=method,
+        selection=selection,
+        rope_dims=rope_dims,
+        svd=svd,
+        cache_ratio=cache_ratio,
+        kv_rank=kv_rank,
+        exact=exact,
+        calibration_tokens=calibration_tokens,
+        seq_len=seq_len,
+        seed=seed,
+        opset=opset,
+        inline=inline,
+    )
+    shown = display.make_display(quiet or as_json)
+    with shown:
+        from mla_compile import api
+        from mla_compile.artifacts import check_target
+
+        check_target(out, force)
+        compiled = api.compile(
+            model,
+            calibration=calibration,
+            tokenizer=tokenizer,
+            config=config,
+            check=not no_verify,
+            max_perplexity_ratio=max_ppl_ratio,
+            unsafe_load=unsafe_load,
+            display=shown,
+        )
+        if out.suffix == ".onnx":
+            report = compiled.to_onnx(out, force=force, display=shown)
+        else:
+            report = compiled.save(out, force=force)
+    if as_json:
+        typer.echo(report.to_json(), nl=False)
+    else:
+        display.show_report(report, out)
+
+
+@app.command()
+def inspect(model: Model, unsafe_load: UnsafeLoad = False, as_json: AsJson = False) -> None:
+    """Show every attention layer: what was recognised, or why it cannot be converted."""
+    from mla_compile import api, display
+    from mla_compile.report import summarise_site
+
+    _, found = api.inspect(model, unsafe_load=unsafe_load)
+    rows = sorted((summarise_site(s) for s in (*found.sites, *found.rejections)), key=lambda r: int(r["index"]))
+    if as_json:
+        typer.echo(json.dumps({"model": model, "layers": rows}, indent=2))
+    else:
+        display.show_layers(rows)
+    if found.rejections or not found.sites:
+        raise typer.Exit(3)
+
+
+@app.command()
+def plan(
+    model: Model,
+    cache_ratio: CacheRatio = None,
+    kv_rank: KvRank = None,
+    exact: Exact = False,
+    rope_dims: RopeDims = None,
+    svd: Svd = "joint",
+    unsafe_load: UnsafeLoad = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show ranks, rotating channels and cache bytes per token without computing weights."""
+    from mla_compile import api, display
+    from mla_compile.config import make_config
+
+    config = make_config(cache_ratio=cache_ratio, kv_rank=kv_rank, exact=exact, rope_dims=rope_dims, svd=svd)
+    _, plans = api.plan(model, config, unsafe_load=unsafe_load)
+    if as_json:
+        typer.echo(json.dumps(display.plan_rows(plans), indent=2))
+    else:
+        display.show_plan(plans)
+
+
+@app.command()
+def run(
+    model: Annotated[Path, typer.Argument(help="An ONNX file made by mla-compile.")],
+    prompt: Annotated[list[str], typer.Option(help="Text to continue; give it several times for a batch.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add.")] = 100,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Choose among the k most likely; 0 for all.")] = 0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Choose among the fewest tokens of this mass.")] = 1.0,
+    seed: Seed = 0,
+    tokenizer: Tokenizer = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads per operator.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Generate text with a converted model in ONNX Runtime."""
+    from mla_compile import display
+    from mla_compile.runtime.generate import Sampling
+
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    display.run(model, prompt, max_new_tokens, sampling, tokenizer, threads, as_json)
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="An ONNX file made by mla-compile, or any model 'convert' takes.")],
+    text: Annotated[Path, typer.Option(help=".txt (documents separated by <|endoftext|>) or .jsonl.")],
+    original: Annotated[str | None, typer.Option(help="The unconverted model, measured beside it.")] = None,
+    seq_len: SeqLen = None,
+    max_tokens: Annotated[int | None, typer.Option(min=2, help="Measure on at most this many tokens.")] = None,
+    tokenizer: Tokenizer = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure perplexity and cache size on a text."""
+    from mla_compile import display, measure
+
+    shown = display.make_display(quiet or as_json)
+    with shown:
+        result = measure.measure(
+            model, text, original=original, seq_len=seq_len, max_tokens=max_tokens, tokenizer=tokenizer, display=shown
+        )
+    if as_json:
+        typer.echo(json.dumps(result))
+    else:
+        display.show_measurement(result)
+
+
+_COMMANDS = frozenset({"convert", "inspect", "plan", "run", "eval"})
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: Words after the program's name; ``sys.argv`` by default.
+
+    Returns:
+        The exit code: 0 done, 1 our defect, 2 usage, 3 refused, 4 quality gate, 5 verification, 130 interrupted.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words and words[0] not in _COMMANDS and words[0] not in ("--help", "--version"):
+        words.insert(0, "convert")  # the default verb
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    try:
+        app(args=words, prog_name="mla-compile")
+    except MlaCompileError as error:
+        _fail(error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        typer.echo("Interrupted.", err=True)
+        return 130
+    except OSError as error:
+        failure = UsageError(f"A file could not be written ({error}).", "Free some space or choose another folder.")
+        _fail(failure)
+        return failure.exit_code
+    except SystemExit as leaving:
+        code: Any = leaving.code
+        return code if isinstance(code, int) else 0
+    return 0
+
+
+def _fail(error: MlaCompileError) -> None:
+    typer.echo(f"mla-compile: {error}", err=True)

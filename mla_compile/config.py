@@ -1,0 +1,83 @@
+"""What the user asks for: one frozen, validated object behind the command line, YAML and Python alike."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from mla_compile.errors import UsageError
+
+__all__ = ["DEFAULT_CACHE_RATIO", "CompileConfig", "make_config"]
+
+DEFAULT_CACHE_RATIO = 0.3125
+"""Cache kept when nothing is asked for: the mildest setting of the MHA2MLA paper (its -68.75 %)."""
+
+
+class CompileConfig(BaseModel):
+    """Settings of one conversion.
+
+    Attributes:
+        method: How weights are factorised.
+        selection: Which rotary pairs keep rotating; ``auto`` is ``2-norm`` with calibration text, else ``uniform``.
+        rope_dims: Rotating channels kept per key/value head (even); an eighth of the head by default, as in the paper.
+        svd: Factorise keys and values ``joint``-ly into one latent, or ``split`` into two halves of it.
+        cache_ratio: Cache numbers per token after conversion over before, at most.
+        kv_rank: Latent rank per layer, instead of a ratio.
+        exact: Keep every rotating channel and the full rank: the result must equal the original.
+        calibration_tokens: Tokens of calibration text used.
+        seq_len: Window length for calibration and evaluation; the model's limit, at most 512, by default.
+        seed: Seed of random probes and samples.
+        opset: ONNX operator set.
+        inline: Emit standard operators only, without ``LatentAttention`` nodes.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: Literal[1] = 1
+    method: Literal["mha2mla"] = "mha2mla"
+    selection: Literal["auto", "high", "low", "uniform", "2-norm"] = "auto"
+    rope_dims: int | None = Field(default=None, ge=0)
+    svd: Literal["joint", "split"] = "joint"
+    cache_ratio: float | None = Field(default=None, gt=0.0, le=1.0)
+    kv_rank: int | None = Field(default=None, ge=1)
+    exact: bool = False
+    calibration_tokens: int = Field(default=65536, ge=1)
+    seq_len: int | None = Field(default=None, ge=2)
+    seed: int = Field(default=0, ge=0)
+    opset: Literal[23, 24] = 23
+    inline: bool = False
+
+    @model_validator(mode="after")
+    def _one_size(self) -> CompileConfig:
+        chosen = [
+            name
+            for name, given in (
+                ("exact", self.exact),
+                ("cache_ratio", self.cache_ratio is not None),
+                ("kv_rank", self.kv_rank is not None),
+            )
+            if given
+        ]
+        if len(chosen) > 1:
+            raise ValueError(f"{' and '.join(chosen)} exclude each other")
+        if self.exact and self.rope_dims is not None:
+            raise ValueError("exact keeps every rotating channel, so rope_dims cannot be chosen")
+        return self
+
+
+def make_config(**settings: Any) -> CompileConfig:  # noqa: ANN401 - validated by pydantic
+    """Validate settings.
+
+    Raises:
+        UsageError: A name is unknown or a value is out of range; the sentence names it.
+    """
+    try:
+        return CompileConfig(**settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        problem = first["msg"].removeprefix("Value error, ").rstrip(".")
+        problem = problem[0].lower() + problem[1:]
+        subject = f"The setting {name}={first['input']!r} is not allowed: {problem}." if name else f"Settings: {problem}."
+        raise UsageError(subject, "See 'mla-compile convert --help' for the allowed values.") from error

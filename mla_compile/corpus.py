@@ -1,0 +1,107 @@
+"""Text to token windows: one definition for calibration, perplexity and verification."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mla_compile.errors import LoadError, UsageError
+
+__all__ = ["DOCUMENT_END", "load_tokenizer", "read_documents", "special_tokens", "token_windows", "tokenize"]
+
+DOCUMENT_END = "<|endoftext|>"
+"""Separates documents in plain text files."""
+
+
+def load_tokenizer(folder: str | None) -> Any:  # noqa: ANN401 - transformers' tokenizers share no public base
+    """Load a tokenizer from a folder or hub id.
+
+    Raises:
+        LoadError: There is none.
+    """
+    if folder is None:
+        raise LoadError("The model comes without a tokenizer.", "Give one with --tokenizer FOLDER.")
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise LoadError(
+            f"No tokenizer could be loaded from '{folder}' ({reason}).", "Give one with --tokenizer FOLDER."
+        ) from error
+
+
+def special_tokens(folder: str) -> dict[str, Any]:
+    """Begin and end tokens of a tokenizer, in the form of a generation config."""
+    tokenizer = load_tokenizer(folder)
+    return {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+
+
+def read_documents(path: str | Path) -> list[str]:
+    """Read a text file (documents separated by ``<|endoftext|>``) or a ``.jsonl`` file with a ``text`` field.
+
+    Raises:
+        LoadError: The file is missing, not UTF-8 text, or has no documents.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise LoadError(f"There is no text file '{path}'.", "Give a .txt or .jsonl file.")
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (UnicodeDecodeError, OSError) as error:
+        raise LoadError(f"'{path}' is not UTF-8 text ({error}).", "Give a .txt or .jsonl file.") from error
+    if path.suffix == ".jsonl":
+        documents = []
+        for number, line in enumerate(content.splitlines(), 1):
+            try:
+                documents += [json.loads(line)["text"]] if line.strip() else []
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise LoadError(
+                    f"Line {number} of '{path}' is not a JSON object with a 'text' field.", "Correct or remove the line."
+                ) from error
+    else:
+        documents = content.split(DOCUMENT_END)
+    documents = [d.strip() for d in documents if d.strip()]
+    if not documents:
+        raise LoadError(f"'{path}' holds no text.", "Give a file with at least one document.")
+    return documents
+
+
+def tokenize(documents: Sequence[str], tokenizer: Any) -> list[int]:  # noqa: ANN401 - see load_tokenizer
+    """Join documents into one stream of ids, each led by the begin token if the tokenizer has one."""
+    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    stream: list[int] = []
+    for document in documents:
+        stream += begin + list(tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"])
+    return stream
+
+
+def token_windows(ids: Sequence[int], length: int, limit: int | None = None) -> Tensor:
+    """Cut a stream into consecutive windows.
+
+    Args:
+        ids: Token ids.
+        length: Tokens per window.
+        limit: Use at most this many tokens, but at least one window.
+
+    Returns:
+        ``[windows, length]`` int64.
+
+    Raises:
+        UsageError: The text is shorter than one window.
+    """
+    if len(ids) < length:
+        raise UsageError(
+            f"The text has {len(ids)} tokens, fewer than one window of {length}.",
+            f"Give more text, or a shorter window with --seq-len {max(2, len(ids))}.",
+        )
+    count = len(ids) // length
+    if limit is not None:
+        count = max(1, min(count, limit // length))
+    return torch.tensor(list(ids[: count * length]), dtype=torch.long).view(count, length)

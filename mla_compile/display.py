@@ -1,0 +1,268 @@
+"""What a person sees: progress, tables and summaries; rich on a terminal, plain lines otherwise."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from mla_compile.plan import LatentPlan
+    from mla_compile.progress import StageTiming
+    from mla_compile.report import Report
+    from mla_compile.runtime.generate import Sampling
+
+__all__ = ["StageDisplay", "make_display", "plan_rows", "run", "show_layers", "show_measurement", "show_plan", "show_report"]
+
+
+class StageDisplay:
+    """Shows stages on standard error: bars on a terminal, one line per finished stage otherwise.
+
+    Args:
+        quiet: Show nothing.
+    """
+
+    def __init__(self, quiet: bool) -> None:
+        self._console = Console(stderr=True, quiet=quiet)
+        self._bars = (
+            Progress(
+                SpinnerColumn(),
+                TextColumn("{task.description:<16}"),
+                BarColumn(bar_width=30),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                console=self._console,
+                transient=True,
+            )
+            if self._console.is_terminal and not quiet
+            else None
+        )
+        self._task: Any = None
+
+    def __enter__(self) -> StageDisplay:
+        if self._bars:
+            self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bars:
+            self._bars.stop()
+
+    def started(self, name: str, total: int | None) -> None:
+        """A stage begins."""
+        if self._bars:
+            self._task = self._bars.add_task(name, total=total)
+
+    def advanced(self) -> None:
+        """One step is done."""
+        if self._bars:
+            self._bars.advance(self._task)
+
+    def finished(self, timing: StageTiming) -> None:
+        """A stage is done."""
+        if self._bars:
+            self._bars.remove_task(self._task)
+        self._console.print(
+            f"{timing.name:<16} {timing.seconds:7.1f} s   peak {timing.peak_mib:,.0f} MiB", highlight=False
+        )
+
+
+def make_display(quiet: bool) -> StageDisplay:
+    """Choose how to show progress."""
+    return StageDisplay(quiet)
+
+
+def _print_table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """A table on a terminal, tab-separated lines otherwise."""
+    console = Console()
+    cells = [["" if c is None else str(c) for c in row] for row in rows]
+    if not console.is_terminal:
+        for line in ([*columns], *cells):
+            print("\t".join(line))  # noqa: T201 - this is the output
+        return
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for line in cells:
+        table.add_row(*line)
+    console.print(table)
+
+
+def show_layers(rows: Sequence[Mapping[str, Any]]) -> None:
+    """One row per attention layer, recognised or not."""
+    if not rows:
+        print("No attention was found.")  # noqa: T201
+        return
+    lines = []
+    for row in rows:
+        if "rejected" in row:
+            lines.append([row["index"], row["path"], f"no: {row['rejected']}", row["reason"], "", "", "", ""])
+            continue
+        rope = f"{row['rope']}:{row['rotary_dim']}" if row["rotary_dim"] else "none"
+        heads = f"{row['heads']} q / {row['kv_heads']} kv of {row['qk_dim']}"
+        weights = f"{row['query']}, {row['key']}, {row['value']}" + (" (biased)" if row["bias"] else "")
+        lines.append(
+            [row["index"], row["path"], "yes", heads, rope, row["mask"], f"{row['elements_per_token']}", weights]
+        )
+    _print_table(
+        "Attention layers", ["#", "layer", "converts", "heads", "rope", "mask", "cached/token", "weights"], lines
+    )
+
+
+def plan_rows(plans: Sequence[LatentPlan]) -> dict[str, Any]:
+    """A plan as data; bytes are for a float32 cache."""
+    import dataclasses
+
+    from mla_compile.plan import cache_elements
+
+    before, after = cache_elements(plans)
+    return {
+        "layers": [{**dataclasses.asdict(p), "elements_after": p.elements_after} for p in plans],
+        "bytes_per_token_before": 4 * before,
+        "bytes_per_token_after": 4 * after,
+        "cache_ratio": after / before,
+    }
+
+
+def show_plan(plans: Sequence[LatentPlan]) -> None:
+    """One row per layer and the sum."""
+    rows: list[list[object]] = [
+        [
+            p.site,
+            p.path,
+            f"{p.rope_groups} x {p.rope_dims}",
+            p.kv_rank,
+            p.exact_rank,
+            4 * p.elements_before,
+            4 * p.elements_after,
+        ]
+        for p in plans
+    ]
+    total = plan_rows(plans)
+    before, after = total["bytes_per_token_before"], total["bytes_per_token_after"]
+    rows.append(["", "all", "", "", "", before, f"{after} ({total['cache_ratio']:.2%})"])
+    _print_table(
+        "Plan (float32 cache)",
+        ["#", "layer", "rope dims", "rank", "exact rank", "bytes/token before", "after"],
+        rows,
+    )
+
+
+def show_report(report: Report, out: Path) -> None:
+    """What was done, in a few lines."""
+    rows: list[list[object]] = [
+        ["attention layers", len(report.plans)],
+        ["selection", f"{report.selection}, {report.plans[0].rope_dims} rotating channels per head"],
+        ["cache bytes per token", f"{report.cache_bytes_before} -> {report.cache_bytes_after} ({report.cache_ratio:.2%})"],
+    ]
+    if report.quality:
+        quality = report.quality
+        rows.append(
+            [
+                "perplexity, held-out text",
+                f"{quality.original:.4f} -> {quality.converted:.4f} (x{quality.ratio:.3f}, {quality.tokens} tokens)",
+            ]
+        )
+    if report.verification:
+        v = report.verification
+        rows += [
+            ["rewrite at full rank vs original", f"{v.rewrite_error:.1e}"],
+            ["decode vs whole sequence", f"{v.decode_error:.1e}"],
+        ]
+        if v.lowering_error is not None:
+            rows.append(["ONNX Runtime vs PyTorch", f"{v.lowering_error:.1e}, greedy {v.lowering_greedy:.0%} equal"])
+        rows.append(
+            ["converted vs original", f"{v.conversion_error:.1e}, greedy {v.conversion_greedy:.0%} equal"]
+        )
+        rows.append(["measured cache bytes per token", v.cache_bytes_per_token])
+    rows.append(["written", f"{out} ({sum(report.artifacts.values()) / 2**20:.1f} MiB)"])
+    _print_table(report.source, ["", "result"], rows)
+    for warning in report.warnings:
+        print(f"warning: {warning}", file=sys.stderr)  # noqa: T201
+
+
+def show_measurement(result: Mapping[str, Any]) -> None:
+    """Perplexity and cache, converted and original."""
+    rows = [
+        [name, f"{r['perplexity']:.4f}", r["tokens"], "unknown" if (b := r["cache_bytes_per_token"]) is None else b]
+        for name, r in (("model", result), ("original", result.get("original")))
+        if r is not None
+    ]
+    _print_table(None, ["", "perplexity", "tokens", "cache bytes/token"], rows)
+
+
+def run(
+    model: Path,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    sampling: Sampling,
+    tokenizer: str | None,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Generate with an ONNX file, streaming a single prompt's text as it appears."""
+    from mla_compile.corpus import load_tokenizer
+    from mla_compile.runtime.onnx_session import OnnxDecoder
+
+    decoder = OnnxDecoder(model, threads=threads)
+    words = load_tokenizer(tokenizer or str(model.absolute().parent))
+    begin = [] if words.bos_token_id is None else [words.bos_token_id]
+    ids = [begin + list(words(p, add_special_tokens=False)["input_ids"]) for p in prompts]
+    end = decoder.metadata.get("eos_token_id")
+    stop = end if isinstance(end, list) else [] if end is None else [end]
+    stream = None if as_json or len(prompts) > 1 else _Stream(words, prompts[0])
+    start = time.perf_counter()
+    new = decoder.generate(ids, max_new_tokens, sampling=sampling, stop=stop, on_tokens=stream)
+    seconds = time.perf_counter() - start
+    texts = [words.decode(n, skip_special_tokens=True) for n in new]
+    count = sum(map(len, new))
+    if as_json:
+        print(  # noqa: T201
+            json.dumps(
+                {
+                    "texts": [p + t for p, t in zip(prompts, texts, strict=True)],
+                    "new_tokens": [len(n) for n in new],
+                    "tokens_per_second": count / seconds,
+                    "cache_bytes_per_token": decoder.cache_bytes_per_token,
+                }
+            )
+        )
+        return
+    if stream is None:
+        for prompt, text in zip(prompts, texts, strict=True):
+            print(f"{prompt}{text}\n")  # noqa: T201
+    else:
+        print()  # noqa: T201
+    Console(stderr=True).print(
+        f"{count} tokens, {count / seconds:.0f} tokens/s, {decoder.cache_bytes_per_token} cache bytes per token",
+        highlight=False,
+    )
+
+
+class _Stream:
+    """Prints text as tokens arrive, never half a character."""
+
+    def __init__(self, tokenizer: Any, prompt: str) -> None:  # noqa: ANN401 - any transformers tokenizer
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._shown = 0
+        print(prompt, end="", flush=True)  # noqa: T201
+
+    def __call__(self, tokens: list[int | None]) -> None:
+        if tokens[0] is None:
+            return
+        self._ids.append(tokens[0])
+        text = self._tokenizer.decode(self._ids, skip_special_tokens=True)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            print(text[self._shown :], end="", flush=True)  # noqa: T201
+            self._shown = len(text)

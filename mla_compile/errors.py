@@ -1,0 +1,62 @@
+"""The error tree: whose fault it is, which exit code it ends with, and what to do about it.
+
+Every failure a user can cause is a :class:`MlaCompileError` whose text is a sentence saying what went wrong and where,
+followed by a remedy. Anything else that escapes is a defect of ours.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+__all__ = [
+    "LoadError",
+    "MlaCompileError",
+    "QualityGateError",
+    "RefusedError",
+    "UsageError",
+    "VerificationError",
+]
+
+
+class MlaCompileError(Exception):
+    """A failure with one sentence for the user, a remedy, and the exit code of the command line.
+
+    Args:
+        message: What failed and where, without the final full stop's remedy.
+        remedy: What the user can do next; an imperative sentence.
+    """
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str, remedy: str) -> None:
+        super().__init__(f"{message} {remedy}")
+        self.message = message
+        self.remedy = remedy
+
+
+class UsageError(MlaCompileError):
+    """A flag, path or value that cannot be used (exit code 2)."""
+
+    exit_code = 2
+
+
+class LoadError(UsageError):
+    """The model, tokenizer or text could not be read (exit code 2)."""
+
+
+class RefusedError(MlaCompileError):
+    """Nothing was matched, or some attention layer cannot be converted correctly (exit code 3)."""
+
+    exit_code = 3
+
+
+class QualityGateError(MlaCompileError):
+    """The conversion is correct but loses more than the user allowed (exit code 4)."""
+
+    exit_code = 4
+
+
+class VerificationError(MlaCompileError):
+    """The converted model does not compute what it should; no output is left behind (exit code 5)."""
+
+    exit_code = 5

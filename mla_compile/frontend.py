@@ -1,0 +1,300 @@
+"""Read a model from wherever the user has it, and bring it to the one form every pass reads.
+
+Nothing here runs code that came with a model: archives are read by ``torch.export.load``, checkpoints through
+safetensors. A pickled module is only opened when the user says so.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from mla_compile.errors import LoadError, MlaCompileError
+from mla_compile.program import Assets, Program
+
+__all__ = ["capture", "load_program", "program_from_export"]
+
+_log = logging.getLogger(__name__)
+_HOW_TO_EXPORT = (
+    "Export it with torch.export.save(torch.export.export(model.eval(), (ids,), dynamic_shapes="
+    "({0: Dim.DYNAMIC, 1: Dim.DYNAMIC},)), 'model.pt2'), ids being a batch of at least 2 by 3 token ids."
+)
+
+
+def load_program(source: str | Path, *, tokenizer: str | None = None, unsafe: bool = False) -> Program:
+    """Load a model by name.
+
+    Args:
+        source: A ``torch.export`` archive (``.pt2`` or ``.pt``), a Hugging Face folder, or a hub id.
+        tokenizer: Folder or hub id of the tokenizer, when the model does not bring one.
+        unsafe: Unpickle a module saved by ``torch.save``; this runs whatever code the file holds.
+
+    Returns:
+        The program, exported without a cache, with dynamic batch and length.
+
+    Raises:
+        LoadError: The source does not exist, is not a model, or cannot be exported.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return _load_huggingface(str(path), tokenizer)
+    if path.is_file():
+        return _load_file(path, tokenizer, unsafe)
+    name = str(source)
+    if path.suffix or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise LoadError(
+            f"There is no file or folder '{source}'.", "Give a .pt2 archive, a Hugging Face folder or a hub id."
+        )
+    return _load_huggingface(name, tokenizer)
+
+
+def _load_file(path: Path, tokenizer: str | None, unsafe: bool) -> Program:
+    if path.suffix == ".onnx":
+        raise LoadError(
+            f"'{path}' is an ONNX file, which cannot be converted.", "Give the model it was exported from instead."
+        )
+    if not zipfile.is_zipfile(path):
+        kind = "is truncated or not a torch.export archive" if path.suffix in (".pt", ".pt2") else "is not a model"
+        raise LoadError(f"'{path}' {kind}.", _HOW_TO_EXPORT)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except zipfile.BadZipFile as error:
+        raise LoadError(f"'{path}' is a damaged archive ({error}).", "Copy or export it again.") from error
+    if any(n.endswith("archive_format") or n.endswith("serialized_exported_program.json") for n in names):
+        try:
+            exported = torch.export.load(path)
+        except Exception as error:
+            raise LoadError(
+                f"'{path}' could not be read as a torch.export archive ({_first_line(error)}).",
+                f"Export it again with torch {torch.__version__.split('+')[0]}.",
+            ) from error
+        return program_from_export(exported, source=str(path), kind="pt2", assets=_assets(tokenizer, path.parent))
+    if any("/code/" in n for n in names):
+        raise LoadError(f"'{path}' is a TorchScript file, whose graph cannot be rewritten.", _HOW_TO_EXPORT)
+    if any(n.endswith("data.pkl") for n in names):
+        return _load_pickle(path, tokenizer, unsafe)
+    raise LoadError(f"'{path}' is an archive but holds no model.", _HOW_TO_EXPORT)
+
+
+def _load_pickle(path: Path, tokenizer: str | None, unsafe: bool) -> Program:
+    try:
+        weights = torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:  # noqa: BLE001 - any failure means it holds more than tensors
+        if not unsafe:
+            raise LoadError(
+                f"'{path}' is a pickled module, and unpickling runs whatever code the file holds.",
+                f"{_HOW_TO_EXPORT} Or pass --unsafe-load if you trust the file.",
+            ) from error
+        weights = torch.load(path, weights_only=False, map_location="cpu")
+    if not isinstance(weights, nn.Module):
+        raise LoadError(f"'{path}' holds weights but no model that uses them.", _HOW_TO_EXPORT)
+    return capture(weights, (torch.zeros(2, 5, dtype=torch.long),), source=str(path), assets=_assets(tokenizer, None))
+
+
+def _load_huggingface(name: str, tokenizer: str | None) -> Program:
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
+
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise LoadError(f"The folder '{name}' has no config.json.", "Give a Hugging Face model folder.")
+    transformers_logging.disable_progress_bar()
+    try:
+        config = AutoConfig.from_pretrained(name)
+        kwargs: dict[str, Any] = {"config": config, "dtype": torch.float32, "use_safetensors": True}
+        try:
+            model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="sdpa", **kwargs)
+        except ValueError as error:
+            if "scaled_dot_product_attention" not in str(error):
+                raise
+            model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="eager", **kwargs)
+    except Exception as error:
+        raise LoadError(
+            f"'{name}' could not be loaded as a Hugging Face causal language model ({_first_line(error)}).",
+            "Check the path or id, that the weights are safetensors, and that the hub can be reached.",
+        ) from error
+    model.config.use_cache = False
+    ids = torch.zeros(2, 5, dtype=torch.long)
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "position_ids": torch.arange(5).expand(2, 5).contiguous(),
+    }
+    assets = Assets(
+        folder=tokenizer or name,
+        config=model.config.to_dict(),
+        generation=model.generation_config.to_diff_dict() if model.generation_config is not None else {},
+    )
+    positions = getattr(model.config, "max_position_embeddings", None)
+    return capture(model, inputs, source=name, kind="huggingface", assets=assets, max_positions=positions)
+
+
+def _assets(tokenizer: str | None, beside: Path | None) -> Assets:
+    """Tokenizer and configuration given by the user, or lying beside an archive."""
+    if tokenizer is None and beside is not None and (beside / "tokenizer_config.json").is_file():
+        tokenizer = str(beside)
+    if tokenizer is None:
+        return Assets()
+    from mla_compile.corpus import special_tokens
+
+    return Assets(folder=tokenizer, generation=special_tokens(tokenizer))
+
+
+def capture(
+    module: nn.Module,
+    example_inputs: Sequence[Any] | Mapping[str, Any],
+    *,
+    source: str | None = None,
+    kind: str = "module",
+    assets: Assets | None = None,
+    max_positions: int | None = None,
+) -> Program:
+    """Export any module with dynamic batch and length.
+
+    Args:
+        module: A causal language model: token ids ``[batch, length]`` in, logits ``[batch, length, vocabulary]`` out.
+        example_inputs: Positional or keyword inputs; a batch of one is repeated, because an exporter takes a size of
+            one for a constant.
+        source: What to call the model in reports.
+        kind: Where it came from.
+        assets: Configuration and tokenizer.
+        max_positions: Longest sequence the model supports, if known.
+
+    Raises:
+        LoadError: The module cannot be exported with dynamic shapes.
+    """
+    source = source or type(module).__name__
+    training = module.training
+    module.eval()
+    keyword = isinstance(example_inputs, Mapping)
+    values = {k: _enlarge(v) for k, v in example_inputs.items()} if keyword else tuple(map(_enlarge, example_inputs))  # type: ignore[union-attr]
+    shapes = {k: _dynamic(v) for k, v in values.items()} if isinstance(values, dict) else tuple(map(_dynamic, values))
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch.export deprecation chatter about its own internals
+            exported = torch.export.export(
+                module,
+                () if isinstance(values, dict) else values,
+                values if isinstance(values, dict) else None,
+                dynamic_shapes=shapes,
+                strict=False,
+            )
+    except Exception as error:
+        raise LoadError(
+            f"{source} could not be exported with dynamic batch and length ({_first_line(error)}).",
+            "Rewrite the named operation so that it does not depend on a fixed size or on tensor values.",
+        ) from error
+    finally:
+        module.train(training)
+    return program_from_export(exported, source=source, kind=kind, assets=assets, max_positions=max_positions)
+
+
+def _enlarge(value: Any) -> Any:  # noqa: ANN401 - any model input
+    """Make an example big enough that no dynamic size is mistaken for a constant 0 or 1."""
+    if not isinstance(value, Tensor) or value.dim() < 2:
+        return value
+    for dim, least in ((0, 2), (1, 3)):
+        if value.shape[dim] < least:
+            value = torch.cat([value] * least, dim)
+    return value.clone()  # a view would be exported with guards on the tensor it views
+
+
+def _dynamic(value: Any) -> Any:  # noqa: ANN401 - mirrors any model input
+    return {0: Dim.DYNAMIC, 1: Dim.DYNAMIC} if isinstance(value, Tensor) and value.dim() >= 2 else None
+
+
+def program_from_export(
+    exported: ExportedProgram,
+    *,
+    source: str,
+    kind: str = "pt2",
+    assets: Assets | None = None,
+    max_positions: int | None = None,
+) -> Program:
+    """Normalise an exported program and find out what its inputs and outputs mean.
+
+    Raises:
+        LoadError: Batch or length is static, an input is not understood, or no output looks like logits.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            exported = exported.run_decompositions({})
+    except Exception as error:
+        raise LoadError(
+            f"The graph of '{source}' could not be normalised ({_first_line(error)}).", _HOW_TO_EXPORT
+        ) from error
+    signature = exported.graph_signature
+    placeholders = {n.name: n for n in exported.graph.nodes if n.op == "placeholder"}
+    tensors = {
+        name: placeholders[name].meta["val"]
+        for name in signature.user_inputs
+        if isinstance(name, str) and isinstance(placeholders[name].meta.get("val"), Tensor)
+    }
+    roles: dict[str, list[str]] = {"mask": [], "position": [], "tokens": []}
+    for name, value in tensors.items():
+        role = "mask" if "mask" in name else "position" if "pos" in name else "tokens"
+        if value.is_floating_point() or value.dim() != 2:
+            raise LoadError(
+                f"Input '{name}' of '{source}' is {str(value.dtype).removeprefix('torch.')} of rank {value.dim()}.",
+                "Export a model that takes token ids [batch, length], and optionally attention_mask and position_ids.",
+            )
+        roles[role].append(name)
+    if len(roles["tokens"]) != 1 or len(roles["mask"]) > 1 or len(roles["position"]) > 1:
+        raise LoadError(
+            f"The inputs of '{source}' are {', '.join(tensors) or 'none'}; which one holds the token ids is unclear.",
+            "Export a model whose only other inputs are attention_mask and position_ids.",
+        )
+    tokens = roles["tokens"][0]
+    for dim, name in enumerate(("batch", "length")):
+        if isinstance(tensors[tokens].shape[dim], int):
+            raise LoadError(
+                f"'{source}' was exported with a static {name} of {tensors[tokens].shape[dim]}.", _HOW_TO_EXPORT
+            )
+    return Program(
+        exported=exported,
+        source=source,
+        kind=kind,
+        tokens=tokens,
+        attention_mask=next(iter(roles["mask"]), None),
+        position_ids=next(iter(roles["position"]), None),
+        logits=_logits(exported, tensors[tokens], source),
+        assets=assets or Assets(),
+        max_positions=max_positions,
+    )
+
+
+def _logits(exported: ExportedProgram, tokens: Tensor, source: str) -> str:
+    """Name the first float output shaped ``[batch, length, vocabulary]``."""
+    nodes = {n.name: n for n in exported.graph.nodes}
+    for name in exported.graph_signature.user_outputs:
+        value = nodes[name].meta.get("val") if isinstance(name, str) else None
+        if (
+            isinstance(value, Tensor)
+            and value.is_floating_point()
+            and value.dim() == 3
+            and [str(d) for d in value.shape[:2]] == [str(d) for d in tokens.shape]
+        ):
+            extra = len(exported.graph_signature.user_outputs) - 1
+            if extra:
+                _log.warning("%s has %d outputs besides the logits; they are dropped.", source, extra)
+            return str(name)
+    raise LoadError(
+        f"No output of '{source}' is shaped [batch, length, vocabulary].",
+        "Export a causal language model that returns the logits of every position.",
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    if isinstance(error, MlaCompileError):
+        return error.message
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

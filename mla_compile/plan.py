@@ -1,0 +1,112 @@
+"""Decide how small every layer's cache becomes: pure arithmetic on sites, no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mla_compile.config import DEFAULT_CACHE_RATIO, CompileConfig
+from mla_compile.errors import UsageError
+from mla_compile.site import AttentionSite
+
+__all__ = ["LatentPlan", "cache_elements", "plan_layers"]
+
+
+@dataclass(frozen=True, slots=True)
+class LatentPlan:
+    """The shape of one layer's latent cache: one row ``[latent | rope keys]`` per token.
+
+    Attributes:
+        site: Index of the attention site.
+        path: Module path of the layer.
+        rope_groups: Rope keys per token: one per key/value head, or one shared by all.
+        rope_dims: Rotating channels of one rope key.
+        kv_rank: Length of the latent.
+        exact_rank: Smallest latent that loses nothing, with these rope dims.
+        elements_before: Numbers a plain KV cache keeps per token.
+    """
+
+    site: int
+    path: str
+    rope_groups: int
+    rope_dims: int
+    kv_rank: int
+    exact_rank: int
+    elements_before: int
+
+    @property
+    def elements_after(self) -> int:
+        """Numbers one cache row holds."""
+        return self.kv_rank + self.rope_groups * self.rope_dims
+
+
+def cache_elements(plans: Sequence[LatentPlan]) -> tuple[int, int]:
+    """Numbers cached per token over all layers, before and after."""
+    return sum(p.elements_before for p in plans), sum(p.elements_after for p in plans)
+
+
+def plan_layers(sites: Sequence[AttentionSite], widths: Sequence[int], config: CompileConfig) -> tuple[LatentPlan, ...]:
+    """Give every layer its rope dims and rank.
+
+    Args:
+        sites: The recognised attention layers.
+        widths: Input width of every site's projections.
+        config: What the user asked for.
+
+    Returns:
+        One plan per site.
+
+    Raises:
+        UsageError: The rope dims, rank or ratio do not fit a layer.
+    """
+    return tuple(_plan(site, width, config) for site, width in zip(sites, widths, strict=True))
+
+
+def _plan(site: AttentionSite, width: int, config: CompileConfig) -> LatentPlan:
+    rotary = site.rope.rotary_dim
+    if config.exact:
+        rope_dims = rotary
+    elif config.rope_dims is not None:
+        rope_dims = config.rope_dims
+        if rope_dims % 2 or rope_dims > rotary:
+            raise UsageError(
+                f"--rope-dims {rope_dims} does not fit {site.path}, whose heads rotate {rotary} channels.",
+                f"Give an even number from 0 to {rotary}.",
+            )
+    else:
+        rope_dims = min(rotary, max(2, site.qk_dim // 8 // 2 * 2))
+    groups = site.kv_heads if rope_dims else 1
+    key_rows, value_rows = site.kv_heads * (site.qk_dim - rope_dims), site.kv_heads * site.v_dim
+    exact_rank = (
+        min(width, key_rows + value_rows) if config.svd == "joint" else min(width, key_rows) + min(width, value_rows)
+    )
+    rope_share = groups * rope_dims
+    if config.exact:
+        rank = exact_rank
+    elif config.kv_rank is not None:
+        rank = config.kv_rank
+        if rank > exact_rank:
+            raise UsageError(
+                f"--kv-rank {rank} is above the exact rank {exact_rank} of {site.path}.",
+                f"Give a rank from 1 to {exact_rank}; more would only store zeros.",
+            )
+    else:
+        ratio = DEFAULT_CACHE_RATIO if config.cache_ratio is None else config.cache_ratio
+        budget = int(ratio * site.elements_per_token + 1e-9)
+        if budget - rope_share < 1:
+            least = (rope_share + 1) / site.elements_per_token
+            raise UsageError(
+                f"A cache ratio of {ratio:g} leaves no room for a latent in {site.path}: {rope_share} of "
+                f"{budget} numbers per token are rope keys.",
+                f"Use --cache-ratio {least:.4f} or more, or fewer --rope-dims.",
+            )
+        rank = min(budget - rope_share, exact_rank)
+    return LatentPlan(
+        site=site.index,
+        path=site.path,
+        rope_groups=groups,
+        rope_dims=rope_dims,
+        kv_rank=rank,
+        exact_rank=exact_rank,
+        elements_before=site.elements_per_token,
+    )

@@ -1,0 +1,103 @@
+"""A loaded model in the one form every pass reads: an exported graph plus what its inputs and outputs mean."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+
+__all__ = ["Assets", "Program"]
+
+
+@dataclass(frozen=True)
+class Assets:
+    """What travels beside a model: configuration, generation settings and the tokenizer's folder.
+
+    Attributes:
+        folder: Folder (or hub id) the tokenizer is loaded from, if any.
+        config: The model's ``config.json`` as a mapping; empty when the model has none.
+        generation: The model's ``generation_config.json`` as a mapping.
+    """
+
+    folder: str | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+    generation: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def local_folder(self) -> Path | None:
+        """The asset folder when it is on this machine."""
+        return Path(self.folder) if self.folder and Path(self.folder).is_dir() else None
+
+
+@dataclass(frozen=True)
+class Program:
+    """An exported causal language model without a cache: token ids in, logits of every position out.
+
+    The graph is functional ATen after ``run_decompositions({})``: linear and scaled-dot-product attention survive.
+
+    Attributes:
+        exported: The graph, its signature and its weights.
+        source: What the user named it: a path, a hub id or a class name.
+        kind: ``pt2``, ``huggingface`` or ``module``.
+        tokens: Placeholder of the token ids ``[batch, length]``.
+        attention_mask: Placeholder of the padding mask ``[batch, length]``, if the graph takes one.
+        position_ids: Placeholder of the positions ``[batch, length]``, if the graph takes them.
+        logits: Graph node of the logits ``[batch, length, vocabulary]``.
+        assets: Configuration and tokenizer that travel with it.
+        max_positions: Longest sequence the model was built for, if known.
+    """
+
+    exported: ExportedProgram
+    source: str
+    kind: str
+    tokens: str
+    attention_mask: str | None
+    position_ids: str | None
+    logits: str
+    assets: Assets = field(default_factory=Assets)
+    max_positions: int | None = None
+
+    def flat_module(self) -> fx.GraphModule:
+        """Return the graph as a module of positional tensors in placeholder order, with weights shared."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch.export chatter about its own internals
+            original = self.exported.module(check_guards=False)
+        module = fx.GraphModule(original, original.graph)
+        module.graph.set_codegen(fx.graph.CodeGen())
+        output = next(n for n in module.graph.nodes if n.op == "output")
+        output.args = (next(n for n in module.graph.nodes if n.name == self.logits),)
+        module.recompile()
+        return module
+
+    def inputs(self, ids: Tensor) -> list[Tensor]:
+        """Arguments of :meth:`flat_module` for whole, unpadded sequences ``[batch, length]``."""
+        given = {self.tokens: ids}
+        if self.attention_mask:
+            given[self.attention_mask] = torch.ones_like(ids)
+        if self.position_ids:
+            given[self.position_ids] = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        return [given[str(name)] for name in self.exported.graph_signature.user_inputs if name in given]
+
+    def constant(self, placeholder: str) -> Tensor:
+        """Return the parameter, buffer or lifted constant behind a placeholder.
+
+        Raises:
+            KeyError: The placeholder is a user input.
+        """
+        signature = self.exported.graph_signature
+        for table in (
+            signature.inputs_to_parameters,
+            signature.inputs_to_buffers,
+            signature.inputs_to_lifted_tensor_constants,
+        ):
+            if placeholder in table:
+                name = table[placeholder]
+                found = self.exported.state_dict.get(name)
+                return found if found is not None else self.exported.constants[name]  # type: ignore[return-value]
+        raise KeyError(placeholder)

@@ -1,0 +1,80 @@
+"""Stages of a conversion: what is running, how long it took, and the memory peak, for the display and the report."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+__all__ = ["Display", "StageTiming", "Stages", "peak_memory_mib"]
+
+T = TypeVar("T")
+
+
+def peak_memory_mib() -> float:
+    """Largest resident memory of this process so far, in MiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+@dataclass(frozen=True, slots=True)
+class StageTiming:
+    """One finished stage.
+
+    Attributes:
+        name: What was done.
+        seconds: Wall-clock time.
+        peak_mib: Peak resident memory of the process when it ended, in MiB.
+    """
+
+    name: str
+    seconds: float
+    peak_mib: float
+
+
+class Display(Protocol):
+    """Shows stages to a person."""
+
+    def started(self, name: str, total: int | None) -> None:
+        """A stage of ``total`` steps begins."""
+
+    def advanced(self) -> None:
+        """One step of the current stage is done."""
+
+    def finished(self, timing: StageTiming) -> None:
+        """The current stage is done."""
+
+
+class Stages:
+    """Runs stages one after another, times them, and tells a display.
+
+    Args:
+        display: Where to show progress; nowhere by default.
+    """
+
+    def __init__(self, display: Display | None = None) -> None:
+        self._display = display
+        self.timings: list[StageTiming] = []
+
+    @contextmanager
+    def stage(self, name: str, total: int | None = None) -> Iterator[Callable[[], None]]:
+        """Run the body as a stage; the value is a function to call after each of ``total`` steps."""
+        if self._display:
+            self._display.started(name, total)
+        begin = time.perf_counter()
+        yield self._display.advanced if self._display else lambda: None
+        timing = StageTiming(name, time.perf_counter() - begin, peak_memory_mib())
+        self.timings.append(timing)
+        if self._display:
+            self._display.finished(timing)
+
+    def each(self, name: str, items: Iterable[T], total: int | None = None) -> Iterator[T]:
+        """Iterate over items as a stage with one step per item."""
+        with self.stage(name, total) as advance:
+            for item in items:
+                yield item
+                advance()

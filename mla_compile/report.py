@@ -1,0 +1,190 @@
+"""What a conversion did, as data: rendered by the command line, stored as ``report.json``."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mla_compile.plan import LatentPlan, cache_elements
+from mla_compile.progress import StageTiming
+from mla_compile.site import AttentionSite, Rejection
+
+__all__ = ["Quality", "Report", "Verification", "environment", "summarise_site"]
+
+_PACKAGES = ("mla-compile", "torch", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "numpy")
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """Checks of a conversion; relative errors are ``max |difference| / max |logit|``.
+
+    Attributes:
+        rewrite_error: The same rewrite with nothing left out, against the original model.
+        decode_error: The converted model token by token and in chunks, against all at once.
+        lowering_error: ONNX Runtime against the converted PyTorch module; None without an ONNX file.
+        lowering_greedy: Equal greedy tokens of the two, as a fraction; None without an ONNX file.
+        conversion_error: The converted model against the original: what the smaller cache costs.
+        conversion_greedy: Equal greedy tokens of the two, as a fraction.
+        cache_bytes_per_token: Counted from the cache tensors of a real run.
+        tokens: Tokens compared.
+        text: Whether the tokens came from the user's text (else random ids).
+    """
+
+    rewrite_error: float
+    decode_error: float
+    lowering_error: float | None
+    lowering_greedy: float | None
+    conversion_error: float
+    conversion_greedy: float
+    cache_bytes_per_token: int
+    tokens: int
+    text: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """Perplexity on held-out windows of the user's text.
+
+    Attributes:
+        original: Before.
+        converted: After.
+        tokens: Scored tokens.
+    """
+
+    original: float
+    converted: float
+    tokens: int
+
+    @property
+    def ratio(self) -> float:
+        """After over before."""
+        return self.converted / self.original
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything a conversion did.
+
+    Attributes:
+        source: The model.
+        config: Settings, defaults filled in.
+        sites: The recognised layers.
+        plans: Their latent shapes.
+        bytes_per_element: Size of one cached number.
+        selection: The rotary selection used.
+        stages: Times and memory peaks.
+        verification: Checks, if they were run.
+        quality: Perplexities, if there was text.
+        warnings: What the user should know.
+        artifacts: Written files and their sizes in bytes.
+    """
+
+    source: str
+    config: Mapping[str, Any]
+    sites: tuple[AttentionSite, ...]
+    plans: tuple[LatentPlan, ...]
+    bytes_per_element: int
+    selection: str
+    stages: tuple[StageTiming, ...] = ()
+    verification: Verification | None = None
+    quality: Quality | None = None
+    warnings: tuple[str, ...] = ()
+    artifacts: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def cache_bytes_before(self) -> int:
+        """Bytes a plain KV cache adds per token."""
+        return cache_elements(self.plans)[0] * self.bytes_per_element
+
+    @property
+    def cache_bytes_after(self) -> int:
+        """Bytes the latent cache adds per token."""
+        return cache_elements(self.plans)[1] * self.bytes_per_element
+
+    @property
+    def cache_ratio(self) -> float:
+        """After over before."""
+        return self.cache_bytes_after / self.cache_bytes_before
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON-able data."""
+        return {
+            "schema_version": 1,
+            "source": self.source,
+            "environment": environment(),
+            "config": dict(self.config),
+            "cache": {
+                "bytes_per_token_before": self.cache_bytes_before,
+                "bytes_per_token_after": self.cache_bytes_after,
+                "ratio": self.cache_ratio,
+            },
+            "selection": self.selection,
+            "layers": [
+                {**summarise_site(s), **dataclasses.asdict(p), "elements_after": p.elements_after}
+                for s, p in zip(self.sites, self.plans, strict=True)
+            ],
+            "quality": dataclasses.asdict(self.quality) | {"ratio": self.quality.ratio} if self.quality else None,
+            "verification": dataclasses.asdict(self.verification) if self.verification else None,
+            "stages": [dataclasses.asdict(s) for s in self.stages],
+            "warnings": list(self.warnings),
+            "artifacts": dict(self.artifacts),
+        }
+
+    def to_json(self) -> str:
+        """The report as indented JSON."""
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+    def __str__(self) -> str:
+        """A summary of a few lines."""
+        lines = [
+            f"{self.source}: {len(self.plans)} attention layers converted",
+            f"cache: {self.cache_bytes_before} -> {self.cache_bytes_after} bytes per token ({self.cache_ratio:.2%})",
+        ]
+        if self.quality:
+            lines.append(
+                f"perplexity: {self.quality.original:.4f} -> {self.quality.converted:.4f} "
+                f"({self.quality.tokens} held-out tokens)"
+            )
+        return "\n".join([*lines, *(f"warning: {w}" for w in self.warnings)])
+
+
+def summarise_site(site: AttentionSite | Rejection) -> dict[str, Any]:
+    """One recognised or rejected layer as a flat row."""
+    if isinstance(site, Rejection):
+        return {"index": site.index, "path": site.path, "rejected": site.code.value, "reason": site.reason}
+    return {
+        "index": site.index,
+        "path": site.path,
+        "heads": site.heads,
+        "kv_heads": site.kv_heads,
+        "qk_dim": site.qk_dim,
+        "v_dim": site.v_dim,
+        "query": site.query.weight,
+        "key": site.key.weight,
+        "value": site.value.weight,
+        "bias": site.query.bias is not None or site.key.bias is not None or site.value.bias is not None,
+        "rope": site.rope.layout,
+        "rotary_dim": site.rope.rotary_dim,
+        "rope_max_freq": max(site.rope.inv_freq, default=0.0),
+        "rope_min_freq": min(site.rope.inv_freq, default=0.0),
+        "scale": site.scale,
+        "mask": str(site.mask),
+        "elements_per_token": site.elements_per_token,
+        "error": site.error,
+    }
+
+
+def environment() -> dict[str, str]:
+    """Versions that shape the result."""
+    found = {"python": platform.python_version(), "machine": platform.machine()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

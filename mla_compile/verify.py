@@ -1,0 +1,178 @@
+"""Check a conversion against the original model; a conversion that fails leaves no output behind.
+
+A lossy conversion cannot be compared with the original directly, so correctness is checked in links, each of which has
+an exact answer:
+
+1. rewrite: the same graph surgery with the full rank and every rotary pair must reproduce the original;
+2. decode: the converted model in chunks and token by token must equal the same model on the whole sequence;
+3. lowering: ONNX Runtime must equal the converted PyTorch module.
+
+What is left between the original and the converted model is then the price of the smaller cache, which is reported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mla_compile.errors import VerificationError
+from mla_compile.evaluate import Scorer, relative_error
+from mla_compile.report import Verification
+from mla_compile.runtime.generate import Ids, generate
+from mla_compile.runtime.module import LatentModel
+from mla_compile.runtime.onnx_session import OnnxDecoder
+
+__all__ = ["GREEDY_TOKENS", "TOLERANCE", "TorchDecoder", "check_module", "check_onnx", "greedy_original"]
+
+TOLERANCE = 1e-4
+"""Largest relative logit difference taken for rounding: float32 through tens of layers stays below 1e-5 in practice."""
+GREEDY_TOKENS = 32
+
+
+class TorchDecoder:
+    """A :class:`LatentModel` behind the decoder interface of :mod:`mla_compile.runtime.generate`."""
+
+    def __init__(self, model: LatentModel) -> None:
+        self._model = model
+
+    def empty_cache(self, batch: int) -> tuple[Tensor, ...]:
+        """A cache of no tokens."""
+        return self._model.empty_cache(batch)
+
+    def step(
+        self, ids: Ids, attention_mask: Ids, position_ids: Ids, cache: tuple[Tensor, ...]
+    ) -> tuple[np.ndarray, tuple[Tensor, ...]]:
+        """Run new tokens; see :class:`~mla_compile.runtime.generate.Decoder`."""
+        given = (torch.from_numpy(np.ascontiguousarray(x)) for x in (ids, attention_mask, position_ids))
+        with torch.inference_mode():
+            result = self._model(*given, past=cache)
+        return result.logits.float().numpy(), result.cache
+
+
+def greedy_original(score: Scorer, prompt: Tensor, count: int) -> list[int]:
+    """Greedy continuation of the unconverted model, recomputing the whole sequence at every step.
+
+    Args:
+        score: The original model.
+        prompt: ``[length]`` token ids.
+        count: Tokens to add.
+    """
+    ids = prompt[None]
+    with torch.inference_mode():
+        for _ in range(count):
+            ids = torch.cat([ids, score(ids)[:, -1:].argmax(-1)], 1)
+    return ids[0, len(prompt) :].tolist()
+
+
+def check_module(original: Scorer, exact: LatentModel, converted: LatentModel, ids: Tensor, text: bool) -> Verification:
+    """Run the first two links and measure the price of the conversion.
+
+    Args:
+        original: The unconverted model.
+        exact: The same rewrite with nothing left out.
+        converted: The conversion.
+        ids: ``[batch, length]`` token ids, at least 8 long.
+        text: Whether they are the user's text.
+
+    Raises:
+        VerificationError: A link is broken.
+    """
+    with torch.inference_mode():
+        expected = original(ids)
+        rewrite_error = relative_error(exact(ids).logits, expected)
+        whole = converted(ids).logits
+        decode_error = relative_error(_in_chunks(converted, ids), whole)
+    _require("The rewritten graph at full rank", "the original model", rewrite_error)
+    _require("Decoding with the latent cache", "the same model on the whole sequence", decode_error)
+    prompt = ids[0, : ids.shape[1] // 2]
+    ours = generate(TorchDecoder(converted), [prompt.tolist()], GREEDY_TOKENS)[0]
+    with torch.inference_mode():
+        cache = converted(ids).cache
+    return Verification(
+        rewrite_error=rewrite_error,
+        decode_error=decode_error,
+        lowering_error=None,
+        lowering_greedy=None,
+        conversion_error=relative_error(whole, expected),
+        conversion_greedy=_agreement(ours, greedy_original(original, prompt, GREEDY_TOKENS)),
+        cache_bytes_per_token=sum(c.nbytes for c in cache) // ids.numel(),
+        tokens=ids.numel(),
+        text=text,
+    )
+
+
+def check_onnx(converted: LatentModel, decoder: OnnxDecoder, ids: Tensor, planned_bytes: int) -> tuple[float, float, int]:
+    """Run the third link on a loaded ONNX file.
+
+    Args:
+        converted: The converted PyTorch module.
+        decoder: The ONNX file in ONNX Runtime.
+        ids: ``[batch, length]`` token ids.
+        planned_bytes: Cache bytes per token the plan promised.
+
+    Returns:
+        Relative logit error, greedy agreement, and measured cache bytes per token.
+
+    Raises:
+        VerificationError: The runtimes disagree, or the cache is not as small as planned.
+    """
+    with torch.inference_mode():
+        expected = converted(ids).logits.float()
+    error = relative_error(torch.from_numpy(_onnx_in_chunks(decoder, ids.numpy())), expected)
+    _require("ONNX Runtime", "the converted PyTorch module", error)
+    prompt = ids[0, : ids.shape[1] // 2].tolist()
+    greedy = _agreement(
+        decoder.generate([prompt], GREEDY_TOKENS)[0], generate(TorchDecoder(converted), [prompt], GREEDY_TOKENS)[0]
+    )
+    ones = np.ones_like(ids.numpy())
+    _, cache = decoder.step(ids.numpy(), ones, ones.cumsum(1) - 1, decoder.empty_cache(len(ids)))
+    measured = decoder.measured_bytes(cache) // ids.numel()
+    if measured != planned_bytes:
+        raise VerificationError(
+            f"The cache holds {measured} bytes per token, but the plan says {planned_bytes}.",
+            "Report this with the model's config.json.",
+        )
+    return error, greedy, measured
+
+
+def _require(what: str, reference: str, error: float) -> None:
+    if not error <= TOLERANCE:
+        raise VerificationError(
+            f"{what} differs from {reference} by {error:.1e} of the largest logit (allowed: {TOLERANCE:.0e}).",
+            "No output was kept. Report this with the output of 'mla-compile inspect'.",
+        )
+
+
+def _chunks(length: int) -> list[int]:
+    """A long prefill, a chunk, and single tokens that add up to the length."""
+    chunk = max(1, length // 4)
+    return [length - chunk - 2, chunk, 1, 1]
+
+
+def _in_chunks(model: LatentModel, ids: Tensor) -> Tensor:
+    past, parts = None, []
+    for part in ids.split(_chunks(ids.shape[1]), 1):
+        result = model(part, past=past)
+        past = result.cache
+        parts.append(result.logits)
+    return torch.cat(parts, 1)
+
+
+def _onnx_in_chunks(decoder: OnnxDecoder, ids: Ids) -> np.ndarray:
+    cache, parts, done = decoder.empty_cache(len(ids)), [], 0
+    for size in _chunks(ids.shape[1]):
+        part = ids[:, done : done + size]
+        positions = np.broadcast_to(np.arange(done, done + size), part.shape)
+        logits, cache = decoder.step(part, np.ones((len(ids), done + size), np.int64), positions, cache)
+        parts.append(logits)
+        done += size
+    return np.concatenate(parts, 1)
+
+
+def _agreement(ours: Sequence[int], theirs: Sequence[int]) -> float:
+    """Fraction of tokens that agree before the first difference."""
+    same = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), len(theirs))
+    return same / len(theirs) if theirs else 1.0

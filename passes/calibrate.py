@@ -1,0 +1,100 @@
+"""Stream calibration text through the original graph and accumulate what factorisation needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from mla_compile.program import Program
+from mla_compile.site import AttentionSite, Projection
+
+__all__ = ["PairNorms", "pair_norms"]
+
+
+@dataclass(frozen=True)
+class PairNorms:
+    """Mean length of every rotary pair of one site, before rotation, in float64.
+
+    Attributes:
+        query: ``[heads, pairs]``, mean over tokens of ``|q|`` of the pair.
+        key: ``[kv_heads, pairs]``.
+    """
+
+    query: Tensor
+    key: Tensor
+
+
+class _Watcher(fx.Interpreter):
+    """Runs a graph, hands watched values to their observers, and frees every value after its last use."""
+
+    def __init__(self, module: fx.GraphModule, watched: Mapping[str, Callable[[Tensor], None]]) -> None:
+        super().__init__(module)
+        self._watched = watched
+
+    def run_node(self, n: fx.Node) -> Any:  # noqa: ANN401 - graph values
+        value = super().run_node(n)
+        if n.name in self._watched:
+            self._watched[n.name](value)
+        return value
+
+
+def pair_norms(
+    program: Program,
+    sites: Sequence[AttentionSite],
+    windows: Tensor,
+    batch: int = 8,
+    progress: Callable[[Iterable[Tensor]], Iterable[Tensor]] = iter,
+) -> tuple[PairNorms, ...]:
+    """Measure mean pair norms of queries and keys (MHA2MLA section 3.1, the 2-norm criterion).
+
+    Args:
+        program: The original model.
+        sites: Its attention sites.
+        windows: Token ids ``[windows, length]``.
+        batch: Windows per forward pass.
+        progress: Wraps the batches to show progress.
+
+    Returns:
+        One entry per site. Memory does not grow with the number of tokens.
+    """
+    sums = [
+        {role: torch.zeros(p.heads, len(s.rope.pairs), dtype=torch.float64) for role, p in _operands(s)} for s in sites
+    ]
+    watched: dict[str, list[Callable[[Tensor], None]]] = {}
+    for site, total in zip(sites, sums, strict=True):
+        for role, projection in _operands(site):
+
+            def observe(
+                value: Tensor, site: AttentionSite = site, p: Projection = projection, into: Tensor = total[role]
+            ) -> None:
+                into += _norms(value, p, site)
+
+            watched.setdefault(projection.node, []).append(observe)
+
+    def fan_out(observers: list[Callable[[Tensor], None]]) -> Callable[[Tensor], None]:
+        return lambda value: [observe(value) for observe in observers] and None
+
+    watcher = _Watcher(program.flat_module(), {name: fan_out(observers) for name, observers in watched.items()})  # type: ignore[arg-type]
+    with torch.inference_mode():
+        for ids in progress(windows.split(batch)):
+            watcher.run(*program.inputs(ids))
+    tokens = windows.numel()
+    return tuple(PairNorms(query=total["query"] / tokens, key=total["key"] / tokens) for total in sums)
+
+
+def _operands(site: AttentionSite) -> tuple[tuple[str, Projection], ...]:
+    return (("query", site.query), ("key", site.key))
+
+
+def _norms(value: Tensor, projection: Projection, site: AttentionSite) -> Tensor:
+    """Sum over tokens of the length of every pair, ``[heads, pairs]``."""
+    outputs = (value.flatten(0, 1) if value.dim() > 2 else value).flatten(1).double()
+    heads = outputs[:, torch.tensor(projection.rows)] * torch.tensor(projection.gain, dtype=torch.float64)
+    if projection.offset is not None:
+        heads = heads + torch.tensor(projection.offset, dtype=torch.float64)
+    pairs = torch.tensor(site.rope.pairs, dtype=torch.long).reshape(-1, 2)
+    return torch.hypot(heads[..., pairs[:, 0]], heads[..., pairs[:, 1]]).sum(0)

@@ -1,0 +1,160 @@
+"""Evaluate parts of an exported graph on made-up values, in float64.
+
+Recognition works by asking the graph questions ("if this projection printed these numbers, what would the attention
+operand be?"). The evaluator computes only what a question needs, takes any node's value as given (an override), and
+promotes every float type to float64, so that answers do not depend on the precision the model was exported in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from mla_compile.program import Program
+
+__all__ = ["GraphEvaluator", "example_inputs"]
+
+_aten = torch.ops.aten
+_FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32})
+_CREATION = frozenset(
+    {
+        _aten.full.default,
+        _aten.ones.default,
+        _aten.zeros.default,
+        _aten.scalar_tensor.default,
+        _aten.arange.default,
+        _aten.arange.start,
+        _aten.arange.start_step,
+    }
+)
+# Exported views record the strides of the kernels seen at export; other sizes may need a copy.
+_VIEWS = {_aten.view.default: _aten.reshape.default, _aten._unsafe_view.default: _aten.reshape.default}
+
+
+def example_inputs(program: Program, batch: int, length: int, seed: int = 0) -> dict[str, Tensor]:
+    """Make valid inputs of a given size: random tokens, all-ones mask, positions from 0.
+
+    Args:
+        program: The program whose placeholders are filled.
+        batch: Number of sequences.
+        length: Tokens per sequence.
+        seed: Seed of the random tokens.
+
+    Returns:
+        Placeholder name to tensor ``[batch, length]``.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    vocabulary = _vocabulary(program)
+    inputs = {program.tokens: torch.randint(0, vocabulary, (batch, length), generator=generator)}
+    if program.attention_mask:
+        inputs[program.attention_mask] = torch.ones(batch, length, dtype=torch.long)
+    if program.position_ids:
+        inputs[program.position_ids] = torch.arange(length).expand(batch, length).contiguous()
+    by_name = {n.name: n for n in program.exported.graph.nodes if n.op == "placeholder"}
+    return {name: value.to(by_name[name].meta["val"].dtype) for name, value in inputs.items()}
+
+
+def _vocabulary(program: Program) -> int:
+    """Rows of the embedding table the tokens index."""
+    tokens = next(n for n in program.exported.graph.nodes if n.name == program.tokens)
+    rows = [
+        int(user.args[0].meta["val"].shape[0])
+        for user in tokens.users
+        if user.target is _aten.embedding.default and user.args[1] is tokens
+    ]
+    logits = next(n for n in program.exported.graph.nodes if n.name == program.logits)
+    return min(rows) if rows else int(logits.meta["val"].shape[-1])
+
+
+class GraphEvaluator:
+    """Lazy float64 evaluation of a program's graph with overridden nodes.
+
+    Args:
+        program: The program; its weights are read only where a question depends on them.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.graph = program.exported.graph
+        self.nodes: dict[str, Node] = {n.name: n for n in self.graph.nodes}
+        self._order = {n: i for i, n in enumerate(self.graph.nodes)}
+        signature = program.exported.graph_signature
+        self._constants = (
+            set(signature.inputs_to_parameters)
+            | set(signature.inputs_to_buffers)
+            | set(signature.inputs_to_lifted_tensor_constants)
+        )
+
+    def order(self, node: Node) -> int:
+        """Position of a node in the graph."""
+        return self._order[node]
+
+    def run(
+        self,
+        targets: Sequence[Node],
+        overrides: Mapping[Node, Tensor],
+        inputs: Mapping[str, Tensor],
+        patched: Mapping[Node, tuple[Any, ...]] | None = None,
+    ) -> list[Tensor]:
+        """Evaluate target nodes.
+
+        Args:
+            targets: Nodes whose values are wanted.
+            overrides: Values to take as given; what lies behind them is not computed.
+            inputs: Values of the user's placeholders.
+            patched: Positional arguments to use in place of a node's own, to ask what a literal does.
+
+        Returns:
+            The targets' values, floats as float64.
+        """
+        needed: set[Node] = set()
+        stack = list(targets)
+        while stack:
+            node = stack.pop()
+            if node not in needed:
+                needed.add(node)
+                if node not in overrides:
+                    stack.extend(node.all_input_nodes)
+        values: dict[Node, Any] = {}
+        with torch.no_grad():
+            for node in sorted(needed, key=self._order.__getitem__):
+                values[node] = overrides[node] if node in overrides else self._evaluate(node, values, inputs, patched)
+        return [values[t] for t in targets]
+
+    def _evaluate(
+        self,
+        node: Node,
+        values: Mapping[Node, Any],
+        inputs: Mapping[str, Tensor],
+        patched: Mapping[Node, tuple[Any, ...]] | None,
+    ) -> Any:  # noqa: ANN401 - graph values are tensors, sizes and tuples of them
+        if node.op == "placeholder":
+            return _promote(self.program.constant(node.name) if node.name in self._constants else inputs[node.name])
+        if node.op == "get_attr":
+            return getattr(self.program.exported.graph_module, str(node.target))
+        own = patched[node] if patched and node in patched else node.args
+        args, kwargs = torch.fx.node.map_arg((own, dict(node.kwargs)), values.__getitem__)
+        args = tuple(_wide(a) for a in args)
+        kwargs = {k: _wide(v) for k, v in kwargs.items()}
+        if node.target in _CREATION and "dtype" not in kwargs and _is_narrow_float(node):
+            kwargs["dtype"] = torch.float64
+        return _VIEWS.get(node.target, node.target)(*args, **kwargs)
+
+
+def _is_narrow_float(node: Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.dtype in _FLOATS
+
+
+def _wide(argument: Any) -> Any:  # noqa: ANN401 - operator arguments have any type
+    return torch.float64 if isinstance(argument, torch.dtype) and argument in _FLOATS else argument
+
+
+def _promote(value: Tensor) -> Tensor:
+    if value.dtype in _FLOATS:
+        return value.double()
+    return value.to(torch.complex128) if value.dtype == torch.complex64 else value

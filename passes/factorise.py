@@ -1,0 +1,186 @@
+"""From per-head weights to latent weights: the one interface all methods share, and the MHA2MLA method.
+
+A method decides which rotary components stay and how keys and values become one latent; everything downstream sees only
+:class:`LatentWeights`. Tokens are cached as rows ``[latent | rope keys]``. Rope keys may be one per key/value head
+(MHA2MLA) or one shared by all heads; the former is the latter with queries zero-padded to their head's slot.
+
+Biases are placed exactly, by two properties of softmax: adding the same number to every logit of a query changes
+nothing, so a key bias on channels that do not rotate is dropped; and attention weights sum to one, so a value bias is
+added to the output instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mla_compile.config import CompileConfig
+from mla_compile.passes.calibrate import PairNorms
+from mla_compile.passes.weights import SiteWeights
+from mla_compile.plan import LatentPlan
+from mla_compile.site import AttentionSite
+
+__all__ = ["METHODS", "LatentWeights", "Method", "factorise_mha2mla", "select_pairs", "truncated_svd"]
+
+
+@dataclass(frozen=True)
+class LatentWeights:
+    """Everything one latent-attention layer multiplies with; float64, cast when inserted.
+
+    Channels of a query head are ordered ``[not rotating | rotating]``, rotating ones as ``[real | imaginary]``.
+
+    Attributes:
+        query: ``[heads, nope_dim + rope_dim, width]``.
+        query_bias: ``[heads, nope_dim + rope_dim]``, or None.
+        row: ``[kv_rank + rope_groups * rope_dim, width]``: what a token writes to the cache, before rotation.
+        row_bias: ``[kv_rank + rope_groups * rope_dim]``, or None; zero on the latent.
+        key_up: ``[kv_heads, nope_dim, kv_rank]``: latent to non-rotating key channels.
+        value_up: ``[kv_heads, kv_rank, v_dim]``: latent to values.
+        output_bias: ``[heads, v_dim]`` added to attention outputs, or None.
+        inv_freq: ``[rope_groups, rope_dim / 2]`` radians per position.
+    """
+
+    query: Tensor
+    query_bias: Tensor | None
+    row: Tensor
+    row_bias: Tensor | None
+    key_up: Tensor
+    value_up: Tensor
+    output_bias: Tensor | None
+    inv_freq: Tensor
+
+
+class Method(Protocol):
+    """A way to choose latent weights for one site."""
+
+    def __call__(
+        self,
+        site: AttentionSite,
+        weights: SiteWeights,
+        plan: LatentPlan,
+        config: CompileConfig,
+        norms: PairNorms | None,
+    ) -> LatentWeights:
+        """Return the latent weights of one site."""
+        ...
+
+
+def select_pairs(site: AttentionSite, count: int, selection: str, norms: PairNorms | None) -> list[list[int]]:
+    """Choose the rotary pairs that keep rotating, per key/value head (MHA2MLA section 3.1).
+
+    Args:
+        site: The attention site; its ``P`` pairs are ranked from the highest frequency.
+        count: Pairs to keep, ``r`` in the paper.
+        selection: ``high`` (the first r), ``low`` (the last r), ``uniform`` (every ``P / r``-th) or ``2-norm`` (the r
+            largest ``mean |q| * mean |k|``, summed over the query heads of a group).
+        norms: Calibration norms, needed by ``2-norm``.
+
+    Returns:
+        For every key/value head, indices into ``site.rope.pairs``, from high to low frequency.
+    """
+    total = len(site.rope.pairs)
+    ranked = sorted(range(total), key=lambda i: -site.rope.inv_freq[i])
+    if selection == "2-norm":
+        if norms is None:
+            raise ValueError("2-norm selection needs calibration norms")
+        group = site.heads // site.kv_heads
+        scores = norms.query.reshape(site.kv_heads, group, total).sum(1) * norms.key
+        kept = [sorted(range(total), key=lambda i: (-float(row[i]), ranked.index(i)))[:count] for row in scores]
+        return [sorted(chosen, key=ranked.index) for chosen in kept]
+    if selection == "high":
+        chosen = ranked[:count]
+    elif selection == "low":
+        chosen = ranked[total - count :]
+    else:
+        chosen = [ranked[k * total // count] for k in range(count)]
+    return [chosen] * site.kv_heads
+
+
+def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Best rank-``rank`` factors of a matrix (Eckart-Young), with reproducible signs.
+
+    Args:
+        matrix: ``[rows, width]``, float64.
+        rank: Number of components; past the matrix's own rank they are zero.
+
+    Returns:
+        ``up`` ``[rows, rank]`` (carrying the singular values) and ``down`` ``[rank, width]`` with orthonormal rows.
+    """
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    available = min(rank, values.shape[0])
+    left, values, right = left[:, :available], values[:available], right[:available]
+    sign = right.gather(1, right.abs().argmax(1, keepdim=True)).sign()
+    up, down = left * (values * sign[:, 0]), right * sign
+    missing = rank - available
+    return torch.nn.functional.pad(up, (0, missing)), torch.nn.functional.pad(down, (0, 0, 0, missing))
+
+
+def factorise_mha2mla(
+    site: AttentionSite, weights: SiteWeights, plan: LatentPlan, config: CompileConfig, norms: PairNorms | None
+) -> LatentWeights:
+    """Partial RoPE and weight-only SVD, as published (MHA2MLA, arXiv 2502.14837, sections 3.1 and 3.2).
+
+    ``joint`` factorises ``[W_K,nope; W_V]`` once; ``split`` factorises each with half of the rank. As in the published
+    code the down-projection has orthonormal rows and the up-projection carries the singular values.
+    """
+    kv_heads, group, half = site.kv_heads, site.heads // site.kv_heads, plan.rope_dims // 2
+    chosen = select_pairs(site, half, config.selection, norms) if half else [[] for _ in range(kv_heads)]
+    orders = [_channel_order(site, pairs) for pairs in chosen]
+    nope = site.qk_dim - plan.rope_dims
+    width = weights.key.weight.shape[-1]
+
+    query_order = torch.tensor([orders[h // group] for h in range(site.heads)])
+    key_order = torch.tensor(orders)
+    query = torch.take_along_dim(weights.query.weight, query_order[:, :, None], 1)
+    query_bias = torch.take_along_dim(weights.query.bias, query_order, 1)
+    key = torch.take_along_dim(weights.key.weight, key_order[:, :, None], 1)
+    key_bias = torch.take_along_dim(weights.key.bias, key_order, 1)
+
+    keys, values = key[:, :nope].reshape(-1, width), weights.value.weight.reshape(-1, width)
+    if config.svd == "joint":
+        up, down = truncated_svd(torch.cat([keys, values]), plan.kv_rank)
+        key_part, value_part = up[: keys.shape[0]], up[keys.shape[0] :]
+    else:
+        key_rank, value_rank = _split_rank(plan.kv_rank, min(keys.shape), min(values.shape))
+        key_up, key_down = truncated_svd(keys, key_rank)
+        value_up, value_down = truncated_svd(values, value_rank)
+        down = torch.cat([key_down, value_down])
+        key_part = torch.nn.functional.pad(key_up, (0, value_rank))
+        value_part = torch.nn.functional.pad(value_up, (key_rank, 0))
+
+    rope_bias = key_bias[:, nope:].reshape(-1)
+    row_bias = torch.cat([rope_bias.new_zeros(plan.kv_rank), rope_bias])
+    output_bias = weights.value.bias.repeat_interleave(group, 0)
+    frequencies = torch.tensor(site.rope.inv_freq, dtype=torch.float64)
+    return LatentWeights(
+        query=query,
+        query_bias=query_bias if query_bias.any() else None,
+        row=torch.cat([down, key[:, nope:].reshape(-1, width)]),
+        row_bias=row_bias if row_bias.any() else None,
+        key_up=key_part.reshape(kv_heads, nope, plan.kv_rank),
+        value_up=value_part.reshape(kv_heads, site.v_dim, plan.kv_rank).transpose(1, 2).contiguous(),
+        output_bias=output_bias if output_bias.any() else None,
+        inv_freq=frequencies[torch.tensor(chosen, dtype=torch.long)] if half else torch.zeros(1, 0, dtype=torch.float64),
+    )
+
+
+def _channel_order(site: AttentionSite, kept: list[int]) -> list[int]:
+    """Channels of a head as ``[not rotating | real parts | imaginary parts]`` of the kept pairs."""
+    real = [site.rope.pairs[i][0] for i in kept]
+    imaginary = [site.rope.pairs[i][1] for i in kept]
+    return [c for c in range(site.qk_dim) if c not in {*real, *imaginary}] + real + imaginary
+
+
+def _split_rank(rank: int, key_limit: int, value_limit: int) -> tuple[int, int]:
+    """Half of the rank each; what one side cannot use goes to the other."""
+    keys = min(rank // 2, key_limit)
+    values = min(rank - keys, value_limit)
+    return rank - values, values
+
+
+METHODS: Mapping[str, Method] = {"mha2mla": factorise_mha2mla}
+"""Factorisation methods by their configuration name."""

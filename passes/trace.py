@@ -1,0 +1,273 @@
+"""Find attention in a graph by data flow: anchors, and the projections that feed them.
+
+An anchor is where attention cannot hide: a scaled-dot-product operator, or a softmax between two products of
+activations. From an anchor the trace walks backwards through whatever the author wrote in between, to the nearest
+products of an activation with a weight. Nothing here looks at module classes or operator sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.fx import Node
+
+from mla_compile.program import Program
+from mla_compile.site import RejectCode
+
+__all__ = ["Anchor", "DataFlow", "MismatchError", "ProjectionNode", "find_anchors", "module_path", "read_projection"]
+
+_aten = torch.ops.aten
+_SDPA = _aten.scaled_dot_product_attention.default
+_SOFTMAX = frozenset({_aten.softmax.int, _aten._softmax.default, _aten._safe_softmax.default})
+_PRODUCTS = frozenset(
+    {
+        _aten.matmul.default,
+        _aten.bmm.default,
+        _aten.mm.default,
+        _aten.linear.default,
+        _aten.addmm.default,
+        _aten.baddbmm.default,
+        _aten.einsum.default,
+    }
+)
+
+
+class MismatchError(Exception):
+    """A sub-graph is not what a recogniser reads; becomes a :class:`~mla_compile.site.Rejection`."""
+
+    def __init__(self, code: RejectCode, reason: str) -> None:
+        super().__init__(reason)
+        self.code = code
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class ProjectionNode:
+    """A product of one activation with one weight expression: ``node = source @ weight (+ bias)``."""
+
+    node: Node
+    source: Node
+    weight: Node
+    bias: Node | None
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """Where attention happens.
+
+    Attributes:
+        query, key, value: Operand nodes of the two products.
+        scores: The product of queries and keys; the operator itself when it is fused.
+        softmax: The softmax node; the operator itself when it is fused.
+        probabilities: The operand of the value product that comes from the softmax; None when fused.
+        output: The product with the values.
+    """
+
+    query: Node
+    key: Node
+    value: Node
+    scores: Node
+    softmax: Node
+    probabilities: Node | None
+    output: Node
+
+    @property
+    def fused(self) -> bool:
+        """Whether one operator does scores, softmax and weighted sum."""
+        return self.probabilities is None
+
+
+class DataFlow:
+    """Which nodes carry activations and which only weights.
+
+    Attributes:
+        hidden: Nodes whose value depends on embedded tokens or float inputs.
+        static: Nodes computed from parameters, buffers and constants alone.
+        weighted: Nodes that depend on at least one parameter.
+        parameters: Placeholder node to qualified parameter name.
+    """
+
+    def __init__(self, program: Program) -> None:
+        exported: ExportedProgram = program.exported
+        signature = exported.graph_signature
+        self.hidden: set[Node] = set()
+        self.static: set[Node] = set()
+        self.weighted: set[Node] = set()
+        self.parameters: dict[Node, str] = {}
+        user_dependent: set[Node] = set()
+        constants = {*signature.inputs_to_buffers, *signature.inputs_to_lifted_tensor_constants}
+        for node in exported.graph.nodes:
+            if node.op == "placeholder":
+                if node.name in signature.inputs_to_parameters:
+                    self.parameters[node] = signature.inputs_to_parameters[node.name]
+                    self.static.add(node)
+                    self.weighted.add(node)
+                elif node.name in constants:
+                    self.static.add(node)
+                else:
+                    user_dependent.add(node)
+                    value = node.meta.get("val")
+                    if isinstance(value, Tensor) and value.is_floating_point():
+                        self.hidden.add(node)
+            elif node.op == "get_attr":
+                self.static.add(node)
+            elif node.op == "call_function" and node.target is not _aten.sym_size.int:
+                # A size is a number about a tensor, not its content: it ends the flow.
+                inputs = node.all_input_nodes
+                if any(i in user_dependent for i in inputs):
+                    user_dependent.add(node)
+                if any(i in self.hidden for i in inputs) or (
+                    node.target is _aten.embedding.default
+                    and node.args[0] in self.weighted
+                    and node.args[1] in user_dependent
+                ):
+                    self.hidden.add(node)
+                if inputs and all(i in self.static for i in inputs):
+                    self.static.add(node)
+                if any(i in self.weighted for i in inputs):
+                    self.weighted.add(node)
+
+    def behind(self, node: Node, stop: Callable[[Node], bool] = lambda _: False) -> set[Node]:
+        """Return the activation-carrying nodes ``node`` depends on, itself included, not looking behind ``stop``."""
+        seen: set[Node] = set()
+        stack = [node]
+        while stack:
+            current = stack.pop()
+            if current not in seen:
+                seen.add(current)
+                if not stop(current):
+                    stack.extend(i for i in current.all_input_nodes if i in self.hidden)
+        return seen
+
+    def projection(self, node: Node) -> ProjectionNode | None:
+        """Return the node as a product of one activation with one weight expression, if it is one."""
+        if node.op != "call_function" or node.target not in _PRODUCTS or node not in self.hidden:
+            return None
+        operands, bias = _operands(node)
+        if len(operands) != 2:
+            return None
+        hidden = [o for o in operands if o in self.hidden]
+        weights = [o for o in operands if o in self.static and o in self.weighted]
+        if len(hidden) != 1 or len(weights) != 1:
+            return None
+        return ProjectionNode(node, hidden[0], weights[0], bias)
+
+    def parameter_name(self, node: Node) -> str:
+        """Return the one parameter a weight expression is made of."""
+        while node not in self.parameters:
+            inputs = [i for i in node.all_input_nodes if i in self.weighted]
+            if len(inputs) != 1:
+                return f"<{node.name}>"
+            node = inputs[0]
+        return self.parameters[node]
+
+
+def _operands(node: Node) -> tuple[list[Node], Node | None]:
+    """Split a product's arguments into its two factors and what is added."""
+    if node.target in (_aten.addmm.default, _aten.baddbmm.default):
+        return list(node.args[1:3]), node.args[0]  # type: ignore[arg-type]
+    if node.target is _aten.linear.default:
+        return list(node.args[:2]), node.args[2] if len(node.args) > 2 else None  # type: ignore[arg-type,return-value]
+    if node.target is _aten.einsum.default:
+        return list(node.args[1]), None  # type: ignore[arg-type]
+    return list(node.args[:2]), None  # type: ignore[arg-type]
+
+
+def find_anchors(flow: DataFlow, program: Program) -> list[Anchor | tuple[Node, MismatchError]]:
+    """List every anchor in graph order, and the softmaxes over attention-like scores that are not one.
+
+    A softmax over a plain projection (a router, a classifier) is not attention and is not listed.
+    """
+    found: list[Anchor | tuple[Node, MismatchError]] = []
+    for node in program.exported.graph.nodes:
+        if node.op != "call_function" or node not in flow.hidden:
+            continue
+        if node.target is _SDPA:
+            query, key, value = node.args[:3]
+            found.append(Anchor(query, key, value, node, node, None, node))  # type: ignore[arg-type]
+        elif node.target in _SOFTMAX:
+            try:
+                anchor = _anchor_of_softmax(flow, node)
+            except MismatchError as mismatch:
+                found.append((node, mismatch))
+            else:
+                if anchor is not None:
+                    found.append(anchor)
+    return found
+
+
+def _anchor_of_softmax(flow: DataFlow, softmax: Node) -> Anchor | None:
+    def is_product(node: Node) -> bool:
+        return node.op == "call_function" and node.target in _PRODUCTS
+
+    products = [n for n in flow.behind(softmax.args[0], is_product) if is_product(n)]  # type: ignore[arg-type]
+    bilinear = [n for n in products if all(o in flow.hidden for o in _operands(n)[0])]
+    if not bilinear:
+        return None
+    if len(bilinear) != 1 or len(products) != 1:
+        raise MismatchError(
+            RejectCode.ANCHOR, f"softmax '{softmax.name}' is fed by {len(products)} products instead of one q.k product"
+        )
+    queue, seen = [softmax], {softmax}
+    while queue:
+        node = queue.pop(0)
+        for user in node.users:
+            if user in seen or user.op != "call_function":
+                continue
+            seen.add(user)
+            if user.target in _PRODUCTS:
+                operands = _operands(user)[0]
+                if node in operands and all(o in flow.hidden for o in operands):
+                    value = next(o for o in operands if o is not node)
+                    query, key = _operands(bilinear[0])[0]
+                    return Anchor(query, key, value, bilinear[0], softmax, node, user)
+            else:
+                queue.append(user)
+    raise MismatchError(RejectCode.ANCHOR, f"softmax '{softmax.name}' is not multiplied with values")
+
+
+def read_projection(flow: DataFlow, operand: Node, role: str) -> ProjectionNode:
+    """Walk back from an operand to the projection it comes from.
+
+    Args:
+        flow: Data flow of the graph.
+        operand: Node of queries, keys or values.
+        role: ``query``, ``key`` or ``value``, for the message.
+
+    Raises:
+        MismatchError: There is not exactly one projection behind the operand.
+    """
+    behind = flow.behind(operand, lambda n: flow.projection(n) is not None)
+    projections = [p for p in map(flow.projection, behind) if p is not None]
+    leaves = [
+        n
+        for n in behind
+        if flow.projection(n) is None
+        and (
+            not any(i in flow.hidden for i in n.all_input_nodes)
+            or n.target is _SDPA
+            or (n.target in _PRODUCTS and n.op == "call_function")
+        )
+    ]
+    if leaves:
+        raise MismatchError(
+            RejectCode.PROJECTION, f"the {role} depends on '{leaves[0].name}', which is not a linear projection"
+        )
+    if len(projections) != 1:
+        names = ", ".join(sorted(flow.parameter_name(p.weight) for p in projections))
+        raise MismatchError(
+            RejectCode.PROJECTION,
+            f"the {role} is made from {len(projections)} projections ({names}): already latent, or merged, attention",
+        )
+    return projections[0]
+
+
+def module_path(node: Node, fallback: str) -> str:
+    """Return the author's module path of a node, cleaned of wrapper prefixes, or ``fallback``."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [str(entry[0]) for entry in stack.values() if isinstance(entry, tuple) and entry[0]]
+    return paths[-1] if paths else fallback

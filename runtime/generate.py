@@ -1,0 +1,124 @@
+"""Generate text with any decoder: padding, positions, sampling and stopping in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Decoder", "Sampling", "generate"]
+
+Ids = NDArray[np.int64]
+
+
+class Decoder(Protocol):
+    """A model with a cache, one step at a time."""
+
+    def empty_cache(self, batch: int) -> Any:  # noqa: ANN401 - each runtime has its own cache
+        """A cache of no tokens for ``batch`` sequences."""
+        ...
+
+    def step(self, ids: Ids, attention_mask: Ids, position_ids: Ids, cache: Any) -> tuple[NDArray[Any], Any]:  # noqa: ANN401
+        """Run new tokens ``[batch, new]``.
+
+        Returns:
+            Logits ``[batch, new, vocabulary]`` and the grown cache.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+        temperature: 0 takes the most likely token; higher flattens the distribution.
+        top_k: Choose among the k most likely; 0 for all.
+        top_p: Choose among the fewest tokens whose probabilities sum to at least p.
+        seed: Seed of the random choices.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+def generate(
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    sampling: Sampling | None = None,
+    stop: Sequence[int] = (),
+    on_tokens: Callable[[list[int | None]], None] | None = None,
+) -> list[list[int]]:
+    """Continue prompts of any lengths together.
+
+    Args:
+        decoder: The model.
+        prompts: Token ids per sequence, at least one each; shorter ones are padded on the left.
+        max_new_tokens: Tokens to add per sequence, at most.
+        sampling: How tokens are chosen; greedily by default.
+        stop: Token ids that end a sequence; they are not part of the result.
+        on_tokens: Called after every step with each sequence's new token, None for those that have ended.
+
+    Returns:
+        New token ids per sequence.
+
+    Raises:
+        ValueError: A prompt is empty.
+    """
+    if any(not len(p) for p in prompts):
+        raise ValueError("every prompt needs at least one token")
+    sampling = sampling or Sampling()
+    random = np.random.default_rng(sampling.seed)
+    longest = max(map(len, prompts))
+    ids = np.zeros((len(prompts), longest), dtype=np.int64)
+    mask = np.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = prompt
+        mask[row, longest - len(prompt) :] = 1
+    positions = np.maximum(mask.cumsum(1) - 1, 0)
+    cache = decoder.empty_cache(len(prompts))
+    results: list[list[int]] = [[] for _ in prompts]
+    running = [True] * len(prompts)
+    for _ in range(max_new_tokens):
+        logits, cache = decoder.step(ids, mask, positions, cache)
+        chosen = _choose(logits[:, -1], sampling, random)
+        emitted: list[int | None] = [None] * len(prompts)
+        for row, token in enumerate(chosen.tolist()):
+            running[row] = running[row] and token not in stop
+            if running[row]:
+                results[row].append(token)
+                emitted[row] = token
+        if on_tokens:
+            on_tokens(emitted)
+        if not any(running):
+            break
+        ids = chosen[:, None]
+        mask = np.concatenate([mask, np.ones((len(prompts), 1), dtype=np.int64)], 1)
+        positions = positions[:, -1:] + 1
+    return results
+
+
+def _choose(logits: NDArray[Any], sampling: Sampling, random: np.random.Generator) -> Ids:
+    """Pick one token per row of ``[batch, vocabulary]``."""
+    if sampling.temperature <= 0:
+        return logits.argmax(-1).astype(np.int64)
+    scaled = logits.astype(np.float64) / sampling.temperature
+    if 0 < sampling.top_k < scaled.shape[-1]:
+        least = np.partition(scaled, -sampling.top_k, -1)[:, -sampling.top_k, None]
+        scaled = np.where(scaled < least, -np.inf, scaled)
+    weights = np.exp(scaled - scaled.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    if sampling.top_p < 1:
+        order = np.argsort(-weights, -1, kind="stable")
+        ordered = np.take_along_axis(weights, order, -1)
+        beyond = ordered.cumsum(-1) - ordered >= sampling.top_p
+        np.put_along_axis(weights, order, np.where(beyond, 0.0, ordered), -1)
+        weights /= weights.sum(-1, keepdims=True)
+    return np.array([random.choice(len(row), p=row) for row in weights], dtype=np.int64)

@@ -1,0 +1,118 @@
+"""The maths in float64, as plainly as possible: the oracle every kernel, operator and lowering is tested against.
+
+``B`` batch, ``S`` new tokens, ``P`` past tokens, ``T = P + S``, ``H`` query heads, ``n`` key/value heads or rope groups,
+``R = rank + n_rope * rope_dim`` numbers in one cache row ``[latent | rope keys]``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["attention", "latent_attention", "visible_keys"]
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pairs: Sequence[tuple[int, int]],
+    inv_freq: Sequence[float],
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    """Causal grouped-query attention with rotary pairs from position 0 (Vaswani 2017 eq. 1, Su 2021 eq. 34).
+
+    Args:
+        query: ``[B, S, H, D]``, not rotated.
+        key: ``[B, S, n, D]``, not rotated.
+        value: ``[B, S, n, Dv]``.
+        pairs: Channel pairs ``(real, imaginary)``.
+        inv_freq: Radians per position of every pair.
+        scale: Factor of ``q . k``.
+        window: Keys a query sees, itself included; None for all before it.
+
+    Returns:
+        ``[B, S, H, Dv]`` in float64.
+    """
+    query, key, value = (x.double() for x in (query, key, value))
+    length, group = query.shape[1], query.shape[2] // key.shape[2]
+    angle = torch.outer(torch.arange(length, dtype=torch.float64), torch.tensor(inv_freq, dtype=torch.float64))
+    turned = []
+    for x in (query, key.repeat_interleave(group, 2)):
+        y = x.clone()
+        for i, (a, b) in enumerate(pairs):
+            cos, sin = angle[None, :, None, i].cos(), angle[None, :, None, i].sin()
+            y[..., a], y[..., b] = x[..., a] * cos - x[..., b] * sin, x[..., b] * cos + x[..., a] * sin
+        turned.append(y)
+    seen = visible_keys(torch.ones(query.shape[:2], dtype=torch.long), length, window)
+    logits = torch.einsum("bshd,bthd->bhst", *turned) * scale
+    weights = logits.masked_fill(~seen[:, None], -math.inf).softmax(-1)
+    return torch.einsum("bhst,bthd->bshd", weights, value.repeat_interleave(group, 2))
+
+
+def visible_keys(attention_mask: Tensor, new: int, window: int | None) -> Tensor:
+    """Which of ``T`` keys each of the last ``new`` tokens sees.
+
+    A token sees itself and the real tokens before it; with a window, those fewer than ``window`` real tokens back.
+    A padding token sees itself, so that no row is empty.
+
+    Args:
+        attention_mask: ``[B, T]``, non-zero for real tokens.
+        new: How many of the last tokens are queries.
+        window: Window size in tokens, or None.
+
+    Returns:
+        Bool ``[B, new, T]``.
+    """
+    total = attention_mask.shape[1]
+    real = attention_mask != 0
+    place = torch.arange(total)
+    rank = real.long().cumsum(-1)
+    seen = real[:, None, :] & (place[None, None, :] <= place[None, total - new :, None])
+    if window is not None:
+        seen = seen & (rank[:, total - new :, None] - rank[:, None, :] < window)
+    return seen | (place[None, None, :] == place[None, total - new :, None])
+
+
+def latent_attention(
+    query: Tensor,
+    row: Tensor,
+    past: Tensor,
+    attention_mask: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    key_up: Tensor,
+    value_up: Tensor,
+    scale: float,
+    window: int | None,
+) -> tuple[Tensor, Tensor]:
+    """Multi-head latent attention with explicit keys and values (MHA2MLA eq. 8-11; DeepSeek-V2 eq. 9-19).
+
+    Arguments and results are those of :func:`mla_compile.runtime.ops.latent_attention`, in float64.
+    """
+    query, row, past, cos, sin, key_up, value_up = (
+        x.double() for x in (query, row, past, cos, sin, key_up, value_up)
+    )
+    heads, groups, half = query.shape[2], cos.shape[2], cos.shape[3]
+    rank, nope = key_up.shape[2], key_up.shape[1]
+
+    def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        real, imaginary = x[..., :half], x[..., half:]
+        return torch.cat([real * cos - imaginary * sin, imaginary * cos + real * sin], -1)
+
+    rope_keys = rotate(row[..., rank:].unflatten(-1, (groups, 2 * half)), cos, sin)
+    present = torch.cat([past, torch.cat([row[..., :rank], rope_keys.flatten(-2)], -1)], 1)
+    latent, rope_keys = present[..., :rank], present[..., rank:].unflatten(-1, (groups, 2 * half))
+    keys = torch.einsum("btr,gdr->btgd", latent, key_up).repeat_interleave(heads // key_up.shape[0], 2)
+    keys = torch.cat([keys, rope_keys.repeat_interleave(heads // groups, 2)], -1)
+    values = torch.einsum("btr,grd->btgd", latent, value_up).repeat_interleave(heads // value_up.shape[0], 2)
+    per_head = [x.repeat_interleave(heads // groups, 2) for x in (cos, sin)]
+    queries = torch.cat([query[..., :nope], rotate(query[..., nope:], *per_head)], -1)
+    seen = visible_keys(attention_mask, query.shape[1], window)
+    logits = torch.einsum("bshd,bthd->bhst", queries, keys) * scale
+    weights = logits.masked_fill(~seen[:, None], -math.inf).softmax(-1)
+    return torch.einsum("bhst,bthd->bshd", weights, values), present
