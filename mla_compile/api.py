@@ -25,8 +25,8 @@ from mla_compile.passes.insert_latent import insert_latent
 from mla_compile.passes.recognise import Recognition, recognise
 from mla_compile.passes.weights import input_width, read_site
 from mla_compile.plan import LatentPlan, plan_layers
-from mla_compile.progress import Display, Stages
 from mla_compile.program import Assets, Program
+from mla_compile.progress import Display, Stages
 from mla_compile.report import Quality, Report
 from mla_compile.runtime.module import LatentModel
 
@@ -144,9 +144,7 @@ def compile(
     norms: Sequence[PairNorms | None] = [None] * len(sites)
     if text is not None and config.selection == "2-norm" and any(p.rope_dims for p in plans):
         batches = math.ceil(len(text.calibration) / 8)
-        norms = pair_norms(
-            program, sites, text.calibration, progress=lambda b: stages.each("calibrate", b, batches)
-        )
+        norms = pair_norms(program, sites, text.calibration, progress=lambda b: stages.each("calibrate", b, batches))
     converted = _convert(program, sites, plans, config, norms, stages)
     verification = None
     ids = text.held_out[:4, :256] if text is not None else _random_ids(program, config)
@@ -171,7 +169,9 @@ def compile(
     return CompiledModel(converted, report, program.assets, ids if check else None)
 
 
-def inspect(model: str | Path, *, tokenizer: str | None = None, unsafe_load: bool = False) -> tuple[Program, Recognition]:
+def inspect(
+    model: str | Path, *, tokenizer: str | None = None, unsafe_load: bool = False
+) -> tuple[Program, Recognition]:
     """Load a model and describe its attention layers, or say why they are not understood."""
     program = frontend.load_program(model, tokenizer=tokenizer, unsafe=unsafe_load)
     return program, recognise(program)
@@ -204,7 +204,9 @@ def load(folder: str | Path) -> LatentModel:
     graph.graph.set_codegen(fx.graph.CodeGen())
     graph.recompile()
     rows = [
-        int(n.meta["val"].shape[-1]) for n in exported.graph.nodes if n.op == "placeholder" and n.name.startswith("past_")
+        int(n.meta["val"].shape[-1])
+        for n in exported.graph.nodes
+        if n.op == "placeholder" and n.name.startswith("past_")
     ]
     return LatentModel(graph, rows)
 
@@ -231,7 +233,8 @@ def _load(
         return frontend.program_from_export(model, source="ExportedProgram", assets=assets)
     if example_inputs is None:
         raise UsageError(
-            "An nn.Module was given without example_inputs.", "Pass token ids, e.g. (torch.zeros(2, 8, dtype=torch.long),)."
+            "An nn.Module was given without example_inputs.",
+            "Pass token ids, e.g. (torch.zeros(2, 8, dtype=torch.long),).",
         )
     positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     return frontend.capture(model, example_inputs, assets=assets, max_positions=positions)
@@ -339,7 +342,7 @@ def _warnings(plans: Sequence[LatentPlan]) -> tuple[str, ...]:
 def _gate(quality: Quality | None, limit: float | None) -> None:
     if quality is not None and limit is not None and quality.ratio > limit:
         raise QualityGateError(
-            f"Perplexity grows {quality.ratio:.3f} times ({quality.original:.3f} to {quality.converted:.3f}), above the "
-            f"limit of {limit:g}.",
+            f"Perplexity grows {quality.ratio:.3f} times ({quality.original:.3f} to {quality.converted:.3f}), above "
+            f"the limit of {limit:g}.",
             "Raise --cache-ratio or --max-ppl-ratio.",
         )

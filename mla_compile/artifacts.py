@@ -20,8 +20,8 @@ from torch import Tensor
 from mla_compile import verify
 from mla_compile.errors import UsageError
 from mla_compile.passes.lower_onnx import export_rewritten, lower_to_onnx
-from mla_compile.progress import Stages
 from mla_compile.program import Assets
+from mla_compile.progress import Stages
 from mla_compile.report import Report, environment
 from mla_compile.runtime.module import LatentModel
 from mla_compile.runtime.onnx_session import OnnxDecoder
@@ -154,7 +154,9 @@ def _beside(path: Path, assets: Assets) -> tuple[str, ...]:
 def _copy_assets(assets: Assets, folder: Path) -> None:
     for name, content in (("config.json", assets.config), ("generation_config.json", assets.generation)):
         if content:
-            (folder / name).write_text(json.dumps(content, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8")
+            (folder / name).write_text(
+                json.dumps(content, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8"
+            )
     local = assets.local_folder
     if local is not None:
         for name in _TOKENIZER_FILES:

@@ -17,7 +17,7 @@ __all__ = ["main"]
 
 app = typer.Typer(
     name="mla-compile",
-    help="Make a trained transformer's KV cache small: rewrite its attention into latent attention and export to ONNX.\n\n"
+    help="Make a trained transformer's KV cache small: rewrite its attention to latent attention, export to ONNX.\n\n"
     "'mla-compile MODEL --out FILE.onnx' is short for 'mla-compile convert MODEL --out FILE.onnx'.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -29,9 +29,7 @@ Model = Annotated[str, typer.Argument(help="A torch.export archive (.pt2, .pt), 
 CacheRatio = Annotated[
     float | None, typer.Option(help="Cache size after over before, at most.  [default: 0.3125]", rich_help_panel=_SIZE)
 ]
-KvRank = Annotated[
-    int | None, typer.Option(help="Latent rank per layer, instead of a ratio.", rich_help_panel=_SIZE)
-]
+KvRank = Annotated[int | None, typer.Option(help="Latent rank per layer, instead of a ratio.", rich_help_panel=_SIZE)]
 Exact = Annotated[
     bool, typer.Option("--exact", help="Leave nothing out: the result must equal the original.", rich_help_panel=_SIZE)
 ]
@@ -50,7 +48,10 @@ Selection = Annotated[
     ),
 ]
 Svd = Annotated[
-    str, typer.Option(help="Factorise keys and values in one latent (joint) or two halves (split).", rich_help_panel=_METHOD)
+    str,
+    typer.Option(
+        help="Factorise keys and values in one latent (joint) or two halves (split).", rich_help_panel=_METHOD
+    ),
 ]
 MethodName = Annotated[str, typer.Option(help="Factorisation method: mha2mla.", rich_help_panel=_METHOD)]
 Calibration = Annotated[
@@ -90,7 +91,9 @@ def _root(
 @app.command()
 def convert(
     model: Model,
-    out: Annotated[Path, typer.Option(help="A .onnx file, or a folder for the PyTorch module.", rich_help_panel=_OUTPUT)],
+    out: Annotated[
+        Path, typer.Option(help="A .onnx file, or a folder for the PyTorch module.", rich_help_panel=_OUTPUT)
+    ],
     cache_ratio: CacheRatio = None,
     kv_rank: KvRank = None,
     exact: Exact = False,
@@ -104,7 +107,8 @@ def convert(
     tokenizer: Tokenizer = None,
     opset: Annotated[int, typer.Option(help="ONNX operator set: 23 or 24.", rich_help_panel=_OUTPUT)] = 23,
     inline: Annotated[
-        bool, typer.Option("--inline", help="Standard operators only, no LatentAttention nodes.", rich_help_panel=_OUTPUT)
+        bool,
+        typer.Option("--inline", help="Standard operators only, no LatentAttention nodes.", rich_help_panel=_OUTPUT),
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace existing files.", rich_help_panel=_OUTPUT)] = False,
     max_ppl_ratio: Annotated[
@@ -170,7 +174,8 @@ def inspect(model: Model, unsafe_load: UnsafeLoad = False, as_json: AsJson = Fal
     from mla_compile.report import summarise_site
 
     _, found = api.inspect(model, unsafe_load=unsafe_load)
-    rows = sorted((summarise_site(s) for s in (*found.sites, *found.rejections)), key=lambda r: int(r["index"]))
+    rows = [*map(summarise_site, found.sites), *map(summarise_site, found.rejections)]
+    rows.sort(key=lambda row: int(row["index"]))
     if as_json:
         typer.echo(json.dumps({"model": model, "layers": rows}, indent=2))
     else:

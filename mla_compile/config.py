@@ -79,5 +79,7 @@ def make_config(**settings: Any) -> CompileConfig:  # noqa: ANN401 - validated b
         name = ".".join(str(part) for part in first["loc"])
         problem = first["msg"].removeprefix("Value error, ").rstrip(".")
         problem = problem[0].lower() + problem[1:]
-        subject = f"The setting {name}={first['input']!r} is not allowed: {problem}." if name else f"Settings: {problem}."
+        subject = (
+            f"The setting {name}={first['input']!r} is not allowed: {problem}." if name else f"Settings: {problem}."
+        )
         raise UsageError(subject, "See 'mla-compile convert --help' for the allowed values.") from error

@@ -63,7 +63,8 @@ def read_documents(path: str | Path) -> list[str]:
                 documents += [json.loads(line)["text"]] if line.strip() else []
             except (json.JSONDecodeError, KeyError, TypeError) as error:
                 raise LoadError(
-                    f"Line {number} of '{path}' is not a JSON object with a 'text' field.", "Correct or remove the line."
+                    f"Line {number} of '{path}' is not a JSON object with a 'text' field.",
+                    "Correct or remove the line.",
                 ) from error
     else:
         documents = content.split(DOCUMENT_END)

@@ -20,7 +20,16 @@ if TYPE_CHECKING:
     from mla_compile.report import Report
     from mla_compile.runtime.generate import Sampling
 
-__all__ = ["StageDisplay", "make_display", "plan_rows", "run", "show_layers", "show_measurement", "show_plan", "show_report"]
+__all__ = [
+    "StageDisplay",
+    "make_display",
+    "plan_rows",
+    "run",
+    "show_layers",
+    "show_measurement",
+    "show_plan",
+    "show_report",
+]
 
 
 class StageDisplay:
@@ -163,7 +172,10 @@ def show_report(report: Report, out: Path) -> None:
     rows: list[list[object]] = [
         ["attention layers", len(report.plans)],
         ["selection", f"{report.selection}, {report.plans[0].rope_dims} rotating channels per head"],
-        ["cache bytes per token", f"{report.cache_bytes_before} -> {report.cache_bytes_after} ({report.cache_ratio:.2%})"],
+        [
+            "cache bytes per token",
+            f"{report.cache_bytes_before} -> {report.cache_bytes_after} ({report.cache_ratio:.2%})",
+        ],
     ]
     if report.quality:
         quality = report.quality
@@ -181,9 +193,7 @@ def show_report(report: Report, out: Path) -> None:
         ]
         if v.lowering_error is not None:
             rows.append(["ONNX Runtime vs PyTorch", f"{v.lowering_error:.1e}, greedy {v.lowering_greedy:.0%} equal"])
-        rows.append(
-            ["converted vs original", f"{v.conversion_error:.1e}, greedy {v.conversion_greedy:.0%} equal"]
-        )
+        rows.append(["converted vs original", f"{v.conversion_error:.1e}, greedy {v.conversion_greedy:.0%} equal"])
         rows.append(["measured cache bytes per token", v.cache_bytes_per_token])
     rows.append(["written", f"{out} ({sum(report.artifacts.values()) / 2**20:.1f} MiB)"])
     _print_table(report.source, ["", "result"], rows)

@@ -88,7 +88,7 @@ def _load_file(path: Path, tokenizer: str | None, unsafe: bool) -> Program:
 def _load_pickle(path: Path, tokenizer: str | None, unsafe: bool) -> Program:
     try:
         weights = torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as error:  # noqa: BLE001 - any failure means it holds more than tensors
+    except Exception as error:
         if not unsafe:
             raise LoadError(
                 f"'{path}' is a pickled module, and unpickling runs whatever code the file holds.",
@@ -106,7 +106,7 @@ def _load_huggingface(name: str, tokenizer: str | None) -> Program:
 
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise LoadError(f"The folder '{name}' has no config.json.", "Give a Hugging Face model folder.")
-    transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         config = AutoConfig.from_pretrained(name)
         kwargs: dict[str, Any] = {"config": config, "dtype": torch.float32, "use_safetensors": True}

@@ -69,8 +69,11 @@ def _open(name: str, tokenizer: str | None) -> tuple[Scorer, int | None, int | N
     if Path(name).suffix == ".onnx":
         decoder = OnnxDecoder(name)
         limit = decoder.metadata.get("max_position_embeddings")
-        return lambda ids: torch.from_numpy(decoder.logits(ids.numpy())), decoder.cache_bytes_per_token, limit, str(
-            Path(name).absolute().parent
+        return (
+            lambda ids: torch.from_numpy(decoder.logits(ids.numpy())),
+            decoder.cache_bytes_per_token,
+            limit,
+            str(Path(name).absolute().parent),
         )
     program = frontend.load_program(name, tokenizer=tokenizer)
     found = recognise(program)

@@ -98,6 +98,7 @@ class Program:
         ):
             if placeholder in table:
                 name = table[placeholder]
-                found = self.exported.state_dict.get(name)
-                return found if found is not None else self.exported.constants[name]  # type: ignore[return-value]
+                found = self.exported.state_dict.get(name, self.exported.constants.get(name))
+                if isinstance(found, Tensor):
+                    return found
         raise KeyError(placeholder)

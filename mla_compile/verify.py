@@ -104,7 +104,9 @@ def check_module(original: Scorer, exact: LatentModel, converted: LatentModel, i
     )
 
 
-def check_onnx(converted: LatentModel, decoder: OnnxDecoder, ids: Tensor, planned_bytes: int) -> tuple[float, float, int]:
+def check_onnx(
+    converted: LatentModel, decoder: OnnxDecoder, ids: Tensor, planned_bytes: int
+) -> tuple[float, float, int]:
     """Run the third link on a loaded ONNX file.
 
     Args:

@@ -31,14 +31,14 @@ class PairNorms:
 class _Watcher(fx.Interpreter):
     """Runs a graph, hands watched values to their observers, and frees every value after its last use."""
 
-    def __init__(self, module: fx.GraphModule, watched: Mapping[str, Callable[[Tensor], None]]) -> None:
+    def __init__(self, module: fx.GraphModule, watched: Mapping[str, Sequence[Callable[[Tensor], None]]]) -> None:
         super().__init__(module)
         self._watched = watched
 
     def run_node(self, n: fx.Node) -> Any:  # noqa: ANN401 - graph values
         value = super().run_node(n)
-        if n.name in self._watched:
-            self._watched[n.name](value)
+        for observe in self._watched.get(n.name, ()):
+            observe(value)
         return value
 
 
@@ -75,10 +75,7 @@ def pair_norms(
 
             watched.setdefault(projection.node, []).append(observe)
 
-    def fan_out(observers: list[Callable[[Tensor], None]]) -> Callable[[Tensor], None]:
-        return lambda value: [observe(value) for observe in observers] and None
-
-    watcher = _Watcher(program.flat_module(), {name: fan_out(observers) for name, observers in watched.items()})  # type: ignore[arg-type]
+    watcher = _Watcher(program.flat_module(), watched)
     with torch.inference_mode():
         for ids in progress(windows.split(batch)):
             watcher.run(*program.inputs(ids))

@@ -142,7 +142,8 @@ class GraphEvaluator:
         kwargs = {k: _wide(v) for k, v in kwargs.items()}
         if node.target in _CREATION and "dtype" not in kwargs and _is_narrow_float(node):
             kwargs["dtype"] = torch.float64
-        return _VIEWS.get(node.target, node.target)(*args, **kwargs)
+        target: Any = node.target
+        return _VIEWS.get(target, target)(*args, **kwargs)
 
 
 def _is_narrow_float(node: Node) -> bool:

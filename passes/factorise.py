@@ -164,7 +164,9 @@ def factorise_mha2mla(
         key_up=key_part.reshape(kv_heads, nope, plan.kv_rank),
         value_up=value_part.reshape(kv_heads, site.v_dim, plan.kv_rank).transpose(1, 2).contiguous(),
         output_bias=output_bias if output_bias.any() else None,
-        inv_freq=frequencies[torch.tensor(chosen, dtype=torch.long)] if half else torch.zeros(1, 0, dtype=torch.float64),
+        inv_freq=frequencies[torch.tensor(chosen, dtype=torch.long)]
+        if half
+        else torch.zeros(1, 0, dtype=torch.float64),
     )
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -70,7 +70,9 @@ def insert_latent(
     presents = []
     for layer, (site, latent) in enumerate(zip(sites, weights, strict=True)):
         with graph.inserting_before(nodes[site.output]):
-            presents.append(_insert_site(module, nodes, site, latent, inputs, inputs[past_name(layer)], rotations, dtype))
+            presents.append(
+                _insert_site(module, nodes, site, latent, inputs, inputs[past_name(layer)], rotations, dtype)
+            )
     output = next(n for n in graph.nodes if n.op == "output")
     output.args = ((nodes[program.logits], *presents),)
     _erase_dead(graph)
@@ -89,7 +91,7 @@ def insert_latent(
 def _make_inputs(graph: fx.Graph, nodes: Mapping[str, Node], program: Program, layers: int) -> dict[str, Node]:
     """Add the new inputs behind the token placeholder, in calling order."""
     inputs = {"input_ids": nodes[program.tokens]}
-    last = [n for n in graph.nodes if n.op == "placeholder"][-1]
+    last = _last_placeholder(graph)
     for name in (*INPUT_NAMES[1:], *(past_name(i) for i in range(layers))):
         with graph.inserting_after(last):
             last = graph.create_node("placeholder", f"mla_{name}", name=f"mla_{name}")
@@ -123,7 +125,7 @@ def _insert_site(
     tokens = inputs["input_ids"]
     batch, length = (graph.call_function(_aten.sym_size.int, (tokens, d)) for d in (0, 1))
     source = nodes[site.query.source]
-    heads, head_dim, width = latent.query.shape
+    heads, head_dim, _ = latent.query.shape
     flat_query = graph.call_function(_aten.linear.default, (source, weight("query"), weight("query_bias")))
     query = graph.call_function(_aten.reshape.default, (flat_query, [batch, length, heads, head_dim]))
     row = graph.call_function(_aten.linear.default, (source, weight("row"), weight("row_bias")))
@@ -158,7 +160,7 @@ def _insert_site(
 def _add_weights(module: fx.GraphModule, site: AttentionSite, latent: LatentWeights, dtype: torch.dtype) -> str:
     """Register the latent weights as parameters of a sub-module beside the layer's own, and return its path."""
     holder = nn.Module()
-    heads, head_dim, width = latent.query.shape
+    heads, head_dim, _ = latent.query.shape
     for name in ("query", "query_bias", "row", "row_bias", "key_up", "value_up", "output_bias"):
         value = getattr(latent, name)
         if value is not None:
@@ -203,7 +205,8 @@ def _rotation(
 
 
 def _last_placeholder(graph: fx.Graph) -> Node:
-    return [n for n in graph.nodes if n.op == "placeholder"][-1]
+    placeholders: list[Node] = [n for n in graph.nodes if n.op == "placeholder"]
+    return placeholders[-1]
 
 
 def _erase_dead(graph: fx.Graph) -> None:
@@ -223,20 +226,21 @@ def _repair_positions(program: Program, graph: fx.Graph, position_ids: Node) -> 
     evaluator, flow = GraphEvaluator(program), DataFlow(program)
     alive = {n.name: n for n in graph.nodes}
     counters = _counters(program, evaluator, flow, alive)
-    for name, start in counters.items():
-        if any(user.name in counters for user in alive[name].users):
-            continue  # a later member of the same chain stands in for it
+    for name, first in counters.items():
         node = alive[name]
         with graph.inserting_after(node):
-            shifted = graph.call_function(_aten.add.Scalar, (position_ids, start)) if start else position_ids
-        node.replace_all_uses_with(shifted, delete_user_cb=lambda user, new=shifted: user is not new)
+            shifted = graph.call_function(_aten.add.Scalar, (position_ids, first)) if first else position_ids
+        # Members of the same chain are replaced in their own turn.
+        node.replace_all_uses_with(
+            shifted, delete_user_cb=lambda user, new=shifted: user is not new and user.name not in counters
+        )
     for node in list(graph.nodes):
         source = evaluator.nodes.get(node.name)
         if node.target is not _aten.slice.Tensor or source is None or source.args[0] not in flow.static:
             continue
-        dim = node.args[1] if len(node.args) > 1 else 0
-        start = node.args[2] if len(node.args) > 2 else None
-        table = source.args[0].meta["val"]
+        arguments: list[Any] = [*source.args, None, None][:3]
+        dim, start = arguments[1] or 0, arguments[2]
+        table = arguments[0].meta["val"]
         if isinstance(source.meta["val"].shape[dim], int) or start not in (0, None):
             continue
         if dim not in (0, 1) or (dim == 1 and table.shape[0] != 1):
@@ -250,9 +254,7 @@ def _repair_positions(program: Program, graph: fx.Graph, position_ids: Node) -> 
         node.replace_all_uses_with(looked_up)
 
 
-def _counters(
-    program: Program, evaluator: GraphEvaluator, flow: DataFlow, alive: Mapping[str, Node]
-) -> dict[str, int]:
+def _counters(program: Program, evaluator: GraphEvaluator, flow: DataFlow, alive: Mapping[str, Node]) -> dict[str, int]:
     """Live integer nodes that evaluate to ``c + arange(length)``, and their ``c``."""
     found: dict[str, int] = {}
     for node in evaluator.graph.nodes:
@@ -269,16 +271,18 @@ def _counters(
             or isinstance(value.shape[-1], int)
         ):
             continue
-        starts = set()
-        for length in (7, 12):
-            (seen,) = evaluator.run([node], {}, example_inputs(program, 2, length))
-            if seen.shape[-1] != length:
-                break
-            difference = (seen - torch.arange(length)).unique()
-            starts.add(int(difference[0]) if len(difference) == 1 else None)
-        if len(starts) == 1 and None not in starts:
-            found[node.name] = starts.pop()  # type: ignore[assignment]
+        starts = [_start(evaluator.run([node], {}, example_inputs(program, 2, n))[0], n) for n in (7, 12)]
+        if starts[0] is not None and starts[0] == starts[1]:
+            found[node.name] = starts[0]
     return found
+
+
+def _start(values: Tensor, length: int) -> int | None:
+    """The ``c`` for which values are ``c + arange(length)``, if there is one."""
+    if values.shape[-1] != length:
+        return None
+    first = (values - torch.arange(length)).unique()
+    return int(first[0]) if len(first) == 1 else None
 
 
 def _check_no_leftovers(

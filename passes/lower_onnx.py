@@ -26,7 +26,9 @@ METADATA_KEY = "mla_compile"
 _BATCH, _NEW, _PAST = 2, 3, 5
 
 
-def export_rewritten(module: fx.GraphModule, rows: Sequence[int], dtype: torch.dtype = torch.float32) -> ExportedProgram:
+def export_rewritten(
+    module: fx.GraphModule, rows: Sequence[int], dtype: torch.dtype = torch.float32
+) -> ExportedProgram:
     """Export the rewritten graph with dynamic batch, new length and past length.
 
     Args:
@@ -85,7 +87,9 @@ def lower_to_onnx(
             optimize=True,
         )
     model = program.model  # type: ignore[union-attr]
-    _name_dimensions(model, {**{"input_ids": (batch, new), "position_ids": (batch, new)}, "attention_mask": (batch, total)})
+    _name_dimensions(
+        model, {**{"input_ids": (batch, new), "position_ids": (batch, new)}, "attention_mask": (batch, total)}
+    )
     _name_dimensions(model, {f"past_key_values.{i}.latent": (batch, past) for i in range(layers)})
     _name_dimensions(model, {"logits": (batch, new)} | {f"present.{i}.latent": (batch, total) for i in range(layers)})
     function = ir.serde.deserialize_function(latent_attention_function(opset))
@@ -144,11 +148,12 @@ def _symbolic_latent_attention(
 def _name_dimensions(model: ir.Model, names: Mapping[str, tuple[str, str]]) -> None:
     """Give inputs and outputs the dimension names users know."""
     for value in (*model.graph.inputs, *model.graph.outputs):
-        if value.name in names and value.shape is not None:
-            value.shape = ir.Shape([*names[value.name], *value.shape.dims[2:]])
+        dimensions = names.get(value.name or "")
+        if dimensions is not None and value.shape is not None:
+            value.shape = ir.Shape([*dimensions, *value.shape.dims[2:]])
 
 
-class _quiet_exporter:  # noqa: N801 - reads as a function
+class _quiet_exporter:
     """Silence the exporter's own log below errors: its findings about our graph are not the user's business."""
 
     def __enter__(self) -> None:
@@ -161,5 +166,3 @@ class _quiet_exporter:  # noqa: N801 - reads as a function
     def __exit__(self, *_: object) -> None:
         for logger, level in self._loggers.items():
             logger.setLevel(level)
-
-

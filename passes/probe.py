@@ -112,7 +112,8 @@ class Operand:
             result = result.unflatten(0, (batch, -1))
         if result.dim() != 4 or result.shape[0] != batch or result.shape[2] != length:
             raise MismatchError(
-                RejectCode.LAYOUT, f"the {self.role} is arranged as {tuple(result.shape)}, not [batch, heads, length, dim]"
+                RejectCode.LAYOUT,
+                f"the {self.role} is arranged as {tuple(result.shape)}, not [batch, heads, length, dim]",
             )
         return result.transpose(1, 2)
 
@@ -136,7 +137,9 @@ def probe_linear(operand: Operand, generator: torch.Generator) -> None:
     expected = torch.zeros_like(moved)
     expected[batch - 1, length // 2] = True
     if not torch.equal(moved, expected):
-        raise MismatchError(RejectCode.POSITION_MIXING, f"the {operand.role} at one position depends on other positions")
+        raise MismatchError(
+            RejectCode.POSITION_MIXING, f"the {operand.role} at one position depends on other positions"
+        )
     combined = operand(0.7 * first - 1.3 * second) - base
     residual = combined - (0.7 * (a - base) - 1.3 * (operand(second) - base))
     if residual.abs().max() > _EXACT * combined.abs().max():
@@ -233,7 +236,7 @@ def _frequencies(operand: Operand, rows: Tensor, gain: Tensor, pairs: list[tuple
         )
     # A negative frequency is the same pair read in the other order.
     ordered = [(pair, f) if f >= 0 else (pair[::-1], -f) for pair, f in zip(pairs, frequency.tolist(), strict=True)]
-    return Rope(tuple(p for p, _ in ordered), tuple(f for _, f in ordered))  # type: ignore[misc]
+    return Rope(tuple((a, b) for (a, b), _ in ordered), tuple(f for _, f in ordered))
 
 
 def _longest(operand: Operand) -> int:
@@ -303,7 +306,9 @@ def probe_mask(evaluator: GraphEvaluator, flow: DataFlow, anchor: Anchor, heads:
         MismatchError: Scores are not merely scaled and masked, or the mask is of another kind.
     """
     if anchor.fused:
-        mask_node = anchor.scores.kwargs.get("attn_mask", anchor.scores.args[3] if len(anchor.scores.args) > 3 else None)
+        mask_node = anchor.scores.kwargs.get(
+            "attn_mask", anchor.scores.args[3] if len(anchor.scores.args) > 3 else None
+        )
         if isinstance(mask_node, Node) and mask_node in flow.hidden:
             raise MismatchError(RejectCode.MASK, "the mask depends on the activations")
         given = anchor.scores.kwargs.get("scale")
@@ -361,7 +366,9 @@ def _classify(added: Tensor) -> Mask:
         if torch.equal(pattern, (distance >= 0) & (distance < window)):
             return Mask(window)
     if pattern.all():
-        raise MismatchError(RejectCode.MASK, "attention is bidirectional: nothing is cached, so there is no cache to shrink")
+        raise MismatchError(
+            RejectCode.MASK, "attention is bidirectional: nothing is cached, so there is no cache to shrink"
+        )
     raise MismatchError(RejectCode.MASK, "the mask is neither causal nor a causal sliding window")
 
 
@@ -380,7 +387,7 @@ def _literals(
     seen, stack = set(), [start]
     while stack:
         node = stack.pop()
-        if node in seen or node is anchor.scores and not anchor.fused:
+        if node in seen or (node is anchor.scores and not anchor.fused):
             continue
         seen.add(node)
         stack.extend(node.all_input_nodes)

@@ -30,7 +30,7 @@ from mla_compile.passes.trace import (
 )
 from mla_compile.program import Program
 from mla_compile.runtime.reference import attention as reference_attention
-from mla_compile.site import AttentionSite, Projection, Rejection, RejectCode, Rope
+from mla_compile.site import AttentionSite, Projection, RejectCode, Rejection, Rope
 
 __all__ = ["VERIFY_TOLERANCE", "Recognition", "recognise"]
 
@@ -197,9 +197,7 @@ def _verify(
     for role, projection in projections.items():
         operand = Operand(evaluator, anchor, role, projection)
         if projection.node not in drawn:
-            drawn[projection.node] = torch.randn(
-                batch, length, operand.width, generator=generator, dtype=torch.float64
-            )
+            drawn[projection.node] = torch.randn(batch, length, operand.width, generator=generator, dtype=torch.float64)
             overrides[projection.node] = operand.place(drawn[projection.node])
         raw[role] = _read(getattr(site, role), drawn[projection.node])
     (got,) = evaluator.run([anchor.output], overrides, example_inputs(evaluator.program, batch, length))

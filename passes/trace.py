@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -168,13 +169,14 @@ class DataFlow:
 
 def _operands(node: Node) -> tuple[list[Node], Node | None]:
     """Split a product's arguments into its two factors and what is added."""
+    arguments: Any = node.args  # a product's arguments are nodes, which fx's argument type does not say
     if node.target in (_aten.addmm.default, _aten.baddbmm.default):
-        return list(node.args[1:3]), node.args[0]  # type: ignore[arg-type]
+        return list(arguments[1:3]), arguments[0]
     if node.target is _aten.linear.default:
-        return list(node.args[:2]), node.args[2] if len(node.args) > 2 else None  # type: ignore[arg-type,return-value]
+        return list(arguments[:2]), arguments[2] if len(arguments) > 2 else None
     if node.target is _aten.einsum.default:
-        return list(node.args[1]), None  # type: ignore[arg-type]
-    return list(node.args[:2]), None  # type: ignore[arg-type]
+        return list(arguments[1]), None
+    return list(arguments[:2]), None
 
 
 def find_anchors(flow: DataFlow, program: Program) -> list[Anchor | tuple[Node, MismatchError]]:
@@ -187,8 +189,9 @@ def find_anchors(flow: DataFlow, program: Program) -> list[Anchor | tuple[Node, 
         if node.op != "call_function" or node not in flow.hidden:
             continue
         if node.target is _SDPA:
-            query, key, value = node.args[:3]
-            found.append(Anchor(query, key, value, node, node, None, node))  # type: ignore[arg-type]
+            operands: Any = node.args
+            query, key, value = operands[:3]
+            found.append(Anchor(query, key, value, scores=node, softmax=node, probabilities=None, output=node))
         elif node.target in _SOFTMAX:
             try:
                 anchor = _anchor_of_softmax(flow, node)

@@ -108,7 +108,7 @@ def generate(
 def _choose(logits: NDArray[Any], sampling: Sampling, random: np.random.Generator) -> Ids:
     """Pick one token per row of ``[batch, vocabulary]``."""
     if sampling.temperature <= 0:
-        return logits.argmax(-1).astype(np.int64)
+        return np.asarray(logits.argmax(-1), dtype=np.int64)
     scaled = logits.astype(np.float64) / sampling.temperature
     if 0 < sampling.top_k < scaled.shape[-1]:
         least = np.partition(scaled, -sampling.top_k, -1)[:, -sampling.top_k, None]

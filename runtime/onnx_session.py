@@ -50,7 +50,9 @@ class OnnxDecoder:
         if threads is not None:
             options.intra_op_num_threads = threads
         try:
-            self._session = onnxruntime.InferenceSession(str(path), options, list(providers or ["CPUExecutionProvider"]))
+            self._session = onnxruntime.InferenceSession(
+                str(path), options, list(providers or ["CPUExecutionProvider"])
+            )
         except Exception as error:
             reason = str(error).strip().splitlines()[0][:200]
             raise LoadError(f"ONNX Runtime cannot load '{path}' ({reason}).", "Convert the model again.") from error
@@ -75,7 +77,9 @@ class OnnxDecoder:
         empty = self._runtime.OrtValue.ortvalue_from_numpy
         return tuple(empty(np.zeros((batch, 0, row), self._dtype)) for row in self.rows)
 
-    def step(self, ids: Ids, attention_mask: Ids, position_ids: Ids, cache: OnnxCache) -> tuple[NDArray[Any], OnnxCache]:
+    def step(
+        self, ids: Ids, attention_mask: Ids, position_ids: Ids, cache: OnnxCache
+    ) -> tuple[NDArray[Any], OnnxCache]:
         """Run new tokens; the cache is bound as it lies, not copied through numpy.
 
         Args:

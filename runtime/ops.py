@@ -8,6 +8,8 @@ query over a long cache, as in decoding).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -196,18 +198,18 @@ def _folding_pays(query: Tensor, present: Tensor, key_up: Tensor, value_up: Tens
     return folded <= unfolded
 
 
-def _remember(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:  # type: ignore[type-arg]
-    *tensors, ctx.scale, ctx.window = inputs  # type: ignore[attr-defined]
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:  # noqa: ANN401 - torch's context
+    *tensors, ctx.scale, ctx.window = inputs
     ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx: torch.autograd.function.FunctionCtx, grad_output: Tensor, grad_present: Tensor) -> tuple:  # type: ignore[type-arg]
+def _backward(ctx: Any, grad_output: Tensor, grad_present: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
     """Recompute the forward pass with gradients on: no intermediate of size ``S x T`` is kept between passes."""
-    saved = ctx.saved_tensors  # type: ignore[attr-defined]
-    wanted = list(ctx.needs_input_grad[: len(saved)])  # type: ignore[attr-defined]
+    saved = ctx.saved_tensors
+    wanted = list(ctx.needs_input_grad[: len(saved)])
     with torch.enable_grad():
         inputs = [x.detach().requires_grad_(w) for x, w in zip(saved, wanted, strict=True)]
-        outputs = _attend(*inputs, ctx.scale, ctx.window)  # type: ignore[attr-defined]
+        outputs = _attend(*inputs, ctx.scale, ctx.window)  # type: ignore[call-arg]
     chosen = [x for x, w in zip(inputs, wanted, strict=True) if w]
     found = iter(torch.autograd.grad(outputs, chosen, (grad_output, grad_present), allow_unused=True))
     return (*(next(found) if w else None for w in wanted), None, None)

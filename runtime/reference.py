@@ -1,7 +1,7 @@
 """The maths in float64, as plainly as possible: the oracle every kernel, operator and lowering is tested against.
 
-``B`` batch, ``S`` new tokens, ``P`` past tokens, ``T = P + S``, ``H`` query heads, ``n`` key/value heads or rope groups,
-``R = rank + n_rope * rope_dim`` numbers in one cache row ``[latent | rope keys]``.
+``B`` batch, ``S`` new tokens, ``P`` past tokens, ``T = P + S``, ``H`` query heads, ``n`` key/value heads or rope
+groups, ``R = rank + n * rope_dim`` numbers in one cache row ``[latent | rope keys]``.
 """
 
 from __future__ import annotations
@@ -94,9 +94,7 @@ def latent_attention(
 
     Arguments and results are those of :func:`mla_compile.runtime.ops.latent_attention`, in float64.
     """
-    query, row, past, cos, sin, key_up, value_up = (
-        x.double() for x in (query, row, past, cos, sin, key_up, value_up)
-    )
+    query, row, past, cos, sin, key_up, value_up = (x.double() for x in (query, row, past, cos, sin, key_up, value_up))
     heads, groups, half = query.shape[2], cos.shape[2], cos.shape[3]
     rank, nope = key_up.shape[2], key_up.shape[1]
 
