@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from mla_compile import frontend, verify
-from mla_compile.artifacts import write_folder, write_onnx
+from mla_compile.artifacts import check_neighbours, check_target, read_folder, write_folder, write_onnx
 from mla_compile.config import CompileConfig, make_config
 from mla_compile.corpus import load_tokenizer, read_documents, token_windows, tokenize
-from mla_compile.errors import LoadError, QualityGateError, RefusedError, UsageError
-from mla_compile.evaluate import original_scorer, perplexity
+from mla_compile.errors import QualityGateError, RefusedError, UsageError
+from mla_compile.evaluate import longest_window, original_scorer, perplexity
 from mla_compile.passes.calibrate import PairNorms, pair_norms
 from mla_compile.passes.factorise import METHODS
 from mla_compile.passes.insert_latent import insert_latent
@@ -36,7 +36,10 @@ Text = str | Path | Sequence[str] | Tensor
 """Calibration text: a file, documents, or token windows ``[windows, length]``."""
 _HELD_OUT = 16
 """Windows of the calibration text kept for measuring, at most; a tenth of it if that is less."""
-_DEFAULT_WINDOW = 512
+_RANDOM_LENGTH = 64
+"""Random tokens per sequence to verify on without text: half as a prompt, half to continue it by 32 tokens."""
+_MUCH_WORSE = 2.0
+"""Perplexity ratio from which the user is warned."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,8 @@ def compile(
     config: CompileConfig | None = None,
     check: bool = True,
     max_perplexity_ratio: float | None = None,
+    out: Path | None = None,
+    force: bool = False,
     unsafe_load: bool = False,
     display: Display | None = None,
     **settings: Any,  # noqa: ANN401 - validated by CompileConfig
@@ -112,6 +117,8 @@ def compile(
         config: All settings at once.
         check: Verify the conversion against the original.
         max_perplexity_ratio: Fail when perplexity grows by more than this factor; needs calibration text.
+        out: Where the result will be written; checked before any work is done.
+        force: Whether ``out`` may replace existing files.
         unsafe_load: Allow unpickling a module from a file.
         display: Shows progress.
         **settings: Fields of :class:`~mla_compile.config.CompileConfig`, instead of ``config``.
@@ -134,8 +141,12 @@ def compile(
     if calibration is None and max_perplexity_ratio is not None:
         raise UsageError("A perplexity limit needs text to measure on.", "Give some with --calibration FILE.")
     stages = Stages(display)
+    if out is not None:
+        check_target(out, force)
     with stages.stage("load"):
         program = _load(model, example_inputs, tokenizer, unsafe_load)
+    if out is not None and not force:
+        check_neighbours(out, program.assets)
     with stages.stage("recognise"):
         sites = _require_all(program, recognise(program)).sites
         plans = plan_layers(sites, [input_width(program, s) for s in sites], config)
@@ -148,6 +159,7 @@ def compile(
     converted = _convert(program, sites, plans, config, norms, stages)
     verification = None
     ids = text.held_out[:4, :256] if text is not None else _random_ids(program, config)
+    quality = _measure(program, converted, text, stages)
     if check:
         with stages.stage("verify"):
             exact = converted if config.exact else _exact_twin(program, sites)
@@ -161,8 +173,8 @@ def compile(
         selection=config.selection,
         stages=(),
         verification=verification,
-        quality=_measure(program, converted, text, stages),
-        warnings=(*notes, *_warnings(plans)),
+        quality=quality,
+        warnings=(*notes, *_warnings(plans, quality)),
     )
     _gate(report.quality, max_perplexity_ratio)
     report = dataclasses.replace(report, stages=tuple(stages.timings))
@@ -192,23 +204,7 @@ def load(folder: str | Path) -> LatentModel:
     Raises:
         LoadError: The folder holds no such model.
     """
-    archive = Path(folder) / "model.pt2"
-    if not archive.is_file():
-        raise LoadError(f"'{folder}' holds no model.pt2.", "Give a folder written by mla-compile.")
-    try:
-        exported = torch.export.load(archive)
-    except Exception as error:
-        raise LoadError(f"'{archive}' could not be read ({error}).", "Convert the model again.") from error
-    module = exported.module(check_guards=False)
-    graph = fx.GraphModule(module, module.graph)
-    graph.graph.set_codegen(fx.graph.CodeGen())
-    graph.recompile()
-    rows = [
-        int(n.meta["val"].shape[-1])
-        for n in exported.graph.nodes
-        if n.op == "placeholder" and n.name.startswith("past_")
-    ]
-    return LatentModel(graph, rows)
+    return read_folder(Path(folder))
 
 
 @dataclass(frozen=True)
@@ -228,16 +224,9 @@ def _load(
     folder = str(tokenizer) if isinstance(tokenizer, str | Path) else None
     if isinstance(model, str | Path):
         return frontend.load_program(model, tokenizer=folder, unsafe=unsafe)
-    assets = Assets(folder=folder)
     if isinstance(model, ExportedProgram):
-        return frontend.program_from_export(model, source="ExportedProgram", assets=assets)
-    if example_inputs is None:
-        raise UsageError(
-            "An nn.Module was given without example_inputs.",
-            "Pass token ids, e.g. (torch.zeros(2, 8, dtype=torch.long),).",
-        )
-    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    return frontend.capture(model, example_inputs, assets=assets, max_positions=positions)
+        return frontend.program_from_export(model, source="ExportedProgram", assets=Assets(folder=folder))
+    return frontend.capture(model, example_inputs, tokenizer=folder)
 
 
 def _require_all(program: Program, found: Recognition) -> Recognition:
@@ -269,21 +258,36 @@ def _windows(program: Program, text: Text | None, tokenizer: Any, config: Compil
         documents = read_documents(text) if isinstance(text, str | Path) else list(text)
         named = tokenizer is None or isinstance(tokenizer, str | Path)
         tokenizer = load_tokenizer(program.assets.folder) if named else tokenizer
-        length = config.seq_len or min(_DEFAULT_WINDOW, program.max_positions or _DEFAULT_WINDOW)
+        length = config.seq_len or longest_window(original_scorer(program), program.max_positions)
         windows = token_windows(tokenize(documents, tokenizer), length)
+    _check_length(program, windows.shape[1])
     held_out = min(_HELD_OUT, max(1, len(windows) // 10))
     used = max(1, config.calibration_tokens // windows.shape[1])
     calibration = windows[: max(1, len(windows) - held_out)][:used]
     return _Windows(calibration, windows[-held_out:])
 
 
+def _check_length(program: Program, length: int) -> None:
+    """Refuse windows the model cannot run, before it fails in the middle of a pass."""
+    longest = longest_window(original_scorer(program), program.max_positions, length)
+    if longest < length:
+        raise UsageError(
+            f"Windows of {length} tokens are longer than '{program.source}' can run.",
+            f"Use --seq-len {longest} or less.",
+        )
+
+
 def _settle_selection(config: CompileConfig, text: bool) -> tuple[CompileConfig, tuple[str, ...]]:
     """Resolve ``auto``, and say so when the choice was made for lack of text."""
+    if config.exact:
+        return config.model_copy(update={"selection": "uniform"}), ()  # every component is kept
+    notes = () if text else ("without calibration text the quality of the conversion was not measured",)
     if config.selection != "auto":
-        return config, ()
-    selection = "2-norm" if text else "uniform"
-    note = "without calibration text the rotary components are selected uniformly"
-    return config.model_copy(update={"selection": selection}), () if text or config.exact else (note,)
+        return config, notes
+    if text:
+        return config.model_copy(update={"selection": "2-norm"}), ()
+    note = "without calibration text the rotary components were selected uniformly"
+    return config.model_copy(update={"selection": "uniform"}), (note, *notes)
 
 
 def _convert(
@@ -314,7 +318,7 @@ def _exact_twin(program: Program, sites: Sequence[Any]) -> LatentModel:
 def _random_ids(program: Program, config: CompileConfig) -> Tensor:
     nodes = {n.name: n for n in program.exported.graph.nodes}
     vocabulary = int(nodes[program.logits].meta["val"].shape[-1])
-    length = min(32, program.max_positions or 32)
+    length = longest_window(original_scorer(program), program.max_positions, _RANDOM_LENGTH)
     return torch.randint(0, vocabulary, (2, length), generator=torch.Generator().manual_seed(config.seed))
 
 
@@ -334,9 +338,17 @@ def _measure(program: Program, converted: LatentModel, text: _Windows | None, st
     return Quality(before.value, after.value, before.tokens)
 
 
-def _warnings(plans: Sequence[LatentPlan]) -> tuple[str, ...]:
+def _warnings(plans: Sequence[LatentPlan], quality: Quality | None) -> tuple[str, ...]:
+    found = []
     grown = [p.path for p in plans if p.elements_after >= p.elements_before]
-    return (f"the cache of {len(grown)} layers does not shrink at this setting",) if grown else ()
+    if grown:
+        found.append(f"the cache of {len(grown)} layers does not shrink at this setting")
+    if quality is not None and quality.ratio > _MUCH_WORSE:
+        found.append(
+            f"perplexity grows {quality.ratio:.1f} times without training; keep more cache with --cache-ratio, or "
+            "spend it differently with --rope-dims"
+        )
+    return tuple(found)
 
 
 def _gate(quality: Quality | None, limit: float | None) -> None:

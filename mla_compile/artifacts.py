@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 import yaml
-from torch import Tensor
+from torch import Tensor, fx
 
 from mla_compile import verify
-from mla_compile.errors import UsageError
+from mla_compile.errors import LoadError, UsageError
 from mla_compile.passes.lower_onnx import export_rewritten, lower_to_onnx
 from mla_compile.program import Assets
 from mla_compile.progress import Stages
@@ -26,7 +26,7 @@ from mla_compile.report import Report, environment
 from mla_compile.runtime.module import LatentModel
 from mla_compile.runtime.onnx_session import OnnxDecoder
 
-__all__ = ["check_target", "write_folder", "write_onnx"]
+__all__ = ["check_neighbours", "check_target", "is_converted_folder", "read_folder", "write_folder", "write_onnx"]
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -70,6 +70,38 @@ def check_target(path: Path, force: bool) -> None:
         raise UsageError(f"'{existing}' cannot be written ({error.strerror}).", "Choose another folder.") from error
 
 
+def check_neighbours(path: Path, assets: Assets) -> None:
+    """Refuse to put a model's files beside those of another, before any work is done.
+
+    Raises:
+        UsageError: Configuration, tokenizer or report of something else lies where this model's would go.
+    """
+    folder = path.parent if path.suffix == ".onnx" else path
+    with tempfile.TemporaryDirectory() as scratch:
+        _copy_assets(assets, Path(scratch))
+        for new in sorted(Path(scratch).iterdir()):
+            old = folder / new.name
+            if old.is_file() and old.read_bytes() != new.read_bytes():
+                raise _belongs_to_another(old)
+    report = folder / "report.json"
+    if report.is_file() and not _is_report(report):
+        raise _belongs_to_another(report)
+
+
+def _is_report(path: Path) -> bool:
+    try:
+        return "bytes_per_token_after" in json.loads(path.read_text(encoding="utf-8"))["cache"]
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def _belongs_to_another(path: Path) -> UsageError:
+    return UsageError(
+        f"'{path}' exists already and belongs to something else.",
+        "Choose a folder of its own, or pass --force to replace it.",
+    )
+
+
 def write_onnx(
     module: LatentModel, report: Report, assets: Assets, path: Path, checks: Tensor | None, force: bool, stages: Stages
 ) -> Report:
@@ -90,7 +122,9 @@ def write_onnx(
     check_target(path, force)
     if path.suffix != ".onnx":
         raise UsageError(f"'{path}' is not named like an ONNX file.", "Name it with the suffix .onnx.")
-    with _moved_into(path.parent, keep=() if force else _beside(path, assets)) as folder:
+    if not force:
+        check_neighbours(path, assets)
+    with _moved_into(path.parent) as folder:
         with stages.stage("lower to ONNX"):
             lower_to_onnx(
                 module.graph,  # type: ignore[arg-type]
@@ -130,6 +164,31 @@ def write_folder(module: LatentModel, report: Report, assets: Assets, path: Path
     return report
 
 
+def is_converted_folder(path: Path) -> bool:
+    """Whether a folder was written by :func:`write_folder`."""
+    return (path / "mla_config.yaml").is_file() and (path / "model.pt2").is_file()
+
+
+def read_folder(path: Path) -> LatentModel:
+    """Read back what :func:`write_folder` wrote.
+
+    Raises:
+        LoadError: The folder holds no such model.
+    """
+    if not is_converted_folder(path):
+        raise LoadError(f"'{path}' holds no converted model.", "Give a folder written by mla-compile.")
+    try:
+        exported = torch.export.load(path / "model.pt2")
+    except Exception as error:
+        raise LoadError(f"'{path / 'model.pt2'}' could not be read ({error}).", "Convert the model again.") from error
+    module = exported.module(check_guards=False)
+    graph = fx.GraphModule(module, module.graph)
+    graph.graph.set_codegen(fx.graph.CodeGen())
+    graph.recompile()
+    inputs = [n for n in exported.graph.nodes if n.op == "placeholder" and n.name.startswith("past_")]
+    return LatentModel(graph, [int(n.meta["val"].shape[-1]) for n in inputs])
+
+
 def _metadata(report: Report, assets: Assets) -> dict[str, object]:
     """What the file says of itself: enough to run it and to know where it came from."""
     return {
@@ -144,11 +203,6 @@ def _metadata(report: Report, assets: Assets) -> dict[str, object]:
         "eos_token_id": assets.generation.get("eos_token_id"),
         "max_position_embeddings": assets.config.get("max_position_embeddings"),
     }
-
-
-def _beside(path: Path, assets: Assets) -> tuple[str, ...]:
-    """Names this run would write beside the ONNX file."""
-    return ("config.json", "generation_config.json", *_TOKENIZER_FILES)
 
 
 def _copy_assets(assets: Assets, folder: Path) -> None:
@@ -176,25 +230,13 @@ def _finish(report: Report, folder: Path, stages: Stages) -> Report:
 
 
 @contextmanager
-def _moved_into(target: Path, keep: tuple[str, ...] = ()) -> Iterator[Path]:
-    """Give a hidden folder to write in; on success move its files into ``target``, on failure remove everything.
-
-    Args:
-        target: Final folder; created if needed.
-        keep: Names that must not replace a different file of the user's.
-    """
+def _moved_into(target: Path) -> Iterator[Path]:
+    """Give a hidden folder to write in; on success move its files into ``target``, on failure remove everything."""
     created = [p for p in (target, *target.absolute().parents) if not p.exists()]
     target.mkdir(parents=True, exist_ok=True)
     hidden = Path(tempfile.mkdtemp(prefix=".mla-compile-", dir=target))
     try:
         yield hidden
-        for name in keep:
-            new, old = hidden / name, target / name
-            if new.is_file() and old.is_file() and new.read_bytes() != old.read_bytes():
-                raise UsageError(
-                    f"'{old}' exists already and belongs to another model.",
-                    "Choose a folder of its own, or pass --force to replace it.",
-                )
         for file in sorted(hidden.iterdir()):
             file.replace(target / file.name)
     except BaseException:

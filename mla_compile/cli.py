@@ -144,9 +144,7 @@ def convert(
     shown = display.make_display(quiet or as_json)
     with shown:
         from mla_compile import api
-        from mla_compile.artifacts import check_target
 
-        check_target(out, force)
         compiled = api.compile(
             model,
             calibration=calibration,
@@ -154,6 +152,8 @@ def convert(
             config=config,
             check=not no_verify,
             max_perplexity_ratio=max_ppl_ratio,
+            out=out,
+            force=force,
             unsafe_load=unsafe_load,
             display=shown,
         )

@@ -12,7 +12,18 @@ from torch import Tensor
 
 from mla_compile.program import Program
 
-__all__ = ["Perplexity", "Scorer", "original_scorer", "perplexity", "relative_error"]
+__all__ = [
+    "DEFAULT_WINDOW",
+    "Perplexity",
+    "Scorer",
+    "longest_window",
+    "original_scorer",
+    "perplexity",
+    "relative_error",
+]
+
+DEFAULT_WINDOW = 512
+"""Tokens per window unless the user or the model says otherwise."""
 
 Scorer = Callable[[Tensor], Tensor]
 """Token ids ``[batch, length]`` to logits ``[batch, length, vocabulary]``."""
@@ -53,6 +64,29 @@ def perplexity(
             count += target.numel()
     loss = total / count
     return Perplexity(math.exp(min(loss, 700.0)), loss, count)
+
+
+def longest_window(score: Scorer, limit: int | None, wanted: int = DEFAULT_WINDOW) -> int:
+    """Longest window, at most ``wanted`` tokens, that a model can run.
+
+    Args:
+        score: The model.
+        limit: What the model says of itself; None where it says nothing, and is tried instead (a table of positions
+            ends somewhere).
+        wanted: Upper end.
+    """
+    if limit is not None:
+        return min(limit, wanted)
+    length = wanted
+    with torch.inference_mode():
+        while length > 2:
+            try:
+                score(torch.zeros(1, length, dtype=torch.long))
+            except (RuntimeError, IndexError):
+                length //= 2
+            else:
+                break
+    return length
 
 
 def original_scorer(program: Program) -> Scorer:

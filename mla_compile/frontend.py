@@ -6,6 +6,7 @@ safetensors. A pickled module is only opened when the user says so.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import warnings
 import zipfile
@@ -45,6 +46,10 @@ def load_program(source: str | Path, *, tokenizer: str | None = None, unsafe: bo
     """
     path = Path(source)
     if path.is_dir():
+        if (path / "mla_config.yaml").is_file():
+            raise LoadError(
+                f"'{source}' is a model that was converted already.", "Give the model it was converted from instead."
+            )
         return _load_huggingface(str(path), tokenizer)
     if path.is_file():
         return _load_file(path, tokenizer, unsafe)
@@ -97,7 +102,8 @@ def _load_pickle(path: Path, tokenizer: str | None, unsafe: bool) -> Program:
         weights = torch.load(path, weights_only=False, map_location="cpu")
     if not isinstance(weights, nn.Module):
         raise LoadError(f"'{path}' holds weights but no model that uses them.", _HOW_TO_EXPORT)
-    return capture(weights, (torch.zeros(2, 5, dtype=torch.long),), source=str(path), assets=_assets(tokenizer, None))
+    inputs = None if _is_huggingface(weights) else (torch.zeros(2, 5, dtype=torch.long),)
+    return capture(weights, inputs, source=str(path), tokenizer=tokenizer)
 
 
 def _load_huggingface(name: str, tokenizer: str | None) -> Program:
@@ -121,20 +127,31 @@ def _load_huggingface(name: str, tokenizer: str | None) -> Program:
             f"'{name}' could not be loaded as a Hugging Face causal language model ({_first_line(error)}).",
             "Check the path or id, that the weights are safetensors, and that the hub can be reached.",
         ) from error
-    model.config.use_cache = False
+    return capture(model, None, source=name, kind="huggingface", tokenizer=tokenizer or name)
+
+
+def _huggingface_inputs(module: nn.Module) -> dict[str, Tensor]:
+    """Inputs that make transformers build the plainest graph: padding mask and positions given, nothing to detect."""
     ids = torch.zeros(2, 5, dtype=torch.long)
     inputs = {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
         "position_ids": torch.arange(5).expand(2, 5).contiguous(),
     }
-    assets = Assets(
-        folder=tokenizer or name,
-        config=model.config.to_dict(),
-        generation=model.generation_config.to_diff_dict() if model.generation_config is not None else {},
+    accepted = inspect.signature(module.forward).parameters
+    return {name: value for name, value in inputs.items() if name in accepted}
+
+
+def _huggingface_assets(module: nn.Module, tokenizer: str | None) -> Assets:
+    config, generation = getattr(module, "config", None), getattr(module, "generation_config", None)
+    name = getattr(module, "name_or_path", None)
+    if tokenizer is None and name and (Path(name) / "tokenizer_config.json").is_file():
+        tokenizer = str(name)
+    return Assets(
+        folder=tokenizer,
+        config=config.to_dict() if hasattr(config, "to_dict") else {},
+        generation=generation.to_diff_dict() if generation is not None else {},
     )
-    positions = getattr(model.config, "max_position_embeddings", None)
-    return capture(model, inputs, source=name, kind="huggingface", assets=assets, max_positions=positions)
 
 
 def _assets(tokenizer: str | None, beside: Path | None) -> Assets:
@@ -148,32 +165,45 @@ def _assets(tokenizer: str | None, beside: Path | None) -> Assets:
     return Assets(folder=tokenizer, generation=special_tokens(tokenizer))
 
 
+def _is_huggingface(module: nn.Module) -> bool:
+    return hasattr(module, "config") and hasattr(module, "main_input_name")
+
+
 def capture(
     module: nn.Module,
-    example_inputs: Sequence[Any] | Mapping[str, Any],
+    example_inputs: Sequence[Any] | Mapping[str, Any] | None,
     *,
     source: str | None = None,
     kind: str = "module",
-    assets: Assets | None = None,
-    max_positions: int | None = None,
+    tokenizer: str | None = None,
 ) -> Program:
     """Export any module with dynamic batch and length.
 
     Args:
         module: A causal language model: token ids ``[batch, length]`` in, logits ``[batch, length, vocabulary]`` out.
+            It is exported in evaluation mode without a cache, and left as it was.
         example_inputs: Positional or keyword inputs; a batch of one is repeated, because an exporter takes a size of
-            one for a constant.
+            one for a constant. None is enough for a transformers model.
         source: What to call the model in reports.
         kind: Where it came from.
-        assets: Configuration and tokenizer.
-        max_positions: Longest sequence the model supports, if known.
+        tokenizer: Folder or hub id of the tokenizer, if the module does not know it.
 
     Raises:
         LoadError: The module cannot be exported with dynamic shapes.
     """
     source = source or type(module).__name__
-    training = module.training
+    if example_inputs is None:
+        if not _is_huggingface(module):
+            raise LoadError(
+                f"{source} was given without example_inputs.",
+                "Pass token ids to export it with, e.g. (torch.zeros(2, 8, dtype=torch.long),).",
+            )
+        example_inputs = _huggingface_inputs(module)
+    config = getattr(module, "config", None)
+    training, caching = module.training, getattr(config, "use_cache", None)
     module.eval()
+    if caching is not None:
+        config.use_cache = False  # type: ignore[union-attr]
     keyword = isinstance(example_inputs, Mapping)
     values = {k: _enlarge(v) for k, v in example_inputs.items()} if keyword else tuple(map(_enlarge, example_inputs))  # type: ignore[union-attr]
     shapes = {k: _dynamic(v) for k, v in values.items()} if isinstance(values, dict) else tuple(map(_dynamic, values))
@@ -194,7 +224,11 @@ def capture(
         ) from error
     finally:
         module.train(training)
-    return program_from_export(exported, source=source, kind=kind, assets=assets, max_positions=max_positions)
+        if caching is not None:
+            config.use_cache = caching  # type: ignore[union-attr]
+    positions = getattr(config, "max_position_embeddings", None)
+    assets = _huggingface_assets(module, tokenizer) if _is_huggingface(module) else _assets(tokenizer, None)
+    return program_from_export(exported, source=source, kind=kind, assets=assets, max_positions=positions)
 
 
 def _enlarge(value: Any) -> Any:  # noqa: ANN401 - any model input
@@ -268,8 +302,14 @@ def program_from_export(
         position_ids=next(iter(roles["position"]), None),
         logits=_logits(exported, tensors[tokens], source),
         assets=assets or Assets(),
-        max_positions=max_positions,
+        max_positions=max_positions or _length_limit(exported, tensors[tokens]),
     )
+
+
+def _length_limit(exported: ExportedProgram, tokens: Tensor) -> int | None:
+    """Longest sequence the exporting user allowed, if a bound was given."""
+    bounds = exported.range_constraints.get(tokens.shape[1].node.expr)  # type: ignore[attr-defined]
+    return int(bounds.upper) if bounds is not None and bounds.upper < 2**24 else None  # else it is "no bound"
 
 
 def _logits(exported: ExportedProgram, tokens: Tensor, source: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,15 @@ import torch
 from torch import Tensor
 
 from mla_compile import frontend
+from mla_compile.artifacts import is_converted_folder, read_folder
 from mla_compile.corpus import load_tokenizer, read_documents, token_windows, tokenize
-from mla_compile.evaluate import Scorer, original_scorer, perplexity
+from mla_compile.evaluate import Scorer, longest_window, original_scorer, perplexity
 from mla_compile.passes.recognise import recognise
 from mla_compile.progress import Display, Stages
 from mla_compile.runtime.onnx_session import OnnxDecoder
 
 __all__ = ["measure"]
 
-_DEFAULT_WINDOW = 512
 _BATCH = 8
 
 
@@ -54,7 +55,7 @@ def measure(
     documents = read_documents(text)
     with stages.stage("load"):
         score, cache_bytes, limit, folder = _open(model, tokenizer)
-    length = seq_len or min(_DEFAULT_WINDOW, limit or _DEFAULT_WINDOW)
+    length = seq_len or longest_window(score, limit)
     windows = token_windows(tokenize(documents, load_tokenizer(tokenizer or folder)), length, max_tokens)
     result = _score("evaluate", score, cache_bytes, windows, stages)
     if original is not None:
@@ -75,11 +76,17 @@ def _open(name: str, tokenizer: str | None) -> tuple[Scorer, int | None, int | N
             limit,
             str(Path(name).absolute().parent),
         )
+    if is_converted_folder(Path(name)):
+        model = read_folder(Path(name))
+        config = Path(name) / "config.json"
+        limit = json.loads(config.read_text("utf-8")).get("max_position_embeddings") if config.is_file() else None
+        cache_bytes = sum(model.rows) * torch.float32.itemsize
+        return lambda ids: model(ids).logits, cache_bytes, limit, name
     program = frontend.load_program(name, tokenizer=tokenizer)
     found = recognise(program)
     known = found.sites and not found.rejections
-    cache_bytes = sum(s.elements_per_token for s in found.sites) * torch.float32.itemsize if known else None
-    return original_scorer(program), cache_bytes, program.max_positions, program.assets.folder
+    original_bytes = sum(s.elements_per_token for s in found.sites) * torch.float32.itemsize if known else None
+    return original_scorer(program), original_bytes, program.max_positions, program.assets.folder
 
 
 def _score(name: str, score: Scorer, cache_bytes: int | None, windows: Tensor, stages: Stages) -> dict[str, Any]:

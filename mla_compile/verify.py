@@ -74,7 +74,7 @@ def check_module(original: Scorer, exact: LatentModel, converted: LatentModel, i
         original: The unconverted model.
         exact: The same rewrite with nothing left out.
         converted: The conversion.
-        ids: ``[batch, length]`` token ids, at least 8 long.
+        ids: ``[batch, length]`` token ids, at least 2 long; up to half of the length is continued greedily.
         text: Whether they are the user's text.
 
     Raises:
@@ -87,8 +87,9 @@ def check_module(original: Scorer, exact: LatentModel, converted: LatentModel, i
         decode_error = relative_error(_in_chunks(converted, ids), whole)
     _require("The rewritten graph at full rank", "the original model", rewrite_error)
     _require("Decoding with the latent cache", "the same model on the whole sequence", decode_error)
-    prompt = ids[0, : ids.shape[1] // 2]
-    ours = generate(TorchDecoder(converted), [prompt.tolist()], GREEDY_TOKENS)[0]
+    prompt = ids[0, : ids.shape[1] - ids.shape[1] // 2]
+    count = min(GREEDY_TOKENS, ids.shape[1] // 2)
+    ours = generate(TorchDecoder(converted), [prompt.tolist()], count)[0]
     with torch.inference_mode():
         cache = converted(ids).cache
     return Verification(
@@ -97,7 +98,7 @@ def check_module(original: Scorer, exact: LatentModel, converted: LatentModel, i
         lowering_error=None,
         lowering_greedy=None,
         conversion_error=relative_error(whole, expected),
-        conversion_greedy=_agreement(ours, greedy_original(original, prompt, GREEDY_TOKENS)),
+        conversion_greedy=_agreement(ours, greedy_original(original, prompt, count)),
         cache_bytes_per_token=sum(c.nbytes for c in cache) // ids.numel(),
         tokens=ids.numel(),
         text=text,
@@ -125,10 +126,9 @@ def check_onnx(
         expected = converted(ids).logits.float()
     error = relative_error(torch.from_numpy(_onnx_in_chunks(decoder, ids.numpy())), expected)
     _require("ONNX Runtime", "the converted PyTorch module", error)
-    prompt = ids[0, : ids.shape[1] // 2].tolist()
-    greedy = _agreement(
-        decoder.generate([prompt], GREEDY_TOKENS)[0], generate(TorchDecoder(converted), [prompt], GREEDY_TOKENS)[0]
-    )
+    prompt = ids[0, : ids.shape[1] - ids.shape[1] // 2].tolist()
+    count = min(GREEDY_TOKENS, ids.shape[1] // 2)
+    greedy = _agreement(decoder.generate([prompt], count)[0], generate(TorchDecoder(converted), [prompt], count)[0])
     ones = np.ones_like(ids.numpy())
     _, cache = decoder.step(ids.numpy(), ones, ones.cumsum(1) - 1, decoder.empty_cache(len(ids)))
     measured = decoder.measured_bytes(cache) // ids.numel()
@@ -150,7 +150,9 @@ def _require(what: str, reference: str, error: float) -> None:
 
 def _chunks(length: int) -> list[int]:
     """A long prefill, a chunk, and single tokens that add up to the length."""
-    chunk = max(1, length // 4)
+    if length < 4:
+        return [1] * length
+    chunk = length // 4
     return [length - chunk - 2, chunk, 1, 1]
 
 

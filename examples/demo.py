@@ -1,0 +1,113 @@
+"""The whole path on the bundled model: convert, run in ONNX Runtime beside the original, and compare.
+
+Run it with ``make demo``, or ``python examples/demo.py [--out FOLDER]``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from story_grammar import HELD_OUT_SEEDS, TRAIN_SEEDS, stories
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+import mla_compile
+from mla_compile.corpus import token_windows, tokenize
+from mla_compile.display import make_display, show_report
+from mla_compile.evaluate import perplexity
+from mla_compile.runtime.onnx_session import OnnxDecoder
+
+MODEL = Path(__file__).parent / "tiny-llama"
+RATIO = 0.5
+CONVERSIONS = {
+    "good": {"selection": "high", "rope_dims": 16, "svd": "joint"},
+    "bad": {"selection": "low", "rope_dims": 4, "svd": "split"},
+}
+"""Two ways to spend the same cache: the fast-rotating components this model reads positions from, or the slow ones."""
+PROMPTS = ("Once upon a time, there was a", "One day, a little")
+NEW_TOKENS = 120
+
+
+def original_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> tuple[str, float]:
+    """Continue a prompt with the original in PyTorch, with its own KV cache; text and tokens per second."""
+    ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]])
+    model.generate(ids, max_new_tokens=4, do_sample=False)  # the first call sets things up
+    start = time.perf_counter()
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False)
+    seconds = time.perf_counter() - start
+    new = out[0, ids.shape[1] :]
+    return prompt + tokenizer.decode(new, skip_special_tokens=True), len(new) / seconds
+
+
+def converted_text(decoder: OnnxDecoder, tokenizer: PreTrainedTokenizerBase, prompt: str) -> tuple[str, float]:
+    """Continue a prompt with the converted model in ONNX Runtime; text and tokens per second."""
+    ids = [tokenizer.bos_token_id, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
+    decoder.generate([ids], 4)
+    start = time.perf_counter()
+    (new,) = decoder.generate([ids], NEW_TOKENS, stop=[tokenizer.eos_token_id])
+    seconds = time.perf_counter() - start
+    return prompt + tokenizer.decode(new, skip_special_tokens=True), len(new) / seconds
+
+
+def main() -> int:
+    """Convert, generate, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("demo-out"))
+    folder: Path = parser.parse_args().out
+    console = Console()
+    transformers_logging.set_verbosity_error()
+    calibration = list(stories(TRAIN_SEEDS[:300]))
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    evaluation = token_windows(tokenize(list(stories(HELD_OUT_SEEDS)), tokenizer), 256, 8192)
+    original = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+
+    decoders = {}
+    for name, settings in CONVERSIONS.items():
+        console.rule(f"convert ({name}): {', '.join(f'{k}={v}' for k, v in settings.items())}")
+        path = folder / ("model_mla.onnx" if name == "good" else f"{name}/model_mla.onnx")
+        with make_display(quiet=False) as display:
+            model = mla_compile.compile(MODEL, calibration=calibration, cache_ratio=RATIO, display=display, **settings)
+            report = model.to_onnx(path, force=True, display=display)
+        if name == "good":
+            show_report(report, path)
+        decoders[name] = OnnxDecoder(path)
+
+    console.rule("generate: the original in PyTorch, the conversions in ONNX Runtime")
+    speeds: dict[str, float] = {}
+    for prompt in PROMPTS:
+        text, speeds["original"] = original_text(original, tokenizer, prompt)
+        console.print("[bold]original[/bold]", text, sep="\n", highlight=False)
+        for name, decoder in decoders.items():
+            text, speeds[name] = converted_text(decoder, tokenizer, prompt)
+            console.print(f"\n[bold]{name} conversion[/bold]", text, sep="\n", highlight=False)
+        console.print()
+
+    table = Table(title=f"{evaluation.numel() - len(evaluation)} tokens of stories no model has seen")
+    for column in ("", "runtime", "cache bytes per token", "perplexity", "tokens/s"):
+        table.add_column(column)
+    before = decoders["good"].metadata["original_cache_bytes_per_token"]
+    base = perplexity(lambda ids: original(ids, use_cache=False).logits, evaluation).value
+    table.add_row("original", "PyTorch", f"{before}", f"{base:.3f}", f"{speeds['original']:.0f}")
+    found = {}
+    for name, decoder in decoders.items():
+        found[name] = perplexity(lambda ids, d=decoder: torch.from_numpy(d.logits(ids.numpy())), evaluation).value
+        cache = f"{decoder.cache_bytes_per_token} ({decoder.cache_bytes_per_token / before:.0%})"
+        table.add_row(f"{name} conversion", "ONNX Runtime", cache, f"{found[name]:.3f}", f"{speeds[name]:.0f}")
+    console.print(table)
+    console.print(
+        f"The same cache size, spent well or badly: perplexity x{found['good'] / base:.2f} "
+        f"or x{found['bad'] / base:.2f}. No training in either case.",
+        highlight=False,
+    )
+    console.print(f"Try it: mla-compile run {folder / 'model_mla.onnx'} --prompt 'Once upon a time'", highlight=False)
+    return 0 if found["good"] < found["bad"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
