@@ -174,7 +174,7 @@ def compile(
         stages=(),
         verification=verification,
         quality=quality,
-        warnings=(*notes, *_warnings(plans, quality)),
+        warnings=(*notes, *_warnings(plans, quality, config)),
     )
     _gate(report.quality, max_perplexity_ratio)
     report = dataclasses.replace(report, stages=tuple(stages.timings))
@@ -338,10 +338,10 @@ def _measure(program: Program, converted: LatentModel, text: _Windows | None, st
     return Quality(before.value, after.value, before.tokens)
 
 
-def _warnings(plans: Sequence[LatentPlan], quality: Quality | None) -> tuple[str, ...]:
+def _warnings(plans: Sequence[LatentPlan], quality: Quality | None, config: CompileConfig) -> tuple[str, ...]:
     found = []
     grown = [p.path for p in plans if p.elements_after >= p.elements_before]
-    if grown:
+    if grown and not config.exact:
         found.append(f"the cache of {len(grown)} layers does not shrink at this setting")
     if quality is not None and quality.ratio > _MUCH_WORSE:
         found.append(

@@ -149,7 +149,7 @@ def _huggingface_assets(module: nn.Module, tokenizer: str | None) -> Assets:
         tokenizer = str(name)
     return Assets(
         folder=tokenizer,
-        config=config.to_dict() if hasattr(config, "to_dict") else {},
+        config=config.to_dict() if config is not None else {},
         generation=generation.to_diff_dict() if generation is not None else {},
     )
 
