@@ -174,8 +174,8 @@ def report(bench: Bench, name: str, ratios: Sequence[float], onnx_ratios: Sequen
                 if selection not in best or found[0] < best[selection][0][0]:
                     best[selection] = (found, dims)
         row = [f"{cells(best[s][0])} (rope {best[s][1]})" if s in best else "no room" for s in SELECTIONS]
-        top = min(best.values(), key=lambda b: b[0][0])
-        lines.append(f"| {ratio:.2%} | {' | '.join(row)} | **{cells(top[0])}** |")
+        top = f"**{cells(min(best.values(), key=lambda b: b[0][0])[0])}**" if best else "no room"
+        lines.append(f"| {ratio:.2%} | {' | '.join(row)} | {top} |")
     return [*lines, ""]
 
 

@@ -26,11 +26,11 @@ from mla_compile.runtime.onnx_session import OnnxDecoder
 MODEL = Path(__file__).parent / "tiny-llama"
 RATIO = 0.5
 CONVERSIONS = {
-    "good": {"selection": "high", "rope_dims": 16, "svd": "joint"},
+    "good": {"selection": "2-norm", "rope_dims": 16, "svd": "joint"},
     "bad": {"selection": "low", "rope_dims": 4, "svd": "split"},
 }
-"""Two ways to spend the same cache: the fast-rotating components this model reads positions from, or the slow ones."""
-PROMPTS = ("Once upon a time, there was a", "One day, a little")
+"""Two ways to spend the same cache: the rotary components this model uses most, or the slowest; one latent, or two."""
+PROMPTS = ("In a little house by the hill lived a", "There once was a kind")
 NEW_TOKENS = 120
 
 
