@@ -27,7 +27,8 @@ app = typer.Typer(
 _SIZE, _METHOD, _TEXT, _OUTPUT, _CHECKS = "Size", "Method", "Text", "Output", "Checks"
 Model = Annotated[str, typer.Argument(help="A torch.export archive (.pt2, .pt), a Hugging Face folder, or a hub id.")]
 CacheRatio = Annotated[
-    float | None, typer.Option(help="Cache size after over before, at most.  [default: 0.3125]", rich_help_panel=_SIZE)
+    float | None,
+    typer.Option(help="Cache size after over before, at most.", show_default="0.3125", rich_help_panel=_SIZE),
 ]
 KvRank = Annotated[int | None, typer.Option(help="Latent rank per layer, instead of a ratio.", rich_help_panel=_SIZE)]
 Exact = Annotated[
@@ -36,7 +37,7 @@ Exact = Annotated[
 RopeDims = Annotated[
     int | None,
     typer.Option(
-        help="Rotating channels kept per key/value head.  [default: an eighth of the head]", rich_help_panel=_METHOD
+        help="Rotating channels kept per key/value head.", show_default="an eighth of the head", rich_help_panel=_METHOD
     ),
 ]
 Selection = Annotated[
@@ -64,7 +65,7 @@ Calibration = Annotated[
 CalibrationTokens = Annotated[int, typer.Option(help="Tokens of it to use.", rich_help_panel=_TEXT)]
 SeqLen = Annotated[
     int | None,
-    typer.Option(help="Tokens per window.  [default: the model's limit, at most 512]", rich_help_panel=_TEXT),
+    typer.Option(help="Tokens per window.", show_default="the model's limit, at most 512", rich_help_panel=_TEXT),
 ]
 Tokenizer = Annotated[
     str | None, typer.Option(help="Folder or id of the tokenizer, if the model has none.", rich_help_panel=_TEXT)

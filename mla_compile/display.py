@@ -119,7 +119,8 @@ def show_layers(rows: Sequence[Mapping[str, Any]]) -> None:
             continue
         rope = f"{row['rope']}:{row['rotary_dim']}" if row["rotary_dim"] else "none"
         heads = f"{row['heads']} q / {row['kv_heads']} kv of {row['qk_dim']}"
-        weights = f"{row['query']}, {row['key']}, {row['value']}" + (" (biased)" if row["bias"] else "")
+        names = dict.fromkeys(str(row[r]).removeprefix(f"{row['path']}.") for r in ("query", "key", "value"))
+        weights = ", ".join(names) + (" (biased)" if row["bias"] else "")
         lines.append(
             [row["index"], row["path"], "yes", heads, rope, row["mask"], f"{row['elements_per_token']}", weights]
         )

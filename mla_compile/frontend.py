@@ -6,8 +6,10 @@ safetensors. A pickled module is only opened when the user says so.
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import logging
+import re
 import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -75,19 +77,39 @@ def _load_file(path: Path, tokenizer: str | None, unsafe: bool) -> Program:
     except zipfile.BadZipFile as error:
         raise LoadError(f"'{path}' is a damaged archive ({error}).", "Copy or export it again.") from error
     if any(n.endswith("archive_format") or n.endswith("serialized_exported_program.json") for n in names):
-        try:
-            exported = torch.export.load(path)
-        except Exception as error:
-            raise LoadError(
-                f"'{path}' could not be read as a torch.export archive ({_first_line(error)}).",
-                f"Export it again with torch {torch.__version__.split('+')[0]}.",
-            ) from error
+        exported = _read_archive(path)
         return program_from_export(exported, source=str(path), kind="pt2", assets=_assets(tokenizer, path.parent))
     if any("/code/" in n for n in names):
         raise LoadError(f"'{path}' is a TorchScript file, whose graph cannot be rewritten.", _HOW_TO_EXPORT)
     if any(n.endswith("data.pkl") for n in names):
         return _load_pickle(path, tokenizer, unsafe)
     raise LoadError(f"'{path}' is an archive but holds no model.", _HOW_TO_EXPORT)
+
+
+def _read_archive(path: Path) -> ExportedProgram:
+    """Read a ``torch.export`` archive; the reason for a failure is found only in torch's log."""
+    with zipfile.ZipFile(path) as archive:
+        for name in archive.namelist():
+            if name.endswith(".json"):
+                # A transformers model returns its own classes, which torch knows once their module is imported.
+                for module in set(re.findall(rb'"(transformers\.[a-z0-9_.]+)\.[A-Z]', archive.read(name))):
+                    importlib.import_module(module.decode())
+    reasons: list[str] = []
+    keep = logging.Handler()
+    keep.emit = lambda record: reasons.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("torch.export")
+    propagate, logger.propagate = logger.propagate, False
+    handlers, logger.handlers = logger.handlers, [keep]
+    try:
+        return torch.export.load(path)
+    except Exception as error:
+        reason = reasons[-1].strip().splitlines()[-1] if reasons else _first_line(error)
+        raise LoadError(
+            f"'{path}' could not be read as a torch.export archive ({reason[:200]}).",
+            f"Export it again with torch {torch.__version__.split('+')[0]}.",
+        ) from error
+    finally:
+        logger.propagate, logger.handlers = propagate, handlers
 
 
 def _load_pickle(path: Path, tokenizer: str | None, unsafe: bool) -> Program:
