@@ -15,6 +15,7 @@ After::
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -84,8 +85,13 @@ def insert_latent(
         if node.target in _VIEWS:  # recorded strides were those of the old attention's output
             node.target = _aten.reshape.default
     graph.lint()
-    module.recompile()
-    return module
+    # A module with only what the new graph reads: the replaced projections must not linger among its parameters.
+    used = {str(n.target): _attribute(module, str(n.target)) for n in graph.nodes if n.op == "get_attr"}
+    return fx.GraphModule(used, graph, class_name="LatentGraph")
+
+
+def _attribute(module: nn.Module, path: str) -> Any:  # noqa: ANN401 - parameters, buffers and constants
+    return functools.reduce(getattr, path.split("."), module)
 
 
 def _make_inputs(graph: fx.Graph, nodes: Mapping[str, Node], program: Program, layers: int) -> dict[str, Node]:
