@@ -6,6 +6,7 @@ Run it with ``make demo``, or ``python examples/demo.py [--out FOLDER]``.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
@@ -105,7 +106,8 @@ def main() -> int:
         f"or x{found['bad'] / base:.2f}. No training in either case.",
         highlight=False,
     )
-    console.print(f"Try it: mla-compile run {folder / 'model_mla.onnx'} --prompt 'Once upon a time'", highlight=False)
+    program = os.path.relpath(Path(sys.executable).parent / "mla-compile")
+    console.print(f"Try it: {program} run {folder / 'model_mla.onnx'} --prompt '{PROMPTS[0]}'", highlight=False)
     return 0 if found["good"] < found["bad"] else 1
 
 

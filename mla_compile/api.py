@@ -15,8 +15,8 @@ from torch.export import ExportedProgram
 
 from mla_compile import frontend, verify
 from mla_compile.artifacts import check_neighbours, check_target, read_folder, write_folder, write_onnx
+from mla_compile.calibration import Text, TextWindows, cut_windows, read_text
 from mla_compile.config import CompileConfig, make_config
-from mla_compile.corpus import load_tokenizer, read_documents, token_windows, tokenize
 from mla_compile.errors import QualityGateError, RefusedError, UsageError
 from mla_compile.evaluate import longest_window, original_scorer, perplexity
 from mla_compile.passes.calibrate import PairNorms, pair_norms
@@ -29,13 +29,10 @@ from mla_compile.program import Assets, Program
 from mla_compile.progress import Display, Stages
 from mla_compile.report import Quality, Report
 from mla_compile.runtime.module import LatentModel
+from mla_compile.site import AttentionSite
 
-__all__ = ["CompiledModel", "Text", "compile", "inspect", "load", "plan"]
+__all__ = ["CompiledModel", "compile", "inspect", "load", "plan"]
 
-Text = str | Path | Sequence[str] | Tensor
-"""Calibration text: a file, documents, or token windows ``[windows, length]``."""
-_HELD_OUT = 16
-"""Windows of the calibration text kept for measuring, at most; a tenth of it if that is less."""
 _RANDOM_LENGTH = 64
 """Random tokens per sequence to verify on without text: half as a prompt, half to continue it by 32 tokens."""
 _MUCH_WORSE = 2.0
@@ -140,9 +137,10 @@ def compile(
         raise UsageError("The 2-norm selection needs text to measure on.", "Give some with --calibration FILE.")
     if calibration is None and max_perplexity_ratio is not None:
         raise UsageError("A perplexity limit needs text to measure on.", "Give some with --calibration FILE.")
-    stages = Stages(display)
     if out is not None:
         check_target(out, force)
+    documents = read_text(calibration)
+    stages = Stages(display)
     with stages.stage("load"):
         program = _load(model, example_inputs, tokenizer, unsafe_load)
     if out is not None and not force:
@@ -150,7 +148,7 @@ def compile(
     with stages.stage("recognise"):
         sites = _require_all(program, recognise(program)).sites
         plans = plan_layers(sites, [input_width(program, s) for s in sites], config)
-    text = _windows(program, calibration, tokenizer, config)
+    text = cut_windows(program, documents, tokenizer, config)
     config, notes = _settle_selection(config, text is not None)
     norms: Sequence[PairNorms | None] = [None] * len(sites)
     if text is not None and config.selection == "2-norm" and any(p.rope_dims for p in plans):
@@ -207,14 +205,6 @@ def load(folder: str | Path) -> LatentModel:
     return read_folder(Path(folder))
 
 
-@dataclass(frozen=True)
-class _Windows:
-    """Token windows ``[windows, length]``, one part to calibrate on and one to measure on."""
-
-    calibration: Tensor
-    held_out: Tensor
-
-
 def _load(
     model: nn.Module | ExportedProgram | str | Path,
     example_inputs: Sequence[Any] | Mapping[str, Any] | None,
@@ -246,37 +236,6 @@ def _require_all(program: Program, found: Recognition) -> Recognition:
     return found
 
 
-def _windows(program: Program, text: Text | None, tokenizer: Any, config: CompileConfig) -> _Windows | None:  # noqa: ANN401
-    """Cut text into windows and hold the last part back for measuring."""
-    if text is None:
-        return None
-    if isinstance(text, Tensor):
-        windows = text
-        if windows.dim() != 2 or windows.is_floating_point():
-            raise UsageError("Calibration ids must be an integer tensor [windows, length].", "Reshape them.")
-    else:
-        documents = read_documents(text) if isinstance(text, str | Path) else list(text)
-        named = tokenizer is None or isinstance(tokenizer, str | Path)
-        tokenizer = load_tokenizer(program.assets.folder) if named else tokenizer
-        length = config.seq_len or longest_window(original_scorer(program), program.max_positions)
-        windows = token_windows(tokenize(documents, tokenizer), length)
-    _check_length(program, windows.shape[1])
-    held_out = min(_HELD_OUT, max(1, len(windows) // 10))
-    used = max(1, config.calibration_tokens // windows.shape[1])
-    calibration = windows[: max(1, len(windows) - held_out)][:used]
-    return _Windows(calibration, windows[-held_out:])
-
-
-def _check_length(program: Program, length: int) -> None:
-    """Refuse windows the model cannot run, before it fails in the middle of a pass."""
-    longest = longest_window(original_scorer(program), program.max_positions, length)
-    if longest < length:
-        raise UsageError(
-            f"Windows of {length} tokens are longer than '{program.source}' can run.",
-            f"Use --seq-len {longest} or less.",
-        )
-
-
 def _settle_selection(config: CompileConfig, text: bool) -> tuple[CompileConfig, tuple[str, ...]]:
     """Resolve ``auto``, and say so when the choice was made for lack of text."""
     if config.exact:
@@ -292,7 +251,7 @@ def _settle_selection(config: CompileConfig, text: bool) -> tuple[CompileConfig,
 
 def _convert(
     program: Program,
-    sites: Sequence[Any],
+    sites: Sequence[AttentionSite],
     plans: Sequence[LatentPlan],
     config: CompileConfig,
     norms: Sequence[PairNorms | None],
@@ -308,7 +267,7 @@ def _convert(
     return LatentModel(graph, [p.elements_after for p in plans])
 
 
-def _exact_twin(program: Program, sites: Sequence[Any]) -> LatentModel:
+def _exact_twin(program: Program, sites: Sequence[AttentionSite]) -> LatentModel:
     """The same rewrite with nothing left out."""
     config = make_config(exact=True, selection="uniform")
     plans = plan_layers(sites, [input_width(program, s) for s in sites], config)
@@ -322,7 +281,7 @@ def _random_ids(program: Program, config: CompileConfig) -> Tensor:
     return torch.randint(0, vocabulary, (2, length), generator=torch.Generator().manual_seed(config.seed))
 
 
-def _measure(program: Program, converted: LatentModel, text: _Windows | None, stages: Stages) -> Quality | None:
+def _measure(program: Program, converted: LatentModel, text: TextWindows | None, stages: Stages) -> Quality | None:
     if text is None:
         return None
     steps = 2 * math.ceil(len(text.held_out) / 8)

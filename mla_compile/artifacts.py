@@ -6,6 +6,7 @@ Everything is written into a hidden folder beside the target and moved into plac
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import shutil
 import tempfile
@@ -51,6 +52,11 @@ def check_target(path: Path, force: bool) -> None:
         raise UsageError(
             f"'{path}' does not say what to write: '{path.suffix}' is not known.",
             "Name a .onnx file, or a folder without a suffix.",
+        )
+    if path.suffix == ".onnx" and importlib.util.find_spec("onnxruntime") is None:
+        raise UsageError(
+            "ONNX Runtime, which every ONNX file is checked with, is not installed.",
+            "Run: pip install 'mla-compile[cpu]'.",
         )
     if path.suffix == ".onnx" and path.is_dir():
         raise UsageError(f"'{path}' is a folder.", "Name a .onnx file.")

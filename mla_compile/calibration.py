@@ -1,0 +1,91 @@
+"""The user's text as token windows: most to calibrate on, the last part held out to measure on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mla_compile.config import CompileConfig
+from mla_compile.corpus import load_tokenizer, read_documents, token_windows, tokenize
+from mla_compile.errors import UsageError
+from mla_compile.evaluate import longest_window, original_scorer
+from mla_compile.program import Program
+
+__all__ = ["Text", "TextWindows", "cut_windows", "read_text"]
+
+Text = str | Path | Sequence[str] | Tensor
+"""Calibration text: a file, documents, or token windows ``[windows, length]``."""
+_HELD_OUT = 16
+"""Windows kept for measuring, at most; a tenth of the text if that is less."""
+
+
+@dataclass(frozen=True)
+class TextWindows:
+    """Token windows ``[windows, length]``.
+
+    Attributes:
+        calibration: What statistics are measured on.
+        held_out: What perplexity is measured on; the same window where there is only one.
+    """
+
+    calibration: Tensor
+    held_out: Tensor
+
+
+def read_text(text: Text | None) -> Sequence[str] | Tensor | None:
+    """Read documents from a file; pass on what is not a file.
+
+    Raises:
+        LoadError: The file is missing or holds no text.
+        UsageError: Token windows are not an integer matrix.
+    """
+    if isinstance(text, str | Path):
+        return read_documents(text)
+    if isinstance(text, Tensor) and (text.dim() != 2 or text.is_floating_point()):
+        raise UsageError(
+            f"Calibration ids are {text.dtype} of shape {tuple(text.shape)}.", "Pass integers [windows, length]."
+        )
+    return text
+
+
+def cut_windows(
+    program: Program,
+    text: Sequence[str] | Tensor | None,
+    tokenizer: Any,  # noqa: ANN401 - a folder or any transformers tokenizer
+    config: CompileConfig,
+) -> TextWindows | None:
+    """Tokenize documents, cut windows the model can run, and hold the last part back.
+
+    Args:
+        program: The model, for its tokenizer and its longest window.
+        text: Documents or windows, from :func:`read_text`.
+        tokenizer: A tokenizer, if the model does not bring one.
+        config: Window length and number of tokens.
+
+    Raises:
+        LoadError: There is no tokenizer.
+        UsageError: The text is shorter than one window, or a window is longer than the model can run.
+    """
+    if text is None:
+        return None
+    if isinstance(text, Tensor):
+        windows = text
+    else:
+        if tokenizer is None or isinstance(tokenizer, str | Path):
+            tokenizer = load_tokenizer(program.assets.folder)
+        length = config.seq_len or longest_window(original_scorer(program), program.max_positions)
+        windows = token_windows(tokenize(text, tokenizer), length)
+    length = windows.shape[1]
+    longest = longest_window(original_scorer(program), program.max_positions, length)
+    if longest < length:
+        raise UsageError(
+            f"Windows of {length} tokens are longer than '{program.source}' can run.",
+            f"Use --seq-len {longest} or less.",
+        )
+    held_out = min(_HELD_OUT, max(1, len(windows) // 10))
+    used = max(1, config.calibration_tokens // length)
+    return TextWindows(windows[: max(1, len(windows) - held_out)][:used], windows[-held_out:])
