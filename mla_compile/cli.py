@@ -224,9 +224,22 @@ def run(
     """Generate text with a converted model in ONNX Runtime."""
     from mla_compile import display
     from mla_compile.runtime.generate import Sampling
+    from mla_compile.textgen import generate_text
 
-    sampling = Sampling(temperature, top_k, top_p, seed)
-    display.run(model, prompt, max_new_tokens, sampling, tokenizer, threads, as_json)
+    streamed = len(prompt) == 1 and not as_json
+    result = generate_text(
+        model,
+        prompt,
+        max_new_tokens,
+        Sampling(temperature, top_k, top_p, seed),
+        tokenizer=tokenizer,
+        threads=threads,
+        on_text=display.stream_text if streamed else None,
+    )
+    if as_json:
+        typer.echo(json.dumps(display.generation_row(result)))
+    else:
+        display.show_generation(result, streamed)
 
 
 @app.command("eval")

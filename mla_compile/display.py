@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -18,17 +16,19 @@ if TYPE_CHECKING:
     from mla_compile.plan import LatentPlan
     from mla_compile.progress import StageTiming
     from mla_compile.report import Report
-    from mla_compile.runtime.generate import Sampling
+    from mla_compile.textgen import Generation
 
 __all__ = [
     "StageDisplay",
+    "generation_row",
     "make_display",
     "plan_rows",
-    "run",
+    "show_generation",
     "show_layers",
     "show_measurement",
     "show_plan",
     "show_report",
+    "stream_text",
 ]
 
 
@@ -212,68 +212,26 @@ def show_measurement(result: Mapping[str, Any]) -> None:
     _print_table(None, ["", "perplexity", "tokens", "cache bytes/token"], rows)
 
 
-def run(
-    model: Path,
-    prompts: Sequence[str],
-    max_new_tokens: int,
-    sampling: Sampling,
-    tokenizer: str | None,
-    threads: int | None,
-    as_json: bool,
-) -> None:
-    """Generate with an ONNX file, streaming a single prompt's text as it appears."""
-    from mla_compile.corpus import load_tokenizer
-    from mla_compile.runtime.onnx_session import OnnxDecoder
+def generation_row(result: Generation) -> dict[str, Any]:
+    """Generated texts as data."""
+    return {
+        "texts": list(result.texts),
+        "new_tokens": list(result.new_tokens),
+        "tokens_per_second": result.tokens_per_second,
+        "cache_bytes_per_token": result.cache_bytes_per_token,
+    }
 
-    decoder = OnnxDecoder(model, threads=threads)
-    words = load_tokenizer(tokenizer or str(model.absolute().parent))
-    begin = [] if words.bos_token_id is None else [words.bos_token_id]
-    ids = [begin + list(words(p, add_special_tokens=False)["input_ids"]) for p in prompts]
-    end = decoder.metadata.get("eos_token_id")
-    stop = end if isinstance(end, list) else [] if end is None else [end]
-    stream = None if as_json or len(prompts) > 1 else _Stream(words, prompts[0])
-    start = time.perf_counter()
-    new = decoder.generate(ids, max_new_tokens, sampling=sampling, stop=stop, on_tokens=stream)
-    seconds = time.perf_counter() - start
-    texts = [words.decode(n, skip_special_tokens=True) for n in new]
-    count = sum(map(len, new))
-    if as_json:
-        print(  # noqa: T201
-            json.dumps(
-                {
-                    "texts": [p + t for p, t in zip(prompts, texts, strict=True)],
-                    "new_tokens": [len(n) for n in new],
-                    "tokens_per_second": count / seconds,
-                    "cache_bytes_per_token": decoder.cache_bytes_per_token,
-                }
-            )
-        )
-        return
-    if stream is None:
-        for prompt, text in zip(prompts, texts, strict=True):
-            print(f"{prompt}{text}\n")  # noqa: T201
-    else:
-        print()  # noqa: T201
+
+def stream_text(piece: str) -> None:
+    """Show a piece of text as it arrives."""
+    print(piece, end="", flush=True)  # noqa: T201
+
+
+def show_generation(result: Generation, streamed: bool) -> None:
+    """The texts, unless they were streamed, and the speed."""
+    print("" if streamed else "\n\n".join(result.texts))  # noqa: T201
     Console(stderr=True).print(
-        f"{count} tokens, {count / seconds:.0f} tokens/s, {decoder.cache_bytes_per_token} cache bytes per token",
+        f"{sum(result.new_tokens)} tokens, {result.tokens_per_second:.0f} tokens/s, "
+        f"{result.cache_bytes_per_token} cache bytes per token",
         highlight=False,
     )
-
-
-class _Stream:
-    """Prints text as tokens arrive, never half a character."""
-
-    def __init__(self, tokenizer: Any, prompt: str) -> None:  # noqa: ANN401 - any transformers tokenizer
-        self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._shown = 0
-        print(prompt, end="", flush=True)  # noqa: T201
-
-    def __call__(self, tokens: list[int | None]) -> None:
-        if tokens[0] is None:
-            return
-        self._ids.append(tokens[0])
-        text = self._tokenizer.decode(self._ids, skip_special_tokens=True)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            print(text[self._shown :], end="", flush=True)  # noqa: T201
-            self._shown = len(text)

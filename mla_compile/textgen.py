@@ -1,0 +1,103 @@
+"""``mla-compile run``: text in, text out, with a converted model in ONNX Runtime."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mla_compile.corpus import load_tokenizer
+from mla_compile.errors import UsageError
+from mla_compile.runtime.generate import Sampling
+from mla_compile.runtime.onnx_session import OnnxDecoder
+
+__all__ = ["Generation", "generate_text"]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What was generated.
+
+    Attributes:
+        texts: Every prompt with its continuation.
+        new_tokens: Tokens added to each.
+        seconds: Wall-clock time, prompts included.
+        cache_bytes_per_token: Bytes one token of one sequence takes in the cache.
+    """
+
+    texts: tuple[str, ...]
+    new_tokens: tuple[int, ...]
+    seconds: float
+    cache_bytes_per_token: int
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens of all sequences over the time."""
+        return sum(self.new_tokens) / self.seconds
+
+
+def generate_text(
+    model: Path,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    sampling: Sampling,
+    *,
+    tokenizer: str | None = None,
+    threads: int | None = None,
+    on_text: Callable[[str], None] | None = None,
+) -> Generation:
+    """Continue texts.
+
+    Args:
+        model: The ONNX file.
+        prompts: Texts to continue, together.
+        max_new_tokens: Tokens to add to each, at most.
+        sampling: How tokens are chosen.
+        tokenizer: Folder of the tokenizer, if it is not beside the file.
+        threads: Threads per operator.
+        on_text: Called with the first prompt and then each new piece of it, never half a character.
+
+    Raises:
+        LoadError: The file or its tokenizer cannot be read.
+        UsageError: A prompt has no tokens.
+    """
+    decoder = OnnxDecoder(model, threads=threads)
+    words = load_tokenizer(tokenizer or str(model.absolute().parent))
+    begin = [] if words.bos_token_id is None else [words.bos_token_id]
+    ids = [begin + list(words(prompt, add_special_tokens=False)["input_ids"]) for prompt in prompts]
+    if not all(ids):
+        raise UsageError("A prompt is empty, and this tokenizer has no begin token.", "Give at least one word.")
+    end = decoder.metadata.get("eos_token_id")
+    stop = end if isinstance(end, list) else [] if end is None else [end]
+    stream = None
+    if on_text:
+        on_text(prompts[0])
+        stream = _Stream(words, on_text)
+    start = time.perf_counter()
+    new = decoder.generate(ids, max_new_tokens, sampling=sampling, stop=stop, on_tokens=stream)
+    seconds = time.perf_counter() - start
+    texts = [
+        prompt + words.decode(tokens, skip_special_tokens=True) for prompt, tokens in zip(prompts, new, strict=True)
+    ]
+    return Generation(tuple(texts), tuple(map(len, new)), seconds, decoder.cache_bytes_per_token)
+
+
+class _Stream:
+    """Turns the first sequence's tokens into pieces of text as they arrive."""
+
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:  # noqa: ANN401 - see load_tokenizer
+        self._tokenizer = tokenizer
+        self._on_text = on_text
+        self._ids: list[int] = []
+        self._shown = 0
+
+    def __call__(self, tokens: list[int | None]) -> None:
+        if tokens[0] is None:
+            return
+        self._ids.append(tokens[0])
+        text = self._tokenizer.decode(self._ids, skip_special_tokens=True)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # the character goes on in the next token
+            self._on_text(text[self._shown :])
+            self._shown = len(text)
