@@ -114,8 +114,8 @@ class Bench:
 
 
 def rope_choices(site: AttentionSite) -> list[int]:
-    """Rope dims per head to try: powers of two up to the head."""
-    return [d for d in (2, 4, 8, 16, 32, 64) if d <= site.rope.rotary_dim]
+    """Rope dims per head to try, up to the head."""
+    return [d for d in (2, 4, 6, 8, 12, 16, 24, 32, 48, 64) if d <= site.rope.rotary_dim]
 
 
 def cells(values: Sequence[float]) -> str:
@@ -147,13 +147,13 @@ def report(bench: Bench, name: str, ratios: Sequence[float], onnx_ratios: Sequen
                 config = make_config(cache_ratio=ratio, selection=selection, svd=svd)
                 plans = bench.plans(config)
                 if plans is None:
-                    row += ["no room", ""]
+                    row += ["no room", "-"]
                     continue
                 model = bench.convert(config, plans)
                 ours = bench.torch_perplexities(model)
                 theirs = bench.onnx_perplexities(model) if ratio in onnx_ratios else []
                 worst = max([worst, *(abs(a / b - 1) for a, b in zip(theirs, ours, strict=False))])
-                row += [cells(ours), cells(theirs)]
+                row += [cells(ours), cells(theirs) if theirs else "-"]
             lines.append(f"| {' | '.join(row)} |")
     lines += ["", f"Largest relative difference between ONNX Runtime and PyTorch perplexity: {worst:.1e}.", ""]
     lines += [
