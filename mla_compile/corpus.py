@@ -18,6 +18,9 @@ DOCUMENT_END = "<|endoftext|>"
 """Separates documents in plain text files."""
 
 
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
 def load_tokenizer(folder: str | None) -> Any:  # noqa: ANN401 - transformers' tokenizers share no public base
     """Load a tokenizer from a folder or hub id.
 
@@ -28,6 +31,11 @@ def load_tokenizer(folder: str | None) -> Any:  # noqa: ANN401 - transformers' t
         raise LoadError("The model comes without a tokenizer.", "Give one with --tokenizer FOLDER.")
     from transformers import AutoTokenizer
 
+    path = Path(folder)
+    if path.is_dir() and not any((path / name).is_file() for name in _TOKENIZER_FILES):
+        raise LoadError(f"There is no tokenizer in the folder '{folder}'.", "Give one with --tokenizer FOLDER.")
+    if not path.exists() and (path.is_absolute() or folder.startswith(".") or folder.count("/") > 1):
+        raise LoadError(f"There is no tokenizer folder '{folder}'.", "Give one with --tokenizer FOLDER.")
     try:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:
@@ -53,14 +61,14 @@ def read_documents(path: str | Path) -> list[str]:
     if not path.is_file():
         raise LoadError(f"There is no text file '{path}'.", "Give a .txt or .jsonl file.")
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8-sig")  # some editors put a byte order mark in front
     except (UnicodeDecodeError, OSError) as error:
         raise LoadError(f"'{path}' is not UTF-8 text ({error}).", "Give a .txt or .jsonl file.") from error
     if path.suffix == ".jsonl":
         documents = []
-        for number, line in enumerate(content.splitlines(), 1):
+        for number, line in enumerate(content.split("\n"), 1):
             try:
-                documents += [json.loads(line)["text"]] if line.strip() else []
+                documents += [json.loads(line)["text"] + ""] if line.strip() else []
             except (json.JSONDecodeError, KeyError, TypeError) as error:
                 raise LoadError(
                     f"Line {number} of '{path}' is not a JSON object with a 'text' field.",
@@ -98,9 +106,9 @@ def token_windows(ids: Sequence[int], length: int, limit: int | None = None) -> 
         UsageError: The text is shorter than one window.
     """
     if len(ids) < length:
+        shorter = f", or a shorter window with --seq-len {len(ids)}" if len(ids) > 1 else ""
         raise UsageError(
-            f"The text has {len(ids)} tokens, fewer than one window of {length}.",
-            f"Give more text, or a shorter window with --seq-len {max(2, len(ids))}.",
+            f"The text has {len(ids)} tokens, fewer than one window of {length}.", f"Give more text{shorter}."
         )
     count = len(ids) // length
     if limit is not None:

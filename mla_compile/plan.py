@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -94,11 +95,11 @@ def _plan(site: AttentionSite, width: int, config: CompileConfig) -> LatentPlan:
         ratio = DEFAULT_CACHE_RATIO if config.cache_ratio is None else config.cache_ratio
         budget = int(ratio * site.elements_per_token + 1e-9)
         if budget - rope_share < 1:
-            least = (rope_share + 1) / site.elements_per_token
+            least = math.ceil(10_000 * (rope_share + 1) / site.elements_per_token) / 10_000
             raise UsageError(
-                f"A cache ratio of {ratio:g} leaves no room for a latent in {site.path}: {rope_share} of "
-                f"{budget} numbers per token are rope keys.",
-                f"Use --cache-ratio {least:.4f} or more, or fewer --rope-dims.",
+                f"A cache ratio of {ratio:g} leaves no room for a latent in {site.path}: it allows {budget} numbers "
+                f"per token, and rope keys take {rope_share}.",
+                f"Use --cache-ratio {least:.4f} or more{', or fewer --rope-dims' if rope_share else ''}.",
             )
         rank = min(budget - rope_share, exact_rank)
     return LatentPlan(

@@ -119,6 +119,7 @@ def _choose(logits: NDArray[Any], sampling: Sampling, random: np.random.Generato
         order = np.argsort(-weights, -1, kind="stable")
         ordered = np.take_along_axis(weights, order, -1)
         beyond = ordered.cumsum(-1) - ordered >= sampling.top_p
+        beyond[:, 0] = False  # the most likely token stays, whatever mass was asked for
         np.put_along_axis(weights, order, np.where(beyond, 0.0, ordered), -1)
         weights /= weights.sum(-1, keepdims=True)
     return np.array([random.choice(len(row), p=row) for row in weights], dtype=np.int64)

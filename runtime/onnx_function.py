@@ -64,7 +64,8 @@ LatentAttention
 
   # ---- rotate queries, per group: [B, S, n, h, d]
   plain_BSHD = Slice (query_BSHD, zero, nope, axis3)
-  turning_BSHd = Slice (query_BSHD, nope, end, axis3)
+  turning_own_BSHd = Slice (query_BSHD, nope, end, axis3)
+  turning_BSHd = CastLike (turning_own_BSHd, cos_BSn)
   grouped_shape = Concat <axis = 0> (BS, n, h, d)
   turning_BSnhd = Reshape <allowzero = 1> (turning_BSHd, grouped_shape)
   cos_BSnh = Unsqueeze (cos_BSn, axis3)
@@ -77,7 +78,8 @@ LatentAttention
   q_rs = Mul (q_real, sin_BSnh)
   q_new_real = Sub (q_rc, q_is)
   q_new_imaginary = Add (q_ic, q_rs)
-  turned_BSnhd = Concat <axis = -1> (q_new_real, q_new_imaginary)
+  turned_wide_BSnhd = Concat <axis = -1> (q_new_real, q_new_imaginary)
+  turned_BSnhd = CastLike (turned_wide_BSnhd, query_BSHD)
 
   # ---- place every head's rotating channels in its group's slot of the row: [B, S, n, h, n, d] -> [B, S, H, n d]
   square = Concat <axis = 0> (n, n)
@@ -110,7 +112,8 @@ LatentAttention
 
   # ---- rotate the new rope keys and append the new rows
   latent_BSr = Slice (row_BSR, zero, r, two)
-  key_BSR = Slice (row_BSR, r, end, two)
+  key_own_BSR = Slice (row_BSR, r, end, two)
+  key_BSR = CastLike (key_own_BSR, cos_BSn)
   key_shape = Concat <axis = 0> (BS, n, d)
   key_BSnd = Reshape <allowzero = 1> (key_BSR, key_shape)
   k_real = Slice (key_BSnd, zero, half, axis3)
@@ -123,7 +126,8 @@ LatentAttention
   k_new_imaginary = Add (k_ic, k_rs)
   key_turned_BSnd = Concat <axis = -1> (k_new_real, k_new_imaginary)
   flat_shape = Concat <axis = 0> (BS, rope_width)
-  key_turned_BSR = Reshape <allowzero = 1> (key_turned_BSnd, flat_shape)
+  key_wide_BSR = Reshape <allowzero = 1> (key_turned_BSnd, flat_shape)
+  key_turned_BSR = CastLike (key_wide_BSR, row_BSR)
   new_BSR = Concat <axis = -1> (latent_BSr, key_turned_BSR)
   present_BTR = Concat <axis = 1> (past_BPR, new_BSR)
 

@@ -89,8 +89,9 @@ def rotate_and_append(
     groups, half = cos.shape[2:]
 
     def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        # Angles may be float32 beside half-precision activations; the cache keeps the activations' type.
         real, imaginary = x.split([half, half], -1)
-        return torch.cat([real * cos - imaginary * sin, imaginary * cos + real * sin], -1)
+        return torch.cat([real * cos - imaginary * sin, imaginary * cos + real * sin], -1).to(x.dtype)
 
     plain, turning = query.split([query.shape[-1] - 2 * half, 2 * half], -1)
     turned = rotate(turning.unflatten(2, (groups, -1)), cos.unsqueeze(3), sin.unsqueeze(3)).flatten(2, 3)
@@ -211,7 +212,10 @@ def _backward(ctx: Any, grad_output: Tensor, grad_present: Tensor) -> tuple[Tens
         inputs = [x.detach().requires_grad_(w) for x, w in zip(saved, wanted, strict=True)]
         outputs = _attend(*inputs, ctx.scale, ctx.window)  # type: ignore[call-arg]
     chosen = [x for x, w in zip(inputs, wanted, strict=True) if w]
-    found = iter(torch.autograd.grad(outputs, chosen, (grad_output, grad_present), allow_unused=True))
+    # An output that no wanted input leads to (the cache, for queries alone) has no gradient to send back.
+    sent = [(o, g) for o, g in zip(outputs, (grad_output, grad_present), strict=True) if o.requires_grad]
+    results, gradients = zip(*sent, strict=True)
+    found = iter(torch.autograd.grad(results, chosen, gradients, allow_unused=True))
     return (*(next(found) if w else None for w in wanted), None, None)
 
 
