@@ -6,13 +6,17 @@ safetensors. A pickled module is only opened when the user says so.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib
 import inspect
+import io
 import logging
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +77,11 @@ def _load_file(path: Path, tokenizer: str | None, unsafe: bool) -> Program:
         raise LoadError(f"'{path}' {kind}.", _HOW_TO_EXPORT)
     try:
         with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except zipfile.BadZipFile as error:
+            names, damaged = archive.namelist(), archive.testzip()
+    except (zipfile.BadZipFile, EOFError, OSError, zlib.error) as error:
         raise LoadError(f"'{path}' is a damaged archive ({error}).", "Copy or export it again.") from error
+    if damaged is not None:
+        raise LoadError(f"'{path}' is a damaged archive ('{damaged}' in it).", "Copy or export it again.")
     if any(n.endswith("archive_format") or n.endswith("serialized_exported_program.json") for n in names):
         exported = _read_archive(path)
         return program_from_export(exported, source=str(path), kind="pt2", assets=_assets(tokenizer, path.parent))
@@ -92,20 +98,25 @@ def _read_archive(path: Path) -> ExportedProgram:
         for name in archive.namelist():
             if name.endswith(".json"):
                 # A transformers model returns its own classes, which torch knows once their module is imported.
-                for module in set(re.findall(rb'"(transformers\.[a-z0-9_.]+)\.[A-Z]', archive.read(name))):
+                content = archive.read(name)
+                for module in set(re.findall(rb'"(transformers\.[a-z0-9_.]+)\.[A-Z]', content)):
                     importlib.import_module(module.decode())
-    reasons: list[str] = []
+                if b"transformers.cache_utils." in content:
+                    raise LoadError(
+                        f"'{path}' takes or returns a transformers cache object, which cannot be read back.",
+                        "Export the model again with model.config.use_cache = False.",
+                    )
+    reasons: list[BaseException] = []
     keep = logging.Handler()
-    keep.emit = lambda record: reasons.append(record.getMessage())  # type: ignore[method-assign]
+    keep.emit = lambda record: reasons.extend(filter(None, (record.exc_info or ())[1:2]))  # type: ignore[method-assign]
     logger = logging.getLogger("torch.export")
     propagate, logger.propagate = logger.propagate, False
     handlers, logger.handlers = logger.handlers, [keep]
     try:
         return torch.export.load(path)
     except Exception as error:
-        reason = reasons[-1].strip().splitlines()[-1] if reasons else _first_line(error)
         raise LoadError(
-            f"'{path}' could not be read as a torch.export archive ({reason[:200]}).",
+            f"'{path}' could not be read as a torch.export archive ({_first_line((reasons or [error])[-1])}).",
             f"Export it again with torch {torch.__version__.split('+')[0]}.",
         ) from error
     finally:
@@ -121,7 +132,13 @@ def _load_pickle(path: Path, tokenizer: str | None, unsafe: bool) -> Program:
                 f"'{path}' is a pickled module, and unpickling runs whatever code the file holds.",
                 f"{_HOW_TO_EXPORT} Or pass --unsafe-load if you trust the file.",
             ) from error
-        weights = torch.load(path, weights_only=False, map_location="cpu")
+        try:
+            weights = torch.load(path, weights_only=False, map_location="cpu")
+        except Exception as failure:
+            raise LoadError(
+                f"'{path}' could not be unpickled ({_first_line(failure)}).",
+                "Run it where the model's own code can be imported, or copy the file again.",
+            ) from failure
     if not isinstance(weights, nn.Module):
         raise LoadError(f"'{path}' holds weights but no model that uses them.", _HOW_TO_EXPORT)
     inputs = None if _is_huggingface(weights) else (torch.zeros(2, 5, dtype=torch.long),)
@@ -137,18 +154,30 @@ def _load_huggingface(name: str, tokenizer: str | None) -> Program:
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         config = AutoConfig.from_pretrained(name)
-        kwargs: dict[str, Any] = {"config": config, "dtype": torch.float32, "use_safetensors": True}
+        read: Callable[..., Any] = functools.partial(
+            AutoModelForCausalLM.from_pretrained,
+            name,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
         try:
-            model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="sdpa", **kwargs)
+            model, info = read(attn_implementation="sdpa")
         except ValueError as error:
             if "scaled_dot_product_attention" not in str(error):
                 raise
-            model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="eager", **kwargs)
+            model, info = read(attn_implementation="eager")
     except Exception as error:
         raise LoadError(
             f"'{name}' could not be loaded as a Hugging Face causal language model ({_first_line(error)}).",
             "Check the path or id, that the weights are safetensors, and that the hub can be reached.",
         ) from error
+    if missing := sorted(info["missing_keys"]):  # transformers fills these with random numbers
+        raise LoadError(
+            f"The weights of '{name}' lack {len(missing)} tensors, '{missing[0]}' among them.",
+            "Get the complete checkpoint; config.json and weights must belong together.",
+        )
     return capture(model, None, source=name, kind="huggingface", tokenizer=tokenizer or name)
 
 
@@ -230,8 +259,9 @@ def capture(
     values = {k: _enlarge(v) for k, v in example_inputs.items()} if keyword else tuple(map(_enlarge, example_inputs))  # type: ignore[union-attr]
     shapes = {k: _dynamic(v) for k, v in values.items()} if isinstance(values, dict) else tuple(map(_dynamic, values))
     try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch.export deprecation chatter about its own internals
+        # On failure torch.export prints the whole graph, and it always warns about its own internals.
+        with torch.no_grad(), warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
             exported = torch.export.export(
                 module,
                 () if isinstance(values, dict) else values,
@@ -240,6 +270,7 @@ def capture(
                 strict=False,
             )
     except Exception as error:
+        _require_fitting(module, values, source)
         raise LoadError(
             f"{source} could not be exported with dynamic batch and length ({_first_line(error)}).",
             "Rewrite the named operation so that it does not depend on a fixed size or on tensor values.",
@@ -251,6 +282,18 @@ def capture(
     positions = getattr(config, "max_position_embeddings", None)
     assets = _huggingface_assets(module, tokenizer) if _is_huggingface(module) else _assets(tokenizer, None)
     return program_from_export(exported, source=source, kind=kind, assets=assets, max_positions=positions)
+
+
+def _require_fitting(module: nn.Module, values: dict[str, Any] | tuple[Any, ...], source: str) -> None:
+    """Tell inputs that the module cannot even run on from a module that cannot be exported."""
+    try:
+        with torch.no_grad():
+            module(**values) if isinstance(values, dict) else module(*values)
+    except Exception as error:
+        raise LoadError(
+            f"{source} cannot run on the example_inputs it was given ({_first_line(error)}).",
+            "Pass token ids [batch, length] in a tuple, e.g. (torch.zeros(2, 8, dtype=torch.long),).",
+        ) from error
 
 
 def _enlarge(value: Any) -> Any:  # noqa: ANN401 - any model input

@@ -1,0 +1,88 @@
+"""What all tests share: pico models captured once per session, golden files, and reproducible property tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import hypothesis
+import models
+import pytest
+import torch
+from torch import nn
+
+from mla_compile.frontend import capture
+from mla_compile.passes.recognise import Recognition, recognise
+from mla_compile.program import Program
+from mla_compile.site import AttentionSite
+
+GOLDEN = Path(__file__).parent / "golden"
+
+torch.set_num_threads(1)  # the models are tiny: threads would only wait for each other
+# The same examples on every run, and no claim about how long one takes.
+hypothesis.settings.register_profile("reproducible", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("reproducible")
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A model, and what the compiler makes of it."""
+
+    module: nn.Module
+    program: Program
+
+    @cached_property
+    def recognition(self) -> Recognition:
+        return recognise(self.program)
+
+    @property
+    def sites(self) -> tuple[AttentionSite, ...]:
+        """The attention layers of a model that must convert."""
+        assert not self.recognition.rejections
+        return self.recognition.sites
+
+
+class Programs:
+    """Models by name, captured at first use: an export takes seconds."""
+
+    def __init__(self, factories: dict[str, Callable[[], nn.Module]]) -> None:
+        self._factories = factories
+        self._captured: dict[str, Captured] = {}
+
+    def __getitem__(self, name: str) -> Captured:
+        if name not in self._captured:
+            module = self._factories[name]()
+            self._captured[name] = Captured(module, capture(module, models.example(module)))
+        return self._captured[name]
+
+
+@pytest.fixture(scope="session")
+def programs() -> Programs:
+    """Every pico model; tests must leave the models and programs as they are."""
+    refused = {
+        "qwen3": models.qwen3,
+        "gemma2": models.gemma2,
+        "bidirectional": lambda: models.handwritten(models.BidirectionalGPT),
+    }
+    return Programs({**models.CONVERTIBLE, **refused})
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="rewrite tests/golden from the present output")
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
+    """Compare a text with a file in tests/golden."""
+
+    def compare(name: str, text: str) -> None:
+        path = GOLDEN / name
+        if request.config.getoption("--update-golden"):
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text)
+        assert path.is_file(), "run pytest with --update-golden to write it"
+        assert text == path.read_text()
+
+    return compare

@@ -1,0 +1,95 @@
+"""Settings: defaults, what is accepted, and one sentence for everything that is not."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from mla_compile.config import DEFAULT_CACHE_RATIO, CompileConfig, make_config
+from mla_compile.errors import MlaCompileError, UsageError
+
+
+def test_default_size_is_the_mildest_of_the_paper():
+    assert DEFAULT_CACHE_RATIO == 1 - 0.6875  # MHA2MLA, table 1: "-68.75%"
+
+
+def test_defaults_choose_no_size_themselves():
+    config = make_config()
+    assert (config.cache_ratio, config.kv_rank, config.rope_dims, config.exact) == (None, None, None, False)
+    assert (config.method, config.selection, config.svd) == ("mha2mla", "auto", "joint")
+
+
+ALLOWED = [
+    *({"selection": s} for s in ("auto", "high", "low", "uniform", "2-norm")),
+    *({"svd": s} for s in ("joint", "split")),
+    *({"opset": o} for o in (23, 24)),
+    *({"cache_ratio": r} for r in (1e-6, 0.5, 1.0)),
+    {"kv_rank": 1},
+    {"kv_rank": 4, "rope_dims": 0},
+    {"cache_ratio": 0.5, "rope_dims": 2},
+    {"exact": True},
+    {"seq_len": 2},
+    {"calibration_tokens": 1},
+    {"seed": 0},
+    {"inline": True},
+]
+
+
+@pytest.mark.parametrize("settings", ALLOWED, ids=str)
+def test_allowed_settings_are_kept(settings):
+    config = make_config(**settings)
+    assert {name: getattr(config, name) for name in settings} == settings
+
+
+REFUSED = [
+    ({"method": "palu"}, "method='palu'", "'mha2mla'"),
+    ({"selection": "best"}, "selection='best'", "'auto', 'high', 'low', 'uniform' or '2-norm'"),
+    ({"svd": "both"}, "svd='both'", "'joint' or 'split'"),
+    ({"opset": 22}, "opset=22", "23 or 24"),
+    ({"cache_ratio": 0.0}, "cache_ratio=0.0", "greater than 0"),
+    ({"cache_ratio": -0.5}, "cache_ratio=-0.5", "greater than 0"),
+    ({"cache_ratio": 1.5}, "cache_ratio=1.5", "less than or equal to 1"),
+    ({"cache_ratio": math.nan}, "cache_ratio=nan", ""),
+    ({"cache_ratio": math.inf}, "cache_ratio=inf", "less than or equal to 1"),
+    ({"kv_rank": 0}, "kv_rank=0", "greater than or equal to 1"),
+    ({"kv_rank": 2.5}, "kv_rank=2.5", "integer"),
+    ({"rope_dims": -2}, "rope_dims=-2", "greater than or equal to 0"),
+    ({"calibration_tokens": 0}, "calibration_tokens=0", "greater than or equal to 1"),
+    ({"seq_len": 1}, "seq_len=1", "greater than or equal to 2"),
+    ({"seed": -1}, "seed=-1", "greater than or equal to 0"),
+    ({"cash_ratio": 0.5}, "cash_ratio", "not"),
+    ({"schema_version": 2}, "schema_version=2", "1"),
+    ({"exact": True, "kv_rank": 3}, "exact and kv_rank", "exclude each other"),
+    ({"exact": True, "cache_ratio": 1.0}, "exact and cache_ratio", "exclude each other"),
+    ({"cache_ratio": 0.5, "kv_rank": 3}, "cache_ratio and kv_rank", "exclude each other"),
+    ({"exact": True, "cache_ratio": 0.5, "kv_rank": 3}, "exact and cache_ratio and kv_rank", "exclude each other"),
+    ({"exact": True, "rope_dims": 4}, "rope_dims", "exact keeps every rotating channel"),
+]
+
+
+@pytest.mark.parametrize(("settings", "subject", "problem"), REFUSED, ids=str)
+def test_refused_settings_are_named_in_one_sentence(settings, subject, problem):
+    with pytest.raises(UsageError) as caught:
+        make_config(**settings)
+    error = caught.value
+    assert subject in error.message
+    assert problem in error.message
+    assert error.message.endswith(".")
+    assert error.remedy.endswith(".")
+    assert "\n" not in str(error)
+    assert isinstance(error, MlaCompileError)
+    assert error.exit_code == 2
+
+
+def test_settings_cannot_be_changed_afterwards():
+    config = make_config()
+    with pytest.raises(ValidationError, match="frozen"):
+        config.seed = 1  # type: ignore[misc]
+
+
+def test_settings_survive_yaml():
+    config = make_config(cache_ratio=0.25, svd="split", seq_len=64, inline=True)
+    assert CompileConfig(**yaml.safe_load(yaml.safe_dump(config.model_dump()))) == config

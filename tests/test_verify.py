@@ -1,0 +1,199 @@
+"""Verification: a right conversion passes, and every kind of wrong one is caught by the link that is there for it."""
+
+from __future__ import annotations
+
+import re
+
+import models
+import numpy as np
+import pytest
+import torch
+
+from mla_compile import api, verify
+from mla_compile.errors import VerificationError
+from mla_compile.evaluate import original_scorer
+from mla_compile.runtime.generate import generate
+from mla_compile.runtime.module import LatentModel, LatentOutput
+from mla_compile.runtime.onnx_session import OnnxDecoder
+
+ROUNDING = 1e-5  # float32 through two layers; ten times below what is allowed
+
+
+@pytest.fixture(scope="module")
+def program(programs):
+    return programs["complex-llama"].program
+
+
+@pytest.fixture(scope="module")
+def original(program):
+    return original_scorer(program)
+
+
+@pytest.fixture(scope="module")
+def exact(program):
+    return api.compile(program.exported, exact=True).module
+
+
+@pytest.fixture(scope="module")
+def compiled(program):
+    return api.compile(program.exported, cache_ratio=0.5)
+
+
+@pytest.fixture(scope="module")
+def decoder(compiled, tmp_path_factory):
+    path = tmp_path_factory.mktemp("onnx") / "model.onnx"
+    compiled.to_onnx(path)
+    return OnnxDecoder(path)
+
+
+class Changed(LatentModel):
+    """A converted model whose logits or cache are spoilt."""
+
+    def __init__(self, model, logits=lambda x, step: x, cache=lambda x: x):
+        super().__init__(model.graph, model.rows)
+        self.change_logits, self.change_cache = logits, cache
+
+    def forward(self, input_ids, attention_mask=None, position_ids=None, past=None):
+        result = super().forward(input_ids, attention_mask, position_ids, past)
+        step = past is not None and past[0].shape[1] > 0
+        return LatentOutput(self.change_logits(result.logits, step), tuple(map(self.change_cache, result.cache)))
+
+
+def check(original, exact, converted, ids=None):
+    return verify.check_module(original, exact, converted, models.tokens(2, 24) if ids is None else ids, False)
+
+
+def test_a_right_conversion_passes(original, exact, compiled):
+    found = check(original, exact, compiled.module)
+    assert 0 <= found.rewrite_error < ROUNDING
+    assert 0 <= found.decode_error < ROUNDING
+    assert (found.lowering_error, found.lowering_greedy) == (None, None)
+    assert (found.tokens, found.text) == (48, False)
+    assert found.cache_bytes_per_token == compiled.report.cache_bytes_after == 4 * sum(compiled.module.rows)
+
+
+def test_the_price_of_the_conversion_is_measured_against_the_original(original, exact, compiled):
+    """Oracle: the two models' logits, compared here."""
+    ids = models.tokens(2, 24)
+    with torch.no_grad():
+        ours, theirs = compiled.module(ids).logits, original(ids)
+    found = check(original, exact, compiled.module)
+    assert found.conversion_error == pytest.approx(float((ours - theirs).abs().max() / theirs.abs().max()))
+    assert found.conversion_error > 100 * ROUNDING  # half of the cache costs something on random weights
+
+
+def test_an_exact_conversion_costs_nothing(original, exact):
+    found = check(original, exact, exact)
+    assert found.conversion_error < ROUNDING
+    assert found.conversion_greedy == 1.0
+
+
+@pytest.mark.parametrize("length", [2, 3, 4, 5, 9, 64])
+def test_any_length_from_two_can_be_verified(original, exact, compiled, decoder, length):
+    ids = models.tokens(2, length)
+    assert check(original, exact, compiled.module, ids).tokens == 2 * length
+    error, greedy, _ = verify.check_onnx(compiled.module, decoder, ids, compiled.report.cache_bytes_after)
+    assert error < ROUNDING
+    assert greedy == 1.0
+
+
+@pytest.mark.parametrize("length", range(1, 40))
+def test_chunks_add_up(length):
+    sizes = verify._chunks(length)
+    assert sum(sizes) == length
+    assert min(sizes) >= 1
+    assert sizes[-1] == 1  # the step that decoding consists of
+
+
+def refuses(message):
+    return pytest.raises(VerificationError, match=message)
+
+
+def test_a_wrong_rewrite_is_caught(original, exact, compiled):
+    wrong = Changed(exact, logits=lambda x, step: x * (1 + 3e-4))
+    with refuses("The rewritten graph at full rank differs from the original model by 3.0e-04 ") as caught:
+        check(original, wrong, compiled.module)
+    error = caught.value
+    assert error.exit_code == 5
+    assert "(allowed: 1e-04)" in error.message
+    assert error.remedy.startswith("No output was kept.")
+    assert "\n" not in str(error)
+
+
+def test_a_rewrite_of_something_else_is_caught(original, compiled):
+    with refuses("The rewritten graph at full rank differs from the original model"):
+        check(original, compiled.module, compiled.module)
+
+
+def test_decoding_that_differs_from_the_whole_sequence_is_caught(original, exact, compiled):
+    wrong = Changed(compiled.module, logits=lambda x, step: x + 0.01 * step)
+    with refuses("Decoding with the latent cache differs from the same model on the whole sequence"):
+        check(original, exact, wrong)
+
+
+def test_a_cache_that_forgets_is_caught(original, exact, compiled):
+    wrong = Changed(compiled.module, cache=torch.zeros_like)
+    with refuses("Decoding with the latent cache"):
+        check(original, exact, wrong)
+
+
+def test_not_a_number_is_caught(original, exact, compiled):
+    with refuses("by nan of"):
+        check(original, exact, Changed(compiled.module, logits=lambda x, step: x * float("nan")))
+    with refuses("by nan of"):
+        check(original, Changed(exact, logits=lambda x, step: x * float("nan")), compiled.module)
+
+
+def test_the_tolerance_is_the_one_of_the_module(original, exact, compiled, monkeypatch):
+    monkeypatch.setattr(verify, "TOLERANCE", 0.0)
+    with refuses("The rewritten graph"):
+        check(original, exact, compiled.module)
+
+
+def test_a_right_file_passes(compiled, decoder):
+    error, greedy, measured = verify.check_onnx(
+        compiled.module, decoder, models.tokens(3, 20), compiled.report.cache_bytes_after
+    )
+    assert error < ROUNDING
+    assert greedy == 1.0
+    assert measured == compiled.report.cache_bytes_after
+
+
+def test_a_wrong_file_is_caught(compiled, decoder, monkeypatch):
+    right = OnnxDecoder.step
+
+    def step(self, ids, mask, positions, cache):
+        logits, cache = right(self, ids, mask, positions, cache)
+        return logits + np.float32(0.01) * (ids.shape[1] == 1), cache
+
+    monkeypatch.setattr(OnnxDecoder, "step", step)  # only single tokens are wrong
+    with refuses("ONNX Runtime differs from the converted PyTorch module"):
+        verify.check_onnx(compiled.module, decoder, models.tokens(2, 20), compiled.report.cache_bytes_after)
+
+
+def test_a_cache_of_another_size_than_planned_is_caught(compiled, decoder):
+    planned = compiled.report.cache_bytes_after
+    with refuses(re.escape(f"The cache holds {planned} bytes per token, but the plan says {planned - 4}.")):
+        verify.check_onnx(compiled.module, decoder, models.tokens(2, 20), planned - 4)
+
+
+def test_greedy_continuation_of_the_original_equals_the_models_own(programs, original):
+    """Oracle: the pico module itself, called directly."""
+    module, prompt = programs["complex-llama"].module, models.tokens(1, 7)[0]
+    ids = prompt.tolist()
+    for _ in range(12):
+        ids.append(int(models.logits(module, torch.tensor([ids]))[0, -1].argmax()))
+    assert verify.greedy_original(original, prompt, 12) == ids[7:]
+
+
+def test_the_torch_decoder_continues_like_the_onnx_one(compiled, decoder):
+    prompts = [[3, 5, 8], [1], [4, 4, 9, 2, 7]]
+    assert generate(verify.TorchDecoder(compiled.module), prompts, 16) == decoder.generate(prompts, 16)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "agreement"),
+    [([1, 2, 3, 4], [1, 2, 3, 4], 1.0), ([1, 2, 9, 4], [1, 2, 3, 4], 0.5), ([9, 2], [1, 2], 0.0), ([], [], 1.0)],
+)
+def test_agreement_is_the_share_before_the_first_difference(ours, theirs, agreement):
+    assert verify._agreement(ours, theirs) == agreement
