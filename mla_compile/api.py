@@ -135,6 +135,8 @@ def compile(
     config = config or make_config(**settings)
     if calibration is None and config.selection == "2-norm":
         raise UsageError("The 2-norm selection needs text to measure on.", "Give some with --calibration FILE.")
+    if max_perplexity_ratio is not None and not max_perplexity_ratio > 0:
+        raise UsageError(f"--max-ppl-ratio {max_perplexity_ratio} is not a factor.", "Give a number above 0.")
     if calibration is None and max_perplexity_ratio is not None:
         raise UsageError("A perplexity limit needs text to measure on.", "Give some with --calibration FILE.")
     if out is not None:
@@ -143,8 +145,8 @@ def compile(
     stages = Stages(display)
     with stages.stage("load"):
         program = _load(model, example_inputs, tokenizer, unsafe_load)
-    if out is not None and not force:
-        check_neighbours(out, program.assets)
+    if out is not None:
+        check_neighbours(out, program.assets, force)
     with stages.stage("recognise"):
         sites = _require_all(program, recognise(program)).sites
         plans = plan_layers(sites, [input_width(program, s) for s in sites], config)

@@ -48,6 +48,8 @@ def check_target(path: Path, force: bool) -> None:
     Raises:
         UsageError: The name is not one this version writes, exists already, or its folder cannot be written.
     """
+    if path.name == ".onnx":
+        raise UsageError(f"'{path}' is only a suffix.", "Name a file, such as model.onnx.")
     if path.suffix and path.suffix != ".onnx":
         raise UsageError(
             f"'{path}' does not say what to write: '{path.suffix}' is not known.",
@@ -76,13 +78,18 @@ def check_target(path: Path, force: bool) -> None:
         raise UsageError(f"'{existing}' cannot be written ({error.strerror}).", "Choose another folder.") from error
 
 
-def check_neighbours(path: Path, assets: Assets) -> None:
+def check_neighbours(path: Path, assets: Assets, force: bool) -> None:
     """Refuse to put a model's files beside those of another, before any work is done.
 
     Raises:
-        UsageError: Configuration, tokenizer or report of something else lies where this model's would go.
+        UsageError: Configuration, tokenizer or report of something else lies where this model's would go, or it is the
+            folder of the original, which is never written to.
     """
     folder = path.parent if path.suffix == ".onnx" else path
+    if assets.local_folder is not None and folder.exists() and folder.samefile(assets.local_folder):
+        raise UsageError(f"'{folder}' is the folder of the original model.", "Choose another folder.")
+    if force:
+        return
     with tempfile.TemporaryDirectory() as scratch:
         _copy_assets(assets, Path(scratch))
         for new in sorted(Path(scratch).iterdir()):
@@ -128,8 +135,7 @@ def write_onnx(
     check_target(path, force)
     if path.suffix != ".onnx":
         raise UsageError(f"'{path}' is not named like an ONNX file.", "Name it with the suffix .onnx.")
-    if not force:
-        check_neighbours(path, assets)
+    check_neighbours(path, assets, force)
     with _moved_into(path.parent) as folder:
         with stages.stage("lower to ONNX"):
             lower_to_onnx(
@@ -162,6 +168,7 @@ def write_onnx(
 def write_folder(module: LatentModel, report: Report, assets: Assets, path: Path, force: bool) -> Report:
     """Write the PyTorch module as a ``torch.export`` archive in a folder of its own."""
     check_target(path, force)
+    check_neighbours(path, assets, force)
     with _moved_into(path) as folder:
         torch.export.save(export_rewritten(module.graph, module.rows), folder / "model.pt2")  # type: ignore[arg-type]
         _copy_assets(assets, folder)

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from mla_compile.config import CompileConfig
-from mla_compile.corpus import load_tokenizer, read_documents, token_windows, tokenize
+from mla_compile.corpus import check_vocabulary, load_tokenizer, read_documents, token_windows, tokenize
 from mla_compile.errors import UsageError
 from mla_compile.evaluate import longest_window, original_scorer
 from mla_compile.program import Program
@@ -79,6 +79,7 @@ def cut_windows(
             tokenizer = load_tokenizer(program.assets.folder)
         length = config.seq_len or longest_window(original_scorer(program), program.max_positions)
         windows = token_windows(tokenize(text, tokenizer), length)
+    check_vocabulary(int(windows.max()), program.vocabulary, program.source)
     length = windows.shape[1]
     longest = longest_window(original_scorer(program), program.max_positions, length)
     if longest < length:

@@ -7,11 +7,11 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from mla_compile.errors import MlaCompileError, UsageError
+from mla_compile.errors import MlaCompileError
 
 __all__ = ["main"]
 
@@ -65,12 +65,14 @@ Calibration = Annotated[
 CalibrationTokens = Annotated[int, typer.Option(help="Tokens of it to use.", rich_help_panel=_TEXT)]
 SeqLen = Annotated[
     int | None,
-    typer.Option(help="Tokens per window.", show_default="the model's limit, at most 512", rich_help_panel=_TEXT),
+    typer.Option(
+        min=2, help="Tokens per window.", show_default="the model's limit, at most 512", rich_help_panel=_TEXT
+    ),
 ]
 Tokenizer = Annotated[
     str | None, typer.Option(help="Folder or id of the tokenizer, if the model has none.", rich_help_panel=_TEXT)
 ]
-Seed = Annotated[int, typer.Option(help="Seed of random ids and samples.", rich_help_panel=_CHECKS)]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of random ids and samples.", rich_help_panel=_CHECKS)]
 UnsafeLoad = Annotated[
     bool, typer.Option("--unsafe-load", help="Unpickle a module from a file; this runs the code in it.")
 ]
@@ -78,15 +80,21 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object inst
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"mla-compile {version('mla-compile')}")
+        raise typer.Exit
+
+
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
+    ] = False,
 ) -> None:
-    if version:
-        from importlib.metadata import version as installed
-
-        typer.echo(f"mla-compile {installed('mla-compile')}")
-        raise typer.Exit
+    """Nothing is done before a command."""
 
 
 @app.command()
@@ -284,22 +292,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         words.insert(0, "convert")  # the default verb
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
-        app(args=words, prog_name="mla-compile")
+        code = app(args=words or ["--help"], prog_name="mla-compile", standalone_mode=False)
     except MlaCompileError as error:
-        _fail(error)
-        return error.exit_code
-    except KeyboardInterrupt:
-        typer.echo("Interrupted.", err=True)
-        return 130
+        return _fail(str(error), error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("Interrupted.", 130)
     except OSError as error:
-        failure = UsageError(f"A file could not be written ({error}).", "Free some space or choose another folder.")
-        _fail(failure)
-        return failure.exit_code
-    except SystemExit as leaving:
-        code: Any = leaving.code
-        return code if isinstance(code, int) else 0
-    return 0
+        return _fail(f"A file could not be written ({error}). Free some space or choose another folder.", 2)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # anything but the parser's own
+            raise
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context is not None else "mla-compile"
+        sentence = " ".join(error.format_message().split()).rstrip(".")
+        return _fail(f"{sentence}. See '{command} --help'.", 2)
+    if code == 130:  # the parser turns an interrupt into this code
+        return _fail("Interrupted.", 130)
+    return 2 if not words else code or 0
 
 
-def _fail(error: MlaCompileError) -> None:
-    typer.echo(f"mla-compile: {error}", err=True)
+def _fail(sentence: str, code: int) -> int:
+    typer.echo(f"mla-compile: {sentence}", err=True)
+    return code

@@ -12,7 +12,15 @@ from torch import Tensor
 
 from mla_compile.errors import LoadError, UsageError
 
-__all__ = ["DOCUMENT_END", "load_tokenizer", "read_documents", "special_tokens", "token_windows", "tokenize"]
+__all__ = [
+    "DOCUMENT_END",
+    "check_vocabulary",
+    "load_tokenizer",
+    "read_documents",
+    "special_tokens",
+    "token_windows",
+    "tokenize",
+]
 
 DOCUMENT_END = "<|endoftext|>"
 """Separates documents in plain text files."""
@@ -89,6 +97,24 @@ def tokenize(documents: Sequence[str], tokenizer: Any) -> list[int]:  # noqa: AN
     for document in documents:
         stream += begin + list(tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"])
     return stream
+
+
+def check_vocabulary(largest: int, vocabulary: int, source: str) -> None:
+    """Refuse token ids a model does not know: the tokenizer belongs to another one.
+
+    Args:
+        largest: The largest id.
+        vocabulary: How many ids the model knows.
+        source: The model's name.
+
+    Raises:
+        UsageError: The id is out of range.
+    """
+    if largest >= vocabulary:
+        raise UsageError(
+            f"The tokenizer gives token {largest}, but '{source}' knows only {vocabulary}.",
+            "Give the model's own tokenizer with --tokenizer FOLDER.",
+        )
 
 
 def token_windows(ids: Sequence[int], length: int, limit: int | None = None) -> Tensor:

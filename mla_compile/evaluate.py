@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mla_compile.errors import UsageError
 from mla_compile.program import Program
 
 __all__ = [
@@ -77,16 +78,18 @@ def longest_window(score: Scorer, limit: int | None, wanted: int = DEFAULT_WINDO
     """
     if limit is not None:
         return min(limit, wanted)
+    runs, fails = 1, wanted + 1
     length = wanted
     with torch.inference_mode():
-        while length > 2:
+        while fails - runs > 1:
             try:
                 score(torch.zeros(1, length, dtype=torch.long))
-            except (RuntimeError, IndexError):
-                length //= 2
+            except (RuntimeError, IndexError, UsageError):
+                fails = length
             else:
-                break
-    return length
+                runs = length
+            length = (runs + fails) // 2
+    return runs
 
 
 def original_scorer(program: Program) -> Scorer:

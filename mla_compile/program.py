@@ -63,6 +63,19 @@ class Program:
     assets: Assets = field(default_factory=Assets)
     max_positions: int | None = None
 
+    @property
+    def vocabulary(self) -> int:
+        """How many token ids the model knows: the rows of the smallest table its tokens index."""
+        nodes = {n.name: n for n in self.exported.graph.nodes}
+        tokens = nodes[self.tokens]
+        embedding = torch.ops.aten.embedding.default
+        rows = [
+            int(user.args[0].meta["val"].shape[0])
+            for user in tokens.users
+            if user.target is embedding and user.args[1] is tokens
+        ]
+        return min(rows) if rows else int(nodes[self.logits].meta["val"].shape[-1])
+
     def flat_module(self) -> fx.GraphModule:
         """Return the graph as a module of positional tensors in placeholder order, with weights shared."""
         with warnings.catch_warnings():

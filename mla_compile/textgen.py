@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mla_compile.corpus import load_tokenizer
+from mla_compile.corpus import check_vocabulary, load_tokenizer
 from mla_compile.errors import UsageError
 from mla_compile.runtime.generate import Sampling
 from mla_compile.runtime.onnx_session import OnnxDecoder
@@ -69,6 +69,7 @@ def generate_text(
     ids = [begin + list(words(prompt, add_special_tokens=False)["input_ids"]) for prompt in prompts]
     if not all(ids):
         raise UsageError("A prompt is empty, and this tokenizer has no begin token.", "Give at least one word.")
+    check_vocabulary(max(map(max, ids)), decoder.vocabulary, str(model))
     end = decoder.metadata.get("eos_token_id")
     stop = end if isinstance(end, list) else [] if end is None else [end]
     stream = None

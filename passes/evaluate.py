@@ -48,26 +48,13 @@ def example_inputs(program: Program, batch: int, length: int, seed: int = 0) -> 
         Placeholder name to tensor ``[batch, length]``.
     """
     generator = torch.Generator().manual_seed(seed)
-    vocabulary = _vocabulary(program)
-    inputs = {program.tokens: torch.randint(0, vocabulary, (batch, length), generator=generator)}
+    inputs = {program.tokens: torch.randint(0, program.vocabulary, (batch, length), generator=generator)}
     if program.attention_mask:
         inputs[program.attention_mask] = torch.ones(batch, length, dtype=torch.long)
     if program.position_ids:
         inputs[program.position_ids] = torch.arange(length).expand(batch, length).contiguous()
     by_name = {n.name: n for n in program.exported.graph.nodes if n.op == "placeholder"}
     return {name: value.to(by_name[name].meta["val"].dtype) for name, value in inputs.items()}
-
-
-def _vocabulary(program: Program) -> int:
-    """Rows of the embedding table the tokens index."""
-    tokens = next(n for n in program.exported.graph.nodes if n.name == program.tokens)
-    rows = [
-        int(user.args[0].meta["val"].shape[0])
-        for user in tokens.users
-        if user.target is _aten.embedding.default and user.args[1] is tokens
-    ]
-    logits = next(n for n in program.exported.graph.nodes if n.name == program.logits)
-    return min(rows) if rows else int(logits.meta["val"].shape[-1])
 
 
 class GraphEvaluator:

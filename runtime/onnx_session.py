@@ -32,6 +32,7 @@ class OnnxDecoder:
     Attributes:
         metadata: What the compiler stored in the file.
         rows: Numbers one token adds to the cache, per layer.
+        vocabulary: How many token ids the model knows.
 
     Raises:
         LoadError: The file is missing, damaged, or was not made by this compiler.
@@ -46,7 +47,7 @@ class OnnxDecoder:
         if not Path(path).is_file():
             raise LoadError(f"There is no file '{path}'.", "Convert a model first: mla-compile MODEL --out FILE.onnx.")
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # what fails is raised, and told once
         if threads is not None:
             options.intra_op_num_threads = threads
         try:
@@ -57,6 +58,7 @@ class OnnxDecoder:
             reason = str(error).strip().splitlines()[0][:200]
             raise LoadError(f"ONNX Runtime cannot load '{path}' ({reason}).", "Convert the model again.") from error
         self._runtime = onnxruntime
+        self._path = path
         inputs = {i.name: i for i in self._session.get_inputs()}
         caches = [inputs[name] for i in range(len(inputs)) if (name := _PAST.format(i)) in inputs]
         stored = self._session.get_modelmeta().custom_metadata_map.get("mla_compile")
@@ -66,6 +68,7 @@ class OnnxDecoder:
         self.rows = tuple(int(c.shape[-1]) for c in caches)
         self._dtype = _NUMPY_TYPES[caches[0].type]
         self._inputs = frozenset(inputs)
+        self.vocabulary = int(self._session.get_outputs()[0].shape[-1])
 
     @property
     def cache_bytes_per_token(self) -> int:
@@ -100,7 +103,15 @@ class OnnxDecoder:
         for layer, past in enumerate(cache):
             binding.bind_ortvalue_input(_PAST.format(layer), past)
             binding.bind_output(_PRESENT.format(layer))
-        self._session.run_with_iobinding(binding)
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0].rpartition("Status Message: ")[2][:200]
+            new, total = ids.shape[1], attention_mask.shape[1]
+            raise UsageError(
+                f"'{self._path}' cannot run {new} tokens after {total - new} ({reason}).",
+                "Stay within the model's longest sequence and its vocabulary.",
+            ) from error
         logits, *present = binding.get_outputs()
         return logits.numpy(), tuple(present)
 

@@ -1,0 +1,467 @@
+"""Every failure a user can cause at the command line: exit code, one sentence on standard error, and nothing left."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import models
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+
+from mla_compile import frontend, verify
+from mla_compile.cli import main
+from mla_compile.errors import (
+    LoadError,
+    MlaCompileError,
+    QualityGateError,
+    RefusedError,
+    UsageError,
+    VerificationError,
+)
+from mla_compile.runtime.onnx_session import OnnxDecoder
+
+ROOT = Path(__file__).parents[1]
+TINY = ROOT / "examples" / "tiny-llama"
+
+
+@dataclass(frozen=True)
+class Done:
+    code: int
+    out: str
+    err: str
+
+
+def command(*words: object) -> Done:
+    """Run the command line in this process; an exception that escapes is a failure of the test."""
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        code = main([str(w) for w in words])
+    return Done(code, out.getvalue(), err.getvalue())
+
+
+class Bag(nn.Module):
+    """A language model without attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(97, 8), nn.Linear(8, 97)
+
+    def forward(self, ids):
+        return self.head(self.table(ids))
+
+
+def archive(module: nn.Module, path: Path) -> None:
+    dynamic = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    torch.export.save(torch.export.export(module, (models.tokens(2, 5),), dynamic_shapes=(dynamic,)), path)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with everything the commands below are given."""
+    place = tmp_path_factory.mktemp("place")
+    nano = models.handwritten(models.NanoGPT)
+    archive(nano, place / "nano.pt2")
+    nano.tokens = nn.Embedding(1024, models.WIDTH)  # as many as the bundled tokenizer has
+    nano.head = nn.Linear(models.WIDTH, 1024, bias=False)
+    archive(nano, place / "wide.pt2")
+    archive(models.handwritten(models.ComplexLlama), place / "rotary.pt2")
+    archive(Bag(), place / "bag.pt2")
+    archive(models.handwritten(models.BidirectionalGPT), place / "both-ways.pt2")
+    models.qwen3().save_pretrained(place / "qwen3")
+    models.llama(num_hidden_layers=1).save_pretrained(place / "llama")
+    (place / "cut.pt2").write_bytes((place / "nano.pt2").read_bytes()[:30_000])
+
+    stories = runpy.run_path(str(ROOT / "examples" / "story_grammar.py"))["stories"](range(1_000_000, 1_000_010))
+    (place / "text.txt").write_text("<|endoftext|>".join(stories))
+    (place / "text.jsonl").write_text('{"text": "fine"}\n{"txt": 1}\n')
+    (place / "numbers.jsonl").write_text('{"text": 1}\n')
+    (place / "empty.txt").write_text("")
+    (place / "latin1.txt").write_bytes("café".encode("latin-1"))
+    (place / "short.txt").write_text("One day.")
+
+    (place / "garbage.onnx").write_bytes(b"garbage" * 100)
+    (place / "empty.onnx").write_bytes(b"")
+    value = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Identity", ["x"], ["y"])], "g", [value], [])
+    graph.output.append(onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1]))
+    opset = [onnx.helper.make_opsetid("", 20)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=9), place / "plain.onnx")
+    (place / "file").write_text("mine")
+    (place / "taken.onnx").write_text("mine")
+    (place / "folder.onnx").mkdir()
+    (place / "full").mkdir()
+    (place / "full" / "mine.txt").write_text("mine")
+    (place / "others").mkdir()
+    (place / "others" / "tokenizer.json").write_text("{}")
+
+    done = command(place / "wide.pt2", "--out", place / "good" / "wide.onnx", "--tokenizer", TINY)
+    assert done.code == 0, done.err
+    (place / "alone").mkdir()
+    shutil.copy(place / "good" / "wide.onnx", place / "alone")
+    return place
+
+
+@pytest.fixture(scope="module", autouse=True)
+def read_once():
+    """Every model is read once for all commands: what fails here fails before or after that."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(frontend, "load_program", functools.cache(frontend.load_program))
+        yield
+
+
+def files(place: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(place)): p.read_bytes() if p.is_file() else b"" for p in sorted(place.rglob("*"))}
+
+
+def assert_one_sentence(done: Done, code: int, phrase: str, quiet: bool = True) -> None:
+    """One line on standard error: what went wrong, then what to do."""
+    assert "Traceback" not in done.err
+    assert done.code == code
+    assert done.out == ""
+    lines = done.err.splitlines()
+    if not quiet:  # what was done until then
+        lines = [line for line in lines if " s   peak " not in line]
+    assert len(lines) == 1
+    assert lines[0].startswith("mla-compile: ")
+    assert phrase in lines[0]
+    assert lines[0].count(". ") >= 1, "there is no remedy"
+    assert lines[0].endswith(".")
+    assert len(lines[0]) < 1000
+
+
+CONVERT = {
+    # ---- words
+    "unknown flag": ("{nano} --out {out} --frobnicate", 2, "--frobnicate"),
+    "no out": ("{nano}", 2, "--out"),
+    "no model": ("convert --out {out}", 2, "model"),
+    "two models": ("{nano} {nano} --out {out}", 2, "unexpected"),
+    "no value": ("{nano} --out {out} --cache-ratio", 2, "--cache-ratio"),
+    "ratio no number": ("{nano} --out {out} --cache-ratio half", 2, "--cache-ratio"),
+    "rank no integer": ("{nano} --out {out} --kv-rank 2.5", 2, "--kv-rank"),
+    "opset no number": ("{nano} --out {out} --opset abc", 2, "--opset"),
+    # ---- settings
+    "selection": ("{nano} --out {out} --selection best", 2, "'auto', 'high', 'low', 'uniform' or '2-norm'"),
+    "svd": ("{nano} --out {out} --svd both", 2, "'joint' or 'split'"),
+    "method": ("{nano} --out {out} --method palu", 2, "'mha2mla'"),
+    "opset": ("{nano} --out {out} --opset 22", 2, "23 or 24"),
+    "ratio 0": ("{nano} --out {out} --cache-ratio 0", 2, "greater than 0"),
+    "ratio 1.5": ("{nano} --out {out} --cache-ratio 1.5", 2, "less than or equal to 1"),
+    "ratio negative": ("{nano} --out {out} --cache-ratio -0.5", 2, "greater than 0"),
+    "ratio nan": ("{nano} --out {out} --cache-ratio nan", 2, "cache_ratio=nan"),
+    "rank 0": ("{nano} --out {out} --kv-rank 0", 2, "greater than or equal to 1"),
+    "rank negative": ("{nano} --out {out} --kv-rank -3", 2, "greater than or equal to 1"),
+    "rope dims negative": ("{nano} --out {out} --rope-dims -2", 2, "greater than or equal to 0"),
+    "exact and rank": ("{nano} --out {out} --exact --kv-rank 3", 2, "exact and kv_rank exclude each other"),
+    "exact and ratio": ("{nano} --out {out} --exact --cache-ratio 1", 2, "exact and cache_ratio exclude each other"),
+    "exact and rope": ("{nano} --out {out} --exact --rope-dims 2", 2, "exact keeps every rotating channel"),
+    "ratio and rank": ("{nano} --out {out} --cache-ratio .5 --kv-rank 4", 2, "cache_ratio and kv_rank exclude"),
+    "seed": ("{nano} --out {out} --seed -1", 2, "--seed"),
+    "calibration tokens": ("{nano} --out {out} --calibration-tokens 0", 2, "calibration_tokens=0"),
+    "window": ("{nano} --out {out} --seq-len 1", 2, "--seq-len"),
+    # ---- settings that do not fit the model
+    "rank too big": ("{rotary} --out {out} --kv-rank 61", 2, "--kv-rank 61 is above the exact rank 60 of attentions.0"),
+    "rope dims odd": ("{rotary} --out {out} --rope-dims 3", 2, "Give an even number from 0 to 16."),
+    "rope dims too big": ("{rotary} --out {out} --rope-dims 18", 2, "whose heads rotate 16 channels"),
+    "rope dims of nothing": ("{nano} --out {out} --rope-dims 2", 2, "whose heads rotate 0 channels"),
+    "ratio too small": ("{rotary} --out {out} --cache-ratio 0.03", 2, "leaves no room for a latent in attentions.0"),
+    # ---- the model
+    "model missing": ("{place}/none.pt2 --out {out}", 2, "There is no file or folder"),
+    "model cut": ("{place}/cut.pt2 --out {out}", 2, "is truncated or not a torch.export archive"),
+    "model is text": ("{text} --out {out}", 2, "is not a model"),
+    "model is ONNX": ("{place}/plain.onnx --out {out}", 2, "is an ONNX file, which cannot be converted"),
+    "model is a folder": ("{place}/full --out {out}", 2, "has no config.json"),
+    "not convertible": ("{place}/both-ways.pt2 --out {out}", 3, "2 of 2 attention layers"),
+    "no attention": ("{place}/bag.pt2 --out {out}", 3, "No attention was found in"),
+    # ---- the text
+    "2-norm without text": ("{nano} --out {out} --selection 2-norm", 2, "needs text to measure on"),
+    "limit without text": ("{nano} --out {out} --max-ppl-ratio 1.1", 2, "A perplexity limit needs text"),
+    "text missing": ("{wide} --out {out} --tokenizer {tiny} --calibration none.txt", 2, "There is no text file"),
+    "text is a folder": ("{wide} --out {out} --tokenizer {tiny} --calibration {place}", 2, "There is no text file"),
+    "text empty": ("{wide} --out {out} --tokenizer {tiny} --calibration {place}/empty.txt", 2, "holds no text"),
+    "text latin-1": ("{wide} --out {out} --tokenizer {tiny} --calibration {place}/latin1.txt", 2, "is not UTF-8 text"),
+    "text short": ("{wide} --out {out} --tokenizer {tiny} --calibration {place}/short.txt", 2, "with --seq-len 4."),
+    "bad jsonl": ("{wide} --out {out} --tokenizer {tiny} --calibration {place}/text.jsonl", 2, "Line 2 of"),
+    "jsonl numbers": ("{wide} --out {out} --tokenizer {tiny} --calibration {place}/numbers.jsonl", 2, "Line 1 of"),
+    "window too long": ("{wide} --out {out} {calibrated} --seq-len 129", 2, "Use --seq-len 128 or less."),
+    "no tokenizer": ("{wide} --out {out} --calibration {text}", 2, "Give one with --tokenizer FOLDER."),
+    "no tokenizer in the folder": ("{place}/llama --out {out} --calibration {text}", 2, "tokenizer"),
+    "tokenizer missing": ("{wide} --out {out} --calibration {text} --tokenizer {place}/none", 2, "tokenizer"),
+    "tokenizer of another model": ("{nano} --out {out} {calibrated}", 2, "97"),
+    # ---- quality
+    "perplexity": ("{wide} --out {out} {calibrated} --max-ppl-ratio 0.5", 4, "above the limit of 0.5"),
+    "perplexity, folder": ("{wide} --out {dir} {calibrated} --max-ppl-ratio 0.5", 4, "above the limit of 0.5"),
+    "limit nan": ("{wide} --out {out} {calibrated} --max-ppl-ratio nan", 2, "ppl"),
+    "limit negative": ("{wide} --out {out} {calibrated} --max-ppl-ratio -1", 2, "ppl"),
+    # ---- where to write
+    "below a file": ("{nano} --out {place}/file/o.onnx", 2, "cannot be created"),
+    "far below a file": ("{nano} --out {place}/file/a/b", 2, "cannot be created"),
+    "over a file": ("{nano} --out {place}/file", 2, "is a file"),
+    "over a file, forced": ("{nano} --out {place}/file --force", 2, "is a file"),
+    "taken": ("{nano} --out {place}/taken.onnx", 2, "exists already"),
+    "folder taken": ("{nano} --out {place}/full", 2, "exists already"),
+    "other model's files": (
+        "{nano} --out {place}/others/o.onnx --tokenizer {tiny}",
+        2,
+        "others/tokenizer.json' exists",
+    ),
+    "unknown suffix": ("{nano} --out {out}.safetensors", 2, "'.safetensors' is not known"),
+    "suffix only": ("{nano} --out {place}/.onnx", 2, ".onnx"),
+    "folder like a file": ("{nano} --out {place}/folder.onnx", 2, "is a folder"),
+    "folder like a file, forced": ("{nano} --out {place}/folder.onnx --force", 2, "is a folder"),
+    "into the model": ("{place}/llama --out {place}/llama --force", 2, "llama"),
+}
+
+OTHERS = {
+    "inspect nothing": ("inspect", 2, "model"),
+    "inspect missing": ("inspect {place}/none", 2, "There is no file or folder"),
+    "inspect missing, json": ("inspect {place}/none --json", 2, "There is no file or folder"),
+    "plan missing": ("plan {place}/none.pt2", 2, "There is no file or folder"),
+    "plan setting": ("plan {nano} --svd both", 2, "'joint' or 'split'"),
+    "plan rank": ("plan {rotary} --kv-rank 61", 2, "above the exact rank 60"),
+    "plan not convertible": ("plan {place}/both-ways.pt2", 3, "2 of 2 attention layers"),
+    "plan no attention": ("plan {place}/bag.pt2 --json", 3, "No attention was found in"),
+    "run nothing": ("run --prompt x", 2, "model"),
+    "run without prompt": ("run {good}", 2, "--prompt"),
+    "run no tokens": ("run {good} --prompt x --max-new-tokens 0", 2, "--max-new-tokens"),
+    "run temperature": ("run {good} --prompt x --temperature -1", 2, "--temperature"),
+    "run top-k": ("run {good} --prompt x --top-k -1", 2, "--top-k"),
+    "run top-p": ("run {good} --prompt x --top-p 2", 2, "--top-p"),
+    "run seed": ("run {good} --prompt x --temperature 1 --seed -1", 2, "seed"),
+    "run threads": ("run {good} --prompt x --threads 0", 2, "--threads"),
+    "run missing": ("run {place}/none.onnx --prompt x", 2, "There is no file"),
+    "run folder": ("run {place}/full --prompt x", 2, "There is no file"),
+    "run garbage": ("run {place}/garbage.onnx --prompt x", 2, "ONNX Runtime cannot load"),
+    "run empty": ("run {place}/empty.onnx --prompt x", 2, "ONNX Runtime cannot load"),
+    "run another model": ("run {place}/plain.onnx --prompt x", 2, "Give a file made by mla-compile."),
+    "run archive": ("run {nano} --prompt x", 2, "cannot load"),
+    "run without tokenizer": ("run {place}/alone/wide.onnx --prompt x", 2, "Give one with --tokenizer FOLDER."),
+    "run past the end": ("run {good} --prompt x --max-new-tokens 300 --json", 2, "128"),
+    "eval without text": ("eval {good}", 2, "--text"),
+    "eval missing": ("eval {place}/none.onnx --text {text}", 2, "There is no file"),
+    "eval garbage": ("eval {place}/garbage.onnx --text {text}", 2, "ONNX Runtime cannot load"),
+    "eval garbage, json": ("eval {place}/garbage.onnx --text {text} --json", 2, "ONNX Runtime cannot load"),
+    "eval another model": ("eval {place}/plain.onnx --text {text}", 2, "Give a file made by mla-compile."),
+    "eval text missing": ("eval {good} --text {place}/none.txt", 2, "There is no text file"),
+    "eval bad jsonl": ("eval {good} --text {place}/text.jsonl --json", 2, "Line 2 of"),
+    "eval text short": ("eval {good} --text {place}/short.txt -q", 2, "--seq-len 4"),
+    "eval window 0": ("eval {good} --text {text} --seq-len 0 -q", 2, "seq-len"),
+    "eval window 1": ("eval {good} --text {text} --seq-len 1 -q", 2, "seq-len"),
+    "eval window negative": ("eval {good} --text {text} --seq-len -3 -q", 2, "seq-len"),
+    "eval window too long": ("eval {good} --text {text} --seq-len 129 -q", 2, "--seq-len 128"),
+    "eval original window": ("eval {wide} --text {text} --seq-len 129 -q --tokenizer {tiny}", 2, "--seq-len 128"),
+    "eval one token": ("eval {good} --text {text} --max-tokens 1", 2, "--max-tokens"),
+    "eval without tokenizer": ("eval {wide} --text {text} -q", 2, "Give one with --tokenizer FOLDER."),
+    "eval original missing": ("eval {good} --text {text} --original {place}/none -q", 2, "There is no file or folder"),
+    "eval tokenizer of another": ("eval {nano} --text {text} --tokenizer {tiny} -q", 2, "97"),
+}
+
+
+def fill(words: str, place: Path, out: Path) -> list[str]:
+    names = {
+        "place": place,
+        "nano": place / "nano.pt2",
+        "wide": place / "wide.pt2",
+        "rotary": place / "rotary.pt2",
+        "good": place / "good" / "wide.onnx",
+        "text": place / "text.txt",
+        "tiny": TINY,
+        "calibrated": "--tokenizer {tiny} --calibration {text}",
+        "out": out / "new" / "o.onnx",
+        "dir": out / "new" / "folder",
+    }
+    while "{" in words:
+        words = words.format_map(names)
+    return words.split()
+
+
+@pytest.mark.parametrize("case", CONVERT)
+def test_conversion_that_fails(case, place, tmp_path):
+    words, code, phrase = CONVERT[case]
+    before = files(place)
+    done = command(*fill(words, place, tmp_path), "--quiet")
+    assert files(place) == before
+    assert not list(tmp_path.iterdir())
+    assert_one_sentence(done, code, phrase)
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_other_command_that_fails(case, place, tmp_path):
+    words, code, phrase = OTHERS[case]
+    before = files(place)
+    done = command(*fill(words, place, tmp_path))
+    assert files(place) == before
+    assert_one_sentence(done, code, phrase)
+
+
+def test_every_layer_is_refused_with_its_reason(place, tmp_path):
+    done = command(place / "qwen3", "--out", tmp_path / "o.onnx")
+    assert_one_sentence(done, 3, f"2 of 2 attention layers of '{place / 'qwen3'}' cannot be converted: ", quiet=False)
+    for layer in (0, 1):
+        assert f"model.layers.{layer}.self_attn: something non-linear, such as a norm" in done.err
+    assert done.err.count("[nonlinear]") == 2
+
+
+def test_the_table_of_refused_layers_goes_to_standard_output(place):
+    done = command("inspect", place / "both-ways.pt2")
+    assert (done.code, done.err) == (3, "")
+    assert done.out.count("no: mask") == 2
+    done = command("inspect", place / "both-ways.pt2", "--json")
+    assert (done.code, done.err) == (3, "")
+    assert [(row["path"], row["rejected"]) for row in json.loads(done.out)["layers"]] == [
+        ("attentions.0", "mask"),
+        ("attentions.1", "mask"),
+    ]
+
+
+def test_a_model_without_attention_is_inspected(place):
+    done = command("inspect", place / "bag.pt2")
+    assert (done.code, done.out, done.err) == (3, "No attention was found.\n", "")
+
+
+def test_the_window_recommended_by_the_error_works(place, tmp_path):
+    words = [
+        place / "wide.pt2",
+        "--out",
+        tmp_path / "o",
+        "--tokenizer",
+        TINY,
+        "--calibration",
+        place / "short.txt",
+        "-q",
+    ]
+    words += ["--max-ppl-ratio", 0.5]  # which fails, but after the text was read
+    seq_len = command(*words).err.split("--seq-len ")[1].rstrip(".\n")
+    assert command(*words, "--seq-len", seq_len).code == 4
+
+
+def test_errors_after_some_work_come_after_the_stages(place, tmp_path):
+    done = command(place / "both-ways.pt2", "--out", tmp_path / "o.onnx")
+    assert_one_sentence(done, 3, "2 of 2 attention layers", quiet=False)
+
+
+def test_json_changes_nothing_about_errors(place, tmp_path):
+    done = command(place / "both-ways.pt2", "--out", tmp_path / "o.onnx", "--json")
+    assert_one_sentence(done, 3, "2 of 2 attention layers")
+
+
+@pytest.mark.parametrize("name", ["o.onnx", "folder"])
+def test_verification_that_fails_leaves_nothing(place, tmp_path, name, monkeypatch):
+    monkeypatch.setattr(verify, "TOLERANCE", 0.0)
+    done = command(place / "nano.pt2", "--out", tmp_path / "new" / name, "-q")
+    assert_one_sentence(done, 5, "The rewritten graph at full rank differs from the original model by ")
+    assert not list(tmp_path.iterdir())
+
+
+def test_verification_of_the_file_that_fails_leaves_nothing(place, tmp_path, monkeypatch):
+    right = OnnxDecoder.step
+
+    def step(self, *arguments):
+        logits, cache = right(self, *arguments)
+        return logits + np.float32(1), cache
+
+    monkeypatch.setattr(OnnxDecoder, "step", step)
+    done = command(place / "nano.pt2", "--out", tmp_path / "a" / "b" / "o.onnx", "-q")
+    assert_one_sentence(done, 5, "ONNX Runtime differs from the converted PyTorch module")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_replacement_keeps_the_old_file(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(OnnxDecoder, "step", lambda self, *arguments: 1 / 0)
+    (tmp_path / "o.onnx").write_text("old")
+    with pytest.raises(ZeroDivisionError):  # a defect of ours, not an error of the user's
+        command(place / "nano.pt2", "--out", tmp_path / "o.onnx", "--force", "-q")
+    assert files(tmp_path) == {"o.onnx": b"old"}
+
+
+@pytest.mark.parametrize("name", ["o.onnx", "folder"])
+def test_a_full_disk_leaves_nothing(place, tmp_path, name, monkeypatch):
+    def full(*arguments, **keywords):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("mla_compile.artifacts.lower_to_onnx", full)
+    monkeypatch.setattr("torch.export.save", full)
+    done = command(place / "nano.pt2", "--out", tmp_path / "new" / name, "-q")
+    assert_one_sentence(done, 2, "No space left on device")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupt_leaves_nothing(place, tmp_path, monkeypatch):
+    def interrupt(*arguments, **keywords):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mla_compile.artifacts.lower_to_onnx", interrupt)
+    done = command(place / "nano.pt2", "--out", tmp_path / "new" / "o.onnx", "-q")
+    assert (done.code, done.err) == (130, "mla-compile: Interrupted.\n")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a file system that nobody can write to")
+def test_a_folder_nobody_can_write_to(place):
+    assert_one_sentence(command(place / "nano.pt2", "--out", "/proc/new/o.onnx", "-q"), 2, "cannot be written")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root can write everywhere")
+@pytest.mark.parametrize("name", ["o.onnx", "folder"])
+def test_a_read_only_folder(place, tmp_path, name):
+    tmp_path.chmod(0o500)
+    assert_one_sentence(command(place / "nano.pt2", "--out", tmp_path / name, "-q"), 2, "cannot be written")
+
+
+def test_an_empty_prompt_without_begin_token(place, tmp_path):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TINY / name, tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "bos_token": None}))
+    words = ("run", place / "good" / "wide.onnx", "--tokenizer", tmp_path, "--max-new-tokens", 2)
+    assert_one_sentence(command(*words, "--prompt", "", "--prompt", "x"), 2, "A prompt is empty")
+    assert command(*words, "--prompt", "x", "--json").code == 0
+
+
+def test_the_version_is_printed():
+    done = command("--version")
+    assert (done.code, done.err) == (0, "")
+    assert done.out.startswith("mla-compile 0.")
+
+
+def test_no_words_at_all_show_the_help():
+    done = command()
+    assert done.code == 2
+    assert "Usage: mla-compile" in done.out + done.err
+
+
+@pytest.mark.parametrize("case", ["model missing", "no out", "unknown flag"])
+def test_the_installed_program_fails_the_same_way(case, place, tmp_path):
+    """In a process of its own: the exit code arrives, and no library talks in between."""
+    words, code, phrase = CONVERT[case]
+    words = [sys.executable, "-m", "mla_compile", *fill(words, place, tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
+    assert_one_sentence(Done(done.returncode, done.stdout, done.stderr), code, phrase)
+
+
+def test_evaluation_prints_nothing_of_the_runtime(place):
+    """Trying how long a model can be must not show ONNX Runtime's own errors."""
+    words = ("eval", place / "good" / "wide.onnx", "--text", place / "text.txt", "--json")
+    done = subprocess.run([sys.executable, "-m", "mla_compile", *words], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["seq_len"] == 128
+
+
+def test_the_error_tree():
+    codes = {UsageError: 2, LoadError: 2, RefusedError: 3, QualityGateError: 4, VerificationError: 5}
+    for kind, code in codes.items():
+        error = kind("It failed.", "Do something.")
+        assert isinstance(error, MlaCompileError)
+        assert error.exit_code == code
+        assert str(error) == "It failed. Do something."
