@@ -76,9 +76,13 @@ class GraphEvaluator:
             | set(signature.inputs_to_lifted_tensor_constants)
         )
 
-    def order(self, node: Node) -> int:
-        """Position of a node in the graph."""
-        return self._order[node]
+    def scalar(self, node: Node) -> int | None:
+        """Value of a placeholder that holds one integer constant, None for anything else."""
+        if node.op != "placeholder" or node.name not in self._constants:
+            return None
+        value = self.program.constant(node.name)
+        single = value.numel() == 1 and not (value.is_floating_point() or value.is_complex())
+        return int(value) if single else None
 
     def run(
         self,

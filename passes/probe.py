@@ -22,13 +22,24 @@ from mla_compile.passes.evaluate import GraphEvaluator, example_inputs
 from mla_compile.passes.trace import Anchor, DataFlow, MismatchError, ProjectionNode
 from mla_compile.site import Mask, RejectCode, Rope
 
-__all__ = ["SHORT", "Operand", "probe_linear", "probe_mask", "probe_probabilities", "probe_rope", "probe_rows"]
+__all__ = [
+    "SHORT",
+    "Operand",
+    "longest_length",
+    "probe_linear",
+    "probe_mask",
+    "probe_probabilities",
+    "probe_rope",
+    "probe_rows",
+]
 
 _aten = torch.ops.aten
 SHORT = 13
 """Length of the short probes: prime, and unlike any usual head count or width."""
 _LONG = 8192
-"""Upper end of the long probes, which refine frequencies and notice tables that change with length."""
+"""Upper end of the long probes of queries, keys and values, which refine frequencies and notice what changes late."""
+_LONG_MASK = 600
+"""Upper end of the long probe of the mask, whose cost is quadratic; larger windows must be numbers in the graph."""
 _EXACT = 1e-9
 """Relative error above which a float64 evaluation is not rounding."""
 _ROTATES = 1e-10
@@ -122,6 +133,11 @@ def _expression(size: Any) -> Any:  # noqa: ANN401 - int or sympy expression
     return size if isinstance(size, int) else size.node.expr
 
 
+def _exceeds(values: Tensor, limit: float) -> bool:
+    """Whether any magnitude is above a limit, or is no number at all."""
+    return not bool((values.abs() <= limit).all())
+
+
 def probe_linear(operand: Operand, generator: torch.Generator) -> None:
     """Check that the operand is a position-wise affine function of the projection output.
 
@@ -142,7 +158,7 @@ def probe_linear(operand: Operand, generator: torch.Generator) -> None:
         )
     combined = operand(0.7 * first - 1.3 * second) - base
     residual = combined - (0.7 * (a - base) - 1.3 * (operand(second) - base))
-    if residual.abs().max() > _EXACT * combined.abs().max():
+    if _exceeds(residual, _EXACT * float(combined.abs().max())):
         raise MismatchError(
             RejectCode.NONLINEAR, f"something non-linear, such as a norm, stands between projection and {operand.role}"
         )
@@ -170,7 +186,7 @@ def probe_rows(operand: Operand, generator: torch.Generator) -> tuple[Tensor, Te
     ratios = seen[1:] / seen[:1]
     error = ((ratios[:, :, None] - wanted[:, None, :]) / wanted[:, None, :]).abs().amax(0)
     best, rows = torch.nan_to_num(error, nan=math.inf).min(-1)
-    if best.max() > 1e-6:
+    if _exceeds(best, 1e-6):
         raise MismatchError(RejectCode.ROW_MAP, f"the {operand.role} is not a re-arrangement of its projection's rows")
     gain = seen[0] / probes[0][rows]
     return rows.reshape(heads, dim), gain.reshape(heads, dim), offset
@@ -194,32 +210,35 @@ def probe_rope(operand: Operand, rows: Tensor, gain: Tensor) -> Rope:
     base = operand(torch.zeros(1, SHORT, operand.width, dtype=torch.float64))
     # moves[s, h, i, j]: what channel i of head h receives from channel j at position s.
     moves = (operand(one_hot) - base).permute(1, 2, 3, 0) / gain[None, :, None, :]
-    if (moves - moves[:, :1]).abs().max() > 1e-6:
+    if _exceeds(moves - moves[:, :1], 1e-6):
         raise MismatchError(RejectCode.ROPE, f"heads of the {operand.role} rotate differently")
     moves = moves[:, 0]
     off_diagonal = moves.abs().amax(0).fill_diagonal_(0.0) > _ROTATES
     if (off_diagonal.sum(0) > 1).any() or not torch.equal(off_diagonal, off_diagonal.T):
         raise MismatchError(RejectCode.ROPE, f"channels of the {operand.role} do not rotate in pairs")
-    still = ~off_diagonal.any(0)
-    diagonal = moves.diagonal(dim1=1, dim2=2)
-    if (diagonal[:, still] - 1).abs().max() > 1e-6 if still.any() else False:
-        raise MismatchError(RejectCode.ROPE, f"the {operand.role} is scaled by position")
     pairs = [(int(a), int(b)) for a, b in off_diagonal.nonzero().tolist() if a < b]
-    if not pairs:
-        return Rope()
     return _frequencies(operand, rows, gain, pairs)
 
 
 def _frequencies(operand: Operand, rows: Tensor, gain: Tensor, pairs: list[tuple[int, int]]) -> Rope:
-    """Measure pair frequencies on the longest sequence the graph can evaluate; ``1 -> exp(i p f)``."""
-    first = torch.tensor([a for a, _ in pairs])
-    second = torch.tensor([b for _, b in pairs])
-    long = _longest(operand)
+    """Follow ``1`` in every pair's first channel, ``exp(i p f)``, over the longest sequence the graph can evaluate.
+
+    Channels outside the pairs must stay 1 all the way.
+    """
+    first = torch.tensor([a for a, _ in pairs], dtype=torch.long)
+    second = torch.tensor([b for _, b in pairs], dtype=torch.long)
+    still = torch.tensor([c for c in range(rows.shape[1]) if all(c not in pair for pair in pairs)], dtype=torch.long)
+    long = longest_length(operand.evaluator, lambda n: operand(torch.zeros(1, n, operand.width)), _LONG)
     ones = torch.zeros(1, long, operand.width, dtype=torch.float64)
-    ones[..., rows[0, first]] = 1.0 / gain[0, first]
+    for channels in (first, still):
+        ones[..., rows[0, channels]] = 1.0 / gain[0, channels]
     turned = (operand(ones) - operand(torch.zeros_like(ones)))[0, :, 0]
+    if _exceeds(turned[:, still] - 1, 1e-6):
+        raise MismatchError(RejectCode.ROPE, f"the {operand.role} is scaled by position")
+    if not pairs:
+        return Rope()
     real, imaginary = turned[:, first], turned[:, second]
-    if (real.square() + imaginary.square() - 1).abs().max() > _TABLE:
+    if _exceeds(real.square() + imaginary.square() - 1, _TABLE):
         raise MismatchError(RejectCode.ROPE, f"channel pairs of the {operand.role} are not rotated but also scaled")
     angles = torch.atan2(imaginary, real)
     frequency = angles[1].clone()
@@ -230,7 +249,7 @@ def _frequencies(operand: Operand, rows: Tensor, gain: Tensor, pairs: list[tuple
         frequency = unwrapped[position] / position
     positions = torch.arange(long, dtype=torch.float64)[:, None]
     frequency = (positions * unwrapped).sum(0) / positions.square().sum()
-    if (unwrapped - positions * frequency).abs().max() > _TABLE:
+    if _exceeds(unwrapped - positions * frequency, _TABLE):
         raise MismatchError(
             RejectCode.ROPE, f"the {operand.role}'s rotation is not proportional to position up to length {long}"
         )
@@ -239,13 +258,16 @@ def _frequencies(operand: Operand, rows: Tensor, gain: Tensor, pairs: list[tuple
     return Rope(tuple((a, b) for (a, b), _ in ordered), tuple(f for _, f in ordered))
 
 
-def _longest(operand: Operand) -> int:
-    """Longest length, at most the model's own limit, at which the operand can be evaluated."""
-    length = min(operand.evaluator.program.max_positions or 2048, _LONG)
+def longest_length(evaluator: GraphEvaluator, attempt: Callable[[int], object], wanted: int) -> int:
+    """Longest length, at most ``wanted`` and the model's own limit, at which something can be evaluated.
+
+    Tables inside the model (positions, masks) may end earlier; then lengths are halved until it works.
+    """
+    length = min(evaluator.program.max_positions or wanted, wanted)
     while length > SHORT:
         try:
-            operand(torch.zeros(1, length, operand.width, dtype=torch.float64))
-        except (RuntimeError, IndexError):  # the graph's own position table is shorter
+            attempt(length)
+        except (RuntimeError, IndexError):
             length //= 2
         else:
             return length
@@ -258,21 +280,23 @@ def _added(
     length: int,
     scores: Tensor | None = None,
     patched: Mapping[Node, tuple[Any, ...]] | None = None,
+    overrides: Mapping[Node, Tensor] | None = None,
 ) -> Tensor:
     """Return what reaches the softmax for given raw scores ``[B, H, S, S]`` (zeros by default)."""
     batch = 2
     inputs = example_inputs(evaluator.program, batch, length)
+    given = dict(overrides or {})
     if not anchor.fused:
         shape = [_bind(d, evaluator, batch, length) for d in anchor.scores.meta["val"].shape]
         raw = torch.zeros(shape, dtype=torch.float64) if scores is None else scores.reshape(shape)
-        (added,) = evaluator.run([anchor.softmax.args[0]], {anchor.scores: raw}, inputs, patched)  # type: ignore[list-item]
+        (added,) = evaluator.run([anchor.softmax.args[0]], {**given, anchor.scores: raw}, inputs, patched)  # type: ignore[list-item]
         return added.reshape(batch, -1, *added.shape[-2:])
     arguments = dict(zip(("q", "k", "v", "attn_mask", "dropout_p", "is_causal"), anchor.scores.args, strict=False))
     arguments |= anchor.scores.kwargs
     added = torch.zeros(batch, 1, length, length, dtype=torch.float64)
     mask = arguments.get("attn_mask")
     if isinstance(mask, Node):
-        (value,) = evaluator.run([mask], {}, inputs, patched)
+        (value,) = evaluator.run([mask], given, inputs, patched)
         value = torch.where(value, 0.0, -math.inf).double() if value.dtype == torch.bool else value.double()
         added = added + value
     if arguments.get("is_causal"):
@@ -315,24 +339,32 @@ def probe_mask(evaluator: GraphEvaluator, flow: DataFlow, anchor: Anchor, heads:
         scale = float(given) if given is not None else dim**-0.5  # type: ignore[arg-type]
     else:
         scale = _probe_scale(evaluator, anchor, heads)
-    added = _added(evaluator, anchor, SHORT)
-    if added.shape[-1] != SHORT:
-        raise MismatchError(RejectCode.SCORES, "the softmax sees extra columns (attention sinks or a null key)")
-    bias = torch.where(added < _MASKED, 0.0, added)
-    if bias.abs().max() > 1e-6:
-        raise MismatchError(RejectCode.SCORES, "a bias is added to the scores (ALiBi, relative positions)")
-    mask = _classify(added)
+    mask = _visible(_added(evaluator, anchor, SHORT), SHORT)
+    long = longest_length(evaluator, lambda n: _added(evaluator, anchor, n), _LONG_MASK)
+    if mask.window is None:
+        mask = _visible(_added(evaluator, anchor, long), long)
+    elif mask != _visible(_added(evaluator, anchor, long), long):
+        raise MismatchError(RejectCode.MASK, "the mask changes its kind with the length")
     if mask.window is not None:
         return scale, mask
-    for literal, patched in _literals(evaluator, anchor):
-        small = 5
+    small = 5
+    for constant, attempt in _constants(evaluator, anchor, long):
         try:
-            window = _classify(_added(evaluator, anchor, SHORT, patched=patched(small))).window
+            window = _visible(attempt(small), SHORT).window
         except (MismatchError, RuntimeError):
             continue
         if window is not None:
-            return scale, Mask(window=literal + window - small)
+            return scale, Mask(window=constant + window - small)
     return scale, mask
+
+
+def _visible(added: Tensor, length: int) -> Mask:
+    """Check that only a mask is added to the scores, and name it."""
+    if added.shape[-1] != length:
+        raise MismatchError(RejectCode.SCORES, "the softmax sees extra columns (attention sinks or a null key)")
+    if _exceeds(torch.where(added < _MASKED, 0.0, added), 1e-6):
+        raise MismatchError(RejectCode.SCORES, "a bias is added to the scores (ALiBi, relative positions)")
+    return _classify(added)
 
 
 def _probe_scale(evaluator: GraphEvaluator, anchor: Anchor, heads: int) -> float:
@@ -344,7 +376,7 @@ def _probe_scale(evaluator: GraphEvaluator, anchor: Anchor, heads: int) -> float
     for magnitude in (1e-2, 1.0, 1e3):
         moved = (_added(evaluator, anchor, SHORT, scores * magnitude) - base)[..., :SHORT].expand_as(scores)
         ratio = (moved / (scores * magnitude))[visible]
-        if (ratio - ratio[0]).abs().max() > 1e-6 * ratio[0].abs():
+        if _exceeds(ratio - ratio[0], 1e-6 * float(ratio[0].abs())):
             raise MismatchError(RejectCode.SCORES, "scores pass through something other than one constant factor")
         scales.append(float(ratio[0]))
     if max(scales) - min(scales) > 1e-6 * abs(scales[0]):
@@ -362,9 +394,9 @@ def _classify(added: Tensor) -> Mask:
     pattern = visible[0, 0]
     if torch.equal(pattern, distance >= 0):
         return Mask()
-    for window in range(1, length):
-        if torch.equal(pattern, (distance >= 0) & (distance < window)):
-            return Mask(window)
+    window = int(pattern[-1].sum())
+    if torch.equal(pattern, (distance >= 0) & (distance < window)):
+        return Mask(window)
     if pattern.all():
         raise MismatchError(
             RejectCode.MASK, "attention is bidirectional: nothing is cached, so there is no cache to shrink"
@@ -372,13 +404,16 @@ def _classify(added: Tensor) -> Mask:
     raise MismatchError(RejectCode.MASK, "the mask is neither causal nor a causal sliding window")
 
 
-def _literals(
-    evaluator: GraphEvaluator, anchor: Anchor
-) -> Iterator[tuple[int, Callable[[int], Mapping[Node, tuple[Any, ...]]]]]:
-    """List integer constants that shape the mask but act beyond the probe's length (a 4096-token window).
+def _constants(evaluator: GraphEvaluator, anchor: Anchor, shown: int) -> Iterator[tuple[int, Callable[[int], Tensor]]]:
+    """List integer constants that may shape the mask beyond the lengths it was looked at (a 4096-token window).
+
+    Args:
+        evaluator: Evaluates the graph.
+        anchor: The attention anchor.
+        shown: Length at which the mask was seen; smaller constants would have shown.
 
     Yields:
-        The constant, and a function that gives the patch replacing it by a smaller one.
+        The constant, and a function that evaluates the mask at the short length with a smaller one in its place.
     """
     mask = anchor.scores.kwargs.get("attn_mask", (*anchor.scores.args, None, None, None, None)[3])
     start = mask if anchor.fused else anchor.softmax.args[0]
@@ -391,15 +426,25 @@ def _literals(
             continue
         seen.add(node)
         stack.extend(node.all_input_nodes)
-        for place, value in enumerate(node.args):
-            if type(value) is int and SHORT <= abs(value) < 2**31:
-
-                def patch(
-                    small: int, node: Node = node, place: int = place, sign: int = 1 if value > 0 else -1
-                ) -> Mapping[Node, tuple[Any, ...]]:
-                    return {node: (*node.args[:place], sign * small, *node.args[place + 1 :])}
-
-                yield abs(value), patch
+        value = evaluator.scalar(node)
+        if value is not None and shown <= abs(value) < 2**31:
+            yield (
+                abs(value),
+                lambda small, node=node, sign=1 if value > 0 else -1: _added(  # type: ignore[misc]
+                    evaluator, anchor, SHORT, overrides={node: torch.tensor(sign * small)}
+                ),
+            )
+        for place, number in enumerate(node.args):
+            if type(number) is int and shown <= abs(number) < 2**31:
+                yield (
+                    abs(number),
+                    lambda small, node=node, place=place, sign=1 if number > 0 else -1: _added(  # type: ignore[misc]
+                        evaluator,
+                        anchor,
+                        SHORT,
+                        patched={node: (*node.args[:place], sign * small, *node.args[place + 1 :])},
+                    ),
+                )
 
 
 def probe_probabilities(evaluator: GraphEvaluator, anchor: Anchor) -> None:
@@ -414,5 +459,5 @@ def probe_probabilities(evaluator: GraphEvaluator, anchor: Anchor) -> None:
     given = torch.rand(shape, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
     inputs = example_inputs(evaluator.program, 2, SHORT)
     (arrived,) = evaluator.run([anchor.probabilities], {anchor.softmax: given}, inputs)
-    if arrived.numel() != given.numel() or (arrived.reshape(given.shape) - given).abs().max() > 1e-12:
+    if arrived.numel() != given.numel() or _exceeds(arrived.reshape(given.shape) - given, 1e-12):
         raise MismatchError(RejectCode.SCORES, "probabilities are changed between softmax and values")

@@ -13,6 +13,7 @@ from mla_compile.passes.evaluate import GraphEvaluator, example_inputs
 from mla_compile.passes.probe import (
     SHORT,
     Operand,
+    longest_length,
     probe_linear,
     probe_mask,
     probe_probabilities,
@@ -38,6 +39,8 @@ _aten = torch.ops.aten
 VERIFY_TOLERANCE = 1e-6
 """Relative error a description may have against its sub-graph. Both sides are float64; float32 rotation tables inside
 the model are the only rounding left, and were observed below 3e-7."""
+_VERIFY_LENGTH = 160
+"""Longer of the two lengths a description is verified at."""
 _RESHAPES = frozenset(
     {_aten.view.default, _aten.reshape.default, _aten._unsafe_view.default, _aten.clone.default, _aten.alias.default}
 )
@@ -73,6 +76,9 @@ def recognise(program: Program) -> Recognition:
             sites.append(_describe(index, path, found, flow, evaluator))
         except MismatchError as mismatch:
             rejections.append(Rejection(index, path, mismatch.code, mismatch.reason))
+        except (RuntimeError, IndexError) as error:  # a table inside the model is shorter than the shortest probe
+            reason = f"the layer cannot be evaluated on {SHORT} tokens ({str(error).strip().splitlines()[0][:120]})"
+            rejections.append(Rejection(index, path, RejectCode.LAYOUT, reason))
     return Recognition(tuple(sites), tuple(rejections))
 
 
@@ -82,6 +88,8 @@ def _describe(index: int, path: str, anchor: Anchor, flow: DataFlow, evaluator: 
     projections = {role: read_projection(flow, getattr(anchor, role), role) for role in roles}
     if len({_root(p.source) for p in projections.values()}) != 1:
         raise MismatchError(RejectCode.CROSS, "queries, keys and values are projected from different activations")
+    if (reader := flow.reads_tokens(anchor.output, {p.node for p in projections.values()})) is not None:
+        raise MismatchError(RejectCode.MASK, f"attention depends on which tokens were given, at '{reader.name}'")
     described: dict[str, Projection] = {}
     rotations: dict[str, Rope] = {}
     for role in roles:
@@ -89,7 +97,7 @@ def _describe(index: int, path: str, anchor: Anchor, flow: DataFlow, evaluator: 
         probe_linear(operand, generator)
         rows, gain, offset = probe_rows(operand, generator)
         rotations[role] = probe_rope(operand, rows, gain)
-        described[role] = _projection(projections[role], flow, rows, gain, offset)
+        described[role] = _projection(projections[role], flow, operand.width, rows, gain, offset)
     if rotations["value"].pairs:
         raise MismatchError(RejectCode.ROPE, "values are rotated by position")
     rope = _common_rope(rotations["query"], rotations["key"])
@@ -114,7 +122,8 @@ def _describe(index: int, path: str, anchor: Anchor, flow: DataFlow, evaluator: 
         softmax=anchor.softmax.name,
         error=0.0,
     )
-    error = max(_verify(site, anchor, projections, evaluator, length) for length in (SHORT, 3 * SHORT - 2))
+    long = longest_length(evaluator, lambda n: _verify(site, anchor, projections, evaluator, n), _VERIFY_LENGTH)
+    error = max(_verify(site, anchor, projections, evaluator, length) for length in (SHORT, long))
     if not error < VERIFY_TOLERANCE:
         raise MismatchError(RejectCode.VERIFY, f"the recovered description is off by {error:.1e} on random inputs")
     return AttentionSite(**{**{f: getattr(site, f) for f in site.__slots__}, "error": error})
@@ -127,11 +136,22 @@ def _root(node: Node) -> Node:
     return node
 
 
-def _projection(found: ProjectionNode, flow: DataFlow, rows: Tensor, gain: Tensor, offset: Tensor) -> Projection:
-    if found.node.target not in (_aten.linear.default, _aten.matmul.default, _aten.mm.default, _aten.addmm.default):
-        raise MismatchError(RejectCode.PROJECTION, f"projections by '{found.node.target}' are not read by this version")
-    if found.bias is not None and found.bias not in flow.static:
-        raise MismatchError(RejectCode.PROJECTION, f"what is added in '{found.node.name}' is not a parameter")
+def _projection(
+    found: ProjectionNode, flow: DataFlow, width: int, rows: Tensor, gain: Tensor, offset: Tensor
+) -> Projection:
+    """Describe a projection, refusing products whose weight is not simply ``[outputs, inputs]`` or its transpose."""
+    node, weight = found.node, found.weight.meta["val"].shape
+    if node.target not in (_aten.linear.default, _aten.matmul.default, _aten.mm.default, _aten.addmm.default):
+        raise MismatchError(RejectCode.PROJECTION, f"projections by '{node.target}' are not read by this version")
+    if node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("beta", 1) != 1:
+        raise MismatchError(RejectCode.PROJECTION, f"the product '{node.name}' has factors of its own")
+    outputs = weight[0] if node.target is _aten.linear.default else weight[-1]
+    if len(weight) != 2 or outputs != width:
+        raise MismatchError(
+            RejectCode.PROJECTION, f"the weight of '{node.name}' is {tuple(weight)}, not one matrix for all heads"
+        )
+    if found.bias is not None and (found.bias not in flow.static or found.bias.meta["val"].numel() != width):
+        raise MismatchError(RejectCode.PROJECTION, f"what is added in '{node.name}' is not one bias per output")
     return Projection(
         node=found.node.name,
         source=found.source.name,

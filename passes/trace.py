@@ -37,6 +37,21 @@ _PRODUCTS = frozenset(
 )
 
 
+_SHAPE_ONLY = frozenset(
+    {
+        _aten.ones_like.default,
+        _aten.zeros_like.default,
+        _aten.full_like.default,
+        _aten.empty_like.default,
+        _aten.new_ones.default,
+        _aten.new_zeros.default,
+        _aten.new_full.default,
+        _aten.new_empty.default,
+    }
+)
+"""Operators that read the shape of their input and not its content."""
+
+
 class MismatchError(Exception):
     """A sub-graph is not what a recogniser reads; becomes a :class:`~mla_compile.site.Rejection`."""
 
@@ -90,6 +105,7 @@ class DataFlow:
         static: Nodes computed from parameters, buffers and constants alone.
         weighted: Nodes that depend on at least one parameter.
         parameters: Placeholder node to qualified parameter name.
+        tokens: Nodes whose value depends on which tokens were given, not only on how many.
     """
 
     def __init__(self, program: Program) -> None:
@@ -99,6 +115,7 @@ class DataFlow:
         self.static: set[Node] = set()
         self.weighted: set[Node] = set()
         self.parameters: dict[Node, str] = {}
+        self.tokens: set[Node] = set()
         user_dependent: set[Node] = set()
         constants = {*signature.inputs_to_buffers, *signature.inputs_to_lifted_tensor_constants}
         for node in exported.graph.nodes:
@@ -111,6 +128,8 @@ class DataFlow:
                     self.static.add(node)
                 else:
                     user_dependent.add(node)
+                    if node.name == program.tokens:
+                        self.tokens.add(node)
                     value = node.meta.get("val")
                     if isinstance(value, Tensor) and value.is_floating_point():
                         self.hidden.add(node)
@@ -119,6 +138,8 @@ class DataFlow:
             elif node.op == "call_function" and node.target is not _aten.sym_size.int:
                 # A size is a number about a tensor, not its content: it ends the flow.
                 inputs = node.all_input_nodes
+                if node.target not in _SHAPE_ONLY and any(i in self.tokens for i in inputs):
+                    self.tokens.add(node)
                 if any(i in user_dependent for i in inputs):
                     user_dependent.add(node)
                 if any(i in self.hidden for i in inputs) or (
@@ -131,6 +152,19 @@ class DataFlow:
                     self.static.add(node)
                 if any(i in self.weighted for i in inputs):
                     self.weighted.add(node)
+
+    def reads_tokens(self, node: Node, stop: set[Node]) -> Node | None:
+        """Return a node between ``stop`` and ``node`` that depends on the tokens other than through activations."""
+        seen: set[Node] = set()
+        stack = [node]
+        while stack:
+            current = stack.pop()
+            if current not in seen and current not in stop:
+                seen.add(current)
+                if current in self.tokens and current not in self.hidden and current.op != "placeholder":
+                    return current
+                stack.extend(current.all_input_nodes)
+        return None
 
     def behind(self, node: Node, stop: Callable[[Node], bool] = lambda _: False) -> set[Node]:
         """Return the activation-carrying nodes ``node`` depends on, itself included, not looking behind ``stop``."""
@@ -182,7 +216,7 @@ def _operands(node: Node) -> tuple[list[Node], Node | None]:
 def find_anchors(flow: DataFlow, program: Program) -> list[Anchor | tuple[Node, MismatchError]]:
     """List every anchor in graph order, and the softmaxes over attention-like scores that are not one.
 
-    A softmax over a plain projection (a router, a classifier) is not attention and is not listed.
+    A softmax that is not over positions (a router, a classifier) is not attention and is not listed.
     """
     found: list[Anchor | tuple[Node, MismatchError]] = []
     for node in program.exported.graph.nodes:
@@ -207,14 +241,18 @@ def _anchor_of_softmax(flow: DataFlow, softmax: Node) -> Anchor | None:
     def is_product(node: Node) -> bool:
         return node.op == "call_function" and node.target in _PRODUCTS
 
-    products = [n for n in flow.behind(softmax.args[0], is_product) if is_product(n)]  # type: ignore[arg-type]
+    arguments: Any = softmax.args
+    if isinstance(softmax.meta["val"].shape[arguments[1]], int):
+        return None  # over experts, classes or channels: it does not look at other positions
+    behind = flow.behind(arguments[0], is_product)
+    products = [n for n in behind if is_product(n)]
     bilinear = [n for n in products if all(o in flow.hidden for o in _operands(n)[0])]
-    if not bilinear:
-        return None
     if len(bilinear) != 1 or len(products) != 1:
         raise MismatchError(
             RejectCode.ANCHOR, f"softmax '{softmax.name}' is fed by {len(products)} products instead of one q.k product"
         )
+    if any(not any(i in flow.hidden for i in n.all_input_nodes) for n in behind):
+        raise MismatchError(RejectCode.SCORES, f"softmax '{softmax.name}' is fed by more than a q.k product")
     queue, seen = [softmax], {softmax}
     while queue:
         node = queue.pop(0)
