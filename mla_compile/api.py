@@ -146,7 +146,7 @@ def compile(
     with stages.stage("load"):
         program = _load(model, example_inputs, tokenizer, unsafe_load)
     if out is not None:
-        check_neighbours(out, program.assets, force)
+        check_neighbours(out, program.source, program.assets, force)
     with stages.stage("recognise"):
         sites = _require_all(program, recognise(program)).sites
         plans = plan_layers(sites, [input_width(program, s) for s in sites], config)
@@ -218,7 +218,10 @@ def _load(
         return frontend.load_program(model, tokenizer=folder, unsafe=unsafe)
     if isinstance(model, ExportedProgram):
         return frontend.program_from_export(model, source="ExportedProgram", assets=Assets(folder=folder))
-    return frontend.capture(model, example_inputs, tokenizer=folder)
+    program = frontend.capture(model, example_inputs, tokenizer=folder)
+    if folder is None and tokenizer is not None:
+        program = dataclasses.replace(program, assets=dataclasses.replace(program.assets, tokenizer=tokenizer))
+    return program
 
 
 def _require_all(program: Program, found: Recognition) -> Recognition:
@@ -296,7 +299,7 @@ def _measure(program: Program, converted: LatentModel, text: TextWindows | None,
 
         before = perplexity(original_scorer(program), text.held_out, progress=counted)
         after = perplexity(lambda ids: converted(ids).logits, text.held_out, progress=counted)
-    return Quality(before.value, after.value, before.tokens)
+    return Quality(before.value, after.value, before.tokens, text.separate)
 
 
 def _warnings(plans: Sequence[LatentPlan], quality: Quality | None, config: CompileConfig) -> tuple[str, ...]:
@@ -304,6 +307,8 @@ def _warnings(plans: Sequence[LatentPlan], quality: Quality | None, config: Comp
     grown = [p.path for p in plans if p.elements_after >= p.elements_before]
     if grown and not config.exact:
         found.append(f"the cache of {len(grown)} layers does not shrink at this setting")
+    if quality is not None and not quality.held_out:
+        found.append("the text is too short to hold any back: perplexity was measured on the calibration text itself")
     if quality is not None and quality.ratio > _MUCH_WORSE:
         found.append(
             f"perplexity grows {quality.ratio:.1f} times without training; keep more cache with --cache-ratio, or "

@@ -78,7 +78,7 @@ def check_target(path: Path, force: bool) -> None:
         raise UsageError(f"'{existing}' cannot be written ({error.strerror}).", "Choose another folder.") from error
 
 
-def check_neighbours(path: Path, assets: Assets, force: bool) -> None:
+def check_neighbours(path: Path, source: str, assets: Assets, force: bool) -> None:
     """Refuse to put a model's files beside those of another, before any work is done.
 
     Raises:
@@ -86,7 +86,7 @@ def check_neighbours(path: Path, assets: Assets, force: bool) -> None:
             folder of the original, which is never written to.
     """
     folder = path.parent if path.suffix == ".onnx" else path
-    if assets.local_folder is not None and folder.exists() and folder.samefile(assets.local_folder):
+    if Path(source).is_dir() and folder.exists() and folder.samefile(source):
         raise UsageError(f"'{folder}' is the folder of the original model.", "Choose another folder.")
     if force:
         return
@@ -135,7 +135,7 @@ def write_onnx(
     check_target(path, force)
     if path.suffix != ".onnx":
         raise UsageError(f"'{path}' is not named like an ONNX file.", "Name it with the suffix .onnx.")
-    check_neighbours(path, assets, force)
+    check_neighbours(path, report.source, assets, force)
     with _moved_into(path.parent) as folder:
         with stages.stage("lower to ONNX"):
             lower_to_onnx(
@@ -168,7 +168,7 @@ def write_onnx(
 def write_folder(module: LatentModel, report: Report, assets: Assets, path: Path, force: bool) -> Report:
     """Write the PyTorch module as a ``torch.export`` archive in a folder of its own."""
     check_target(path, force)
-    check_neighbours(path, assets, force)
+    check_neighbours(path, report.source, assets, force)
     with _moved_into(path) as folder:
         torch.export.save(export_rewritten(module.graph, module.rows), folder / "model.pt2")  # type: ignore[arg-type]
         _copy_assets(assets, folder)
@@ -233,6 +233,8 @@ def _copy_assets(assets: Assets, folder: Path) -> None:
         from mla_compile.corpus import load_tokenizer
 
         load_tokenizer(assets.folder).save_pretrained(folder)
+    elif assets.tokenizer is not None:
+        assets.tokenizer.save_pretrained(folder)
 
 
 def _finish(report: Report, folder: Path, stages: Stages) -> Report:

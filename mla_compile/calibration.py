@@ -30,10 +30,12 @@ class TextWindows:
     Attributes:
         calibration: What statistics are measured on.
         held_out: What perplexity is measured on; the same window where there is only one.
+        separate: Whether no window is in both.
     """
 
     calibration: Tensor
     held_out: Tensor
+    separate: bool
 
 
 def read_text(text: Text | None) -> Sequence[str] | Tensor | None:
@@ -45,9 +47,12 @@ def read_text(text: Text | None) -> Sequence[str] | Tensor | None:
     """
     if isinstance(text, str | Path):
         return read_documents(text)
-    if isinstance(text, Tensor) and (text.dim() != 2 or text.is_floating_point()):
+    if isinstance(text, Tensor) and (
+        text.dim() != 2 or text.is_floating_point() or text.shape[0] < 1 or text.shape[1] < 2
+    ):
         raise UsageError(
-            f"Calibration ids are {text.dtype} of shape {tuple(text.shape)}.", "Pass integers [windows, length]."
+            f"Calibration ids are {text.dtype} of shape {tuple(text.shape)}.",
+            "Pass integers [windows, length], at least one window of two tokens.",
         )
     return text
 
@@ -89,4 +94,4 @@ def cut_windows(
         )
     held_out = min(_HELD_OUT, max(1, len(windows) // 10))
     used = max(1, config.calibration_tokens // length)
-    return TextWindows(windows[: max(1, len(windows) - held_out)][:used], windows[-held_out:])
+    return TextWindows(windows[: max(1, len(windows) - held_out)][:used], windows[-held_out:], len(windows) > 1)

@@ -182,7 +182,7 @@ def show_report(report: Report, out: Path) -> None:
         quality = report.quality
         rows.append(
             [
-                "perplexity, held-out text",
+                f"perplexity, {'held-out' if quality.held_out else 'calibration'} text",
                 f"{quality.original:.4f} -> {quality.converted:.4f} (x{quality.ratio:.3f}, {quality.tokens} tokens)",
             ]
         )

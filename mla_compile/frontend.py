@@ -16,7 +16,7 @@ import re
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +200,8 @@ def _huggingface_assets(module: nn.Module, tokenizer: str | None) -> Assets:
         tokenizer = str(name)
     return Assets(
         folder=tokenizer,
-        config=config.to_dict() if config is not None else {},
+        # Where the original lay is nobody's business but the report's.
+        config={k: v for k, v in config.to_dict().items() if k != "_name_or_path"} if config is not None else {},
         generation=generation.to_diff_dict() if generation is not None else {},
     )
 
@@ -259,9 +260,7 @@ def capture(
     values = {k: _enlarge(v) for k, v in example_inputs.items()} if keyword else tuple(map(_enlarge, example_inputs))  # type: ignore[union-attr]
     shapes = {k: _dynamic(v) for k, v in values.items()} if isinstance(values, dict) else tuple(map(_dynamic, values))
     try:
-        # On failure torch.export prints the whole graph, and it always warns about its own internals.
-        with torch.no_grad(), warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
+        with torch.no_grad(), _quiet_exporter():
             exported = torch.export.export(
                 module,
                 () if isinstance(values, dict) else values,
@@ -282,6 +281,19 @@ def capture(
     positions = getattr(config, "max_position_embeddings", None)
     assets = _huggingface_assets(module, tokenizer) if _is_huggingface(module) else _assets(tokenizer, None)
     return program_from_export(exported, source=source, kind=kind, assets=assets, max_positions=positions)
+
+
+@contextlib.contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """Keep torch.export's talk about its internals, and the whole graph it prints on failure, from the user."""
+    disabled = logging.root.manager.disable
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        logging.disable(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logging.disable(disabled)
 
 
 def _require_fitting(module: nn.Module, values: dict[str, Any] | tuple[Any, ...], source: str) -> None:

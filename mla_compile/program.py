@@ -23,11 +23,13 @@ class Assets:
         folder: Folder (or hub id) the tokenizer is loaded from, if any.
         config: The model's ``config.json`` as a mapping; empty when the model has none.
         generation: The model's ``generation_config.json`` as a mapping.
+        tokenizer: A tokenizer in memory, where there is no folder.
     """
 
     folder: str | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     generation: Mapping[str, Any] = field(default_factory=dict)
+    tokenizer: Any = None
 
     @property
     def local_folder(self) -> Path | None:

@@ -48,17 +48,19 @@ class Verification:
 
 @dataclass(frozen=True, slots=True)
 class Quality:
-    """Perplexity on held-out windows of the user's text.
+    """Perplexity on windows of the user's text.
 
     Attributes:
         original: Before.
         converted: After.
         tokens: Scored tokens.
+        held_out: Whether the windows were kept out of calibration.
     """
 
     original: float
     converted: float
     tokens: int
+    held_out: bool
 
     @property
     def ratio(self) -> float:
@@ -148,7 +150,7 @@ class Report:
         if self.quality:
             lines.append(
                 f"perplexity: {self.quality.original:.4f} -> {self.quality.converted:.4f} "
-                f"({self.quality.tokens} held-out tokens)"
+                f"({self.quality.tokens} {'held-out' if self.quality.held_out else 'calibration'} tokens)"
             )
         return "\n".join([*lines, *(f"warning: {w}" for w in self.warnings)])
 

@@ -75,21 +75,27 @@ def generate_text(
     stream = None
     if on_text:
         on_text(prompts[0])
-        stream = _Stream(words, on_text)
+        stream = _Stream(words, ids[0], on_text)
     start = time.perf_counter()
     new = decoder.generate(ids, max_new_tokens, sampling=sampling, stop=stop, on_tokens=stream)
     seconds = time.perf_counter() - start
-    texts = [
-        prompt + words.decode(tokens, skip_special_tokens=True) for prompt, tokens in zip(prompts, new, strict=True)
-    ]
+    texts = [p + _continuation(words, before, after) for p, before, after in zip(prompts, ids, new, strict=True)]
     return Generation(tuple(texts), tuple(map(len, new)), seconds, decoder.cache_bytes_per_token)
+
+
+def _continuation(tokenizer: Any, prompt: list[int], new: list[int]) -> str:  # noqa: ANN401 - see load_tokenizer
+    """Text that new tokens add to a prompt; decoded by themselves they may lose their leading space."""
+    before: str = tokenizer.decode(prompt, skip_special_tokens=True)
+    after: str = tokenizer.decode([*prompt, *new], skip_special_tokens=True)
+    return after[len(before) :]
 
 
 class _Stream:
     """Turns the first sequence's tokens into pieces of text as they arrive."""
 
-    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:  # noqa: ANN401 - see load_tokenizer
+    def __init__(self, tokenizer: Any, prompt: list[int], on_text: Callable[[str], None]) -> None:  # noqa: ANN401
         self._tokenizer = tokenizer
+        self._prompt = prompt
         self._on_text = on_text
         self._ids: list[int] = []
         self._shown = 0
@@ -98,7 +104,7 @@ class _Stream:
         if tokens[0] is None:
             return
         self._ids.append(tokens[0])
-        text = self._tokenizer.decode(self._ids, skip_special_tokens=True)
+        text = _continuation(self._tokenizer, self._prompt, self._ids)
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # the character goes on in the next token
             self._on_text(text[self._shown :])
             self._shown = len(text)

@@ -27,6 +27,7 @@ from torch.fx import Node
 from mla_compile.errors import RefusedError
 from mla_compile.passes.evaluate import GraphEvaluator, example_inputs
 from mla_compile.passes.factorise import LatentWeights
+from mla_compile.passes.probe import longest_length
 from mla_compile.passes.trace import DataFlow
 from mla_compile.program import Program
 from mla_compile.runtime import ops  # noqa: F401 - registers mla::latent_attention
@@ -36,6 +37,12 @@ __all__ = ["INPUT_NAMES", "insert_latent", "past_name"]
 
 _aten = torch.ops.aten
 INPUT_NAMES = ("input_ids", "attention_mask", "position_ids")
+_LONG_COUNT = 8192
+"""Length up to which a count is followed."""
+_INCREMENTAL = 1e-4
+"""Relative difference that is more than float32 rounding, which stays below 1e-5."""
+_INCREMENTAL_HALF = 0.05
+"""The same for float16 and bfloat16, whose single roundings are up to 4e-3."""
 _VIEWS = (_aten.view.default, _aten._unsafe_view.default)
 
 
@@ -87,7 +94,49 @@ def insert_latent(
     graph.lint()
     # A module with only what the new graph reads: the replaced projections must not linger among its parameters.
     used = {str(n.target): _attribute(module, str(n.target)) for n in graph.nodes if n.op == "get_attr"}
-    return fx.GraphModule(used, graph, class_name="LatentGraph")
+    rewritten = fx.GraphModule(used, graph, class_name="LatentGraph")
+    _check_incremental(rewritten, program, [latent.row.shape[0] for latent in weights], dtype)
+    return rewritten
+
+
+def _check_incremental(module: fx.GraphModule, program: Program, rows: Sequence[int], dtype: torch.dtype) -> None:
+    """Refuse a graph in which something outside attention still looks at the length or at other tokens.
+
+    Whatever was overlooked (a convolution, a running sum, positions counted in floats) shows as a difference between a
+    sequence at once and the same sequence in pieces.
+    """
+    ids = example_inputs(program, 2, 12, seed=1)[program.tokens]
+    try:
+        whole = _run_in_pieces(module, ids, [12], rows, dtype)
+        pieces = _run_in_pieces(module, ids, [5, 1, 4, 1, 1], rows, dtype)
+        difference = float((whole - pieces).abs().max() / whole.abs().max().clamp(min=1e-30))
+    except (RuntimeError, IndexError) as error:
+        reason = str(error).strip().splitlines()[0][:120]
+        raise RefusedError(
+            f"'{program.source}' cannot be run in pieces after the rewrite ({reason}).",
+            "Something outside attention depends on the length of the sequence; compute it from positions instead.",
+        ) from error
+    if not difference < (_INCREMENTAL if dtype in (torch.float32, torch.float64) else _INCREMENTAL_HALF):
+        raise RefusedError(
+            f"Something outside attention in '{program.source}' depends on the length or on other tokens: in pieces, "
+            f"the rewritten model differs by {difference:.1e}.",
+            "Compute it from positions, or convert a model whose only memory is attention.",
+        )
+
+
+def _run_in_pieces(
+    module: fx.GraphModule, ids: Tensor, sizes: Sequence[int], rows: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    cache = [torch.zeros(len(ids), 0, row, dtype=dtype) for row in rows]
+    parts, done = [], 0
+    with torch.no_grad():
+        for size in sizes:
+            mask = torch.ones(len(ids), done + size, dtype=torch.long)
+            positions = torch.arange(done, done + size).expand(len(ids), size)
+            logits, *cache = module(ids[:, done : done + size], mask, positions, *cache)
+            parts.append(logits)
+            done += size
+    return torch.cat(parts, 1)
 
 
 def _attribute(module: nn.Module, path: str) -> Any:  # noqa: ANN401 - parameters, buffers and constants
@@ -234,6 +283,9 @@ def _repair_positions(program: Program, graph: fx.Graph, position_ids: Node) -> 
     counters = _counters(program, evaluator, flow, alive)
     for name, first in counters.items():
         node = alive[name]
+        for user in node.users:
+            if user.name not in counters:
+                _require_broadcasting(program, evaluator, name, user.name)
         with graph.inserting_after(node):
             shifted = graph.call_function(_aten.add.Scalar, (position_ids, first)) if first else position_ids
         # Members of the same chain are replaced in their own turn.
@@ -260,6 +312,28 @@ def _repair_positions(program: Program, graph: fx.Graph, position_ids: Node) -> 
         node.replace_all_uses_with(looked_up)
 
 
+def _require_broadcasting(program: Program, evaluator: GraphEvaluator, counter: str, user: str) -> None:
+    """Check that a reader of a count gives the same for every sequence when the count gains a batch axis.
+
+    Raises:
+        RefusedError: It reads the count's axes (a reversal, a selection), not only its values.
+    """
+    batch, length = 2, 7
+    inputs = example_inputs(program, batch, length)
+    node, reader = evaluator.nodes[counter], evaluator.nodes[user]
+    counted, expected = evaluator.run([node, reader], {}, inputs)
+    try:
+        (got,) = evaluator.run([reader], {node: counted.expand(batch, length)}, inputs)
+        same = torch.equal(got, expected.expand_as(got))
+    except (RuntimeError, IndexError):
+        same = False
+    if not same:
+        raise RefusedError(
+            f"Positions are counted at '{counter}' and used at '{user}' in a way that is not understood.",
+            "Index a table of positions, or add positions to a batch of them, in the model instead.",
+        )
+
+
 def _counters(program: Program, evaluator: GraphEvaluator, flow: DataFlow, alive: Mapping[str, Node]) -> dict[str, int]:
     """Live integer nodes that evaluate to ``c + arange(length)``, and their ``c``."""
     found: dict[str, int] = {}
@@ -277,9 +351,14 @@ def _counters(program: Program, evaluator: GraphEvaluator, flow: DataFlow, alive
             or isinstance(value.shape[-1], int)
         ):
             continue
-        starts = [_start(evaluator.run([node], {}, example_inputs(program, 2, n))[0], n) for n in (7, 12)]
-        if starts[0] is not None and starts[0] == starts[1]:
-            found[node.name] = starts[0]
+
+        def start(length: int, node: Node = node) -> int | None:
+            return _start(evaluator.run([node], {}, example_inputs(program, 2, length))[0], length)
+
+        # The long one tells a count from one that stops or starts anew (a clamp, a remainder).
+        starts = {start(length) for length in (7, 12, longest_length(evaluator, start, _LONG_COUNT))}
+        if len(starts) == 1 and (first := starts.pop()) is not None:
+            found[node.name] = first
     return found
 
 

@@ -97,6 +97,7 @@ def lower_to_onnx(
     model.opset_imports[DOMAIN] = VERSION
     if inline:
         InlinePass()(model)
+        del model.opset_imports[DOMAIN]
     model.producer_name = "mla-compile"
     model.graph.name = "latent_attention_model"
     model.metadata_props[METADATA_KEY] = json.dumps(metadata, sort_keys=True)

@@ -116,8 +116,13 @@ def place(tmp_path_factory):
 @pytest.fixture(scope="module", autouse=True)
 def read_once():
     """Every model is read once for all commands: what fails here fails before or after that."""
+    read = functools.cache(frontend.load_program)
+
+    def load_program(source, *, tokenizer=None, unsafe=False):
+        return read(str(source), tokenizer=tokenizer, unsafe=unsafe)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(frontend, "load_program", functools.cache(frontend.load_program))
+        patch.setattr(frontend, "load_program", load_program)
         yield
 
 
@@ -221,6 +226,7 @@ CONVERT = {
     "folder like a file": ("{nano} --out {place}/folder.onnx", 2, "is a folder"),
     "folder like a file, forced": ("{nano} --out {place}/folder.onnx --force", 2, "is a folder"),
     "into the model": ("{place}/llama --out {place}/llama --force", 2, "llama"),
+    "into the model, by tokenizer": ("{place}/llama --tokenizer {tiny} --out {place}/llama --force", 2, "llama"),
 }
 
 OTHERS = {
@@ -448,6 +454,13 @@ def test_the_installed_program_fails_the_same_way(case, place, tmp_path):
     words = [sys.executable, "-m", "mla_compile", *fill(words, place, tmp_path)]
     done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
     assert_one_sentence(Done(done.returncode, done.stdout, done.stderr), code, phrase)
+
+
+def test_a_module_that_cannot_be_exported_prints_nothing_of_torch(tmp_path):
+    torch.save(nn.Linear(3, 3), tmp_path / "linear.pt")
+    words = (tmp_path / "linear.pt", "--unsafe-load", "--out", tmp_path / "o.onnx", "-q")
+    done = subprocess.run([sys.executable, "-m", "mla_compile", *words], capture_output=True, text=True)
+    assert_one_sentence(Done(done.returncode, done.stdout, done.stderr), 2, "linear.pt")
 
 
 def test_evaluation_prints_nothing_of_the_runtime(place):

@@ -1,0 +1,51 @@
+"""All passes in a row, for tests of what comes out at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mla_compile.config import make_config
+from mla_compile.passes.factorise import METHODS, LatentWeights
+from mla_compile.passes.insert_latent import insert_latent
+from mla_compile.passes.weights import input_width, read_site
+from mla_compile.plan import plan_layers
+from mla_compile.program import Program
+from mla_compile.runtime.module import LatentModel
+from mla_compile.site import AttentionSite
+
+
+def latent_weights(program: Program, sites: Sequence[AttentionSite], **settings: object) -> list[LatentWeights]:
+    """Latent weights of every site; nothing is left out unless settings say so."""
+    config = make_config(**{"exact": True, "selection": "uniform", **settings})
+    plans = plan_layers(sites, [input_width(program, s) for s in sites], config)
+    return [
+        METHODS[config.method](site, read_site(program, site), plan, config, None)
+        for site, plan in zip(sites, plans, strict=True)
+    ]
+
+
+def convert(
+    program: Program, sites: Sequence[AttentionSite], dtype: torch.dtype = torch.float32, **settings: object
+) -> LatentModel:
+    """A converted model that equals the original unless settings say otherwise."""
+    weights = latent_weights(program, sites, **settings)
+    return LatentModel(insert_latent(program, sites, weights, dtype), [w.row.shape[0] for w in weights])
+
+
+def in_chunks(model: LatentModel, ids: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Logits of whole sequences fed part by part."""
+    past, parts = None, []
+    for part in ids.split(list(sizes), 1):
+        result = model(part, past=past)
+        past = result.cache
+        parts.append(result.logits)
+    return torch.cat(parts, 1)
+
+
+def difference(got: Tensor, expected: Tensor) -> float:
+    """Largest difference, relative to the largest expected number."""
+    assert got.shape == expected.shape
+    return float((got - expected).abs().max() / expected.abs().max())

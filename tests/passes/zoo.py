@@ -1,0 +1,801 @@
+"""Attention in every spelling: one tiny language model, and variants that each change a single step of it.
+
+``ACCEPTED`` means the same as some latent attention and must be read; ``REFUSED`` does not, and must never be read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mla_compile.program import Program
+from mla_compile.site import RejectCode
+
+VOCABULARY, WIDTH, HEADS, DIM = 5003, 24, 4, 6
+PADDING = 1  # one of thousands of tokens: random inputs hardly contain it
+SCALE = 0.3
+
+
+def rotate(x: Tensor, theta: float | list[float] | Tensor = 50.0, first: int = 0, layout: str = "half") -> Tensor:
+    """Rotate ``[batch, heads, length, dim]``; ``theta`` may be one number per head, or computed."""
+    half = x.shape[-1] // 2
+    if isinstance(theta, Tensor):
+        frequency = theta ** (-torch.arange(half) / half)
+    else:
+        bases = theta if isinstance(theta, list) else [theta]
+        frequency = torch.tensor([[[base ** (-i / half) for i in range(half)]] for base in bases])
+    angle = torch.arange(first, x.shape[2] + first)[:, None] * frequency
+    cos, sin = angle.cos(), angle.sin()
+    if layout == "half":
+        a, b = x[..., :half], x[..., half:]
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+    a, b = x[..., ::2], x[..., 1::2]
+    return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
+
+
+class Attention(nn.Module):
+    """Causal attention with biases, through torch's operator; every step can be overridden."""
+
+    kv_heads = HEADS
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = nn.Linear(WIDTH, HEADS * DIM)
+        self.k = nn.Linear(WIDTH, self.kv_heads * DIM)
+        self.v = nn.Linear(WIDTH, self.kv_heads * DIM)
+        self.out = nn.Linear(HEADS * DIM, WIDTH)
+
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """``[batch, length, heads * dim]`` each."""
+        return self.q(x), self.k(x), self.v(x)
+
+    def split(self, x: Tensor, heads: int) -> Tensor:
+        """``[batch, heads, length, dim]``."""
+        return x.view(x.shape[0], x.shape[1], heads, -1).transpose(1, 2)
+
+    def queries(self, q: Tensor) -> Tensor:
+        return q
+
+    def keys(self, k: Tensor) -> Tensor:
+        return k
+
+    def values(self, v: Tensor) -> Tensor:
+        return v
+
+    def repeat(self, x: Tensor) -> Tensor:
+        return x if self.kv_heads == HEADS else x.repeat_interleave(HEADS // self.kv_heads, 1)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, ids: Tensor) -> Tensor:
+        """``[batch, heads, length, dim]``."""
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=SCALE)
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        q, k, v = map(self.split, self.project(x), (HEADS, self.kv_heads, self.kv_heads))
+        k, v = self.repeat(self.keys(k)), self.repeat(self.values(v))
+        y = self.attend(self.queries(q), k, v, x, ids)
+        return self.out(y.transpose(1, 2).reshape(x.shape[0], x.shape[1], -1))
+
+
+class Masked(Attention):
+    """The same with a mask that is an operand of the operator."""
+
+    def seen(self, length: int, ids: Tensor) -> Tensor:
+        return torch.ones(length, length, dtype=torch.bool).tril()
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, ids: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.seen(ids.shape[1], ids), scale=SCALE)
+
+
+class SpelledOut(Masked):
+    """The same as two products and a softmax."""
+
+    def scores(self, q: Tensor, k: Tensor, x: Tensor) -> Tensor:
+        return q @ k.transpose(-1, -2) * SCALE
+
+    def hide(self, scores: Tensor, seen: Tensor) -> Tensor:
+        return scores.masked_fill(~seen, -math.inf)
+
+    def probabilities(self, p: Tensor) -> Tensor:
+        return p
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, ids: Tensor) -> Tensor:
+        scores = self.hide(self.scores(q, k, x), self.seen(ids.shape[1], ids))
+        return self.probabilities(F.softmax(scores, -1)) @ v
+
+
+class TinyLM(nn.Module):
+    """Embedding, attention layers, head. Sums of position embeddings have their own tests."""
+
+    def __init__(self, *layers: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(VOCABULARY, WIDTH)
+        self.layers = nn.ModuleList(layer() for layer in layers)
+        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in layers)
+        self.head = nn.Linear(WIDTH, VOCABULARY)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return self.tokens(ids)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for norm, layer in zip(self.norms, self.layers, strict=True):
+            x = x + layer(norm(x), ids)
+        return self.head(x)
+
+
+def model(*layers: Callable[[], nn.Module], kind: type[TinyLM] = TinyLM) -> nn.Module:
+    """A tiny language model with fixed weights."""
+    torch.manual_seed(0)
+    return kind(*layers).eval()
+
+
+def program_of(module: nn.Module) -> Program:
+    """Capture a tiny language model."""
+    from mla_compile.frontend import capture
+
+    return capture(module, (torch.randint(0, VOCABULARY, (2, 5), generator=torch.Generator().manual_seed(0)),))
+
+
+# ---- the same attention, written otherwise
+
+
+class HalfRope(Attention):
+    def queries(self, q: Tensor) -> Tensor:
+        return rotate(q)
+
+    def keys(self, k: Tensor) -> Tensor:
+        return rotate(k)
+
+
+class InterleavedRope(Attention):
+    def queries(self, q: Tensor) -> Tensor:
+        return rotate(q, layout="interleaved")
+
+    def keys(self, k: Tensor) -> Tensor:
+        return rotate(k, layout="interleaved")
+
+
+class PartialRope(Attention):
+    """The last four channels rotate."""
+
+    def queries(self, q: Tensor) -> Tensor:
+        return torch.cat([q[..., :2], rotate(q[..., 2:])], -1)
+
+    def keys(self, k: Tensor) -> Tensor:
+        return torch.cat([k[..., :2], rotate(k[..., 2:])], -1)
+
+
+class BackwardRope(Attention):
+    """Rotates the other way round."""
+
+    def queries(self, q: Tensor) -> Tensor:
+        return rotate(q.flip(-1)).flip(-1)
+
+    def keys(self, k: Tensor) -> Tensor:
+        return rotate(k.flip(-1)).flip(-1)
+
+
+class DefaultScale(Attention):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, ids: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+class GroupedInOperator(HalfRope):
+    kv_heads = 2
+
+    def repeat(self, x: Tensor) -> Tensor:
+        return x
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, ids: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+class GroupedByRepetition(HalfRope):
+    kv_heads = 2
+
+
+class GroupedByExpansion(HalfRope):
+    kv_heads = 2
+
+    def repeat(self, x: Tensor) -> Tensor:
+        batch, heads, length, dim = x.shape
+        return x[:, :, None].expand(batch, heads, HEADS // heads, length, dim).reshape(batch, HEADS, length, dim)
+
+
+class OneKeyHead(SpelledOut, HalfRope):
+    """Broadcast by the products themselves."""
+
+    kv_heads = 1
+
+    def repeat(self, x: Tensor) -> Tensor:
+        return x
+
+
+class FusedProjection(HalfRope):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(WIDTH, 3 * HEADS * DIM)
+
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.qkv(x).chunk(3, -1)
+
+
+class InterleavedProjection(FusedProjection):
+    """Every head's query, key and value lie beside each other."""
+
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        parts = self.qkv(x).view(x.shape[0], x.shape[1], HEADS, 3, DIM)
+        return tuple(parts[:, :, :, i].flatten(2) for i in range(3))
+
+
+class SharedQueriesAndKeys(HalfRope):
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.q(x), self.q(x), self.v(x)
+
+
+class ParameterProduct(HalfRope):
+    """Projections by bare parameters, stored input-first, biases added later; one weight is an expression."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.ParameterList(0.2 * torch.randn(WIDTH, HEADS * DIM) for _ in range(3))
+        self.low = nn.ParameterList([0.2 * torch.randn(WIDTH, 2), 0.2 * torch.randn(2, HEADS * DIM)])
+        self.bias = nn.Parameter(torch.randn(HEADS * DIM))
+
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        return x @ self.w[0] + self.bias, x @ (self.w[1] + self.low[0] @ self.low[1]), x @ self.w[2] - self.bias
+
+
+class FlatProduct(HalfRope):
+    """Projections of ``[batch * length, width]``, as ``addmm``."""
+
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(
+            torch.addmm(p.bias, x.flatten(0, 1), p.weight.T).view(*x.shape[:2], -1) for p in (self.q, self.k, self.v)
+        )
+
+
+class ScaledQueries(HalfRope):
+    """The score scale, and a factor per channel, sit on the operands."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(1 + torch.rand(DIM))
+
+    def queries(self, q: Tensor) -> Tensor:
+        return super().queries(q * self.gain * 0.25)
+
+    def values(self, v: Tensor) -> Tensor:
+        return v * self.gain
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, ids: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0)
+
+
+class WideValues(HalfRope):
+    def __init__(self) -> None:
+        super().__init__()
+        self.v, self.out = nn.Linear(WIDTH, HEADS * 9), nn.Linear(HEADS * 9, WIDTH)
+
+
+class LargeNegativeMask(SpelledOut):
+    def hide(self, scores: Tensor, seen: Tensor) -> Tensor:
+        return scores + torch.where(seen, 0.0, torch.finfo(torch.float32).min)
+
+
+class DoublePrecisionSoftmax(SpelledOut):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, ids: Tensor) -> Tensor:
+        scores = self.hide(self.scores(q, k, x), self.seen(ids.shape[1], ids))
+        return F.softmax(scores, -1, dtype=torch.float64).to(v.dtype) @ v
+
+
+def windowed(window: int, base: type[Masked] = Masked) -> type[Attention]:
+    """A sliding window written as a comparison with a number."""
+
+    class Windowed(base):
+        def seen(self, length: int, ids: Tensor) -> Tensor:
+            place = torch.arange(length)
+            return (place <= place[:, None]) & (place > place[:, None] - window)
+
+    return Windowed
+
+
+ACCEPTED: dict[str, type[Attention]] = {
+    "fused": Attention,
+    "default scale": DefaultScale,
+    "with a mask": Masked,
+    "spelled out": SpelledOut,
+    "half rope": HalfRope,
+    "interleaved rope": InterleavedRope,
+    "partial rope": PartialRope,
+    "backward rope": BackwardRope,
+    "grouped in the operator": GroupedInOperator,
+    "grouped by repetition": GroupedByRepetition,
+    "grouped by expansion": GroupedByExpansion,
+    "one key head": OneKeyHead,
+    "fused projection": FusedProjection,
+    "interleaved projection": InterleavedProjection,
+    "shared queries and keys": SharedQueriesAndKeys,
+    "parameter product": ParameterProduct,
+    "flat product": FlatProduct,
+    "scaled queries": ScaledQueries,
+    "wide values": WideValues,
+    "large negative mask": LargeNegativeMask,
+    "double precision softmax": DoublePrecisionSoftmax,
+    "window": windowed(5),
+    "spelled-out window": windowed(5, SpelledOut),
+}
+
+
+# ---- something else that looks much like it
+
+
+class MixedScores(SpelledOut):
+    """Talking heads: a matrix mixes the heads' scores (Shazeer 2020)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Parameter(torch.randn(HEADS, HEADS))
+
+    def scores(self, q: Tensor, k: Tensor, x: Tensor) -> Tensor:
+        return torch.einsum("bhst,hg->bgst", super().scores(q, k, x), self.mix)
+
+
+class MixedScoresByLinear(MixedScores):
+    def scores(self, q: Tensor, k: Tensor, x: Tensor) -> Tensor:
+        return F.linear(SpelledOut.scores(self, q, k, x).permute(0, 2, 3, 1), self.mix).permute(0, 3, 1, 2)
+
+
+class MixedProbabilities(MixedScores):
+    def scores(self, q: Tensor, k: Tensor, x: Tensor) -> Tensor:
+        return SpelledOut.scores(self, q, k, x)
+
+    def probabilities(self, p: Tensor) -> Tensor:
+        return torch.einsum("bhst,hg->bgst", p, self.mix)
+
+
+class TwoProducts(SpelledOut):
+    """Content and position scores are added (Transformer-XL, DeBERTa)."""
+
+    def scores(self, q: Tensor, k: Tensor, x: Tensor) -> Tensor:
+        return super().scores(q, k, x) + k @ q.transpose(-1, -2)
+
+
+class WithoutValues(SpelledOut):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, ids: Tensor) -> Tensor:
+        p = F.softmax(self.hide(self.scores(q, k, x), self.seen(ids.shape[1], ids)), -1)
+        return p.sum(-1, keepdim=True) * v
+
+
+class TwoProjections(Attention):
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.q(x), self.k(x) + self.v(x), self.v(x)
+
+
+class NoProjection(Attention):
+    """The activations themselves are the keys."""
+
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.q(x), x, self.v(x)
+
+
+class ActivationAsBias(Attention):
+    """``x + W x`` in one operator."""
+
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        flat = x.flatten(0, 1)
+        return self.q(x), torch.addmm(flat, flat, self.k.weight.T).view(x.shape), self.v(x)
+
+
+class ScaledProduct(Attention):
+    """``addmm`` with factors, which are not part of the weight."""
+
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        k = torch.addmm(self.k.bias, x.flatten(0, 1), self.k.weight.T, beta=0.5, alpha=3.0)
+        return self.q(x), k.view(*x.shape[:2], -1), self.v(x)
+
+
+class WeightOfThreeDimensions(Attention):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.ParameterList(0.2 * torch.randn(HEADS, WIDTH, DIM) for _ in range(3))
+
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        x = x[:, :, None, None]
+        return tuple((x @ w).flatten(2) for w in self.w)
+
+
+class ProjectionPerHead(Attention):
+    """One small matrix is applied to every head's part of the activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.small = nn.Linear(DIM, DIM)
+
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.small(x.view(*x.shape[:2], HEADS, DIM)).flatten(2) for _ in range(3))
+
+
+class ByEinsum(SpelledOut):
+    def scores(self, q: Tensor, k: Tensor, x: Tensor) -> Tensor:
+        return torch.einsum("bhsd,bhtd->bhst", q, k) * SCALE
+
+
+class MergedHeads(SpelledOut):
+    """Batch and heads are one dimension."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, ids: Tensor) -> Tensor:
+        q, k, v = (y.reshape(-1, y.shape[2], DIM) for y in (q, k, v))
+        scores = torch.bmm(q, k.transpose(1, 2)) * SCALE
+        y = torch.bmm(F.softmax(self.hide(scores, self.seen(ids.shape[1], ids)), -1), v)
+        return y.view(x.shape[0], HEADS, x.shape[1], DIM)
+
+
+class ConvolvedKeys(Attention):
+    """Causal convolution over positions (Primer, So 2021)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(WIDTH, 1, 3))
+
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        k = F.conv1d(F.pad(self.k(x).mT, (2, 0)), self.kernel, groups=WIDTH).mT
+        return self.q(x), k, self.v(x)
+
+
+class ShiftedValues(Attention):
+    def values(self, v: Tensor) -> Tensor:
+        return F.pad(v, (0, 0, 1, 0))[:, :, :-1]
+
+
+class AveragedValues(Attention):
+    """A value contains those of the whole batch."""
+
+    def values(self, v: Tensor) -> Tensor:
+        return v + v.mean(0, keepdim=True)
+
+
+class RectifiedQueries(Attention):
+    def queries(self, q: Tensor) -> Tensor:
+        return F.relu(q)
+
+
+class NormedKeys(Attention):
+    def keys(self, k: Tensor) -> Tensor:
+        return F.normalize(k, dim=-1)
+
+
+class ClampedValues(Attention):
+    """Linear within a range that random numbers hardly leave."""
+
+    def values(self, v: Tensor) -> Tensor:
+        return v.clamp(-3.0, 3.0)
+
+
+class MixedChannels(Attention):
+    """Every channel is a sum of two."""
+
+    def keys(self, k: Tensor) -> Tensor:
+        return k + k.flip(-1)
+
+
+class RopeFromOne(Attention):
+    def queries(self, q: Tensor) -> Tensor:
+        return rotate(q, first=1)
+
+    def keys(self, k: Tensor) -> Tensor:
+        return rotate(k, first=1)
+
+
+class RotatedValues(HalfRope):
+    def values(self, v: Tensor) -> Tensor:
+        return rotate(v)
+
+
+class RotatedQueriesOnly(Attention):
+    def queries(self, q: Tensor) -> Tensor:
+        return rotate(q)
+
+
+class RopePerHead(Attention):
+    def queries(self, q: Tensor) -> Tensor:
+        return rotate(q, theta=[50.0, 60.0, 70.0, 80.0])
+
+    def keys(self, k: Tensor) -> Tensor:
+        return rotate(k, theta=[50.0, 60.0, 70.0, 80.0])
+
+
+class TwoFrequencies(Attention):
+    def queries(self, q: Tensor) -> Tensor:
+        return rotate(q, theta=50.0)
+
+    def keys(self, k: Tensor) -> Tensor:
+        return rotate(k, theta=51.0)
+
+
+class DecayingRope(Attention):
+    """xPos: rotation and growth by position (Sun 2022)."""
+
+    def queries(self, q: Tensor) -> Tensor:
+        return rotate(q) * (1.02 ** torch.arange(q.shape[2]))[:, None]
+
+    def keys(self, k: Tensor) -> Tensor:
+        return rotate(k) * (1.02 ** -torch.arange(k.shape[2]))[:, None]
+
+
+class StretchedRope(Attention):
+    """Frequencies depend on the length of the sequence (dynamic NTK)."""
+
+    def queries(self, q: Tensor) -> Tensor:
+        return rotate(q, theta=torch.tensor([50.0]) + q.shape[2])
+
+    def keys(self, k: Tensor) -> Tensor:
+        return rotate(k, theta=torch.tensor([50.0]) + k.shape[2])
+
+
+class LateScale(Attention):
+    """Queries grow with the logarithm of the position, but only from position 64 on."""
+
+    def queries(self, q: Tensor) -> Tensor:
+        place = torch.arange(q.shape[2]) + 1
+        return q * (place / 64).clamp(min=1.0).log1p()[:, None]
+
+
+class AlternatingGroups(Attention):
+    """Query head h uses key head h mod 2."""
+
+    kv_heads = 2
+
+    def repeat(self, x: Tensor) -> Tensor:
+        return x.repeat(1, HEADS // self.kv_heads, 1, 1)
+
+
+class FewerValueHeads(Attention):
+    def values(self, v: Tensor) -> Tensor:
+        return v[:, :2].repeat_interleave(2, 1)
+
+
+class SoftCapped(SpelledOut):
+    def scores(self, q: Tensor, k: Tensor, x: Tensor) -> Tensor:
+        return 5 * torch.tanh(super().scores(q, k, x) / 5)
+
+
+class LinearBias(SpelledOut):
+    """ALiBi (Press 2021)."""
+
+    def scores(self, q: Tensor, k: Tensor, x: Tensor) -> Tensor:
+        place = torch.arange(q.shape[2])
+        slope = 2.0 ** -torch.arange(1, HEADS + 1)
+        return super().scores(q, k, x) - slope[:, None, None] * (place[:, None] - place)
+
+
+def discounted_from(distance: int) -> type[SpelledOut]:
+    """Keys are discounted, but only those so many positions back and more."""
+
+    class Discounted(SpelledOut):
+        def scores(self, q: Tensor, k: Tensor, x: Tensor) -> Tensor:
+            place = torch.arange(q.shape[2])
+            return super().scores(q, k, x) - 0.5 * (place[:, None] - place - distance).clamp(min=0)
+
+    return Discounted
+
+
+class Sink(SpelledOut):
+    """A column without a key takes part of the probability."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sink = nn.Parameter(torch.randn(1, HEADS, 1, 1))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, ids: Tensor) -> Tensor:
+        scores = self.hide(self.scores(q, k, x), self.seen(ids.shape[1], ids))
+        p = F.softmax(torch.cat([scores, self.sink.expand(*scores.shape[:3], 1)], -1), -1)
+        return p[..., :-1] @ v
+
+
+class ScaledProbabilities(SpelledOut):
+    """What is left of a dropout: its factor."""
+
+    def probabilities(self, p: Tensor) -> Tensor:
+        return p / 0.9
+
+
+class LivingDropout(SpelledOut):
+    def probabilities(self, p: Tensor) -> Tensor:
+        return F.dropout(p, 0.1, training=True)
+
+
+class TemperaturePerHead(SpelledOut):
+    def scores(self, q: Tensor, k: Tensor, x: Tensor) -> Tensor:
+        return super().scores(q, k, x) * torch.arange(1.0, 1.0 + HEADS)[:, None, None]
+
+
+class AbsoluteScores(SpelledOut):
+    """Looks like a constant factor to positive scores."""
+
+    def scores(self, q: Tensor, k: Tensor, x: Tensor) -> Tensor:
+        return super().scores(q, k, x).abs()
+
+
+class ScaledByLength(SpelledOut):
+    def scores(self, q: Tensor, k: Tensor, x: Tensor) -> Tensor:
+        return q @ k.transpose(-1, -2) / (torch.ones(q.shape[2]).sum().sqrt())
+
+
+class ScaledByActivation(SpelledOut):
+    def scores(self, q: Tensor, k: Tensor, x: Tensor) -> Tensor:
+        return super().scores(q, k, x) * x[:, None, :, :1].exp()
+
+
+class OtherAxis(SpelledOut):
+    """Every key's probabilities over queries sum to one."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, ids: Tensor) -> Tensor:
+        seen = self.seen(ids.shape[1], ids)
+        return F.softmax(self.hide(self.scores(q, k, x), seen), -2).masked_fill(~seen, 0.0) @ v
+
+
+class Bidirectional(Masked):
+    def seen(self, length: int, ids: Tensor) -> Tensor:
+        return torch.ones(length, length, dtype=torch.bool)
+
+
+class Prefix(Masked):
+    """The first four tokens see each other."""
+
+    def seen(self, length: int, ids: Tensor) -> Tensor:
+        place = torch.arange(length)
+        return (place <= place[:, None]) | (place < 4)
+
+
+class Dilated(Masked):
+    def seen(self, length: int, ids: Tensor) -> Tensor:
+        distance = torch.arange(length)[:, None] - torch.arange(length)
+        return (distance >= 0) & (distance % 2 == 0)
+
+
+class LocalAndGlobalHeads(Masked):
+    def seen(self, length: int, ids: Tensor) -> Tensor:
+        distance = torch.arange(length)[:, None] - torch.arange(length)
+        return (distance >= 0) & (distance < torch.tensor([3, 3, 99, 99])[:, None, None])
+
+
+class WindowWithFirstToken(Masked):
+    """Streaming attention keeps the first token in view (Xiao 2023)."""
+
+    def seen(self, length: int, ids: Tensor) -> Tensor:
+        place = torch.arange(length)
+        return (place <= place[:, None]) & ((place > place[:, None] - 5) | (place == 0))
+
+
+class HiddenPadding(Masked):
+    """Padding is known by its token: the mask depends on the data."""
+
+    def seen(self, length: int, ids: Tensor) -> Tensor:
+        return super().seen(length, ids) & (ids != PADDING)[:, None, None, :] | torch.eye(length, dtype=torch.bool)
+
+
+class EmptyPadding(Attention):
+    """The values of padding, which is known by its token, are zero."""
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        self.real = (ids != PADDING)[:, None, :, None]
+        return super().forward(x, ids)
+
+    def values(self, v: Tensor) -> Tensor:
+        return v * self.real
+
+
+class HiddenByActivation(Masked):
+    """Keys with a low score of their own are hidden."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, ids: Tensor) -> Tensor:
+        seen = self.seen(ids.shape[1], ids) & (x.sum(-1) > -9)[:, None, None]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=SCALE)
+
+
+def chunked(size: int) -> type[Masked]:
+    """Tokens see their own chunk only, which looks causal within the first."""
+
+    class Chunked(Masked):
+        def seen(self, length: int, ids: Tensor) -> Tensor:
+            place = torch.arange(length)
+            return (place <= place[:, None]) & (place // size == place[:, None] // size)
+
+    return Chunked
+
+
+class FarBand(Masked):
+    """A window of 64, as a table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        distance = torch.arange(128)[:, None] - torch.arange(128)
+        self.register_buffer("table", (distance >= 0) & (distance < 64))
+
+    def seen(self, length: int, ids: Tensor) -> Tensor:
+        return self.table[:length, :length]
+
+
+class FarBandByTensor(Masked):
+    """A window of 64, which is a tensor and not a number in the graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("window", torch.tensor(64))
+
+    def seen(self, length: int, ids: Tensor) -> Tensor:
+        distance = torch.arange(length)[:, None] - torch.arange(length)
+        return (distance >= 0) & (distance < self.window)
+
+
+class OtherSource(Attention):
+    """Keys and values come from before the last feature was scaled."""
+
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.q(x * 2), self.k(x), self.v(x)
+
+
+REFUSED: dict[str, tuple[type[Attention], frozenset[RejectCode]]] = {
+    name: (kind, frozenset(codes))
+    for name, kind, *codes in (
+        ("talking heads before the softmax", MixedScores, RejectCode.ANCHOR),
+        ("talking heads by a linear layer", MixedScoresByLinear, RejectCode.ANCHOR),
+        ("talking heads after the softmax", MixedProbabilities, RejectCode.ANCHOR),
+        ("two products", TwoProducts, RejectCode.ANCHOR),
+        ("no values", WithoutValues, RejectCode.ANCHOR),
+        ("keys of two projections", TwoProjections, RejectCode.PROJECTION),
+        ("keys without a projection", NoProjection, RejectCode.PROJECTION),
+        ("an activation as bias", ActivationAsBias, RejectCode.PROJECTION),
+        ("a product with factors", ScaledProduct, RejectCode.PROJECTION),
+        ("a weight of three dimensions", WeightOfThreeDimensions, RejectCode.PROJECTION),
+        ("a small projection per head", ProjectionPerHead, RejectCode.PROJECTION, RejectCode.LAYOUT),
+        ("scores by einsum", ByEinsum, RejectCode.LAYOUT),
+        ("batch and heads merged", MergedHeads, RejectCode.LAYOUT),
+        ("convolved keys", ConvolvedKeys, RejectCode.POSITION_MIXING),
+        ("shifted values", ShiftedValues, RejectCode.POSITION_MIXING),
+        ("values mixed over the batch", AveragedValues, RejectCode.POSITION_MIXING),
+        ("rectified queries", RectifiedQueries, RejectCode.NONLINEAR),
+        ("normed keys", NormedKeys, RejectCode.NONLINEAR),
+        ("clamped values", ClampedValues, RejectCode.NONLINEAR),
+        ("mixed channels", MixedChannels, RejectCode.ROW_MAP),
+        ("positions from one", RopeFromOne, RejectCode.ROW_MAP),
+        ("rotated values", RotatedValues, RejectCode.ROPE),
+        ("rotated queries only", RotatedQueriesOnly, RejectCode.ROPE),
+        ("a frequency per head", RopePerHead, RejectCode.ROPE),
+        ("queries faster than keys", TwoFrequencies, RejectCode.ROPE),
+        ("decaying rotation", DecayingRope, RejectCode.ROPE),
+        ("rotation stretched by length", StretchedRope, RejectCode.ROPE, RejectCode.VERIFY),
+        ("queries scaled from position 64", LateScale, RejectCode.ROPE, RejectCode.VERIFY),
+        ("alternating groups", AlternatingGroups, RejectCode.GROUPING),
+        ("fewer value heads", FewerValueHeads, RejectCode.GROUPING),
+        ("soft-capped scores", SoftCapped, RejectCode.SCORES),
+        ("linear bias", LinearBias, RejectCode.SCORES),
+        ("bias from distance 40", discounted_from(40), RejectCode.SCORES, RejectCode.VERIFY),
+        ("bias from distance 4000", discounted_from(4000), RejectCode.SCORES, RejectCode.VERIFY),
+        ("sink", Sink, RejectCode.SCORES),
+        ("scaled probabilities", ScaledProbabilities, RejectCode.SCORES),
+        ("living dropout", LivingDropout, RejectCode.SCORES, RejectCode.VERIFY),
+        ("a temperature per head", TemperaturePerHead, RejectCode.SCORES),
+        ("absolute scores", AbsoluteScores, RejectCode.SCORES, RejectCode.VERIFY),
+        ("scores scaled by length", ScaledByLength, RejectCode.SCORES, RejectCode.VERIFY),
+        ("scores scaled by activations", ScaledByActivation, RejectCode.SCORES, RejectCode.VERIFY),
+        ("softmax over queries", OtherAxis, RejectCode.SCORES, RejectCode.VERIFY),
+        ("bidirectional", Bidirectional, RejectCode.MASK),
+        ("prefix", Prefix, RejectCode.MASK),
+        ("dilated", Dilated, RejectCode.MASK),
+        ("local and global heads", LocalAndGlobalHeads, RejectCode.MASK),
+        ("window with the first token", WindowWithFirstToken, RejectCode.MASK),
+        ("padding hidden by its token", HiddenPadding, RejectCode.MASK),
+        ("padding emptied by its token", EmptyPadding, *RejectCode),
+        ("hidden by activations", HiddenByActivation, RejectCode.MASK),
+        ("chunks of 64", chunked(64), RejectCode.MASK),
+        ("chunks of 4096", chunked(4096), RejectCode.MASK),
+        ("other source", OtherSource, RejectCode.CROSS),
+    )
+}
+"""Name to variant, and the codes that may explain its refusal."""
