@@ -106,6 +106,9 @@ def compile(
 ) -> CompiledModel:
     """Convert a model's attention to latent attention.
 
+    Weights that the conversion leaves as they are, are shared with the original: copy one of the two before training if
+    both are needed.
+
     Args:
         model: An ``nn.Module``, an ``ExportedProgram``, an archive, a Hugging Face folder or a hub id.
         example_inputs: Inputs to export an ``nn.Module`` with: token ids ``[batch, length]`` first.

@@ -64,9 +64,10 @@ def check_target(path: Path, force: bool) -> None:
         raise UsageError(f"'{path}' is a folder.", "Name a .onnx file.")
     if not path.suffix and path.is_file():
         raise UsageError(f"'{path}' is a file.", "Name a .onnx file, or a folder.")
-    occupied = path.is_file() or (path.is_dir() and any(path.iterdir()))
-    if occupied and not force:
-        raise UsageError(f"'{path}' exists already.", "Choose another name, or pass --force to replace it.")
+    for taken in (path, path.with_name(f"{path.name}.data")):
+        occupied = taken.is_file() or (taken.is_dir() and any(taken.iterdir()))
+        if occupied and not force:
+            raise UsageError(f"'{taken}' exists already.", "Choose another name, or pass --force to replace it.")
     parent = path if path.is_dir() else path.parent
     existing = next((p for p in (parent, *parent.absolute().parents) if p.exists()), None)
     if existing is None or not existing.is_dir():

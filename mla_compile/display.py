@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class StageDisplay:
                 SpinnerColumn(),
                 TextColumn("{task.description:<16}"),
                 BarColumn(bar_width=30),
-                MofNCompleteColumn(),
+                TextColumn("{task.fields[steps]:>9}"),
                 TimeRemainingColumn(),
                 console=self._console,
                 transient=True,
@@ -70,12 +70,13 @@ class StageDisplay:
     def started(self, name: str, total: int | None) -> None:
         """A stage begins."""
         if self._bars:
-            self._task = self._bars.add_task(name, total=total)
+            self._task = self._bars.add_task(name, total=total, steps=f"0/{total}" if total else "")
 
     def advanced(self) -> None:
         """One step is done."""
         if self._bars:
-            self._bars.advance(self._task)
+            task = self._bars.tasks[-1]
+            self._bars.update(self._task, advance=1, steps=f"{int(task.completed) + 1}/{int(task.total or 0)}")
 
     def finished(self, timing: StageTiming) -> None:
         """A stage is done."""

@@ -6,17 +6,14 @@ safetensors. A pickled module is only opened when the user says so.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import inspect
-import io
 import logging
 import re
-import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +23,7 @@ from torch.export import Dim, ExportedProgram
 
 from mla_compile.errors import LoadError, MlaCompileError
 from mla_compile.program import Assets, Program
+from mla_compile.quiet import quiet_exporter
 
 __all__ = ["capture", "load_program", "program_from_export"]
 
@@ -260,7 +258,7 @@ def capture(
     values = {k: _enlarge(v) for k, v in example_inputs.items()} if keyword else tuple(map(_enlarge, example_inputs))  # type: ignore[union-attr]
     shapes = {k: _dynamic(v) for k, v in values.items()} if isinstance(values, dict) else tuple(map(_dynamic, values))
     try:
-        with torch.no_grad(), _quiet_exporter():
+        with torch.no_grad(), quiet_exporter():
             exported = torch.export.export(
                 module,
                 () if isinstance(values, dict) else values,
@@ -281,19 +279,6 @@ def capture(
     positions = getattr(config, "max_position_embeddings", None)
     assets = _huggingface_assets(module, tokenizer) if _is_huggingface(module) else _assets(tokenizer, None)
     return program_from_export(exported, source=source, kind=kind, assets=assets, max_positions=positions)
-
-
-@contextlib.contextmanager
-def _quiet_exporter() -> Iterator[None]:
-    """Keep torch.export's talk about its internals, and the whole graph it prints on failure, from the user."""
-    disabled = logging.root.manager.disable
-    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-        warnings.simplefilter("ignore")
-        logging.disable(logging.CRITICAL)
-        try:
-            yield
-        finally:
-            logging.disable(disabled)
 
 
 def _require_fitting(module: nn.Module, values: dict[str, Any] | tuple[Any, ...], source: str) -> None:
@@ -336,8 +321,7 @@ def program_from_export(
         LoadError: Batch or length is static, an input is not understood, or no output looks like logits.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet_exporter():
             exported = exported.run_decompositions({})
     except Exception as error:
         raise LoadError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
+
+from mla_compile.quiet import quiet_exporter
 
 __all__ = ["Assets", "Program"]
 
@@ -80,8 +81,7 @@ class Program:
 
     def flat_module(self) -> fx.GraphModule:
         """Return the graph as a module of positional tensors in placeholder order, with weights shared."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch.export chatter about its own internals
+        with quiet_exporter():
             original = self.exported.module(check_guards=False)
         module = fx.GraphModule(original, original.graph)
         module.graph.set_codegen(fx.graph.CodeGen())

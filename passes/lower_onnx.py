@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from torch import Tensor, fx
 from torch.export import Dim, ExportedProgram
 
 from mla_compile.passes.insert_latent import INPUT_NAMES
+from mla_compile.quiet import quiet_exporter
 from mla_compile.runtime.onnx_function import DOMAIN, OP_TYPE, VERSION, latent_attention_function
 
 __all__ = ["EXTERNAL_DATA_BYTES", "export_rewritten", "lower_to_onnx"]
@@ -47,8 +46,7 @@ def export_rewritten(
         *(torch.zeros(_BATCH, _PAST, row, dtype=dtype) for row in rows),
     )
     shapes = tuple({0: Dim.AUTO, 1: Dim.AUTO} for _ in example)
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with torch.no_grad(), quiet_exporter():
         return torch.export.export(module, example, dynamic_shapes=shapes, strict=False)
 
 
@@ -74,8 +72,7 @@ def lower_to_onnx(
     exported = export_rewritten(_with_symbolic_nodes(module), rows)
     layers = len(rows)
     batch, new, past, total = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
-    with warnings.catch_warnings(), _quiet_exporter():
-        warnings.simplefilter("ignore")
+    with quiet_exporter():
         program = torch.onnx.export(
             exported,
             (),
@@ -152,18 +149,3 @@ def _name_dimensions(model: ir.Model, names: Mapping[str, tuple[str, str]]) -> N
         dimensions = names.get(value.name or "")
         if dimensions is not None and value.shape is not None:
             value.shape = ir.Shape([*dimensions, *value.shape.dims[2:]])
-
-
-class _quiet_exporter:
-    """Silence the exporter's own log below errors: its findings about our graph are not the user's business."""
-
-    def __enter__(self) -> None:
-        self._loggers: dict[logging.Logger, int] = {}
-        for name in ("torch.onnx", "onnxscript", "onnx_ir"):
-            logger = logging.getLogger(name)
-            self._loggers[logger] = logger.level
-            logger.setLevel(logging.ERROR)
-
-    def __exit__(self, *_: object) -> None:
-        for logger, level in self._loggers.items():
-            logger.setLevel(level)
