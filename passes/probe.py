@@ -348,11 +348,17 @@ def probe_mask(evaluator: GraphEvaluator, flow: DataFlow, anchor: Anchor, heads:
     if mask.window is not None:
         return scale, mask
     small = 5
-    for constant, attempt in _constants(evaluator, anchor, long):
+    for constant, node, attempt in _constants(evaluator, anchor, long):
         try:
             window = _visible(attempt(small), SHORT).window
-        except (MismatchError, RuntimeError):
-            continue
+        except MismatchError as mismatch:
+            if node.meta["val"].is_floating_point():
+                continue  # the number that hides masked scores, not one that positions are compared with
+            raise MismatchError(
+                mismatch.code, f"from {constant} tokens on, at '{node.name}', {mismatch.reason}"
+            ) from mismatch
+        except RuntimeError:
+            continue  # a size: nothing fits when it changes
         if window is not None:
             return scale, Mask(window=constant + window - small)
     return scale, mask
@@ -404,7 +410,9 @@ def _classify(added: Tensor) -> Mask:
     raise MismatchError(RejectCode.MASK, "the mask is neither causal nor a causal sliding window")
 
 
-def _constants(evaluator: GraphEvaluator, anchor: Anchor, shown: int) -> Iterator[tuple[int, Callable[[int], Tensor]]]:
+def _constants(
+    evaluator: GraphEvaluator, anchor: Anchor, shown: int
+) -> Iterator[tuple[int, Node, Callable[[int], Tensor]]]:
     """List integer constants that may shape the mask beyond the lengths it was looked at (a 4096-token window).
 
     Args:
@@ -413,7 +421,8 @@ def _constants(evaluator: GraphEvaluator, anchor: Anchor, shown: int) -> Iterato
         shown: Length at which the mask was seen; smaller constants would have shown.
 
     Yields:
-        The constant, and a function that evaluates the mask at the short length with a smaller one in its place.
+        The constant, the node it is in, and a function that evaluates the mask at the short length with a smaller
+        constant in its place.
     """
     mask = anchor.scores.kwargs.get("attn_mask", (*anchor.scores.args, None, None, None, None)[3])
     start = mask if anchor.fused else anchor.softmax.args[0]
@@ -430,6 +439,7 @@ def _constants(evaluator: GraphEvaluator, anchor: Anchor, shown: int) -> Iterato
         if value is not None and shown <= abs(value) < 2**31:
             yield (
                 abs(value),
+                node,
                 lambda small, node=node, sign=1 if value > 0 else -1: _added(  # type: ignore[misc]
                     evaluator, anchor, SHORT, overrides={node: torch.tensor(sign * small)}
                 ),
@@ -438,6 +448,7 @@ def _constants(evaluator: GraphEvaluator, anchor: Anchor, shown: int) -> Iterato
             if type(number) is int and shown <= abs(number) < 2**31:
                 yield (
                     abs(number),
+                    node,
                     lambda small, node=node, place=place, sign=1 if number > 0 else -1: _added(  # type: ignore[misc]
                         evaluator,
                         anchor,

@@ -287,6 +287,13 @@ class LargeNegativeMask(SpelledOut):
         return scores + torch.where(seen, 0.0, torch.finfo(torch.float32).min)
 
 
+class IntegerMask(SpelledOut):
+    """The mask's value is a large whole number, which is no window."""
+
+    def hide(self, scores: Tensor, seen: Tensor) -> Tensor:
+        return scores.masked_fill(~seen, -(10**9))
+
+
 class DoublePrecisionSoftmax(SpelledOut):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, ids: Tensor) -> Tensor:
         scores = self.hide(self.scores(q, k, x), self.seen(ids.shape[1], ids))
@@ -325,6 +332,7 @@ ACCEPTED: dict[str, type[Attention]] = {
     "scaled queries": ScaledQueries,
     "wide values": WideValues,
     "large negative mask": LargeNegativeMask,
+    "integer mask": IntegerMask,
     "double precision softmax": DoublePrecisionSoftmax,
     "window": windowed(5),
     "spelled-out window": windowed(5, SpelledOut),
