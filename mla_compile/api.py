@@ -148,6 +148,7 @@ def compile(
     stages = Stages(display)
     with stages.stage("load"):
         program = _load(model, example_inputs, tokenizer, unsafe_load)
+    _require_float32(program)
     if out is not None:
         check_neighbours(out, program.source, program.assets, force)
     with stages.stage("recognise"):
@@ -225,6 +226,17 @@ def _load(
     if folder is None and tokenizer is not None:
         program = dataclasses.replace(program, assets=dataclasses.replace(program.assets, tokenizer=tokenizer))
     return program
+
+
+def _require_float32(program: Program) -> None:
+    """Refuse weights of another type: the rewrite, its checks and the cache are float32 in this version."""
+    for name, value in program.exported.state_dict.items():
+        if value.is_floating_point() and value.dtype != torch.float32:
+            kind = str(value.dtype).removeprefix("torch.")
+            raise UsageError(
+                f"'{name}' of '{program.source}' is {kind}; only float32 is converted.",
+                "Call model.float() before exporting or converting it.",
+            )
 
 
 def _require_all(program: Program, found: Recognition) -> Recognition:
