@@ -29,7 +29,7 @@ from mla_compile.program import Assets, Program
 from mla_compile.progress import Display, Stages
 from mla_compile.report import Quality, Report
 from mla_compile.runtime.module import LatentModel
-from mla_compile.site import AttentionSite
+from mla_compile.site import Rejection
 
 __all__ = ["CompiledModel", "compile", "inspect", "load", "plan"]
 
@@ -152,7 +152,8 @@ def compile(
     if out is not None:
         check_neighbours(out, program.source, program.assets, force)
     with stages.stage("recognise"):
-        sites = _require_all(program, recognise(program)).sites
+        found = _require_some(program, recognise(program))
+        sites, kept = found.sites, found.rejections
         plans = plan_layers(sites, [input_width(program, s) for s in sites], config)
     text = cut_windows(program, documents, tokenizer, config)
     config, notes = _settle_selection(config, text is not None)
@@ -160,25 +161,26 @@ def compile(
     if text is not None and config.selection == "2-norm" and any(p.rope_dims for p in plans):
         batches = math.ceil(len(text.calibration) / 8)
         norms = pair_norms(program, sites, text.calibration, progress=lambda b: stages.each("calibrate", b, batches))
-    converted = _convert(program, sites, plans, config, norms, stages)
+    converted = _convert(program, found, plans, config, norms, stages)
     verification = None
     ids = text.held_out[:4, :256] if text is not None else _random_ids(program, config)
     quality = _measure(program, converted, text, stages)
     if check:
         with stages.stage("verify"):
-            exact = converted if config.exact else _exact_twin(program, sites)
+            exact = converted if config.exact else _exact_twin(program, found)
             verification = verify.check_module(original_scorer(program), exact, converted, ids, text is not None)
     report = Report(
         source=program.source,
         config=config.model_dump(),
         sites=tuple(sites),
+        kept=kept,
         plans=tuple(plans),
         bytes_per_element=torch.float32.itemsize,
         selection=config.selection,
         stages=(),
         verification=verification,
         quality=quality,
-        warnings=(*notes, *_warnings(plans, quality, config)),
+        warnings=(*notes, *_warnings(plans, kept, quality, config)),
     )
     _gate(report.quality, max_perplexity_ratio)
     report = dataclasses.replace(report, stages=tuple(stages.timings))
@@ -198,7 +200,7 @@ def plan(
 ) -> tuple[Recognition, tuple[LatentPlan, ...]]:
     """Plan a conversion without computing any weights."""
     program = frontend.load_program(model, unsafe=unsafe_load)
-    found = _require_all(program, recognise(program))
+    found = _require_some(program, recognise(program))
     return found, plan_layers(found.sites, [input_width(program, s) for s in found.sites], config)
 
 
@@ -239,13 +241,15 @@ def _require_float32(program: Program) -> None:
             )
 
 
-def _require_all(program: Program, found: Recognition) -> Recognition:
-    """Refuse a model with a layer that is not understood, or with none at all."""
-    if found.rejections:
-        reasons = "; ".join(f"{r.path}: {r.reason} [{r.code.value}]" for r in found.rejections)
+def _require_some(program: Program, found: Recognition) -> Recognition:
+    """Refuse a model with nothing to convert, or with a layer that cannot even be kept as it is."""
+    lost = [r for r in found.rejections if r.plain is None]
+    if lost or (found.rejections and not found.sites):
+        reasons = "; ".join(f"{r.path}: {r.reason} [{r.code.value}]" for r in lost or found.rejections)
+        verb = "decoded with a cache" if lost and found.sites else "converted"
         raise RefusedError(
-            f"{len(found.rejections)} of {len(found.rejections) + len(found.sites)} attention layers of "
-            f"'{program.source}' cannot be converted: {reasons}.",
+            f"{len(lost or found.rejections)} of {len(found.rejections) + len(found.sites)} attention layers of "
+            f"'{program.source}' cannot be {verb}: {reasons}.",
             "Run 'mla-compile inspect' for the whole table.",
         )
     if not found.sites:
@@ -271,27 +275,27 @@ def _settle_selection(config: CompileConfig, text: bool) -> tuple[CompileConfig,
 
 def _convert(
     program: Program,
-    sites: Sequence[AttentionSite],
+    found: Recognition,
     plans: Sequence[LatentPlan],
     config: CompileConfig,
     norms: Sequence[PairNorms | None],
     stages: Stages,
 ) -> LatentModel:
-    factorise = METHODS[config.method]
+    factorise, sites = METHODS[config.method], found.sites
     weights = [
         factorise(site, read_site(program, site), plan, config, norm)
         for site, plan, norm in stages.each("factorise", zip(sites, plans, norms, strict=True), len(sites))
     ]
     with stages.stage("rewrite"):
-        graph = insert_latent(program, sites, weights, torch.float32)
-    return LatentModel(graph, [p.elements_after for p in plans])
+        graph = insert_latent(program, sites, weights, torch.float32, found.rejections)
+    return LatentModel(graph.module, graph.rows)
 
 
-def _exact_twin(program: Program, sites: Sequence[AttentionSite]) -> LatentModel:
+def _exact_twin(program: Program, found: Recognition) -> LatentModel:
     """The same rewrite with nothing left out."""
     config = make_config(exact=True, selection="uniform")
-    plans = plan_layers(sites, [input_width(program, s) for s in sites], config)
-    return _convert(program, sites, plans, config, [None] * len(sites), Stages())
+    plans = plan_layers(found.sites, [input_width(program, s) for s in found.sites], config)
+    return _convert(program, found, plans, config, [None] * len(plans), Stages())
 
 
 def _random_ids(program: Program, config: CompileConfig) -> Tensor:
@@ -317,8 +321,13 @@ def _measure(program: Program, converted: LatentModel, text: TextWindows | None,
     return Quality(before.value, after.value, before.tokens, text.separate)
 
 
-def _warnings(plans: Sequence[LatentPlan], quality: Quality | None, config: CompileConfig) -> tuple[str, ...]:
+def _warnings(
+    plans: Sequence[LatentPlan], kept: Sequence[Rejection], quality: Quality | None, config: CompileConfig
+) -> tuple[str, ...]:
     found = []
+    if kept:
+        reasons = "; ".join(f"{r.path}: {r.reason} [{r.code.value}]" for r in kept)
+        found.append(f"{len(kept)} attention layers were not converted and keep an ordinary cache ({reasons})")
     grown = [p.path for p in plans if p.elements_after >= p.elements_before]
     if grown and not config.exact:
         found.append(f"the cache of {len(grown)} layers does not shrink at this setting")

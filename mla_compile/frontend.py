@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from mla_compile.errors import LoadError, MlaCompileError
+from mla_compile.exporting import export_module
 from mla_compile.program import Assets, Program
 from mla_compile.quiet import quiet_exporter
 
@@ -249,6 +250,7 @@ def capture(
                 "Pass token ids to export it with, e.g. (torch.zeros(2, 8, dtype=torch.long),).",
             )
         example_inputs = _huggingface_inputs(module)
+    _require_ids(module, example_inputs, source)
     config = getattr(module, "config", None)
     training, caching = module.training, getattr(config, "use_cache", None)
     module.eval()
@@ -258,20 +260,7 @@ def capture(
     values = {k: _enlarge(v) for k, v in example_inputs.items()} if keyword else tuple(map(_enlarge, example_inputs))  # type: ignore[union-attr]
     shapes = {k: _dynamic(v) for k, v in values.items()} if isinstance(values, dict) else tuple(map(_dynamic, values))
     try:
-        with torch.no_grad(), quiet_exporter():
-            exported = torch.export.export(
-                module,
-                () if isinstance(values, dict) else values,
-                values if isinstance(values, dict) else None,
-                dynamic_shapes=shapes,
-                strict=False,
-            )
-    except Exception as error:
-        _require_fitting(module, values, source)
-        raise LoadError(
-            f"{source} could not be exported with dynamic batch and length ({_first_line(error)}).",
-            "Rewrite the named operation so that it does not depend on a fixed size or on tensor values.",
-        ) from error
+        exported = export_module(module, values, shapes, source)
     finally:
         module.train(training)
         if caching is not None:
@@ -281,16 +270,25 @@ def capture(
     return program_from_export(exported, source=source, kind=kind, assets=assets, max_positions=positions)
 
 
-def _require_fitting(module: nn.Module, values: dict[str, Any] | tuple[Any, ...], source: str) -> None:
-    """Tell inputs that the module cannot even run on from a module that cannot be exported."""
-    try:
-        with torch.no_grad():
-            module(**values) if isinstance(values, dict) else module(*values)
-    except Exception as error:
+def _require_ids(module: nn.Module, example_inputs: Sequence[Any] | Mapping[str, Any], source: str) -> None:
+    """Refuse inputs that are not token ids, a padding mask or positions before torch stumbles over them."""
+    if isinstance(example_inputs, Mapping):
+        named = dict(example_inputs)
+    else:
+        parameters = list(inspect.signature(module.forward).parameters)
+        named = dict(zip([*parameters, *map(str, range(len(example_inputs)))], example_inputs, strict=False))
+    for name, value in named.items():
+        if isinstance(value, Tensor):
+            _require_integers(name, value, source)
+
+
+def _require_integers(name: str, value: Tensor, source: str) -> None:
+    if value.is_floating_point() or value.dim() != 2:
         raise LoadError(
-            f"{source} cannot run on the example_inputs it was given ({_first_line(error)}).",
-            "Pass token ids [batch, length] in a tuple, e.g. (torch.zeros(2, 8, dtype=torch.long),).",
-        ) from error
+            f"Input '{name}' of '{source}' is {str(value.dtype).removeprefix('torch.')} of rank {value.dim()}.",
+            "Give example_inputs, or export a model, of token ids [batch, length], and optionally attention_mask and "
+            "position_ids.",
+        )
 
 
 def _enlarge(value: Any) -> Any:  # noqa: ANN401 - any model input
@@ -337,11 +335,7 @@ def program_from_export(
     roles: dict[str, list[str]] = {"mask": [], "position": [], "tokens": []}
     for name, value in tensors.items():
         role = "mask" if "mask" in name else "position" if "pos" in name else "tokens"
-        if value.is_floating_point() or value.dim() != 2:
-            raise LoadError(
-                f"Input '{name}' of '{source}' is {str(value.dtype).removeprefix('torch.')} of rank {value.dim()}.",
-                "Export a model that takes token ids [batch, length], and optionally attention_mask and position_ids.",
-            )
+        _require_integers(name, value, source)
         roles[role].append(name)
     if len(roles["tokens"]) != 1 or len(roles["mask"]) > 1 or len(roles["position"]) > 1:
         raise LoadError(
@@ -350,7 +344,7 @@ def program_from_export(
         )
     tokens = roles["tokens"][0]
     for dim, name in enumerate(("batch", "length")):
-        if isinstance(tensors[tokens].shape[dim], int):
+        if not _is_symbolic(tensors[tokens].shape[dim]):
             raise LoadError(
                 f"'{source}' was exported with a static {name} of {tensors[tokens].shape[dim]}.", _HOW_TO_EXPORT
             )
@@ -365,6 +359,11 @@ def program_from_export(
         assets=assets or Assets(),
         max_positions=max_positions or _length_limit(exported, tensors[tokens]),
     )
+
+
+def _is_symbolic(size: Any) -> bool:  # noqa: ANN401 - int or SymInt
+    """Whether a size is a free symbol; a guard may have made a constant of one."""
+    return not isinstance(size, int) and not size.node.expr.is_number
 
 
 def _length_limit(exported: ExportedProgram, tokens: Tensor) -> int | None:

@@ -25,6 +25,7 @@ class LatentPlan:
         kv_rank: Length of the latent.
         exact_rank: Smallest latent that loses nothing, with these rope dims.
         elements_before: Numbers a plain KV cache keeps per token.
+        key_scales: Inverse norms cached per token for keys that are normalised (QK-norm).
     """
 
     site: int
@@ -34,11 +35,12 @@ class LatentPlan:
     kv_rank: int
     exact_rank: int
     elements_before: int
+    key_scales: int = 0
 
     @property
     def elements_after(self) -> int:
         """Numbers one cache row holds."""
-        return self.kv_rank + self.rope_groups * self.rope_dims
+        return self.kv_rank + self.rope_groups * self.rope_dims + self.key_scales
 
 
 def cache_elements(plans: Sequence[LatentPlan]) -> tuple[int, int]:
@@ -81,7 +83,10 @@ def _plan(site: AttentionSite, width: int, config: CompileConfig) -> LatentPlan:
     exact_rank = (
         min(width, key_rows + value_rows) if config.svd == "joint" else min(width, key_rows) + min(width, value_rows)
     )
-    rope_share = groups * rope_dims
+    nope = site.qk_dim - rope_dims
+    constant, scales = int(site.needs_constant(nope)), site.key_scales(nope)
+    exact_rank += constant
+    rope_share = groups * rope_dims + scales
     if config.exact:
         rank = exact_rank
     elif config.kv_rank is not None:
@@ -94,11 +99,11 @@ def _plan(site: AttentionSite, width: int, config: CompileConfig) -> LatentPlan:
     else:
         ratio = DEFAULT_CACHE_RATIO if config.cache_ratio is None else config.cache_ratio
         budget = int(ratio * site.elements_per_token + 1e-9)
-        if budget - rope_share < 1:
-            least = math.ceil(10_000 * (rope_share + 1) / site.elements_per_token) / 10_000
+        if budget - rope_share < 1 + constant:
+            least = math.ceil(10_000 * (rope_share + 1 + constant) / site.elements_per_token) / 10_000
             raise UsageError(
                 f"A cache ratio of {ratio:g} leaves no room for a latent in {site.path}: it allows {budget} numbers "
-                f"per token, and rope keys take {rope_share}.",
+                f"per token, and rope keys{' and norms' if scales else ''} take {rope_share}.",
                 f"Use --cache-ratio {least:.4f} or more{', or fewer --rope-dims' if rope_share else ''}.",
             )
         rank = min(budget - rope_share, exact_rank)
@@ -110,4 +115,5 @@ def _plan(site: AttentionSite, width: int, config: CompileConfig) -> LatentPlan:
         kv_rank=rank,
         exact_rank=exact_rank,
         elements_before=site.elements_per_token,
+        key_scales=scales,
     )

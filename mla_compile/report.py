@@ -75,8 +75,9 @@ class Report:
     Attributes:
         source: The model.
         config: Settings, defaults filled in.
-        sites: The recognised layers.
+        sites: The converted layers.
         plans: Their latent shapes.
+        kept: Layers that were not converted, and why.
         bytes_per_element: Size of one cached number.
         selection: The rotary selection used.
         stages: Times and memory peaks.
@@ -97,16 +98,21 @@ class Report:
     quality: Quality | None = None
     warnings: tuple[str, ...] = ()
     artifacts: Mapping[str, int] = field(default_factory=dict)
+    kept: tuple[Rejection, ...] = ()
+
+    @property
+    def _kept_elements(self) -> int:
+        return sum(r.plain.elements_per_token for r in self.kept if r.plain is not None)
 
     @property
     def cache_bytes_before(self) -> int:
         """Bytes a plain KV cache adds per token."""
-        return cache_elements(self.plans)[0] * self.bytes_per_element
+        return (cache_elements(self.plans)[0] + self._kept_elements) * self.bytes_per_element
 
     @property
     def cache_bytes_after(self) -> int:
-        """Bytes the latent cache adds per token."""
-        return cache_elements(self.plans)[1] * self.bytes_per_element
+        """Bytes the latent cache, and the cache of layers that were kept, add per token."""
+        return (cache_elements(self.plans)[1] + self._kept_elements) * self.bytes_per_element
 
     @property
     def cache_ratio(self) -> float:
@@ -130,6 +136,7 @@ class Report:
                 {**summarise_site(s), **dataclasses.asdict(p), "elements_after": p.elements_after}
                 for s, p in zip(self.sites, self.plans, strict=True)
             ],
+            "kept": [summarise_site(r) for r in self.kept],
             "quality": dataclasses.asdict(self.quality) | {"ratio": self.quality.ratio} if self.quality else None,
             "verification": dataclasses.asdict(self.verification) if self.verification else None,
             "stages": [dataclasses.asdict(s) for s in self.stages],
@@ -143,8 +150,9 @@ class Report:
 
     def __str__(self) -> str:
         """A summary of a few lines."""
+        kept = f", {len(self.kept)} kept as they are" if self.kept else ""
         lines = [
-            f"{self.source}: {len(self.plans)} attention layers converted",
+            f"{self.source}: {len(self.plans)} attention layers converted{kept}",
             f"cache: {self.cache_bytes_before} -> {self.cache_bytes_after} bytes per token ({self.cache_ratio:.2%})",
         ]
         if self.quality:
@@ -158,7 +166,10 @@ class Report:
 def summarise_site(site: AttentionSite | Rejection) -> dict[str, Any]:
     """One recognised or rejected layer as a flat row."""
     if isinstance(site, Rejection):
-        return {"index": site.index, "path": site.path, "rejected": site.code.value, "reason": site.reason}
+        found = {"index": site.index, "path": site.path, "rejected": site.code.value, "reason": site.reason}
+        if site.plain is None:
+            return found | {"kept": False}
+        return found | {"kept": True, "elements_per_token": site.plain.elements_per_token}
     return {
         "index": site.index,
         "path": site.path,
@@ -176,6 +187,11 @@ def summarise_site(site: AttentionSite | Rejection) -> dict[str, Any]:
         "rope_min_freq": min(site.rope.inv_freq, default=0.0),
         "scale": site.scale,
         "mask": str(site.mask),
+        "query_norm": None if site.query.norm is None else str(site.query.norm),
+        "key_norm": None if site.key.norm is None else str(site.key.norm),
+        "softcap": site.softcap,
+        "sinks": site.sinks,
+        "alibi": site.slopes is not None,
         "elements_per_token": site.elements_per_token,
         "error": site.error,
     }

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-__all__ = ["AttentionSite", "Mask", "Projection", "RejectCode", "Rejection", "Rope"]
+__all__ = ["AttentionSite", "Mask", "Norm", "PlainSite", "Projection", "RejectCode", "Rejection", "Rope", "Scores"]
 
 
 class RejectCode(StrEnum):
@@ -19,6 +19,8 @@ class RejectCode(StrEnum):
     """A softmax that is not fed by exactly one product of two activations, or feeds no product with values."""
     PROJECTION = "projection"
     """Queries, keys or values do not come from exactly one linear projection each."""
+    LATENT = "latent"
+    """Keys are projected from a latent already (DeepSeek's multi-head latent attention): there is nothing to gain."""
     LAYOUT = "layout"
     """A tensor is arranged in an order this version does not read."""
     POSITION_MIXING = "position-mixing"
@@ -44,11 +46,38 @@ class RejectCode(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Norm:
+    """A norm between a projection and its heads (QK-norm): ``(y - mean) / sqrt(mean((y - mean)^2) + eps)``.
+
+    The normalised outputs take the place of ``y`` in :class:`Projection`, so that gains and biases of the norm are that
+    projection's gain and offset. An L2 norm is an RMS norm with another gain.
+
+    Attributes:
+        kind: ``rms`` (the mean is left in place) or ``layer``.
+        groups: Projection outputs that are normalised together: one group of all, or one per head.
+        eps: What is added to the mean square.
+    """
+
+    kind: str
+    groups: tuple[tuple[int, ...], ...]
+    eps: float
+
+    @property
+    def per_head(self) -> bool:
+        """Whether every head has a norm of its own."""
+        return len(self.groups) > 1
+
+    def __str__(self) -> str:
+        return f"{self.kind}({len(self.groups[0])})"
+
+
+@dataclass(frozen=True, slots=True)
 class Projection:
     """How one attention operand is read from a linear projection's output.
 
     Head ``h``, channel ``j`` of the operand, before any rotation, is ``gain[h][j] * y[rows[h][j]] + offset[h][j]`` with
-    ``y = weight @ x + bias`` the projection's output. This covers separate, fused and interleaved projections alike.
+    ``y = weight @ x + bias`` the projection's output, normalised first if there is a norm. This covers separate, fused
+    and interleaved projections alike.
 
     Attributes:
         node: Graph node that computes ``y``.
@@ -58,6 +87,9 @@ class Projection:
         rows: ``[heads][head_dim]`` indices into the projection's outputs.
         gain: ``[heads][head_dim]`` factors (softmax scale put on queries, YaRN's attention factor, ...).
         offset: ``[heads][head_dim]`` constants added after the projection node, or None.
+        norm: The norm between the projection and the heads, or None.
+        activation: Graph node whose entries take the place of ``y`` when something that is not linear, but looks at one
+            position only, stands between projection and queries; None when nothing does.
     """
 
     node: str
@@ -67,6 +99,8 @@ class Projection:
     rows: tuple[tuple[int, ...], ...]
     gain: tuple[tuple[float, ...], ...]
     offset: tuple[tuple[float, ...], ...] | None = None
+    norm: Norm | None = None
+    activation: str | None = None
 
     @property
     def heads(self) -> int:
@@ -123,6 +157,30 @@ class Mask:
 
 
 @dataclass(frozen=True, slots=True)
+class Scores:
+    """What happens between ``q . k`` and the attention weights.
+
+    ``logit = scale * q . k``, then ``softcap * tanh(logit / softcap)`` if there is a soft-cap, minus
+    ``slope * distance`` if there are slopes, then the mask, then the softmax, whose denominator may hold a sink.
+
+    Attributes:
+        scale: Factor of ``q . k``.
+        mask: Which keys are visible.
+        softcap: Bound of the logits (Gemma 2); 0 for none.
+        slopes: Slope per query head (ALiBi, Press et al. 2022), or None.
+        sinks: One logit per query head that takes weight and has no value (gpt-oss), or None.
+        sinks_name: Qualified name of the parameter the sinks come from.
+    """
+
+    scale: float
+    mask: Mask = Mask()
+    softcap: float = 0.0
+    slopes: tuple[float, ...] | None = None
+    sinks: tuple[float, ...] | None = None
+    sinks_name: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionSite:
     """One attention layer whose meaning is known and has been checked against the graph.
 
@@ -133,9 +191,9 @@ class AttentionSite:
         key: How keys are read; one entry per key/value head.
         value: How values are read; one entry per key/value head.
         rope: Rotary embedding of queries and keys.
-        scale: Factor between ``q . k`` and the softmax logits, beyond the gains.
-        mask: Which keys are visible.
-        output: Graph node holding ``softmax(...) V``, shaped ``[batch, heads, length, v_dim]``.
+        scores: From ``q . k`` to attention weights.
+        output: Graph node holding ``softmax(...) V``.
+        output_axes: Names of that node's axes, see :mod:`mla_compile.passes.layout`.
         softmax: Graph node that must die with the rewrite.
         error: Largest relative difference between description and sub-graph on random data.
     """
@@ -146,11 +204,55 @@ class AttentionSite:
     key: Projection
     value: Projection
     rope: Rope
-    scale: float
-    mask: Mask
+    scores: Scores
     output: str
+    output_axes: tuple[str, ...]
     softmax: str
     error: float
+
+    @property
+    def scale(self) -> float:
+        """Factor between ``q . k`` and the softmax logits, beyond the gains."""
+        return self.scores.scale
+
+    @property
+    def mask(self) -> Mask:
+        """Which keys are visible."""
+        return self.scores.mask
+
+    @property
+    def softcap(self) -> float:
+        """Bound of the logits; 0 for none."""
+        return self.scores.softcap
+
+    @property
+    def sinks(self) -> str | None:
+        """Name of the parameter that holds the attention sinks, if there are any."""
+        return self.scores.sinks_name
+
+    @property
+    def slopes(self) -> tuple[float, ...] | None:
+        """ALiBi slopes, if there are any."""
+        return self.scores.slopes
+
+    @property
+    def key_norm(self) -> Norm | None:
+        """The norm of the keys, if there is one."""
+        return self.key.norm
+
+    @property
+    def key_bias_matters(self) -> bool:
+        """Whether a bias of keys that do not rotate changes the result.
+
+        It adds the same to all of a query's logits, which softmax does not see - unless something scales, bends or
+        competes with them (algorithms T5 and its exclusions).
+        """
+        return self.softcap > 0 or self.scores.sinks is not None or self.key.norm is not None
+
+    @property
+    def value_bias_matters(self) -> bool:
+        """Whether weights do not sum to one, so that a bias of the values is more than a bias of the output."""
+        return self.scores.sinks is not None
 
     @property
     def heads(self) -> int:
@@ -172,9 +274,59 @@ class AttentionSite:
         """Channels of one value head."""
         return self.value.head_dim
 
+    def needs_constant(self, nope_dim: int) -> bool:
+        """Whether the latent needs an entry that is always 1, for biases that cannot be moved elsewhere.
+
+        Args:
+            nope_dim: Key channels per head that do not rotate.
+        """
+        inside = self.key.bias is not None or (self.key.offset is not None and self.key.norm is None)
+        key = self.key_bias_matters and inside and nope_dim > 0
+        return key or (self.value_bias_matters and (self.value.bias is not None or self.value.offset is not None))
+
+    def key_scales(self, nope_dim: int) -> int:
+        """Numbers a cache row needs for the keys' norms: none when every channel is cached behind its norm."""
+        return len(self.key.norm.groups) if self.key.norm is not None and nope_dim else 0
+
     @property
     def elements_per_token(self) -> int:
         """Numbers a plain KV cache keeps per token for this layer."""
+        return self.kv_heads * (self.qk_dim + self.v_dim)
+
+
+@dataclass(frozen=True, slots=True)
+class PlainSite:
+    """An attention layer that is not converted but understood well enough to decode with an ordinary cache.
+
+    Attributes:
+        query: Graph node of the queries as the attention product reads them (rotated, normed).
+        key: Graph node of the keys.
+        value: Graph node of the values.
+        axes: Names of the axes of query, key, value and output, see :mod:`mla_compile.passes.layout`.
+        heads: Query heads.
+        kv_heads: Key/value heads.
+        qk_dim: Channels of one query or key head.
+        v_dim: Channels of one value head.
+        scores: From ``q . k`` to attention weights.
+        output: Graph node holding ``softmax(...) V``.
+        softmax: Graph node that must die with the rewrite.
+    """
+
+    query: str
+    key: str
+    value: str
+    axes: tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...], tuple[str, ...]]
+    heads: int
+    kv_heads: int
+    qk_dim: int
+    v_dim: int
+    scores: Scores
+    output: str
+    softmax: str
+
+    @property
+    def elements_per_token(self) -> int:
+        """Numbers its cache keeps per token."""
         return self.kv_heads * (self.qk_dim + self.v_dim)
 
 
@@ -187,9 +339,11 @@ class Rejection:
         path: Module path of the layer, or a generated name.
         code: Stable reason.
         reason: The reason in words.
+        plain: How to run the layer with an ordinary cache beside converted ones; None if that is not understood either.
     """
 
     index: int
     path: str
     code: RejectCode
     reason: str
+    plain: PlainSite | None = None

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from mla_compile.passes.layout import Sizes, per_token, token_axes
+from mla_compile.passes.operands import normalised
 from mla_compile.program import Program
 from mla_compile.site import AttentionSite, Projection
 
@@ -31,14 +33,22 @@ class PairNorms:
 class _Watcher(fx.Interpreter):
     """Runs a graph, hands watched values to their observers, and frees every value after its last use."""
 
-    def __init__(self, module: fx.GraphModule, watched: Mapping[str, Sequence[Callable[[Tensor], None]]]) -> None:
+    def __init__(
+        self, module: fx.GraphModule, watched: Mapping[str, Sequence[Callable[[Tensor, torch.Size], None]]]
+    ) -> None:
         super().__init__(module)
         self._watched = watched
+        self._shape = torch.Size()
+
+    def observe(self, shape: torch.Size, inputs: Sequence[Tensor]) -> None:
+        """Run on inputs of ``[batch, length]``, which observers are told."""
+        self._shape = shape
+        self.run(*inputs)
 
     def run_node(self, n: fx.Node) -> Any:  # noqa: ANN401 - graph values
         value = super().run_node(n)
         for observe in self._watched.get(n.name, ()):
-            observe(value)
+            observe(value, self._shape)
         return value
 
 
@@ -64,21 +74,29 @@ def pair_norms(
     sums = [
         {role: torch.zeros(p.heads, len(s.rope.pairs), dtype=torch.float64) for role, p in _operands(s)} for s in sites
     ]
-    watched: dict[str, list[Callable[[Tensor], None]]] = {}
+    watched: dict[str, list[Callable[[Tensor, torch.Size], None]]] = {}
+    nodes, sizes = {n.name: n for n in program.exported.graph.nodes}, Sizes.of(program)
     for site, total in zip(sites, sums, strict=True):
         for role, projection in _operands(site):
+            name = projection.activation or projection.node
+            axes = token_axes(sizes, nodes[name].meta["val"].shape)
 
             def observe(
-                value: Tensor, site: AttentionSite = site, p: Projection = projection, into: Tensor = total[role]
+                value: Tensor,
+                shape: torch.Size,
+                axes: tuple[str, ...] = axes,
+                site: AttentionSite = site,
+                p: Projection = projection,
+                into: Tensor = total[role],
             ) -> None:
-                into += _norms(value, p, site)
+                into += _norms(per_token(axes, value, *shape), p, site)
 
-            watched.setdefault(projection.node, []).append(observe)
+            watched.setdefault(name, []).append(observe)
 
     watcher = _Watcher(program.flat_module(), watched)
     with torch.inference_mode():
         for ids in progress(windows.split(batch)):
-            watcher.run(*program.inputs(ids))
+            watcher.observe(ids.shape, program.inputs(ids))
     tokens = windows.numel()
     return tuple(PairNorms(query=total["query"] / tokens, key=total["key"] / tokens) for total in sums)
 
@@ -87,11 +105,14 @@ def _operands(site: AttentionSite) -> tuple[tuple[str, Projection], ...]:
     return (("query", site.query), ("key", site.key))
 
 
-def _norms(value: Tensor, projection: Projection, site: AttentionSite) -> Tensor:
-    """Sum over tokens of the length of every pair, ``[heads, pairs]``."""
-    outputs = (value.flatten(0, 1) if value.dim() > 2 else value).flatten(1).double()
-    heads = outputs[:, torch.tensor(projection.rows)] * torch.tensor(projection.gain, dtype=torch.float64)
-    if projection.offset is not None:
-        heads = heads + torch.tensor(projection.offset, dtype=torch.float64)
+def _norms(outputs: Tensor, projection: Projection, site: AttentionSite) -> Tensor:
+    """Sum over tokens of the length of every pair, behind the norm if there is one, ``[heads, pairs]``.
+
+    Args:
+        outputs: ``[B, S, N]``, what the projection printed, or its activation.
+        projection: Queries or keys.
+        site: Their layer.
+    """
+    heads = normalised(projection, outputs.double())
     pairs = torch.tensor(site.rope.pairs, dtype=torch.long).reshape(-1, 2)
-    return torch.hypot(heads[..., pairs[:, 0]], heads[..., pairs[:, 1]]).sum(0)
+    return torch.hypot(heads[..., pairs[:, 0]], heads[..., pairs[:, 1]]).sum((0, 1))

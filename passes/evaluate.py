@@ -70,19 +70,24 @@ class GraphEvaluator:
         self.nodes: dict[str, Node] = {n.name: n for n in self.graph.nodes}
         self._order = {n: i for i, n in enumerate(self.graph.nodes)}
         signature = program.exported.graph_signature
-        self._constants = (
+        self.constants = (
             set(signature.inputs_to_parameters)
             | set(signature.inputs_to_buffers)
             | set(signature.inputs_to_lifted_tensor_constants)
         )
 
-    def scalar(self, node: Node) -> int | None:
-        """Value of a placeholder that holds one integer constant, None for anything else."""
-        if node.op != "placeholder" or node.name not in self._constants:
+    def scalar(self, node: Node) -> float | None:
+        """Value of a placeholder that holds one real constant, None for anything else."""
+        if node.op != "placeholder" or node.name not in self.constants:
             return None
         value = self.program.constant(node.name)
-        single = value.numel() == 1 and not (value.is_floating_point() or value.is_complex())
-        return int(value) if single else None
+        if value.numel() != 1 or value.is_complex() or value.dtype == torch.bool:
+            return None
+        return float(value) if value.is_floating_point() else int(value)
+
+    def constant(self, node: Node) -> Tensor:
+        """Value of a placeholder that holds a parameter, buffer or constant, floats as float64."""
+        return _promote(self.program.constant(node.name))
 
     def run(
         self,
@@ -124,7 +129,7 @@ class GraphEvaluator:
         patched: Mapping[Node, tuple[Any, ...]] | None,
     ) -> Any:  # noqa: ANN401 - graph values are tensors, sizes and tuples of them
         if node.op == "placeholder":
-            return _promote(self.program.constant(node.name) if node.name in self._constants else inputs[node.name])
+            return _promote(self.program.constant(node.name) if node.name in self.constants else inputs[node.name])
         if node.op == "get_attr":
             return getattr(self.program.exported.graph_module, str(node.target))
         own = patched[node] if patched and node in patched else node.args

@@ -6,7 +6,8 @@ A method decides which rotary components stay and how keys and values become one
 
 Biases are placed exactly, by two properties of softmax: adding the same number to every logit of a query changes
 nothing, so a key bias on channels that do not rotate is dropped; and attention weights sum to one, so a value bias is
-added to the output instead.
+added to the output instead. Where these do not hold (soft-caps, sinks, key norms) the latent has one entry that is
+always 1, which carries the bias.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ class LatentWeights:
         value_up: ``[kv_heads, kv_rank, v_dim]``: latent to values.
         output_bias: ``[heads, v_dim]`` added to attention outputs, or None.
         inv_freq: ``[rope_groups, rope_dim / 2]`` radians per position.
+        rope_shift: ``[rope_groups, rope_dim]`` added to the rope keys behind their norm, or None.
     """
 
     query: Tensor
@@ -52,6 +54,11 @@ class LatentWeights:
     value_up: Tensor
     output_bias: Tensor | None
     inv_freq: Tensor
+    rope_shift: Tensor | None = None
+
+    def row_width(self, site: AttentionSite) -> int:
+        """Numbers in one cache row: latent, rope keys, and key scales where there is a norm."""
+        return self.row.shape[0] + site.key_scales(self.key_up.shape[1])
 
 
 class Method(Protocol):
@@ -141,20 +148,28 @@ def factorise_mha2mla(
     key_bias = torch.take_along_dim(weights.key.bias, key_order, 1)
 
     keys, values = key[:, :nope].reshape(-1, width), weights.value.weight.reshape(-1, width)
+    constant = int(site.needs_constant(nope))
+    rank = plan.kv_rank - constant
     if config.svd == "joint":
-        up, down = truncated_svd(torch.cat([keys, values]), plan.kv_rank)
+        up, down = truncated_svd(torch.cat([keys, values]), rank)
         key_part, value_part = up[: keys.shape[0]], up[keys.shape[0] :]
     else:
-        key_rank, value_rank = _split_rank(plan.kv_rank, min(keys.shape), min(values.shape))
+        key_rank, value_rank = _split_rank(rank, min(keys.shape), min(values.shape))
         key_up, key_down = truncated_svd(keys, key_rank)
         value_up, value_down = truncated_svd(values, value_rank)
         down = torch.cat([key_down, value_down])
         key_part = torch.nn.functional.pad(key_up, (0, value_rank))
         value_part = torch.nn.functional.pad(value_up, (key_rank, 0))
+    if constant:  # the last latent entry is always 1 and carries the biases
+        key_column = key_bias[:, :nope].reshape(-1, 1) * site.key_bias_matters
+        value_column = weights.value.bias.reshape(-1, 1) * site.value_bias_matters
+        key_part, value_part = torch.cat([key_part, key_column], 1), torch.cat([value_part, value_column], 1)
+        down = torch.cat([down, down.new_zeros(1, width)])
 
     rope_bias = key_bias[:, nope:].reshape(-1)
-    row_bias = torch.cat([rope_bias.new_zeros(plan.kv_rank), rope_bias])
-    output_bias = weights.value.bias.repeat_interleave(group, 0)
+    row_bias = torch.cat([rope_bias.new_zeros(rank), rope_bias.new_ones(constant), rope_bias])
+    output_bias = weights.value.bias.repeat_interleave(group, 0) * (not site.value_bias_matters)
+    rope_shift = torch.take_along_dim(weights.key.shift, key_order, 1)[:, nope:]
     frequencies = torch.tensor(site.rope.inv_freq, dtype=torch.float64)
     return LatentWeights(
         query=query,
@@ -167,6 +182,7 @@ def factorise_mha2mla(
         inv_freq=frequencies[torch.tensor(chosen, dtype=torch.long)]
         if half
         else torch.zeros(1, 0, dtype=torch.float64),
+        rope_shift=rope_shift if rope_shift.any() else None,
     )
 
 

@@ -1,10 +1,15 @@
-"""Lower a rewritten graph to ONNX: standard operators, and one ``LatentAttention`` node per layer with a body."""
+"""Lower a rewritten graph to ONNX: standard operators, and one ``LatentAttention`` node per layer with a body.
+
+A layer that was not converted has a ``CachedAttention`` node instead.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import onnx_ir as ir
@@ -13,9 +18,11 @@ from onnx_ir.passes.common import InlinePass
 from torch import Tensor, fx
 from torch.export import Dim, ExportedProgram
 
+from mla_compile.errors import RefusedError
 from mla_compile.passes.insert_latent import INPUT_NAMES
+from mla_compile.passes.onnx_translations import translations
 from mla_compile.quiet import quiet_exporter
-from mla_compile.runtime.onnx_function import DOMAIN, OP_TYPE, VERSION, latent_attention_function
+from mla_compile.runtime.onnx_function import CACHED, DOMAIN, LATENT, VERSION, Variant, attention_function
 
 __all__ = ["EXTERNAL_DATA_BYTES", "export_rewritten", "lower_to_onnx"]
 
@@ -66,19 +73,20 @@ def lower_to_onnx(
         rows: Cache row length per layer.
         path: File to write; weights above 1.5 GB go to ``<path>.data``.
         opset: Standard operator set, 23 or later.
-        inline: Replace every ``LatentAttention`` node by its body.
+        inline: Replace every ``LatentAttention`` and ``CachedAttention`` node by its body.
         metadata: JSON-able facts stored in the model's metadata under ``mla_compile``.
     """
     exported = export_rewritten(_with_symbolic_nodes(module), rows)
     layers = len(rows)
     batch, new, past, total = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
-    with quiet_exporter():
+    with _explained(), quiet_exporter():
         program = torch.onnx.export(
             exported,
             (),
             input_names=[*INPUT_NAMES, *(f"past_key_values.{i}.latent" for i in range(layers))],
             output_names=["logits", *(f"present.{i}.latent" for i in range(layers))],
             opset_version=opset,
+            custom_translation_table=dict(translations()),
             dynamo=True,
             verbose=False,
             optimize=True,
@@ -89,9 +97,7 @@ def lower_to_onnx(
     )
     _name_dimensions(model, {f"past_key_values.{i}.latent": (batch, past) for i in range(layers)})
     _name_dimensions(model, {"logits": (batch, new)} | {f"present.{i}.latent": (batch, total) for i in range(layers)})
-    function = ir.serde.deserialize_function(latent_attention_function(opset))
-    model.functions[function.identifier()] = function
-    model.opset_imports[DOMAIN] = VERSION
+    _add_functions(model, opset)
     if inline:
         InlinePass()(model)
         del model.opset_imports[DOMAIN]
@@ -102,13 +108,33 @@ def lower_to_onnx(
     ir.save(model, path, external_data=f"{path.name}.data" if size > EXTERNAL_DATA_BYTES else None)
 
 
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """Turn the exporter's report of a failure into a sentence that names the operator at fault."""
+    try:
+        yield
+    except Exception as error:
+        chain, current = [], error.__cause__ or error
+        while current is not None:
+            chain.append(str(current).strip())
+            current = current.__cause__  # type: ignore[assignment]
+        operators = [m[1] for text in chain if (m := re.search(r"op='([^']+)'", text))]
+        reason = f"there is no ONNX form of '{operators[-1]}'" if operators else chain[-1].splitlines()[0][:200]
+        raise RefusedError(
+            f"The converted model cannot be lowered to ONNX: {reason}.",
+            "Write the operation with others in the model, or keep the PyTorch module (a folder as --out).",
+        ) from error
+
+
 def _with_symbolic_nodes(module: fx.GraphModule) -> fx.GraphModule:
-    """Copy the graph with every latent-attention call replaced by a symbolic ONNX node; weights are shared."""
+    """Copy the graph with every call of our operators replaced by a symbolic ONNX node; weights are shared."""
     replaced = copy.copy(module)
     replaced.graph = copy.deepcopy(module.graph)
     for node in replaced.graph.nodes:
         if node.target is torch.ops.mla.latent_attention.default:
             node.target = _symbolic_latent_attention
+        elif node.target is torch.ops.mla.cached_attention.default:
+            node.target = _symbolic_cached_attention
     replaced.recompile()
     return replaced
 
@@ -122,25 +148,96 @@ def _symbolic_latent_attention(
     sin: Tensor,
     key_up: Tensor,
     value_up: Tensor,
+    sinks: Tensor | None,
+    slopes: Tensor | None,
     scale: float,
     window: int,
+    softcap: float,
 ) -> Sequence[Tensor]:
-    batch, new, heads, _ = query.shape
-    return torch.onnx.ops.symbolic_multi_out(
-        f"{DOMAIN}::{OP_TYPE}",
+    groups, rope_dim, rank = cos.shape[2], 2 * cos.shape[3], key_up.shape[2]
+    key_scales = row.shape[2] - rank - groups * rope_dim
+    return _symbolic_node(
+        LATENT,
         (query, row, past, attention_mask, cos, sin, key_up, value_up),
         {
-            "num_heads": heads,
-            "rope_groups": cos.shape[2],
-            "rope_dim": 2 * cos.shape[3],
-            "latent_rank": key_up.shape[2],
+            "num_heads": query.shape[2],
+            "rope_groups": groups,
+            "rope_dim": rope_dim,
+            "latent_rank": rank,
             "scale": scale,
             "window": window,
+            **({"key_scales": key_scales} if key_scales else {}),
         },
+        sinks,
+        slopes,
+        softcap,
+        value_up.shape[2],
+    )
+
+
+def _symbolic_cached_attention(
+    query: Tensor,
+    row: Tensor,
+    past: Tensor,
+    attention_mask: Tensor,
+    sinks: Tensor | None,
+    slopes: Tensor | None,
+    kv_heads: int,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> Sequence[Tensor]:
+    return _symbolic_node(
+        CACHED,
+        (query, row, past, attention_mask),
+        {"num_heads": query.shape[2], "kv_heads": kv_heads, "scale": scale, "window": window},
+        sinks,
+        slopes,
+        softcap,
+        row.shape[2] // kv_heads - query.shape[3],
+    )
+
+
+def _symbolic_node(
+    op_type: str,
+    inputs: tuple[Tensor, ...],
+    attributes: Mapping[str, int | float],
+    sinks: Tensor | None,
+    slopes: Tensor | None,
+    softcap: float,
+    v_dim: int,
+) -> Sequence[Tensor]:
+    """A node with the inputs and attributes of what it has: see :class:`Variant`."""
+    query, row, past, *_ = inputs
+    batch, new, heads, _ = query.shape
+    optional = {"has_sinks": sinks, "has_slopes": slopes}
+    flags = {name: 1 for name, value in optional.items() if value is not None}
+    return torch.onnx.ops.symbolic_multi_out(
+        f"{DOMAIN}::{op_type}",
+        (*inputs, *(value for value in optional.values() if value is not None)),
+        {**attributes, **({"softcap": softcap} if softcap else {}), **flags},
         dtypes=(query.dtype, row.dtype),
-        shapes=((batch, new, heads, value_up.shape[2]), (batch, past.shape[1] + new, row.shape[2])),
+        shapes=((batch, new, heads, v_dim), (batch, past.shape[1] + new, row.shape[2])),
         version=VERSION,
     )
+
+
+def _add_functions(model: ir.Model, opset: int) -> None:
+    """Give every node of ours its overload, and the model the functions that its nodes call."""
+    for node in model.graph:
+        if node.domain != DOMAIN:
+            continue
+        variant = Variant(
+            key_scales="key_scales" in node.attributes,
+            softcap="softcap" in node.attributes,
+            sinks="has_sinks" in node.attributes,
+            slopes="has_slopes" in node.attributes,
+        )
+        node.overload = variant.overload
+        if node.op_identifier() not in model.functions:
+            function = ir.serde.deserialize_function(attention_function(node.op_type, opset, variant))
+            model.functions[function.identifier()] = function
+    model.opset_imports[DOMAIN] = VERSION
 
 
 def _name_dimensions(model: ir.Model, names: Mapping[str, tuple[str, str]]) -> None:

@@ -2,48 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
 from mla_compile.passes.evaluate import GraphEvaluator, example_inputs
-from mla_compile.passes.probe import (
-    SHORT,
-    Operand,
-    longest_length,
-    probe_linear,
-    probe_mask,
-    probe_probabilities,
-    probe_rope,
-    probe_rows,
-)
-from mla_compile.passes.trace import (
-    Anchor,
-    DataFlow,
-    MismatchError,
-    ProjectionNode,
-    find_anchors,
-    module_path,
-    read_projection,
-)
+from mla_compile.passes.layout import Layout, Sizes
+from mla_compile.passes.mismatch import MismatchError
+from mla_compile.passes.operands import ReadOperand, distinct_heads, normalised, read_operand, root
+from mla_compile.passes.probe import SHORT, Operand, longest_length
+from mla_compile.passes.scores import AnchorLayouts, anchor_layouts, probe_probabilities, probe_scores
+from mla_compile.passes.trace import Anchor, DataFlow, find_anchors, module_path
 from mla_compile.program import Program
-from mla_compile.runtime.reference import attention as reference_attention
-from mla_compile.site import AttentionSite, Projection, RejectCode, Rejection, Rope
+from mla_compile.runtime import reference
+from mla_compile.site import AttentionSite, PlainSite, RejectCode, Rejection, Rope, Scores
 
 __all__ = ["VERIFY_TOLERANCE", "Recognition", "recognise"]
 
-_aten = torch.ops.aten
 VERIFY_TOLERANCE = 1e-6
 """Relative error a description may have against its sub-graph. Both sides are float64; float32 rotation tables inside
 the model are the only rounding left, and were observed below 3e-7."""
+_Described = TypeVar("_Described")
 _VERIFY_LENGTH = 160
 """Longer of the two lengths a description is verified at."""
-_RESHAPES = frozenset(
-    {_aten.view.default, _aten.reshape.default, _aten._unsafe_view.default, _aten.clone.default, _aten.alias.default}
-)
 
 
 @dataclass(frozen=True)
@@ -52,6 +37,19 @@ class Recognition:
 
     sites: tuple[AttentionSite, ...]
     rejections: tuple[Rejection, ...]
+
+
+@dataclass(frozen=True)
+class _Context:
+    """One anchor and everything needed to ask questions about it."""
+
+    index: int
+    path: str
+    anchor: Anchor
+    layouts: AnchorLayouts
+    flow: DataFlow
+    evaluator: GraphEvaluator
+    sizes: Sizes
 
 
 def recognise(program: Program) -> Recognition:
@@ -63,108 +61,129 @@ def recognise(program: Program) -> Recognition:
     Returns:
         Sites whose description reproduced the sub-graph on random data, and rejections with codes and reasons.
     """
-    flow = DataFlow(program)
-    evaluator = GraphEvaluator(program)
+    flow, evaluator, sizes = DataFlow(program), GraphEvaluator(program), Sizes.of(program)
     sites: list[AttentionSite] = []
     rejections: list[Rejection] = []
     for index, found in enumerate(find_anchors(flow, program)):
         node = found.softmax if isinstance(found, Anchor) else found[0]
         path = module_path(node, f"attention_{index}")
+        if not isinstance(found, Anchor):
+            rejections.append(Rejection(index, path, found[1].code, found[1].reason))
+            continue
         try:
-            if not isinstance(found, Anchor):
-                raise found[1]
-            sites.append(_describe(index, path, found, flow, evaluator))
+            context = _Context(index, path, found, anchor_layouts(sizes, found), flow, evaluator, sizes)
         except MismatchError as mismatch:
             rejections.append(Rejection(index, path, mismatch.code, mismatch.reason))
-        except (RuntimeError, IndexError) as error:  # a table inside the model is shorter than the shortest probe
-            reason = f"the layer cannot be evaluated on {SHORT} tokens ({str(error).strip().splitlines()[0][:120]})"
-            rejections.append(Rejection(index, path, RejectCode.LAYOUT, reason))
+            continue
+        try:
+            sites.append(_speaking(context, _describe))
+        except MismatchError as mismatch:
+            rejections.append(Rejection(index, path, mismatch.code, mismatch.reason, _plain(context)))
     return Recognition(tuple(sites), tuple(rejections))
 
 
-def _describe(index: int, path: str, anchor: Anchor, flow: DataFlow, evaluator: GraphEvaluator) -> AttentionSite:
-    generator = torch.Generator().manual_seed(index)
-    roles = ("query", "key", "value")
-    projections = {role: read_projection(flow, getattr(anchor, role), role) for role in roles}
-    if len({_root(p.source) for p in projections.values()}) != 1:
-        raise MismatchError(RejectCode.CROSS, "queries, keys and values are projected from different activations")
-    if (reader := flow.reads_tokens(anchor.output, {p.node for p in projections.values()})) is not None:
+def _speaking(context: _Context, describe: Callable[[_Context], _Described]) -> _Described:
+    """Turn a failure to evaluate into a reason."""
+    try:
+        return describe(context)
+    except (RuntimeError, IndexError) as error:  # a table inside the model is shorter than the shortest probe
+        reason = f"the layer cannot be evaluated on {SHORT} tokens ({str(error).strip().splitlines()[0][:120]})"
+        raise MismatchError(RejectCode.LAYOUT, reason) from error
+
+
+def _describe(context: _Context) -> AttentionSite:
+    generator = torch.Generator().manual_seed(context.index)
+    anchor, layouts, flow = context.anchor, context.layouts, context.flow
+    read: dict[str, ReadOperand] = {
+        role: read_operand(
+            Operand(
+                context.evaluator, context.sizes, role, anchor.output, getattr(anchor, role), getattr(layouts, role)
+            ),
+            flow,
+            generator,
+        )
+        for role in ("query", "key", "value")
+    }
+    query, key, value = (read[role].projection for role in ("query", "key", "value"))
+    nodes = context.evaluator.nodes
+    if root(nodes[key.source]) is not root(nodes[value.source]):
+        raise MismatchError(RejectCode.CROSS, "keys and values are projected from different activations")
+    stop = {nodes[p.activation or p.node] for p in (query, key, value)}
+    if (reader := flow.reads_tokens(anchor.output, stop)) is not None:
         raise MismatchError(RejectCode.MASK, f"attention depends on which tokens were given, at '{reader.name}'")
-    described: dict[str, Projection] = {}
-    rotations: dict[str, Rope] = {}
-    for role in roles:
-        operand = Operand(evaluator, anchor, role, projections[role])
-        probe_linear(operand, generator)
-        rows, gain, offset = probe_rows(operand, generator)
-        rotations[role] = probe_rope(operand, rows, gain)
-        described[role] = _projection(projections[role], flow, operand.width, rows, gain, offset)
-    if rotations["value"].pairs:
+    if read["value"].rope.pairs:
         raise MismatchError(RejectCode.ROPE, "values are rotated by position")
-    rope = _common_rope(rotations["query"], rotations["key"])
-    heads, dim = described["query"].heads, described["query"].head_dim
-    key, value = _grouped(described["key"], heads), _grouped(described["value"], heads)
+    rope = _common_rope(read["query"].rope, read["key"].rope)
+    heads = query.heads
+    key, value = distinct_heads(key, heads), distinct_heads(value, heads)
     if key.heads != value.heads:
         raise MismatchError(RejectCode.GROUPING, f"there are {key.heads} key heads but {value.heads} value heads")
-    scale, mask = probe_mask(evaluator, flow, anchor, heads, dim)
-    probe_probabilities(evaluator, anchor)
-    if len(anchor.output.meta["val"].shape) != 4:
-        raise MismatchError(RejectCode.LAYOUT, "the attention output is not arranged as [batch, heads, length, dim]")
+    scores = probe_scores(context.evaluator, flow, context.sizes, anchor, layouts, heads=heads, dim=query.head_dim)
+    probe_probabilities(context.evaluator, context.sizes, anchor, layouts)
     site = AttentionSite(
-        index=index,
-        path=path,
-        query=described["query"],
+        index=context.index,
+        path=context.path,
+        query=query,
         key=key,
         value=value,
         rope=rope,
-        scale=scale,
-        mask=mask,
+        scores=scores,
         output=anchor.output.name,
+        output_axes=layouts.output.axes,
         softmax=anchor.softmax.name,
         error=0.0,
     )
-    long = longest_length(evaluator, lambda n: _verify(site, anchor, projections, evaluator, n), _VERIFY_LENGTH)
-    error = max(_verify(site, anchor, projections, evaluator, length) for length in (SHORT, long))
-    if not error < VERIFY_TOLERANCE:
-        raise MismatchError(RejectCode.VERIFY, f"the recovered description is off by {error:.1e} on random inputs")
-    return AttentionSite(**{**{f: getattr(site, f) for f in site.__slots__}, "error": error})
+    if site.key.norm is not None and site.key.offset is not None and (scores.softcap or scores.sinks is not None):
+        raise MismatchError(RejectCode.NONLINEAR, "the key norm's bias meets a soft-cap or sinks")
+    return replace(site, error=_verified(context, lambda length: _compare(context, site, length)))
 
 
-def _root(node: Node) -> Node:
-    """The activation behind pure re-shapes."""
-    while node.op == "call_function" and node.target in _RESHAPES:
-        node = node.args[0]  # type: ignore[assignment]
-    return node
+def _plain(context: _Context) -> PlainSite | None:
+    """Describe a layer that is not converted as ordinary attention with an ordinary cache, if it is that."""
+    try:
+        return _speaking(context, _describe_plain)
+    except MismatchError:
+        return None
 
 
-def _projection(
-    found: ProjectionNode, flow: DataFlow, width: int, rows: Tensor, gain: Tensor, offset: Tensor
-) -> Projection:
-    """Describe a projection, refusing products whose weight is not simply ``[outputs, inputs]`` or its transpose."""
-    node, weight = found.node, found.weight.meta["val"].shape
-    if node.target not in (_aten.linear.default, _aten.matmul.default, _aten.mm.default, _aten.addmm.default):
-        raise MismatchError(RejectCode.PROJECTION, f"projections by '{node.target}' are not read by this version")
-    if node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("beta", 1) != 1:
-        raise MismatchError(RejectCode.PROJECTION, f"the product '{node.name}' has factors of its own")
-    outputs = weight[0] if node.target is _aten.linear.default else weight[-1]
-    if len(weight) != 2 or outputs != width:
-        raise MismatchError(
-            RejectCode.PROJECTION, f"the weight of '{node.name}' is {tuple(weight)}, not one matrix for all heads"
-        )
-    if found.bias is not None and (found.bias not in flow.static or found.bias.meta["val"].numel() != width):
-        raise MismatchError(RejectCode.PROJECTION, f"what is added in '{node.name}' is not one bias per output")
-    return Projection(
-        node=found.node.name,
-        source=found.source.name,
-        weight=flow.parameter_name(found.weight),
-        bias=None if found.bias is None else flow.parameter_name(found.bias),
-        rows=_tuples(rows),
-        gain=_tuples(gain),
-        offset=_tuples(offset) if offset.abs().max() > 1e-12 else None,
+def _describe_plain(context: _Context) -> PlainSite:
+    anchor, layouts, evaluator = context.anchor, context.layouts, context.evaluator
+    shapes = {role: getattr(anchor, role).meta["val"].shape for role in ("query", "key", "value", "output")}
+    heads, key_heads, value_heads = (
+        _heads(shapes[role], getattr(layouts, role), context.sizes) for role in ("query", "key", "value")
     )
+    operands = {getattr(anchor, role) for role in ("query", "key", "value")}
+    if (reader := context.flow.reads_tokens(anchor.output, operands)) is not None:
+        raise MismatchError(RejectCode.MASK, f"attention depends on which tokens were given, at '{reader.name}'")
+    if key_heads != value_heads or heads % key_heads:
+        raise MismatchError(RejectCode.GROUPING, f"{heads} query, {key_heads} key and {value_heads} value heads")
+    dims = {role: int(shapes[role][getattr(layouts, role).axes.index("d")]) for role in ("query", "value")}
+    scores = probe_scores(evaluator, context.flow, context.sizes, anchor, layouts, heads=heads, dim=dims["query"])
+    probe_probabilities(evaluator, context.sizes, anchor, layouts)
+    axes = (layouts.query.axes, layouts.key.axes, layouts.value.axes, layouts.output.axes)
+    site = PlainSite(
+        query=anchor.query.name,
+        key=anchor.key.name,
+        value=anchor.value.name,
+        axes=axes,
+        heads=heads,
+        kv_heads=key_heads,
+        qk_dim=dims["query"],
+        v_dim=dims["value"],
+        scores=scores,
+        output=anchor.output.name,
+        softmax=anchor.softmax.name,
+    )
+    _verified(context, lambda length: _compare_plain(context, site, length))
+    return site
 
 
-def _tuples(values: Tensor) -> tuple[tuple[Any, ...], ...]:
-    return tuple(tuple(row) for row in values.tolist())
+def _heads(shape: torch.Size, layout: Layout, sizes: Sizes) -> int:
+    bound = sizes.bind(shape, 1, SHORT)
+    heads = 1
+    for size, axis in zip(bound, layout.axes, strict=True):
+        heads *= size if axis in ("h", "bh") else 1
+    return heads
 
 
 def _common_rope(query: Rope, key: Rope) -> Rope:
@@ -175,61 +194,77 @@ def _common_rope(query: Rope, key: Rope) -> Rope:
     return query
 
 
-def _grouped(projection: Projection, heads: int) -> Projection:
-    """Reduce key or value heads repeated for grouped queries to the distinct ones.
+def _verified(context: _Context, compare: Callable[[int], float]) -> float:
+    """Compare description and sub-graph at a short and a long length, and return the larger error.
 
     Raises:
-        MismatchError: Query head ``h`` does not use head ``h // (heads / distinct)``.
+        MismatchError: It is not rounding.
     """
-    distinct = list(dict.fromkeys(projection.rows))
-    if heads % len(distinct):
-        raise MismatchError(RejectCode.GROUPING, f"{heads} query heads over {len(distinct)} key/value heads")
-    group = heads // len(distinct)
-    if len(projection.rows) not in (heads, len(distinct)) or (
-        len(projection.rows) == heads
-        and any(distinct.index(rows) != h // group for h, rows in enumerate(projection.rows))
-    ):
-        raise MismatchError(RejectCode.GROUPING, "query heads are not grouped contiguously over key/value heads")
-    first = [projection.rows.index(rows) for rows in distinct]
-    return Projection(
-        node=projection.node,
-        source=projection.source,
-        weight=projection.weight,
-        bias=projection.bias,
-        rows=tuple(projection.rows[i] for i in first),
-        gain=tuple(projection.gain[i] for i in first),
-        offset=None if projection.offset is None else tuple(projection.offset[i] for i in first),
-    )
+    long = longest_length(context.evaluator, compare, _VERIFY_LENGTH)
+    error = max(compare(length) for length in (SHORT, long))
+    if not error < VERIFY_TOLERANCE:
+        raise MismatchError(RejectCode.VERIFY, f"the recovered description is off by {error:.1e} on random inputs")
+    return error
 
 
-def _verify(
-    site: AttentionSite,
-    anchor: Anchor,
-    projections: dict[str, ProjectionNode],
-    evaluator: GraphEvaluator,
-    length: int,
-) -> float:
-    """Compare the sub-graph with the description on fresh random projections; relative to the largest output."""
+def _compare(context: _Context, site: AttentionSite, length: int) -> float:
+    """Error on fresh random projections; relative to the largest output."""
     batch, generator = 2, torch.Generator().manual_seed(1000 + site.index)
+    nodes, evaluator, sizes = context.evaluator.nodes, context.evaluator, context.sizes
     overrides: dict[Node, Tensor] = {}
-    raw: dict[str, Tensor] = {}
-    drawn: dict[Node, Tensor] = {}
-    for role, projection in projections.items():
-        operand = Operand(evaluator, anchor, role, projection)
-        if projection.node not in drawn:
-            drawn[projection.node] = torch.randn(batch, length, operand.width, generator=generator, dtype=torch.float64)
-            overrides[projection.node] = operand.place(drawn[projection.node])
-        raw[role] = _read(getattr(site, role), drawn[projection.node])
-    (got,) = evaluator.run([anchor.output], overrides, example_inputs(evaluator.program, batch, length))
-    expected = reference_attention(
-        raw["query"], raw["key"], raw["value"], site.rope.pairs, site.rope.inv_freq, site.scale, site.mask.window
-    ).transpose(1, 2)
-    if got.shape != expected.shape:
+    drawn: dict[str, Tensor] = {}
+    bases: dict[str, Operand] = {}
+    for role in ("query", "key", "value"):
+        name = getattr(site, role).node
+        bases[role] = Operand(evaluator, sizes, role, nodes[name], nodes[name], Layout(()))
+        if name not in drawn:
+            shape = (batch, length, bases[role].width)
+            drawn[name] = torch.randn(shape, generator=generator, dtype=torch.float64)
+            overrides[nodes[name]] = bases[role].place(drawn[name])
+    inputs = example_inputs(evaluator.program, batch, length)
+    wanted = [context.anchor.output, *([nodes[site.query.activation]] if site.query.activation else [])]
+    got, *activation = evaluator.run(wanted, overrides, inputs)
+    outputs = {role: drawn[getattr(site, role).node] for role in ("query", "key", "value")}
+    if activation:
+        base = replace(bases["query"], base=wanted[1])
+        outputs["query"] = base.flatten(activation[0], batch, length)
+    query, key, value = (normalised(getattr(site, role), outputs[role]) for role in ("query", "key", "value"))
+    return _difference(got, query, key, value, site.rope, site.scores, site.output_axes)
+
+
+def _compare_plain(context: _Context, site: PlainSite, length: int) -> float:
+    """Error on fresh random operands; relative to the largest output."""
+    batch, generator = 2, torch.Generator().manual_seed(2000 + context.index)
+    nodes, evaluator = context.evaluator.nodes, context.evaluator
+    overrides, plain = {}, []
+    for name, axes, order in zip((site.query, site.key, site.value), site.axes, ("bshd", "bthd", "bthd"), strict=False):
+        shape = context.sizes.bind(nodes[name].meta["val"].shape, batch, length)
+        if nodes[name] not in overrides:
+            overrides[nodes[name]] = torch.randn(shape, generator=generator, dtype=torch.float64)
+        plain.append(Layout(axes).arrange(overrides[nodes[name]], order, batch))
+    inputs = example_inputs(evaluator.program, batch, length)
+    (got,) = evaluator.run([context.anchor.output], overrides, inputs)
+    query, key, value = plain
+    return _difference(got, query, key, value, Rope(), site.scores, site.axes[3])
+
+
+def _difference(
+    got: Tensor, query: Tensor, key: Tensor, value: Tensor, rope: Rope, scores: Scores, axes: tuple[str, ...]
+) -> float:
+    sinks, slopes = (None if x is None else torch.tensor(x, dtype=torch.float64) for x in (scores.sinks, scores.slopes))
+    expected = reference.attention(
+        query,
+        key,
+        value,
+        rope.pairs,
+        rope.inv_freq,
+        scores.scale,
+        scores.mask.window,
+        sinks=sinks,
+        slopes=slopes,
+        softcap=scores.softcap,
+    )
+    arranged = Layout(axes).arrange(got, "bshd", len(query))
+    if arranged.shape != expected.shape:
         raise MismatchError(RejectCode.LAYOUT, f"the attention output is arranged as {tuple(got.shape)}")
-    return float((got - expected).abs().max() / expected.abs().max())
-
-
-def _read(projection: Projection, outputs: Tensor) -> Tensor:
-    """Projection outputs ``[B, S, N]`` to un-rotated heads ``[B, S, H, D]``, as the description says."""
-    heads = outputs[..., torch.tensor(projection.rows)] * torch.tensor(projection.gain, dtype=torch.float64)
-    return heads if projection.offset is None else heads + torch.tensor(projection.offset, dtype=torch.float64)
+    return float((arranged - expected).abs().max() / expected.abs().max())

@@ -16,10 +16,20 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Node
 
+from mla_compile.passes.mismatch import MismatchError
 from mla_compile.program import Program
 from mla_compile.site import RejectCode
 
-__all__ = ["Anchor", "DataFlow", "MismatchError", "ProjectionNode", "find_anchors", "module_path", "read_projection"]
+__all__ = [
+    "Anchor",
+    "DataFlow",
+    "MismatchError",
+    "ProjectionNode",
+    "find_anchors",
+    "module_path",
+    "operator_argument",
+    "read_projection",
+]
 
 _aten = torch.ops.aten
 _SDPA = _aten.scaled_dot_product_attention.default
@@ -50,15 +60,6 @@ _SHAPE_ONLY = frozenset(
     }
 )
 """Operators that read the shape of their input and not its content."""
-
-
-class MismatchError(Exception):
-    """A sub-graph is not what a recogniser reads; becomes a :class:`~mla_compile.site.Rejection`."""
-
-    def __init__(self, code: RejectCode, reason: str) -> None:
-        super().__init__(reason)
-        self.code = code
-        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,8 @@ class DataFlow:
                     self.tokens.add(node)
                 if any(i in user_dependent for i in inputs):
                     user_dependent.add(node)
-                if any(i in self.hidden for i in inputs) or (
+                shape_only = node.target in _SHAPE_ONLY
+                if (not shape_only and any(i in self.hidden for i in inputs)) or (
                     node.target is _aten.embedding.default
                     and node.args[0] in self.weighted
                     and node.args[1] in user_dependent
@@ -264,11 +266,27 @@ def _anchor_of_softmax(flow: DataFlow, softmax: Node) -> Anchor | None:
                 operands = _operands(user)[0]
                 if node in operands and all(o in flow.hidden for o in operands):
                     value = next(o for o in operands if o is not node)
-                    query, key = _operands(bilinear[0])[0]
+                    query, key = _queries_and_keys(bilinear[0])
                     return Anchor(query, key, value, bilinear[0], softmax, node, user)
             else:
                 queue.append(user)
     raise MismatchError(RejectCode.ANCHOR, f"softmax '{softmax.name}' is not multiplied with values")
+
+
+def _queries_and_keys(product: Node) -> list[Node]:
+    """Factors of a score product: the one whose positions become the last axis of the scores is the keys."""
+    operands = _operands(product)[0]
+    if product.target is _aten.einsum.default:
+        inputs, output = str(product.args[0]).replace(" ", "").split("->")
+        if output[-1] in inputs.split(",")[0]:
+            return operands[::-1]
+    return operands
+
+
+def operator_argument(node: Node, name: str) -> Any:  # noqa: ANN401 - operator arguments have any type
+    """Read an argument of the fused attention operator by its name, wherever it was put; None if it was not given."""
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+    return dict(zip(names, node.args, strict=False)).get(name, node.kwargs.get(name))
 
 
 def read_projection(flow: DataFlow, operand: Node, role: str) -> ProjectionNode:
@@ -298,11 +316,17 @@ def read_projection(flow: DataFlow, operand: Node, role: str) -> ProjectionNode:
         raise MismatchError(
             RejectCode.PROJECTION, f"the {role} depends on '{leaves[0].name}', which is not a linear projection"
         )
+    below = {n for p in projections for n in flow.behind(p.source, lambda n: flow.projection(n) is not None)}
+    if any(p.node in below for p in projections):
+        names = ", ".join(sorted(flow.parameter_name(p.weight) for p in projections))
+        raise MismatchError(
+            RejectCode.LATENT, f"the {role} comes from a latent ({names}): this is latent attention already"
+        )
     if len(projections) != 1:
         names = ", ".join(sorted(flow.parameter_name(p.weight) for p in projections))
         raise MismatchError(
             RejectCode.PROJECTION,
-            f"the {role} is made from {len(projections)} projections ({names}): already latent, or merged, attention",
+            f"the {role} is made from {len(projections)} projections ({names})",
         )
     return projections[0]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,13 +21,18 @@ _aten = torch.ops.aten
 class HeadWeights:
     """One operand's projection per head, in float64: ``heads = weight @ x + bias``.
 
+    With a norm, ``heads = (weight @ x + bias) * s + shift`` with one number ``s`` per token and group of the norm. For
+    queries read from an activation behind a norm, ``x`` is the head's own part of that activation.
+
     Attributes:
         weight: ``[heads, head_dim, width]``.
         bias: ``[heads, head_dim]``; zeros when there is none.
+        shift: ``[heads, head_dim]`` behind the norm; zeros when there is none.
     """
 
     weight: Tensor
     bias: Tensor
+    shift: Tensor
 
 
 @dataclass(frozen=True)
@@ -59,17 +65,47 @@ def input_width(program: Program, site: AttentionSite) -> int:
 
 
 def _read(evaluator: GraphEvaluator, projection: Projection) -> HeadWeights:
+    gain = torch.tensor(projection.gain, dtype=torch.float64)
+    zeros = torch.zeros_like(gain)
+    offset = zeros if projection.offset is None else torch.tensor(projection.offset, dtype=torch.float64)
+    if projection.activation is not None:
+        return HeadWeights(torch.diag_embed(gain), offset, zeros)
+    matrix, added = _affine(evaluator, projection)
+    rows = torch.tensor(projection.rows)
+    weight, bias = matrix[rows], added[rows]
+    if projection.norm is None:
+        return HeadWeights(weight * gain[..., None], bias * gain + offset, zeros)
+    if projection.norm.kind == "layer":  # centring is linear
+        groups = torch.tensor(projection.norm.groups)
+        weight = weight - matrix[groups].mean(1, keepdim=True)
+        bias = bias - added[groups].mean(1, keepdim=True)
+    return HeadWeights(weight * gain[..., None], bias * gain, offset)
+
+
+def _affine(evaluator: GraphEvaluator, projection: Projection) -> tuple[Tensor, Tensor]:
+    """Matrix ``[outputs, width]`` and bias ``[outputs]`` of a projection node, however the product was written."""
     node = evaluator.nodes[projection.node]
-    linear = node.target is _aten.linear.default
-    place = 2 if node.target is _aten.addmm.default else 1
-    (weight,) = evaluator.run([node.args[place]], {}, {})  # type: ignore[list-item]
-    matrix = weight if linear else weight.transpose(-1, -2)
-    rows, gain = torch.tensor(projection.rows), torch.tensor(projection.gain, dtype=torch.float64)
-    bias = torch.zeros_like(gain)
-    if projection.bias is not None:
-        added = node.args[2] if linear else node.args[0]
-        (values,) = evaluator.run([added], {}, {})  # type: ignore[list-item]
-        bias = values.reshape(-1)[rows] * gain
-    if projection.offset is not None:
-        bias = bias + torch.tensor(projection.offset, dtype=torch.float64)
-    return HeadWeights(matrix[rows] * gain[..., None], bias)
+    arguments: Any = node.args
+    if node.target is _aten.einsum.default:
+        matrix = _einsum_matrix(evaluator, projection)
+    else:
+        place = 2 if node.target is _aten.addmm.default else 1
+        (weight,) = evaluator.run([arguments[place]], {}, {})
+        matrix = weight if node.target is _aten.linear.default else weight.transpose(-1, -2)
+    if projection.bias is None:
+        return matrix, matrix.new_zeros(len(matrix))
+    (bias,) = evaluator.run([arguments[2] if node.target is _aten.linear.default else arguments[0]], {}, {})
+    return matrix, bias.reshape(-1)
+
+
+def _einsum_matrix(evaluator: GraphEvaluator, projection: Projection) -> Tensor:
+    """The weight of an einsum with the output's own letters first, in the output's order, then the summed one."""
+    arguments: Any = evaluator.nodes[projection.node].args
+    inputs, output = str(arguments[0]).replace(" ", "").split("->")
+    parts = inputs.split(",")
+    own = 0 if arguments[1][1].name == projection.source else 1
+    (weight,) = evaluator.run([arguments[1][own]], {}, {})
+    letters = parts[own]
+    kept = [c for c in output if c in letters]
+    (summed,) = (c for c in letters if c not in output)
+    return weight.permute([letters.index(c) for c in (*kept, summed)]).flatten(0, -2)

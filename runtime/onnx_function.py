@@ -1,39 +1,59 @@
-"""``LatentAttention`` as an ONNX function: our node, with a body of standard operators for every runtime without it.
+"""``LatentAttention`` and ``CachedAttention`` as ONNX functions: our nodes, with bodies of standard operators.
 
-A runtime that has a kernel for the node (a TensorRT plugin) uses the node; any other inlines the body. The body is the
-folded form: up-projections are folded into queries and outputs, and the cached rows themselves are attended to, so that
-the cache is read twice per step and never expanded.
+A runtime that has a kernel for the node (a TensorRT plugin) uses the node; any other inlines the body. The body of
+``LatentAttention`` is the folded form: up-projections are folded into queries and outputs, and the cached rows
+themselves are attended to, so that the cache is read twice per step and never expanded.
 
-Inputs, outputs and their shapes are those of :func:`mla_compile.runtime.ops.latent_attention`.
+Inputs, outputs and their shapes are those of :func:`mla_compile.runtime.ops.latent_attention` and
+:func:`~mla_compile.runtime.ops.cached_attention`. A node names only what it has: without sinks and slopes it has no
+inputs for them, without a soft-cap no attribute. Each such variant is an overload of the function (ONNX IR version 10),
+so that what is not used costs nothing.
 """
 
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass, fields
 
 import onnx
 import onnx.parser
 
-__all__ = ["DOMAIN", "OP_TYPE", "VERSION", "latent_attention_function"]
+__all__ = ["CACHED", "DOMAIN", "LATENT", "VERSION", "Variant", "attention_function"]
 
 DOMAIN = "mla_compile"
-OP_TYPE = "LatentAttention"
+LATENT = "LatentAttention"
+CACHED = "CachedAttention"
 VERSION = 1
 
-# Suffixes name the axes: B batch, S new tokens, T all tokens, H query heads, n rope groups, h heads per group, G
-# up-projection groups, D head channels, r latent rank, R row, V value channels, M merged axes.
-_BODY = """
-<opset_import: ["" : OPSET], domain: "mla_compile">
-LatentAttention
-  <num_heads, rope_groups, rope_dim, latent_rank, scale, window>
-  (query_BSHD, row_BSR, past_BPR, attention_mask_BT, cos_BSn, sin_BSn, key_up_GDr, value_up_GrV)
-  => (output_BSHV, present_BTR)
-{
+
+@dataclass(frozen=True)
+class Variant:
+    """What a node has beyond plain attention.
+
+    Attributes:
+        key_scales: Rows end in key scales (``LatentAttention`` only); attribute ``key_scales``, how many.
+        softcap: Logits are bounded; attribute ``softcap``.
+        sinks: The softmax has a further logit per head; an input, and the attribute ``has_sinks``.
+        slopes: Logits fall with distance; an input after ``sinks``, and the attribute ``has_slopes``.
+    """
+
+    key_scales: bool = False
+    softcap: bool = False
+    sinks: bool = False
+    slopes: bool = False
+
+    @property
+    def overload(self) -> str:
+        """Name of the function's overload: the features it has, empty for none."""
+        return "_".join(field.name for field in fields(self) if getattr(self, field.name))
+
+
+# Suffixes name the axes: B batch, S new tokens, T all tokens, H query heads, n rope groups or key/value heads, h heads
+# per group, G up-projection groups, D head channels, r latent rank, m key scales, R row, V value channels, M merged
+# axes.
+_SIZES = """
   # ---- sizes
   heads = Constant <value_int: int = @num_heads> ()
-  groups = Constant <value_int: int = @rope_groups> ()
-  rope = Constant <value_int: int = @rope_dim> ()
-  rank = Constant <value_int: int = @latent_rank> ()
   factor = Constant <value_float: float = @scale> ()
   reach = Constant <value_int: int = @window> ()
   zero = Constant <value_ints = [0]> ()
@@ -41,19 +61,29 @@ LatentAttention
   two = Constant <value_ints = [2]> ()
   end = Constant <value_ints = [9223372036854775807]> ()
   axis0 = Constant <value_ints = [0]> ()
+  H = Reshape (heads, one)
+  BS = Shape <start = 0, end = 2> (row_BSR)
+  B = Shape <start = 0, end = 1> (row_BSR)
+  S = Shape <start = 1, end = 2> (row_BSR)
+  P = Shape <start = 1, end = 2> (past_BPR)
+  T = Add (P, S)
+"""
+
+_LATENT_QUERIES = """
+  SH = Mul (S, H)
   axis3 = Constant <value_ints = [3]> ()
   axis4 = Constant <value_ints = [4]> ()
-  H = Reshape (heads, one)
+  groups = Constant <value_int: int = @rope_groups> ()
+  rope = Constant <value_int: int = @rope_dim> ()
+  rank = Constant <value_int: int = @latent_rank> ()
   n = Reshape (groups, one)
   d = Reshape (rope, one)
   r = Reshape (rank, one)
   half = Div (d, two)
   h = Div (H, n)
-  BS = Shape <start = 0, end = 2> (row_BSR)
-  B = Shape <start = 0, end = 1> (row_BSR)
-  S = Shape <start = 1, end = 2> (row_BSR)
+  rope_width = Mul (n, d)
+  row_rest = Add (r, rope_width)
   M = Mul (B, S)
-  SH = Mul (S, H)
   G = Shape <start = 0, end = 1> (key_up_GDr)
   per_up = Div (H, G)
   GV = Shape <start = 0, end = 1> (value_up_GrV)
@@ -90,7 +120,6 @@ LatentAttention
   slots_n1n1 = Unsqueeze (slots_nn, slot_axes)
   turned_BSnh1d = Unsqueeze (turned_BSnhd, axis4)
   placed_BSnhnd = Mul (turned_BSnh1d, slots_n1n1)
-  rope_width = Mul (n, d)
   placed_shape = Concat <axis = 0> (BS, H, rope_width)
   placed_BSHR = Reshape <allowzero = 1> (placed_BSnhnd, placed_shape)
 
@@ -106,13 +135,10 @@ LatentAttention
   folded_MGhr = Transpose <perm = [1, 0, 2, 3]> (folded_GMhr)
   latent_shape = Concat <axis = 0> (BS, H, r)
   latent_query_BSHr = Reshape (folded_MGhr, latent_shape)
-  rows_query_BSHR = Concat <axis = -1> (latent_query_BSHr, placed_BSHR)
-  row_width = Add (r, rope_width)
-  heads_shape = Concat <axis = 0> (B, SH, row_width)
 
   # ---- rotate the new rope keys and append the new rows
   latent_BSr = Slice (row_BSR, zero, r, two)
-  key_own_BSR = Slice (row_BSR, r, end, two)
+  key_own_BSR = Slice (row_BSR, r, row_rest, two)
   key_BSR = CastLike (key_own_BSR, cos_BSn)
   key_shape = Concat <axis = 0> (BS, n, d)
   key_BSnd = Reshape <allowzero = 1> (key_BSR, key_shape)
@@ -128,12 +154,21 @@ LatentAttention
   flat_shape = Concat <axis = 0> (BS, rope_width)
   key_wide_BSR = Reshape <allowzero = 1> (key_turned_BSnd, flat_shape)
   key_turned_BSR = CastLike (key_wide_BSR, row_BSR)
+"""
+
+_APPEND = """
   new_BSR = Concat <axis = -1> (latent_BSr, key_turned_BSR)
   present_BTR = Concat <axis = 1> (past_BPR, new_BSR)
+"""
 
+_APPEND_KEY_SCALES = """
+  scales_BSm = Slice (row_BSR, row_rest, end, two)
+  new_BSR = Concat <axis = -1> (latent_BSr, key_turned_BSR, scales_BSm)
+  present_BTR = Concat <axis = 1> (past_BPR, new_BSR)
+"""
+
+_SEEN = """
   # ---- which keys each query sees: real ones before it, within the window, and always itself
-  T = Shape <start = 1, end = 2> (present_BTR)
-  P = Sub (T, S)
   zero_scalar = Constant <value_int = 0> ()
   one_scalar = Constant <value_int = 1> ()
   T_scalar = Squeeze (T)
@@ -158,25 +193,139 @@ LatentAttention
   allowed_BST = And (real_before_BST, near_BST)
   seen_BST = Or (allowed_BST, itself_ST)
   seen_BS1T = Unsqueeze (seen_BST, two)
+"""
 
+_LATENT_SCORES = """
   # ---- attend to the rows: the cache is the left operand, read once for all heads
+  rows_query_BSHR = Concat <axis = -1> (latent_query_BSHr, placed_BSHR)
+  heads_shape = Concat <axis = 0> (B, SH, row_rest)
   rows_query_BMR = Reshape (rows_query_BSHR, heads_shape)
   rows_query_BRM = Transpose <perm = [0, 2, 1]> (rows_query_BMR)
   scores_BTM = MatMul (present_BTR, rows_query_BRM)
   scores_BMT = Transpose <perm = [0, 2, 1]> (scores_BTM)
   scores_shape = Concat <axis = 0> (BS, H, T)
   scores_BSHT = Reshape (scores_BMT, scores_shape)
+"""
+
+_LATENT_SCORES_KEY_SCALES = """
+  # ---- attend to latent and rope keys apart: a key's scale belongs to the former's product only
+  latent_BTr = Slice (present_BTR, zero, r, two)
+  rest_BTR = Slice (present_BTR, r, end, two)
+  scales_BTm = Slice (present_BTR, row_rest, end, two)
+  plain_heads_shape = Concat <axis = 0> (B, SH, r)
+  plain_query_BMr = Reshape (latent_query_BSHr, plain_heads_shape)
+  plain_query_BrM = Transpose <perm = [0, 2, 1]> (plain_query_BMr)
+  plain_BTM = MatMul (latent_BTr, plain_query_BrM)
+  scale_count = Constant <value_int: int = @key_scales> ()
+  m = Reshape (scale_count, one)
+  per_scale = Div (H, m)
+  by_scale_shape = Concat <axis = 0> (B, T, S, m, per_scale)
+  plain_BTSmh = Reshape (plain_BTM, by_scale_shape)
+  scale_axes = Constant <value_ints = [2, 4]> ()
+  scales_BT1m1 = Unsqueeze (scales_BTm, scale_axes)
+  scaled_BTSmh = Mul (plain_BTSmh, scales_BT1m1)
+  merged_heads_shape = Concat <axis = 0> (B, T, SH)
+  scaled_BTM = Reshape (scaled_BTSmh, merged_heads_shape)
+  # Zeros meet the scales: without rope, a product over no channels at all would be undefined in ONNX Runtime 1.31.
+  nothing = CastLike (zero_scalar, query_BSHD)
+  unscaled_shape = Concat <axis = 0> (BS, H, m)
+  unscaled_BSHm = Expand (nothing, unscaled_shape)
+  rest_query_BSHR = Concat <axis = -1> (placed_BSHR, unscaled_BSHm)
+  rest_width = Add (rope_width, m)
+  rest_heads_shape = Concat <axis = 0> (B, SH, rest_width)
+  rest_query_BMR = Reshape (rest_query_BSHR, rest_heads_shape)
+  rest_query_BRM = Transpose <perm = [0, 2, 1]> (rest_query_BMR)
+  rope_BTM = MatMul (rest_BTR, rest_query_BRM)
+  scores_BTM = Add (scaled_BTM, rope_BTM)
+  scores_BMT = Transpose <perm = [0, 2, 1]> (scores_BTM)
+  scores_shape = Concat <axis = 0> (BS, H, T)
+  scores_BSHT = Reshape (scores_BMT, scores_shape)
+"""
+
+_CACHED_SCORES = """
+  # ---- append the new rows, and attend to keys: heads that share a key are queries of one product
+  present_BTR = Concat <axis = 1> (past_BPR, row_BSR)
+  groups = Constant <value_int: int = @kv_heads> ()
+  n = Reshape (groups, one)
+  h = Div (H, n)
+  Sh = Mul (S, h)
+  D = Shape <start = 3, end = 4> (query_BSHD)
+  keys_width = Mul (n, D)
+  key_BTR = Slice (present_BTR, zero, keys_width, two)
+  key_shape = Concat <axis = 0> (B, T, n, D)
+  key_BTnD = Reshape (key_BTR, key_shape)
+  key_BnDT = Transpose <perm = [0, 2, 3, 1]> (key_BTnD)
+  query_shape = Concat <axis = 0> (BS, n, h, D)
+  query_BSnhD = Reshape (query_BSHD, query_shape)
+  query_BnShD = Transpose <perm = [0, 2, 1, 3, 4]> (query_BSnhD)
+  query_merged = Concat <axis = 0> (B, n, Sh, D)
+  query_BnMD = Reshape (query_BnShD, query_merged)
+  scores_BnMT = MatMul (query_BnMD, key_BnDT)
+  scores_split = Concat <axis = 0> (B, n, S, h, T)
+  scores_BnShT = Reshape (scores_BnMT, scores_split)
+  scores_BSnhT = Transpose <perm = [0, 2, 1, 3, 4]> (scores_BnShT)
+  scores_shape = Concat <axis = 0> (BS, H, T)
+  scores_BSHT = Reshape (scores_BSnhT, scores_shape)
+"""
+
+# ---- from scores to weights: every part reads the logits of the part before it
+_SCALE = """
   factor_like = CastLike (factor, query_BSHD)
-  logits_BSHT = Mul (scores_BSHT, factor_like)
+  scaled_BSHT = Mul (scores_BSHT, factor_like)
+"""
+
+_SOFTCAP = """
+  bound = Constant <value_float: float = @softcap> ()
+  bound_like = CastLike (bound, query_BSHD)
+  ratio_BSHT = Div (LOGITS, bound_like)
+  within_one_BSHT = Tanh (ratio_BSHT)
+  capped_BSHT = Mul (within_one_BSHT, bound_like)
+"""
+
+_SLOPES = """
+  distance_BS1T = Unsqueeze (distance_BST, two)
+  distance_float_BS1T = CastLike (distance_BS1T, slopes_H)
+  slopes_H1 = Unsqueeze (slopes_H, one)
+  loss_own_BSHT = Mul (distance_float_BS1T, slopes_H1)
+  loss_BSHT = CastLike (loss_own_BSHT, query_BSHD)
+  sloped_BSHT = Sub (LOGITS, loss_BSHT)
+"""
+
+_MASK = """
   infinity = Constant <value_float = -inf> ()
   hidden = CastLike (infinity, query_BSHD)
-  masked_BSHT = Where (seen_BS1T, logits_BSHT, hidden)
-  weights_BSHT = Softmax <axis = -1> (masked_BSHT)
+  masked_BSHT = Where (seen_BS1T, LOGITS, hidden)
+"""
+
+_SOFTMAX = """
+  weights_BSHT = Softmax <axis = -1> (LOGITS)
+"""
+
+_SOFTMAX_SINKS = """
+  sinks_like = CastLike (sinks_H, query_BSHD)
+  sinks_H1 = Unsqueeze (sinks_like, one)
+  column_shape = Concat <axis = 0> (BS, H, one)
+  column_BSH1 = Expand (sinks_H1, column_shape)
+  with_sinks = Concat <axis = -1> (LOGITS, column_BSH1)
+  weights_with_sinks = Softmax <axis = -1> (with_sinks)
+  last_axis = Constant <value_ints = [3]> ()
+  weights_BSHT = Slice (weights_with_sinks, zero, T, last_axis)
+"""
+
+_LATENT_CONTEXT = """
   weights_shape = Concat <axis = 0> (B, SH, T)
   weights_BMT = Reshape (weights_BSHT, weights_shape)
   context_BMR = MatMul (weights_BMT, present_BTR)
   context_BMr = Slice (context_BMR, zero, r, two)
+"""
 
+_LATENT_CONTEXT_KEY_SCALES = """
+  weights_shape = Concat <axis = 0> (B, SH, T)
+  weights_BMT = Reshape (weights_BSHT, weights_shape)
+  context_BMr = MatMul (weights_BMT, latent_BTr)
+"""
+
+_LATENT_OUTPUT = """
   # ---- fold the value up-projection into the outputs
   context_shape = Concat <axis = 0> (M, GV, per_value, r)
   context_MGhr = Reshape (context_BMr, context_shape)
@@ -190,19 +339,105 @@ LatentAttention
   output_MGhV = Transpose <perm = [1, 0, 2, 3]> (output_GMhV)
   final_shape = Concat <axis = 0> (BS, H, v)
   output_BSHV = Reshape (output_MGhV, final_shape)
-}
 """
+
+_CACHED_OUTPUT = """
+  weights_split = Concat <axis = 0> (BS, n, h, T)
+  weights_BSnhT = Reshape (weights_BSHT, weights_split)
+  weights_BnShT = Transpose <perm = [0, 2, 1, 3, 4]> (weights_BSnhT)
+  weights_merged = Concat <axis = 0> (B, n, Sh, T)
+  weights_BnMT = Reshape (weights_BnShT, weights_merged)
+  R = Shape <start = 2, end = 3> (row_BSR)
+  values_width = Sub (R, keys_width)
+  V = Div (values_width, n)
+  value_BTR = Slice (present_BTR, keys_width, end, two)
+  value_shape = Concat <axis = 0> (B, T, n, V)
+  value_BTnV = Reshape (value_BTR, value_shape)
+  value_BnTV = Transpose <perm = [0, 2, 1, 3]> (value_BTnV)
+  context_BnMV = MatMul (weights_BnMT, value_BnTV)
+  context_split = Concat <axis = 0> (B, n, S, h, V)
+  context_BnShV = Reshape (context_BnMV, context_split)
+  context_BSnhV = Transpose <perm = [0, 2, 1, 3, 4]> (context_BnShV)
+  final_shape = Concat <axis = 0> (BS, H, V)
+  output_BSHV = Reshape (context_BSnhV, final_shape)
+"""
+
+_INPUTS = {
+    LATENT: "query_BSHD row_BSR past_BPR attention_mask_BT cos_BSn sin_BSn key_up_GDr value_up_GrV",
+    CACHED: "query_BSHD row_BSR past_BPR attention_mask_BT",
+}
+_ATTRIBUTES = {
+    LATENT: "num_heads rope_groups rope_dim latent_rank scale window",
+    CACHED: "num_heads kv_heads scale window",
+}
 
 
 @functools.cache
-def latent_attention_function(opset: int) -> onnx.FunctionProto:
-    """Parse the function for a standard operator set.
+def attention_function(op_type: str, opset: int, variant: Variant = Variant()) -> onnx.FunctionProto:
+    """Build the function of a node.
 
     Args:
+        op_type: ``LATENT`` or ``CACHED``.
         opset: Version of the standard operators, 23 or later.
+        variant: What the node has.
 
     Returns:
-        The function.
+        The function; its overload is the variant's.
     """
-    lines = [line.split("#")[0].rstrip() for line in _BODY.replace("OPSET", str(opset)).splitlines()]
+    # A flag for every optional input: which inputs a node has cannot be told from their number.
+    attributes = {
+        "key_scales": variant.key_scales,
+        "softcap": variant.softcap,
+        "has_sinks": variant.sinks,
+        "has_slopes": variant.slopes,
+    }
+    inputs = {"sinks_H": variant.sinks, "slopes_H": variant.slopes}
+    text = f"""
+<opset_import: ["" : {opset}], domain: "{DOMAIN}", overload: "{variant.overload}">
+{op_type}
+  <{_listing(_ATTRIBUTES[op_type], attributes)}>
+  ({_listing(_INPUTS[op_type], inputs)})
+  => (output_BSHV, present_BTR)
+{{{_latent_body(variant) if op_type == LATENT else _cached_body(variant)}}}
+"""
+    lines = [line.split("#")[0].rstrip() for line in text.splitlines()]
     return onnx.parser.parse_function("\n".join(line for line in lines if line))
+
+
+def _listing(always: str, sometimes: dict[str, bool]) -> str:
+    return ", ".join([*always.split(), *(name for name, present in sometimes.items() if present)])
+
+
+def _latent_body(variant: Variant) -> str:
+    scaled = variant.key_scales
+    return "".join(
+        [
+            _SIZES,
+            _LATENT_QUERIES,
+            _APPEND_KEY_SCALES if scaled else _APPEND,
+            _SEEN,
+            _LATENT_SCORES_KEY_SCALES if scaled else _LATENT_SCORES,
+            _weights(variant),
+            _LATENT_CONTEXT_KEY_SCALES if scaled else _LATENT_CONTEXT,
+            _LATENT_OUTPUT,
+        ]
+    )
+
+
+def _cached_body(variant: Variant) -> str:
+    return "".join([_SIZES, _SEEN, _CACHED_SCORES, _weights(variant), _CACHED_OUTPUT])
+
+
+def _weights(variant: Variant) -> str:
+    """From ``scores_BSHT`` to ``weights_BSHT``."""
+    parts, logits = [_SCALE], "scaled_BSHT"
+    for wanted, part, result in (
+        (variant.softcap, _SOFTCAP, "capped_BSHT"),
+        (variant.slopes, _SLOPES, "sloped_BSHT"),
+        (True, _MASK, "masked_BSHT"),
+        (True, _SOFTMAX_SINKS if variant.sinks else _SOFTMAX, "weights_BSHT"),
+    ):
+        if wanted:
+            parts.append(part.replace("LOGITS", logits))
+            logits = result
+    return "".join(parts)

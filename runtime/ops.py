@@ -1,20 +1,36 @@
-"""``mla::latent_attention``: the one operator a converted graph calls, with shapes, gradient and a CPU implementation.
+"""``mla::latent_attention`` and ``mla::cached_attention``: what a rewritten graph calls, with shapes and gradients.
 
-The operator owns the whole step from projected queries and a new cache row to attention outputs and the grown cache, so
-that each backend may choose how to compute it: keys and values up-projected from the latent (cheap for many queries at
-once), or the up-projections folded into queries and outputs so that the latent itself is attended to (cheap for one
-query over a long cache, as in decoding).
+``latent_attention`` owns the whole step from projected queries and a new cache row to attention outputs and the grown
+cache, so that each backend may choose how to compute it: keys and values up-projected from the latent (cheap for many
+queries at once), or the up-projections folded into queries and outputs so that the latent itself is attended to (cheap
+for one query over a long cache, as in decoding).
+
+``cached_attention`` is ordinary attention with an ordinary cache, for layers that are not converted but decode beside
+those that are.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["attend_folded", "attend_unfolded", "latent_attention", "rotate_and_append", "visible_keys"]
+if TYPE_CHECKING:
+    from torch._library.custom_ops import CustomOpDef
+
+__all__ = [
+    "attend",
+    "attend_folded",
+    "attend_unfolded",
+    "cached_attention",
+    "latent_attention",
+    "rotate_and_append",
+    "score_mask",
+    "visible_keys",
+]
 
 
 @torch.library.custom_op("mla::latent_attention", mutates_args=())
@@ -27,38 +43,54 @@ def latent_attention(
     sin: Tensor,
     key_up: Tensor,
     value_up: Tensor,
+    sinks: Tensor | None,
+    slopes: Tensor | None,
     scale: float,
     window: int,
+    softcap: float,
 ) -> tuple[Tensor, Tensor]:
     """Attend with a latent cache (DeepSeek-V2 eq. 9-19; MHA2MLA eq. 8-11).
 
-    ``B`` batch, ``S`` new tokens, ``P`` cached tokens, ``H`` query heads, ``n`` rope groups, ``G`` up-projection groups
-    (``n`` and ``G`` divide ``H``; head ``h`` uses group ``h // (H / n)``), ``r`` latent rank, ``R = r + n * rope_dim``.
+    ``B`` batch, ``S`` new tokens, ``P`` cached tokens, ``H`` query heads, ``n`` rope groups, ``G`` up-projection
+    groups, ``m`` key scales (``n``, ``G`` and ``m`` divide ``H``; head ``h`` uses group ``h // (H / n)``, and so on),
+    ``r`` latent rank, ``R = r + n * rope_dim + m``; ``m`` may be 0.
+
+    The logit of a query and a key is ``cap(scale * (s * q_plain . key_up c + q_rope . k_rope)) - slope * distance``:
+    ``s`` is the key's scale for this head (1 without scales), ``cap(x) = softcap * tanh(x / softcap)`` (Gemma 2), and
+    ``distance`` counts real tokens (ALiBi, Press et al. 2022). A key normalised after its up-projection (QK-norm) is
+    linear in the latent but for one number per norm: that number is the scale.
 
     Args:
         query: ``[B, S, H, nope_dim + rope_dim]``, not rotated; rotating channels last, as ``[real | imaginary]``.
-        row: ``[B, S, R]``, the new tokens' ``[latent | rope keys]``, not rotated.
+        row: ``[B, S, R]``, the new tokens' ``[latent | rope keys | key scales]``, rope keys normalised, not rotated.
         past: ``[B, P, R]``, earlier rows, rope keys rotated.
         attention_mask: ``[B, P + S]``, non-zero for real tokens.
         cos: ``[B, S, n, rope_dim / 2]`` at the new tokens' positions.
         sin: Like ``cos``.
         key_up: ``[G, nope_dim, r]``.
         value_up: ``[G, r, v_dim]``.
+        sinks: ``[H]``, a further logit in every softmax that has no value (gpt-oss), or None.
+        slopes: ``[H]``, what a logit loses per real token of distance, or None.
         scale: Factor between dot products and softmax logits.
         window: How many real tokens a query sees, itself included; 0 for all.
+        softcap: Bound of the logits before ``slopes``; 0 for none.
 
     Returns:
         Attention outputs ``[B, S, H, v_dim]`` and the cache with the new rows ``[B, P + S, R]``.
 
     Raises:
-        ValueError: The mask does not cover past and new tokens.
+        ValueError: Sizes do not fit, or ``window`` or ``softcap`` is negative.
     """
-    if attention_mask.shape[1] != past.shape[1] + row.shape[1]:
+    scales, heads = _key_scales(row, cos, key_up), query.shape[2]
+    if scales < 0 or (scales and heads % scales):
         raise ValueError(
-            f"attention_mask covers {attention_mask.shape[1]} tokens, but {past.shape[1]} are cached and "
-            f"{row.shape[1]} are new. Pass a mask over all of them."
+            f"A row of {row.shape[2]} numbers leaves {scales} for key scales behind a latent of {key_up.shape[2]} and "
+            f"{cos.shape[2]} rope keys of {2 * cos.shape[3]}. Pass none, or a number that divides {heads} heads."
         )
-    return _attend(query, row, past, attention_mask, cos, sin, key_up, value_up, scale, window)
+    _check_arguments(query, row, past, attention_mask, sinks, slopes, window, softcap)
+    return _latent_attention(
+        query, row, past, attention_mask, cos, sin, key_up, value_up, sinks, slopes, scale, window, softcap
+    )
 
 
 @latent_attention.register_fake
@@ -71,12 +103,80 @@ def _(
     sin: Tensor,
     key_up: Tensor,
     value_up: Tensor,
+    sinks: Tensor | None,
+    slopes: Tensor | None,
     scale: float,
     window: int,
+    softcap: float,
 ) -> tuple[Tensor, Tensor]:
     batch, new, heads, _ = query.shape
     present = row.new_empty(batch, past.shape[1] + new, row.shape[2])
     return query.new_empty(batch, new, heads, value_up.shape[2]), present
+
+
+@torch.library.custom_op("mla::cached_attention", mutates_args=())
+def cached_attention(
+    query: Tensor,
+    row: Tensor,
+    past: Tensor,
+    attention_mask: Tensor,
+    sinks: Tensor | None,
+    slopes: Tensor | None,
+    kv_heads: int,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    """Attend with an ordinary cache: grouped-query attention (Ainslie et al. 2023), keys and values in one row.
+
+    Sizes and the last arguments are those of :func:`latent_attention`; ``n`` key/value heads, ``R = n * (D + Dv)``.
+
+    Args:
+        query: ``[B, S, H, D]``, as it enters the dot product.
+        row: ``[B, S, R]``, the new tokens' ``[keys | values]``, keys as they enter the dot product.
+        past: ``[B, P, R]``, earlier rows.
+        attention_mask: ``[B, P + S]``, non-zero for real tokens.
+        sinks: ``[H]``, or None.
+        slopes: ``[H]``, or None.
+        kv_heads: ``n``, a divisor of ``H``.
+        scale: Factor between dot products and softmax logits.
+        window: How many real tokens a query sees, itself included; 0 for all.
+        softcap: Bound of the logits before ``slopes``; 0 for none.
+
+    Returns:
+        Attention outputs ``[B, S, H, Dv]`` and the cache with the new rows ``[B, P + S, R]``.
+
+    Raises:
+        ValueError: Sizes do not fit, or ``window`` or ``softcap`` is negative.
+    """
+    heads, head_dim = query.shape[2:]
+    if kv_heads < 1 or heads % kv_heads:
+        raise ValueError(f"{kv_heads} key/value heads do not divide {heads} query heads.")
+    if row.shape[2] % kv_heads or row.shape[2] <= kv_heads * head_dim:
+        raise ValueError(
+            f"A row of {row.shape[2]} numbers does not hold {kv_heads} keys of {head_dim} and as many values. "
+            "Pass [keys | values] of all key/value heads."
+        )
+    _check_arguments(query, row, past, attention_mask, sinks, slopes, window, softcap)
+    return _cached_attention(query, row, past, attention_mask, sinks, slopes, kv_heads, scale, window, softcap)
+
+
+@cached_attention.register_fake
+def _(
+    query: Tensor,
+    row: Tensor,
+    past: Tensor,
+    attention_mask: Tensor,
+    sinks: Tensor | None,
+    slopes: Tensor | None,
+    kv_heads: int,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    batch, new, heads, head_dim = query.shape
+    present = row.new_empty(batch, past.shape[1] + new, row.shape[2])
+    return query.new_empty(batch, new, heads, row.shape[2] // kv_heads - head_dim), present
 
 
 def rotate_and_append(
@@ -95,9 +195,9 @@ def rotate_and_append(
 
     plain, turning = query.split([query.shape[-1] - 2 * half, 2 * half], -1)
     turned = rotate(turning.unflatten(2, (groups, -1)), cos.unsqueeze(3), sin.unsqueeze(3)).flatten(2, 3)
-    latent, rope = row.split([rank, groups * 2 * half], -1)
+    latent, rope, scales = _split_row(row, rank, groups * 2 * half)
     rope = rotate(rope.unflatten(2, (groups, 2 * half)), cos, sin).flatten(2)
-    return torch.cat([plain, turned], -1), torch.cat([past, torch.cat([latent, rope], -1)], 1)
+    return torch.cat([plain, turned], -1), torch.cat([past, torch.cat([latent, rope, scales], -1)], 1)
 
 
 def visible_keys(attention_mask: Tensor, new: int, window: int) -> Tensor:
@@ -112,62 +212,137 @@ def visible_keys(attention_mask: Tensor, new: int, window: int) -> Tensor:
     own = key[total - new :, None]
     seen = real[:, None, :] & (key <= own)
     if window:
-        rank = real.long().cumsum(-1)
-        seen = seen & (rank[:, total - new :, None] - rank[:, None, :] < window)
+        seen = seen & (_distances(attention_mask, new) < window)
     return seen | (key == own)
 
 
+def score_mask(attention_mask: Tensor, new: int, window: int, slopes: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """What is added to logits: ``[B, 1, new, T]`` bool (seen or not), or with slopes ``[B, H, new, T]`` numbers."""
+    seen = visible_keys(attention_mask, new, window).unsqueeze(1)
+    if slopes is None:
+        return seen
+    # Distances are exact in float32 and not in half precision.
+    exact = slopes.to(torch.promote_types(slopes.dtype, torch.float32))
+    bias = -exact[:, None, None] * _distances(attention_mask, new).unsqueeze(1)
+    return bias.masked_fill(~seen, -torch.inf).to(dtype)
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, sinks: Tensor | None, scale: float, softcap: float
+) -> Tensor:
+    """Softmax attention to keys and values per head.
+
+    Args:
+        query: ``[B, H, S, D]``.
+        key: ``[B, n, T, D]``; ``n`` divides ``H``.
+        value: ``[B, n, T, Dv]``.
+        mask: ``[B, 1 or H, S, T]``, from :func:`score_mask`.
+        sinks: ``[H]``, or ``[H, S]``, or None.
+        scale: Factor of the dot products.
+        softcap: Bound of the logits, or 0.
+
+    Returns:
+        ``[B, H, S, Dv]``.
+    """
+    heads, groups = query.shape[1], key.shape[1]
+    if softcap:  # between product and mask, where scaled_dot_product_attention has no place for it
+        weights = _weights(_product(query, key.mT) * scale, mask, sinks, softcap)
+        return _product(weights.to(value.dtype), value)
+    if sinks is not None:  # one more key: zeros have logit 0, to which the mask adds the sink; its value is zeros
+        mask = _additive(mask, query.dtype).expand(-1, heads, -1, -1)
+        mask = torch.cat([mask, _column(sinks, mask)], -1)
+        key, value = F.pad(key, (0, 0, 0, 1)), F.pad(value, (0, 0, 0, 1))
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, scale=scale, enable_gqa=bool(heads != groups)
+    )
+
+
 def attend_folded(
-    query: Tensor, present: Tensor, seen: Tensor, key_up: Tensor, value_up: Tensor, groups: int, scale: float
+    query: Tensor,
+    present: Tensor,
+    mask: Tensor,
+    key_up: Tensor,
+    value_up: Tensor,
+    groups: int,
+    sinks: Tensor | None,
+    scale: float,
+    softcap: float,
 ) -> Tensor:
     """Attend to the latent rows themselves: ``key_up`` folded into queries, ``value_up`` into outputs.
 
     Args:
         query: ``[B, S, H, nope_dim + rope_dim]``, rotated.
         present: ``[B, T, R]``.
-        seen: ``[B, S, T]``.
+        mask: ``[B, 1 or H, S, T]``, from :func:`score_mask`.
         key_up: ``[G, nope_dim, r]``.
         value_up: ``[G, r, v_dim]``.
         groups: Rope groups ``n``.
+        sinks: ``[H]``, or None.
         scale: Factor of the dot products.
+        softcap: Bound of the logits, or 0.
 
     Returns:
         ``[B, S, H, v_dim]``.
     """
-    heads, rank, nope = query.shape[2], key_up.shape[2], key_up.shape[1]
-    plain, turned = query.split([nope, query.shape[-1] - nope], -1)
+    new, heads, head_dim = query.shape[1:]
+    nope, rank = key_up.shape[1:]
+    plain, turned = query.split([nope, head_dim - nope], -1)
     latent_query = torch.einsum("bsghd,gdr->bsghr", plain.unflatten(2, (key_up.shape[0], -1)), key_up).flatten(2, 3)
-    # A head's rotating channels belong in its group's slot of the row; the other slots get zeros.
-    slots = torch.eye(groups, dtype=query.dtype, device=query.device)
-    turned = torch.einsum("bsghd,gk->bsghkd", turned.unflatten(2, (groups, -1)), slots).flatten(4).flatten(2, 3)
-    rows = torch.cat([latent_query, turned], -1).transpose(1, 2)  # [B, H, S, R]
-    context = F.scaled_dot_product_attention(
-        rows.flatten(1, 2),
-        present,
-        present[..., :rank],
-        attn_mask=seen.unsqueeze(1).expand(-1, heads, -1, -1).flatten(1, 2),
-        scale=scale,
-    )
-    context = context.unflatten(1, (heads, -1)).transpose(1, 2).unflatten(2, (value_up.shape[0], -1))
-    return torch.einsum("bsghr,grd->bsghd", context, value_up).flatten(2, 3)
+    latent, rope, scales = _split_row(present, rank, groups * turned.shape[-1])
+    if softcap or scales.shape[-1]:
+        logits = _product(latent_query.transpose(1, 2), latent.mT.unsqueeze(1))
+        if scales.shape[-1]:
+            per_scale = logits.unflatten(1, (scales.shape[-1], -1))
+            logits = (per_scale * scales.mT[:, :, None, None]).flatten(1, 2)
+        rope_key = rope.unflatten(2, (groups, turned.shape[-1])).permute(0, 2, 3, 1)
+        logits = logits + _product(turned.transpose(1, 2), rope_key)
+        weights = _weights(logits * scale, mask, sinks, softcap)
+        context = _product(weights.to(latent.dtype), latent.unsqueeze(1)).transpose(1, 2)
+    else:
+        # A head's rotating channels belong in its group's slot of the row; the other slots get zeros.
+        slots = torch.eye(groups, dtype=query.dtype, device=query.device)
+        turned = torch.einsum("bsghd,gk->bsghkd", turned.unflatten(2, (groups, -1)), slots).flatten(4).flatten(2, 3)
+        rows = torch.cat([latent_query, turned], -1).transpose(1, 2)  # [B, H, S, R]
+        # All heads attend to the same rows: as queries of one head they read them once.
+        context = attend(
+            rows.flatten(1, 2).unsqueeze(1),
+            present.unsqueeze(1),
+            latent.unsqueeze(1),
+            mask.expand(-1, heads, -1, -1).flatten(1, 2).unsqueeze(1),
+            None if sinks is None else sinks.repeat_interleave(new)[None],
+            scale,
+            softcap,
+        )
+        context = context.unflatten(2, (heads, new)).squeeze(1).transpose(1, 2)
+    return torch.einsum("bsghr,grd->bsghd", context.unflatten(2, (value_up.shape[0], -1)), value_up).flatten(2, 3)
 
 
 def attend_unfolded(
-    query: Tensor, present: Tensor, seen: Tensor, key_up: Tensor, value_up: Tensor, groups: int, scale: float
+    query: Tensor,
+    present: Tensor,
+    mask: Tensor,
+    key_up: Tensor,
+    value_up: Tensor,
+    groups: int,
+    sinks: Tensor | None,
+    scale: float,
+    softcap: float,
 ) -> Tensor:
     """Attend to keys and values up-projected from the latent; arguments as in :func:`attend_folded`."""
-    heads, rank = query.shape[2], key_up.shape[2]
-    latent, rope = present.split([rank, present.shape[-1] - rank], -1)
+    heads, rope_dim = query.shape[2], query.shape[3] - key_up.shape[1]
+    latent, rope, scales = _split_row(present, key_up.shape[2], groups * rope_dim)
     plain = torch.einsum("btr,gdr->bgtd", latent, key_up)
     value = torch.einsum("btr,grd->bgtd", latent, value_up)
-    rope = rope.unflatten(2, (groups, -1)).transpose(1, 2)
+    rope = rope.unflatten(2, (groups, rope_dim)).transpose(1, 2)
     plain, rope, value = (x.repeat_interleave(heads // x.shape[1], 1) for x in (plain, rope, value))
-    return F.scaled_dot_product_attention(
-        query.transpose(1, 2), torch.cat([plain, rope], -1), value, attn_mask=seen.unsqueeze(1), scale=scale
-    ).transpose(1, 2)
+    if scales.shape[-1]:
+        plain = plain * scales.mT.repeat_interleave(heads // scales.shape[-1], 1).unsqueeze(-1)
+    return attend(query.transpose(1, 2), torch.cat([plain, rope], -1), value, mask, sinks, scale, softcap).transpose(
+        1, 2
+    )
 
 
-def _attend(
+def _latent_attention(
     query: Tensor,
     row: Tensor,
     past: Tensor,
@@ -176,47 +351,158 @@ def _attend(
     sin: Tensor,
     key_up: Tensor,
     value_up: Tensor,
+    sinks: Tensor | None,
+    slopes: Tensor | None,
     scale: float,
     window: int,
+    softcap: float,
 ) -> tuple[Tensor, Tensor]:
-    groups, rank = cos.shape[2], key_up.shape[2]
-    query, present = rotate_and_append(query, row, past, cos, sin, rank)
-    seen = visible_keys(attention_mask, query.shape[1], window)
-    attend = attend_folded if _folding_pays(query, present, key_up, value_up) else attend_unfolded
-    return attend(query, present, seen, key_up, value_up, groups, scale).contiguous(), present
+    folds = _folding_pays(query, row, past, cos, key_up, value_up, capped=softcap != 0)
+    query, present = rotate_and_append(query, row, past, cos, sin, key_up.shape[2])
+    mask = score_mask(attention_mask, query.shape[1], window, slopes, query.dtype)
+    form = attend_folded if folds else attend_unfolded
+    return form(query, present, mask, key_up, value_up, cos.shape[2], sinks, scale, softcap).contiguous(), present
 
 
-def _folding_pays(query: Tensor, present: Tensor, key_up: Tensor, value_up: Tensor) -> bool:
+def _cached_attention(
+    query: Tensor,
+    row: Tensor,
+    past: Tensor,
+    attention_mask: Tensor,
+    sinks: Tensor | None,
+    slopes: Tensor | None,
+    kv_heads: int,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    present = torch.cat([past, row], 1)
+    keys = kv_heads * query.shape[3]
+    key, value = (
+        x.unflatten(2, (kv_heads, -1)).transpose(1, 2) for x in present.split([keys, present.shape[2] - keys], -1)
+    )
+    mask = score_mask(attention_mask, query.shape[1], window, slopes, query.dtype)
+    return attend(query.transpose(1, 2), key, value, mask, sinks, scale, softcap).transpose(1, 2).contiguous(), present
+
+
+def _check_arguments(
+    query: Tensor,
+    row: Tensor,
+    past: Tensor,
+    attention_mask: Tensor,
+    sinks: Tensor | None,
+    slopes: Tensor | None,
+    window: int,
+    softcap: float,
+) -> None:
+    """Refuse what both operators refuse."""
+    if row.shape[2] != past.shape[2]:
+        raise ValueError(f"A new row has {row.shape[2]} numbers, but a cached one {past.shape[2]}.")
+    if attention_mask.shape[1] != past.shape[1] + row.shape[1]:
+        raise ValueError(
+            f"attention_mask covers {attention_mask.shape[1]} tokens, but {past.shape[1]} are cached and "
+            f"{row.shape[1]} are new. Pass a mask over all of them."
+        )
+    for name, per_head in (("sinks", sinks), ("slopes", slopes)):
+        if per_head is not None and per_head.shape != query.shape[2:3]:
+            raise ValueError(
+                f"{name} has shape {list(per_head.shape)}. Pass one number for each of {query.shape[2]} heads."
+            )
+    if window < 0 or softcap < 0:
+        raise ValueError(f"window is {window} and softcap {softcap}. Pass 0 for none, or a positive number.")
+
+
+def _key_scales(row: Tensor, cos: Tensor, key_up: Tensor) -> int:
+    """``m``, what a row holds behind latent and rope keys."""
+    return row.shape[2] - key_up.shape[2] - cos.shape[2] * 2 * cos.shape[3]
+
+
+def _split_row(row: Tensor, rank: int, rope_width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Latent, rope keys of all groups, and key scales of ``[B, T, R]``."""
+    latent, rope, scales = row.split([rank, rope_width, row.shape[-1] - rank - rope_width], -1)
+    return latent, rope, scales
+
+
+def _distances(attention_mask: Tensor, new: int) -> Tensor:
+    """How many real tokens each of all keys lies before each of the last ``new`` tokens, ``[B, new, T]``."""
+    rank = (attention_mask != 0).long().cumsum(-1)
+    return rank[:, rank.shape[1] - new :, None] - rank[:, None, :]
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask as numbers to add to logits."""
+    if mask.is_floating_point():
+        return mask
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, -torch.inf)
+
+
+def _column(sinks: Tensor, logits: Tensor) -> Tensor:
+    """Sinks ``[H]`` or ``[H, S]`` as one more column of ``[B, H, S, T]`` logits."""
+    return sinks.to(logits.dtype).reshape(logits.shape[1], -1, 1).expand(*logits.shape[:3], 1)
+
+
+def _weights(logits: Tensor, mask: Tensor, sinks: Tensor | None, softcap: float) -> Tensor:
+    """Softmax of ``[B, H, S, T]`` logits after cap, mask and sinks; in float32 or wider, as fused kernels do."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if softcap:
+        logits = softcap * (logits / softcap).tanh()
+    logits = logits + _additive(mask, logits.dtype)
+    if sinks is None:
+        return logits.softmax(-1)
+    return torch.cat([logits, _column(sinks, logits)], -1).softmax(-1)[..., :-1]
+
+
+def _product(x: Tensor, y: Tensor) -> Tensor:
+    """``[B, H, S, K]`` times ``[B, n, K, L]``, ``n`` dividing ``H``: heads that share ``y`` read it once."""
+    batch, heads, new, width = x.shape
+    groups = y.shape[1]
+    return (x.reshape(batch, groups, heads // groups * new, width) @ y).reshape(batch, heads, new, y.shape[3])
+
+
+def _folding_pays(
+    query: Tensor, row: Tensor, past: Tensor, cos: Tensor, key_up: Tensor, value_up: Tensor, *, capped: bool
+) -> bool:
     """Compare multiplications of the two forms for this many queries over this many keys."""
     new, heads, head_dim = query.shape[1:]
-    total, width = present.shape[1:]
+    total, width = past.shape[1] + new, row.shape[2]
     nope, rank = key_up.shape[1:]
-    v_dim = value_up.shape[2]
+    v_dim, scales = value_up.shape[2], _key_scales(row, cos, key_up)
+    if capped or scales:  # logits of latent and rope keys are products of their own, not one over the whole row
+        width = rank + head_dim - nope + (scales > 0)
     folded = heads * new * (total * (width + rank) + rank * (nope + v_dim))
     unfolded = heads * new * total * (head_dim + v_dim) + total * rank * (
         key_up.shape[0] * nope + value_up.shape[0] * v_dim
     )
+    if scales:
+        unfolded += heads * total * nope
     return folded <= unfolded
 
 
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:  # noqa: ANN401 - torch's context
-    *tensors, ctx.scale, ctx.window = inputs
-    ctx.save_for_backward(*tensors)
+def _register_gradient(op: CustomOpDef, compute: Callable[..., tuple[Tensor, Tensor]], tensors: int) -> None:
+    """Give an operator whose first ``tensors`` arguments are tensors or None the gradient of ``compute``.
+
+    The forward pass is recomputed with gradients on: no intermediate of size ``S x T`` is kept between passes.
+    """
+
+    def remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:  # noqa: ANN401 - torch's
+        ctx.save_for_backward(*inputs[:tensors])
+        ctx.settings = inputs[tensors:]
+
+    def backward(ctx: Any, grad_output: Tensor, grad_present: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        wanted = ctx.needs_input_grad[:tensors]
+        with torch.enable_grad():
+            pairs = zip(ctx.saved_tensors, wanted, strict=True)
+            inputs = [None if x is None else x.detach().requires_grad_(w) for x, w in pairs]
+            outputs = compute(*inputs, *ctx.settings)
+        chosen = [x for x, w in zip(inputs, wanted, strict=True) if x is not None and w]
+        # An output that no wanted input leads to (the cache, for queries alone) has no gradient to send back.
+        sent = [(o, g) for o, g in zip(outputs, (grad_output, grad_present), strict=True) if o.requires_grad]
+        results, gradients = zip(*sent, strict=True)
+        found = iter(torch.autograd.grad(results, chosen, gradients, allow_unused=True))
+        return (*(next(found) if w else None for w in wanted), *(None for _ in ctx.settings))
+
+    op.register_autograd(backward, setup_context=remember)
 
 
-def _backward(ctx: Any, grad_output: Tensor, grad_present: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
-    """Recompute the forward pass with gradients on: no intermediate of size ``S x T`` is kept between passes."""
-    saved = ctx.saved_tensors
-    wanted = list(ctx.needs_input_grad[: len(saved)])
-    with torch.enable_grad():
-        inputs = [x.detach().requires_grad_(w) for x, w in zip(saved, wanted, strict=True)]
-        outputs = _attend(*inputs, ctx.scale, ctx.window)  # type: ignore[call-arg]
-    chosen = [x for x, w in zip(inputs, wanted, strict=True) if w]
-    # An output that no wanted input leads to (the cache, for queries alone) has no gradient to send back.
-    sent = [(o, g) for o, g in zip(outputs, (grad_output, grad_present), strict=True) if o.requires_grad]
-    results, gradients = zip(*sent, strict=True)
-    found = iter(torch.autograd.grad(results, chosen, gradients, allow_unused=True))
-    return (*(next(found) if w else None for w in wanted), None, None)
-
-
-latent_attention.register_autograd(_backward, setup_context=_remember)
+_register_gradient(latent_attention, _latent_attention, tensors=10)
+_register_gradient(cached_attention, _cached_attention, tensors=6)

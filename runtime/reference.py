@@ -1,7 +1,7 @@
 """The maths in float64, as plainly as possible: the oracle every kernel, operator and lowering is tested against.
 
 ``B`` batch, ``S`` new tokens, ``P`` past tokens, ``T = P + S``, ``H`` query heads, ``n`` key/value heads or rope
-groups, ``R = rank + n * rope_dim`` numbers in one cache row ``[latent | rope keys]``.
+groups, ``m`` key scales, ``R = rank + n * rope_dim + m`` numbers in a cache row ``[latent | rope keys | key scales]``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["attention", "latent_attention", "visible_keys"]
+__all__ = ["attention", "cached_attention", "latent_attention", "visible_keys"]
 
 
 def attention(
@@ -23,6 +23,9 @@ def attention(
     inv_freq: Sequence[float],
     scale: float,
     window: int | None,
+    sinks: Tensor | None = None,
+    slopes: Tensor | None = None,
+    softcap: float = 0.0,
 ) -> Tensor:
     """Causal grouped-query attention with rotary pairs from position 0 (Vaswani 2017 eq. 1, Su 2021 eq. 34).
 
@@ -34,6 +37,9 @@ def attention(
         inv_freq: Radians per position of every pair.
         scale: Factor of ``q . k``.
         window: Keys a query sees, itself included; None for all before it.
+        sinks: ``[H]``, or None; these three as in :func:`mla_compile.runtime.ops.latent_attention`.
+        slopes: ``[H]``, or None.
+        softcap: Bound of the logits, or 0.
 
     Returns:
         ``[B, S, H, Dv]`` in float64.
@@ -48,10 +54,8 @@ def attention(
             cos, sin = angle[None, :, None, i].cos(), angle[None, :, None, i].sin()
             y[..., a], y[..., b] = x[..., a] * cos - x[..., b] * sin, x[..., b] * cos + x[..., a] * sin
         turned.append(y)
-    seen = visible_keys(torch.ones(query.shape[:2], dtype=torch.long), length, window)
-    logits = torch.einsum("bshd,bthd->bhst", *turned) * scale
-    weights = logits.masked_fill(~seen[:, None], -math.inf).softmax(-1)
-    return torch.einsum("bhst,bthd->bshd", weights, value.repeat_interleave(group, 2))
+    mask = torch.ones(query.shape[:2], dtype=torch.long)
+    return _attend(turned[0], turned[1], value.repeat_interleave(group, 2), mask, scale, window, sinks, slopes, softcap)
 
 
 def visible_keys(attention_mask: Tensor, new: int, window: int | None) -> Tensor:
@@ -78,6 +82,33 @@ def visible_keys(attention_mask: Tensor, new: int, window: int | None) -> Tensor
     return seen | (place[None, None, :] == place[None, total - new :, None])
 
 
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    scale: float,
+    window: int | None,
+    sinks: Tensor | None,
+    slopes: Tensor | None,
+    softcap: float,
+) -> Tensor:
+    """Attention of ``[B, S, H, D]`` queries to ``[B, T, H, D]`` keys and ``[B, T, H, Dv]`` values."""
+    new, heads = query.shape[1:3]
+    logits = torch.einsum("bshd,bthd->bhst", query, key) * scale
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    if slopes is not None:
+        rank = (attention_mask != 0).long().cumsum(-1)
+        distance = rank[:, -new:, None] - rank[:, None, :]
+        logits = logits - slopes.double()[:, None, None] * distance[:, None]
+    logits = logits.masked_fill(~visible_keys(attention_mask, new, window)[:, None], -math.inf)
+    if sinks is not None:
+        logits = torch.cat([logits, sinks.double()[:, None, None].expand(len(logits), heads, new, 1)], -1)
+    weights = logits.softmax(-1)[..., : key.shape[1]]
+    return torch.einsum("bhst,bthd->bshd", weights, value)
+
+
 def latent_attention(
     query: Tensor,
     row: Tensor,
@@ -89,6 +120,9 @@ def latent_attention(
     value_up: Tensor,
     scale: float,
     window: int | None,
+    sinks: Tensor | None = None,
+    slopes: Tensor | None = None,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Multi-head latent attention with explicit keys and values (MHA2MLA eq. 8-11; DeepSeek-V2 eq. 9-19).
 
@@ -102,15 +136,40 @@ def latent_attention(
         real, imaginary = x[..., :half], x[..., half:]
         return torch.cat([real * cos - imaginary * sin, imaginary * cos + real * sin], -1)
 
-    rope_keys = rotate(row[..., rank:].unflatten(-1, (groups, 2 * half)), cos, sin)
-    present = torch.cat([past, torch.cat([row[..., :rank], rope_keys.flatten(-2)], -1)], 1)
-    latent, rope_keys = present[..., :rank], present[..., rank:].unflatten(-1, (groups, 2 * half))
+    widths = [rank, groups * 2 * half, row.shape[-1] - rank - groups * 2 * half]
+    latent, rope_keys, scales = row.split(widths, -1)
+    rope_keys = rotate(rope_keys.unflatten(-1, (groups, 2 * half)), cos, sin).flatten(-2)
+    present = torch.cat([past, torch.cat([latent, rope_keys, scales], -1)], 1)
+    latent, rope_keys, scales = present.split(widths, -1)
+    rope_keys = rope_keys.unflatten(-1, (groups, 2 * half))
     keys = torch.einsum("btr,gdr->btgd", latent, key_up).repeat_interleave(heads // key_up.shape[0], 2)
+    if widths[2]:
+        keys = keys * scales.repeat_interleave(heads // widths[2], 2)[..., None]
     keys = torch.cat([keys, rope_keys.repeat_interleave(heads // groups, 2)], -1)
     values = torch.einsum("btr,grd->btgd", latent, value_up).repeat_interleave(heads // value_up.shape[0], 2)
     per_head = [x.repeat_interleave(heads // groups, 2) for x in (cos, sin)]
     queries = torch.cat([query[..., :nope], rotate(query[..., nope:], *per_head)], -1)
-    seen = visible_keys(attention_mask, query.shape[1], window)
-    logits = torch.einsum("bshd,bthd->bhst", queries, keys) * scale
-    weights = logits.masked_fill(~seen[:, None], -math.inf).softmax(-1)
-    return torch.einsum("bhst,bthd->bshd", weights, values), present
+    return _attend(queries, keys, values, attention_mask, scale, window, sinks, slopes, softcap), present
+
+
+def cached_attention(
+    query: Tensor,
+    row: Tensor,
+    past: Tensor,
+    attention_mask: Tensor,
+    kv_heads: int,
+    scale: float,
+    window: int | None,
+    sinks: Tensor | None = None,
+    slopes: Tensor | None = None,
+    softcap: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Grouped-query attention with a cache (Ainslie et al. 2023).
+
+    Arguments and results are those of :func:`mla_compile.runtime.ops.cached_attention`, in float64.
+    """
+    present = torch.cat([past.double(), row.double()], 1)
+    group, width = query.shape[2] // kv_heads, kv_heads * query.shape[3]
+    parts = present[..., :width], present[..., width:]
+    key, value = (x.unflatten(-1, (kv_heads, -1)).repeat_interleave(group, 2) for x in parts)
+    return _attend(query.double(), key, value, attention_mask, scale, window, sinks, slopes, softcap), present

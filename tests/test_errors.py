@@ -19,6 +19,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from families import huggingface
 from torch import nn
 
 from mla_compile import frontend, verify
@@ -79,7 +80,7 @@ def place(tmp_path_factory):
     archive(models.handwritten(models.ComplexLlama), place / "rotary.pt2")
     archive(Bag(), place / "bag.pt2")
     archive(models.handwritten(models.BidirectionalGPT), place / "both-ways.pt2")
-    models.qwen3().save_pretrained(place / "qwen3")
+    huggingface.REFUSED["deepseek-v3"].build().save_pretrained(place / "deepseek")
     models.llama(num_hidden_layers=1).save_pretrained(place / "llama")
     (place / "cut.pt2").write_bytes((place / "nano.pt2").read_bytes()[:30_000])
 
@@ -312,11 +313,13 @@ def test_other_command_that_fails(case, place, tmp_path):
 
 
 def test_every_layer_is_refused_with_its_reason(place, tmp_path):
-    done = command(place / "qwen3", "--out", tmp_path / "o.onnx")
-    assert_one_sentence(done, 3, f"2 of 2 attention layers of '{place / 'qwen3'}' cannot be converted: ", quiet=False)
+    done = command(place / "deepseek", "--out", tmp_path / "o.onnx")
+    assert_one_sentence(
+        done, 3, f"2 of 2 attention layers of '{place / 'deepseek'}' cannot be converted: ", quiet=False
+    )
     for layer in (0, 1):
-        assert f"model.layers.{layer}.self_attn: something non-linear, such as a norm" in done.err
-    assert done.err.count("[nonlinear]") == 2
+        assert f"model.layers.{layer}.self_attn: the key comes from a latent" in done.err
+    assert done.err.count("[latent]") == 2
 
 
 def test_the_table_of_refused_layers_goes_to_standard_output(place):

@@ -12,7 +12,7 @@ from hypothesis import assume, given
 from mla_compile.config import make_config
 from mla_compile.errors import UsageError
 from mla_compile.plan import LatentPlan, cache_elements, plan_layers
-from mla_compile.site import AttentionSite, Mask, Projection, Rope
+from mla_compile.site import AttentionSite, Projection, Rope, Scores
 
 
 def projection(heads: int, dim: int) -> Projection:
@@ -29,7 +29,17 @@ def site(
     value = projection(kv_heads, dim if v_dim is None else v_dim)
     query, key = projection(kv_heads * group, dim), projection(kv_heads, dim)
     return AttentionSite(
-        index, f"layers.{index}.attention", query, key, value, rope, dim**-0.5, Mask(), "out", "softmax", 0.0
+        index,
+        f"layers.{index}.attention",
+        query,
+        key,
+        value,
+        rope,
+        Scores(dim**-0.5),
+        "out",
+        ("b", "h", "s", "d"),
+        "softmax",
+        0.0,
     )
 
 

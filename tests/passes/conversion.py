@@ -32,7 +32,8 @@ def convert(
 ) -> LatentModel:
     """A converted model that equals the original unless settings say otherwise."""
     weights = latent_weights(program, sites, **settings)
-    return LatentModel(insert_latent(program, sites, weights, dtype), [w.row.shape[0] for w in weights])
+    graph = insert_latent(program, sites, weights, dtype)
+    return LatentModel(graph.module, graph.rows)
 
 
 def in_chunks(model: LatentModel, ids: Tensor, sizes: Sequence[int]) -> Tensor:

@@ -16,7 +16,7 @@ from mla_compile.passes.factorise import LatentWeights, factorise_mha2mla, selec
 from mla_compile.passes.weights import HeadWeights, SiteWeights
 from mla_compile.plan import plan_layers
 from mla_compile.runtime import reference
-from mla_compile.site import AttentionSite, Mask, Projection, Rope
+from mla_compile.site import AttentionSite, Projection, Rope, Scores
 
 # Both sides compute in float64 on numbers of size one; an SVD multiplies the rounding of 1e-16 by some tens.
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
@@ -45,9 +45,9 @@ class Shape:
             key=projection(self.kv_heads, self.dim),
             value=projection(self.kv_heads, self.v_dim),
             rope=Rope(tuple((i, i + self.pairs) for i in range(self.pairs)), tuple(0.7**i for i in range(self.pairs))),
-            scale=0.3,
-            mask=Mask(),
+            scores=Scores(0.3),
             output="o",
+            output_axes=("b", "h", "s", "d"),
             softmax="s",
             error=0.0,
         )
@@ -57,7 +57,8 @@ class Shape:
 
         def draw(*shape: int) -> HeadWeights:
             weight = torch.randn(*shape, self.width, generator=generator, dtype=torch.float64) / math.sqrt(self.width)
-            return HeadWeights(weight, torch.randn(shape, generator=generator, dtype=torch.float64))
+            bias = torch.randn(shape, generator=generator, dtype=torch.float64)
+            return HeadWeights(weight, bias, torch.zeros_like(bias))
 
         return SiteWeights(draw(self.heads, self.dim), draw(self.kv_heads, self.dim), draw(self.kv_heads, self.v_dim))
 
@@ -322,7 +323,7 @@ def test_full_rank_with_fewer_pairs_is_the_layer_with_fewer_rotations(shape: Sha
 
 def test_layers_without_biases_get_none():
     shape = Shape()
-    weights = SiteWeights(*(HeadWeights(w.weight, torch.zeros_like(w.bias)) for w in vars(shape.weights()).values()))
+    weights = SiteWeights(*(HeadWeights(w.weight, 0 * w.bias, w.shift) for w in vars(shape.weights()).values()))
     config = make_config(exact=True, selection="uniform")
     (plan,) = plan_layers([shape.site()], [shape.width], config)
     latent = factorise_mha2mla(shape.site(), weights, plan, config, None)

@@ -348,6 +348,13 @@ UNDERSTOOD = [
     BySlice,
     BySliceOfOneRow,
     ByNarrow,
+    ByIndexThenRow,
+    BySliceThenRow,
+    ByShiftedSlice,
+    ByTransposedSlice,
+    BySelection,
+    BySine,
+    BySineOfFloats,
 ]
 OTHERS = [c for k in (Positioned, ByIndex) for c in k.__subclasses__() if c not in UNDERSTOOD]
 
@@ -394,7 +401,7 @@ def test_scores_that_something_else_reads_are_refused(kind):
         convert(program, recognise(program).sites)
 
 
-def test_padding_mask_that_something_else_reads_is_refused():
+def test_padding_mask_that_something_else_reads_is_that_of_the_new_tokens():
     class MaskedLM(zoo.TinyLM):
         def forward(self, ids, attention_mask):
             return super().forward(ids) * attention_mask[..., None]
@@ -403,5 +410,14 @@ def test_padding_mask_that_something_else_reads_is_refused():
 
     ids = torch.zeros(2, 5, dtype=torch.long)
     program = capture(zoo.model(zoo.Attention, kind=MaskedLM), (ids, torch.ones_like(ids)))
-    with pytest.raises(RefusedError, match="padding mask is used outside attention"):
-        convert(program, recognise(program).sites)
+    model = convert(program, recognise(program).sites)
+    ids = torch.randint(0, zoo.VOCABULARY, (2, 2 * LENGTH), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    whole = model(ids, mask, positions)
+    first = model(ids[:, :LENGTH], mask[:, :LENGTH], positions[:, :LENGTH])
+    second = model(ids[:, LENGTH:], mask, positions[:, LENGTH:], past=first.cache)
+    assert not whole.logits[0, :3].any()
+    assert whole.logits[0, 3:].any()
+    assert difference(torch.cat([first.logits, second.logits], 1), whole.logits) <= LOGITS

@@ -10,10 +10,13 @@ import onnx
 import pytest
 import torch
 from conversion import convert, difference
+from torch import nn
 
 from mla_compile.passes import lower_onnx
 from mla_compile.passes.lower_onnx import METADATA_KEY, export_rewritten, lower_to_onnx
-from mla_compile.runtime.onnx_function import DOMAIN, OP_TYPE, VERSION
+from mla_compile.runtime import ops  # noqa: F401 - registers the operators
+from mla_compile.runtime.module import LatentModel
+from mla_compile.runtime.onnx_function import CACHED, DOMAIN, LATENT, VERSION
 from mla_compile.runtime.onnx_session import OnnxDecoder
 
 # Both runtimes compute in float32, in another order and with other kernels: 1e-6 was observed.
@@ -23,6 +26,79 @@ METADATA = {"format": 1, "layers": [{"rank": 7}], "source": "a model"}
 # What differs for the exporter: grouped keys, a window, no rope but a table of positions, biases.
 NAMES = ("llama-gqa", "mistral-window", "nanogpt", "complex-llama", "llama-attention-bias")
 FIRST = NAMES[0]
+
+
+class EveryFeature(nn.Module):
+    """Layers that need four variants of two functions; two need the same one, and one has no rope at all."""
+
+    HEADS, HEAD_DIM, WIDTH = 4, 6, 10
+    # Per layer: rank, rope channels per head (one group), key scales, and the operator's last arguments.
+    LATENT = (
+        {"rank": 5, "rope": 4, "scales": 2, "sinks": True, "window": 3},
+        {"rank": 6, "rope": 2},
+        {"rank": 3, "rope": 0, "scales": 1, "slopes": True, "softcap": 2.0},
+        {"rank": 4, "rope": 2},
+    )
+    CACHED = ({"kv_heads": 2, "sinks": True, "slopes": True, "softcap": 1.5, "window": 4}, {"kv_heads": 4})
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+
+        def weight(*shape):
+            return nn.Parameter(torch.randn(shape, generator=generator) / shape[-1] ** 0.5)
+
+        self.embedding = weight(models.VOCABULARY, self.WIDTH)
+        self.query, self.row, self.key_up, self.value_up, self.output, self.sinks, self.slopes = (
+            nn.ParameterList() for _ in range(7)
+        )
+        for layer in (*self.LATENT, *self.CACHED):
+            if layer in self.LATENT:
+                width = layer["rank"] + layer["rope"] + layer.get("scales", 0)
+                self.key_up.append(weight(2, self.HEAD_DIM - layer["rope"], layer["rank"]))
+                self.value_up.append(weight(1, layer["rank"], self.HEAD_DIM))
+            else:
+                width = layer["kv_heads"] * 2 * self.HEAD_DIM
+            self.query.append(weight(self.HEADS * self.HEAD_DIM, self.WIDTH))
+            self.row.append(weight(width, self.WIDTH))
+            self.output.append(weight(self.WIDTH, self.HEADS * self.HEAD_DIM))
+            self.sinks.append(weight(self.HEADS))
+            self.slopes.append(weight(self.HEADS))
+        self.rows = [row.shape[0] for row in self.row]
+
+    def forward(self, input_ids, attention_mask, position_ids, p0, p1, p2, p3, p4, p5):
+        x, past, present = self.embedding[input_ids], (p0, p1, p2, p3, p4, p5), []
+        batch, new = input_ids.shape[0], input_ids.shape[1]
+        for i, layer in enumerate((*self.LATENT, *self.CACHED)):
+            query = (x @ self.query[i].T).reshape(batch, new, self.HEADS, self.HEAD_DIM)
+            row = x @ self.row[i].T
+            extras = [
+                self.sinks[i] if "sinks" in layer else None,
+                self.slopes[i] if "slopes" in layer else None,
+            ]
+            last = [0.4, layer.get("window", 0), layer.get("softcap", 0.0)]
+            if i < len(self.LATENT):
+                frequency = torch.tensor([0.7**j for j in range(layer["rope"] // 2)])
+                angle = position_ids[..., None, None] * frequency
+                y, cache = torch.ops.mla.latent_attention.default(
+                    query,
+                    row,
+                    past[i],
+                    attention_mask,
+                    angle.cos(),
+                    angle.sin(),
+                    self.key_up[i],
+                    self.value_up[i],
+                    *extras,
+                    *last,
+                )
+            else:
+                y, cache = torch.ops.mla.cached_attention.default(
+                    query, row, past[i], attention_mask, *extras, layer["kv_heads"], *last
+                )
+            present.append(cache)
+            x = x + y.flatten(2) @ self.output[i].T
+        return x @ self.embedding.T, *present
 
 
 class Lowered:
@@ -39,24 +115,28 @@ class Lowered:
         return path
 
     def check_logits(self, path):
-        """Whole sequences, token by token, and padding, against the PyTorch module."""
-        decoder, ids = OnnxDecoder(path, threads=1), models.tokens(2, LENGTH)
-        with torch.no_grad():
-            expected = self.model(ids).logits
-        assert difference(torch.from_numpy(decoder.logits(ids.numpy())), expected) <= LOGITS
-        cache, parts = decoder.empty_cache(2), []
-        for place in range(LENGTH):  # the first step has one token and no past
-            mask, position = np.ones((2, place + 1), np.int64), np.full((2, 1), place)
-            logits, cache = decoder.step(ids[:, place : place + 1].numpy(), mask, position, cache)
-            parts.append(torch.from_numpy(logits))
-        assert difference(torch.cat(parts, 1), expected) <= LOGITS
-        mask = torch.ones_like(ids)
-        mask[0, :5] = 0
-        position = (mask.cumsum(1) - 1).clamp(min=0)
-        with torch.no_grad():
-            expected = self.model(ids, mask, position).logits
-        logits, _ = decoder.step(ids.numpy(), mask.numpy(), position.numpy(), decoder.empty_cache(2))
-        assert difference(torch.from_numpy(logits)[mask != 0], expected[mask != 0]) <= LOGITS
+        check_logits(self.model, path)
+
+
+def check_logits(model, path):
+    """Whole sequences, token by token, and padding, against the PyTorch module."""
+    decoder, ids = OnnxDecoder(path, threads=1), models.tokens(2, LENGTH)
+    with torch.no_grad():
+        expected = model(ids).logits
+    assert difference(torch.from_numpy(decoder.logits(ids.numpy())), expected) <= LOGITS
+    cache, parts = decoder.empty_cache(2), []
+    for place in range(LENGTH):  # the first step has one token and no past
+        mask, position = np.ones((2, place + 1), np.int64), np.full((2, 1), place)
+        logits, cache = decoder.step(ids[:, place : place + 1].numpy(), mask, position, cache)
+        parts.append(torch.from_numpy(logits))
+    assert difference(torch.cat(parts, 1), expected) <= LOGITS
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    position = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        expected = model(ids, mask, position).logits
+    logits, _ = decoder.step(ids.numpy(), mask.numpy(), position.numpy(), decoder.empty_cache(2))
+    assert difference(torch.from_numpy(logits)[mask != 0], expected[mask != 0]) <= LOGITS
 
 
 @pytest.fixture(scope="module")
@@ -109,9 +189,9 @@ def test_one_node_per_layer_and_its_function(lowered, name):
     onnx.checker.check_model(case.path, full_check=True)
     model = onnx.load(case.path)
     assert {entry.domain: entry.version for entry in model.opset_import} == {"": 23, DOMAIN: VERSION}
-    assert [(f.domain, f.name) for f in model.functions] == [(DOMAIN, OP_TYPE)]
+    assert [(f.domain, f.name, f.overload) for f in model.functions] == [(DOMAIN, LATENT, "")]
     nodes = [n for n in model.graph.node if n.domain]
-    assert [(n.domain, n.op_type) for n in nodes] == [(DOMAIN, OP_TYPE)] * len(case.sites)
+    assert [(n.domain, n.op_type) for n in nodes] == [(DOMAIN, LATENT)] * len(case.sites)
     for node, site, row in zip(nodes, case.sites, case.model.rows, strict=True):
         found = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
         assert found.keys() == {"num_heads", "rope_groups", "rope_dim", "latent_rank", "scale", "window"}
@@ -196,3 +276,50 @@ def test_exported_program_serves_every_step(lowered, new, past):
         logits, *_ = exported(ids[:, past:], torch.ones_like(ids), position, *cache)
         expected = model(ids[:, past:], past=cache).logits
     assert torch.equal(logits, expected)
+
+
+@pytest.fixture(scope="module")
+def every_feature():
+    graph = EveryFeature()
+    exported = export_rewritten(graph, graph.rows)
+    return LatentModel(exported.module(), graph.rows)
+
+
+@pytest.mark.parametrize("inline", [False, True], ids=["functions", "inline"])
+def test_every_feature_and_layers_that_are_not_converted(every_feature, tmp_path, inline):
+    path = tmp_path / "model.onnx"
+    lower_to_onnx(every_feature.graph, every_feature.rows, path, opset=23, inline=inline, metadata=METADATA)
+    onnx.checker.check_model(path, full_check=True)
+    check_logits(every_feature, path)
+    model = onnx.load(path)
+    called = [(n.op_type, n.overload) for n in model.graph.node if n.domain == DOMAIN]
+    if inline:
+        assert not called
+        assert not model.functions
+        return
+    assert called == [
+        (LATENT, "key_scales_sinks"),
+        (LATENT, ""),
+        (LATENT, "key_scales_softcap_slopes"),
+        (LATENT, ""),
+        (CACHED, "softcap_sinks_slopes"),
+        (CACHED, ""),
+    ]
+    assert {(f.name, f.overload) for f in model.functions} == {*called}
+    assert len(model.functions) == 5
+    shown = {
+        a.name: onnx.helper.get_attribute_value(a)
+        for n in model.graph.node[:]
+        if n.overload == "key_scales_sinks"
+        for a in n.attribute
+    }
+    assert shown.pop("scale") == pytest.approx(0.4)
+    assert shown == {
+        "num_heads": 4,
+        "rope_groups": 1,
+        "rope_dim": 4,
+        "latent_rank": 5,
+        "window": 3,
+        "key_scales": 2,
+        "has_sinks": 1,
+    }

@@ -7,16 +7,11 @@ import torch
 import zoo
 
 from mla_compile.passes.evaluate import GraphEvaluator
-from mla_compile.passes.probe import (
-    SHORT,
-    Operand,
-    probe_linear,
-    probe_mask,
-    probe_probabilities,
-    probe_rope,
-    probe_rows,
-)
-from mla_compile.passes.trace import DataFlow, MismatchError, find_anchors, read_projection
+from mla_compile.passes.layout import Sizes
+from mla_compile.passes.mismatch import MismatchError
+from mla_compile.passes.probe import SHORT, Operand, probe_linear, probe_rope, probe_rows
+from mla_compile.passes.scores import anchor_layouts, probe_probabilities, probe_scores
+from mla_compile.passes.trace import DataFlow, find_anchors, read_projection
 from mla_compile.site import Mask, RejectCode, Rope
 
 ROLES = ("query", "key", "value")
@@ -28,10 +23,13 @@ class Question:
     def __init__(self, program, layer=0):
         self.flow, self.evaluator = DataFlow(program), GraphEvaluator(program)
         self.anchor = find_anchors(self.flow, program)[layer]
+        self.sizes = Sizes.of(program)
+        self.layouts = anchor_layouts(self.sizes, self.anchor)
 
     def operand(self, role):
-        projection = read_projection(self.flow, getattr(self.anchor, role), role)
-        return Operand(self.evaluator, self.anchor, role, projection)
+        node = getattr(self.anchor, role)
+        projection = read_projection(self.flow, node, role)
+        return Operand(self.evaluator, self.sizes, role, projection.node, node, getattr(self.layouts, role))
 
     def rows(self, role):
         return probe_rows(self.operand(role), generator())
@@ -40,8 +38,11 @@ class Question:
         rows, gain, _ = self.rows(role)
         return probe_rope(self.operand(role), rows, gain)
 
-    def mask(self, heads=zoo.HEADS, dim=zoo.DIM):
-        return probe_mask(self.evaluator, self.flow, self.anchor, heads, dim)
+    def scores(self, heads=zoo.HEADS, dim=zoo.DIM):
+        return probe_scores(self.evaluator, self.flow, self.sizes, self.anchor, self.layouts, heads, dim)
+
+    def probabilities(self):
+        probe_probabilities(self.evaluator, self.sizes, self.anchor, self.layouts)
 
 
 def generator():
@@ -176,27 +177,25 @@ def test_tables_that_change_far_out_are_noticed(zoo_programs):
     ],
 )
 def test_scale_and_causal_mask(zoo_programs, kind, scale):
-    found, mask = Question(zoo_programs[kind]).mask()
-    assert found == pytest.approx(scale, rel=1e-12)
-    assert mask == Mask()
+    found = Question(zoo_programs[kind]).scores()
+    # A scale is a ratio of differences of logits, which costs some digits.
+    assert found.scale == pytest.approx(scale, rel=1e-9)
+    assert (found.mask, found.softcap, found.slopes, found.sinks) == (Mask(), 0.0, None, None)
 
 
 def test_window_of_an_exported_mistral(programs):
-    assert Question(programs["mistral-window"].program).mask(4, 16)[1] == Mask(6)
+    assert Question(programs["mistral-window"].program).scores(4, 16).mask == Mask(6)
 
 
 @pytest.mark.parametrize("window", [SHORT - 1, SHORT, 4096])
 def test_window_within_and_beyond_the_probe(window):
     program = zoo.program_of(zoo.model(zoo.windowed(window)))
-    assert Question(program).mask()[1] == Mask(window)
+    assert Question(program).scores().mask == Mask(window)
 
 
 @pytest.mark.parametrize(
     ("kind", "code"),
     [
-        (zoo.SoftCapped, RejectCode.SCORES),
-        (zoo.LinearBias, RejectCode.SCORES),
-        (zoo.Sink, RejectCode.SCORES),
         (zoo.TemperaturePerHead, RejectCode.SCORES),
         (zoo.Bidirectional, RejectCode.MASK),
         (zoo.Dilated, RejectCode.MASK),
@@ -205,18 +204,35 @@ def test_window_within_and_beyond_the_probe(window):
 )
 def test_other_scores_and_masks_are_a_mismatch(zoo_programs, kind, code):
     with pytest.raises(MismatchError) as caught:
-        Question(zoo_programs[kind]).mask()
+        Question(zoo_programs[kind]).scores()
     assert caught.value.code == code
 
 
-@pytest.mark.parametrize("kind", [zoo.Attention, zoo.SpelledOut, zoo.DoublePrecisionSoftmax])
+def test_soft_cap(zoo_programs):
+    found = Question(zoo_programs[zoo.SoftCapped]).scores()
+    assert (found.softcap, found.scale) == (pytest.approx(5.0), pytest.approx(zoo.SCALE))
+
+
+def test_slopes(zoo_programs):
+    found = Question(zoo_programs[zoo.LinearBias]).scores()
+    assert found.slopes == pytest.approx([2.0**-h for h in range(1, zoo.HEADS + 1)])
+    assert found.mask == Mask()
+
+
+def test_sinks(zoo_programs):
+    found = Question(zoo_programs[zoo.Sink]).scores()
+    assert found.sinks_name == "layers.0.sink"
+    expected = zoo_programs[zoo.Sink].exported.state_dict["layers.0.sink"].flatten().tolist()
+    assert found.sinks == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("kind", [zoo.Attention, zoo.SpelledOut, zoo.DoublePrecisionSoftmax, zoo.Sink])
 def test_probabilities_that_reach_the_values_unchanged(zoo_programs, kind):
-    question = Question(zoo_programs[kind])
-    probe_probabilities(question.evaluator, question.anchor)
+    Question(zoo_programs[kind]).probabilities()
 
 
 @pytest.mark.parametrize("kind", [zoo.ScaledProbabilities, zoo.LivingDropout, zoo.OtherAxis])
 def test_probabilities_that_do_not(zoo_programs, kind):
     question = Question(zoo_programs[kind])
-    with pytest.raises(MismatchError, match="changed between softmax and values"):
-        probe_probabilities(question.evaluator, question.anchor)
+    with pytest.raises(MismatchError, match="changed between softmax and values|dropped out at random"):
+        question.probabilities()

@@ -311,34 +311,6 @@ def windowed(window: int, base: type[Masked] = Masked) -> type[Attention]:
     return Windowed
 
 
-ACCEPTED: dict[str, type[Attention]] = {
-    "fused": Attention,
-    "default scale": DefaultScale,
-    "with a mask": Masked,
-    "spelled out": SpelledOut,
-    "half rope": HalfRope,
-    "interleaved rope": InterleavedRope,
-    "partial rope": PartialRope,
-    "backward rope": BackwardRope,
-    "grouped in the operator": GroupedInOperator,
-    "grouped by repetition": GroupedByRepetition,
-    "grouped by expansion": GroupedByExpansion,
-    "one key head": OneKeyHead,
-    "fused projection": FusedProjection,
-    "interleaved projection": InterleavedProjection,
-    "shared queries and keys": SharedQueriesAndKeys,
-    "parameter product": ParameterProduct,
-    "flat product": FlatProduct,
-    "scaled queries": ScaledQueries,
-    "wide values": WideValues,
-    "large negative mask": LargeNegativeMask,
-    "integer mask": IntegerMask,
-    "double precision softmax": DoublePrecisionSoftmax,
-    "window": windowed(5),
-    "spelled-out window": windowed(5, SpelledOut),
-}
-
-
 # ---- something else that looks much like it
 
 
@@ -382,6 +354,18 @@ class WithoutValues(SpelledOut):
 class TwoProjections(Attention):
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
         return self.q(x), self.k(x) + self.v(x), self.v(x)
+
+
+class AlreadyLatent(Attention):
+    """Keys are partly projected from a latent, partly the latent's own channels (DeepSeek-V2)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(WIDTH, WIDTH)
+
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        latent = self.k(x)
+        return self.q(x), self.up(latent) + latent, self.v(x)
 
 
 class NoProjection(Attention):
@@ -433,6 +417,14 @@ class ByEinsum(SpelledOut):
         return torch.einsum("bhsd,bhtd->bhst", q, k) * SCALE
 
 
+class TransposedScores(SpelledOut):
+    """Values to the left of the attention weights."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, ids: Tensor) -> Tensor:
+        p = F.softmax(self.hide(self.scores(q, k, x), self.seen(ids.shape[1], ids)), -1)
+        return (v.mT @ p.mT).mT
+
+
 class MergedHeads(SpelledOut):
     """Batch and heads are one dimension."""
 
@@ -470,6 +462,11 @@ class AveragedValues(Attention):
 class RectifiedQueries(Attention):
     def queries(self, q: Tensor) -> Tensor:
         return F.relu(q)
+
+
+class RectifiedKeys(Attention):
+    def keys(self, k: Tensor) -> Tensor:
+        return F.relu(k)
 
 
 class NormedKeys(Attention):
@@ -581,6 +578,12 @@ class LinearBias(SpelledOut):
         return super().scores(q, k, x) - slope[:, None, None] * (place[:, None] - place)
 
 
+class SquaredBias(SpelledOut):
+    def scores(self, q: Tensor, k: Tensor, x: Tensor) -> Tensor:
+        place = torch.arange(q.shape[2])
+        return super().scores(q, k, x) - 0.01 * (place[:, None] - place).square()
+
+
 def discounted_from(distance: int) -> type[SpelledOut]:
     """Keys are discounted, but only those so many positions back and more."""
 
@@ -603,6 +606,13 @@ class Sink(SpelledOut):
         scores = self.hide(self.scores(q, k, x), self.seen(ids.shape[1], ids))
         p = F.softmax(torch.cat([scores, self.sink.expand(*scores.shape[:3], 1)], -1), -1)
         return p[..., :-1] @ v
+
+
+class TwoSinks(Sink):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, ids: Tensor) -> Tensor:
+        scores = self.hide(self.scores(q, k, x), self.seen(ids.shape[1], ids))
+        p = F.softmax(torch.cat([scores, self.sink.expand(*scores.shape[:3], 2)], -1), -1)
+        return p[..., :-2] @ v
 
 
 class ScaledProbabilities(SpelledOut):
@@ -742,11 +752,53 @@ class FarBandByTensor(Masked):
 
 
 class OtherSource(Attention):
-    """Keys and values come from before the last feature was scaled."""
+    """Values come from another activation than keys."""
+
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.q(x), self.k(x), self.v(x * 2)
+
+
+class OtherQuerySource(Attention):
+    """Queries come from another activation than keys and values."""
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
         return self.q(x * 2), self.k(x), self.v(x)
 
+
+ACCEPTED: dict[str, type[Attention]] = {
+    "fused": Attention,
+    "scores by einsum": ByEinsum,
+    "batch and heads merged": MergedHeads,
+    "rectified queries": RectifiedQueries,
+    "normed keys": NormedKeys,
+    "soft-capped scores": SoftCapped,
+    "linear bias": LinearBias,
+    "sink": Sink,
+    "other query source": OtherQuerySource,
+    "default scale": DefaultScale,
+    "with a mask": Masked,
+    "spelled out": SpelledOut,
+    "half rope": HalfRope,
+    "interleaved rope": InterleavedRope,
+    "partial rope": PartialRope,
+    "backward rope": BackwardRope,
+    "grouped in the operator": GroupedInOperator,
+    "grouped by repetition": GroupedByRepetition,
+    "grouped by expansion": GroupedByExpansion,
+    "one key head": OneKeyHead,
+    "fused projection": FusedProjection,
+    "interleaved projection": InterleavedProjection,
+    "shared queries and keys": SharedQueriesAndKeys,
+    "parameter product": ParameterProduct,
+    "flat product": FlatProduct,
+    "scaled queries": ScaledQueries,
+    "wide values": WideValues,
+    "large negative mask": LargeNegativeMask,
+    "integer mask": IntegerMask,
+    "double precision softmax": DoublePrecisionSoftmax,
+    "window": windowed(5),
+    "spelled-out window": windowed(5, SpelledOut),
+}
 
 REFUSED: dict[str, tuple[type[Attention], frozenset[RejectCode]]] = {
     name: (kind, frozenset(codes))
@@ -757,18 +809,17 @@ REFUSED: dict[str, tuple[type[Attention], frozenset[RejectCode]]] = {
         ("two products", TwoProducts, RejectCode.ANCHOR),
         ("no values", WithoutValues, RejectCode.ANCHOR),
         ("keys of two projections", TwoProjections, RejectCode.PROJECTION),
+        ("latent attention", AlreadyLatent, RejectCode.LATENT),
         ("keys without a projection", NoProjection, RejectCode.PROJECTION),
         ("an activation as bias", ActivationAsBias, RejectCode.PROJECTION),
         ("a product with factors", ScaledProduct, RejectCode.PROJECTION),
         ("a weight of three dimensions", WeightOfThreeDimensions, RejectCode.PROJECTION),
         ("a small projection per head", ProjectionPerHead, RejectCode.PROJECTION, RejectCode.LAYOUT),
-        ("scores by einsum", ByEinsum, RejectCode.LAYOUT),
-        ("batch and heads merged", MergedHeads, RejectCode.LAYOUT),
+        ("channels before positions", TransposedScores, RejectCode.LAYOUT),
         ("convolved keys", ConvolvedKeys, RejectCode.POSITION_MIXING),
         ("shifted values", ShiftedValues, RejectCode.POSITION_MIXING),
         ("values mixed over the batch", AveragedValues, RejectCode.POSITION_MIXING),
-        ("rectified queries", RectifiedQueries, RejectCode.NONLINEAR),
-        ("normed keys", NormedKeys, RejectCode.NONLINEAR),
+        ("rectified keys", RectifiedKeys, RejectCode.NONLINEAR),
         ("clamped values", ClampedValues, RejectCode.NONLINEAR),
         ("mixed channels", MixedChannels, RejectCode.ROW_MAP),
         ("positions from one", RopeFromOne, RejectCode.ROW_MAP),
@@ -781,11 +832,10 @@ REFUSED: dict[str, tuple[type[Attention], frozenset[RejectCode]]] = {
         ("queries scaled from position 64", LateScale, RejectCode.ROPE, RejectCode.VERIFY),
         ("alternating groups", AlternatingGroups, RejectCode.GROUPING),
         ("fewer value heads", FewerValueHeads, RejectCode.GROUPING),
-        ("soft-capped scores", SoftCapped, RejectCode.SCORES),
-        ("linear bias", LinearBias, RejectCode.SCORES),
+        ("squared bias", SquaredBias, RejectCode.SCORES),
         ("bias from distance 40", discounted_from(40), RejectCode.SCORES, RejectCode.VERIFY),
         ("bias from distance 4000", discounted_from(4000), RejectCode.SCORES, RejectCode.VERIFY),
-        ("sink", Sink, RejectCode.SCORES),
+        ("two sinks", TwoSinks, RejectCode.SCORES),
         ("scaled probabilities", ScaledProbabilities, RejectCode.SCORES),
         ("living dropout", LivingDropout, RejectCode.SCORES, RejectCode.VERIFY),
         ("a temperature per head", TemperaturePerHead, RejectCode.SCORES),

@@ -1,24 +1,34 @@
-"""The ONNX body of ``LatentAttention`` in ONNX Runtime, against the reference."""
+"""The ONNX bodies of ``LatentAttention`` and ``CachedAttention`` in ONNX Runtime, against the reference."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 
 import onnx
 import onnx.inliner
+import onnx_ir
 import onnxruntime
 import pytest
 import torch
 from hypothesis import given, settings
-from latent_cases import Case, cases
+from latent_cases import CachedCase, Case, cached_cases, cases
 from onnx import TensorProto, helper
+from onnx_ir.passes.common import InlinePass
 
-from mla_compile.runtime import reference
-from mla_compile.runtime.onnx_function import DOMAIN, OP_TYPE, VERSION, latent_attention_function
+from mla_compile.runtime.onnx_function import CACHED, DOMAIN, LATENT, VERSION, Variant, attention_function
 
 # float32 rounds by 6e-8 of numbers up to about 30; two products and a softmax in between make some 1e-6 of that.
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
-INPUTS = ("query", "row", "past", "attention_mask", "cos", "sin", "key_up", "value_up")
+VARIANTS = {
+    LATENT: [Variant(*features) for features in product([False, True], repeat=4)],
+    CACHED: [Variant(False, *features) for features in product([False, True], repeat=3)],
+}
+EVERY_VARIANT = [
+    pytest.param(op_type, variant, id=f"{op_type}-{variant.overload or 'plain'}")
+    for op_type, variants in VARIANTS.items()
+    for variant in variants
+]
 KINDS = {
     "grouped": Case(),
     "no rope": Case(half=0, rope_groups=1),
@@ -31,52 +41,106 @@ KINDS = {
     "one head": Case(heads=1, rope_groups=1, up_groups=1),
     "window": Case(window=2),
     "window of one": Case(window=1),
+    "one key scale": Case(key_scales=1),
+    "key scales, all rope": Case(nope=0, key_scales=2),
+    "key scales, no rope": Case(half=0, key_scales=4),
+    "key scales, one head": Case(heads=1, rope_groups=1, up_groups=1, key_scales=1),
+    "everything": Case(key_scales=2, softcap=1.5, sinks=True, slopes=True, window=3),
+    "everything, no rope": Case(half=0, key_scales=2, softcap=1.5, sinks=True, slopes=True, window=3),
+    "cached": CachedCase(),
+    "cached, one key": CachedCase(kv_heads=1),
+    "cached, key per head": CachedCase(kv_heads=4),
+    "cached, everything": CachedCase(softcap=1.5, sinks=True, slopes=True, window=3),
 }
 STEPS = {"prefill": (5, 0), "chunk": (3, 4), "decoding": (1, 6), "first token": (1, 0)}
 
 
-def one_node_model(case: Case, opset: int = 23, inline: bool = False) -> onnx.ModelProto:
-    """A model that is nothing but the node and its function; batch, new and past lengths are free."""
-    node = helper.make_node(
-        OP_TYPE,
-        INPUTS,
-        ["output", "present"],
+def variant_of(case) -> Variant:
+    return Variant(bool(getattr(case, "key_scales", 0)), bool(case.softcap), case.sinks, case.slopes)
+
+
+def case_of(op_type: str, variant: Variant):
+    """A problem with these features and a window."""
+    features = {"softcap": 1.5 if variant.softcap else 0.0, "sinks": variant.sinks, "slopes": variant.slopes}
+    if op_type == CACHED:
+        return CachedCase(**features, window=3)
+    return Case(**features, window=3, key_scales=2 if variant.key_scales else 0)
+
+
+def make_node(case, inputs, outputs) -> onnx.NodeProto:
+    latent = isinstance(case, Case)
+    sizes = (
+        {
+            "rope_groups": case.rope_groups,
+            "rope_dim": 2 * case.half,
+            "latent_rank": case.rank,
+        }
+        if latent
+        else {"kv_heads": case.kv_heads}
+    )
+    variant = variant_of(case)
+    if variant.key_scales:
+        sizes["key_scales"] = case.key_scales
+    if variant.softcap:
+        sizes["softcap"] = case.softcap
+    flags = {f"has_{name}": 1 for name in ("sinks", "slopes") if getattr(variant, name)}
+    return helper.make_node(
+        LATENT if latent else CACHED,
+        inputs,
+        outputs,
         domain=DOMAIN,
+        overload=variant.overload,
         num_heads=case.heads,
-        rope_groups=case.rope_groups,
-        rope_dim=2 * case.half,
-        latent_rank=case.rank,
         scale=case.scale,
         window=case.window,
+        **sizes,
+        **flags,
     )
-    width = case.rank + case.rope_groups * 2 * case.half
-    shapes = {
-        "query": ["B", "S", case.heads, case.nope + 2 * case.half],
-        "row": ["B", "S", width],
-        "past": ["B", "P", width],
-        "attention_mask": ["B", "T"],
-        "cos": ["B", "S", case.rope_groups, case.half],
-        "sin": ["B", "S", case.rope_groups, case.half],
-        "key_up": [case.up_groups, case.nope, case.rank],
-        "value_up": [case.up_groups, case.rank, case.v_dim],
-    }
-    kinds = {name: TensorProto.INT64 if name == "attention_mask" else TensorProto.FLOAT for name in INPUTS}
-    graph = helper.make_graph(
-        [node],
-        "one_node",
-        [helper.make_tensor_value_info(name, kinds[name], shapes[name]) for name in INPUTS],
-        [
-            helper.make_tensor_value_info("output", TensorProto.FLOAT, ["B", "S", case.heads, case.v_dim]),
-            helper.make_tensor_value_info("present", TensorProto.FLOAT, ["B", "T", width]),
-        ],
-    )
+
+
+def input_names(case) -> list[str]:
+    """In the order of the operator's arguments."""
+    first = ["query", "row", "past", "attention_mask"]
+    return first + [name for name in case.tensors() if name not in first]
+
+
+def dimensions(case) -> dict[str, list[str | int]]:
+    """Of all inputs; batch, new and past lengths are free."""
+    free = {"query": ["B", "S"], "row": ["B", "S"], "past": ["B", "P"], "cos": ["B", "S"], "sin": ["B", "S"]}
+    names = {name: free.get(name, []) for name in input_names(case)}
+    tensors = case.tensors()
+    shapes = {name: [*names[name], *tensors[name].shape[len(names[name]) :]] for name in names}
+    return shapes | {"attention_mask": ["B", "T"]}
+
+
+def result_dimensions(case) -> list[list[str | int]]:
+    return [["B", "S", case.heads, case.v_dim], ["B", "T", dimensions(case)["row"][-1]]]
+
+
+def make_model(nodes, functions, inputs, outputs, opset: int = 23) -> onnx.ModelProto:
+    """A model of ours, checked; ``inputs`` and ``outputs`` map names to dimensions."""
+    kinds = {name: TensorProto.INT64 if name.startswith("attention_mask") else TensorProto.FLOAT for name in inputs}
     model = helper.make_model(
-        graph,
-        functions=[latent_attention_function(opset)],
+        helper.make_graph(
+            nodes,
+            "nodes",
+            [helper.make_tensor_value_info(name, kinds[name], shape) for name, shape in inputs.items()],
+            [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in outputs.items()],
+        ),
+        functions=functions,
         opset_imports=[helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, VERSION)],
-        ir_version=10,
+        ir_version=10,  # the first with overloads
     )
     onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def one_node_model(case, opset: int = 23, inline: bool = False) -> onnx.ModelProto:
+    """A model that is nothing but the node and its function."""
+    node = make_node(case, input_names(case), ["output", "present"])
+    function = attention_function(node.op_type, opset, variant_of(case))
+    outputs = dict(zip(node.output, result_dimensions(case), strict=True))
+    model = make_model([node], [function], dimensions(case), outputs, opset)
     return onnx.inliner.inline_local_functions(model) if inline else model
 
 
@@ -84,13 +148,13 @@ def run(model: onnx.ModelProto, x) -> list[torch.Tensor]:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
-    return [torch.from_numpy(y) for y in session.run(None, {name: x[name].numpy() for name in INPUTS})]
+    return [torch.from_numpy(y) for y in session.run(None, {name: value.numpy() for name, value in x.items()})]
 
 
-def check(case: Case, opset: int = 23, inline: bool = False) -> None:
+def check(case, opset: int = 23, inline: bool = False) -> None:
     x = case.tensors(torch.float32)
     got, cache = run(one_node_model(case, opset, inline), x)
-    expected, expected_cache = reference.latent_attention(**x, **case.settings("reference"))
+    expected, expected_cache = case.expected(x)
     torch.testing.assert_close(got.double(), expected, **CLOSE)
     torch.testing.assert_close(cache.double(), expected_cache, **CLOSE)
 
@@ -102,10 +166,61 @@ def test_equals_the_reference(kind, step):
     check(replace(KINDS[kind], new=new, past=past))
 
 
-@given(cases())
-@settings(max_examples=40)
-def test_equals_the_reference_for_any_sizes(case: Case):
+@given(cases() | cached_cases())
+@settings(max_examples=60)
+def test_equals_the_reference_for_any_sizes(case):
     check(case)
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize(("op_type", "variant"), EVERY_VARIANT)
+def test_every_variant_equals_the_operator(op_type, variant, step):
+    new, past = STEPS[step]
+    case = replace(case_of(op_type, variant), new=new, past=past)
+    x = case.tensors(torch.float32)
+    expected = case.operator(**x, **case.settings())
+    for inline in (False, True):
+        for got, wanted in zip(run(one_node_model(case, inline=inline), x), expected, strict=True):
+            torch.testing.assert_close(got, wanted, **CLOSE)
+
+
+@pytest.mark.parametrize("inline", [None, onnx.inliner.inline_local_functions, InlinePass()])
+def test_all_variants_live_in_one_model(inline):
+    """Overloads of one function are told apart by ONNX Runtime, by ONNX's inliner and by that of ``onnx_ir``."""
+    all_cases = [case_of(op_type, variant) for op_type, variants in VARIANTS.items() for variant in variants]
+    nodes, functions, inputs, outputs, x, expected = [], [], {}, {}, {}, []
+    for i, case in enumerate(all_cases):
+        shapes, tensors = dimensions(case), case.tensors(torch.float32)
+        node = make_node(case, [f"{name}_{i}" for name in shapes], [f"output_{i}", f"present_{i}"])
+        nodes.append(node)
+        functions.append(attention_function(node.op_type, 23, variant_of(case)))
+        inputs |= {f"{name}_{i}": shape for name, shape in shapes.items()}
+        outputs |= dict(zip(node.output, result_dimensions(case), strict=True))
+        x |= {f"{name}_{i}": tensors[name] for name in shapes}
+        expected += case.expected(tensors)
+    model = make_model(nodes, functions, inputs, outputs)
+    if isinstance(inline, InlinePass):
+        model = onnx_ir.to_proto(inline(onnx_ir.from_proto(model)).model)
+    elif inline:
+        model = inline(model)
+    assert len(model.functions) == (0 if inline else len(all_cases))
+    for got, wanted in zip(run(model, x), expected, strict=True):
+        torch.testing.assert_close(got.double(), wanted, **CLOSE)
+
+
+@pytest.mark.parametrize(("op_type", "variant"), EVERY_VARIANT)
+def test_a_variant_has_no_more_than_it_needs(op_type, variant):
+    function, plain = attention_function(op_type, 23, variant), attention_function(op_type, 23)
+    inputs = [name for name in ("sinks", "slopes") if getattr(variant, name)]
+    assert [*function.input] == [*plain.input, *(f"{name}_H" for name in inputs)]
+    numbers = [name for name in ("key_scales", "softcap") if getattr(variant, name)]
+    assert [*function.attribute] == [*plain.attribute, *numbers, *(f"has_{name}" for name in inputs)]
+    features = sum([variant.key_scales, variant.softcap, variant.sinks, variant.slopes])
+    assert len(function.node) > len(plain.node) or not features
+    # Every operation leads to a result: nothing of another variant is left.
+    used = {name for node in function.node for name in node.input} | {*function.output}
+    unused = {node.output[0] for node in function.node} - used
+    assert not unused
 
 
 @pytest.mark.parametrize("opset", [23, 24])
@@ -119,28 +234,30 @@ def test_inlined_model_equals_the_reference_and_is_standard(kind, opset):
 
 
 @pytest.mark.parametrize("opset", [23, 24])
-def test_function_imports_the_wanted_operators(opset):
-    function = latent_attention_function(opset)
-    assert (function.domain, function.name) == (DOMAIN, OP_TYPE)
+@pytest.mark.parametrize(("op_type", "variant"), EVERY_VARIANT)
+def test_function_imports_the_wanted_operators(op_type, variant, opset):
+    function = attention_function(op_type, opset, variant)
+    assert (function.domain, function.name, function.overload) == (DOMAIN, op_type, variant.overload)
     assert [(entry.domain, entry.version) for entry in function.opset_import] == [("", opset)]
     assert {node.domain for node in function.node} == {""}
-    check(Case(), opset)
 
 
-def test_sequences_of_padding_alone_are_finite():
-    case = Case(padding=((0, 7), (7, 0)), window=2)
+@pytest.mark.parametrize("kind", ["window", "everything", "cached, everything"])
+def test_sequences_of_padding_alone_are_finite(kind):
+    case = replace(KINDS[kind], padding=((0, 7), (7, 0)))
     assert all(y.isfinite().all() for y in run(one_node_model(case), case.tensors(torch.float32)))
 
 
-def test_one_session_serves_every_step():
+@pytest.mark.parametrize("kind", ["grouped", "everything", "cached, everything"])
+def test_one_session_serves_every_step(kind):
     """The sizes of prefill and decoding are those of the inputs, not constants of the model."""
-    case = Case(padding=((0, 0), (2, 0)))
+    case = replace(KINDS[kind], padding=((0, 0), (2, 0)))
     x = case.tensors(torch.float32)
     model = one_node_model(case)
     whole, _ = run(model, x | {"past": x["past"][:, :0], "attention_mask": x["attention_mask"][:, : case.new]})
     cache, parts = x["past"][:, :0], []
     for place in range(case.new):
-        part = {name: x[name][:, place : place + 1] for name in ("query", "row", "cos", "sin")}
+        part = {name: x[name][:, place : place + 1] for name in case.PER_TOKEN}
         mask = x["attention_mask"][:, : place + 1]
         output, cache = run(model, x | part | {"past": cache, "attention_mask": mask})
         parts.append(output)

@@ -1,4 +1,4 @@
-"""``mla::latent_attention`` in both of its forms, against the reference."""
+"""``mla::latent_attention`` in both of its forms and ``mla::cached_attention``, against the reference."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from latent_cases import Case, cases
+from latent_cases import CachedCase, Case, cases, problems
 
 from mla_compile.runtime import ops, reference
 
@@ -17,41 +17,70 @@ from mla_compile.runtime import ops, reference
 EXACT = {"rtol": 1e-10, "atol": 1e-11}
 # Gradients of sums over the whole output are larger, and so is their rounding.
 GRADIENT = {"rtol": 1e-9, "atol": 1e-10}
-FLOATS = ("query", "row", "past", "cos", "sin", "key_up", "value_up")
 KINDS = {
     "no rope": Case(half=0, rope_groups=1),
     "all rope": Case(nope=0),
     "decoding": Case(new=1, past=6),
     "prefill": Case(new=6, past=0),
     "window": Case(window=2),
+    "one key scale": Case(key_scales=1),
+    "key scales, decoding": Case(key_scales=2, new=1, past=6),
+    "key scales, no rope": Case(key_scales=4, half=0),
+    "softcap": Case(softcap=1.5),
+    "slopes": Case(slopes=True),
+    "sinks": Case(sinks=True),
+    "sinks, decoding": Case(sinks=True, new=1, past=6),
+    "everything": Case(key_scales=2, softcap=1.5, slopes=True, sinks=True, window=3),
+    "everything, decoding": Case(key_scales=2, softcap=1.5, slopes=True, sinks=True, window=3, new=1, past=6),
+    "cached": CachedCase(),
+    "cached, decoding": CachedCase(new=1, past=6, kv_heads=1),
+    "cached, everything": CachedCase(softcap=1.5, slopes=True, sinks=True, window=3),
+    "cached, sinks and slopes": CachedCase(slopes=True, sinks=True),
 }
-
-
-def expected_of(case: Case, x):
-    return reference.latent_attention(**x, **case.settings("reference"))
+TRAINED = ("no rope", "window", "everything", "cached, everything")
 
 
 def form(name):
     """One of the two forms as a function of the operator's arguments."""
 
-    def attend(query, row, past, attention_mask, cos, sin, key_up, value_up, scale, window):
+    def attend(
+        query, row, past, attention_mask, cos, sin, key_up, value_up, scale, window, softcap, sinks=None, slopes=None
+    ):
         query, present = ops.rotate_and_append(query, row, past, cos, sin, key_up.shape[2])
-        seen = ops.visible_keys(attention_mask, query.shape[1], window)
-        return getattr(ops, name)(query, present, seen, key_up, value_up, cos.shape[2], scale), present
+        mask = ops.score_mask(attention_mask, query.shape[1], window, slopes, query.dtype)
+        attended = getattr(ops, name)(query, present, mask, key_up, value_up, cos.shape[2], sinks, scale, softcap)
+        return attended, present
 
     return attend
 
 
-@pytest.mark.parametrize(
-    "attend", [Case.operator, form("attend_folded"), form("attend_unfolded")], ids=["op", "folded", "unfolded"]
-)
-@given(cases())
-def test_equals_the_reference(attend, case: Case):
+@given(problems)
+def test_equals_the_reference(case):
     x = case.tensors()
-    got, cache = attend(**x, **case.settings())
-    expected, expected_cache = expected_of(case, x)
+    got, cache = case.operator(**x, **case.settings())
+    expected, expected_cache = case.expected(x)
     torch.testing.assert_close(got, expected, **EXACT)
     torch.testing.assert_close(cache, expected_cache, **EXACT)
+
+
+@pytest.mark.parametrize("attend", [form("attend_folded"), form("attend_unfolded")], ids=["folded", "unfolded"])
+@given(cases())
+def test_both_forms_equal_the_reference(attend, case: Case):
+    x = case.tensors()
+    got, cache = attend(**x, **case.settings())
+    expected, expected_cache = case.expected(x)
+    torch.testing.assert_close(got, expected, **EXACT)
+    torch.testing.assert_close(cache, expected_cache, **EXACT)
+
+
+@pytest.mark.parametrize(("case", "folds"), [(Case(new=1, past=60), True), (Case(new=60, past=0, rank=30), False)])
+@pytest.mark.parametrize("features", [{}, {"key_scales": 2}, {"softcap": 1.0}, {"sinks": True, "slopes": True}])
+def test_takes_the_cheaper_form(case, folds, features, monkeypatch):
+    """One query over many keys must not expand them; many queries must not carry a wide latent."""
+    case = replace(case, rank=case.rank if not folds else 2, nope=8, half=1, **features)
+    other = "attend_unfolded" if folds else "attend_folded"
+    monkeypatch.setattr(ops, other, None)
+    case.operator(**case.tensors(), **case.settings())
 
 
 @given(cases())
@@ -61,15 +90,15 @@ def test_sees_the_keys_the_reference_sees(case: Case):
     assert torch.equal(got, reference.visible_keys(mask, case.new, case.window or None))
 
 
-@given(cases(), st.data())
-def test_chunks_equal_the_whole(case: Case, data):
+@given(problems, st.data())
+def test_chunks_equal_the_whole(case, data):
     """Every token may be fed in a call of its own or together with its neighbours."""
     x, settings = case.tensors(), case.settings()
     expected, expected_cache = case.operator(**x, **settings)
     outputs, cache, done = [], x["past"], 0
     while done < case.new:
         size = data.draw(st.integers(1, case.new - done))
-        part = {name: x[name][:, done : done + size] for name in ("query", "row", "cos", "sin")}
+        part = {name: x[name][:, done : done + size] for name in case.PER_TOKEN}
         mask = x["attention_mask"][:, : case.past + done + size]
         output, cache = case.operator(**x | part | {"past": cache, "attention_mask": mask}, **settings)
         outputs.append(output)
@@ -78,8 +107,8 @@ def test_chunks_equal_the_whole(case: Case, data):
     torch.testing.assert_close(cache, expected_cache, **EXACT)
 
 
-@given(cases(), st.integers(0, 2**16))
-def test_padding_and_later_tokens_are_not_read(case: Case, seed):
+@given(problems, st.integers(0, 2**16))
+def test_padding_and_later_tokens_are_not_read(case, seed):
     """Whatever stands in rows no query may see, the outputs of real tokens are the same."""
     x = case.tensors()
     expected, _ = case.operator(**x, **case.settings())
@@ -92,57 +121,89 @@ def test_padding_and_later_tokens_are_not_read(case: Case, seed):
     torch.testing.assert_close(got[mine], expected[mine], **EXACT)
 
 
-def test_sequences_of_padding_alone_are_finite():
-    case = Case(padding=((0, 7), (7, 0)), window=2)
+@pytest.mark.parametrize("kind", KINDS)
+def test_sequences_of_padding_alone_are_finite(kind):
+    case = replace(KINDS[kind], padding=((0, 7), (7, 0)))
     output, cache = case.operator(**case.tensors(), **case.settings())
     assert output.isfinite().all()
     assert cache.isfinite().all()
 
 
-@pytest.mark.parametrize("tokens", [6, 8])
-def test_mask_of_another_length_is_an_error(tokens):
-    x = Case().tensors() | {"attention_mask": torch.ones(2, tokens, dtype=torch.long)}
-    with pytest.raises(ValueError, match=f"covers {tokens} tokens, but 3 are cached and 4 are new"):
-        Case.operator(**x, **Case().settings())
+@pytest.mark.parametrize("case", [Case(), CachedCase()], ids=["latent", "cached"])
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"attention_mask": torch.ones(2, 6).long()}, "covers 6 tokens, but 3 are cached and 4 are new"),
+        ({"attention_mask": torch.ones(2, 8).long()}, "covers 8 tokens, but 3 are cached and 4 are new"),
+        ({"sinks": torch.ones(3)}, r"sinks has shape \[3\]. Pass one number for each of 4 heads"),
+        ({"slopes": torch.ones(4, 1)}, r"slopes has shape \[4, 1\]. Pass one number for each of 4 heads"),
+        ({"window": -1}, "window is -1"),
+        ({"softcap": -0.5}, "softcap -0.5"),
+        ({"past": torch.ones(2, 3, 99)}, "but a cached one 99"),
+    ],
+)
+def test_misuse_is_an_error(case, changed, message):
+    with pytest.raises(ValueError, match=message):
+        case.operator(**case.tensors() | case.settings() | changed)
 
 
 @pytest.mark.parametrize(
-    ("kind", "training"), [*((kind, False) for kind in KINDS), ("no rope", True), ("window", True)]
+    ("case", "message"),
+    [
+        (Case(key_scales=3), "A row of 16 numbers leaves 3 for key scales .* divides 4 heads"),
+        (Case(key_scales=-1), "leaves -1 for key scales"),
+        (CachedCase(kv_heads=3), "3 key/value heads do not divide 4 query heads"),
+        (CachedCase(v_dim=0), "A row of 10 numbers does not hold 2 keys of 5 and as many values"),
+    ],
+)
+def test_rows_of_another_width_are_an_error(case, message):
+    with pytest.raises(ValueError, match=message):
+        case.operator(**case.tensors() | case.settings())
+
+
+@pytest.mark.parametrize(
+    ("kind", "training"), [*((kind, False) for kind in KINDS), *((kind, True) for kind in TRAINED)]
 )
 def test_schema_shapes_and_registrations(kind, training):
     case = KINDS[kind]
     x = case.tensors(torch.float32)
-    for name in FLOATS:
+    for name in case.floats:
         x[name].requires_grad_(training)
-    names = ("query", "row", "past", "attention_mask", *FLOATS[3:])
-    torch.library.opcheck(ops.latent_attention, (*(x[n] for n in names), case.scale, case.window))
+    operator = ops.latent_attention if isinstance(case, Case) else ops.cached_attention
+    schema = operator._opoverload._schema.arguments
+    arguments = x | case.settings()
+    torch.library.opcheck(operator, tuple(arguments.get(a.name) for a in schema))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradient_is_the_slope(kind):
     case = KINDS[kind]
-    case = replace(case, heads=2, rank=3, v_dim=2, new=min(case.new, 3), padding=((0, 0), (1, 1)))
+    smaller = {"rank": 3} if isinstance(case, Case) else {}
+    case = replace(case, heads=2, v_dim=2, new=min(case.new, 3), padding=((0, 0), (1, 1)), **smaller)
+    if isinstance(case, Case):
+        case = replace(case, key_scales=min(case.key_scales, 2))
     x = case.tensors()
 
     def attend(*values):
-        return case.operator(**x | dict(zip(FLOATS, values, strict=True)), **case.settings())
+        return case.operator(**x | dict(zip(case.floats, values, strict=True)), **case.settings())
 
-    assert torch.autograd.gradcheck(attend, [x[n].requires_grad_() for n in FLOATS])
+    assert torch.autograd.gradcheck(attend, [x[n].requires_grad_() for n in case.floats])
 
 
-@given(cases())
-def test_gradient_is_the_references(case: Case):
+@given(problems)
+def test_gradient_is_the_references(case):
     x = case.tensors()
-    inputs = [x[name].requires_grad_() for name in FLOATS]
+    inputs = [x[name].requires_grad_() for name in case.floats]
     found, wanted = (
         torch.autograd.grad(sum(y.square().sum() for y in outputs), inputs, allow_unused=True)
-        for outputs in (case.operator(**x, **case.settings()), expected_of(case, x))
+        for outputs in (case.operator(**x, **case.settings()), case.expected(x))
     )
     for got, expected in zip(found, wanted, strict=True):
         torch.testing.assert_close(got, torch.zeros_like(got) if expected is None else expected, **GRADIENT)
 
 
-SUBSETS = [*combinations(FLOATS, 1), ("query", "value_up"), ("row", "key_up")]
+FLOATS = Case(sinks=True, slopes=True).floats
+SUBSETS = [*combinations(FLOATS, 1), ("query", "value_up"), ("row", "key_up"), ("sinks", "slopes")]
 
 
 @pytest.mark.parametrize(
@@ -151,12 +212,14 @@ SUBSETS = [*combinations(FLOATS, 1), ("query", "value_up"), ("row", "key_up")]
     + [("cache", names) for names in SUBSETS if {"row", "past", "cos", "sin"} & {*names}],
     ids=lambda value: value if isinstance(value, str) else "+".join(value),
 )
-def test_gradient_of_some_inputs(result, trained):
+@pytest.mark.parametrize("key_scales", [0, 2])
+def test_gradient_of_some_inputs(result, trained, key_scales):
     """Frozen weights get no gradient, and either result alone may be what the loss reads."""
-    case, place = Case(), ("output", "cache").index(result)
+    case = Case(key_scales=key_scales, **{name: True for name in ("sinks", "slopes") if name in trained})
+    place = ("output", "cache").index(result)
     x = case.tensors()
     inputs = [x[name].requires_grad_() for name in trained]
-    expected = expected_of(case, x)[place]
+    expected = case.expected(x)[place]
     wanted = torch.autograd.grad(expected.square().sum(), inputs, allow_unused=True)
     found = torch.autograd.grad(case.operator(**x, **case.settings())[place].square().sum(), inputs)
     for got, reference_gradient in zip(found, wanted, strict=True):
@@ -165,14 +228,14 @@ def test_gradient_of_some_inputs(result, trained):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["decoding", "prefill"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_half_precision_keeps_its_type_with_float32_angles(dtype, kind):
     """The rewrite computes angles in float32 whatever the model's type; the cache must not grow to float32."""
     case = KINDS[kind]
     x = case.tensors(dtype)
-    angles = {name: x[name].float() for name in ("cos", "sin")}
-    output, cache = case.operator(**x | angles, **case.settings())
+    x |= {name: x[name].float() for name in ("cos", "sin") if name in x}
+    output, cache = case.operator(**x, **case.settings())
     assert (output.dtype, cache.dtype) == (dtype, dtype)
-    expected, _ = expected_of(case, x | angles)
+    expected, _ = case.expected(x)
     # bfloat16 keeps 8 bits: 4e-3 per rounding, and logits of some 10 pass through the exponential.
     torch.testing.assert_close(output.double(), expected, rtol=0.05, atol=0.1)

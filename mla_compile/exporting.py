@@ -1,0 +1,166 @@
+"""Run ``torch.export``, and when it fails say which line of the model's code it failed at, and why.
+
+Torch tells a failure in terms of its own symbols. What a user can act on is the line: the one that made a Python value
+of a tensor (its frames are in the traceback), or the one that fixed a size (which torch only logs, when it happens).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import re
+import traceback
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from mla_compile.errors import LoadError
+from mla_compile.quiet import quiet_exporter
+
+__all__ = ["export_module"]
+
+_GUARDS = "torch.fx.experimental.symbolic_shapes"
+_NOT_USERS = (str(Path(torch.__file__).parent), str(Path(logging.__file__).parent), str(Path(__file__).parent))
+_LONGEST = 200
+"""Characters of torch's own message that are passed on when no line is known."""
+
+
+@dataclass(frozen=True)
+class _FixedSize:
+    """A size that was made a constant: its value, and the line that did it."""
+
+    value: int
+    frame: traceback.FrameSummary
+
+
+def export_module(
+    module: nn.Module,
+    values: Mapping[str, Any] | tuple[Any, ...],
+    shapes: Mapping[str, Any] | tuple[Any, ...],
+    source: str,
+) -> ExportedProgram:
+    """Export a module with dynamic shapes.
+
+    Args:
+        module: The module, in the mode it is to be exported in.
+        values: Example inputs, by name or by place.
+        shapes: Their dynamic shapes, in the same form.
+        source: What to call the module.
+
+    Raises:
+        LoadError: It cannot be exported; the message names the line at fault where there is one.
+    """
+    positional, named = ((), values) if isinstance(values, Mapping) else (values, None)
+
+    def export() -> ExportedProgram:
+        return torch.export.export(
+            module,
+            positional,
+            None if named is None else dict(named),
+            dynamic_shapes=dict(shapes) if isinstance(shapes, Mapping) else shapes,
+            strict=False,
+        )
+
+    try:
+        with torch.no_grad(), quiet_exporter():
+            return export()
+    except Exception as error:
+        _require_fitting(module, values, source)
+        raise _explained(error, export, values, source) from error
+
+
+def _explained(error: Exception, export: Any, values: Mapping[str, Any] | tuple[Any, ...], source: str) -> LoadError:  # noqa: ANN401
+    fixed: list[_FixedSize] = []
+    with _watched_guards(fixed), torch.no_grad(), contextlib.suppress(Exception):
+        export()  # once more, to see where sizes are fixed: torch tells it to its log alone
+    example = next(
+        (v for v in (values.values() if isinstance(values, Mapping) else values) if isinstance(v, Tensor)), None
+    )
+    named = _named_sizes(fixed, example)
+    if named:
+        place = _place(fixed[-1].frame)
+        return LoadError(
+            f"{source} could not be exported with dynamic batch and length: {place} works only for a {named}.",
+            "Rewrite that line so that it holds for any batch and length.",
+        )
+    frame = _users_frame(traceback.extract_tb(error.__traceback__))
+    if frame is not None:
+        return LoadError(
+            f"{source} could not be exported: {_place(frame)} depends on values in a tensor, not only on its shape.",
+            "Rewrite that line with tensor operations (torch.where, masks) that work for all values alike.",
+        )
+    lines = str(error).strip().splitlines()
+    reason = f"{type(error).__name__}: {lines[0][:_LONGEST]}" if lines else type(error).__name__
+    return LoadError(
+        f"{source} could not be exported with dynamic batch and length ({reason}).",
+        "Rewrite the named operation so that it does not depend on a fixed size or on tensor values.",
+    )
+
+
+def _require_fitting(module: nn.Module, values: Mapping[str, Any] | tuple[Any, ...], source: str) -> None:
+    """Tell inputs that the module cannot even run on from a module that cannot be exported."""
+    try:
+        with torch.no_grad():
+            module(**values) if isinstance(values, Mapping) else module(*values)
+    except Exception as error:
+        lines = str(error).strip().splitlines()
+        reason = f"{type(error).__name__}: {lines[0][:_LONGEST]}" if lines else type(error).__name__
+        raise LoadError(
+            f"{source} cannot run on the example_inputs it was given ({reason}).",
+            "Pass token ids [batch, length] in a tuple, e.g. (torch.zeros(2, 8, dtype=torch.long),).",
+        ) from error
+
+
+def _named_sizes(fixed: Sequence[_FixedSize], example: Tensor | None) -> str:
+    """The fixed sizes in words, for example ``batch of 2 and a length of 5``."""
+    if example is None or example.dim() < 2:
+        return ""
+    known = {int(example.shape[1]): "length", int(example.shape[0]): "batch"}
+    names = dict.fromkeys(f"{known[f.value]} of {f.value}" for f in fixed if f.value in known)
+    return " and a ".join(sorted(names))
+
+
+def _place(frame: traceback.FrameSummary) -> str:
+    return f"'{(frame.line or '').split('#')[0].strip()}' ({Path(frame.filename).name}:{frame.lineno}, {frame.name})"
+
+
+def _users_frame(frames: Sequence[traceback.FrameSummary]) -> traceback.FrameSummary | None:
+    """The deepest frame of the model's own code: neither torch's, nor generated, nor ours."""
+    own = [f for f in frames if not f.filename.startswith(_NOT_USERS) and not f.filename.startswith("<")]
+    return own[-1] if own else None
+
+
+@contextlib.contextmanager
+def _watched_guards(found: list[_FixedSize]) -> Iterator[None]:
+    """Note the user's line whenever torch replaces a symbolic size by a number."""
+
+    class Watcher(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            match = re.match(r"set_replacement \w+ = (\d+)", record.getMessage())
+            frame = _users_frame(traceback.extract_stack()) if match else None
+            if match and frame is not None:
+                found.append(_FixedSize(int(match[1]), frame))
+
+    guards, parent = logging.getLogger(_GUARDS), logging.getLogger("torch")
+    disabled = logging.root.manager.disable
+    before = [(x, x.level, x.propagate, x.handlers) for x in (guards, parent)]
+    guards.setLevel(logging.INFO)
+    guards.propagate, guards.handlers = False, [Watcher()]
+    parent.propagate, parent.handlers = False, [logging.NullHandler()]
+    logging.disable(logging.NOTSET)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+        for logger, level, propagate, handlers in before:
+            logger.setLevel(level)
+            logger.propagate, logger.handlers = propagate, handlers

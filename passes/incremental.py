@@ -1,0 +1,89 @@
+"""Run a rewritten graph in pieces and with padding: what still looks at the length or at other sequences shows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, fx
+
+from mla_compile.errors import RefusedError
+from mla_compile.passes.evaluate import example_inputs
+from mla_compile.program import Program
+
+__all__ = ["check_incremental"]
+
+_INCREMENTAL = 1e-4
+"""Relative difference that is more than float32 rounding, which stays below 1e-5."""
+_INCREMENTAL_HALF = 0.05
+"""The same for float16 and bfloat16, whose single roundings are up to 4e-3."""
+_LENGTH, _PADDING = 12, 3
+
+
+def check_incremental(module: fx.GraphModule, program: Program, rows: Sequence[int], dtype: torch.dtype) -> None:
+    """Refuse a graph in which something outside attention still looks at the length or at other tokens.
+
+    Whatever was overlooked (a convolution, a running sum, positions counted in floats, a mean over the batch) shows as
+    a difference between a sequence at once and the same sequence in pieces, or beside another one and padded.
+
+    Args:
+        module: The rewritten graph.
+        program: The original.
+        rows: Cache row length per layer.
+        dtype: Type of the caches.
+
+    Raises:
+        RefusedError: There is such a difference.
+    """
+    ids = example_inputs(program, 2, _LENGTH, seed=1)[program.tokens]
+    try:
+        whole = _run_in_pieces(module, ids, [_LENGTH], rows, dtype)
+        pieces = _run_in_pieces(module, ids, [5, 1, 4, 1, 1], rows, dtype)
+        padded = _run_padded(module, ids, rows, dtype)
+    except (RuntimeError, IndexError) as error:
+        reason = str(error).strip().splitlines()[0][:120]
+        raise RefusedError(
+            f"'{program.source}' cannot be run in pieces after the rewrite ({reason}).",
+            "Something outside attention depends on the length of the sequence; compute it from positions instead.",
+        ) from error
+    limit = _INCREMENTAL if dtype in (torch.float32, torch.float64) else _INCREMENTAL_HALF
+    for got, expected, how, what in (
+        (pieces, whole, "in pieces", "the length or on other tokens"),
+        (padded, whole[:1, : _LENGTH - _PADDING], "padded, beside another sequence", "padding or on other sequences"),
+    ):
+        difference = float((got - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
+        if not difference < limit:
+            raise RefusedError(
+                f"Something outside attention in '{program.source}' depends on {what}: {how}, the rewritten model "
+                f"differs by {difference:.1e}.",
+                "Compute it from positions, or convert a model whose only memory is attention.",
+            )
+
+
+def _run_in_pieces(
+    module: fx.GraphModule, ids: Tensor, sizes: Sequence[int], rows: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    cache = [torch.zeros(len(ids), 0, row, dtype=dtype) for row in rows]
+    parts, done = [], 0
+    with torch.no_grad():
+        for size in sizes:
+            mask = torch.ones(len(ids), done + size, dtype=torch.long)
+            positions = torch.arange(done, done + size).expand(len(ids), size)
+            logits, *cache = module(ids[:, done : done + size], mask, positions, *cache)
+            parts.append(logits)
+            done += size
+    return torch.cat(parts, 1)
+
+
+def _run_padded(module: fx.GraphModule, ids: Tensor, rows: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Logits of the first sequence's first tokens, padded on the left beside the second sequence."""
+    real = _LENGTH - _PADDING
+    batch = ids.flip(1)
+    batch[0, _PADDING:] = ids[0, :real]
+    mask = torch.ones_like(batch)
+    mask[0, :_PADDING] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    cache = [torch.zeros(len(ids), 0, row, dtype=dtype) for row in rows]
+    with torch.no_grad():
+        logits: Tensor = module(batch, mask, positions, *cache)[0]
+    return logits[:1, _PADDING:]

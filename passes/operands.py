@@ -1,0 +1,202 @@
+"""Read queries, keys and values: their projections, which rows feed which channel, what normalises and turns them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from mla_compile.passes.mismatch import MismatchError
+from mla_compile.passes.norm import FoundNorm, describe_norm, linear_again
+from mla_compile.passes.probe import Operand, probe_linear, probe_rope, probe_rows
+from mla_compile.passes.trace import DataFlow, ProjectionNode, read_projection
+from mla_compile.site import Norm, Projection, RejectCode, Rope
+
+__all__ = ["ReadOperand", "distinct_heads", "normalised", "read_operand", "root"]
+
+_aten = torch.ops.aten
+_RESHAPES = frozenset(
+    {_aten.view.default, _aten.reshape.default, _aten._unsafe_view.default, _aten.clone.default, _aten.alias.default}
+)
+
+
+@dataclass(frozen=True)
+class ReadOperand:
+    """A described operand and its rotation; heads repeated for grouped queries are still repeated."""
+
+    projection: Projection
+    rope: Rope
+
+
+def read_operand(operand: Operand, flow: DataFlow, generator: torch.Generator) -> ReadOperand:
+    """Describe queries, keys or values.
+
+    Args:
+        operand: The operand; its base is not looked at.
+        flow: Data flow of the graph.
+        generator: Source of random probes.
+
+    Raises:
+        MismatchError: The operand is something other than a projection, normed, re-arranged and rotated.
+    """
+    found = read_projection(flow, operand.node, operand.role)
+    operand = replace(operand, base=found.node)
+    _require_matrix(found, flow, operand.width)
+    try:
+        probe_linear(operand, generator)
+    except MismatchError as mismatch:
+        if mismatch.code != RejectCode.NONLINEAR or operand.role == "value":
+            raise
+        return _read_behind_norm(operand, found, flow, generator)
+    rows, gain, offset = probe_rows(operand, generator)
+    rope = probe_rope(operand, rows, gain)
+    return ReadOperand(_projection(found, flow, rows, gain, offset), rope)
+
+
+def _read_behind_norm(
+    operand: Operand, found: ProjectionNode, flow: DataFlow, generator: torch.Generator
+) -> ReadOperand:
+    later = linear_again(operand, flow, generator)
+    rows, gain, offset = probe_rows(later, generator)
+    rope = probe_rope(later, rows, gain)
+    try:
+        norm = describe_norm(operand, later, flow, generator)
+    except MismatchError:
+        if operand.role == "key":
+            raise
+        norm = None  # queries are not cached: whatever is done to them at their own position is done anew
+    if operand.role == "query":
+        projection = _projection(found, flow, rows, gain, offset)
+        described = None if norm is None else Norm(norm.kind, norm.groups(), norm.eps)
+        return ReadOperand(replace(projection, norm=described, activation=later.base.name), rope)
+    assert norm is not None
+    total = gain * norm.gain[rows]
+    shift = gain * norm.offset[rows] + offset
+    projection = _projection(found, flow, norm.rows[rows], total, shift)
+    return ReadOperand(replace(projection, norm=_head_norm(norm, rows)), rope)
+
+
+def _head_norm(norm: FoundNorm, rows: Tensor) -> Norm:
+    """The norm with one group per head, or one for all.
+
+    Raises:
+        MismatchError: A head's channels are normalised in several groups, or several heads share one of many groups.
+    """
+    groups = norm.groups()
+    if len(groups) == 1:
+        return Norm(norm.kind, groups, norm.eps)
+    owner = torch.div(rows, norm.size, rounding_mode="floor")
+    if (owner != owner[:, :1]).any():
+        raise MismatchError(RejectCode.NONLINEAR, "the channels of a key head are normalised in several groups")
+    return Norm(norm.kind, tuple(groups[int(i)] for i in owner[:, 0]), norm.eps)
+
+
+def root(node: Node) -> Node:
+    """The activation behind pure re-shapes."""
+    while node.op == "call_function" and node.target in _RESHAPES:
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
+def _require_matrix(found: ProjectionNode, flow: DataFlow, width: int) -> None:
+    """Refuse products whose weight is not one matrix from the activation's width to all outputs."""
+    node, weight = found.node, found.weight.meta["val"].shape
+    if node.target is _aten.einsum.default:
+        _require_einsum(found, width)
+        return
+    if node.target not in (_aten.linear.default, _aten.matmul.default, _aten.mm.default, _aten.addmm.default):
+        raise MismatchError(RejectCode.PROJECTION, f"projections by '{node.target}' are not read by this version")
+    if node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("beta", 1) != 1:
+        raise MismatchError(RejectCode.PROJECTION, f"the product '{node.name}' has factors of its own")
+    outputs = weight[0] if node.target is _aten.linear.default else weight[-1]
+    if len(weight) != 2 or outputs != width:
+        raise MismatchError(
+            RejectCode.PROJECTION, f"the weight of '{node.name}' is {tuple(weight)}, not one matrix for all heads"
+        )
+    if found.bias is not None and (found.bias not in flow.static or found.bias.meta["val"].numel() != width):
+        raise MismatchError(RejectCode.PROJECTION, f"what is added in '{node.name}' is not one bias per output")
+
+
+def _require_einsum(found: ProjectionNode, width: int) -> None:
+    arguments: Any = found.node.args
+    inputs, output = str(arguments[0]).replace(" ", "").split("->")
+    parts = inputs.split(",")
+    if len(parts) == 2 and "." not in inputs:
+        hidden, weight = parts if arguments[1][0] is found.source else parts[::-1]
+        summed = set(hidden) & set(weight)
+        shape = dict(zip(weight, found.weight.meta["val"].shape, strict=True))
+        own = [c for c in weight if c not in summed]
+        if (
+            len(summed) == 1
+            and hidden[-1] in summed
+            and not summed & set(output)
+            and set(output) == (set(hidden) | set(weight)) - summed
+            and math.prod(int(shape[c]) for c in own) == width
+        ):
+            return
+    raise MismatchError(RejectCode.PROJECTION, f"the einsum '{arguments[0]}' of '{found.node.name}' is not one matrix")
+
+
+def _projection(found: ProjectionNode, flow: DataFlow, rows: Tensor, gain: Tensor, offset: Tensor) -> Projection:
+    return Projection(
+        node=found.node.name,
+        source=found.source.name,
+        weight=flow.parameter_name(found.weight),
+        bias=None if found.bias is None else flow.parameter_name(found.bias),
+        rows=_tuples(rows),
+        gain=_tuples(gain),
+        offset=_tuples(offset) if offset.abs().max() > 1e-12 else None,
+    )
+
+
+def _tuples(values: Tensor) -> tuple[tuple[Any, ...], ...]:
+    return tuple(tuple(row) for row in values.tolist())
+
+
+def distinct_heads(projection: Projection, heads: int) -> Projection:
+    """Reduce key or value heads repeated for grouped queries to the distinct ones.
+
+    Raises:
+        MismatchError: Query head ``h`` does not use head ``h // (heads / distinct)``.
+    """
+    distinct = list(dict.fromkeys(projection.rows))
+    if heads % len(distinct):
+        raise MismatchError(RejectCode.GROUPING, f"{heads} query heads over {len(distinct)} key/value heads")
+    group = heads // len(distinct)
+    if len(projection.rows) not in (heads, len(distinct)) or (
+        len(projection.rows) == heads
+        and any(distinct.index(rows) != h // group for h, rows in enumerate(projection.rows))
+    ):
+        raise MismatchError(RejectCode.GROUPING, "query heads are not grouped contiguously over key/value heads")
+    first = [projection.rows.index(rows) for rows in distinct]
+    norm = projection.norm
+    if norm is not None and norm.per_head:
+        norm = replace(norm, groups=tuple(norm.groups[i] for i in first))
+    return replace(
+        projection,
+        rows=tuple(projection.rows[i] for i in first),
+        gain=tuple(projection.gain[i] for i in first),
+        offset=None if projection.offset is None else tuple(projection.offset[i] for i in first),
+        norm=norm,
+    )
+
+
+def normalised(projection: Projection, outputs: Tensor) -> Tensor:
+    """Heads ``[B, S, H, D]``, not rotated, from projection outputs ``[B, S, N]``, as the description says.
+
+    For a projection with an ``activation``, ``outputs`` are that activation's entries.
+    """
+    heads = outputs[..., torch.tensor(projection.rows)]
+    norm = projection.norm
+    if norm is not None and projection.activation is None:
+        groups = outputs[..., torch.tensor(norm.groups)]
+        if norm.kind == "layer":
+            mean = groups.mean(-1, keepdim=True)
+            heads, groups = heads - mean, groups - mean
+        heads = heads * (groups.square().mean(-1, keepdim=True) + norm.eps).rsqrt()
+    heads = heads * torch.tensor(projection.gain, dtype=torch.float64)
+    return heads if projection.offset is None else heads + torch.tensor(projection.offset, dtype=torch.float64)

@@ -1,0 +1,146 @@
+"""Families of models: each layer is what its configuration says, and the conversion computes what the model does."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mla_compile
+from families import (
+    DIM,
+    PIECES,
+    TOLERANCE,
+    VOCABULARY,
+    Family,
+    Layer,
+    assert_equal,
+    assert_equal_in_onnx,
+    handwritten,
+    huggingface,
+    tokens,
+)
+from mla_compile.api import CompiledModel
+from mla_compile.errors import MlaCompileError, RefusedError
+from mla_compile.site import AttentionSite
+
+# The models hold frequencies, or sines and cosines, in float32, which rounds by 6e-8.
+ROUNDED = {"rel": 2e-6, "abs": 1e-8}
+LENGTH = sum(PIECES)
+CONVERTIBLE = {**huggingface.CONVERTIBLE, **{f"own-{name}": f for name, f in handwritten.CONVERTIBLE.items()}}
+NEVER_WRONG = huggingface.NEVER_WRONG | handwritten.NEVER_WRONG
+REFUSED = huggingface.REFUSED | handwritten.REFUSED
+
+
+def convert(family: Family) -> tuple[nn.Module, CompiledModel]:
+    """A model and its conversion with nothing left out."""
+    module = family.build()
+    inputs = None if family.huggingface else (tokens(2, 5),)
+    return module, mla_compile.compile(module, inputs, exact=True)
+
+
+def described(site: AttentionSite) -> Layer:
+    """A site in the words of an expectation; what needs a comparison of floats is left at its default."""
+    return Layer(
+        heads=site.heads,
+        kv_heads=site.kv_heads,
+        qk_dim=site.qk_dim,
+        v_dim=site.v_dim,
+        layout=site.rope.layout,
+        rotary_dim=site.rope.rotary_dim,
+        window=site.mask.window,
+        sinks=site.sinks,
+        key_norm=None if site.key_norm is None else site.key_norm.kind,
+        per_head=site.key_norm is None or site.key_norm.per_head,
+    )
+
+
+def factors(site: AttentionSite) -> Tensor:
+    """``[heads, dim]``: everything that multiplies ``q . k``, wherever the model has it."""
+    query, key = (torch.tensor(p.gain, dtype=torch.float64) for p in (site.query, site.key))
+    return site.scale * query * key.repeat_interleave(site.heads // site.kv_heads, 0)
+
+
+def frequencies(family: Family, layer: Layer, module: nn.Module, index: int) -> list[float]:
+    if not layer.rotary_dim:
+        return []
+    if layer.theta is not None:
+        return [layer.theta ** (-2 * i / layer.rotary_dim) for i in range(layer.rotary_dim // 2)]
+    return family.frequencies(module, index).double().tolist()
+
+
+def assert_described(site: AttentionSite, layer: Layer, expected_frequencies: list[float]) -> None:
+    plain = dataclasses.replace(layer, theta=None, scale=DIM**-0.5, softcap=0.0, slopes=None)
+    assert described(site) == plain
+    assert list(site.rope.inv_freq) == pytest.approx(expected_frequencies, **ROUNDED)
+    assert site.softcap == pytest.approx(layer.softcap, **ROUNDED)
+    assert (site.slopes is None) == (layer.slopes is None)
+    if layer.slopes is not None:
+        assert list(site.slopes) == pytest.approx(list(layer.slopes), **ROUNDED)
+    if layer.key_norm is None:  # else gains are the weights of the norms
+        torch.testing.assert_close(
+            factors(site), torch.full((layer.heads, layer.qk_dim), layer.scale).double(), rtol=2e-6, atol=0
+        )
+    assert site.error < 1e-6
+
+
+@pytest.mark.parametrize("name", CONVERTIBLE)
+def test_family(name, tmp_path):
+    family = CONVERTIBLE[name]
+    module, compiled = convert(family)
+    sites = compiled.report.sites
+    assert [s.index for s in sites] == list(range(len(family.layers)))
+    for index, (site, layer) in enumerate(zip(sites, family.layers, strict=True)):
+        assert_described(site, layer, frequencies(family, layer, module, index))
+    assert compiled.report.verification.conversion_error <= TOLERANCE
+    ids = tokens(3, LENGTH, seed=11)
+    assert_equal(compiled, module, ids)
+    assert_equal_in_onnx(compiled, module, ids, tmp_path)
+
+
+@pytest.mark.parametrize("name", NEVER_WRONG)
+def test_what_may_be_refused_is_never_wrong(name, tmp_path):
+    """Sequences are longer than 32 tokens, where one of the models changes."""
+    family = NEVER_WRONG[name]
+    try:
+        module, compiled = convert(family)
+    except RefusedError:
+        return
+    pieces = (*PIECES, 16, 1, 4, 1, 3)
+    ids = tokens(3, sum(pieces), seed=11)
+    assert_equal(compiled, module, ids, pieces)
+    assert_equal_in_onnx(compiled, module, ids, tmp_path, pieces)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_must_be_refused(name):
+    with pytest.raises(MlaCompileError) as caught:
+        convert(REFUSED[name])
+    assert isinstance(caught.value, RefusedError)
+    assert "\n" not in str(caught.value)
+    assert caught.value.remedy
+
+
+@pytest.mark.parametrize("name", CONVERTIBLE)
+def test_expectations_are_those_of_the_models(name):
+    """The models export no graph here: they are what this file says they are, causal, and attention counts in them."""
+    family = CONVERTIBLE[name]
+    module = family.build()
+    ids = tokens(2, LENGTH, seed=3)
+    first, late = ids.clone(), ids.clone()
+    first[:, :3] = (first[:, :3] + 1) % VOCABULARY
+    late[:, 10:] = (late[:, 10:] + 1) % VOCABULARY
+    with torch.no_grad():
+        base, early, changed = (_logits(module, x) for x in (ids, first, late))
+    largest = float(base.abs().max())
+    assert math.isfinite(largest)
+    assert float((base - changed)[:, :10].abs().max()) <= 1e-5 * largest, "later tokens change earlier logits"
+    assert float((base - early)[:, 3:].abs().max()) > 0.1 * largest, "earlier tokens do not matter"
+
+
+def _logits(module: nn.Module, ids: Tensor) -> Tensor:
+    result = module(ids)
+    return result if isinstance(result, Tensor) else result.logits
