@@ -234,5 +234,5 @@ def test_probabilities_that_reach_the_values_unchanged(zoo_programs, kind):
 @pytest.mark.parametrize("kind", [zoo.ScaledProbabilities, zoo.LivingDropout, zoo.OtherAxis])
 def test_probabilities_that_do_not(zoo_programs, kind):
     question = Question(zoo_programs[kind])
-    with pytest.raises(MismatchError, match="changed between softmax and values|dropped out at random"):
+    with pytest.raises(MismatchError, match=r"changed between softmax and values|dropped out at random"):
         question.probabilities()
