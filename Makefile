@@ -1,5 +1,6 @@
 # `make demo` and `make test` need nothing but a Python; they make their own environment in .venv the first time.
 PYTHON ?= python3
+JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 4 ? n : 4)))
 PYTEST_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
@@ -20,8 +21,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: venv
 	$(BIN)/python examples/demo.py
 
+# The test models are tiny: one thread per process, several processes.
 test: venv
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
 # mypy and lint-imports read files instead of importing, so they find passes/ and runtime/ only through the links.
 lint: dev

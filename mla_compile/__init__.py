@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-__all__ = ["CompileConfig", "CompiledModel", "MlaCompileError", "compile", "load"]
+__all__ = ["CompileConfig", "CompiledModel", "MlaCompileError", "compile", "load", "register_pattern"]
 
 if TYPE_CHECKING:
     from mla_compile.api import CompiledModel, compile, load
     from mla_compile.config import CompileConfig
     from mla_compile.errors import MlaCompileError
+    from mla_compile.patterns import register_pattern
 
     __version__: str
 else:  # hidden from type checkers, to whom a module __getattr__ would make every misspelt name valid
@@ -22,6 +23,7 @@ else:  # hidden from type checkers, to whom a module __getattr__ would make ever
         "MlaCompileError": "mla_compile.errors",
         "compile": "mla_compile.api",
         "load": "mla_compile.api",
+        "register_pattern": "mla_compile.patterns",
     }
 
     def __getattr__(name: str) -> object:

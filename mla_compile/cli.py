@@ -189,7 +189,7 @@ def inspect(model: Model, unsafe_load: UnsafeLoad = False, as_json: AsJson = Fal
         typer.echo(json.dumps({"model": model, "layers": rows}, indent=2))
     else:
         display.show_layers(rows)
-    if found.rejections or not found.sites:
+    if not found.sites or any(r.plain is None for r in found.rejections):  # what a conversion would refuse
         raise typer.Exit(3)
 
 

@@ -116,18 +116,32 @@ def show_layers(rows: Sequence[Mapping[str, Any]]) -> None:
     lines = []
     for row in rows:
         if "rejected" in row:
-            lines.append([row["index"], row["path"], f"no: {row['rejected']}", row["reason"], "", "", "", ""])
+            cached = row.get("elements_per_token", "")
+            verdict = f"kept: {row['rejected']}" if row["kept"] else f"no: {row['rejected']}"
+            lines.append([row["index"], row["path"], verdict, row["reason"], "", "", "", cached, ""])
             continue
         rope = f"{row['rope']}:{row['rotary_dim']}" if row["rotary_dim"] else "none"
         heads = f"{row['heads']} q / {row['kv_heads']} kv of {row['qk_dim']}"
         names = dict.fromkeys(str(row[r]).removeprefix(f"{row['path']}.") for r in ("query", "key", "value"))
         weights = ", ".join(names) + (" (biased)" if row["bias"] else "")
-        lines.append(
-            [row["index"], row["path"], "yes", heads, rope, row["mask"], f"{row['elements_per_token']}", weights]
-        )
-    _print_table(
-        "Attention layers", ["#", "layer", "converts", "heads", "rope", "mask", "cached/token", "weights"], lines
-    )
+        cached = f"{row['elements_per_token']}"
+        lines.append([row["index"], row["path"], "yes", heads, rope, row["mask"], _extras(row), cached, weights])
+    columns = ["#", "layer", "converts", "heads", "rope", "mask", "also", "cached/token", "weights"]
+    _print_table("Attention layers", columns, lines)
+
+
+def _extras(row: Mapping[str, Any]) -> str:
+    """What a layer has beyond plain attention, in a few words."""
+    found = []
+    if row["query_norm"] or row["key_norm"]:
+        found.append(f"qk-norm {row['key_norm'] or row['query_norm']}")
+    if row["softcap"]:
+        found.append(f"soft-cap {row['softcap']:g}")
+    if row["sinks"]:
+        found.append("sinks")
+    if row["alibi"]:
+        found.append("ALiBi")
+    return ", ".join(found)
 
 
 def plan_rows(plans: Sequence[LatentPlan]) -> dict[str, Any]:
@@ -172,7 +186,7 @@ def show_plan(plans: Sequence[LatentPlan]) -> None:
 def show_report(report: Report, out: Path) -> None:
     """What was done, in a few lines."""
     rows: list[list[object]] = [
-        ["attention layers", len(report.plans)],
+        ["attention layers", f"{len(report.plans)} converted" + (f", {len(report.kept)} kept" if report.kept else "")],
         ["selection", f"{report.selection}, {report.plans[0].rope_dims} rotating channels per head"],
         [
             "cache bytes per token",

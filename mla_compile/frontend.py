@@ -23,6 +23,7 @@ from torch.export import Dim, ExportedProgram
 
 from mla_compile.errors import LoadError, MlaCompileError
 from mla_compile.exporting import export_module
+from mla_compile.patterns import patterns
 from mla_compile.program import Assets, Program
 from mla_compile.quiet import quiet_exporter
 
@@ -320,7 +321,7 @@ def program_from_export(
     """
     try:
         with quiet_exporter():
-            exported = exported.run_decompositions({})
+            exported = exported.run_decompositions(dict(patterns()))
     except Exception as error:
         raise LoadError(
             f"The graph of '{source}' could not be normalised ({_first_line(error)}).", _HOW_TO_EXPORT

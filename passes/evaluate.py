@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
 
 from mla_compile.program import Program
@@ -116,9 +117,15 @@ class GraphEvaluator:
                 if node not in overrides:
                     stack.extend(node.all_input_nodes)
         values: dict[Node, Any] = {}
+        order = sorted(needed, key=self._order.__getitem__)
+        last = {i: n for n in order if n not in overrides for i in n.all_input_nodes}
         with torch.no_grad():
-            for node in sorted(needed, key=self._order.__getitem__):
+            for node in order:
                 values[node] = overrides[node] if node in overrides else self._evaluate(node, values, inputs, patched)
+                if node not in overrides:  # free what was read for the last time: probes are long, and layers wide
+                    for read in {*node.all_input_nodes}:
+                        if last[read] is node and read not in targets:
+                            del values[read]
         return [values[t] for t in targets]
 
     def _evaluate(
@@ -152,6 +159,9 @@ def _wide(argument: Any) -> Any:  # noqa: ANN401 - operator arguments have any t
 
 
 def _promote(value: Tensor) -> Tensor:
+    if isinstance(value, FakeTensor) or value.is_meta:
+        # A weight without values: the gain of a norm, at most, since products with weights are never evaluated.
+        return torch.ones(value.shape, dtype=torch.float64)
     if value.dtype in _FLOATS:
         return value.double()
     return value.to(torch.complex128) if value.dtype == torch.complex64 else value

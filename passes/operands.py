@@ -32,13 +32,16 @@ class ReadOperand:
     rope: Rope
 
 
-def read_operand(operand: Operand, flow: DataFlow, generator: torch.Generator) -> ReadOperand:
+def read_operand(
+    operand: Operand, flow: DataFlow, generator: torch.Generator, known: Rope | None = None
+) -> ReadOperand:
     """Describe queries, keys or values.
 
     Args:
         operand: The operand; its base is not looked at.
         flow: Data flow of the graph.
         generator: Source of random probes.
+        known: The rotation, if it is known from a layer of the same kind; it is not measured then.
 
     Raises:
         MismatchError: The operand is something other than a projection, normed, re-arranged and rotated.
@@ -51,18 +54,18 @@ def read_operand(operand: Operand, flow: DataFlow, generator: torch.Generator) -
     except MismatchError as mismatch:
         if mismatch.code != RejectCode.NONLINEAR or operand.role == "value":
             raise
-        return _read_behind_norm(operand, found, flow, generator)
+        return _read_behind_norm(operand, found, flow, generator, known)
     rows, gain, offset = probe_rows(operand, generator)
-    rope = probe_rope(operand, rows, gain)
+    rope = probe_rope(operand, rows, gain) if known is None else known
     return ReadOperand(_projection(found, flow, rows, gain, offset), rope)
 
 
 def _read_behind_norm(
-    operand: Operand, found: ProjectionNode, flow: DataFlow, generator: torch.Generator
+    operand: Operand, found: ProjectionNode, flow: DataFlow, generator: torch.Generator, known: Rope | None
 ) -> ReadOperand:
     later = linear_again(operand, flow, generator)
     rows, gain, offset = probe_rows(later, generator)
-    rope = probe_rope(later, rows, gain)
+    rope = probe_rope(later, rows, gain) if known is None else known
     try:
         norm = describe_norm(operand, later, flow, generator)
     except MismatchError:

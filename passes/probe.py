@@ -41,6 +41,8 @@ _EXACT = 1e-9
 """Relative error above which a float64 evaluation is not rounding."""
 _ROTATES = 1e-10
 """Off-diagonal size above which a channel pair rotates; channels that do not rotate give exact zeros."""
+_NEIGHBOURS = 8
+"""Random ratios on either side that are looked at when a row is searched."""
 _TABLE = 2e-3
 """Radians a rotation table may be off a constant frequency: float32 tables reach 5e-4 at position 8192."""
 
@@ -166,12 +168,17 @@ def matching_rows(probes: Tensor, seen: Tensor) -> tuple[Tensor, Tensor] | None:
     Returns:
         Indices ``[M]`` into the probes and factors ``[M]``, or None if some entry is no multiple of one probe.
     """
-    wanted = probes[1:] / probes[:1]
-    ratios = seen[1:] / seen[:1]
-    error = ((ratios[:, :, None] - wanted[:, None, :]) / wanted[:, None, :]).abs().amax(0)
-    best, rows = torch.nan_to_num(error, nan=math.inf).min(-1)
+    wanted, ratios = probes[1:] / probes[:1], seen[1:] / seen[:1]
+    order = wanted[0].argsort()
+    place = torch.searchsorted(wanted[0][order], torch.nan_to_num(ratios[0]))
+    # Some of thousands of random ratios are nearly equal: the second ratio decides among the nearest.
+    near = (place[:, None] + torch.arange(-_NEIGHBOURS, _NEIGHBOURS)).clamp(0, len(order) - 1)
+    candidates = order[near]
+    error = ((ratios[:, :, None] - wanted[:, candidates]) / wanted[:, candidates]).abs().amax(0)
+    best, choice = torch.nan_to_num(error, nan=math.inf).min(-1)
     if exceeds(best, 1e-6):
         return None
+    rows = candidates.gather(1, choice[:, None])[:, 0]
     return rows, seen[0] / probes[0][rows]
 
 
@@ -211,11 +218,23 @@ def _frequencies(operand: Operand, rows: Tensor, gain: Tensor, pairs: list[tuple
     first = torch.tensor([a for a, _ in pairs], dtype=torch.long)
     second = torch.tensor([b for _, b in pairs], dtype=torch.long)
     still = torch.tensor([c for c in range(rows.shape[1]) if all(c not in pair for pair in pairs)], dtype=torch.long)
-    long = longest_length(operand.evaluator, lambda n: operand(torch.zeros(1, n, operand.width)), _LONG)
-    ones = torch.zeros(1, long, operand.width, dtype=torch.float64)
-    for channels in (first, still):
-        ones[..., rows[0, channels]] = 1.0 / gain[0, channels]
-    turned = (operand(ones) - operand(torch.zeros_like(ones)))[0, :, 0]
+    turned = torch.empty(0)
+
+    def follow(length: int) -> None:
+        """Long and wide evaluations are most of what recognition costs: there is one, if nothing is added."""
+        nonlocal turned
+        ones = torch.zeros(1, length, operand.width, dtype=torch.float64)
+        zeros = torch.zeros_like(ones) if adds else None
+        for channels in (first, still):
+            ones[..., rows[0, channels]] = 1.0 / gain[0, channels]
+        turned = operand(ones)[0, :, 0].clone()
+        if zeros is not None:
+            turned -= operand(zeros)[0, :, 0]
+
+    adds = bool(operand(torch.zeros(1, SHORT, operand.width)).any())
+    long = longest_length(operand.evaluator, follow, _LONG)
+    if long == SHORT:
+        follow(SHORT)
     if exceeds(turned[:, still] - 1, 1e-6):
         raise MismatchError(RejectCode.ROPE, f"the {operand.role} is scaled by position")
     if not pairs:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from mla_compile.passes.evaluate import GraphEvaluator, example_inputs
+from mla_compile.passes.kinds import kind_of
 from mla_compile.passes.layout import Layout, Sizes
 from mla_compile.passes.mismatch import MismatchError
 from mla_compile.passes.operands import ReadOperand, distinct_heads, normalised, read_operand, root
@@ -64,6 +65,7 @@ def recognise(program: Program) -> Recognition:
     flow, evaluator, sizes = DataFlow(program), GraphEvaluator(program), Sizes.of(program)
     sites: list[AttentionSite] = []
     rejections: list[Rejection] = []
+    kinds: dict[str, AttentionSite] = {}
     for index, found in enumerate(find_anchors(flow, program)):
         node = found.softmax if isinstance(found, Anchor) else found[0]
         path = module_path(node, f"attention_{index}")
@@ -75,8 +77,12 @@ def recognise(program: Program) -> Recognition:
         except MismatchError as mismatch:
             rejections.append(Rejection(index, path, mismatch.code, mismatch.reason))
             continue
+        kind = kind_of(found, flow, evaluator)
         try:
-            sites.append(_speaking(context, _describe))
+            site = _like(context, kinds[kind]) if kind in kinds else None
+            site = site or _speaking(context, _describe)
+            sites.append(site)
+            kinds[kind] = site
         except MismatchError as mismatch:
             rejections.append(Rejection(index, path, mismatch.code, mismatch.reason, _plain(context)))
     return Recognition(tuple(sites), tuple(rejections))
@@ -91,19 +97,29 @@ def _speaking(context: _Context, describe: Callable[[_Context], _Described]) -> 
         raise MismatchError(RejectCode.LAYOUT, reason) from error
 
 
-def _describe(context: _Context) -> AttentionSite:
+def _like(context: _Context, other: AttentionSite) -> AttentionSite | None:
+    """Describe a layer of a known kind without measuring its rotation and mask again; None if that does not fit."""
+    try:
+        return _speaking(context, lambda c: _describe(c, other))
+    except MismatchError:
+        return None
+
+
+def _describe(context: _Context, other: AttentionSite | None = None) -> AttentionSite:
+    """Describe a layer and verify the description.
+
+    Args:
+        context: The layer.
+        other: A layer of the same kind, whose rotation and scores are taken over.
+    """
     generator = torch.Generator().manual_seed(context.index)
     anchor, layouts, flow = context.anchor, context.layouts, context.flow
-    read: dict[str, ReadOperand] = {
-        role: read_operand(
-            Operand(
-                context.evaluator, context.sizes, role, anchor.output, getattr(anchor, role), getattr(layouts, role)
-            ),
-            flow,
-            generator,
-        )
-        for role in ("query", "key", "value")
-    }
+    read: dict[str, ReadOperand] = {}
+    for role in ("query", "key", "value"):
+        node = getattr(anchor, role)
+        operand = Operand(context.evaluator, context.sizes, role, node, node, getattr(layouts, role))
+        known = None if other is None else other.rope if role != "value" else Rope()
+        read[role] = read_operand(operand, flow, generator, known)
     query, key, value = (read[role].projection for role in ("query", "key", "value"))
     nodes = context.evaluator.nodes
     if root(nodes[key.source]) is not root(nodes[value.source]):
@@ -118,7 +134,10 @@ def _describe(context: _Context) -> AttentionSite:
     key, value = distinct_heads(key, heads), distinct_heads(value, heads)
     if key.heads != value.heads:
         raise MismatchError(RejectCode.GROUPING, f"there are {key.heads} key heads but {value.heads} value heads")
-    scores = probe_scores(context.evaluator, flow, context.sizes, anchor, layouts, heads=heads, dim=query.head_dim)
+    if other is None or other.scores.sinks is not None:  # sinks are a layer's own
+        scores = probe_scores(context.evaluator, flow, context.sizes, anchor, layouts, heads=heads, dim=query.head_dim)
+    else:
+        scores = other.scores
     probe_probabilities(context.evaluator, context.sizes, anchor, layouts)
     site = AttentionSite(
         index=context.index,
@@ -200,8 +219,9 @@ def _verified(context: _Context, compare: Callable[[int], float]) -> float:
     Raises:
         MismatchError: It is not rounding.
     """
-    long = longest_length(context.evaluator, compare, _VERIFY_LENGTH)
-    error = max(compare(length) for length in (SHORT, long))
+    errors = {SHORT: compare(SHORT)}
+    longest_length(context.evaluator, lambda length: errors.update({length: compare(length)}), _VERIFY_LENGTH)
+    error = max(errors.values())
     if not error < VERIFY_TOLERANCE:
         raise MismatchError(RejectCode.VERIFY, f"the recovered description is off by {error:.1e} on random inputs")
     return error

@@ -69,7 +69,6 @@ class _Scorer:
     anchor: Anchor
     layouts: AnchorLayouts
     heads: int
-    scale: float | None
 
     def __call__(
         self,
@@ -82,17 +81,17 @@ class _Scorer:
 
         Args:
             length: Sequence length.
-            scores: Raw scores ``[2, H, S, T]`` with a diagonal of zeros; all zeros by default.
+            scores: Raw scores ``[2, H, S, T]`` with a diagonal of zeros; all zeros by default and if fused.
             patched: Arguments to use in place of a node's own.
             overrides: Values to take as given.
         """
         batch = 2
-        raw = torch.zeros(batch, self.heads, length, length, dtype=torch.float64) if scores is None else scores
         inputs = example_inputs(self.evaluator.program, batch, length)
         given = dict(overrides or {})
         if self.anchor.fused:
-            logits = raw * (self.scale or 0.0) + self._operator_mask(length, inputs, given, patched)
+            logits = self._operator_mask(length, inputs, given, patched)  # the operator scales, and no more
         else:
+            raw = torch.zeros(batch, self.heads, length, length, dtype=torch.float64) if scores is None else scores
             logits = self._traced(raw, length, inputs, given, patched)
         own = logits[..., :length].diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
         if scores is None and exceeds(own, -_MASKED):
@@ -163,7 +162,7 @@ def probe_scores(
         MismatchError: Scores are changed in another way than :class:`~mla_compile.site.Scores` can say.
     """
     scale = _operator_scale(flow, anchor, dim) if anchor.fused else None
-    scorer = _Scorer(evaluator, sizes, anchor, layouts, heads, scale)
+    scorer = _Scorer(evaluator, sizes, anchor, layouts, heads)
     base = scorer(SHORT)
     sinks = _sinks(base, SHORT)
     softcap = 0.0
@@ -178,6 +177,8 @@ def probe_scores(
         raise MismatchError(RejectCode.MASK, "the mask changes its kind with the length")
     if mask.window is None:
         mask = _distant(scorer, base[..., :SHORT], mask, long)
+    if slopes is not None and len(slopes) == 1:
+        slopes = slopes * heads  # one mask for all heads
     name = _parameter_behind(flow, anchor) if sinks is not None else None
     return Scores(scale=scale, mask=mask, softcap=softcap, slopes=slopes, sinks=sinks, sinks_name=name)
 
