@@ -101,6 +101,36 @@ def test_family(name, tmp_path):
     assert_equal_in_onnx(compiled, module, ids, tmp_path)
 
 
+STILL = ("llama-bias", "qwen3", "gemma2", "olmo2", "cohere-qk-norm", "stablelm-qk-norm", "gpt-oss", "phi3")
+"""Families whose channels go through the latent in ways of their own: biases, norms, soft-caps, sinks."""
+
+
+@pytest.mark.parametrize("kept", [0, 1], ids=["none rotate", "half rotate"])
+@pytest.mark.parametrize("name", STILL)
+def test_channels_that_stand_still_go_through_the_latent_exactly(name, kept, tmp_path):
+    """With all RoPE kept, nothing of a key is in the latent; these models hold all rotations or every other one still.
+
+    Biases are large, so that one that is lost would show.
+    """
+    module = CONVERTIBLE[name].build()
+    for buffer, value in module.named_buffers():
+        if "inv_freq" in buffer:
+            value[kept::2] = 0.0
+            value[: len(value) * (1 - kept)] = 0.0
+    with torch.no_grad():
+        for parameter, value in module.named_parameters():
+            if parameter.endswith(("k_proj.bias", "v_proj.bias")):
+                value.mul_(3)
+    compiled = mla_compile.compile(module, exact=True)
+    for site, plan in zip(compiled.report.sites, compiled.report.plans, strict=True):
+        assert site.rope.rotary_dim == plan.rope_dims
+        assert plan.rope_dims < site.qk_dim
+        assert plan.key_scales == (0 if site.key_norm is None else len(site.key_norm.groups))
+    ids = tokens(3, LENGTH, seed=11)
+    assert_equal(compiled, module, ids)
+    assert_equal_in_onnx(compiled, module, ids, tmp_path)
+
+
 @pytest.mark.parametrize("name", NEVER_WRONG)
 def test_what_may_be_refused_is_never_wrong(name, tmp_path):
     """Sequences are longer than 32 tokens, where one of the models changes."""
