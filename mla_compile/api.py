@@ -100,6 +100,7 @@ def compile(
     max_perplexity_ratio: float | None = None,
     out: Path | None = None,
     force: bool = False,
+    attn_implementation: str = "auto",
     unsafe_load: bool = False,
     display: Display | None = None,
     **settings: Any,  # noqa: ANN401 - validated by CompileConfig
@@ -119,6 +120,7 @@ def compile(
         max_perplexity_ratio: Fail when perplexity grows by more than this factor; needs calibration text.
         out: Where the result will be written; checked before any work is done.
         force: Whether ``out`` may replace existing files.
+        attn_implementation: How a transformers model given by name spells its attention: auto, sdpa or eager.
         unsafe_load: Allow unpickling a module from a file.
         display: Shows progress.
         **settings: Fields of :class:`~mla_compile.config.CompileConfig`, instead of ``config``.
@@ -147,7 +149,7 @@ def compile(
     documents = read_text(calibration)
     stages = Stages(display)
     with stages.stage("load"):
-        program = _load(model, example_inputs, tokenizer, unsafe_load)
+        program = _load(model, example_inputs, tokenizer, attn_implementation, unsafe_load)
     _require_float32(program)
     if out is not None:
         check_neighbours(out, program.source, program.assets, force)
@@ -188,20 +190,27 @@ def compile(
 
 
 def inspect(
-    model: str | Path, *, tokenizer: str | None = None, unsafe_load: bool = False
+    model: str | Path, *, tokenizer: str | None = None, attn_implementation: str = "auto", unsafe_load: bool = False
 ) -> tuple[Program, Recognition]:
     """Load a model and describe its attention layers, or say why they are not understood."""
-    program = frontend.load_program(model, tokenizer=tokenizer, unsafe=unsafe_load)
+    program = frontend.load_program(model, tokenizer=tokenizer, attention=attn_implementation, unsafe=unsafe_load)
     return program, recognise(program)
 
 
 def plan(
-    model: str | Path, config: CompileConfig, *, unsafe_load: bool = False
+    model: str | Path, config: CompileConfig, *, attn_implementation: str = "auto", unsafe_load: bool = False
 ) -> tuple[Recognition, tuple[LatentPlan, ...]]:
     """Plan a conversion without computing any weights."""
-    program = frontend.load_program(model, unsafe=unsafe_load)
+    program = frontend.load_program(model, attention=attn_implementation, unsafe=unsafe_load)
     found = _require_some(program, recognise(program))
     return found, plan_layers(found.sites, [input_width(program, s) for s in found.sites], config)
+
+
+def lossless_elements(program: Program, found: Recognition) -> tuple[int, ...]:
+    """Numbers per token and layer that a latent cache needs at most, with every rotation kept and nothing lost."""
+    config = make_config(exact=True, selection="uniform")
+    plans = plan_layers(found.sites, [input_width(program, s) for s in found.sites], config)
+    return tuple(p.elements_after for p in plans)
 
 
 def load(folder: str | Path) -> LatentModel:
@@ -217,11 +226,12 @@ def _load(
     model: nn.Module | ExportedProgram | str | Path,
     example_inputs: Sequence[Any] | Mapping[str, Any] | None,
     tokenizer: Any,  # noqa: ANN401
+    attention: str,
     unsafe: bool,
 ) -> Program:
     folder = str(tokenizer) if isinstance(tokenizer, str | Path) else None
     if isinstance(model, str | Path):
-        return frontend.load_program(model, tokenizer=folder, unsafe=unsafe)
+        return frontend.load_program(model, tokenizer=folder, attention=attention, unsafe=unsafe)
     if isinstance(model, ExportedProgram):
         return frontend.program_from_export(model, source="ExportedProgram", assets=Assets(folder=folder))
     program = frontend.capture(model, example_inputs, tokenizer=folder)

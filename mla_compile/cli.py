@@ -25,6 +25,14 @@ app = typer.Typer(
 )
 
 _SIZE, _METHOD, _TEXT, _OUTPUT, _CHECKS = "Size", "Method", "Text", "Output", "Checks"
+
+
+def _known_implementation(value: str) -> str:
+    if value not in ("auto", "sdpa", "eager"):
+        raise typer.BadParameter(f"'{value}' is not one of auto, sdpa, eager")
+    return value
+
+
 Model = Annotated[str, typer.Argument(help="A torch.export archive (.pt2, .pt), a Hugging Face folder, or a hub id.")]
 CacheRatio = Annotated[
     float | None,
@@ -73,6 +81,13 @@ Tokenizer = Annotated[
     str | None, typer.Option(help="Folder or id of the tokenizer, if the model has none.", rich_help_panel=_TEXT)
 ]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of random ids and samples.", rich_help_panel=_CHECKS)]
+AttnImplementation = Annotated[
+    str,
+    typer.Option(
+        help="How a transformers model spells its attention: sdpa, eager, or auto for the first it has.",
+        callback=_known_implementation,
+    ),
+]
 UnsafeLoad = Annotated[
     bool, typer.Option("--unsafe-load", help="Unpickle a module from a file; this runs the code in it.")
 ]
@@ -128,6 +143,7 @@ def convert(
         bool, typer.Option("--no-verify", help="Skip the checks against the original.", rich_help_panel=_CHECKS)
     ] = False,
     seed: Seed = 0,
+    attn_implementation: AttnImplementation = "auto",
     unsafe_load: UnsafeLoad = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -163,6 +179,7 @@ def convert(
             max_perplexity_ratio=max_ppl_ratio,
             out=out,
             force=force,
+            attn_implementation=attn_implementation,
             unsafe_load=unsafe_load,
             display=shown,
         )
@@ -177,13 +194,20 @@ def convert(
 
 
 @app.command()
-def inspect(model: Model, unsafe_load: UnsafeLoad = False, as_json: AsJson = False) -> None:
+def inspect(
+    model: Model,
+    attn_implementation: AttnImplementation = "auto",
+    unsafe_load: UnsafeLoad = False,
+    as_json: AsJson = False,
+) -> None:
     """Show every attention layer: what was recognised, or why it cannot be converted."""
     from mla_compile import api, display
     from mla_compile.report import summarise_site
 
-    _, found = api.inspect(model, unsafe_load=unsafe_load)
-    rows = [*map(summarise_site, found.sites), *map(summarise_site, found.rejections)]
+    program, found = api.inspect(model, attn_implementation=attn_implementation, unsafe_load=unsafe_load)
+    lossless = api.lossless_elements(program, found)
+    rows = [summarise_site(s) | {"lossless_elements_per_token": n} for s, n in zip(found.sites, lossless, strict=True)]
+    rows += map(summarise_site, found.rejections)
     rows.sort(key=lambda row: int(row["index"]))
     if as_json:
         typer.echo(json.dumps({"model": model, "layers": rows}, indent=2))
@@ -201,6 +225,7 @@ def plan(
     exact: Exact = False,
     rope_dims: RopeDims = None,
     svd: Svd = "joint",
+    attn_implementation: AttnImplementation = "auto",
     unsafe_load: UnsafeLoad = False,
     as_json: AsJson = False,
 ) -> None:
@@ -209,7 +234,7 @@ def plan(
     from mla_compile.config import make_config
 
     config = make_config(cache_ratio=cache_ratio, kv_rank=kv_rank, exact=exact, rope_dims=rope_dims, svd=svd)
-    _, plans = api.plan(model, config, unsafe_load=unsafe_load)
+    _, plans = api.plan(model, config, attn_implementation=attn_implementation, unsafe_load=unsafe_load)
     if as_json:
         typer.echo(json.dumps(display.plan_rows(plans), indent=2))
     else:

@@ -124,7 +124,8 @@ def show_layers(rows: Sequence[Mapping[str, Any]]) -> None:
         heads = f"{row['heads']} q / {row['kv_heads']} kv of {row['qk_dim']}"
         names = dict.fromkeys(str(row[r]).removeprefix(f"{row['path']}.") for r in ("query", "key", "value"))
         weights = ", ".join(names) + (" (biased)" if row["bias"] else "")
-        cached = f"{row['elements_per_token']}"
+        lossless = row["lossless_elements_per_token"] / row["elements_per_token"]
+        cached = f"{row['elements_per_token']}" + (f" (lossless: {lossless:.0%})" if lossless < 1 else "")
         lines.append([row["index"], row["path"], "yes", heads, rope, row["mask"], _extras(row), cached, weights])
     columns = ["#", "layer", "converts", "heads", "rope", "mask", "also", "cached/token", "weights"]
     _print_table("Attention layers", columns, lines)

@@ -36,12 +36,16 @@ _HOW_TO_EXPORT = (
 )
 
 
-def load_program(source: str | Path, *, tokenizer: str | None = None, unsafe: bool = False) -> Program:
+def load_program(
+    source: str | Path, *, tokenizer: str | None = None, attention: str = "auto", unsafe: bool = False
+) -> Program:
     """Load a model by name.
 
     Args:
         source: A ``torch.export`` archive (``.pt2`` or ``.pt``), a Hugging Face folder, or a hub id.
         tokenizer: Folder or hub id of the tokenizer, when the model does not bring one.
+        attention: How a transformers model is to spell its attention: ``sdpa``, ``eager``, or ``auto`` for the first of
+            the two that it has.
         unsafe: Unpickle a module saved by ``torch.save``; this runs whatever code the file holds.
 
     Returns:
@@ -56,7 +60,7 @@ def load_program(source: str | Path, *, tokenizer: str | None = None, unsafe: bo
             raise LoadError(
                 f"'{source}' is a model that was converted already.", "Give the model it was converted from instead."
             )
-        return _load_huggingface(str(path), tokenizer)
+        return _load_huggingface(str(path), tokenizer, attention)
     if path.is_file():
         return _load_file(path, tokenizer, unsafe)
     name = str(source)
@@ -64,7 +68,7 @@ def load_program(source: str | Path, *, tokenizer: str | None = None, unsafe: bo
         raise LoadError(
             f"There is no file or folder '{source}'.", "Give a .pt2 archive, a Hugging Face folder or a hub id."
         )
-    return _load_huggingface(name, tokenizer)
+    return _load_huggingface(name, tokenizer, attention)
 
 
 def _load_file(path: Path, tokenizer: str | None, unsafe: bool) -> Program:
@@ -145,7 +149,7 @@ def _load_pickle(path: Path, tokenizer: str | None, unsafe: bool) -> Program:
     return capture(weights, inputs, source=str(path), tokenizer=tokenizer)
 
 
-def _load_huggingface(name: str, tokenizer: str | None) -> Program:
+def _load_huggingface(name: str, tokenizer: str | None, attention: str) -> Program:
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
@@ -163,9 +167,9 @@ def _load_huggingface(name: str, tokenizer: str | None) -> Program:
             output_loading_info=True,
         )
         try:
-            model, info = read(attn_implementation="sdpa")
+            model, info = read(attn_implementation="sdpa" if attention == "auto" else attention)
         except ValueError as error:
-            if "scaled_dot_product_attention" not in str(error):
+            if attention != "auto" or "scaled_dot_product_attention" not in str(error):
                 raise
             model, info = read(attn_implementation="eager")
     except Exception as error:
@@ -178,7 +182,12 @@ def _load_huggingface(name: str, tokenizer: str | None) -> Program:
             f"The weights of '{name}' lack {len(missing)} tensors, '{missing[0]}' among them.",
             "Get the complete checkpoint; config.json and weights must belong together.",
         )
-    return capture(model, None, source=name, kind="huggingface", tokenizer=tokenizer or name)
+    try:
+        return capture(model, None, source=name, kind="huggingface", tokenizer=tokenizer or name)
+    except LoadError as error:
+        if attention == "eager" or model.config._attn_implementation == "eager":
+            raise
+        raise LoadError(error.message, f"{error.remedy} Or try --attn-implementation eager.") from error
 
 
 def _huggingface_inputs(module: nn.Module) -> dict[str, Tensor]:
