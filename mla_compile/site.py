@@ -310,6 +310,7 @@ class PlainSite:
         scores: From ``q . k`` to attention weights.
         output: Graph node holding ``softmax(...) V``.
         softmax: Graph node that must die with the rewrite.
+        repeats: How often every key and value head stands in the graph's key and value (heads repeated for groups).
     """
 
     query: str
@@ -323,6 +324,7 @@ class PlainSite:
     scores: Scores
     output: str
     softmax: str
+    repeats: int = 1
 
     @property
     def elements_per_token(self) -> int:

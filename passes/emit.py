@@ -113,10 +113,13 @@ class Emitter:
                 for name, axes, heads in zip(
                     (site.query, site.key, site.value),
                     site.axes,
-                    (site.heads, site.kv_heads, site.kv_heads),
+                    (site.heads, site.kv_heads * site.repeats, site.kv_heads * site.repeats),
                     strict=False,
                 )
             )
+            if site.repeats > 1:
+                every = (2, 0, site.kv_heads * site.repeats, site.repeats)
+                key, value = (self._call(_aten.slice.Tensor, x, *every) for x in (key, value))
             flat = [
                 self._call(_aten.reshape.default, x, [batch, length, site.kv_heads * width])
                 for x, width in ((key, site.qk_dim), (value, site.v_dim))

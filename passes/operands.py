@@ -16,12 +16,25 @@ from mla_compile.passes.probe import Operand, probe_linear, probe_rope, probe_ro
 from mla_compile.passes.trace import DataFlow, ProjectionNode, read_projection
 from mla_compile.site import Norm, Projection, RejectCode, Rope
 
-__all__ = ["ReadOperand", "distinct_heads", "normalised", "read_operand", "root"]
+__all__ = ["MOVES", "ReadOperand", "distinct_heads", "normalised", "read_operand", "root"]
 
 _aten = torch.ops.aten
 _RESHAPES = frozenset(
     {_aten.view.default, _aten.reshape.default, _aten._unsafe_view.default, _aten.clone.default, _aten.alias.default}
 )
+
+
+MOVES = _RESHAPES | {
+    _aten.expand.default,
+    _aten.unsqueeze.default,
+    _aten.squeeze.dim,
+    _aten.slice.Tensor,
+    _aten.permute.default,
+    _aten.transpose.int,
+    _aten.repeat.default,
+    _aten.repeat_interleave.self_int,
+}
+"""Operators that only move entries of their first argument, or repeat them."""
 
 
 @dataclass(frozen=True)

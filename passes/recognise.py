@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -14,7 +15,7 @@ from mla_compile.passes.evaluate import GraphEvaluator, example_inputs
 from mla_compile.passes.kinds import kind_of
 from mla_compile.passes.layout import Layout, Sizes
 from mla_compile.passes.mismatch import MismatchError
-from mla_compile.passes.operands import ReadOperand, distinct_heads, normalised, read_operand, root
+from mla_compile.passes.operands import MOVES, ReadOperand, distinct_heads, normalised, read_operand, root
 from mla_compile.passes.probe import SHORT, Operand, longest_length
 from mla_compile.passes.scores import AnchorLayouts, anchor_layouts, probe_probabilities, probe_scores
 from mla_compile.passes.trace import Anchor, DataFlow, find_anchors, module_path
@@ -179,6 +180,7 @@ def _describe_plain(context: _Context) -> PlainSite:
     dims = {role: int(shapes[role][getattr(layouts, role).axes.index("d")]) for role in ("query", "value")}
     scores = probe_scores(evaluator, context.flow, context.sizes, anchor, layouts, heads=heads, dim=dims["query"])
     probe_probabilities(evaluator, context.sizes, anchor, layouts)
+    repeats = math.gcd(*(_repeats(context, role, heads) for role in ("key", "value"))) if key_heads == heads else 1
     axes = (layouts.query.axes, layouts.key.axes, layouts.value.axes, layouts.output.axes)
     site = PlainSite(
         query=anchor.query.name,
@@ -186,15 +188,32 @@ def _describe_plain(context: _Context) -> PlainSite:
         value=anchor.value.name,
         axes=axes,
         heads=heads,
-        kv_heads=key_heads,
+        kv_heads=key_heads // repeats,
         qk_dim=dims["query"],
         v_dim=dims["value"],
         scores=scores,
         output=anchor.output.name,
         softmax=anchor.softmax.name,
+        repeats=repeats,
     )
     _verified(context, lambda length: _compare_plain(context, site, length))
     return site
+
+
+def _repeats(context: _Context, role: str, heads: int) -> int:
+    """How often each head stands in keys or values that were repeated for grouped queries."""
+    end = node = getattr(context.anchor, role)
+    while node.op == "call_function" and node.target in MOVES:
+        node = node.args[0]
+    batch, generator = 1, torch.Generator().manual_seed(7)
+    shape = context.sizes.bind(node.meta["val"].shape, batch, SHORT)
+    given = {node: torch.randn(shape, generator=generator, dtype=torch.float64)}
+    (got,) = context.evaluator.run([end], given, example_inputs(context.evaluator.program, batch, SHORT))
+    plain = getattr(context.layouts, role).arrange(got, "bthd", batch)[0].transpose(0, 1).flatten(1)
+    repeats = next((h for h in range(1, heads) if not torch.equal(plain[h], plain[0])), heads)
+    if heads % repeats or not torch.equal(plain[::repeats].repeat_interleave(repeats, 0), plain):
+        return 1
+    return repeats
 
 
 def _heads(shape: torch.Size, layout: Layout, sizes: Sizes) -> int:
@@ -261,7 +280,11 @@ def _compare_plain(context: _Context, site: PlainSite, length: int) -> float:
         shape = context.sizes.bind(nodes[name].meta["val"].shape, batch, length)
         if nodes[name] not in overrides:
             overrides[nodes[name]] = torch.randn(shape, generator=generator, dtype=torch.float64)
-        plain.append(Layout(axes).arrange(overrides[nodes[name]], order, batch))
+        drawn = Layout(axes).arrange(overrides[nodes[name]], order, batch)
+        if name != site.query and site.repeats > 1:
+            drawn = drawn[:, :, :: site.repeats].repeat_interleave(site.repeats, 2)
+            overrides[nodes[name]] = Layout(axes).place(drawn, order, shape)
+        plain.append(drawn)
     inputs = example_inputs(evaluator.program, batch, length)
     (got,) = evaluator.run([context.anchor.output], overrides, inputs)
     query, key, value = plain
