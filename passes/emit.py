@@ -273,7 +273,11 @@ class Emitter:
         """Register weights as parameters of a sub-module beside the layer's own, and return its path."""
         holder = nn.Module()
         for name, value in values.items():
-            holder.register_parameter(name, nn.Parameter(value.to(self.dtype).contiguous()))
+            stored = value.to(self.dtype).contiguous()
+            if name == "slopes":  # a constant of the architecture, not to be trained
+                holder.register_buffer(name, stored)
+            else:
+                holder.register_parameter(name, nn.Parameter(stored))
         path = f"{path.removeprefix('L__self___')}.latent_{index}"
         self.module.add_submodule(path, holder)
         return path

@@ -98,14 +98,7 @@ def _borders(
 
 def _behind(node: Node) -> set[Node]:
     """Everything a value is made from, sizes of tensors excepted."""
-    seen: set[Node] = set()
-    stack = [node]
-    while stack:
-        current = stack.pop()
-        if current not in seen and current.target is not _aten.sym_size.int:
-            seen.add(current)
-            stack.extend(current.all_input_nodes)
-    return seen
+    return {n for n in _with_sizes(node) if n.target is not _aten.sym_size.int}
 
 
 def _length_axes(sizes: Sizes, value: Tensor) -> list[int]:

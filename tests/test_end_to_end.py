@@ -44,8 +44,8 @@ def read_once():
     """The bundled model is read once for all commands in this process."""
     read = functools.cache(frontend.load_program)
 
-    def load_program(source, *, tokenizer=None, unsafe=False):
-        return read(str(source), tokenizer=tokenizer, unsafe=unsafe)
+    def load_program(source, *, tokenizer=None, attention="auto", unsafe=False):
+        return read(str(source), tokenizer=tokenizer, attention=attention, unsafe=unsafe)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(frontend, "load_program", load_program)
