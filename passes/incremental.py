@@ -38,7 +38,7 @@ def check_incremental(module: fx.GraphModule, program: Program, rows: Sequence[i
     ids = example_inputs(program, 2, _LENGTH, seed=1)[program.tokens]
     try:
         whole = _run_in_pieces(module, ids, [_LENGTH], rows, dtype)
-        pieces = _run_in_pieces(module, ids, [5, 1, 4, 1, 1], rows, dtype)
+        pieces = _run_in_pieces(module, ids, [5, 1, 2, 3, 1], rows, dtype)
         padded = _run_padded(module, ids, rows, dtype)
     except (RuntimeError, IndexError) as error:
         reason = str(error).strip().splitlines()[0][:120]
