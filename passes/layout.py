@@ -163,7 +163,7 @@ def score_layouts(sizes: Sizes, product: Node, left: Node, right: Node) -> tuple
         MismatchError: The product does not contract one channel axis, or sums over positions.
     """
     if product.target is _aten.einsum.default:
-        letters = _letters(product, left, right)
+        letters = _letters(product, left)
         contracted = set(letters[0]) & set(letters[1]) - set(letters[2])
         roles = _einsum_roles(sizes, product, letters, {letters[2][-1]: "t"} | dict.fromkeys(contracted, "d"))
         return tuple(Layout(tuple(roles[c] for c in part)) for part in letters)  # type: ignore[return-value]
@@ -182,7 +182,7 @@ def attended_layout(sizes: Sizes, product: Node, weights: Node, value: Node) -> 
         MismatchError: The product does not contract one axis of positions.
     """
     if product.target is _aten.einsum.default:
-        letters = _letters(product, weights, value)
+        letters = _letters(product, weights)
         contracted = set(letters[0]) & set(letters[1]) - set(letters[2])
         own = set(letters[1]) - set(letters[0])
         roles = _einsum_roles(sizes, product, letters, dict.fromkeys(contracted, "t") | dict.fromkeys(own, "d"))
@@ -199,17 +199,16 @@ def attended_layout(sizes: Sizes, product: Node, weights: Node, value: Node) -> 
     )
 
 
-def _letters(product: Node, left: Node, right: Node) -> tuple[str, str, str]:
-    """Subscripts of two operands and the output of an einsum, in that order of operands."""
+def _letters(product: Node, first: Node) -> tuple[str, str, str]:
+    """Subscripts of an einsum's two operands, ``first`` before the other, and of its output."""
     arguments: Any = product.args
     inputs, output = str(arguments[0]).replace(" ", "").split("->")
     parts = inputs.split(",")
     if "." in inputs or len(parts) != 2:
         raise MismatchError(RejectCode.LAYOUT, f"the einsum '{arguments[0]}' is not read by this version")
     operands = list(arguments[1])
-    if operands[0] is not left:
+    if operands[0] is not first:
         parts = parts[::-1]
-    del right
     return parts[0], parts[1], output
 
 
