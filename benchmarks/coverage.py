@@ -351,9 +351,10 @@ def compare(module: nn.Module, reference: Reference, notes: list[str]) -> dict[s
     ids = random_ids(2, sum(_PIECES), seed=12)
     with torch.no_grad():
         errors = {"whole": relative(module(long).logits, reference(long))}
-        past, parts = None, []
+        past, parts, done = None, [], 0
         for part in ids.split(_PIECES, 1):
-            result = module(part, past=past)
+            done += part.shape[1]
+            result = module(part, attention_mask=torch.ones_like(ids[:, :done]), past=past)
             past = result.cache
             parts.append(result.logits)
         errors["pieces"] = relative(torch.cat(parts, 1), reference(ids))

@@ -194,6 +194,8 @@ def show_report(report: Report, out: Path) -> None:
             f"{report.cache_bytes_before} -> {report.cache_bytes_after} ({report.cache_ratio:.2%})",
         ],
     ]
+    for window, layers in report.windows.items():
+        rows.append([f"{layers} layers with a window", f"cache the last {window - 1} tokens at most"])
     if report.quality:
         quality = report.quality
         rows.append(

@@ -6,6 +6,7 @@ import dataclasses
 import importlib.metadata
 import json
 import platform
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -115,6 +116,12 @@ class Report:
         return (cache_elements(self.plans)[1] + self._kept_elements) * self.bytes_per_element
 
     @property
+    def windows(self) -> dict[int, int]:
+        """Windows of the layers that have one, and how many layers have it; they cache no more than ``window - 1``."""
+        masks = [s.mask for s in self.sites] + [r.plain.scores.mask for r in self.kept if r.plain is not None]
+        return dict(Counter(m.window for m in masks if m.window is not None))
+
+    @property
     def cache_ratio(self) -> float:
         """After over before."""
         return self.cache_bytes_after / self.cache_bytes_before
@@ -130,6 +137,7 @@ class Report:
                 "bytes_per_token_before": self.cache_bytes_before,
                 "bytes_per_token_after": self.cache_bytes_after,
                 "ratio": self.cache_ratio,
+                "layers_with_window": {str(window): layers for window, layers in self.windows.items()},
             },
             "selection": self.selection,
             "layers": [
@@ -155,6 +163,8 @@ class Report:
             f"{self.source}: {len(self.plans)} attention layers converted{kept}",
             f"cache: {self.cache_bytes_before} -> {self.cache_bytes_after} bytes per token ({self.cache_ratio:.2%})",
         ]
+        for window, layers in self.windows.items():
+            lines.append(f"window: {layers} layers see {window} tokens and cache no more than {window - 1}")
         if self.quality:
             lines.append(
                 f"perplexity: {self.quality.original:.4f} -> {self.quality.converted:.4f} "

@@ -91,7 +91,8 @@ def check_module(original: Scorer, exact: LatentModel, converted: LatentModel, i
     count = min(GREEDY_TOKENS, ids.shape[1] // 2)
     ours = generate(TorchDecoder(converted), [prompt.tolist()], count)[0]
     with torch.inference_mode():
-        cache = converted(ids).cache
+        one, all_of_them = ([c.nbytes for c in converted(part).cache] for part in (ids[:, :1], ids))
+    _require_bytes(sum(all_of_them), converted, ids)
     return Verification(
         rewrite_error=rewrite_error,
         decode_error=decode_error,
@@ -99,7 +100,7 @@ def check_module(original: Scorer, exact: LatentModel, converted: LatentModel, i
         lowering_greedy=None,
         conversion_error=relative_error(whole, expected),
         conversion_greedy=_agreement(ours, greedy_original(original, prompt, count)),
-        cache_bytes_per_token=sum(c.nbytes for c in cache) // ids.numel(),
+        cache_bytes_per_token=sum(one) // len(ids),
         tokens=ids.numel(),
         text=text,
     )
@@ -129,15 +130,28 @@ def check_onnx(
     prompt = ids[0, : ids.shape[1] - ids.shape[1] // 2].tolist()
     count = min(GREEDY_TOKENS, ids.shape[1] // 2)
     greedy = _agreement(decoder.generate([prompt], count)[0], generate(TorchDecoder(converted), [prompt], count)[0])
-    ones = np.ones_like(ids.numpy())
-    _, cache = decoder.step(ids.numpy(), ones, ones.cumsum(1) - 1, decoder.empty_cache(len(ids)))
-    measured = decoder.measured_bytes(cache) // ids.numel()
-    if measured != planned_bytes:
+    held = []
+    for part in (ids[:, :1].numpy(), ids.numpy()):
+        ones = np.ones_like(part)
+        _, cache = decoder.step(part, ones, ones.cumsum(1) - 1, decoder.empty_cache(len(ids)))
+        held.append(decoder.measured_bytes(cache))
+    if decoder.cache_bytes_per_token != planned_bytes:
         raise VerificationError(
-            f"The cache holds {measured} bytes per token, but the plan says {planned_bytes}.",
+            f"A token takes {decoder.cache_bytes_per_token} bytes of cache, but the plan says {planned_bytes}.",
             "Report this with the model's config.json.",
         )
-    return error, greedy, measured
+    _require_bytes(held[1], converted, ids)
+    return error, greedy, held[0] // len(ids)
+
+
+def _require_bytes(held: int, converted: LatentModel, ids: Tensor) -> None:
+    """Compare the bytes of a cache's tensors with what so many tokens are to take."""
+    expected = len(ids) * converted.cached_elements(ids.shape[1]) * next(converted.parameters()).element_size()
+    if held != expected:
+        raise VerificationError(
+            f"The cache of {ids.numel()} tokens holds {held} bytes instead of {expected}.",
+            "Report this with the model's config.json.",
+        )
 
 
 def _require(what: str, reference: str, error: float) -> None:
@@ -157,9 +171,10 @@ def _chunks(length: int) -> list[int]:
 
 
 def _in_chunks(model: LatentModel, ids: Tensor) -> Tensor:
-    past, parts = None, []
+    past, parts, done = None, [], 0
     for part in ids.split(_chunks(ids.shape[1]), 1):
-        result = model(part, past=past)
+        done += part.shape[1]
+        result = model(part, attention_mask=torch.ones_like(ids[:, :done]), past=past)
         past = result.cache
         parts.append(result.logits)
     return torch.cat(parts, 1)

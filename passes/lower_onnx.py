@@ -22,7 +22,9 @@ from mla_compile.errors import RefusedError
 from mla_compile.passes.insert_latent import INPUT_NAMES
 from mla_compile.passes.onnx_translations import translations
 from mla_compile.quiet import quiet_exporter
+from mla_compile.runtime.module import cache_windows
 from mla_compile.runtime.onnx_function import CACHED, DOMAIN, LATENT, VERSION, Variant, attention_function
+from mla_compile.runtime.ops import kept_rows
 
 __all__ = ["EXTERNAL_DATA_BYTES", "export_rewritten", "lower_to_onnx"]
 
@@ -95,8 +97,11 @@ def lower_to_onnx(
     _name_dimensions(
         model, {**{"input_ids": (batch, new), "position_ids": (batch, new)}, "attention_mask": (batch, total)}
     )
-    _name_dimensions(model, {f"past_key_values.{i}.latent": (batch, past) for i in range(layers)})
-    _name_dimensions(model, {"logits": (batch, new)} | {f"present.{i}.latent": (batch, total) for i in range(layers)})
+    # The rows of a layer with a window stop growing in number, and have a dimension of their own.
+    own = [f"_of_window_{w}" if w else "" for w in cache_windows(module)]
+    _name_dimensions(model, {f"past_key_values.{i}.latent": (batch, f"{past}{w}") for i, w in enumerate(own)})
+    presents = {f"present.{i}.latent": (batch, f"{total}{w}") for i, w in enumerate(own)}
+    _name_dimensions(model, {"logits": (batch, new)} | presents)
     _add_functions(model, opset)
     if inline:
         InlinePass()(model)
@@ -165,11 +170,11 @@ def _symbolic_latent_attention(
             "rope_dim": rope_dim,
             "latent_rank": rank,
             "scale": scale,
-            "window": window,
             **({"key_scales": key_scales} if key_scales else {}),
         },
         sinks,
         slopes,
+        window,
         softcap,
         value_up.shape[2],
     )
@@ -190,9 +195,10 @@ def _symbolic_cached_attention(
     return _symbolic_node(
         CACHED,
         (query, row, past, attention_mask),
-        {"num_heads": query.shape[2], "kv_heads": kv_heads, "scale": scale, "window": window},
+        {"num_heads": query.shape[2], "kv_heads": kv_heads, "scale": scale},
         sinks,
         slopes,
+        window,
         softcap,
         row.shape[2] // kv_heads - query.shape[3],
     )
@@ -204,6 +210,7 @@ def _symbolic_node(
     attributes: Mapping[str, int | float],
     sinks: Tensor | None,
     slopes: Tensor | None,
+    window: int,
     softcap: float,
     v_dim: int,
 ) -> Sequence[Tensor]:
@@ -212,12 +219,13 @@ def _symbolic_node(
     batch, new, heads, _ = query.shape
     optional = {"has_sinks": sinks, "has_slopes": slopes}
     flags = {name: 1 for name, value in optional.items() if value is not None}
+    numbers = {name: value for name, value in (("softcap", softcap), ("window", window)) if value}
     return torch.onnx.ops.symbolic_multi_out(
         f"{DOMAIN}::{op_type}",
         (*inputs, *(value for value in optional.values() if value is not None)),
-        {**attributes, **({"softcap": softcap} if softcap else {}), **flags},
+        {**attributes, **numbers, **flags},
         dtypes=(query.dtype, row.dtype),
-        shapes=((batch, new, heads, v_dim), (batch, past.shape[1] + new, row.shape[2])),
+        shapes=((batch, new, heads, v_dim), (batch, kept_rows(past.shape[1] + new, window), row.shape[2])),
         version=VERSION,
     )
 
@@ -230,6 +238,7 @@ def _add_functions(model: ir.Model, opset: int) -> None:
         variant = Variant(
             key_scales="key_scales" in node.attributes,
             softcap="softcap" in node.attributes,
+            window="window" in node.attributes,
             sinks="has_sinks" in node.attributes,
             slopes="has_slopes" in node.attributes,
         )

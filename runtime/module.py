@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-__all__ = ["LatentModel", "LatentOutput", "positions_from_mask"]
+from mla_compile.runtime import ops
+
+__all__ = ["LatentModel", "LatentOutput", "cache_windows", "positions_from_mask"]
 
 
 @dataclass(frozen=True)
@@ -17,7 +19,8 @@ class LatentOutput:
 
     Attributes:
         logits: ``[batch, new, vocabulary]``.
-        cache: One ``[batch, past + new, row]`` tensor per layer; pass it back as ``past``.
+        cache: One ``[batch, past + new, row]`` tensor per layer, of which a layer with a window keeps the rows that
+            later tokens can see; pass it back as ``past``.
     """
 
     logits: Tensor
@@ -37,18 +40,32 @@ def positions_from_mask(attention_mask: Tensor, new: int) -> Tensor:
     return ((attention_mask != 0).long().cumsum(-1) - 1).clamp(min=0)[:, -new:]
 
 
+def cache_windows(module: nn.Module) -> tuple[int, ...]:
+    """The window of every attention layer of a rewritten graph, in the order of their caches; 0 for none."""
+    graph = module.graph
+    assert isinstance(graph, fx.Graph)
+    operators = (torch.ops.mla.latent_attention.default, torch.ops.mla.cached_attention.default)
+    nodes = [n for n in graph.nodes if n.target in operators]
+    arguments = [[a.name for a in n.target._schema.arguments] for n in nodes]
+    windows = {n.args[2].name: n.args[names.index("window")] for n, names in zip(nodes, arguments, strict=True)}
+    caches = [n.name for n in graph.nodes if n.op == "placeholder"]
+    return tuple(windows[name] for name in caches if name in windows)
+
+
 class LatentModel(nn.Module):
     """A converted causal language model.
 
     Args:
         graph: Module ``(input_ids, attention_mask, position_ids, *past) -> (logits, *present)``.
         rows: Numbers one token adds to the cache, per layer.
+        windows: How many tokens a layer sees, 0 for all; its cache keeps one less. Read from the graph by default.
     """
 
-    def __init__(self, graph: nn.Module, rows: Sequence[int]) -> None:
+    def __init__(self, graph: nn.Module, rows: Sequence[int], windows: Sequence[int] | None = None) -> None:
         super().__init__()
         self.graph = graph
         self.rows = tuple(rows)
+        self.windows = tuple(windows) if windows is not None else cache_windows(graph)
 
     def forward(
         self,
@@ -61,21 +78,36 @@ class LatentModel(nn.Module):
 
         Args:
             input_ids: ``[batch, new]`` token ids.
-            attention_mask: ``[batch, past + new]``, non-zero for real tokens; all real by default.
+            attention_mask: ``[batch, all earlier + new]``, non-zero for real tokens; all real by default. With windows,
+                padding belongs to the left.
             position_ids: ``[batch, new]``; counted from the mask by default.
             past: The cache of earlier tokens; empty by default.
 
         Returns:
             Logits of the new tokens and the grown cache.
+
+        Raises:
+            ValueError: No mask is given, and the cache, full to its windows, does not tell how many tokens there were.
         """
         batch, new = input_ids.shape
         past = tuple(past) if past is not None else self.empty_cache(batch)
         if attention_mask is None:
-            attention_mask = torch.ones(batch, past[0].shape[1] + new, dtype=torch.long, device=input_ids.device)
+            attention_mask = torch.ones(batch, self._tokens(past) + new, dtype=torch.long, device=input_ids.device)
         if position_ids is None:
             position_ids = positions_from_mask(attention_mask, new)
         logits, *present = self.graph(input_ids, attention_mask, position_ids, *past)
         return LatentOutput(logits, tuple(present))
+
+    def cached_elements(self, tokens: int) -> int:
+        """Numbers the cache keeps of one sequence of so many tokens."""
+        return sum(row * ops.kept_rows(tokens, window) for row, window in zip(self.rows, self.windows, strict=True))
+
+    def _tokens(self, past: Sequence[Tensor]) -> int:
+        """How many tokens a cache was made from."""
+        for cache, window in zip(past, self.windows, strict=True):
+            if not window or cache.shape[1] < window - 1:
+                return cache.shape[1]
+        raise ValueError("Every layer has a window, and the cache is full: pass attention_mask over all tokens so far.")
 
     def empty_cache(self, batch: int) -> tuple[Tensor, ...]:
         """A cache of no tokens."""

@@ -33,12 +33,14 @@ class Variant:
     Attributes:
         key_scales: Rows end in key scales (``LatentAttention`` only); attribute ``key_scales``, how many.
         softcap: Logits are bounded; attribute ``softcap``.
+        window: Queries see the last real tokens only, and later rows are all the cache keeps; attribute ``window``.
         sinks: The softmax has a further logit per head; an input, and the attribute ``has_sinks``.
         slopes: Logits fall with distance; an input after ``sinks``, and the attribute ``has_slopes``.
     """
 
     key_scales: bool = False
     softcap: bool = False
+    window: bool = False
     sinks: bool = False
     slopes: bool = False
 
@@ -55,7 +57,6 @@ _SIZES = """
   # ---- sizes
   heads = Constant <value_int: int = @num_heads> ()
   factor = Constant <value_float: float = @scale> ()
-  reach = Constant <value_int: int = @window> ()
   zero = Constant <value_ints = [0]> ()
   one = Constant <value_ints = [1]> ()
   two = Constant <value_ints = [2]> ()
@@ -158,17 +159,34 @@ _LATENT_QUERIES = """
 
 _APPEND = """
   new_BSR = Concat <axis = -1> (latent_BSr, key_turned_BSR)
-  present_BTR = Concat <axis = 1> (past_BPR, new_BSR)
 """
 
 _APPEND_KEY_SCALES = """
   scales_BSm = Slice (row_BSR, row_rest, end, two)
   new_BSR = Concat <axis = -1> (latent_BSr, key_turned_BSR, scales_BSm)
+"""
+
+# Without a window all rows are the new cache: the name of the output is the only one they have.
+_ROWS = """
   present_BTR = Concat <axis = 1> (past_BPR, new_BSR)
+  own_mask_BT = Identity (attention_mask_BT)
+"""
+
+_ROWS_WINDOW = """
+  # ---- all rows, those of them that later tokens can see, and the mask over them
+  rows_BTR = Concat <axis = 1> (past_BPR, new_BSR)
+  reach = Constant <value_int: int = @window> ()
+  reach_1 = Reshape (reach, one)
+  seen_later = Sub (reach_1, one)
+  surplus = Sub (T, seen_later)
+  first_kept = Max (surplus, zero)
+  present_BTR = Slice (rows_BTR, first_kept, end, one)
+  minus_T = Neg (T)
+  own_mask_BT = Slice (attention_mask_BT, minus_T, end, one)
 """
 
 _SEEN = """
-  # ---- which keys each query sees: real ones before it, within the window, and always itself
+  # ---- which keys each query sees: real ones before it, and always itself
   zero_scalar = Constant <value_int = 0> ()
   one_scalar = Constant <value_int = 1> ()
   T_scalar = Squeeze (T)
@@ -177,20 +195,30 @@ _SEEN = """
   own_S1 = Unsqueeze (own_S, one)
   before_ST = LessOrEqual (place_T, own_S1)
   itself_ST = Equal (place_T, own_S1)
-  mask_int = Cast <to = 7> (attention_mask_BT)
+  mask_int = Cast <to = 7> (own_mask_BT)
   real_BT = Greater (mask_int, zero_scalar)
+  real_B1T = Unsqueeze (real_BT, one)
+  real_before_BST = And (real_B1T, before_ST)
+"""
+
+_DISTANCES = """
+  # ---- distances count real tokens
   real_int_BT = Cast <to = 7> (real_BT)
   order_BT = CumSum (real_int_BT, one_scalar)
   own_order_BS = Slice (order_BT, P, end, one)
   own_order_BS1 = Unsqueeze (own_order_BS, two)
   order_B1T = Unsqueeze (order_BT, one)
   distance_BST = Sub (own_order_BS1, order_B1T)
-  within = Less (distance_BST, reach)
-  unlimited = Equal (reach, zero_scalar)
-  near_BST = Or (within, unlimited)
-  real_B1T = Unsqueeze (real_BT, one)
-  real_before_BST = And (real_B1T, before_ST)
-  allowed_BST = And (real_before_BST, near_BST)
+"""
+
+_ALLOWED = """
+  seen_BST = Or (real_before_BST, itself_ST)
+  seen_BS1T = Unsqueeze (seen_BST, two)
+"""
+
+_ALLOWED_WINDOW = """
+  within_BST = Less (distance_BST, reach)
+  allowed_BST = And (real_before_BST, within_BST)
   seen_BST = Or (allowed_BST, itself_ST)
   seen_BS1T = Unsqueeze (seen_BST, two)
 """
@@ -201,7 +229,7 @@ _LATENT_SCORES = """
   heads_shape = Concat <axis = 0> (B, SH, row_rest)
   rows_query_BMR = Reshape (rows_query_BSHR, heads_shape)
   rows_query_BRM = Transpose <perm = [0, 2, 1]> (rows_query_BMR)
-  scores_BTM = MatMul (present_BTR, rows_query_BRM)
+  scores_BTM = MatMul (ROWS, rows_query_BRM)
   scores_BMT = Transpose <perm = [0, 2, 1]> (scores_BTM)
   scores_shape = Concat <axis = 0> (BS, H, T)
   scores_BSHT = Reshape (scores_BMT, scores_shape)
@@ -209,9 +237,9 @@ _LATENT_SCORES = """
 
 _LATENT_SCORES_KEY_SCALES = """
   # ---- attend to latent and rope keys apart: a key's scale belongs to the former's product only
-  latent_BTr = Slice (present_BTR, zero, r, two)
-  rest_BTR = Slice (present_BTR, r, end, two)
-  scales_BTm = Slice (present_BTR, row_rest, end, two)
+  latent_BTr = Slice (ROWS, zero, r, two)
+  rest_BTR = Slice (ROWS, r, end, two)
+  scales_BTm = Slice (ROWS, row_rest, end, two)
   plain_heads_shape = Concat <axis = 0> (B, SH, r)
   plain_query_BMr = Reshape (latent_query_BSHr, plain_heads_shape)
   plain_query_BrM = Transpose <perm = [0, 2, 1]> (plain_query_BMr)
@@ -243,15 +271,14 @@ _LATENT_SCORES_KEY_SCALES = """
 """
 
 _CACHED_SCORES = """
-  # ---- append the new rows, and attend to keys: heads that share a key are queries of one product
-  present_BTR = Concat <axis = 1> (past_BPR, row_BSR)
+  # ---- attend to keys: heads that share a key are queries of one product
   groups = Constant <value_int: int = @kv_heads> ()
   n = Reshape (groups, one)
   h = Div (H, n)
   Sh = Mul (S, h)
   D = Shape <start = 3, end = 4> (query_BSHD)
   keys_width = Mul (n, D)
-  key_BTR = Slice (present_BTR, zero, keys_width, two)
+  key_BTR = Slice (ROWS, zero, keys_width, two)
   key_shape = Concat <axis = 0> (B, T, n, D)
   key_BTnD = Reshape (key_BTR, key_shape)
   key_BnDT = Transpose <perm = [0, 2, 3, 1]> (key_BTnD)
@@ -315,7 +342,7 @@ _SOFTMAX_SINKS = """
 _LATENT_CONTEXT = """
   weights_shape = Concat <axis = 0> (B, SH, T)
   weights_BMT = Reshape (weights_BSHT, weights_shape)
-  context_BMR = MatMul (weights_BMT, present_BTR)
+  context_BMR = MatMul (weights_BMT, ROWS)
   context_BMr = Slice (context_BMR, zero, r, two)
 """
 
@@ -350,7 +377,7 @@ _CACHED_OUTPUT = """
   R = Shape <start = 2, end = 3> (row_BSR)
   values_width = Sub (R, keys_width)
   V = Div (values_width, n)
-  value_BTR = Slice (present_BTR, keys_width, end, two)
+  value_BTR = Slice (ROWS, keys_width, end, two)
   value_shape = Concat <axis = 0> (B, T, n, V)
   value_BTnV = Reshape (value_BTR, value_shape)
   value_BnTV = Transpose <perm = [0, 2, 1, 3]> (value_BTnV)
@@ -367,8 +394,8 @@ _INPUTS = {
     CACHED: "query_BSHD row_BSR past_BPR attention_mask_BT",
 }
 _ATTRIBUTES = {
-    LATENT: "num_heads rope_groups rope_dim latent_rank scale window",
-    CACHED: "num_heads kv_heads scale window",
+    LATENT: "num_heads rope_groups rope_dim latent_rank scale",
+    CACHED: "num_heads kv_heads scale",
 }
 
 
@@ -388,6 +415,7 @@ def attention_function(op_type: str, opset: int, variant: Variant = Variant()) -
     attributes = {
         "key_scales": variant.key_scales,
         "softcap": variant.softcap,
+        "window": variant.window,
         "has_sinks": variant.sinks,
         "has_slopes": variant.slopes,
     }
@@ -410,22 +438,34 @@ def _listing(always: str, sometimes: dict[str, bool]) -> str:
 
 def _latent_body(variant: Variant) -> str:
     scaled = variant.key_scales
-    return "".join(
+    return _over_rows(
+        variant,
         [
             _SIZES,
             _LATENT_QUERIES,
             _APPEND_KEY_SCALES if scaled else _APPEND,
-            _SEEN,
+            *_masks(variant),
             _LATENT_SCORES_KEY_SCALES if scaled else _LATENT_SCORES,
             _weights(variant),
             _LATENT_CONTEXT_KEY_SCALES if scaled else _LATENT_CONTEXT,
             _LATENT_OUTPUT,
-        ]
+        ],
     )
 
 
 def _cached_body(variant: Variant) -> str:
-    return "".join([_SIZES, _SEEN, _CACHED_SCORES, _weights(variant), _CACHED_OUTPUT])
+    append = "  new_BSR = Identity (row_BSR)\n"
+    return _over_rows(variant, [_SIZES, append, *_masks(variant), _CACHED_SCORES, _weights(variant), _CACHED_OUTPUT])
+
+
+def _masks(variant: Variant) -> list[str]:
+    """From ``new_BSR`` to the rows to attend to, the new cache, and which of the rows each query sees."""
+    rows, allowed = (_ROWS_WINDOW, _ALLOWED_WINDOW) if variant.window else (_ROWS, _ALLOWED)
+    return [rows, _SEEN, *([_DISTANCES] if variant.window or variant.slopes else []), allowed]
+
+
+def _over_rows(variant: Variant, parts: list[str]) -> str:
+    return "".join(parts).replace("ROWS", "rows_BTR" if variant.window else "present_BTR")
 
 
 def _weights(variant: Variant) -> str:

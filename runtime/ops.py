@@ -26,6 +26,7 @@ __all__ = [
     "attend_folded",
     "attend_unfolded",
     "cached_attention",
+    "kept_rows",
     "latent_attention",
     "rotate_and_append",
     "score_mask",
@@ -63,8 +64,8 @@ def latent_attention(
     Args:
         query: ``[B, S, H, nope_dim + rope_dim]``, not rotated; rotating channels last, as ``[real | imaginary]``.
         row: ``[B, S, R]``, the new tokens' ``[latent | rope keys | key scales]``, rope keys normalised, not rotated.
-        past: ``[B, P, R]``, earlier rows, rope keys rotated.
-        attention_mask: ``[B, P + S]``, non-zero for real tokens.
+        past: ``[B, P, R]``, earlier rows, rope keys rotated; with a window at most its last ``window - 1``.
+        attention_mask: ``[B, T + S]``, non-zero for real tokens; ``T`` are all earlier tokens, cached or not.
         cos: ``[B, S, n, rope_dim / 2]`` at the new tokens' positions.
         sin: Like ``cos``.
         key_up: ``[G, nope_dim, r]``.
@@ -76,7 +77,9 @@ def latent_attention(
         softcap: Bound of the logits before ``slopes``; 0 for none.
 
     Returns:
-        Attention outputs ``[B, S, H, v_dim]`` and the cache with the new rows ``[B, P + S, R]``.
+        Attention outputs ``[B, S, H, v_dim]`` and the cache with the new rows ``[B, P + S, R]``, of which no more is
+        kept than the window lets later tokens see: the last ``window - 1`` rows. (Padding has a row too: with a window
+        it belongs to the left of all real tokens.)
 
     Raises:
         ValueError: Sizes do not fit, or ``window`` or ``softcap`` is negative.
@@ -110,7 +113,7 @@ def _(
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
     batch, new, heads, _ = query.shape
-    present = row.new_empty(batch, past.shape[1] + new, row.shape[2])
+    present = row.new_empty(batch, kept_rows(past.shape[1] + new, window), row.shape[2])
     return query.new_empty(batch, new, heads, value_up.shape[2]), present
 
 
@@ -134,8 +137,8 @@ def cached_attention(
     Args:
         query: ``[B, S, H, D]``, as it enters the dot product.
         row: ``[B, S, R]``, the new tokens' ``[keys | values]``, keys as they enter the dot product.
-        past: ``[B, P, R]``, earlier rows.
-        attention_mask: ``[B, P + S]``, non-zero for real tokens.
+        past: ``[B, P, R]``, earlier rows; with a window at most its last ``window - 1``.
+        attention_mask: ``[B, T + S]``, non-zero for real tokens; ``T`` are all earlier tokens, cached or not.
         sinks: ``[H]``, or None.
         slopes: ``[H]``, or None.
         kv_heads: ``n``, a divisor of ``H``.
@@ -144,7 +147,7 @@ def cached_attention(
         softcap: Bound of the logits before ``slopes``; 0 for none.
 
     Returns:
-        Attention outputs ``[B, S, H, Dv]`` and the cache with the new rows ``[B, P + S, R]``.
+        Attention outputs ``[B, S, H, Dv]`` and the cache as :func:`latent_attention` keeps it.
 
     Raises:
         ValueError: Sizes do not fit, or ``window`` or ``softcap`` is negative.
@@ -175,8 +178,13 @@ def _(
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
     batch, new, heads, head_dim = query.shape
-    present = row.new_empty(batch, past.shape[1] + new, row.shape[2])
+    present = row.new_empty(batch, kept_rows(past.shape[1] + new, window), row.shape[2])
     return query.new_empty(batch, new, heads, row.shape[2] // kv_heads - head_dim), present
+
+
+def kept_rows(tokens: int, window: int) -> int:
+    """How many rows a cache keeps of so many tokens: later tokens see no more than ``window - 1`` of them."""
+    return torch.sym_min(tokens, window - 1) if window else tokens
 
 
 def rotate_and_append(
@@ -358,10 +366,11 @@ def _latent_attention(
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
     folds = _folding_pays(query, row, past, cos, key_up, value_up, capped=softcap != 0)
-    query, present = rotate_and_append(query, row, past, cos, sin, key_up.shape[2])
-    mask = score_mask(attention_mask, query.shape[1], window, slopes, query.dtype)
+    query, rows = rotate_and_append(query, row, past, cos, sin, key_up.shape[2])
+    mask = score_mask(attention_mask[:, -rows.shape[1] :], query.shape[1], window, slopes, query.dtype)
     form = attend_folded if folds else attend_unfolded
-    return form(query, present, mask, key_up, value_up, cos.shape[2], sinks, scale, softcap).contiguous(), present
+    attended = form(query, rows, mask, key_up, value_up, cos.shape[2], sinks, scale, softcap)
+    return attended.contiguous(), _kept(rows, window)
 
 
 def _cached_attention(
@@ -376,13 +385,18 @@ def _cached_attention(
     window: int,
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
-    present = torch.cat([past, row], 1)
+    rows = torch.cat([past, row], 1)
     keys = kv_heads * query.shape[3]
-    key, value = (
-        x.unflatten(2, (kv_heads, -1)).transpose(1, 2) for x in present.split([keys, present.shape[2] - keys], -1)
-    )
-    mask = score_mask(attention_mask, query.shape[1], window, slopes, query.dtype)
-    return attend(query.transpose(1, 2), key, value, mask, sinks, scale, softcap).transpose(1, 2).contiguous(), present
+    key, value = (x.unflatten(2, (kv_heads, -1)).transpose(1, 2) for x in rows.split([keys, rows.shape[2] - keys], -1))
+    mask = score_mask(attention_mask[:, -rows.shape[1] :], query.shape[1], window, slopes, query.dtype)
+    attended = attend(query.transpose(1, 2), key, value, mask, sinks, scale, softcap).transpose(1, 2)
+    return attended.contiguous(), _kept(rows, window)
+
+
+def _kept(rows: Tensor, window: int) -> Tensor:
+    """The last rows of all, in memory of their own: a view would keep the others alive."""
+    count = kept_rows(rows.shape[1], window)
+    return rows if count == rows.shape[1] else rows[:, rows.shape[1] - count :].clone()
 
 
 def _check_arguments(
@@ -396,20 +410,21 @@ def _check_arguments(
     softcap: float,
 ) -> None:
     """Refuse what both operators refuse."""
+    if window < 0 or softcap < 0:
+        raise ValueError(f"window is {window} and softcap {softcap}. Pass 0 for none, or a positive number.")
     if row.shape[2] != past.shape[2]:
         raise ValueError(f"A new row has {row.shape[2]} numbers, but a cached one {past.shape[2]}.")
-    if attention_mask.shape[1] != past.shape[1] + row.shape[1]:
+    earlier = attention_mask.shape[1] - row.shape[1]
+    if earlier < 0 or past.shape[1] != kept_rows(earlier, window):
         raise ValueError(
-            f"attention_mask covers {attention_mask.shape[1]} tokens, but {past.shape[1]} are cached and "
-            f"{row.shape[1]} are new. Pass a mask over all of them."
+            f"attention_mask covers {attention_mask.shape[1]} tokens, of which {row.shape[1]} are new, but "
+            f"{past.shape[1]} are cached{f' for a window of {window}' if window else ''}. Pass a mask over all of them."
         )
     for name, per_head in (("sinks", sinks), ("slopes", slopes)):
         if per_head is not None and per_head.shape != query.shape[2:3]:
             raise ValueError(
                 f"{name} has shape {list(per_head.shape)}. Pass one number for each of {query.shape[2]} heads."
             )
-    if window < 0 or softcap < 0:
-        raise ValueError(f"window is {window} and softcap {softcap}. Pass 0 for none, or a positive number.")
 
 
 def _key_scales(row: Tensor, cos: Tensor, key_up: Tensor) -> int:

@@ -139,8 +139,8 @@ def latent_attention(
     widths = [rank, groups * 2 * half, row.shape[-1] - rank - groups * 2 * half]
     latent, rope_keys, scales = row.split(widths, -1)
     rope_keys = rotate(rope_keys.unflatten(-1, (groups, 2 * half)), cos, sin).flatten(-2)
-    present = torch.cat([past, torch.cat([latent, rope_keys, scales], -1)], 1)
-    latent, rope_keys, scales = present.split(widths, -1)
+    rows = torch.cat([past, torch.cat([latent, rope_keys, scales], -1)], 1)
+    latent, rope_keys, scales = rows.split(widths, -1)
     rope_keys = rope_keys.unflatten(-1, (groups, 2 * half))
     keys = torch.einsum("btr,gdr->btgd", latent, key_up).repeat_interleave(heads // key_up.shape[0], 2)
     if widths[2]:
@@ -149,7 +149,8 @@ def latent_attention(
     values = torch.einsum("btr,grd->btgd", latent, value_up).repeat_interleave(heads // value_up.shape[0], 2)
     per_head = [x.repeat_interleave(heads // groups, 2) for x in (cos, sin)]
     queries = torch.cat([query[..., :nope], rotate(query[..., nope:], *per_head)], -1)
-    return _attend(queries, keys, values, attention_mask, scale, window, sinks, slopes, softcap), present
+    mask = attention_mask[:, -rows.shape[1] :]
+    return _attend(queries, keys, values, mask, scale, window, sinks, slopes, softcap), _kept(rows, window)
 
 
 def cached_attention(
@@ -168,8 +169,14 @@ def cached_attention(
 
     Arguments and results are those of :func:`mla_compile.runtime.ops.cached_attention`, in float64.
     """
-    present = torch.cat([past.double(), row.double()], 1)
+    rows = torch.cat([past.double(), row.double()], 1)
     group, width = query.shape[2] // kv_heads, kv_heads * query.shape[3]
-    parts = present[..., :width], present[..., width:]
+    parts = rows[..., :width], rows[..., width:]
     key, value = (x.unflatten(-1, (kv_heads, -1)).repeat_interleave(group, 2) for x in parts)
-    return _attend(query.double(), key, value, attention_mask, scale, window, sinks, slopes, softcap), present
+    mask = attention_mask[:, -rows.shape[1] :]
+    return _attend(query.double(), key, value, mask, scale, window, sinks, slopes, softcap), _kept(rows, window)
+
+
+def _kept(rows: Tensor, window: int | None) -> Tensor:
+    """What later tokens can see of ``[B, T, R]``: all, or the last ``window - 1``."""
+    return rows if window is None else rows[:, max(rows.shape[1] - window + 1, 0) :]

@@ -126,10 +126,11 @@ def difference(got: Tensor, expected: Tensor) -> float:
 
 def in_pieces(model: LatentModel, ids: Tensor, sizes: Sequence[int]) -> Tensor:
     """Logits of whole sequences that are fed part by part."""
-    past, parts = None, []
+    past, parts, done = None, [], 0
     with torch.no_grad():
         for part in ids.split(list(sizes), 1):
-            result = model(part, past=past)
+            done += part.shape[1]
+            result = model(part, attention_mask=torch.ones_like(ids[:, :done]), past=past)
             past = result.cache
             parts.append(result.logits)
     return torch.cat(parts, 1)

@@ -38,9 +38,10 @@ def convert(
 
 def in_chunks(model: LatentModel, ids: Tensor, sizes: Sequence[int]) -> Tensor:
     """Logits of whole sequences fed part by part."""
-    past, parts = None, []
+    past, parts, done = None, [], 0
     for part in ids.split(list(sizes), 1):
-        result = model(part, past=past)
+        done += part.shape[1]
+        result = model(part, attention_mask=torch.ones_like(ids[:, :done]), past=past)
         past = result.cache
         parts.append(result.logits)
     return torch.cat(parts, 1)

@@ -171,15 +171,17 @@ def test_interface_is_the_documented_one(lowered, name):
     whole, number = onnx.TensorProto.INT64, onnx.TensorProto.FLOAT
     batch, new, past, total = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
     rows = list(enumerate(case.model.rows))
+    windows = [site.mask.window for site in case.sites]
+    own = [f"_of_window_{w}" if w else "" for w in windows]
     assert interface(graph.input) == [
         ("input_ids", whole, (batch, new)),
         ("attention_mask", whole, (batch, total)),
         ("position_ids", whole, (batch, new)),
-        *((f"past_key_values.{i}.latent", number, (batch, past, row)) for i, row in rows),
+        *((f"past_key_values.{i}.latent", number, (batch, f"{past}{own[i]}", row)) for i, row in rows),
     ]
     assert interface(graph.output) == [
         ("logits", number, (batch, new, models.VOCABULARY)),
-        *((f"present.{i}.latent", number, (batch, total, row)) for i, row in rows),
+        *((f"present.{i}.latent", number, (batch, f"{total}{own[i]}", row)) for i, row in rows),
     ]
 
 
@@ -189,14 +191,16 @@ def test_one_node_per_layer_and_its_function(lowered, name):
     onnx.checker.check_model(case.path, full_check=True)
     model = onnx.load(case.path)
     assert {entry.domain: entry.version for entry in model.opset_import} == {"": 23, DOMAIN: VERSION}
-    assert [(f.domain, f.name, f.overload) for f in model.functions] == [(DOMAIN, LATENT, "")]
+    overloads = sorted({"window" if site.mask.window else "" for site in case.sites})
+    assert sorted((f.domain, f.name, f.overload) for f in model.functions) == [(DOMAIN, LATENT, o) for o in overloads]
     nodes = [n for n in model.graph.node if n.domain]
     assert [(n.domain, n.op_type) for n in nodes] == [(DOMAIN, LATENT)] * len(case.sites)
     for node, site, row in zip(nodes, case.sites, case.model.rows, strict=True):
         found = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-        assert found.keys() == {"num_heads", "rope_groups", "rope_dim", "latent_rank", "scale", "window"}
+        window = {"window"} if site.mask.window else set()
+        assert found.keys() == {"num_heads", "rope_groups", "rope_dim", "latent_rank", "scale"} | window
         assert found["num_heads"] == site.heads
-        assert found["window"] == (site.mask.window or 0)
+        assert found.get("window") == site.mask.window
         assert found["scale"] == pytest.approx(site.scale, rel=1e-6)  # an attribute is a float32
         assert found["latent_rank"] + found["rope_groups"] * found["rope_dim"] == row
         assert found["rope_groups"] == (site.kv_heads if found["rope_dim"] else 1)
@@ -298,11 +302,11 @@ def test_every_feature_and_layers_that_are_not_converted(every_feature, tmp_path
         assert not model.functions
         return
     assert called == [
-        (LATENT, "key_scales_sinks"),
+        (LATENT, "key_scales_window_sinks"),
         (LATENT, ""),
         (LATENT, "key_scales_softcap_slopes"),
         (LATENT, ""),
-        (CACHED, "softcap_sinks_slopes"),
+        (CACHED, "softcap_window_sinks_slopes"),
         (CACHED, ""),
     ]
     assert {(f.name, f.overload) for f in model.functions} == {*called}
@@ -310,7 +314,7 @@ def test_every_feature_and_layers_that_are_not_converted(every_feature, tmp_path
     shown = {
         a.name: onnx.helper.get_attribute_value(a)
         for n in model.graph.node[:]
-        if n.overload == "key_scales_sinks"
+        if n.overload == "key_scales_window_sinks"
         for a in n.attribute
     }
     assert shown.pop("scale") == pytest.approx(0.4)

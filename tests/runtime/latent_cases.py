@@ -56,6 +56,7 @@ class _Problem:
         for name in ("sinks", "slopes"):
             if getattr(self, name):
                 tensors[name] = torch.randn(self.heads, generator=generator, dtype=torch.float64)
+        tensors["past"] = tensors["past"][:, past - ops.kept_rows(past, self.window) :]
         return {name: x if name == "attention_mask" else x.to(dtype) for name, x in self.adapt(tensors).items()}
 
     def adapt(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

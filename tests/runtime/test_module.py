@@ -49,7 +49,7 @@ def test_position_is_the_number_of_real_tokens_before(mask, new, expected, dtype
 
 def test_without_cache_and_mask_all_tokens_are_real_and_counted_from_zero():
     graph = Recorder()
-    result = LatentModel(graph, ROWS)(torch.zeros(2, 4, dtype=torch.long))
+    result = LatentModel(graph, ROWS, (0, 0))(torch.zeros(2, 4, dtype=torch.long))
     ((mask, positions, past),) = graph.calls
     assert mask.tolist() == [[1] * 4] * 2
     assert positions.tolist() == [[0, 1, 2, 3]] * 2
@@ -60,7 +60,7 @@ def test_without_cache_and_mask_all_tokens_are_real_and_counted_from_zero():
 
 def test_with_a_cache_the_mask_covers_it_and_positions_go_on():
     graph = Recorder()
-    model = LatentModel(graph, ROWS)
+    model = LatentModel(graph, ROWS, (0, 0))
     cache = model(torch.zeros(1, 4, dtype=torch.long)).cache
     model(torch.zeros(1, 2, dtype=torch.long), past=list(cache))
     mask, positions, past = graph.calls[-1]
@@ -71,21 +71,37 @@ def test_with_a_cache_the_mask_covers_it_and_positions_go_on():
 
 def test_positions_are_counted_from_the_mask_that_is_given():
     graph = Recorder()
-    LatentModel(graph, ROWS)(torch.zeros(2, 3, dtype=torch.long), torch.tensor([[0, 1, 1], [1, 1, 0]]))
+    LatentModel(graph, ROWS, (0, 0))(torch.zeros(2, 3, dtype=torch.long), torch.tensor([[0, 1, 1], [1, 1, 0]]))
     assert graph.calls[0][1].tolist() == [[0, 0, 1], [0, 1, 1]]
 
 
 def test_what_the_caller_gives_is_used():
     graph = Recorder()
     mask, positions = torch.tensor([[1, 0]]), torch.tensor([[5, 9]])
-    LatentModel(graph, ROWS)(torch.zeros(1, 2, dtype=torch.long), mask, positions)
+    LatentModel(graph, ROWS, (0, 0))(torch.zeros(1, 2, dtype=torch.long), mask, positions)
     assert graph.calls[0][0] is mask
     assert graph.calls[0][1] is positions
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_empty_cache_holds_no_tokens_in_the_weights_type(dtype):
-    cache = LatentModel(Recorder(dtype), ROWS).empty_cache(3)
+    cache = LatentModel(Recorder(dtype), ROWS, (0, 0)).empty_cache(3)
     assert [c.shape for c in cache] == [(3, 0, 3), (3, 0, 5)]
     assert {c.dtype for c in cache} == {dtype}
     assert not any(c.requires_grad for c in cache)
+
+
+def test_a_full_window_does_not_tell_how_many_tokens_there_were():
+    model = LatentModel(Recorder(), ROWS, (3, 4))
+    past = [torch.zeros(1, 2, 3), torch.zeros(1, 3, 5)]
+    with pytest.raises(ValueError, match="pass attention_mask over all tokens so far"):
+        model(torch.zeros(1, 1, dtype=torch.long), past=past)
+    model(torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 9, dtype=torch.long), past=past)
+    # One layer whose window is not full yet, or that has none, is enough.
+    model(torch.zeros(1, 1, dtype=torch.long), past=[past[0], torch.zeros(1, 2, 5)])
+    assert [mask.shape[1] for mask, _, _ in model.graph.calls] == [9, 3]
+
+
+def test_cached_elements_stop_at_the_window():
+    model = LatentModel(Recorder(), ROWS, (0, 4))
+    assert [model.cached_elements(tokens) for tokens in (0, 2, 3, 10)] == [0, 16, 24, 45]

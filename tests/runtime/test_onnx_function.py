@@ -56,15 +56,16 @@ STEPS = {"prefill": (5, 0), "chunk": (3, 4), "decoding": (1, 6), "first token": 
 
 
 def variant_of(case) -> Variant:
-    return Variant(bool(getattr(case, "key_scales", 0)), bool(case.softcap), case.sinks, case.slopes)
+    return Variant(bool(getattr(case, "key_scales", 0)), bool(case.softcap), bool(case.window), case.sinks, case.slopes)
 
 
 def case_of(op_type: str, variant: Variant):
-    """A problem with these features and a window."""
-    features = {"softcap": 1.5 if variant.softcap else 0.0, "sinks": variant.sinks, "slopes": variant.slopes}
+    """A problem with these features."""
+    numbers = {"softcap": 1.5 if variant.softcap else 0.0, "window": 3 if variant.window else 0}
+    features = numbers | {"sinks": variant.sinks, "slopes": variant.slopes}
     if op_type == CACHED:
-        return CachedCase(**features, window=3)
-    return Case(**features, window=3, key_scales=2 if variant.key_scales else 0)
+        return CachedCase(**features)
+    return Case(**features, key_scales=2 if variant.key_scales else 0)
 
 
 def make_node(case, inputs, outputs) -> onnx.NodeProto:
@@ -83,6 +84,8 @@ def make_node(case, inputs, outputs) -> onnx.NodeProto:
         sizes["key_scales"] = case.key_scales
     if variant.softcap:
         sizes["softcap"] = case.softcap
+    if variant.window:
+        sizes["window"] = case.window
     flags = {f"has_{name}": 1 for name in ("sinks", "slopes") if getattr(variant, name)}
     return helper.make_node(
         LATENT if latent else CACHED,
@@ -92,7 +95,6 @@ def make_node(case, inputs, outputs) -> onnx.NodeProto:
         overload=variant.overload,
         num_heads=case.heads,
         scale=case.scale,
-        window=case.window,
         **sizes,
         **flags,
     )
@@ -213,10 +215,9 @@ def test_a_variant_has_no_more_than_it_needs(op_type, variant):
     function, plain = attention_function(op_type, 23, variant), attention_function(op_type, 23)
     inputs = [name for name in ("sinks", "slopes") if getattr(variant, name)]
     assert [*function.input] == [*plain.input, *(f"{name}_H" for name in inputs)]
-    numbers = [name for name in ("key_scales", "softcap") if getattr(variant, name)]
+    numbers = [name for name in ("key_scales", "softcap", "window") if getattr(variant, name)]
     assert [*function.attribute] == [*plain.attribute, *numbers, *(f"has_{name}" for name in inputs)]
-    features = sum([variant.key_scales, variant.softcap, variant.sinks, variant.slopes])
-    assert len(function.node) > len(plain.node) or not features
+    assert len(function.node) > len(plain.node) or variant == Variant()
     # Every operation leads to a result: nothing of another variant is left.
     used = {name for node in function.node for name in node.input} | {*function.output}
     unused = {node.output[0] for node in function.node} - used
