@@ -608,6 +608,44 @@ class Sink(SpelledOut):
         return p[..., :-1] @ v
 
 
+class SinkAsFactor(Sink):
+    """The same sink, as what is left of the output."""
+
+    def left(self, scores: Tensor) -> Tensor:
+        return torch.sigmoid(scores.logsumexp(-1, keepdim=True) - self.sink)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, ids: Tensor) -> Tensor:
+        scores = self.hide(self.scores(q, k, x), self.seen(ids.shape[1], ids))
+        return F.softmax(scores, -1) @ v * self.left(scores)
+
+
+class SquaredSinkAsFactor(SinkAsFactor):
+    """A factor made from the scores that takes too much for a sink."""
+
+    def left(self, scores: Tensor) -> Tensor:
+        return super().left(scores).square()
+
+
+class SinkOfRawScores(SinkAsFactor):
+    """A factor that looks at hidden scores too."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, ids: Tensor) -> Tensor:
+        scores = self.scores(q, k, x)
+        return F.softmax(self.hide(scores, self.seen(ids.shape[1], ids)), -1) @ v * self.left(scores)
+
+
+class ScoresBehindTheOutput(SpelledOut):
+    """The largest score of every head is added to the layer's output."""
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        y = super().forward(x, ids)
+        return y + self.largest.amax(-1).sum(1).unsqueeze(-1)
+
+    def hide(self, scores: Tensor, seen: Tensor) -> Tensor:
+        self.largest = super().hide(scores, seen)
+        return self.largest
+
+
 class TwoSinks(Sink):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, ids: Tensor) -> Tensor:
         scores = self.hide(self.scores(q, k, x), self.seen(ids.shape[1], ids))
@@ -774,6 +812,7 @@ ACCEPTED: dict[str, type[Attention]] = {
     "soft-capped scores": SoftCapped,
     "linear bias": LinearBias,
     "sink": Sink,
+    "sink as a factor": SinkAsFactor,
     "other query source": OtherQuerySource,
     "default scale": DefaultScale,
     "with a mask": Masked,
@@ -836,6 +875,9 @@ REFUSED: dict[str, tuple[type[Attention], frozenset[RejectCode]]] = {
         ("bias from distance 40", discounted_from(40), RejectCode.SCORES, RejectCode.VERIFY),
         ("bias from distance 4000", discounted_from(4000), RejectCode.SCORES, RejectCode.VERIFY),
         ("two sinks", TwoSinks, RejectCode.SCORES),
+        ("squared sink as a factor", SquaredSinkAsFactor, RejectCode.SCORES),
+        ("sink of raw scores", SinkOfRawScores, RejectCode.SCORES),
+        ("scores behind the output", ScoresBehindTheOutput, RejectCode.ORPHAN),
         ("scaled probabilities", ScaledProbabilities, RejectCode.SCORES),
         ("living dropout", LivingDropout, RejectCode.SCORES, RejectCode.VERIFY),
         ("a temperature per head", TemperaturePerHead, RejectCode.SCORES),
