@@ -47,13 +47,13 @@ class RejectCode(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """A norm between a projection and its heads (QK-norm): ``(y - mean) / sqrt(mean((y - mean)^2) + eps)``.
+    """A norm between a projection and its heads (QK-norm, or of values): ``(y - m) / sqrt(mean((y - m)^2) + eps)``.
 
     The normalised outputs take the place of ``y`` in :class:`Projection`, so that gains and biases of the norm are that
     projection's gain and offset. An L2 norm is an RMS norm with another gain.
 
     Attributes:
-        kind: ``rms`` (the mean is left in place) or ``layer``.
+        kind: ``rms`` (the mean ``m`` is left in place) or ``layer``.
         groups: Projection outputs that are normalised together: one group of all, or one per head.
         eps: What is added to the mean square.
     """
@@ -251,8 +251,11 @@ class AttentionSite:
 
     @property
     def value_bias_matters(self) -> bool:
-        """Whether weights do not sum to one, so that a bias of the values is more than a bias of the output."""
-        return self.scores.sinks is not None
+        """Whether a bias of the value projection is more than a bias of the output.
+
+        It is where the weights of the values do not sum to one, and where a norm scales it with the values.
+        """
+        return self.scores.sinks is not None or self.value.norm is not None
 
     @property
     def heads(self) -> int:
@@ -282,11 +285,17 @@ class AttentionSite:
         """
         inside = self.key.bias is not None or (self.key.offset is not None and self.key.norm is None)
         key = self.key_bias_matters and inside and nope_dim > 0
-        return key or (self.value_bias_matters and (self.value.bias is not None or self.value.offset is not None))
+        value = self.value.bias is not None or (self.value.offset is not None and self.value.norm is None)
+        return key or (self.value_bias_matters and value)
 
     def key_scales(self, nope_dim: int) -> int:
         """Numbers a cache row needs for the keys' norms: none when every channel is cached behind its norm."""
         return len(self.key.norm.groups) if self.key.norm is not None and nope_dim else 0
+
+    @property
+    def value_scales(self) -> int:
+        """Numbers a cache row needs for the values' norms."""
+        return len(self.value.norm.groups) if self.value.norm is not None else 0
 
     @property
     def elements_per_token(self) -> int:

@@ -91,6 +91,7 @@ class Emitter:
                 float(site.scores.scale),
                 site.scores.mask.window or 0,
                 float(site.scores.softcap),
+                site.value_scales,
             )
             return self._replace(site.output, site.output_axes, result, weight("output_bias"), site.path)
 
@@ -161,31 +162,33 @@ class Emitter:
         return query if bias is None else self._call(_aten.add.Tensor, query, bias)
 
     def _row(self, site: AttentionSite, weights: LatentWeights, batch: Node, length: Node, weight: _Weights) -> Node:
-        """What a token writes to the cache: the latent, its rope keys (normed), and the keys' scales."""
+        """What a token writes to the cache: the latent, its rope keys (normed), and the scales of keys and values."""
         row = self._call(_aten.linear.default, self._tokens(site.key.source), weight("row"), weight("row_bias"))
         width = weights.row.shape[0]
         row = self._call(_aten.reshape.default, row, [batch, length, width])
-        if site.key.norm is None:
-            return row
-        rank = weights.key_up.shape[2]
-        groups, half = weights.inv_freq.shape
-        scale = self._key_scale(site.key, site.key.norm, batch, length)
-        parts = [self._call(_aten.slice.Tensor, row, 2, 0, rank)]
-        if half:
-            rope = self._call(_aten.slice.Tensor, row, 2, rank, width)
-            rope = self._call(_aten.reshape.default, rope, [batch, length, groups, 2 * half])
-            rope = self._call(_aten.mul.Tensor, rope, self._call(_aten.unsqueeze.default, scale, -1))
-            shift = weight("rope_shift")
-            rope = rope if shift is None else self._call(_aten.add.Tensor, rope, shift)
-            parts.append(self._call(_aten.reshape.default, rope, [batch, length, groups * 2 * half]))
-        if weights.key_up.shape[1]:
-            parts.append(scale)
-        return self._call(_aten.cat.default, parts, -1)
+        parts = [row]
+        if site.key.norm is not None:
+            rank = weights.key_up.shape[2]
+            groups, half = weights.inv_freq.shape
+            scale = self._norm_scale(site.key, site.key.norm, batch, length)
+            parts = [self._call(_aten.slice.Tensor, row, 2, 0, rank)]
+            if half:
+                rope = self._call(_aten.slice.Tensor, row, 2, rank, width)
+                rope = self._call(_aten.reshape.default, rope, [batch, length, groups, 2 * half])
+                rope = self._call(_aten.mul.Tensor, rope, self._call(_aten.unsqueeze.default, scale, -1))
+                shift = weight("rope_shift")
+                rope = rope if shift is None else self._call(_aten.add.Tensor, rope, shift)
+                parts.append(self._call(_aten.reshape.default, rope, [batch, length, groups * 2 * half]))
+            if weights.key_up.shape[1]:
+                parts.append(scale)
+        if site.value.norm is not None:
+            parts.append(self._norm_scale(site.value, site.value.norm, batch, length))
+        return row if len(parts) == 1 else self._call(_aten.cat.default, parts, -1)
 
-    def _key_scale(self, key: Projection, norm: Norm, batch: Node, length: Node) -> Node:
-        """``1 / sqrt(mean(y^2) + eps)`` of every group of key outputs, ``[B, S, groups]`` (QK-norm)."""
-        outputs = self._entries(key.node, batch, length)
-        groups = self._chosen(outputs, norm.groups, self._shape(key.node), batch, length)
+    def _norm_scale(self, projection: Projection, norm: Norm, batch: Node, length: Node) -> Node:
+        """``1 / sqrt(mean(y^2) + eps)`` of every group of a projection's outputs, ``[B, S, groups]``."""
+        outputs = self._entries(projection.node, batch, length)
+        groups = self._chosen(outputs, norm.groups, self._shape(projection.node), batch, length)
         if norm.kind == "layer":
             groups = self._call(_aten.sub.Tensor, groups, self._call(_aten.mean.dim, groups, [-1], True))
         squares = self._call(_aten.mean.dim, self._call(_aten.mul.Tensor, groups, groups), [-1])

@@ -6,7 +6,7 @@ A method decides which rotary components stay and how keys and values become one
 
 Biases are placed exactly, by two properties of softmax: adding the same number to every logit of a query changes
 nothing, so a key bias on channels that do not rotate is dropped; and attention weights sum to one, so a value bias is
-added to the output instead. Where these do not hold (soft-caps, sinks, key norms) the latent has one entry that is
+added to the output instead. Where these do not hold (soft-caps, sinks, norms) the latent has one entry that is
 always 1, which carries the bias.
 """
 
@@ -57,8 +57,8 @@ class LatentWeights:
     rope_shift: Tensor | None = None
 
     def row_width(self, site: AttentionSite) -> int:
-        """Numbers in one cache row: latent, rope keys, and key scales where there is a norm."""
-        return self.row.shape[0] + site.key_scales(self.key_up.shape[1])
+        """Numbers in one cache row: latent, rope keys, and the scales of keys and values where they have norms."""
+        return self.row.shape[0] + site.key_scales(self.key_up.shape[1]) + site.value_scales
 
 
 class Method(Protocol):
@@ -168,7 +168,8 @@ def factorise_mha2mla(
 
     rope_bias = key_bias[:, nope:].reshape(-1)
     row_bias = torch.cat([rope_bias.new_zeros(rank), rope_bias.new_ones(constant), rope_bias])
-    output_bias = weights.value.bias.repeat_interleave(group, 0) * (not site.value_bias_matters)
+    outside = weights.value.shift + weights.value.bias * (not site.value_bias_matters)
+    output_bias = outside.repeat_interleave(group, 0)
     rope_shift = torch.take_along_dim(weights.key.shift, key_order, 1)[:, nope:]
     frequencies = torch.tensor(site.rope.inv_freq, dtype=torch.float64)
     return LatentWeights(

@@ -65,7 +65,7 @@ def read_operand(
     try:
         probe_linear(operand, generator)
     except MismatchError as mismatch:
-        if mismatch.code != RejectCode.NONLINEAR or operand.role == "value":
+        if mismatch.code != RejectCode.NONLINEAR:
             raise
         return _read_behind_norm(operand, found, flow, generator, known)
     rows, gain, offset = probe_rows(operand, generator)
@@ -82,7 +82,7 @@ def _read_behind_norm(
     try:
         norm = describe_norm(operand, later, flow, generator)
     except MismatchError:
-        if operand.role == "key":
+        if operand.role != "query":
             raise
         norm = None  # queries are not cached: whatever is done to them at their own position is done anew
     if operand.role == "query":
@@ -93,10 +93,10 @@ def _read_behind_norm(
     total = gain * norm.gain[rows]
     shift = gain * norm.offset[rows] + offset
     projection = _projection(found, flow, norm.rows[rows], total, shift)
-    return ReadOperand(replace(projection, norm=_head_norm(norm, rows)), rope)
+    return ReadOperand(replace(projection, norm=_head_norm(norm, rows, operand.role)), rope)
 
 
-def _head_norm(norm: FoundNorm, rows: Tensor) -> Norm:
+def _head_norm(norm: FoundNorm, rows: Tensor, role: str) -> Norm:
     """The norm with one group per head, or one for all.
 
     Raises:
@@ -107,7 +107,7 @@ def _head_norm(norm: FoundNorm, rows: Tensor) -> Norm:
         return Norm(norm.kind, groups, norm.eps)
     owner = torch.div(rows, norm.size, rounding_mode="floor")
     if (owner != owner[:, :1]).any():
-        raise MismatchError(RejectCode.NONLINEAR, "the channels of a key head are normalised in several groups")
+        raise MismatchError(RejectCode.NONLINEAR, f"the channels of a {role} head are normalised in several groups")
     return Norm(norm.kind, tuple(groups[int(i)] for i in owner[:, 0]), norm.eps)
 
 

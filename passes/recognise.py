@@ -155,6 +155,8 @@ def _describe(context: _Context, other: AttentionSite | None = None) -> Attentio
     )
     if site.key.norm is not None and site.key.offset is not None and (scores.softcap or scores.sinks is not None):
         raise MismatchError(RejectCode.NONLINEAR, "the key norm's bias meets a soft-cap or sinks")
+    if site.value.norm is not None and site.value.offset is not None and scores.sinks is not None:
+        raise MismatchError(RejectCode.NONLINEAR, "the value norm's bias meets sinks")
     return replace(site, error=_verified(context, lambda length: _compare(context, site, length)))
 
 

@@ -474,6 +474,105 @@ class NormedKeys(Attention):
         return F.normalize(k, dim=-1)
 
 
+def rms(x: Tensor, axes: tuple[int, ...] = (-1,), eps: float = 1e-3) -> Tensor:
+    """Divide by the root of the mean square."""
+    return x * (x.square().mean(axes, keepdim=True) + eps).rsqrt()
+
+
+class NormedValues(HalfRope):
+    """Values of every head have a norm without a gain (Gemma 4)."""
+
+    kv_heads = 2
+
+    def values(self, v: Tensor) -> Tensor:
+        return rms(v)
+
+
+class NormedKeysAndValues(NormedValues):
+    """Keys too, before their rotation; the values have gains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.rand(DIM) + 0.5)
+
+    def keys(self, k: Tensor) -> Tensor:
+        return super().keys(rms(k) * self.gain.flip(0))
+
+    def values(self, v: Tensor) -> Tensor:
+        return super().values(v) * self.gain
+
+
+class KeysThatAreValues(NormedValues):
+    """One projection makes keys and values, which are normed apart and of which only keys turn."""
+
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        k = self.k(x)
+        return self.q(x), k, k
+
+    def keys(self, k: Tensor) -> Tensor:
+        return super().keys(rms(k, eps=1e-2))
+
+
+class CentredValues(Attention):
+    """A layer norm of every value head, with gain and bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(DIM)
+        nn.init.normal_(self.norm.weight)
+        nn.init.normal_(self.norm.bias)
+
+    def values(self, v: Tensor) -> Tensor:
+        return self.norm(v)
+
+
+class ValuesNormedTogether(Attention):
+    """One norm over the whole width of the values."""
+
+    def values(self, v: Tensor) -> Tensor:
+        return rms(v, (1, 3))
+
+
+class ValuesNormedOverPositions(Attention):
+    """A norm that looks at other positions."""
+
+    def values(self, v: Tensor) -> Tensor:
+        return rms(v, (-2, -1))
+
+
+class ValuesNormedByHalves(Attention):
+    """Two norms per head."""
+
+    def values(self, v: Tensor) -> Tensor:
+        return rms(v.unflatten(-1, (2, -1))).flatten(-2)
+
+
+class ValuesNormedInPairs(Attention):
+    """A norm of two heads at a time."""
+
+    def values(self, v: Tensor) -> Tensor:
+        return rms(v.unflatten(1, (2, -1)), (2, 4)).flatten(1, 2)
+
+
+class ValuesNormedAcrossHeads(Attention):
+    """A norm over the heads, channel by channel."""
+
+    def values(self, v: Tensor) -> Tensor:
+        return rms(v, (1,))
+
+
+class RotatedNormedValues(NormedValues):
+    def values(self, v: Tensor) -> Tensor:
+        return rotate(super().values(v))
+
+
+class SquashedValues(Attention):
+    """Not linear, and no norm."""
+
+    def values(self, v: Tensor) -> Tensor:
+        return v / (1 + v.square().sum(-1, keepdim=True))
+
+
 class ClampedValues(Attention):
     """Linear within a range that random numbers hardly leave."""
 
@@ -809,6 +908,11 @@ ACCEPTED: dict[str, type[Attention]] = {
     "batch and heads merged": MergedHeads,
     "rectified queries": RectifiedQueries,
     "normed keys": NormedKeys,
+    "normed values": NormedValues,
+    "normed keys and values": NormedKeysAndValues,
+    "keys that are values": KeysThatAreValues,
+    "centred values": CentredValues,
+    "values normed together": ValuesNormedTogether,
     "soft-capped scores": SoftCapped,
     "linear bias": LinearBias,
     "sink": Sink,
@@ -860,6 +964,12 @@ REFUSED: dict[str, tuple[type[Attention], frozenset[RejectCode]]] = {
         ("values mixed over the batch", AveragedValues, RejectCode.POSITION_MIXING),
         ("rectified keys", RectifiedKeys, RejectCode.NONLINEAR),
         ("clamped values", ClampedValues, RejectCode.NONLINEAR),
+        ("values normed over positions", ValuesNormedOverPositions, RejectCode.POSITION_MIXING),
+        ("values normed by halves", ValuesNormedByHalves, RejectCode.NONLINEAR),
+        ("values normed in pairs", ValuesNormedInPairs, RejectCode.NONLINEAR),
+        ("values normed across heads", ValuesNormedAcrossHeads, RejectCode.NONLINEAR),
+        ("rotated normed values", RotatedNormedValues, RejectCode.ROPE),
+        ("squashed values", SquashedValues, RejectCode.NONLINEAR),
         ("mixed channels", MixedChannels, RejectCode.ROW_MAP),
         ("positions from one", RopeFromOne, RejectCode.ROW_MAP),
         ("rotated values", RotatedValues, RejectCode.ROPE),
