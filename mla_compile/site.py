@@ -90,6 +90,9 @@ class Projection:
         norm: The norm between the projection and the heads, or None.
         activation: Graph node whose entries take the place of ``y`` when something that is not linear, but looks at one
             position only, stands between projection and queries; None when nothing does.
+        turned: ``[heads][head_dim]`` factors of queries whose activation holds them as the attention product reads
+            them, behind the rotation; times these, and turned back by the keys' rotation, they are the heads. None for
+            queries in front of it.
     """
 
     node: str
@@ -101,6 +104,7 @@ class Projection:
     offset: tuple[tuple[float, ...], ...] | None = None
     norm: Norm | None = None
     activation: str | None = None
+    turned: tuple[tuple[float, ...], ...] | None = None
 
     @property
     def heads(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,9 +15,10 @@ from mla_compile.passes.mismatch import MismatchError
 from mla_compile.passes.norm import FoundNorm, describe_norm, linear_again
 from mla_compile.passes.probe import Operand, probe_linear, probe_rope, probe_rows
 from mla_compile.passes.trace import DataFlow, ProjectionNode, read_projection
+from mla_compile.passes.turned import Unscaled, as_read, gains_turn, scaled_by_place
 from mla_compile.site import Norm, Projection, RejectCode, Rope
 
-__all__ = ["MOVES", "ReadOperand", "distinct_heads", "normalised", "read_operand", "root"]
+__all__ = ["MOVES", "ReadOperand", "distinct_heads", "normalised", "read_operand", "read_query", "root", "with_gains"]
 
 _aten = torch.ops.aten
 _RESHAPES = frozenset(
@@ -39,10 +41,17 @@ MOVES = _RESHAPES | {
 
 @dataclass(frozen=True)
 class ReadOperand:
-    """A described operand and its rotation; heads repeated for grouped queries are still repeated."""
+    """A described operand and its rotation; heads repeated for grouped queries are still repeated.
+
+    Attributes:
+        projection: The description.
+        rope: The rotation; nothing for queries that are turned back, whose rotation is the keys'.
+        behind: ``[heads][head_dim]`` gains of keys behind their rotation that do not commute with it, or None.
+    """
 
     projection: Projection
     rope: Rope
+    behind: tuple[tuple[float, ...], ...] | None = None
 
 
 def read_operand(
@@ -68,6 +77,8 @@ def read_operand(
         if mismatch.code != RejectCode.NONLINEAR:
             raise
         return _read_behind_norm(operand, found, flow, generator, known)
+    if operand.role == "query" and scaled_by_place(operand, flow):
+        raise MismatchError(RejectCode.ROPE, "the query is scaled by position")
     rows, gain, offset = probe_rows(operand, generator)
     rope = probe_rope(operand, rows, gain) if known is None else known
     return ReadOperand(_projection(found, flow, rows, gain, offset), rope)
@@ -76,7 +87,11 @@ def read_operand(
 def _read_behind_norm(
     operand: Operand, found: ProjectionNode, flow: DataFlow, generator: torch.Generator, known: Rope | None
 ) -> ReadOperand:
-    later = linear_again(operand, flow, generator)
+    later, turned = linear_again(operand, flow, generator)
+    if turned:
+        return _read_norm_behind_rotation(operand, later, found, flow, generator, known)
+    if operand.role == "query" and scaled_by_place(later, flow):
+        raise MismatchError(RejectCode.ROPE, "the query is scaled by position")
     rows, gain, offset = probe_rows(later, generator)
     rope = probe_rope(later, rows, gain) if known is None else known
     try:
@@ -94,6 +109,99 @@ def _read_behind_norm(
     shift = gain * norm.offset[rows] + offset
     projection = _projection(found, flow, norm.rows[rows], total, shift)
     return ReadOperand(replace(projection, norm=_head_norm(norm, rows, operand.role)), rope)
+
+
+def _read_norm_behind_rotation(
+    operand: Operand,
+    later: Operand,
+    found: ProjectionNode,
+    flow: DataFlow,
+    generator: torch.Generator,
+    known: Rope | None,
+) -> ReadOperand:
+    """Describe keys whose norm stands behind their rotation as keys with a norm in front of it."""
+    reason = f"something non-linear stands behind the rotation of the {operand.role}"
+    if operand.role != "key":
+        raise MismatchError(RejectCode.NONLINEAR, reason)
+    # At position 0 nothing is rotated: there, what stands behind the rotation is what would stand in front of it.
+    entries, gain, offset = probe_rows(later, generator)
+    norm = describe_norm(operand, later, flow, generator)
+    rows, total, shift = norm.rows[entries], gain * norm.gain[entries], gain * norm.offset[entries] + offset
+    if norm.kind != "rms" or shift.any():
+        raise MismatchError(RejectCode.NONLINEAR, f"{reason}: a norm that shifts channels")
+    described = _head_norm(norm, entries, operand.role)
+    unscaled = Unscaled(**vars(operand), norm=described, gain=total)
+    try:
+        probe_linear(unscaled, generator)
+    except MismatchError as mismatch:
+        raise MismatchError(RejectCode.NONLINEAR, f"{reason}: a norm that changes with position") from mismatch
+    ones = torch.ones_like(total)
+    rope = probe_rope(unscaled, rows, ones) if known is None else known
+    commute = gains_turn(total, rope)
+    projection = replace(
+        _projection(found, flow, rows, total if commute else ones, torch.zeros_like(total)), norm=described
+    )
+    return ReadOperand(projection, rope, None if commute else _tuples(total))
+
+
+def read_query(
+    operand: Operand, flow: DataFlow, generator: torch.Generator, known: Rope | None, turned: bool
+) -> ReadOperand:
+    """Describe queries by their projection, or else by what the attention product reads.
+
+    Args:
+        operand: The queries; their base is not looked at.
+        flow: Data flow of the graph.
+        generator: Source of random probes.
+        known: The rotation, if it is known from a layer of the same kind.
+        turned: Whether to look at what the product reads only.
+
+    Raises:
+        MismatchError: They mix positions, or are arranged in a way this version does not read.
+    """
+    if turned:
+        return _read_turned(operand, flow, generator)
+    try:
+        return read_operand(operand, flow, generator, known)
+    except MismatchError as mismatch:
+        if mismatch.code == RejectCode.POSITION_MIXING:
+            raise
+        try:
+            return _read_turned(operand, flow, generator)
+        except MismatchError:
+            raise mismatch from None
+
+
+def _read_turned(operand: Operand, flow: DataFlow, generator: torch.Generator) -> ReadOperand:
+    """Describe queries by what the attention product reads, whatever was done to them before.
+
+    Raises:
+        MismatchError: They are arranged in a way this version does not read.
+    """
+    read = as_read(operand, MOVES)
+    rows, gain, offset = probe_rows(read, generator)
+    if offset.any():
+        raise MismatchError(RejectCode.ROW_MAP, "something is added to the query behind its rotation")
+    name = read.base.name
+    try:
+        projections = [read_projection(flow, operand.node, operand.role)]
+    except MismatchError:
+        projections = []
+    node, source, weight = name, name, f"<{name}>"
+    for found in projections:
+        node, source, weight = found.node.name, found.source.name, flow.parameter_name(found.weight)
+    projection = Projection(
+        node, source, weight, None, _tuples(rows), _tuples(torch.ones_like(gain)), activation=name, turned=_tuples(gain)
+    )
+    return ReadOperand(projection, Rope())
+
+
+def with_gains(query: ReadOperand, gains: Sequence[Sequence[float]]) -> ReadOperand:
+    """Multiply queries that are turned back by the gains their keys have behind the rotation, ``[key heads][D]``."""
+    turned = query.projection.turned or ()
+    group = len(turned) // len(gains)
+    total = tuple(tuple(a * b for a, b in zip(head, gains[h // group], strict=True)) for h, head in enumerate(turned))
+    return replace(query, projection=replace(query.projection, turned=total))
 
 
 def _head_norm(norm: FoundNorm, rows: Tensor, role: str) -> Norm:
@@ -204,7 +312,8 @@ def distinct_heads(projection: Projection, heads: int) -> Projection:
 def normalised(projection: Projection, outputs: Tensor) -> Tensor:
     """Heads ``[B, S, H, D]``, not rotated, from projection outputs ``[B, S, N]``, as the description says.
 
-    For a projection with an ``activation``, ``outputs`` are that activation's entries.
+    For a projection with an ``activation``, ``outputs`` are that activation's entries; queries that are ``turned`` are
+    still so.
     """
     heads = outputs[..., torch.tensor(projection.rows)]
     norm = projection.norm
@@ -214,5 +323,5 @@ def normalised(projection: Projection, outputs: Tensor) -> Tensor:
             mean = groups.mean(-1, keepdim=True)
             heads, groups = heads - mean, groups - mean
         heads = heads * (groups.square().mean(-1, keepdim=True) + norm.eps).rsqrt()
-    heads = heads * torch.tensor(projection.gain, dtype=torch.float64)
+    heads = heads * torch.tensor(projection.turned or projection.gain, dtype=torch.float64)
     return heads if projection.offset is None else heads + torch.tensor(projection.offset, dtype=torch.float64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,10 +16,20 @@ from mla_compile.passes.evaluate import GraphEvaluator, example_inputs
 from mla_compile.passes.kinds import kind_of
 from mla_compile.passes.layout import Layout, Sizes
 from mla_compile.passes.mismatch import MismatchError
-from mla_compile.passes.operands import MOVES, ReadOperand, distinct_heads, normalised, read_operand, root
+from mla_compile.passes.operands import (
+    MOVES,
+    ReadOperand,
+    distinct_heads,
+    normalised,
+    read_operand,
+    read_query,
+    root,
+    with_gains,
+)
 from mla_compile.passes.probe import SHORT, Operand, longest_length
 from mla_compile.passes.scores import AnchorLayouts, anchor_layouts, probe_probabilities, probe_scores
 from mla_compile.passes.trace import Anchor, DataFlow, find_anchors, module_path
+from mla_compile.passes.turned import turn_back
 from mla_compile.program import Program
 from mla_compile.runtime import reference
 from mla_compile.site import AttentionSite, PlainSite, RejectCode, Rejection, Rope, Scores
@@ -120,7 +131,13 @@ def _describe(context: _Context, other: AttentionSite | None = None) -> Attentio
         node = getattr(anchor, role)
         operand = Operand(context.evaluator, context.sizes, role, node, node, getattr(layouts, role))
         known = None if other is None else other.rope if role != "value" else Rope()
-        read[role] = read_operand(operand, flow, generator, known)
+        if role == "query":
+            queries = functools.partial(read_query, operand, flow, generator, known)
+            read[role] = queries(turned=other is not None and other.query.turned is not None)
+        else:
+            read[role] = read_operand(operand, flow, generator, known)
+    if read["key"].behind is not None:
+        read["query"] = with_gains(queries(turned=True), read["key"].behind)
     query, key, value = (read[role].projection for role in ("query", "key", "value"))
     nodes = context.evaluator.nodes
     if root(nodes[key.source]) is not root(nodes[value.source]):
@@ -130,7 +147,7 @@ def _describe(context: _Context, other: AttentionSite | None = None) -> Attentio
         raise MismatchError(RejectCode.MASK, f"attention depends on which tokens were given, at '{reader.name}'")
     if read["value"].rope.pairs:
         raise MismatchError(RejectCode.ROPE, "values are rotated by position")
-    rope = _common_rope(read["query"].rope, read["key"].rope)
+    rope = _common_rope(read["query"].rope, read["key"].rope) if query.turned is None else read["key"].rope
     heads = query.heads
     key, value = distinct_heads(key, heads), distinct_heads(value, heads)
     if key.heads != value.heads:
@@ -270,6 +287,7 @@ def _compare(context: _Context, site: AttentionSite, length: int) -> float:
         base = replace(bases["query"], base=wanted[1])
         outputs["query"] = base.flatten(activation[0], batch, length)
     query, key, value = (normalised(getattr(site, role), outputs[role]) for role in ("query", "key", "value"))
+    query = query if site.query.turned is None else turn_back(query, site.rope)
     return _difference(got, query, key, value, site.rope, site.scores, site.output_axes)
 
 
