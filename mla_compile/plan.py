@@ -81,7 +81,7 @@ def _plan(site: AttentionSite, width: int, config: CompileConfig) -> LatentPlan:
     else:
         rope_dims = min(rotary, max(2, site.qk_dim // 8 // 2 * 2))
     groups = site.kv_heads if rope_dims else 1
-    key_rows, value_rows = site.kv_heads * (site.qk_dim - rope_dims), site.kv_heads * site.v_dim
+    key_rows, value_rows = site.kv_heads * (site.qk_dim - rope_dims), site.value_rows
     exact_rank = (
         min(width, key_rows + value_rows) if config.svd == "joint" else min(width, key_rows) + min(width, value_rows)
     )

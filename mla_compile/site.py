@@ -193,13 +193,15 @@ class AttentionSite:
         path: Module path of the layer as the author named it, or a generated name.
         query: How queries are read; one entry per query head.
         key: How keys are read; one entry per key/value head.
-        value: How values are read; one entry per key/value head.
+        value: How values are read; one entry per group of query heads, which may be other groups than the keys'.
         rope: Rotary embedding of queries and keys.
         scores: From ``q . k`` to attention weights.
         output: Graph node holding ``softmax(...) V``.
         output_axes: Names of that node's axes, see :mod:`mla_compile.passes.layout`.
         softmax: Graph node that must die with the rewrite.
         error: Largest relative difference between description and sub-graph on random data.
+        order: Which head of the graph each query head is, where heads that share keys do not stand side by side there;
+            None where they do.
     """
 
     index: int
@@ -213,6 +215,7 @@ class AttentionSite:
     output_axes: tuple[str, ...]
     softmax: str
     error: float
+    order: tuple[int, ...] | None = None
 
     @property
     def scale(self) -> float:
@@ -281,6 +284,18 @@ class AttentionSite:
         """Channels of one value head."""
         return self.value.head_dim
 
+    @property
+    def value_owners(self) -> tuple[int, ...]:
+        """Which distinct value head, by first appearance, each entry of ``value`` is."""
+        heads = list(zip(self.value.rows, self.value.gain, strict=True))
+        distinct = list(dict.fromkeys(heads))
+        return tuple(distinct.index(head) for head in heads)
+
+    @property
+    def value_rows(self) -> int:
+        """Channels of all distinct value heads together."""
+        return (max(self.value_owners) + 1) * self.v_dim
+
     def needs_constant(self, nope_dim: int) -> bool:
         """Whether the latent needs an entry that is always 1, for biases that cannot be moved elsewhere.
 
@@ -304,7 +319,7 @@ class AttentionSite:
     @property
     def elements_per_token(self) -> int:
         """Numbers a plain KV cache keeps per token for this layer."""
-        return self.kv_heads * (self.qk_dim + self.v_dim)
+        return self.kv_heads * self.qk_dim + self.value_rows
 
 
 @dataclass(frozen=True, slots=True)

@@ -93,7 +93,7 @@ class Emitter:
                 float(site.scores.softcap),
                 site.value_scales,
             )
-            return self._replace(site.output, site.output_axes, result, weight("output_bias"), site.path)
+            return self._replace(site.output, site.output_axes, result, weight("output_bias"), site.path, site.order)
 
     def plain(self, site: PlainSite, index: int, path: str, past: Node) -> Node:
         """Emit ordinary attention with a cache, redirect the users of the old output, and return the new cache.
@@ -277,12 +277,23 @@ class Emitter:
             node = self._call(_aten.permute.default, node, places)
         return self._call(_aten.reshape.default, node, [batch, length, heads, int(shape[list(axes).index("d")])])
 
-    def _replace(self, name: str, axes: tuple[str, ...], result: Node, bias: Node | None, path: str) -> Node:
+    def _replace(
+        self,
+        name: str,
+        axes: tuple[str, ...],
+        result: Node,
+        bias: Node | None,
+        path: str,
+        order: tuple[int, ...] | None = None,
+    ) -> Node:
         """Arrange an output ``[B, S, H, D]`` as the old one, take its place, and return the cache."""
         batch, length = self._batch_and_length()
         attended = self._call(operator.getitem, result, 0)
         if bias is not None:
             attended = self._call(_aten.add.Tensor, attended, bias)
+        if order is not None:
+            back = self._constant(torch.tensor([order.index(h) for h in range(len(order))]))
+            attended = self._call(_aten.index_select.default, attended, 2, back)
         shape = self._shape(name)
         sizes = {"b": batch, "s": length, "bh": -1}
         heads = [int(size) for size, axis in zip(shape, axes, strict=True) if axis == "h"]

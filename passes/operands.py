@@ -13,12 +13,12 @@ from torch.fx import Node
 
 from mla_compile.passes.mismatch import MismatchError
 from mla_compile.passes.norm import FoundNorm, describe_norm, linear_again
-from mla_compile.passes.probe import Operand, probe_linear, probe_rope, probe_rows
-from mla_compile.passes.trace import DataFlow, ProjectionNode, read_projection
+from mla_compile.passes.probe import Operand, mixes_positions, probe_linear, probe_rope, probe_rows
+from mla_compile.passes.trace import DataFlow, ProjectionNode, projections_behind, read_projection
 from mla_compile.passes.turned import Unscaled, as_read, gains_turn, scaled_by_place
 from mla_compile.site import Norm, Projection, RejectCode, Rope
 
-__all__ = ["MOVES", "ReadOperand", "distinct_heads", "normalised", "read_operand", "read_query", "root", "with_gains"]
+__all__ = ["MOVES", "ReadOperand", "normalised", "read_operand", "read_query", "root", "with_gains"]
 
 _aten = torch.ops.aten
 _RESHAPES = frozenset(
@@ -68,7 +68,13 @@ def read_operand(
     Raises:
         MismatchError: The operand is something other than a projection, normed, re-arranged and rotated.
     """
-    found = read_projection(flow, operand.node, operand.role)
+    try:
+        found = read_projection(flow, operand.node, operand.role)
+    except MismatchError as mismatch:
+        if mixes_positions(operand, [p.node for p in projections_behind(flow, operand.node)]):
+            reason = f"{mismatch.reason}, and at one position depends on other positions"
+            raise MismatchError(RejectCode.POSITION_MIXING, reason) from mismatch
+        raise
     operand = replace(operand, base=found.node)
     _require_matrix(found, flow, operand.width)
     try:
@@ -279,34 +285,6 @@ def _projection(found: ProjectionNode, flow: DataFlow, rows: Tensor, gain: Tenso
 
 def _tuples(values: Tensor) -> tuple[tuple[Any, ...], ...]:
     return tuple(tuple(row) for row in values.tolist())
-
-
-def distinct_heads(projection: Projection, heads: int) -> Projection:
-    """Reduce key or value heads repeated for grouped queries to the distinct ones.
-
-    Raises:
-        MismatchError: Query head ``h`` does not use head ``h // (heads / distinct)``.
-    """
-    distinct = list(dict.fromkeys(projection.rows))
-    if heads % len(distinct):
-        raise MismatchError(RejectCode.GROUPING, f"{heads} query heads over {len(distinct)} key/value heads")
-    group = heads // len(distinct)
-    if len(projection.rows) not in (heads, len(distinct)) or (
-        len(projection.rows) == heads
-        and any(distinct.index(rows) != h // group for h, rows in enumerate(projection.rows))
-    ):
-        raise MismatchError(RejectCode.GROUPING, "query heads are not grouped contiguously over key/value heads")
-    first = [projection.rows.index(rows) for rows in distinct]
-    norm = projection.norm
-    if norm is not None and norm.per_head:
-        norm = replace(norm, groups=tuple(norm.groups[i] for i in first))
-    return replace(
-        projection,
-        rows=tuple(projection.rows[i] for i in first),
-        gain=tuple(projection.gain[i] for i in first),
-        offset=None if projection.offset is None else tuple(projection.offset[i] for i in first),
-        norm=norm,
-    )
 
 
 def normalised(projection: Projection, outputs: Tensor) -> Tensor:

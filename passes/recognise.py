@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.fx import Node
 
 from mla_compile.passes.evaluate import GraphEvaluator, example_inputs
+from mla_compile.passes.grouping import chosen_heads, distinct_heads, side_by_side, value_heads
 from mla_compile.passes.kinds import kind_of
 from mla_compile.passes.layout import Layout, Sizes
 from mla_compile.passes.mismatch import MismatchError
 from mla_compile.passes.operands import (
     MOVES,
     ReadOperand,
-    distinct_heads,
     normalised,
     read_operand,
     read_query,
@@ -149,14 +149,17 @@ def _describe(context: _Context, other: AttentionSite | None = None) -> Attentio
         raise MismatchError(RejectCode.ROPE, "values are rotated by position")
     rope = _common_rope(read["query"].rope, read["key"].rope) if query.turned is None else read["key"].rope
     heads = query.heads
-    key, value = distinct_heads(key, heads), distinct_heads(value, heads)
-    if key.heads != value.heads:
-        raise MismatchError(RejectCode.GROUPING, f"there are {key.heads} key heads but {value.heads} value heads")
+    order = side_by_side(key, heads)
+    if order is not None and value.heads == heads:
+        query, key, value = (chosen_heads(p, order) for p in (query, key, value))
+    key, value = distinct_heads(key, heads), value_heads(value, heads)
     if other is None or other.scores.sinks is not None:  # sinks are a layer's own
         scores = probe_scores(context.evaluator, flow, context.sizes, anchor, layouts, heads=heads, dim=query.head_dim)
     else:
         scores = other.scores
     probe_probabilities(context.evaluator, context.sizes, anchor, layouts)
+    if order is not None and (other is None or other.scores.sinks is not None):
+        scores = _ordered(scores, order)
     site = AttentionSite(
         index=context.index,
         path=context.path,
@@ -169,12 +172,19 @@ def _describe(context: _Context, other: AttentionSite | None = None) -> Attentio
         output_axes=layouts.output.axes,
         softmax=anchor.softmax.name,
         error=0.0,
+        order=order,
     )
     if site.key.norm is not None and site.key.offset is not None and (scores.softcap or scores.sinks is not None):
         raise MismatchError(RejectCode.NONLINEAR, "the key norm's bias meets a soft-cap or sinks")
     if site.value.norm is not None and site.value.offset is not None and scores.sinks is not None:
         raise MismatchError(RejectCode.NONLINEAR, "the value norm's bias meets sinks")
     return replace(site, error=_verified(context, lambda length: _compare(context, site, length)))
+
+
+def _ordered(scores: Scores, order: tuple[int, ...]) -> Scores:
+    """What scores are per head, for heads in another order."""
+    sinks, slopes = (None if x is None else tuple(x[h] for h in order) for x in (scores.sinks, scores.slopes))
+    return replace(scores, sinks=sinks, slopes=slopes)
 
 
 def _plain(context: _Context) -> PlainSite | None:
@@ -288,7 +298,7 @@ def _compare(context: _Context, site: AttentionSite, length: int) -> float:
         outputs["query"] = base.flatten(activation[0], batch, length)
     query, key, value = (normalised(getattr(site, role), outputs[role]) for role in ("query", "key", "value"))
     query = query if site.query.turned is None else turn_back(query, site.rope)
-    return _difference(got, query, key, value, site.rope, site.scores, site.output_axes)
+    return _difference(got, query, key, value, site.rope, site.scores, site.output_axes, site.order)
 
 
 def _compare_plain(context: _Context, site: PlainSite, length: int) -> float:
@@ -312,7 +322,14 @@ def _compare_plain(context: _Context, site: PlainSite, length: int) -> float:
 
 
 def _difference(
-    got: Tensor, query: Tensor, key: Tensor, value: Tensor, rope: Rope, scores: Scores, axes: tuple[str, ...]
+    got: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rope: Rope,
+    scores: Scores,
+    axes: tuple[str, ...],
+    order: tuple[int, ...] | None = None,
 ) -> float:
     sinks, slopes = (None if x is None else torch.tensor(x, dtype=torch.float64) for x in (scores.sinks, scores.slopes))
     expected = reference.attention(
@@ -328,6 +345,7 @@ def _difference(
         softcap=scores.softcap,
     )
     arranged = Layout(axes).arrange(got, "bshd", len(query))
+    arranged = arranged if order is None else arranged[:, :, list(order)]
     if arranged.shape != expected.shape:
         raise MismatchError(RejectCode.LAYOUT, f"the attention output is arranged as {tuple(got.shape)}")
     return float((arranged - expected).abs().max() / expected.abs().max())

@@ -218,7 +218,9 @@ def probe_scores(
 def _operator_scale(flow: DataFlow, anchor: Anchor, dim: int) -> float:
     mask = operator_argument(anchor.scores, "attn_mask")
     if isinstance(mask, Node) and mask in flow.hidden:
-        raise MismatchError(RejectCode.MASK, "the mask depends on the activations")
+        raise MismatchError(
+            RejectCode.MASK, f"what is added to the scores is computed from activations, at '{mask.name}'"
+        )
     if operator_argument(anchor.scores, "dropout_p"):
         raise MismatchError(
             RejectCode.SCORES, "attention weights are dropped out at random: call model.eval() before exporting"
@@ -326,6 +328,10 @@ def _classify(added: Tensor) -> Mask:
         raise MismatchError(
             RejectCode.MASK, "attention is bidirectional: nothing is cached, so there is no cache to shrink"
         )
+    chunk = max(int(pattern[:, 0].sum()), 1)
+    place = torch.arange(length)
+    if torch.equal(pattern, (distance >= 0) & (place[:, None] // chunk == place[None] // chunk)):
+        raise MismatchError(RejectCode.MASK, f"a query sees its own chunk of {chunk} tokens only")
     raise MismatchError(RejectCode.MASK, "the mask is neither causal nor a causal sliding window")
 
 

@@ -28,6 +28,7 @@ __all__ = [
     "find_anchors",
     "module_path",
     "operator_argument",
+    "projections_behind",
     "read_projection",
 ]
 
@@ -328,6 +329,12 @@ def operator_argument(node: Node, name: str) -> Any:  # noqa: ANN401 - operator 
     return dict(zip(names, node.args, strict=False)).get(name, node.kwargs.get(name))
 
 
+def projections_behind(flow: DataFlow, operand: Node) -> list[ProjectionNode]:
+    """The nearest projections on all ways back from an operand."""
+    behind = flow.behind(operand, lambda n: flow.projection(n) is not None)
+    return [p for p in map(flow.projection, behind) if p is not None]
+
+
 def read_projection(flow: DataFlow, operand: Node, role: str) -> ProjectionNode:
     """Walk back from an operand to the projection it comes from.
 
@@ -340,7 +347,7 @@ def read_projection(flow: DataFlow, operand: Node, role: str) -> ProjectionNode:
         MismatchError: There is not exactly one projection behind the operand.
     """
     behind = flow.behind(operand, lambda n: flow.projection(n) is not None)
-    projections = [p for p in map(flow.projection, behind) if p is not None]
+    projections = projections_behind(flow, operand)
     leaves = [
         n
         for n in behind

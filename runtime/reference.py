@@ -33,7 +33,7 @@ def attention(
     Args:
         query: ``[B, S, H, D]``, not rotated.
         key: ``[B, S, n, D]``, not rotated.
-        value: ``[B, S, n, Dv]``.
+        value: ``[B, S, n', Dv]``; ``n'`` may be another divisor of ``H`` than ``n``.
         pairs: Channel pairs ``(real, imaginary)``.
         inv_freq: Radians per position of every pair.
         scale: Factor of ``q . k``.
@@ -56,7 +56,8 @@ def attention(
             y[..., a], y[..., b] = x[..., a] * cos - x[..., b] * sin, x[..., b] * cos + x[..., a] * sin
         turned.append(y)
     mask = torch.ones(query.shape[:2], dtype=torch.long)
-    return _attend(turned[0], turned[1], value.repeat_interleave(group, 2), mask, scale, window, sinks, slopes, softcap)
+    value = value.repeat_interleave(query.shape[2] // value.shape[2], 2)
+    return _attend(turned[0], turned[1], value, mask, scale, window, sinks, slopes, softcap)
 
 
 def visible_keys(attention_mask: Tensor, new: int, window: int | None) -> Tensor:

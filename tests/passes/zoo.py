@@ -573,6 +573,101 @@ class SquashedValues(Attention):
         return v / (1 + v.square().sum(-1, keepdim=True))
 
 
+class NormBehindRotation(HalfRope):
+    """RMS norms without gains, which commute with the rotation (nanochat, Llama 4)."""
+
+    kv_heads = 2
+
+    def queries(self, q: Tensor) -> Tensor:
+        return rms(super().queries(q))
+
+    def keys(self, k: Tensor) -> Tensor:
+        return rms(super().keys(k), eps=1e-2)
+
+
+class WideNormBehindRotation(NormBehindRotation):
+    """One norm for all heads."""
+
+    def keys(self, k: Tensor) -> Tensor:
+        return rms(HalfRope.keys(self, k), (1, 3))
+
+
+class GainsBehindRotation(NormBehindRotation):
+    """Norms with gains, which differ within rotating pairs (HunYuan)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query_gain, self.key_gain = (nn.Parameter(torch.rand(DIM) + 0.5) for _ in range(2))
+
+    def queries(self, q: Tensor) -> Tensor:
+        return super().queries(q) * self.query_gain
+
+    def keys(self, k: Tensor) -> Tensor:
+        return super().keys(k) * self.key_gain
+
+
+class KeyNormBehindRotation(PartialRope):
+    """Queries are plain, and some channels stand still."""
+
+    def keys(self, k: Tensor) -> Tensor:
+        return rms(super().keys(k)) * 1.5
+
+
+class LayerNormBehindRotation(HalfRope):
+    """Centring does not commute with a rotation."""
+
+    def keys(self, k: Tensor) -> Tensor:
+        return F.layer_norm(super().keys(k), (DIM,))
+
+
+class HalfNormBehindRotation(HalfRope):
+    """A norm of three channels, which turn with three others."""
+
+    def keys(self, k: Tensor) -> Tensor:
+        return rms(super().keys(k).unflatten(-1, (2, -1))).flatten(-2)
+
+
+class ShiftBehindRotation(NormBehindRotation):
+    """What is added to turned keys stays where it is while they turn."""
+
+    def keys(self, k: Tensor) -> Tensor:
+        return super().keys(k) + torch.arange(DIM)
+
+
+class FarScale(HalfRope):
+    """Queries grow from a position on that no probe comes near (Ministral 3)."""
+
+    def queries(self, q: Tensor) -> Tensor:
+        place = torch.arange(q.shape[2], dtype=torch.float32)
+        return super().queries(q) * (1 + torch.log(1 + torch.floor(place / 20_000)))[:, None]
+
+
+class KeysScaledByPlace(HalfRope):
+    def keys(self, k: Tensor) -> Tensor:
+        return super().keys(k) * (1 + torch.arange(k.shape[2], dtype=torch.float32) / 64)[:, None]
+
+
+class ChosenQueries(HalfRope):
+    """Every token chooses which of two projections makes its queries (a mixture of attention heads)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other, self.router = nn.Linear(WIDTH, HEADS * DIM), nn.Linear(WIDTH, 2)
+
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        q, k, v = super().project(x)
+        chosen = self.router(x).argmax(-1, keepdim=True)
+        return torch.where(chosen == 1, q, self.other(x)), k, v
+
+
+class ChosenKeys(ChosenQueries):
+    """The same for keys, which are cached."""
+
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        chosen, k, v = super().project(x)
+        return k, chosen, v
+
+
 class ClampedValues(Attention):
     """Linear within a range that random numbers hardly leave."""
 
@@ -656,6 +751,44 @@ class AlternatingGroups(Attention):
 
     def repeat(self, x: Tensor) -> Tensor:
         return x.repeat(1, HEADS // self.kv_heads, 1, 1)
+
+
+class AlternatingValueHeads(HalfRope):
+    """Query head h uses value head h mod 2, and key head h // 2 (differential attention)."""
+
+    kv_heads = 2
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, ids: Tensor) -> Tensor:
+        return super().attend(q, k, v[:, ::2].repeat(1, 2, 1, 1), x, ids)
+
+
+class AlternatingGroupsWithSlopes(SpelledOut):
+    """Query head h uses key head h mod 2, and every head has a slope and a sink of its own."""
+
+    kv_heads = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sink = nn.Parameter(torch.randn(1, HEADS, 1, 1))
+
+    def repeat(self, x: Tensor) -> Tensor:
+        return x.repeat(1, HEADS // self.kv_heads, 1, 1)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, ids: Tensor) -> Tensor:
+        place = torch.arange(q.shape[2])
+        slope = 2.0 ** -torch.arange(1, HEADS + 1)
+        scores = self.scores(q, k, x) - slope[:, None, None] * (place[:, None] - place)
+        scores = self.hide(scores, self.seen(ids.shape[1], ids))
+        return F.softmax(torch.cat([scores, self.sink.expand(*scores.shape[:3], 1)], -1), -1)[..., :-1] @ v
+
+
+class UnevenGroups(Attention):
+    """One key head for a single query head, the other for three."""
+
+    kv_heads = 2
+
+    def repeat(self, x: Tensor) -> Tensor:
+        return x[:, [0, 1, 1, 1]]
 
 
 class FewerValueHeads(Attention):
@@ -913,6 +1046,17 @@ ACCEPTED: dict[str, type[Attention]] = {
     "keys that are values": KeysThatAreValues,
     "centred values": CentredValues,
     "values normed together": ValuesNormedTogether,
+    "norm behind the rotation": NormBehindRotation,
+    "norm of all heads behind the rotation": WideNormBehindRotation,
+    "gains behind the rotation": GainsBehindRotation,
+    "norm of keys behind the rotation": KeyNormBehindRotation,
+    "queries scaled from position 64": LateScale,
+    "queries scaled from position 20000": FarScale,
+    "chosen queries": ChosenQueries,
+    "alternating groups": AlternatingGroups,
+    "alternating groups with slopes and sinks": AlternatingGroupsWithSlopes,
+    "fewer value heads": FewerValueHeads,
+    "alternating value heads": AlternatingValueHeads,
     "soft-capped scores": SoftCapped,
     "linear bias": LinearBias,
     "sink": Sink,
@@ -978,9 +1122,12 @@ REFUSED: dict[str, tuple[type[Attention], frozenset[RejectCode]]] = {
         ("queries faster than keys", TwoFrequencies, RejectCode.ROPE),
         ("decaying rotation", DecayingRope, RejectCode.ROPE),
         ("rotation stretched by length", StretchedRope, RejectCode.ROPE, RejectCode.VERIFY),
-        ("queries scaled from position 64", LateScale, RejectCode.ROPE, RejectCode.VERIFY),
-        ("alternating groups", AlternatingGroups, RejectCode.GROUPING),
-        ("fewer value heads", FewerValueHeads, RejectCode.GROUPING),
+        ("keys scaled by position", KeysScaledByPlace, RejectCode.ROPE),
+        ("uneven groups", UnevenGroups, RejectCode.GROUPING),
+        ("layer norm behind the rotation", LayerNormBehindRotation, RejectCode.NONLINEAR),
+        ("norm of half a head behind the rotation", HalfNormBehindRotation, RejectCode.NONLINEAR),
+        ("shift behind the rotation", ShiftBehindRotation, RejectCode.NONLINEAR, RejectCode.ROW_MAP),
+        ("chosen keys", ChosenKeys, RejectCode.PROJECTION),
         ("squared bias", SquaredBias, RejectCode.SCORES),
         ("bias from distance 40", discounted_from(40), RejectCode.SCORES, RejectCode.VERIFY),
         ("bias from distance 4000", discounted_from(4000), RejectCode.SCORES, RejectCode.VERIFY),
