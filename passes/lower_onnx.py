@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from torch.export import Dim, ExportedProgram
 
 from mla_compile.errors import RefusedError
+from mla_compile.passes.fold import fold_numbers
 from mla_compile.passes.insert_latent import INPUT_NAMES
 from mla_compile.passes.onnx_translations import translations
 from mla_compile.quiet import quiet_exporter
@@ -135,6 +136,7 @@ def _with_symbolic_nodes(module: fx.GraphModule) -> fx.GraphModule:
     """Copy the graph with every call of our operators replaced by a symbolic ONNX node; weights are shared."""
     replaced = copy.copy(module)
     replaced.graph = copy.deepcopy(module.graph)
+    fold_numbers(module, replaced.graph)
     for node in replaced.graph.nodes:
         if node.target is torch.ops.mla.latent_attention.default:
             node.target = _symbolic_latent_attention
