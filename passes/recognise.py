@@ -29,7 +29,7 @@ from mla_compile.passes.operands import (
 from mla_compile.passes.probe import SHORT, Operand, longest_length
 from mla_compile.passes.scores import AnchorLayouts, anchor_layouts, probe_probabilities, probe_scores
 from mla_compile.passes.trace import Anchor, DataFlow, find_anchors, module_path
-from mla_compile.passes.turned import turn_back
+from mla_compile.passes.turned import looks_ahead, turn_back
 from mla_compile.program import Program
 from mla_compile.runtime import reference
 from mla_compile.site import AttentionSite, PlainSite, RejectCode, Rejection, Rope, Scores
@@ -127,9 +127,11 @@ def _describe(context: _Context, other: AttentionSite | None = None) -> Attentio
     generator = torch.Generator().manual_seed(context.index)
     anchor, layouts, flow = context.anchor, context.layouts, context.flow
     read: dict[str, ReadOperand] = {}
+    operands: dict[str, Operand] = {}
     for role in ("query", "key", "value"):
         node = getattr(anchor, role)
         operand = Operand(context.evaluator, context.sizes, role, node, node, getattr(layouts, role))
+        operands[role] = operand
         known = None if other is None else other.rope if role != "value" else Rope()
         if role == "query":
             queries = functools.partial(read_query, operand, flow, generator, known)
@@ -149,6 +151,11 @@ def _describe(context: _Context, other: AttentionSite | None = None) -> Attentio
         raise MismatchError(RejectCode.ROPE, "values are rotated by position")
     rope = _common_rope(read["query"].rope, read["key"].rope) if query.turned is None else read["key"].rope
     heads = query.heads
+    if query.activation is not None and other is None:
+        projected = query.node != query.activation
+        given = replace(operands["query"], base=nodes[query.node if projected else key.source])
+        if looks_ahead(given, nodes[query.activation], projected):
+            raise MismatchError(RejectCode.POSITION_MIXING, "the query depends on how many tokens follow it")
     order = side_by_side(key, heads)
     if order is not None and value.heads == heads:
         query, key, value = (chosen_heads(p, order) for p in (query, key, value))

@@ -15,14 +15,18 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from mla_compile.passes.evaluate import example_inputs
 from mla_compile.passes.layout import token_axes
 from mla_compile.passes.mismatch import MismatchError
 from mla_compile.passes.norm import nodes_between
-from mla_compile.passes.probe import Operand
+from mla_compile.passes.probe import SHORT, Operand, exceeds, longest_length
 from mla_compile.passes.trace import DataFlow
 from mla_compile.site import Norm, Rope
 
-__all__ = ["Unscaled", "as_read", "gains_turn", "scaled_by_place", "turn_back"]
+__all__ = ["Unscaled", "as_read", "gains_turn", "looks_ahead", "scaled_by_place", "turn_back"]
+
+_LONG, _LONG_WITH_WEIGHTS = 8192, 600
+"""Length up to which queries are compared with those of a shorter sequence: made from projections, or with them."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,30 @@ def scaled_by_place(operand: Operand, flow: DataFlow) -> bool:
         return operand.sizes.length in symbols and all(d == 1 for d in shape if isinstance(d, int))
 
     return any(one_per_place(i) for n in nodes_between(operand, operand.node, flow) for i in n.all_input_nodes)
+
+
+def looks_ahead(given: Operand, activation: Node, projected: bool) -> bool:
+    """Whether an activation at one position depends on how many tokens follow, or on what they are.
+
+    Such queries cannot be made piece by piece, and what they do to a long sequence a short run does not show.
+
+    Args:
+        given: The queries with the node behind them as their base that is given random values.
+        activation: What is made from it.
+        projected: Whether that node is the projection; else its products with weights are evaluated too.
+    """
+    long, program = _LONG if projected else _LONG_WITH_WEIGHTS, given.evaluator.program
+    values = torch.randn(1, long, given.width, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    inputs = example_inputs(program, 1, long)
+    read = replace(given, base=activation)
+
+    def made(length: int) -> Tensor:
+        given_inputs = {name: value[:, :length] for name, value in inputs.items()}
+        (got,) = given.evaluator.run([activation], {given.base: given.place(values[:, :length])}, given_inputs)
+        return read.flatten(got, 1, length)
+
+    whole = made(longest_length(given.evaluator, made, long))[:, :SHORT]
+    return exceeds(whole - made(SHORT), 1e-9 * float(whole.abs().max()))
 
 
 def gains_turn(gain: Tensor, rope: Rope) -> bool:

@@ -647,6 +647,20 @@ class KeysScaledByPlace(HalfRope):
         return super().keys(k) * (1 + torch.arange(k.shape[2], dtype=torch.float32) / 64)[:, None]
 
 
+class ScaledByLateLength(NormBehindRotation):
+    """Queries are divided by the length of the sequence, but only from 64 tokens on."""
+
+    def queries(self, q: Tensor) -> Tensor:
+        return super().queries(q) / (torch.ones(q.shape[2]).sum() / 64).clamp(min=1.0)
+
+
+class RectifiedByLateLength(RectifiedQueries):
+    """The same without a rotation."""
+
+    def queries(self, q: Tensor) -> Tensor:
+        return F.relu(q / (torch.ones(q.shape[2]).sum() / 64).clamp(min=1.0))
+
+
 class ChosenQueries(HalfRope):
     """Every token chooses which of two projections makes its queries (a mixture of attention heads)."""
 
@@ -1127,6 +1141,8 @@ REFUSED: dict[str, tuple[type[Attention], frozenset[RejectCode]]] = {
         ("layer norm behind the rotation", LayerNormBehindRotation, RejectCode.NONLINEAR),
         ("norm of half a head behind the rotation", HalfNormBehindRotation, RejectCode.NONLINEAR),
         ("shift behind the rotation", ShiftBehindRotation, RejectCode.NONLINEAR, RejectCode.ROW_MAP),
+        ("normed queries scaled by length", ScaledByLateLength, RejectCode.POSITION_MIXING),
+        ("rectified queries scaled by length", RectifiedByLateLength, RejectCode.POSITION_MIXING),
         ("chosen keys", ChosenKeys, RejectCode.PROJECTION),
         ("squared bias", SquaredBias, RejectCode.SCORES),
         ("bias from distance 40", discounted_from(40), RejectCode.SCORES, RejectCode.VERIFY),
