@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 import torch
@@ -41,7 +42,7 @@ def check_incremental(module: fx.GraphModule, program: Program, rows: Sequence[i
         pieces = _run_in_pieces(module, ids, [5, 1, 2, 3, 1], rows, dtype)
         padded = _run_padded(module, ids, rows, dtype)
     except (RuntimeError, IndexError) as error:
-        reason = str(error).strip().splitlines()[0][:120]
+        reason = textwrap.shorten(str(error).strip().splitlines()[0], 120, placeholder=" ...")
         raise RefusedError(
             f"'{program.source}' cannot be run in pieces after the rewrite ({reason}).",
             "Something outside attention depends on the length of the sequence; compute it from positions instead.",

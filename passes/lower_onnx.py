@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from torch.export import Dim, ExportedProgram
 
 from mla_compile.errors import RefusedError
+from mla_compile.passes.fold import fold_numbers
 from mla_compile.passes.insert_latent import INPUT_NAMES
 from mla_compile.passes.onnx_translations import translations
 from mla_compile.quiet import quiet_exporter
@@ -135,6 +136,7 @@ def _with_symbolic_nodes(module: fx.GraphModule) -> fx.GraphModule:
     """Copy the graph with every call of our operators replaced by a symbolic ONNX node; weights are shared."""
     replaced = copy.copy(module)
     replaced.graph = copy.deepcopy(module.graph)
+    fold_numbers(module, replaced.graph)
     for node in replaced.graph.nodes:
         if node.target is torch.ops.mla.latent_attention.default:
             node.target = _symbolic_latent_attention
@@ -158,9 +160,10 @@ def _symbolic_latent_attention(
     scale: float,
     window: int,
     softcap: float,
+    value_scales: int = 0,
 ) -> Sequence[Tensor]:
     groups, rope_dim, rank = cos.shape[2], 2 * cos.shape[3], key_up.shape[2]
-    key_scales = row.shape[2] - rank - groups * rope_dim
+    key_scales = row.shape[2] - rank - groups * rope_dim - value_scales
     return _symbolic_node(
         LATENT,
         (query, row, past, attention_mask, cos, sin, key_up, value_up),
@@ -171,6 +174,7 @@ def _symbolic_latent_attention(
             "latent_rank": rank,
             "scale": scale,
             **({"key_scales": key_scales} if key_scales else {}),
+            **({"value_scales": value_scales} if value_scales else {}),
         },
         sinks,
         slopes,
@@ -241,6 +245,7 @@ def _add_functions(model: ir.Model, opset: int) -> None:
             window="window" in node.attributes,
             sinks="has_sinks" in node.attributes,
             slopes="has_slopes" in node.attributes,
+            value_scales="value_scales" in node.attributes,
         )
         node.overload = variant.overload
         if node.op_identifier() not in model.functions:
