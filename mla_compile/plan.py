@@ -10,7 +10,7 @@ from mla_compile.config import DEFAULT_CACHE_RATIO, CompileConfig
 from mla_compile.errors import UsageError
 from mla_compile.site import AttentionSite
 
-__all__ = ["LatentPlan", "cache_elements", "plan_layers"]
+__all__ = ["LatentPlan", "cache_budget", "cache_elements", "plan_layers"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +48,12 @@ class LatentPlan:
 def cache_elements(plans: Sequence[LatentPlan]) -> tuple[int, int]:
     """Numbers cached per token over all layers, before and after."""
     return sum(p.elements_before for p in plans), sum(p.elements_after for p in plans)
+
+
+def cache_budget(site: AttentionSite, config: CompileConfig) -> int:
+    """Numbers a layer's cache row may hold at the wanted ratio."""
+    ratio = DEFAULT_CACHE_RATIO if config.cache_ratio is None else config.cache_ratio
+    return int(ratio * site.elements_per_token + 1e-9)
 
 
 def plan_layers(sites: Sequence[AttentionSite], widths: Sequence[int], config: CompileConfig) -> tuple[LatentPlan, ...]:
@@ -99,10 +105,10 @@ def _plan(site: AttentionSite, width: int, config: CompileConfig) -> LatentPlan:
                 f"Give a rank from 1 to {exact_rank}; more would only store zeros.",
             )
     else:
-        ratio = DEFAULT_CACHE_RATIO if config.cache_ratio is None else config.cache_ratio
-        budget = int(ratio * site.elements_per_token + 1e-9)
+        budget = cache_budget(site, config)
         if budget - rope_share < 1 + constant:
             least = math.ceil(10_000 * (rope_share + 1 + constant) / site.elements_per_token) / 10_000
+            ratio = DEFAULT_CACHE_RATIO if config.cache_ratio is None else config.cache_ratio
             raise UsageError(
                 f"A cache ratio of {ratio:g} leaves no room for a latent in {site.path}: it allows {budget} numbers "
                 f"per token, and rope keys{' and norms' if scales else ''} take {rope_share}.",

@@ -1,0 +1,252 @@
+"""Our method: rotating components, latent and sizes chosen by what errors do to the loss (Fisher-weighted MLA).
+
+1. :mod:`~mla_compile.passes.rope_split` picks the components of the keys that go on rotating.
+2. What is left of the keys, and the values, are factorised together. The cost of an error is a quadratic form with a
+   Kronecker structure - queries (or output gradients) on one side, inputs on the other - so that the best rank-``r``
+   factors are a truncated SVD between two square roots, ``L [K_rest; W_V] C^(1/2)``.
+3. Both costs are in nats per token: the sizes of rope and latent, and the shares of the layers, follow from them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from mla_compile.config import CompileConfig
+from mla_compile.errors import UsageError
+from mla_compile.passes.factorise import LatentWeights
+from mla_compile.passes.methods import BATCH, Choice, Task
+from mla_compile.passes.refit import refit_values
+from mla_compile.passes.rope_split import RopeSplit, RotaryChannels, rotary_channels, split_rope
+from mla_compile.passes.search import Divergence, Shares, global_ranks, search_shares
+from mla_compile.passes.statistics import SiteStatistics, collect_statistics
+from mla_compile.passes.weights import SiteWeights
+from mla_compile.plan import LatentPlan, cache_budget
+from mla_compile.runtime.module import LatentModel
+from mla_compile.site import AttentionSite
+
+__all__ = ["JointFactors", "assemble", "fisher", "joint_factors"]
+
+_FLOOR = 1e-7
+"""Smallest eigenvalue of a metric, relative to its largest: directions nobody looked at cost a little."""
+
+
+@dataclass(frozen=True)
+class JointFactors:
+    """Keys that do not rotate, and values, as ``up @ down @ (x - mean)``; the first ``r`` entries are the best ``r``.
+
+    Attributes:
+        loss: ``[k]`` what leaving out each latent entry costs, in nats per token, falling.
+        key_up: ``[n, D, k]``.
+        value_up: ``[n, Dv, k]``.
+        down: ``[k, width]``; latent entries have unit variance on the calibration text.
+        mean: ``[width]``: what is subtracted from inputs; zeros where biases of keys or values cannot be moved.
+    """
+
+    loss: Tensor
+    key_up: Tensor
+    value_up: Tensor
+    down: Tensor
+    mean: Tensor
+
+
+def joint_factors(
+    site: AttentionSite, weights: SiteWeights, statistics: SiteStatistics, split: RopeSplit
+) -> JointFactors:
+    """Factorise the rest of the keys and the values together, in units of the loss."""
+    width, kv_heads = weights.key.weight.shape[-1], site.kv_heads
+    group = site.heads // kv_heads
+    rest = split.key_rest @ weights.key.weight.reshape(-1, width)
+    rows = torch.cat([rest, weights.value.weight.reshape(-1, width)])
+    mean, moment = torch.zeros_like(statistics.mean), statistics.moment
+    if not (site.key_bias_matters or site.value_bias_matters):
+        mean, moment = statistics.mean, moment - torch.outer(statistics.mean, statistics.mean)
+
+    query = split.query_rest @ statistics.query @ split.query_rest.mT * site.scale**2
+    output = statistics.output * statistics.attended[:, None, None]
+    metrics = [_root(m.unflatten(0, (kv_heads, group)).sum(1)) for m in (query, output)]
+    roots, inverses = (torch.block_diag(*metrics[0][i], *metrics[1][i]) for i in (0, 1))
+    weighted = roots @ rows
+    values, vectors = torch.linalg.eigh(weighted @ moment @ weighted.T)
+    values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
+    count = min(len(values), width)
+    values, vectors = values[:count], vectors[:, :count]
+    vectors = vectors * vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
+    real = values > 1e-14 * values[0]
+    sizes = values.sqrt()
+    down = torch.where(real, 1 / sizes.clamp(min=1e-300), 0.0)[:, None] * (vectors.T @ weighted)
+    up = inverses @ (vectors * sizes * real)
+    keys, v_dim = kv_heads * site.qk_dim, site.v_dim
+    return JointFactors(
+        loss=values / 2,
+        key_up=up[:keys].unflatten(0, (kv_heads, -1)),
+        value_up=up[keys:].unflatten(0, (kv_heads, v_dim)),
+        down=down,
+        mean=mean,
+    )
+
+
+def _root(metrics: Tensor) -> tuple[Tensor, Tensor]:
+    """Square roots of ``[n, D, D]`` metrics and their inverses."""
+    values, vectors = torch.linalg.eigh((metrics + metrics.mT) / 2)
+    values = values.clamp(min=_FLOOR * float(values.max()))
+    roots = [(vectors * values[:, None] ** power) @ vectors.mT for power in (0.5, -0.5)]
+    return roots[0], roots[1]
+
+
+def assemble(
+    site: AttentionSite, weights: SiteWeights, split: RopeSplit, factors: JointFactors, rank: int
+) -> LatentWeights:
+    """Put rope components and the first ``rank`` latent entries into a layer's weights."""
+    group = site.heads // site.kv_heads
+    count = 2 * len(split.inv_freq)
+    query_map = torch.cat([split.query_rest, split.query_rope], 1)
+    key_weight, key_bias = weights.key.weight.flatten(0, 1), weights.key.bias.flatten()
+    down = factors.down[:rank]
+    value_up = factors.value_up[..., :rank].mT
+    middle = weights.value.weight @ factors.mean + weights.value.bias
+    row_bias = torch.cat([-down @ factors.mean, split.key_rope @ key_bias])
+    query_bias = torch.einsum("hed,hd->he", query_map, weights.query.bias)
+    return LatentWeights(
+        query=query_map @ weights.query.weight,
+        query_bias=query_bias if query_bias.any() else None,
+        row=torch.cat([down, split.key_rope @ key_weight]),
+        row_bias=row_bias if row_bias.any() else None,
+        key_up=factors.key_up[..., :rank].contiguous(),
+        value_up=value_up.contiguous(),
+        output_bias=middle.repeat_interleave(group, 0),
+        inv_freq=split.inv_freq[None] if count else torch.zeros(1, 0, dtype=torch.float64),
+    )
+
+
+def fisher(task: Task) -> Choice:
+    """Choose components, ranks and weights by what errors do to the loss.
+
+    Raises:
+        UsageError: There is no calibration text, or the sizes that were asked for do not fit.
+    """
+    windows = task.require_windows()
+    batches = math.ceil(len(windows) / BATCH)
+    statistics = collect_statistics(
+        task.program, task.sites, windows, batch=BATCH, progress=lambda b: task.track("statistics", b, batches)
+    )
+    layers = [
+        _Layer(site, weights, measured, rotary_channels(site, weights, measured))
+        for site, weights, measured in zip(task.sites, task.read(), statistics, strict=True)
+    ]
+    divergence = Divergence(task.program, windows, task.program.vocabulary)
+
+    @functools.cache
+    def parts(index: int, components: int, own: int) -> tuple[RopeSplit, JointFactors]:
+        layer = layers[index]
+        split = split_rope(layer.site, layer.channels, components, own)
+        return split, joint_factors(layer.site, layer.original, layer.statistics, split)
+
+    def weights_of(sizes: Sequence[_Sizes]) -> tuple[LatentWeights, ...]:
+        return tuple(
+            assemble(layer.site, layer.original, *parts(index, s.components, s.own), s.rank)
+            for index, (layer, s) in enumerate(zip(layers, sizes, strict=True))
+        )
+
+    @functools.cache
+    def loss(sizes: tuple[_Sizes, ...]) -> float:
+        if any(s.rank < 1 for s in sizes):
+            return math.inf
+        next(trials)
+        return divergence(_model(task, weights_of(sizes)))
+
+    def at(shares: Shares) -> tuple[_Sizes, ...]:
+        return tuple(_sizes(layer.site, task.config, shares, len(layer.channels.moment), len(layer.statistics.mean))
+                     for layer in layers)  # fmt: skip
+
+    with contextlib.closing(task.track("sizes", itertools.repeat(None))) as trials:
+        sizes = at(search_shares(lambda shares: loss(at(shares))))
+        if not math.isfinite(loss(sizes)):
+            raise UsageError(
+                "The cache ratio leaves no room for a latent.", "Use a larger --cache-ratio, or fewer --rope-dims."
+            )
+        if task.config.kv_rank is None and len(layers) > 1:
+            losses = [parts(index, s.components, s.own)[1].loss for index, s in enumerate(sizes)]
+            sizes = min(sizes, _shared_ranks(sizes, losses), key=loss)
+    weights = weights_of(sizes)
+    model = _model(task, weights)
+    refitted = refit_values(
+        task.program, task.sites, weights, model, windows, progress=lambda b: task.track("refit", b, batches)
+    )
+    if divergence(_model(task, refitted)) < divergence(model):
+        weights = refitted
+    plans = tuple(_plan(layer.site, s, len(layer.statistics.mean)) for layer, s in zip(layers, sizes, strict=True))
+    return Choice(plans, weights)
+
+
+def _model(task: Task, weights: Sequence[LatentWeights]) -> LatentModel:
+    graph = task.rewrite(weights)
+    return LatentModel(graph.module, graph.rows)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """Everything known of a layer before its sizes are chosen."""
+
+    site: AttentionSite
+    original: SiteWeights
+    statistics: SiteStatistics
+    channels: RotaryChannels
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Rope components of a layer, how many of them carry their own frequency only, and the latent's rank."""
+
+    components: int
+    own: int
+    rank: int
+
+
+def _sizes(site: AttentionSite, config: CompileConfig, shares: Shares, channels: int, width: int) -> _Sizes:
+    """Split a layer's budget; the rank is below 1 where there is no room."""
+    budget = cache_budget(site, config) - site.key_scales(site.qk_dim) - site.value_scales
+    if config.rope_dims is not None:
+        components = config.rope_dims // 2
+    elif config.kv_rank is not None:
+        components = site.qk_dim // 2
+    else:
+        components = max(1, round(shares.rope * budget / 2))
+    components = min(components, channels)
+    rank = config.kv_rank if config.kv_rank is not None else budget - 2 * components
+    return _Sizes(components, round(shares.own * components), min(rank, _most(site, width)))
+
+
+def _most(site: AttentionSite, width: int) -> int:
+    """The rank at which nothing of what does not rotate is lost."""
+    return min(width, site.kv_heads * site.qk_dim + site.value_rows)
+
+
+def _shared_ranks(sizes: tuple[_Sizes, ...], losses: Sequence[Tensor]) -> tuple[_Sizes, ...]:
+    """The same cache, its latent entries shared among layers by what they are worth."""
+    total = sum(s.rank for s in sizes)
+    step = 8 if total // len(sizes) >= 64 else 1
+    least = [max(1, min(s.rank, s.rank // 3 // step * step)) for s in sizes]
+    ranks = global_ranks(losses, total, least, step)
+    return tuple(replace(s, rank=rank) for s, rank in zip(sizes, ranks, strict=True))
+
+
+def _plan(site: AttentionSite, sizes: _Sizes, width: int) -> LatentPlan:
+    return LatentPlan(
+        site=site.index,
+        path=site.path,
+        rope_groups=1,
+        rope_dims=2 * sizes.components,
+        kv_rank=sizes.rank,
+        exact_rank=_most(site, width),
+        elements_before=site.elements_per_token,
+        key_scales=site.key_scales(site.qk_dim),
+        value_scales=site.value_scales,
+    )

@@ -1,0 +1,107 @@
+"""Choose sizes by trying them: how much of a cache row rotates, and how the layers share what is left.
+
+Predicted losses compare components with components and latent entries with latent entries, but components with latent
+entries only roughly. A conversion takes a moment, so that the sizes are tried, and measured by how far the converted
+model's predictions are from the original's on a part of the calibration text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from mla_compile.evaluate import original_scorer
+from mla_compile.program import Program
+from mla_compile.runtime.module import LatentModel
+
+__all__ = ["Divergence", "Shares", "global_ranks", "search_shares"]
+
+_PROBE_TOKENS = 4096
+"""Tokens that conversions are compared on."""
+_PROBE_LOGITS = 2**27
+"""Logits of the original that are kept for it, at most: half a gigabyte."""
+_FRACTIONS = (0.06, 0.1, 0.16, 0.25, 0.35, 0.45, 0.55, 0.65)
+"""Shares of the budget that rope may take; the best is refined between its neighbours."""
+_OWN = (1.0, 0.875, 0.5)
+"""Shares of the components that carry their own frequency only, tried beside the first guess of 0.75."""
+
+
+@dataclass(frozen=True)
+class Shares:
+    """How a budget is split, alike in all layers.
+
+    Attributes:
+        rope: Share of the budget for rope components.
+        own: Share of the components that carry pairs of their own frequency only.
+    """
+
+    rope: float
+    own: float = 0.75
+
+
+class Divergence:
+    """Measures how far a converted model's predictions are from the original's: KL(original || converted) per token."""
+
+    def __init__(self, program: Program, windows: Tensor, vocabulary: int) -> None:
+        length = windows.shape[1]
+        count = max(1, min(_PROBE_TOKENS // length, _PROBE_LOGITS // (length * vocabulary), len(windows)))
+        self._windows = windows[:count]
+        score = original_scorer(program)
+        with torch.inference_mode():
+            self._expected = [score(ids).float().log_softmax(-1) for ids in self._windows.split(1)]
+
+    def __call__(self, model: LatentModel) -> float:
+        """KL divergence in nats per token."""
+        total = 0.0
+        with torch.inference_mode():
+            for ids, expected in zip(self._windows.split(1), self._expected, strict=True):
+                got = model(ids).logits.float().log_softmax(-1)
+                total += float((expected.exp() * (expected - got)).sum())
+        return total / self._windows.numel()
+
+
+def search_shares(loss: Callable[[Shares], float]) -> Shares:
+    """Find the shares with the least loss: a grid over rope, a refinement, then the share of own frequencies.
+
+    Args:
+        loss: What a split costs; infinite where it is not possible.
+    """
+    tried: dict[Shares, float] = {}
+
+    def cost(shares: Shares) -> float:
+        if shares not in tried:
+            tried[shares] = loss(shares)
+        return tried[shares]
+
+    best = min((Shares(f) for f in _FRACTIONS), key=cost)
+    place = _FRACTIONS.index(best.rope)
+    for neighbour in (*_FRACTIONS[max(place - 1, 0) : place], *_FRACTIONS[place + 1 : place + 2]):
+        cost(Shares((best.rope + neighbour) / 2))
+    best = min(tried, key=cost)
+    return min((best, *(replace(best, own=own) for own in _OWN)), key=cost)
+
+
+def global_ranks(losses: Sequence[Tensor], total: int, least: Sequence[int], step: int) -> list[int]:
+    """Share ``total`` latent entries among layers so that what is left out costs least.
+
+    Args:
+        losses: Per layer, what leaving out each entry costs, falling.
+        total: Entries of all layers together.
+        least: Entries every layer gets in any case.
+        step: Ranks are multiples of it, but for layers that run out of entries.
+    """
+    ranks = list(least)
+    blocks = [
+        (float(loss[start : start + step].sum()), layer, len(loss[start : start + step]))
+        for layer, loss in enumerate(losses)
+        for start in range(least[layer], len(loss), step)
+    ]
+    left = total - sum(ranks)
+    for _, layer, size in sorted(blocks, key=lambda block: -block[0]):
+        if size <= left:
+            ranks[layer] += size
+            left -= size
+    return ranks

@@ -1,0 +1,155 @@
+"""What factorisation needs to know of a model on text: moments, distances, and how much the loss cares.
+
+One pass forward and backward over the calibration text, accumulated in float64 in memory that does not grow with it.
+The empirical Fisher information weighs errors by what they do to the loss: an error ``e`` of the logit of query ``m``
+and key ``j`` costs ``(dL/ds_mj e)^2``, an error ``e`` of an attention output ``(dL/do . e)^2``, to second order. Logit
+gradients are not stored but computed layer by layer from those of the outputs:
+``dL/ds_mj = a_mj dL/do_m . (v_j - o_m)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mla_compile.errors import RefusedError
+from mla_compile.passes.activations import Attended, SiteActivations, attend_site, observe_sites
+from mla_compile.program import Program
+from mla_compile.site import AttentionSite
+
+__all__ = ["SiteStatistics", "collect_statistics", "logit_fisher"]
+
+
+@dataclass(frozen=True)
+class SiteStatistics:
+    """Statistics of one site over ``N`` tokens, in float64; ``E`` is the mean over tokens.
+
+    Attributes:
+        tokens: ``N``.
+        mean: ``[width]``, ``E x`` of the input of keys and values.
+        moment: ``[width, width]``, ``E x x^T``.
+        query: ``[H, D, D]``, ``E f_m q_m q_m^T`` with ``f_m = sum_j (dL/ds_mj)^2`` and ``s`` the scaled logits.
+        distance: ``[H, T]``, share of ``(dL/ds)^2`` at every distance between query and key; sums to 1.
+        output: ``[H, Dv, Dv]``, ``E (dL/do)(dL/do)^T``.
+        attended: ``[H]``, ``E |o|^2 / E |v|^2``: how much of the values' variance is left after averaging.
+    """
+
+    tokens: int
+    mean: Tensor
+    moment: Tensor
+    query: Tensor
+    distance: Tensor
+    output: Tensor
+    attended: Tensor
+
+
+def collect_statistics(
+    program: Program,
+    sites: Sequence[AttentionSite],
+    windows: Tensor,
+    *,
+    batch: int = 4,
+    progress: Callable[[Iterable[Tensor]], Iterable[Tensor]] = iter,
+) -> tuple[SiteStatistics, ...]:
+    """Run the model over text, forward and backward.
+
+    Args:
+        program: The original model.
+        sites: Its attention sites.
+        windows: Token ids ``[windows, length]``.
+        batch: Windows per pass.
+        progress: Wraps the batches to show progress.
+
+    Raises:
+        RefusedError: A layer's activations or gradients are not finite.
+    """
+    look = observe_sites(program, sites, gradients=True)
+    sums = [_Sums.zeros(site, windows.shape[1]) for site in sites]
+    for ids in progress(windows.split(batch)):
+        for site, total, seen in zip(sites, sums, look(ids), strict=True):
+            total.add(site, seen)
+    return tuple(total.means(site, windows.numel()) for site, total in zip(sites, sums, strict=True))
+
+
+@dataclass
+class _Sums:
+    """Running sums of one site."""
+
+    mean: Tensor
+    moment: Tensor
+    query: Tensor
+    distance: Tensor
+    output: Tensor
+    attended: Tensor
+    value: Tensor
+
+    @classmethod
+    def zeros(cls, site: AttentionSite, length: int) -> _Sums:
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64)
+
+        heads = site.heads
+        return cls(
+            mean=zeros(1),  # takes its width from the first batch
+            moment=zeros(1),
+            query=zeros(heads, site.qk_dim, site.qk_dim),
+            distance=zeros(heads, length),
+            output=zeros(heads, site.v_dim, site.v_dim),
+            attended=zeros(heads),
+            value=zeros(site.kv_heads),
+        )
+
+    def add(self, site: AttentionSite, seen: SiteActivations) -> None:
+        attended = attend_site(site, seen.query, seen.key, seen.value)
+        fisher = logit_fisher(site, seen, attended)
+        gradient, source = seen.gradient, seen.source.double()
+        assert gradient is not None
+        self.mean = self.mean + source.sum((0, 1))
+        self.moment = self.moment + torch.einsum("bsd,bse->de", source, source)
+        weighted = seen.query * fisher.sum(-1).transpose(1, 2)[..., None]
+        self.query += torch.einsum("bshd,bshe->hde", weighted.double(), seen.query.double())
+        self.distance += _by_distance(fisher)
+        self.output += torch.einsum("bshd,bshe->hde", gradient.double(), gradient.double())
+        self.attended += attended.output.double().square().sum((0, 1, 3))
+        self.value += seen.value.double().square().sum((0, 1, 3))
+
+    def means(self, site: AttentionSite, tokens: int) -> SiteStatistics:
+        found = SiteStatistics(
+            tokens=tokens,
+            mean=self.mean / tokens,
+            moment=self.moment / tokens,
+            query=self.query / tokens,
+            distance=self.distance / self.distance.sum(1, keepdim=True).clamp(min=1e-300),
+            output=self.output / tokens,
+            attended=self.attended / self.value.repeat_interleave(site.heads // site.kv_heads).clamp(min=1e-300),
+        )
+        for name in ("moment", "query", "output"):
+            if not getattr(found, name).isfinite().all():
+                raise RefusedError(
+                    f"Activations or gradients of {site.path} are not finite on the calibration text.",
+                    "Use other text, or a model in float32.",
+                )
+        return found
+
+
+def logit_fisher(site: AttentionSite, seen: SiteActivations, attended: Attended) -> Tensor:
+    """``(dL/ds)^2`` of every scaled logit, ``[B, H, S, S]``; 0 where a query does not look."""
+    group = site.heads // site.kv_heads
+    assert seen.gradient is not None
+    values = seen.value.transpose(1, 2).repeat_interleave(group, 1)
+    gradient = seen.gradient.transpose(1, 2)
+    along = gradient @ values.mT - (seen.gradient * attended.output).sum(-1).transpose(1, 2)[..., None]
+    slope = attended.weights * along
+    return (slope if attended.slope is None else slope * attended.slope).square()
+
+
+def _by_distance(weights: Tensor) -> Tensor:
+    """Sum ``[B, H, S, S]`` along its diagonals: ``[H, S]`` by distance."""
+    length = weights.shape[-1]
+    total = weights.double().sum(0)
+    places = torch.arange(length)
+    distance = (places[:, None] - places[None]).clamp(min=0)
+    return torch.zeros(len(total), length, dtype=torch.float64).index_add_(1, distance.flatten(), total.flatten(1))
