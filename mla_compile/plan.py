@@ -10,7 +10,7 @@ from mla_compile.config import DEFAULT_CACHE_RATIO, CompileConfig
 from mla_compile.errors import UsageError
 from mla_compile.site import AttentionSite
 
-__all__ = ["LatentPlan", "cache_budget", "cache_elements", "plan_layers"]
+__all__ = ["LatentPlan", "cache_budget", "cache_elements", "latent_budget", "plan_layers", "shared_rope_plan"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +54,34 @@ def cache_budget(site: AttentionSite, config: CompileConfig) -> int:
     """Numbers a layer's cache row may hold at the wanted ratio."""
     ratio = DEFAULT_CACHE_RATIO if config.cache_ratio is None else config.cache_ratio
     return int(ratio * site.elements_per_token + 1e-9)
+
+
+def latent_budget(site: AttentionSite, config: CompileConfig) -> int:
+    """Numbers a layer's cache row may hold beside the scales of norms, with one rope key for all heads."""
+    return cache_budget(site, config) - site.key_scales(site.qk_dim) - site.value_scales
+
+
+def shared_rope_plan(site: AttentionSite, width: int, components: int, rank: int) -> LatentPlan:
+    """The shape of a cache with one rope key for all heads.
+
+    Args:
+        site: The layer.
+        width: Input width of its projections.
+        components: Complex components that rotate.
+        rank: Latent entries that were asked for; what is more than the exact rank is cut.
+    """
+    exact_rank = min(width, site.kv_heads * site.qk_dim + site.value_rows) + int(site.needs_constant(site.qk_dim))
+    return LatentPlan(
+        site=site.index,
+        path=site.path,
+        rope_groups=1,
+        rope_dims=2 * components,
+        kv_rank=min(rank, exact_rank),
+        exact_rank=exact_rank,
+        elements_before=site.elements_per_token,
+        key_scales=site.key_scales(site.qk_dim),
+        value_scales=site.value_scales,
+    )
 
 
 def plan_layers(sites: Sequence[AttentionSite], widths: Sequence[int], config: CompileConfig) -> tuple[LatentPlan, ...]:

@@ -28,11 +28,11 @@ from mla_compile.passes.rope_split import RopeSplit, RotaryChannels, rotary_chan
 from mla_compile.passes.search import Divergence, Shares, global_ranks, search_shares
 from mla_compile.passes.statistics import SiteStatistics, collect_statistics
 from mla_compile.passes.weights import SiteWeights
-from mla_compile.plan import LatentPlan, cache_budget
+from mla_compile.plan import latent_budget, shared_rope_plan
 from mla_compile.runtime.module import LatentModel
 from mla_compile.site import AttentionSite
 
-__all__ = ["JointFactors", "assemble", "fisher", "joint_factors"]
+__all__ = ["JointFactors", "assemble", "fisher", "from_rows", "joint_factors", "joint_rows"]
 
 _FLOOR = 1e-7
 """Smallest eigenvalue of a metric, relative to its largest: directions nobody looked at cost a little."""
@@ -45,7 +45,7 @@ class JointFactors:
     Attributes:
         loss: ``[k]`` what leaving out each latent entry costs, in nats per token, falling.
         key_up: ``[n, D, k]``.
-        value_up: ``[n, Dv, k]``.
+        value_up: ``[value heads, Dv, k]``.
         down: ``[k, width]``; latent entries have unit variance on the calibration text.
         mean: ``[width]``: what is subtracted from inputs; zeros where biases of keys or values cannot be moved.
     """
@@ -61,17 +61,17 @@ def joint_factors(
     site: AttentionSite, weights: SiteWeights, statistics: SiteStatistics, split: RopeSplit
 ) -> JointFactors:
     """Factorise the rest of the keys and the values together, in units of the loss."""
-    width, kv_heads = weights.key.weight.shape[-1], site.kv_heads
-    group = site.heads // kv_heads
-    rest = split.key_rest @ weights.key.weight.reshape(-1, width)
-    rows = torch.cat([rest, weights.value.weight.reshape(-1, width)])
+    rows = joint_rows(site, weights, split)
+    width, kv_heads = rows.shape[1], site.kv_heads
     mean, moment = torch.zeros_like(statistics.mean), statistics.moment
     if not (site.key_bias_matters or site.value_bias_matters):
         mean, moment = statistics.mean, moment - torch.outer(statistics.mean, statistics.mean)
 
     query = split.query_rest @ statistics.query @ split.query_rest.mT * site.scale**2
     output = statistics.output * statistics.attended[:, None, None]
-    metrics = [_root(m.unflatten(0, (kv_heads, group)).sum(1)) for m in (query, output)]
+    owners = torch.tensor(site.value_owners).repeat_interleave(site.heads // len(site.value_owners))
+    values_metric = output.new_zeros(int(owners.max()) + 1, *output.shape[1:]).index_add_(0, owners, output)
+    metrics = [_root(query.unflatten(0, (kv_heads, -1)).sum(1)), _root(values_metric)]
     roots, inverses = (torch.block_diag(*metrics[0][i], *metrics[1][i]) for i in (0, 1))
     weighted = roots @ rows
     values, vectors = torch.linalg.eigh(weighted @ moment @ weighted.T)
@@ -82,12 +82,24 @@ def joint_factors(
     real = values > 1e-14 * values[0]
     sizes = values.sqrt()
     down = torch.where(real, 1 / sizes.clamp(min=1e-300), 0.0)[:, None] * (vectors.T @ weighted)
-    up = inverses @ (vectors * sizes * real)
-    keys, v_dim = kv_heads * site.qk_dim, site.v_dim
+    return from_rows(site, values / 2, inverses @ (vectors * sizes * real), down, mean)
+
+
+def joint_rows(site: AttentionSite, weights: SiteWeights, split: RopeSplit) -> Tensor:
+    """What the latent has to carry: ``[n * D + distinct value heads * Dv, width]``."""
+    width = weights.key.weight.shape[-1]
+    first = [site.value_owners.index(i) for i in range(max(site.value_owners) + 1)]
+    rest = split.key_rest @ weights.key.weight.reshape(-1, width)
+    return torch.cat([rest, weights.value.weight[first].reshape(-1, width)])
+
+
+def from_rows(site: AttentionSite, loss: Tensor, up: Tensor, down: Tensor, mean: Tensor) -> JointFactors:
+    """Factors of :func:`joint_rows`, head by head."""
+    keys = site.kv_heads * site.qk_dim
     return JointFactors(
-        loss=values / 2,
-        key_up=up[:keys].unflatten(0, (kv_heads, -1)),
-        value_up=up[keys:].unflatten(0, (kv_heads, v_dim)),
+        loss=loss,
+        key_up=up[:keys].unflatten(0, (site.kv_heads, -1)),
+        value_up=up[keys:].unflatten(0, (-1, site.v_dim))[torch.tensor(site.value_owners)],
         down=down,
         mean=mean,
     )
@@ -104,24 +116,35 @@ def _root(metrics: Tensor) -> tuple[Tensor, Tensor]:
 def assemble(
     site: AttentionSite, weights: SiteWeights, split: RopeSplit, factors: JointFactors, rank: int
 ) -> LatentWeights:
-    """Put rope components and the first ``rank`` latent entries into a layer's weights."""
-    group = site.heads // site.kv_heads
-    count = 2 * len(split.inv_freq)
+    """Put rope components and the first ``rank`` latent entries into a layer's weights.
+
+    Biases are placed as :mod:`~mla_compile.passes.factorise` explains; the constant latent entry, where there is one,
+    is the last of the ``rank``.
+    """
+    constant = int(site.needs_constant(site.qk_dim))
+    count, rank = 2 * len(split.inv_freq), rank - constant
     query_map = torch.cat([split.query_rest, split.query_rope], 1)
     key_weight, key_bias = weights.key.weight.flatten(0, 1), weights.key.bias.flatten()
-    down = factors.down[:rank]
-    value_up = factors.value_up[..., :rank].mT
-    middle = weights.value.weight @ factors.mean + weights.value.bias
-    row_bias = torch.cat([-down @ factors.mean, split.key_rope @ key_bias])
+    down, key_up, value_up = factors.down[:rank], factors.key_up[..., :rank], factors.value_up[..., :rank]
+    latent_bias = -down @ factors.mean
+    if constant:
+        key_column = (split.key_rest @ key_bias).unflatten(0, key_up.shape[:2]) * site.key_bias_matters
+        key_up = torch.cat([key_up, key_column[..., None]], -1)
+        value_up = torch.cat([value_up, weights.value.bias[..., None] * site.value_bias_matters], -1)
+        down = torch.cat([down, down.new_zeros(1, down.shape[1])])
+        latent_bias = torch.cat([latent_bias, latent_bias.new_ones(1)])
+    outside = weights.value.weight @ factors.mean + weights.value.bias * (not site.value_bias_matters)
+    outside = (outside + weights.value.shift).repeat_interleave(site.heads // site.value.heads, 0)
+    row_bias = torch.cat([latent_bias, split.key_rope @ key_bias])
     query_bias = torch.einsum("hed,hd->he", query_map, weights.query.bias)
     return LatentWeights(
         query=query_map @ weights.query.weight,
         query_bias=query_bias if query_bias.any() else None,
         row=torch.cat([down, split.key_rope @ key_weight]),
         row_bias=row_bias if row_bias.any() else None,
-        key_up=factors.key_up[..., :rank].contiguous(),
-        value_up=value_up.contiguous(),
-        output_bias=middle.repeat_interleave(group, 0),
+        key_up=key_up.contiguous(),
+        value_up=value_up.mT.contiguous(),
+        output_bias=outside if outside.any() else None,
         inv_freq=split.inv_freq[None] if count else torch.zeros(1, 0, dtype=torch.float64),
     )
 
@@ -182,7 +205,10 @@ def fisher(task: Task) -> Choice:
     )
     if divergence(_model(task, refitted)) < divergence(model):
         weights = refitted
-    plans = tuple(_plan(layer.site, s, len(layer.statistics.mean)) for layer, s in zip(layers, sizes, strict=True))
+    plans = tuple(
+        shared_rope_plan(layer.site, len(layer.statistics.mean), s.components, s.rank)
+        for layer, s in zip(layers, sizes, strict=True)
+    )
     return Choice(plans, weights)
 
 
@@ -212,7 +238,7 @@ class _Sizes:
 
 def _sizes(site: AttentionSite, config: CompileConfig, shares: Shares, channels: int, width: int) -> _Sizes:
     """Split a layer's budget; the rank is below 1 where there is no room."""
-    budget = cache_budget(site, config) - site.key_scales(site.qk_dim) - site.value_scales
+    budget = latent_budget(site, config)
     if config.rope_dims is not None:
         components = config.rope_dims // 2
     elif config.kv_rank is not None:
@@ -221,12 +247,8 @@ def _sizes(site: AttentionSite, config: CompileConfig, shares: Shares, channels:
         components = max(1, round(shares.rope * budget / 2))
     components = min(components, channels)
     rank = config.kv_rank if config.kv_rank is not None else budget - 2 * components
-    return _Sizes(components, round(shares.own * components), min(rank, _most(site, width)))
-
-
-def _most(site: AttentionSite, width: int) -> int:
-    """The rank at which nothing of what does not rotate is lost."""
-    return min(width, site.kv_heads * site.qk_dim + site.value_rows)
+    plan = shared_rope_plan(site, width, components, rank)
+    return _Sizes(components, round(shares.own * components), plan.kv_rank)
 
 
 def _shared_ranks(sizes: tuple[_Sizes, ...], losses: Sequence[Tensor]) -> tuple[_Sizes, ...]:
@@ -236,17 +258,3 @@ def _shared_ranks(sizes: tuple[_Sizes, ...], losses: Sequence[Tensor]) -> tuple[
     least = [max(1, min(s.rank, s.rank // 3 // step * step)) for s in sizes]
     ranks = global_ranks(losses, total, least, step)
     return tuple(replace(s, rank=rank) for s, rank in zip(sizes, ranks, strict=True))
-
-
-def _plan(site: AttentionSite, sizes: _Sizes, width: int) -> LatentPlan:
-    return LatentPlan(
-        site=site.index,
-        path=site.path,
-        rope_groups=1,
-        rope_dims=2 * sizes.components,
-        kv_rank=sizes.rank,
-        exact_rank=_most(site, width),
-        elements_before=site.elements_per_token,
-        key_scales=site.key_scales(site.qk_dim),
-        value_scales=site.value_scales,
-    )

@@ -11,7 +11,8 @@ a component that rotates at another frequency ``g``, with ``b = E exp(-i D (f - 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from mla_compile.passes.statistics import SiteStatistics
 from mla_compile.passes.weights import SiteWeights
 from mla_compile.site import AttentionSite
 
-__all__ = ["RopeSplit", "RotaryChannels", "rotary_channels", "split_rope"]
+__all__ = ["RopeSplit", "RotaryChannels", "real_split", "rotary_channels", "split_rope"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,10 @@ class RotaryChannels:
     kept_still: Tensor
     kept_at: Tensor
     frequencies: Tensor
+
+    def unfolded(self) -> RotaryChannels:
+        """The same without expected rotations: what does not rotate enters queries as it is."""
+        return replace(self, kept_still=torch.ones_like(self.kept_still), kept_at=torch.ones_like(self.kept_at))
 
 
 @dataclass(frozen=True)
@@ -126,7 +131,7 @@ def split_rope(site: AttentionSite, found: RotaryChannels, components: int, own:
         rest = removal @ rest
         moment = removal @ moment @ removal.mH
     loss += float((_per_channel(found.energy * still, group) * moment.diagonal().real).sum())
-    return _real(site, found, encoders, decoders, targets, rest, loss)
+    return real_split(site, found, encoders, decoders, targets, rest, loss)
 
 
 def _per_channel(per_head: Tensor, group: int) -> Tensor:
@@ -159,16 +164,26 @@ def _best(moment: Tensor, worth: Tensor) -> tuple[Tensor, int, Tensor]:
     return worth[:, best[1]], best[1], best[2]
 
 
-def _real(
+def real_split(
     site: AttentionSite,
     found: RotaryChannels,
-    encoders: list[Tensor],
-    decoders: list[Tensor],
-    targets: list[int],
+    encoders: Sequence[Tensor],
+    decoders: Sequence[Tensor],
+    targets: Sequence[int],
     rest: Tensor,
     loss: float,
 ) -> RopeSplit:
-    """Write complex maps of pairs as real maps of channels."""
+    """Write complex maps of pairs as real maps of channels.
+
+    Args:
+        site: The layer.
+        found: Its rotary channels, for the expected rotations that are folded into queries.
+        encoders: ``[N]`` complex per component, from key channels to the component.
+        decoders: ``[N]`` complex per component, from the component back to key channels.
+        targets: Which pair's frequency each component rotates at.
+        rest: ``[N, N]`` complex, from key channels to what is left of them.
+        loss: What the split costs.
+    """
     heads, pairs = found.energy.shape
     dim, kv_heads, count = site.qk_dim, site.kv_heads, len(encoders)
     group = heads // kv_heads
@@ -177,7 +192,7 @@ def _real(
     real_places, imaginary_places = (offsets + first).flatten(), (offsets + second).flatten()
 
     key_rope = torch.zeros(2 * count, kv_heads * dim, dtype=torch.float64)
-    encoder = torch.stack(encoders) if count else torch.zeros(0, kv_heads * pairs, dtype=torch.complex128)
+    encoder = torch.stack([*encoders]) if count else torch.zeros(0, kv_heads * pairs, dtype=torch.complex128)
     key_rope[:count, real_places], key_rope[:count, imaginary_places] = encoder.real, -encoder.imag
     key_rope[count:, real_places], key_rope[count:, imaginary_places] = encoder.imag, encoder.real
 

@@ -1,0 +1,156 @@
+"""TransMLA (arXiv 2502.07864): RoRoPE with FreqFold, and a principal component analysis of balanced keys and values.
+
+Kept as published, as a method to compare with: real rotations instead of complex ones, blocks of neighbouring
+frequencies that share principal components whatever the distances, components spread evenly over the frequencies, and a
+latent of activations balanced by their norms. Queries and biases are placed exactly.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from mla_compile.config import CompileConfig
+from mla_compile.errors import UsageError
+from mla_compile.passes.factorise import LatentWeights
+from mla_compile.passes.fisher import JointFactors, assemble, from_rows, joint_rows
+from mla_compile.passes.methods import BATCH, Choice, Task
+from mla_compile.passes.rope_split import RopeSplit, RotaryChannels, real_split, rotary_channels, split_rope
+from mla_compile.passes.search import Divergence
+from mla_compile.passes.statistics import SiteStatistics, collect_statistics
+from mla_compile.passes.weights import SiteWeights
+from mla_compile.plan import LatentPlan, latent_budget, shared_rope_plan
+from mla_compile.runtime.module import LatentModel
+from mla_compile.site import AttentionSite
+
+__all__ = ["balanced_factors", "fold_frequencies", "transmla"]
+
+
+def fold_frequencies(site: AttentionSite, found: RotaryChannels, components: int, fold: int) -> RopeSplit:
+    """Keep the leading principal components of every block of frequencies (TransMLA section 4, RoRoPE and FreqFold).
+
+    Args:
+        site: The layer; its ``P`` pairs are ranked from the highest frequency.
+        found: Its rotary channels; only their covariance is used.
+        components: How many complex components rotate; a divisor of ``P``.
+        fold: Frequencies per block, a multiple of ``P / components`` and a divisor of ``P``.
+    """
+    pairs, kv_heads = len(site.rope.pairs), site.kv_heads
+    every = pairs // components
+    ranked = sorted(range(pairs), key=lambda i: -site.rope.inv_freq[i])
+    encoders, targets = [], []
+    for start in range(0, pairs, fold):
+        members = ranked[start : start + fold]
+        rows = torch.tensor([g * pairs + pair for pair in members for g in range(kv_heads)])
+        _, vectors = torch.linalg.eigh(found.moment[rows][:, rows].real)
+        for place in range(fold // every):
+            encoder = torch.zeros(len(found.moment), dtype=found.moment.dtype)
+            encoder[rows] = vectors[:, -1 - place].to(encoder.dtype)
+            encoders.append(encoder)
+            targets.append(ranked[start + place * every])
+    basis = torch.stack(encoders)
+    rest = torch.eye(len(found.moment), dtype=basis.dtype) - basis.mH @ basis
+    return real_split(site, found.unfolded(), encoders, encoders, targets, rest, loss=math.nan)
+
+
+def balanced_factors(
+    site: AttentionSite, weights: SiteWeights, statistics: SiteStatistics, split: RopeSplit
+) -> JointFactors:
+    """Principal components of ``[K_rest / b; V]``, ``b`` making both equally long (TransMLA section 4, BKV)."""
+    rows = joint_rows(site, weights, split)
+    keys = site.kv_heads * site.qk_dim
+    lengths = (rows @ statistics.moment * rows).sum(1).clamp(min=0).sqrt()
+    balance = float(lengths[:keys].mean() / lengths[keys:].mean())
+    scale = torch.ones(len(rows), dtype=torch.float64)
+    scale[:keys] = balance if balance > 0 else 1.0
+    scaled = rows / scale[:, None]
+    values, vectors = torch.linalg.eigh(scaled @ statistics.moment @ scaled.T)
+    count = min(rows.shape)
+    vectors = vectors.flip(1)[:, :count]
+    vectors = vectors * vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
+    up, down = scale[:, None] * vectors, vectors.T @ scaled
+    return from_rows(site, values.flip(0)[:count], up, down, torch.zeros_like(statistics.mean))
+
+
+def transmla(task: Task) -> Choice:
+    """Convert by TransMLA, with the rope dims and the FreqFold that fit the calibration text best.
+
+    Raises:
+        UsageError: There is no calibration text, or no rope dims fit.
+    """
+    windows = task.require_windows()
+    batches = math.ceil(len(windows) / BATCH)
+    statistics = collect_statistics(
+        task.program, task.sites, windows, batch=BATCH, progress=lambda b: task.track("statistics", b, batches)
+    )
+    divergence = Divergence(task.program, windows, task.program.vocabulary)
+    layers = [
+        _Layer(site, weights, measured, rotary_channels(site, weights, measured))
+        for site, weights, measured in zip(task.sites, task.read(), statistics, strict=True)
+    ]
+    best: tuple[float, tuple[LatentPlan, ...], tuple[LatentWeights, ...]] | None = None
+    with contextlib.closing(task.track("sizes", itertools.repeat(None))) as trials:
+        for collapse in _collapses(layers, task.config):
+            smallest = math.inf
+            fold = collapse
+            while all(len(layer.site.rope.pairs) % fold == 0 for layer in layers):  # double it while that helps
+                plans = tuple(_plan(layer, task.config, collapse) for layer in layers)
+                if any(plan.kv_rank < 1 for plan in plans):
+                    break
+                next(trials)
+                weights = tuple(layer.convert(plan, fold) for layer, plan in zip(layers, plans, strict=True))
+                graph = task.rewrite(weights)
+                cost = divergence(LatentModel(graph.module, graph.rows))
+                if best is None or cost < best[0]:
+                    best = cost, plans, weights
+                if cost >= smallest:
+                    break
+                smallest, fold = cost, 2 * fold
+    if best is None:
+        raise UsageError(
+            "TransMLA's rope dims leave no room for a latent at this cache ratio.",
+            "Use a larger --cache-ratio, or --rope-dims that divide the rotating channels of a head.",
+        )
+    return Choice(best[1], best[2])
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """Everything known of a layer before its sizes are chosen."""
+
+    site: AttentionSite
+    original: SiteWeights
+    statistics: SiteStatistics
+    channels: RotaryChannels
+
+    def convert(self, plan: LatentPlan, fold: int) -> LatentWeights:
+        """The layer's latent weights."""
+        if plan.rope_dims:
+            split = fold_frequencies(self.site, self.channels, plan.rope_dims // 2, fold)
+        else:
+            split = split_rope(self.site, self.channels.unfolded(), 0, 0)
+        factors = balanced_factors(self.site, self.original, self.statistics, split)
+        return assemble(self.site, self.original, split, factors, plan.kv_rank)
+
+
+def _collapses(layers: Sequence[_Layer], config: CompileConfig) -> list[int]:
+    """By how much a head's rotating channels may be divided, to be the shared rope head."""
+    pairs = math.gcd(*(len(layer.site.rope.pairs) for layer in layers))
+    if not pairs:
+        return [1]
+    divisors = [c for c in range(1, pairs + 1) if pairs % c == 0]
+    if config.rope_dims is None:
+        return divisors
+    return [c for c in divisors if all(len(layer.site.rope.pairs) == c * config.rope_dims // 2 for layer in layers)]
+
+
+def _plan(layer: _Layer, config: CompileConfig, collapse: int) -> LatentPlan:
+    site = layer.site
+    components = len(site.rope.pairs) // collapse
+    rank = config.kv_rank if config.kv_rank is not None else latent_budget(site, config) - 2 * components
+    return shared_rope_plan(site, len(layer.statistics.mean), components, rank)
