@@ -25,11 +25,11 @@ from mla_compile.passes.insert_latent import insert_latent
 from mla_compile.passes.recognise import Recognition, recognise
 from mla_compile.passes.weights import input_width, read_site
 from mla_compile.plan import LatentPlan, plan_layers
-from mla_compile.program import Assets, Program
+from mla_compile.program import AnyProgram, Assets, OtherProgram, Program
 from mla_compile.progress import Display, Stages
 from mla_compile.report import Quality, Report
 from mla_compile.runtime.module import LatentModel
-from mla_compile.site import Rejection
+from mla_compile.site import AttentionSite, Kind, Rejection
 
 __all__ = ["CompiledModel", "compile", "inspect", "load", "plan"]
 
@@ -149,12 +149,12 @@ def compile(
     documents = read_text(calibration)
     stages = Stages(display)
     with stages.stage("load"):
-        program = _load(model, example_inputs, tokenizer, attn_implementation, unsafe_load)
-    _require_float32(program)
+        loaded = _load(model, example_inputs, tokenizer, attn_implementation, unsafe_load, any_kind=False)
+    _require_float32(loaded)
     if out is not None:
-        check_neighbours(out, program.source, program.assets, force)
+        check_neighbours(out, loaded.source, loaded.assets, force)
     with stages.stage("recognise"):
-        found = _require_some(program, recognise(program))
+        program, found = _recognise_causal(loaded)
         sites, kept = found.sites, found.rejections
         plans = plan_layers(sites, [input_width(program, s) for s in sites], config)
     text = cut_windows(program, documents, tokenizer, config)
@@ -190,10 +190,26 @@ def compile(
 
 
 def inspect(
-    model: str | Path, *, tokenizer: str | None = None, attn_implementation: str = "auto", unsafe_load: bool = False
-) -> tuple[Program, Recognition]:
-    """Load a model and describe its attention layers, or say why they are not understood."""
-    program = frontend.load_program(model, tokenizer=tokenizer, attention=attn_implementation, unsafe=unsafe_load)
+    model: nn.Module | ExportedProgram | str | Path,
+    example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
+    *,
+    tokenizer: str | None = None,
+    attn_implementation: str = "auto",
+    unsafe_load: bool = False,
+) -> tuple[AnyProgram, Recognition]:
+    """Load a model of any kind and describe its attention layers, or say why they are not understood.
+
+    Args:
+        model: An ``nn.Module``, an ``ExportedProgram``, an archive, a Hugging Face folder or a hub id.
+        example_inputs: Inputs to export an ``nn.Module`` with; integers are token ids, floats anything else.
+        tokenizer: Folder of the tokenizer, if the model does not bring one.
+        attn_implementation: How a transformers model given by name spells its attention: auto, sdpa or eager.
+        unsafe_load: Allow unpickling a module from a file.
+
+    Raises:
+        LoadError: The model cannot be read.
+    """
+    program = _load(model, example_inputs, tokenizer, attn_implementation, unsafe_load, any_kind=True)
     return program, recognise(program)
 
 
@@ -201,15 +217,15 @@ def plan(
     model: str | Path, config: CompileConfig, *, attn_implementation: str = "auto", unsafe_load: bool = False
 ) -> tuple[Recognition, tuple[LatentPlan, ...]]:
     """Plan a conversion without computing any weights."""
-    program = frontend.load_program(model, attention=attn_implementation, unsafe=unsafe_load)
-    found = _require_some(program, recognise(program))
+    program = frontend.load_any(model, attention=attn_implementation, unsafe=unsafe_load)
+    program, found = _recognise_causal(program)
     return found, plan_layers(found.sites, [input_width(program, s) for s in found.sites], config)
 
 
-def lossless_elements(program: Program, found: Recognition) -> tuple[int, ...]:
+def lossless_elements(program: AnyProgram, sites: Sequence[AttentionSite]) -> tuple[int, ...]:
     """Numbers per token and layer that a latent cache needs at most, with every rotation kept and nothing lost."""
     config = make_config(exact=True, selection="uniform")
-    plans = plan_layers(found.sites, [input_width(program, s) for s in found.sites], config)
+    plans = plan_layers(sites, [input_width(program, s) for s in sites], config)
     return tuple(p.elements_after for p in plans)
 
 
@@ -228,19 +244,45 @@ def _load(
     tokenizer: Any,  # noqa: ANN401
     attention: str,
     unsafe: bool,
-) -> Program:
+    any_kind: bool,
+) -> AnyProgram:
+    """Read a model from wherever it is; a module whose inputs are given must be ``any_kind`` to take other than ids."""
     folder = str(tokenizer) if isinstance(tokenizer, str | Path) else None
     if isinstance(model, str | Path):
-        return frontend.load_program(model, tokenizer=folder, attention=attention, unsafe=unsafe)
+        return frontend.load_any(model, tokenizer=folder, attention=attention, unsafe=unsafe)
     if isinstance(model, ExportedProgram):
-        return frontend.program_from_export(model, source="ExportedProgram", assets=Assets(folder=folder))
-    program = frontend.capture(model, example_inputs, tokenizer=folder)
+        return frontend.read_export(model, source="ExportedProgram", assets=Assets(folder=folder))
+    program: AnyProgram
+    if any_kind or example_inputs is None:
+        program = frontend.capture_any(model, example_inputs, tokenizer=folder)
+    else:
+        program = frontend.capture(model, example_inputs, tokenizer=folder)
     if folder is None and tokenizer is not None:
         program = dataclasses.replace(program, assets=dataclasses.replace(program.assets, tokenizer=tokenizer))
     return program
 
 
-def _require_float32(program: Program) -> None:
+def _recognise_causal(program: AnyProgram) -> tuple[Program, Recognition]:
+    """Describe the layers of a causal language model.
+
+    Raises:
+        RefusedError: It is none because its attention is of another kind, or a layer is not understood.
+        LoadError: It is none for another reason.
+    """
+    found = recognise(program)
+    if isinstance(program, OtherProgram) and not any(r.site is not None for r in found.rejections):
+        raise program.why
+    if isinstance(program, Program):
+        return program, _require_some(program, found)
+    kinds = sorted({r.site.kind.value for r in found.rejections if r.site is not None})
+    raise RefusedError(
+        f"'{program.source}' is no causal language model: its attention is {' and '.join(kinds)}"
+        f"{', and nothing of that is cached' if kinds == [Kind.BIDIRECTIONAL.value] else ''}.",
+        "Run 'mla-compile inspect' for the whole table.",
+    )
+
+
+def _require_float32(program: AnyProgram) -> None:
     """Refuse weights of another type: the rewrite, its checks and the cache are float32 in this version."""
     for name, value in program.exported.state_dict.items():
         if value.is_floating_point() and value.dtype != torch.float32:

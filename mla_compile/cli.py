@@ -205,7 +205,7 @@ def inspect(
     from mla_compile.report import summarise_site
 
     program, found = api.inspect(model, attn_implementation=attn_implementation, unsafe_load=unsafe_load)
-    lossless = api.lossless_elements(program, found)
+    lossless = api.lossless_elements(program, found.sites)
     rows = [summarise_site(s) | {"lossless_elements_per_token": n} for s, n in zip(found.sites, lossless, strict=True)]
     rows += map(summarise_site, found.rejections)
     rows.sort(key=lambda row: int(row["index"]))

@@ -115,7 +115,7 @@ def show_layers(rows: Sequence[Mapping[str, Any]]) -> None:
         return
     lines = []
     for row in rows:
-        if "rejected" in row:
+        if "rejected" in row and "kind" not in row:
             cached = row.get("elements_per_token", "")
             verdict = f"kept: {row['rejected']}" if row["kept"] else f"no: {row['rejected']}"
             lines.append([row["index"], row["path"], verdict, row["reason"], "", "", "", cached, ""])
@@ -124,9 +124,12 @@ def show_layers(rows: Sequence[Mapping[str, Any]]) -> None:
         heads = f"{row['heads']} q / {row['kv_heads']} kv of {row['qk_dim']}"
         names = dict.fromkeys(str(row[r]).removeprefix(f"{row['path']}.") for r in ("query", "key", "value"))
         weights = ", ".join(names) + (" (biased)" if row["bias"] else "")
-        lossless = row["lossless_elements_per_token"] / row["elements_per_token"]
-        cached = f"{row['elements_per_token']}" + (f" (lossless: {lossless:.0%})" if lossless < 1 else "")
-        lines.append([row["index"], row["path"], "yes", heads, rope, row["mask"], _extras(row), cached, weights])
+        cached = row["cache"]
+        if row["elements_per_token"]:
+            lossless = row["lossless_elements_per_token"] / row["elements_per_token"]
+            cached = f"{row['elements_per_token']}" + (f" (lossless: {lossless:.0%})" if lossless < 1 else "")
+        verdict = f"no: {row['rejected']}" if "rejected" in row else "yes"
+        lines.append([row["index"], row["path"], verdict, heads, rope, row["mask"], _extras(row), cached, weights])
     columns = ["#", "layer", "converts", "heads", "rope", "mask", "also", "cached/token", "weights"]
     _print_table("Attention layers", columns, lines)
 

@@ -26,13 +26,14 @@ def attention(
     sinks: Tensor | None = None,
     slopes: Tensor | None = None,
     softcap: float = 0.0,
+    causal: bool = True,
 ) -> Tensor:
-    """Causal grouped-query attention with rotary pairs from position 0 (Vaswani 2017 eq. 1, Su 2021 eq. 34).
+    """Grouped-query attention with rotary pairs from position 0 (Vaswani 2017 eq. 1, Su 2021 eq. 34).
 
     Args:
         query: ``[B, S, H, D]``, not rotated.
-        key: ``[B, S, n, D]``, not rotated.
-        value: ``[B, S, n, Dv]``.
+        key: ``[B, T, n, D]``, not rotated; ``T = S`` in causal attention.
+        value: ``[B, T, n, Dv]``.
         pairs: Channel pairs ``(real, imaginary)``.
         inv_freq: Radians per position of every pair.
         scale: Factor of ``q . k``.
@@ -40,22 +41,24 @@ def attention(
         sinks: ``[H]``, or None; these three as in :func:`mla_compile.runtime.ops.latent_attention`.
         slopes: ``[H]``, or None.
         softcap: Bound of the logits, or 0.
+        causal: Whether a query sees no key behind its own; otherwise it sees all.
 
     Returns:
         ``[B, S, H, Dv]`` in float64.
     """
     query, key, value = (x.double() for x in (query, key, value))
-    length, group = query.shape[1], query.shape[2] // key.shape[2]
+    length, group = max(query.shape[1], key.shape[1]), query.shape[2] // key.shape[2]
     angle = torch.outer(torch.arange(length, dtype=torch.float64), torch.tensor(inv_freq, dtype=torch.float64))
     turned = []
     for x in (query, key.repeat_interleave(group, 2)):
         y = x.clone()
         for i, (a, b) in enumerate(pairs):
-            cos, sin = angle[None, :, None, i].cos(), angle[None, :, None, i].sin()
+            turn = angle[None, : x.shape[1], None, i]
+            cos, sin = turn.cos(), turn.sin()
             y[..., a], y[..., b] = x[..., a] * cos - x[..., b] * sin, x[..., b] * cos + x[..., a] * sin
         turned.append(y)
-    mask = torch.ones(query.shape[:2], dtype=torch.long)
-    return _attend(turned[0], turned[1], value.repeat_interleave(group, 2), mask, scale, window, sinks, slopes, softcap)
+    mask, value = torch.ones(key.shape[:2], dtype=torch.long), value.repeat_interleave(group, 2)
+    return _attend(turned[0], turned[1], value, mask, scale, window, sinks, slopes, softcap, causal)
 
 
 def visible_keys(attention_mask: Tensor, new: int, window: int | None) -> Tensor:
@@ -82,6 +85,13 @@ def visible_keys(attention_mask: Tensor, new: int, window: int | None) -> Tensor
     return seen | (place[None, None, :] == place[None, total - new :, None])
 
 
+def _open_keys(attention_mask: Tensor, new: int) -> Tensor:
+    """Which of ``T`` keys each of ``new`` queries sees regardless of place: the real ones, or all if none is real."""
+    real = attention_mask != 0
+    real = real | ~real.any(1, keepdim=True)
+    return real[:, None].expand(-1, new, -1)
+
+
 def _attend(
     query: Tensor,
     key: Tensor,
@@ -92,6 +102,7 @@ def _attend(
     sinks: Tensor | None,
     slopes: Tensor | None,
     softcap: float,
+    causal: bool = True,
 ) -> Tensor:
     """Attention of ``[B, S, H, D]`` queries to ``[B, T, H, D]`` keys and ``[B, T, H, Dv]`` values."""
     new, heads = query.shape[1:3]
@@ -102,7 +113,8 @@ def _attend(
         rank = (attention_mask != 0).long().cumsum(-1)
         distance = rank[:, -new:, None] - rank[:, None, :]
         logits = logits - slopes.double()[:, None, None] * distance[:, None]
-    logits = logits.masked_fill(~visible_keys(attention_mask, new, window)[:, None], -math.inf)
+    seen = visible_keys(attention_mask, new, window) if causal else _open_keys(attention_mask, new)
+    logits = logits.masked_fill(~seen[:, None], -math.inf)
     if sinks is not None:
         logits = torch.cat([logits, sinks.double()[:, None, None].expand(len(logits), heads, new, 1)], -1)
     weights = logits.softmax(-1)[..., : key.shape[1]]
