@@ -17,6 +17,7 @@ from mla_compile import frontend, verify
 from mla_compile.artifacts import check_neighbours, check_target, read_folder, write_folder, write_onnx
 from mla_compile.calibration import Text, TextWindows, cut_windows, read_text
 from mla_compile.config import CompileConfig, make_config
+from mla_compile.encoders import CompiledEncoder, compile_encoder, is_encoder, require_encoder
 from mla_compile.errors import QualityGateError, RefusedError, UsageError
 from mla_compile.evaluate import longest_window, original_scorer, perplexity
 from mla_compile.passes.calibrate import PairNorms, pair_norms
@@ -29,9 +30,18 @@ from mla_compile.program import AnyProgram, Assets, OtherProgram, Program
 from mla_compile.progress import Display, Stages
 from mla_compile.report import Quality, Report
 from mla_compile.runtime.module import LatentModel
-from mla_compile.site import AttentionSite, Kind, Rejection
+from mla_compile.site import AttentionSite, Rejection
 
-__all__ = ["CompiledModel", "compile", "inspect", "load", "plan"]
+__all__ = [
+    "CompiledModel",
+    "compile",
+    "convertible",
+    "inspect",
+    "load",
+    "lossless_elements",
+    "plan",
+    "would_be_refused",
+]
 
 _RANDOM_LENGTH = 64
 """Random tokens per sequence to verify on without text: half as a prompt, half to continue it by 32 tokens."""
@@ -104,7 +114,7 @@ def compile(
     unsafe_load: bool = False,
     display: Display | None = None,
     **settings: Any,  # noqa: ANN401 - validated by CompileConfig
-) -> CompiledModel:
+) -> CompiledModel | CompiledEncoder:
     """Convert a model's attention to latent attention.
 
     Weights that the conversion leaves as they are, are shared with the original: copy one of the two before training if
@@ -112,8 +122,8 @@ def compile(
 
     Args:
         model: An ``nn.Module``, an ``ExportedProgram``, an archive, a Hugging Face folder or a hub id.
-        example_inputs: Inputs to export an ``nn.Module`` with: token ids ``[batch, length]`` first.
-        calibration: Text to choose rotary components by and to measure on.
+        example_inputs: Inputs to export an ``nn.Module`` with: token ids ``[batch, length]`` first; any for an encoder.
+        calibration: Text to choose rotary components by and to measure on; for causal language models only.
         tokenizer: Tokenizer for text, or the folder it is in, when the model does not bring one.
         config: All settings at once.
         check: Verify the conversion against the original.
@@ -126,7 +136,8 @@ def compile(
         **settings: Fields of :class:`~mla_compile.config.CompileConfig`, instead of ``config``.
 
     Returns:
-        The converted model.
+        The converted model; a :class:`~mla_compile.encoders.CompiledEncoder` for a model whose attention is
+        bidirectional, which is only converted with the setting ``encoders``.
 
     Raises:
         LoadError: The model or text cannot be read.
@@ -149,14 +160,19 @@ def compile(
     documents = read_text(calibration)
     stages = Stages(display)
     with stages.stage("load"):
-        loaded = _load(model, example_inputs, tokenizer, attn_implementation, unsafe_load, any_kind=False)
+        loaded = _load(model, example_inputs, tokenizer, attn_implementation, unsafe_load, any_kind=config.encoders)
     _require_float32(loaded)
     if out is not None:
         check_neighbours(out, loaded.source, loaded.assets, force)
     with stages.stage("recognise"):
-        program, found = _recognise_causal(loaded)
-        sites, kept = found.sites, found.rejections
-        plans = plan_layers(sites, [input_width(program, s) for s in sites], config)
+        found = recognise(loaded)
+    if config.encoders and (is_encoder(found) or not isinstance(loaded, Program)):
+        if calibration is not None:
+            raise UsageError("Text cannot be used for an encoder.", "Leave --calibration out.")
+        return compile_encoder(loaded, found, config, check=check, stages=stages)
+    program = _require_causal(loaded, found)
+    sites, kept = found.sites, found.rejections
+    plans = plan_layers(sites, [input_width(program, s) for s in sites], config)
     text = cut_windows(program, documents, tokenizer, config)
     config, notes = _settle_selection(config, text is not None)
     norms: Sequence[PairNorms | None] = [None] * len(sites)
@@ -218,8 +234,28 @@ def plan(
 ) -> tuple[Recognition, tuple[LatentPlan, ...]]:
     """Plan a conversion without computing any weights."""
     program = frontend.load_any(model, attention=attn_implementation, unsafe=unsafe_load)
-    program, found = _recognise_causal(program)
-    return found, plan_layers(found.sites, [input_width(program, s) for s in found.sites], config)
+    found = recognise(program)
+    if config.encoders and (is_encoder(found) or not isinstance(program, Program)):
+        sites, _ = require_encoder(program, found)
+    else:
+        _require_causal(program, found)
+        sites = found.sites
+    return found, plan_layers(sites, [input_width(program, s) for s in sites], config)
+
+
+def convertible(
+    program: AnyProgram, found: Recognition, encoders: bool
+) -> tuple[Sequence[AttentionSite], Sequence[Rejection]]:
+    """Split what was found into layers that a conversion changes and others."""
+    return require_encoder(program, found) if encoders and is_encoder(found) else (found.sites, found.rejections)
+
+
+def would_be_refused(program: AnyProgram, found: Recognition, encoders: bool) -> bool:
+    """Whether a conversion would refuse the model for its attention."""
+    if encoders and is_encoder(found):
+        return False
+    lost = any(r.plain is None for r in found.rejections)
+    return not isinstance(program, Program) or not found.sites or lost
 
 
 def lossless_elements(program: AnyProgram, sites: Sequence[AttentionSite]) -> tuple[int, ...]:
@@ -262,22 +298,26 @@ def _load(
     return program
 
 
-def _recognise_causal(program: AnyProgram) -> tuple[Program, Recognition]:
-    """Describe the layers of a causal language model.
+def _require_causal(program: AnyProgram, found: Recognition) -> Program:
+    """Refuse what is no causal language model, or has a layer that is not understood.
 
     Raises:
-        RefusedError: It is none because its attention is of another kind, or a layer is not understood.
-        LoadError: It is none for another reason.
+        RefusedError: Its attention is of another kind, or a layer is not understood.
+        LoadError: It is no causal language model for another reason.
     """
-    found = recognise(program)
-    if isinstance(program, OtherProgram) and not any(r.site is not None for r in found.rejections):
-        raise program.why
-    if isinstance(program, Program):
-        return program, _require_some(program, found)
     kinds = sorted({r.site.kind.value for r in found.rejections if r.site is not None})
+    if isinstance(program, Program) and not is_encoder(found):
+        _require_some(program, found)
+        return program
+    if isinstance(program, OtherProgram) and not kinds:
+        raise program.why
+    if is_encoder(found):
+        raise RefusedError(
+            f"The attention of '{program.source}' is bidirectional: nothing is cached, so there is no cache to shrink.",
+            "Pass --encoders to make its projections low-rank instead.",
+        )
     raise RefusedError(
-        f"'{program.source}' is no causal language model: its attention is {' and '.join(kinds)}"
-        f"{', and nothing of that is cached' if kinds == [Kind.BIDIRECTIONAL.value] else ''}.",
+        f"'{program.source}' is no causal language model: some of its attention is {' and '.join(kinds)}.",
         "Run 'mla-compile inspect' for the whole table.",
     )
 
@@ -293,7 +333,7 @@ def _require_float32(program: AnyProgram) -> None:
             )
 
 
-def _require_some(program: Program, found: Recognition) -> Recognition:
+def _require_some(program: AnyProgram, found: Recognition) -> Recognition:
     """Refuse a model with nothing to convert, or with a layer that cannot even be kept as it is."""
     lost = [r for r in found.rejections if r.plain is None]
     if lost or (found.rejections and not found.sites):

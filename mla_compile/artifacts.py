@@ -10,24 +10,36 @@ import importlib.util
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import yaml
 from torch import Tensor, fx
 
 from mla_compile import verify
+from mla_compile.encoder_report import EncoderReport
 from mla_compile.errors import LoadError, UsageError
-from mla_compile.passes.lower_onnx import export_rewritten, lower_to_onnx
-from mla_compile.program import Assets
+from mla_compile.passes.layout import Sizes
+from mla_compile.passes.lower_onnx import export_encoder, export_rewritten, lower_encoder_to_onnx, lower_to_onnx
+from mla_compile.program import AnyProgram, Assets
 from mla_compile.progress import Stages
 from mla_compile.report import Report, environment
-from mla_compile.runtime.module import LatentModel
+from mla_compile.runtime.module import LatentModel, LowRankModel
 from mla_compile.runtime.onnx_session import OnnxDecoder
 
-__all__ = ["check_neighbours", "check_target", "is_converted_folder", "read_folder", "write_folder", "write_onnx"]
+__all__ = [
+    "check_neighbours",
+    "check_target",
+    "is_converted_folder",
+    "read_folder",
+    "write_encoder_folder",
+    "write_encoder_onnx",
+    "write_folder",
+    "write_onnx",
+]
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -40,6 +52,9 @@ _TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
+
+
+_AnyReport = TypeVar("_AnyReport", Report, EncoderReport)
 
 
 def check_target(path: Path, force: bool) -> None:
@@ -104,8 +119,9 @@ def check_neighbours(path: Path, source: str, assets: Assets, force: bool) -> No
 
 def _is_report(path: Path) -> bool:
     try:
-        return "bytes_per_token_after" in json.loads(path.read_text(encoding="utf-8"))["cache"]
-    except (ValueError, KeyError, TypeError):
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        return stored.get("kind") == "encoder" or "bytes_per_token_after" in stored["cache"]
+    except (ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
@@ -178,6 +194,73 @@ def write_folder(module: LatentModel, report: Report, assets: Assets, path: Path
     return report
 
 
+def write_encoder_onnx(
+    module: LowRankModel,
+    report: EncoderReport,
+    assets: Assets,
+    original: tuple[AnyProgram, Sizes],
+    path: Path,
+    *,
+    checks: Sequence[Mapping[str, Tensor]] | None,
+    force: bool,
+    stages: Stages,
+) -> EncoderReport:
+    """Lower an encoder, verify it in ONNX Runtime, and only then give the file its name.
+
+    Args:
+        module: The converted model.
+        report: What was done so far.
+        assets: Configuration and tokenizer.
+        original: The program it was converted from, and the sizes of one of its layers.
+        path: The ``.onnx`` file.
+        checks: Inputs to compare on; None to skip the comparison.
+        force: Replace existing files.
+        stages: Times and shows what runs.
+
+    Returns:
+        The completed report, also written as ``report.json`` beside the file.
+    """
+    check_target(path, force)
+    if path.suffix != ".onnx":
+        raise UsageError(f"'{path}' is not named like an ONNX file.", "Name it with the suffix .onnx.")
+    check_neighbours(path, report.source, assets, force)
+    with _moved_into(path.parent) as folder:
+        with stages.stage("lower to ONNX"):
+            lower_encoder_to_onnx(
+                module.graph,  # type: ignore[arg-type]
+                *original,
+                folder / path.name,
+                opset=report.config["opset"],
+                metadata={"schema_version": 1, "source": Path(report.source).name, "config": dict(report.config)},
+            )
+        if checks is not None:
+            with stages.stage("verify ONNX"):
+                error = verify.check_encoder_onnx(module, folder / path.name, checks)
+            if report.verification is not None:
+                checked = dataclasses.replace(report.verification, lowering_error=error)
+                report = dataclasses.replace(report, verification=checked)
+        _copy_assets(assets, folder)
+        return _finish(report, folder, stages)
+
+
+def write_encoder_folder(
+    module: LowRankModel,
+    report: EncoderReport,
+    assets: Assets,
+    original: tuple[AnyProgram, Sizes],
+    path: Path,
+    force: bool,
+) -> EncoderReport:
+    """Write an encoder as a ``torch.export`` archive in a folder of its own."""
+    check_target(path, force)
+    check_neighbours(path, report.source, assets, force)
+    with _moved_into(path) as folder:
+        torch.export.save(export_encoder(module.graph, *original), folder / "model.pt2")
+        _copy_assets(assets, folder)
+        (folder / "mla_config.yaml").write_text(yaml.safe_dump(dict(report.config), sort_keys=False), encoding="utf-8")
+        return _finish(report, folder, Stages())
+
+
 def is_converted_folder(path: Path) -> bool:
     """Whether a folder was written by :func:`write_folder`."""
     return (path / "mla_config.yaml").is_file() and (path / "model.pt2").is_file()
@@ -238,7 +321,7 @@ def _copy_assets(assets: Assets, folder: Path) -> None:
         assets.tokenizer.save_pretrained(folder)
 
 
-def _finish(report: Report, folder: Path, stages: Stages) -> Report:
+def _finish(report: _AnyReport, folder: Path, stages: Stages) -> _AnyReport:
     sizes = {p.name: p.stat().st_size for p in sorted(folder.iterdir())}
     report = dataclasses.replace(report, artifacts=sizes, stages=(*report.stages, *stages.timings))
     (folder / "report.json").write_text(report.to_json(), encoding="utf-8")

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRe
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from mla_compile.encoder_report import EncoderReport
     from mla_compile.plan import LatentPlan
     from mla_compile.progress import StageTiming
     from mla_compile.report import Report
@@ -23,6 +24,7 @@ __all__ = [
     "generation_row",
     "make_display",
     "plan_rows",
+    "show_encoder_report",
     "show_generation",
     "show_layers",
     "show_measurement",
@@ -163,8 +165,8 @@ def plan_rows(plans: Sequence[LatentPlan]) -> dict[str, Any]:
     }
 
 
-def show_plan(plans: Sequence[LatentPlan]) -> None:
-    """One row per layer and the sum."""
+def show_plan(plans: Sequence[LatentPlan], cached: bool = True) -> None:
+    """One row per layer and the sum; keys and values of an encoder are not ``cached``, but made from so many numbers."""
     rows: list[list[object]] = [
         [
             p.site,
@@ -180,11 +182,10 @@ def show_plan(plans: Sequence[LatentPlan]) -> None:
     total = plan_rows(plans)
     before, after = total["bytes_per_token_before"], total["bytes_per_token_after"]
     rows.append(["", "all", "", "", "", before, f"{after} ({total['cache_ratio']:.2%})"])
-    _print_table(
-        "Plan (float32 cache)",
-        ["#", "layer", "rope dims", "rank", "exact rank", "bytes/token before", "after"],
-        rows,
+    title, counted = (
+        ("Plan (float32 cache)", "bytes/token before") if cached else ("Plan (no cache)", "key and value bytes")
     )
+    _print_table(title, ["#", "layer", "rope dims", "rank", "exact rank", counted, "after"], rows)
 
 
 def show_report(report: Report, out: Path) -> None:
@@ -217,6 +218,27 @@ def show_report(report: Report, out: Path) -> None:
             rows.append(["ONNX Runtime vs PyTorch", f"{v.lowering_error:.1e}, greedy {v.lowering_greedy:.0%} equal"])
         rows.append(["converted vs original", f"{v.conversion_error:.1e}, greedy {v.conversion_greedy:.0%} equal"])
         rows.append(["measured cache bytes per token", v.cache_bytes_per_token])
+    rows.append(["written", f"{out} ({sum(report.artifacts.values()) / 2**20:.1f} MiB)"])
+    _print_table(report.source, ["", "result"], rows)
+    for warning in report.warnings:
+        print(f"warning: {warning}", file=sys.stderr)  # noqa: T201
+
+
+def show_encoder_report(report: EncoderReport, out: Path) -> None:
+    """What was done to an encoder, in a few lines."""
+    kept = f", {len(report.kept)} stay as they are" if report.kept else ""
+    rows: list[list[object]] = [["attention layers", f"{len(report.plans)} converted{kept}"], ["cache", "none"]]
+    for name, (before, after) in (
+        ("parameters", report.parameters),
+        ("multiplications per token, keys and values", report.multiplications),
+    ):
+        rows.append([name, f"{before} -> {after} ({after / before:.2%})"])
+    if report.verification:
+        v = report.verification
+        rows.append(["rewrite at full rank vs original", f"{v.rewrite_error:.1e}"])
+        if v.lowering_error is not None:
+            rows.append(["ONNX Runtime vs PyTorch", f"{v.lowering_error:.1e}"])
+        rows.append(["converted vs original", f"{v.conversion_error:.1e}"])
     rows.append(["written", f"{out} ({sum(report.artifacts.values()) / 2**20:.1f} MiB)"])
     _print_table(report.source, ["", "result"], rows)
     for warning in report.warnings:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
@@ -134,6 +135,29 @@ class AnyProgram:
                 if isinstance(found, Tensor):
                     return found
         raise KeyError(placeholder)
+
+    @property
+    def outputs(self) -> dict[str, str]:
+        """Graph node of every tensor the model returns, by the name it has there."""
+        spec, found = self.exported.call_spec.out_spec, list(self.exported.graph_signature.user_outputs)
+        paths = [path for path, _ in pytree.tree_flatten_with_path(pytree.tree_unflatten(range(len(found)), spec))[0]]
+        names = ["_".join(str(getattr(key, "key", getattr(key, "idx", ""))) for key in path) for path in paths]
+        tensors = {n.name for n in self.exported.graph.nodes if isinstance(n.meta.get("val"), Tensor)}
+        return {
+            (name if name and not name[0].isdigit() else f"output_{name}".rstrip("_")): str(node)
+            for name, node in zip(names, found, strict=True)
+            if node in tensors
+        }
+
+    def whole_module(self) -> fx.GraphModule:
+        """Return the graph as a module of positional tensors, in placeholder order, to a tuple of :attr:`outputs`."""
+        module = self._positional_module()
+        nodes = {n.name: n for n in module.graph.nodes}
+        nodes["output"].args = (tuple(nodes[name] for name in self.outputs.values()),)
+        for node in [n for n in module.graph.nodes if n.op == "placeholder" and n.name not in self.user_inputs]:
+            module.graph.erase_node(node)  # an argument that was None or a number
+        module.recompile()
+        return module
 
     def _positional_module(self) -> fx.GraphModule:
         with quiet_exporter():

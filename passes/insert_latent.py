@@ -33,7 +33,15 @@ from mla_compile.passes.positions import repair_positions
 from mla_compile.program import Program
 from mla_compile.site import AttentionSite, Rejection
 
-__all__ = ["INPUT_NAMES", "LatentGraph", "insert_latent", "past_name"]
+__all__ = [
+    "INPUT_NAMES",
+    "LatentGraph",
+    "check_scores_are_dead",
+    "erase_dead",
+    "finished",
+    "insert_latent",
+    "past_name",
+]
 
 _aten = torch.ops.aten
 INPUT_NAMES = ("input_ids", "attention_mask", "position_ids")
@@ -105,21 +113,26 @@ def insert_latent(
             softmaxes.append((rejection.path, other.softmax))
     output = next(n for n in graph.nodes if n.op == "output")
     output.args = ((nodes[program.logits], *presents),)
-    _erase_dead(graph)
-    _check_scores_are_dead(graph, softmaxes)
+    erase_dead(graph)
+    check_scores_are_dead(graph, softmaxes)
     repair_positions(program, graph, inputs["position_ids"], inputs["attention_mask"])
-    _erase_dead(graph)
+    erase_dead(graph)
     _cut_padding_mask(program, graph, inputs["attention_mask"], inputs["input_ids"])
     _renumber_placeholders(graph, nodes, program, inputs)
+    rewritten = finished(module)
+    check_incremental(rewritten, program, rows, dtype)
+    return LatentGraph(rewritten, tuple(rows))
+
+
+def finished(module: fx.GraphModule) -> fx.GraphModule:
+    """A rewritten graph with only what it reads: replaced projections must not linger among its parameters."""
+    graph = module.graph
     for node in graph.nodes:
         if node.target in _VIEWS:  # recorded strides were those of the old attention's output
             node.target = _aten.reshape.default
     graph.lint()
-    # A module with only what the new graph reads: the replaced projections must not linger among its parameters.
     used = {str(n.target): _attribute(module, str(n.target)) for n in graph.nodes if n.op == "get_attr"}
-    rewritten = fx.GraphModule(used, graph, class_name="LatentGraph")
-    check_incremental(rewritten, program, rows, dtype)
-    return LatentGraph(rewritten, tuple(rows))
+    return fx.GraphModule(used, graph, class_name="LatentGraph")
 
 
 def _attribute(module: nn.Module, path: str) -> Any:  # noqa: ANN401 - parameters, buffers and constants
@@ -143,7 +156,7 @@ def _make_inputs(graph: fx.Graph, nodes: Mapping[str, Node], program: Program, l
     return inputs
 
 
-def _erase_dead(graph: fx.Graph) -> None:
+def erase_dead(graph: fx.Graph) -> None:
     """Remove everything without users; assertions and dropout-capable operators count as impure and need a push."""
     for node in reversed(list(graph.nodes)):
         if node.op == "call_function" and not node.users and "mla." not in str(node.target):
@@ -151,7 +164,7 @@ def _erase_dead(graph: fx.Graph) -> None:
     graph.eliminate_dead_code()
 
 
-def _check_scores_are_dead(graph: fx.Graph, softmaxes: Sequence[tuple[str, str]]) -> None:
+def check_scores_are_dead(graph: fx.Graph, softmaxes: Sequence[tuple[str, str]]) -> None:
     """Refuse when something outside the layers still needs their scores."""
     alive = {n.name: n for n in graph.nodes}
     for path, softmax in softmaxes:

@@ -15,18 +15,28 @@ from pathlib import Path
 import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import InlinePass
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
 from mla_compile.errors import RefusedError
+from mla_compile.passes.evaluate import example_inputs
 from mla_compile.passes.insert_latent import INPUT_NAMES
+from mla_compile.passes.layout import Sizes
 from mla_compile.passes.onnx_translations import translations
+from mla_compile.program import AnyProgram
 from mla_compile.quiet import quiet_exporter
+from mla_compile.runtime import ops
 from mla_compile.runtime.module import cache_windows
 from mla_compile.runtime.onnx_function import CACHED, DOMAIN, LATENT, VERSION, Variant, attention_function
 from mla_compile.runtime.ops import kept_rows
 
-__all__ = ["EXTERNAL_DATA_BYTES", "export_rewritten", "lower_to_onnx"]
+__all__ = [
+    "EXTERNAL_DATA_BYTES",
+    "export_encoder",
+    "export_rewritten",
+    "lower_encoder_to_onnx",
+    "lower_to_onnx",
+]
 
 EXTERNAL_DATA_BYTES = 1_500_000_000
 """Weights above this go to a data file beside the model: a protobuf file cannot exceed 2 GB."""
@@ -81,19 +91,9 @@ def lower_to_onnx(
     exported = export_rewritten(_with_symbolic_nodes(module), rows)
     layers = len(rows)
     batch, new, past, total = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
-    with _explained(), quiet_exporter():
-        program = torch.onnx.export(
-            exported,
-            (),
-            input_names=[*INPUT_NAMES, *(f"past_key_values.{i}.latent" for i in range(layers))],
-            output_names=["logits", *(f"present.{i}.latent" for i in range(layers))],
-            opset_version=opset,
-            custom_translation_table=dict(translations()),
-            dynamo=True,
-            verbose=False,
-            optimize=True,
-        )
-    model = program.model  # type: ignore[union-attr]
+    inputs = [*INPUT_NAMES, *(f"past_key_values.{i}.latent" for i in range(layers))]
+    outputs = ["logits", *(f"present.{i}.latent" for i in range(layers))]
+    model = _exported_to_onnx(exported, inputs, outputs, opset)
     _name_dimensions(
         model, {**{"input_ids": (batch, new), "position_ids": (batch, new)}, "attention_mask": (batch, total)}
     )
@@ -102,6 +102,112 @@ def lower_to_onnx(
     _name_dimensions(model, {f"past_key_values.{i}.latent": (batch, f"{past}{w}") for i, w in enumerate(own)})
     presents = {f"present.{i}.latent": (batch, f"{total}{w}") for i, w in enumerate(own)}
     _name_dimensions(model, {"logits": (batch, new)} | presents)
+    _save(model, path, opset=opset, inline=inline, metadata=metadata)
+
+
+def export_encoder(module: nn.Module, program: AnyProgram, sizes: Sizes) -> ExportedProgram:
+    """Export a rewritten encoder, dynamic where the original is.
+
+    Args:
+        module: From :func:`~mla_compile.passes.insert_low_rank.insert_low_rank`.
+        program: The original.
+        sizes: Of any of its layers, to choose example sizes by.
+    """
+    example = tuple(example_inputs(program, _BATCH, sizes.short, sizes=sizes).values())
+    shapes = tuple(
+        {axis: Dim.AUTO for axis, size in enumerate(value.shape) if not isinstance(size, int)}
+        for _, value in program.user_inputs.values()
+    )
+    with torch.no_grad(), quiet_exporter():
+        return torch.export.export(module, example, dynamic_shapes=shapes, strict=False)
+
+
+def lower_encoder_to_onnx(
+    module: fx.GraphModule,
+    program: AnyProgram,
+    sizes: Sizes,
+    path: Path,
+    *,
+    opset: int,
+    metadata: Mapping[str, object],
+) -> None:
+    """Write a rewritten encoder as an ONNX file of standard operators, with the original's inputs and outputs.
+
+    A whole sequence attends to itself, so keys and values are made from the latent first: attending to the latent
+    itself, as a node of ours would, pays only where few queries meet many keys.
+
+    Args:
+        module: The rewritten graph.
+        program: The original.
+        sizes: Of any of its layers.
+        path: File to write.
+        opset: Standard operator set, 23 or later.
+        metadata: JSON-able facts stored in the model's metadata under ``mla_compile``.
+    """
+    unfolded = copy.copy(module)
+    unfolded.graph = copy.deepcopy(module.graph)
+    for node in unfolded.graph.nodes:
+        if node.target is torch.ops.mla.latent_attention.default:
+            node.target = _unfolded_attention
+    unfolded.recompile()
+    exported = export_encoder(unfolded, program, sizes)
+    model = _exported_to_onnx(exported, list(program.user_inputs), list(program.outputs), opset)
+    names, nodes = _symbol_names(sizes), {n.name: n for n in program.exported.graph.nodes}
+    shapes = {name: value.shape for name, (_, value) in program.user_inputs.items()}
+    shapes |= {name: nodes[node].meta["val"].shape for name, node in program.outputs.items()}
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        shape = shapes[value.name or ""]
+        value.shape = ir.Shape([d if isinstance(d, int) else names.get(str(d), f"size_{d}") for d in shape])
+    _save(model, path, opset=opset, inline=False, metadata=metadata)
+
+
+def _symbol_names(sizes: Sizes) -> dict[str, str]:
+    """What users call the symbolic sizes of the inputs."""
+    names = {str(sizes.length): "sequence_length"} if not sizes.fixed else {}
+    return {str(s): "batch_size" for s in (*sizes.batches, sizes.batch)} | names
+
+
+def _unfolded_attention(
+    query: Tensor,
+    row: Tensor,
+    past: Tensor,
+    attention_mask: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    key_up: Tensor,
+    value_up: Tensor,
+    sinks: Tensor | None,
+    slopes: Tensor | None,
+    scale: float,
+    window: int,
+    softcap: float,
+    causal: bool,
+) -> tuple[Tensor, Tensor]:
+    """``mla::latent_attention`` of a sequence to itself in standard operators."""
+    query, present = ops.rotate_and_append(query, row, past, cos, sin, key_up.shape[2])
+    mask = ops.open_keys(attention_mask, query.shape[1]).unsqueeze(1)
+    up = (key_up, value_up, cos.shape[2])
+    return ops.attend_unfolded(query, present, mask, *up, sinks, scale, softcap), present
+
+
+def _exported_to_onnx(exported: ExportedProgram, inputs: Sequence[str], outputs: Sequence[str], opset: int) -> ir.Model:
+    with _explained(), quiet_exporter():
+        program = torch.onnx.export(
+            exported,
+            (),
+            input_names=list(inputs),
+            output_names=list(outputs),
+            opset_version=opset,
+            custom_translation_table=dict(translations()),
+            dynamo=True,
+            verbose=False,
+            optimize=True,
+        )
+    return program.model  # type: ignore[union-attr]
+
+
+def _save(model: ir.Model, path: Path, *, opset: int, inline: bool, metadata: Mapping[str, object]) -> None:
+    """Complete a model with functions, names and metadata, and write it."""
     _add_functions(model, opset)
     if inline:
         InlinePass()(model)
@@ -158,6 +264,7 @@ def _symbolic_latent_attention(
     scale: float,
     window: int,
     softcap: float,
+    causal: bool = True,
 ) -> Sequence[Tensor]:
     groups, rope_dim, rank = cos.shape[2], 2 * cos.shape[3], key_up.shape[2]
     key_scales = row.shape[2] - rank - groups * rope_dim
@@ -171,6 +278,7 @@ def _symbolic_latent_attention(
             "latent_rank": rank,
             "scale": scale,
             **({"key_scales": key_scales} if key_scales else {}),
+            **({} if causal else {"bidirectional": 1}),
         },
         sinks,
         slopes,
@@ -225,7 +333,7 @@ def _symbolic_node(
         (*inputs, *(value for value in optional.values() if value is not None)),
         {**attributes, **numbers, **flags},
         dtypes=(query.dtype, row.dtype),
-        shapes=((batch, new, heads, v_dim), (batch, kept_rows(past.shape[1] + new, window), row.shape[2])),
+        shapes=((batch, new, heads, v_dim), (batch, kept_rows(past.shape[1] + row.shape[1], window), row.shape[2])),
         version=VERSION,
     )
 
@@ -241,6 +349,7 @@ def _add_functions(model: ir.Model, opset: int) -> None:
             window="window" in node.attributes,
             sinks="has_sinks" in node.attributes,
             slopes="has_slopes" in node.attributes,
+            bidirectional="bidirectional" in node.attributes,
         )
         node.overload = variant.overload
         if node.op_identifier() not in model.functions:

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from mla_compile.runtime import ops
 
-__all__ = ["LatentModel", "LatentOutput", "cache_windows", "positions_from_mask"]
+__all__ = ["LatentModel", "LatentOutput", "LowRankModel", "cache_windows", "positions_from_mask"]
 
 
 @dataclass(frozen=True)
@@ -113,3 +113,37 @@ class LatentModel(nn.Module):
         """A cache of no tokens."""
         like = next(p for p in self.parameters() if p.is_floating_point())
         return tuple(like.new_empty(batch, 0, row).detach() for row in self.rows)
+
+
+class LowRankModel(nn.Module):
+    """A converted encoder: the original's inputs and outputs, smaller projections, no cache.
+
+    Args:
+        graph: Module of positional tensors to a tuple of tensors.
+        inputs: Names of its inputs, in order.
+        outputs: Names of its outputs, in order.
+    """
+
+    def __init__(self, graph: nn.Module, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+        super().__init__()
+        self.graph = graph
+        self.inputs, self.outputs = tuple(inputs), tuple(outputs)
+
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> dict[str, Tensor]:
+        """Run the model.
+
+        Args:
+            *args: Inputs in order.
+            **kwargs: Inputs by name.
+
+        Returns:
+            Outputs by name.
+
+        Raises:
+            TypeError: An input is missing, unknown or given twice.
+        """
+        given = dict(zip(self.inputs, args, strict=False))
+        if len(args) > len(self.inputs) or given.keys() & kwargs.keys() or {*given, *kwargs} != {*self.inputs}:
+            raise TypeError(f"The inputs are {', '.join(self.inputs)}; each is given once, in this order or by name.")
+        given |= kwargs
+        return dict(zip(self.outputs, self.graph(*(given[name] for name in self.inputs)), strict=True))

@@ -135,6 +135,7 @@ def latent_attention(
     sinks: Tensor | None = None,
     slopes: Tensor | None = None,
     softcap: float = 0.0,
+    causal: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Multi-head latent attention with explicit keys and values (MHA2MLA eq. 8-11; DeepSeek-V2 eq. 9-19).
 
@@ -162,7 +163,8 @@ def latent_attention(
     per_head = [x.repeat_interleave(heads // groups, 2) for x in (cos, sin)]
     queries = torch.cat([query[..., :nope], rotate(query[..., nope:], *per_head)], -1)
     mask = attention_mask[:, -rows.shape[1] :]
-    return _attend(queries, keys, values, mask, scale, window, sinks, slopes, softcap), _kept(rows, window)
+    attended = _attend(queries, keys, values, mask, scale, window, sinks, slopes, softcap, causal)
+    return attended, _kept(rows, window)
 
 
 def cached_attention(

@@ -87,9 +87,12 @@ def text(batch: int, length: int) -> dict[str, Tensor]:
     return {"input_ids": ids(batch, length), "attention_mask": padded(batch, length)}
 
 
+def placed(batch: int, length: int) -> dict[str, Tensor]:
+    return {**text(batch, length), "position_ids": torch.arange(length).expand(batch, length).contiguous()}
+
+
 def segments(batch: int, length: int, kinds: int = 2) -> dict[str, Tensor]:
-    places = torch.arange(length).expand(batch, length).contiguous()
-    return {**text(batch, length), "token_type_ids": ids(batch, length, 5) % kinds, "position_ids": places}
+    return {**placed(batch, length), "token_type_ids": ids(batch, length, 5) % kinds}
 
 
 def image(batch: int, length: int) -> dict[str, Tensor]:
@@ -260,7 +263,7 @@ ENCODERS: dict[str, Encoder] = {
             max_position_embeddings=LONGEST,
         ),
         both_ways("distilbert.transformer.layer.{}.attention"),
-        text,
+        placed,
     ),
     "vit": Encoder(
         lambda: transformers_model(

@@ -1,0 +1,122 @@
+"""Emit the nodes of a layer that is not causal: latent attention without a cache of its own tokens."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from mla_compile.errors import RefusedError
+from mla_compile.passes.emit import Emitter, layer_parameters
+from mla_compile.passes.factorise import LatentWeights
+from mla_compile.passes.layout import Sizes
+from mla_compile.site import AttentionSite
+
+__all__ = ["OpenEmitter"]
+
+_aten = torch.ops.aten
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenEmitter(Emitter):
+    """Where one layer that is not causal is emitted.
+
+    Attributes:
+        sizes: The layer's sizes.
+    """
+
+    sizes: Sizes
+
+    @property
+    def _sizes(self) -> Sizes:
+        return self.sizes
+
+    def open(self, site: AttentionSite, weights: LatentWeights) -> None:
+        """Emit a layer that reads its own tokens, and redirect the users of the old output to it.
+
+        Args:
+            site: The layer.
+            weights: Its latent weights.
+        """
+        path = self._add_weights(site.path, site.index, layer_parameters(site, weights))
+        weight = functools.partial(self._weight, path)
+        with self.module.graph.inserting_before(self.nodes[site.output]):
+            batch, length = self._batch_and_length()
+            row = self._row(site, weights, batch, length, weight)
+            result = self._attend(site, weights, row, path)
+            self._replace(site.output, site.output_axes, result, weight("output_bias"), site.path)
+
+    def _attend(self, site: AttentionSite, weights: LatentWeights, row: Node, path: str) -> Node:
+        """Queries over rows ``[B, N, R]``, all of which are given at once."""
+        weight = functools.partial(self._weight, path)
+        batch, length = self._batch_and_length()
+        past = self._call(_aten.new_zeros.default, row, [batch, 0, weights.row_width(site)])
+        if site.padding is None:
+            keys = self._call(_aten.sym_size.int, row, 1)
+            mask = self._call(_aten.new_ones.default, row, [batch, keys], dtype=torch.long)
+        else:
+            mask = self.inputs[site.padding]
+        cos, sin = self._turns(site, weights.inv_freq, batch, length, path)
+        return self._call(
+            torch.ops.mla.latent_attention.default,
+            self._query(site, weights, batch, length, weight),
+            row,
+            past,
+            mask,
+            cos,
+            sin,
+            weight("key_up"),
+            weight("value_up"),
+            weight("sinks"),
+            None,
+            float(site.scores.scale),
+            0,
+            float(site.scores.softcap),
+            False,
+        )
+
+    def _batch_and_length(self) -> tuple[Any, Any]:
+        return self.count(self.sizes.batch), self.count(self.sizes.length)
+
+    def count(self, size: Any) -> Any:  # noqa: ANN401 - int or sympy expression in, int or node out
+        """A size as a number or as a node that reads it from an input.
+
+        Raises:
+            RefusedError: No input has it.
+        """
+        if getattr(size, "is_number", isinstance(size, int)):
+            return int(size)
+        for name, (_, value) in self.program.user_inputs.items():
+            for axis, found in enumerate(value.shape):
+                if not isinstance(found, int) and found.node.expr == size:
+                    return self._call(_aten.sym_size.int, self.nodes[name], axis)
+        raise RefusedError(
+            f"The number of tokens '{size}' of an attention layer is no size of an input.",
+            "Export the model with inputs of a fixed size.",
+        )
+
+    def _turns(
+        self,
+        site: AttentionSite,
+        inv_freq: Tensor,
+        batch: Any,  # noqa: ANN401 - node or int
+        length: Any,  # noqa: ANN401 - node or int
+        path: str,
+    ) -> tuple[Node, Node]:
+        """Cosines and sines ``[B, S, groups, rope_dim / 2]``, or ``[B, 1, groups, 0]`` without rotation."""
+        groups, half = inv_freq.shape
+        if not half:
+            nothing = self._call(
+                _aten.full.default, [batch, 1, groups, 0], 1.0, dtype=self.dtype, device=torch.device("cpu")
+            )
+            return nothing, nothing
+        self.module.get_submodule(path).register_buffer("inv_freq", inv_freq.float())
+        places = self._call(_aten.arange.default, length, dtype=torch.float32, device=torch.device("cpu"))
+        column = self._call(_aten.reshape.default, places, [1, length, 1, 1])
+        angle = self._call(_aten.mul.Tensor, column, self.module.graph.get_attr(f"{path}.inv_freq"))
+        angle = self._call(_aten.expand.default, angle, [batch, length, groups, half])
+        return self._call(_aten.cos.default, angle), self._call(_aten.sin.default, angle)
