@@ -166,7 +166,7 @@ def plan_rows(plans: Sequence[LatentPlan]) -> dict[str, Any]:
 
 
 def show_plan(plans: Sequence[LatentPlan], cached: bool = True) -> None:
-    """One row per layer and the sum; keys and values of an encoder are not ``cached``, but made from so many numbers."""
+    """One row per layer and the sum; an encoder's keys and values are not ``cached``."""
     rows: list[list[object]] = [
         [
             p.site,

@@ -1,4 +1,4 @@
-"""Encoders behind ``--encoders``: low-rank projections, the model's own inputs and outputs, and nothing wrong in silence.
+"""Encoders behind ``--encoders``: low-rank projections, the model's own inputs and outputs, nothing wrong in silence.
 
 Oracles are the original modules themselves, on inputs of lengths and paddings the compiler has not seen.
 """
