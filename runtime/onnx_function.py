@@ -64,10 +64,8 @@ _SIZES = """
   one = Constant <value_ints = [1]> ()
   two = Constant <value_ints = [2]> ()
   end = Constant <value_ints = [9223372036854775807]> ()
-  axis0 = Constant <value_ints = [0]> ()
   H = Reshape (heads, one)
   BS = Shape <start = 0, end = 2> (query_BSHD)
-  BN = Shape <start = 0, end = 2> (row_BNR)
   B = Shape <start = 0, end = 1> (query_BSHD)
   S = Shape <start = 1, end = 2> (query_BSHD)
   N = Shape <start = 1, end = 2> (row_BNR)
@@ -76,6 +74,7 @@ _SIZES = """
 """
 
 _LATENT_QUERIES = """
+  BN = Shape <start = 0, end = 2> (row_BNR)
   SH = Mul (S, H)
   axis3 = Constant <value_ints = [3]> ()
   axis4 = Constant <value_ints = [4]> ()
@@ -196,7 +195,7 @@ _SEEN = """
   one_scalar = Constant <value_int = 1> ()
   T_scalar = Squeeze (T)
   place_T = Range (zero_scalar, T_scalar, one_scalar)
-  own_S = Slice (place_T, P, end, axis0)
+  own_S = Slice (place_T, P, end, zero)
   own_S1 = Unsqueeze (own_S, one)
   before_ST = LessOrEqual (place_T, own_S1)
   itself_ST = Equal (place_T, own_S1)

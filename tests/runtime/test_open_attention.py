@@ -235,6 +235,13 @@ def test_the_onnx_function_equals_the_reference(problem):
         torch.testing.assert_close(got.double(), expected, **CLOSE)
 
 
+@pytest.mark.parametrize("features", [{}, {"key_scales": True}, {"softcap": True, "sinks": True}], ids=str)
+def test_the_onnx_function_has_no_more_than_it_needs(features):
+    function = attention_function(LATENT, 23, Variant(bidirectional=True, **features))
+    used = {name for node in function.node for name in node.input} | {*function.output}
+    assert not {node.output[0] for node in function.node} - used
+
+
 @settings(max_examples=25)
 @given(problems())
 def test_the_onnx_function_equals_the_reference_at_any_size(problem):
