@@ -18,9 +18,10 @@ from mla_compile.encoder_report import EncoderReport, EncoderVerification, proje
 from mla_compile.errors import RefusedError, UsageError
 from mla_compile.passes.evaluate import example_inputs
 from mla_compile.passes.factorise import METHODS
-from mla_compile.passes.insert_low_rank import insert_low_rank, layer_sizes
+from mla_compile.passes.insert_low_rank import insert_low_rank
 from mla_compile.passes.layout import Sizes
 from mla_compile.passes.recognise import Recognition
+from mla_compile.passes.scores import layer_sizes
 from mla_compile.passes.weights import input_width, read_site
 from mla_compile.plan import LatentPlan, plan_layers
 from mla_compile.program import AnyProgram, Assets, Role

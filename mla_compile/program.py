@@ -17,7 +17,7 @@ from torch.export import ExportedProgram
 from mla_compile.errors import LoadError
 from mla_compile.quiet import quiet_exporter
 
-__all__ = ["AnyProgram", "Assets", "OtherProgram", "Program", "Role", "input_role"]
+__all__ = ["AnyProgram", "Assets", "DecoderProgram", "OtherProgram", "Program", "Role", "input_role"]
 
 
 @dataclass(frozen=True)
@@ -195,6 +195,11 @@ class Program(AnyProgram):
     logits: str
 
     @property
+    def reads_another(self) -> bool:
+        """Whether it also reads another sequence (a decoder), and so has inputs besides its own tokens'."""
+        return False
+
+    @property
     def vocabulary(self) -> int:
         """How many token ids the model knows: the rows of the smallest table its tokens index."""
         nodes = {n.name: n for n in self.exported.graph.nodes}
@@ -223,3 +228,21 @@ class Program(AnyProgram):
         if self.position_ids:
             given[self.position_ids] = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         return [given[str(name)] for name in self.exported.graph_signature.user_inputs if name in given]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderProgram(Program):
+    """The decoder of an encoder-decoder: a causal language model that reads an encoder's states as well.
+
+    Attributes:
+        states: Placeholder of the encoder's states, one per token of its own.
+        encoder_mask: Placeholder of the padding mask over them, if the decoder reads one.
+    """
+
+    states: str
+    encoder_mask: str | None
+
+    @property
+    def reads_another(self) -> bool:
+        """Always."""
+        return True

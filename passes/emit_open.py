@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,8 @@ from mla_compile.site import AttentionSite
 __all__ = ["OpenEmitter"]
 
 _aten = torch.ops.aten
+_ROW_WEIGHTS = frozenset({"row", "row_bias", "rope_shift"})
+"""Weights that make cache rows; all others read them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +52,34 @@ class OpenEmitter(Emitter):
             row = self._row(site, weights, batch, length, weight)
             result = self._attend(site, weights, row, path)
             self._replace(site.output, site.output_axes, result, weight("output_bias"), site.path)
+
+    def rows(self, site: AttentionSite, weights: LatentWeights) -> Node:
+        """Emit what a cross attention layer keeps of every token of the other sequence, ``[B, N, R]``.
+
+        Args:
+            site: The layer.
+            weights: Its latent weights.
+        """
+        made = {name: x for name, x in layer_parameters(site, weights).items() if name in _ROW_WEIGHTS}
+        weight = functools.partial(self._weight, self._add_weights(site.path, site.index, made))
+        keys = dataclasses.replace(self, sizes=self.sizes.of_keys())
+        with self.module.graph.inserting_before(next(n for n in self.module.graph.nodes if n.op == "output")):
+            return keys._row(site, weights, *keys._batch_and_length(), weight)
+
+    def over(self, site: AttentionSite, weights: LatentWeights, row: Node) -> None:
+        """Emit a cross attention layer over rows that are given, and redirect the users of the old output to it.
+
+        Args:
+            site: The layer.
+            weights: Its latent weights.
+            row: The rows, from :meth:`rows`.
+        """
+        made = {name: x for name, x in layer_parameters(site, weights).items() if name not in _ROW_WEIGHTS}
+        path = self._add_weights(site.path, site.index, made)
+        with self.module.graph.inserting_before(self.nodes[site.output]):
+            result = self._attend(site, weights, row, path)
+            bias = self._weight(path, "output_bias")
+            self._replace(site.output, site.output_axes, result, bias, site.path)
 
     def _attend(self, site: AttentionSite, weights: LatentWeights, row: Node, path: str) -> Node:
         """Queries over rows ``[B, N, R]``, all of which are given at once."""
@@ -91,9 +122,9 @@ class OpenEmitter(Emitter):
         if getattr(size, "is_number", isinstance(size, int)):
             return int(size)
         for name, (_, value) in self.program.user_inputs.items():
-            for axis, found in enumerate(value.shape):
+            for axis, found in enumerate(value.shape if name in self.inputs else ()):
                 if not isinstance(found, int) and found.node.expr == size:
-                    return self._call(_aten.sym_size.int, self.nodes[name], axis)
+                    return self._call(_aten.sym_size.int, self.inputs[name], axis)
         raise RefusedError(
             f"The number of tokens '{size}' of an attention layer is no size of an input.",
             "Export the model with inputs of a fixed size.",

@@ -77,7 +77,7 @@ class Sizes:
             query: Its queries, one axis of which has the batch.
             lengths: How many queries and keys there are, as sizes of a traced shape.
         """
-        if isinstance(program, Program):
+        if isinstance(program, Program) and not program.reads_another:
             return cls.of(program)  # one sequence is all there is
         free = {symbol for d in query.meta["val"].shape for symbol in getattr(_expression(d), "free_symbols", ())}
         firsts = [_expression(value.shape[0]) for _, value in program.user_inputs.values() if value.dim()]

@@ -20,11 +20,20 @@ from mla_compile.passes.evaluate import GraphEvaluator, example_inputs
 from mla_compile.passes.layout import Layout, Sizes, attended_layout, fused_layout, score_layouts, score_lengths
 from mla_compile.passes.mismatch import MismatchError
 from mla_compile.passes.probe import exceeds, longest_length
-from mla_compile.passes.trace import Anchor, DataFlow, operator_argument
+from mla_compile.passes.trace import Anchor, DataFlow, find_anchors, operator_argument
 from mla_compile.program import AnyProgram
 from mla_compile.site import Mask, RejectCode, Scores
 
-__all__ = ["AnchorLayouts", "Scorer", "anchor_layouts", "anchor_sizes", "hides", "probe_probabilities", "probe_scores"]
+__all__ = [
+    "AnchorLayouts",
+    "Scorer",
+    "anchor_layouts",
+    "anchor_sizes",
+    "hides",
+    "layer_sizes",
+    "probe_probabilities",
+    "probe_scores",
+]
 
 _aten = torch.ops.aten
 _LONG_MASK = 600
@@ -63,6 +72,12 @@ def anchor_sizes(program: AnyProgram, anchor: Anchor) -> Sizes:
     else:
         lengths = score_lengths(anchor.scores, anchor.query, anchor.key)
     return Sizes.around(program, anchor.query, lengths)
+
+
+def layer_sizes(program: AnyProgram) -> dict[int, Sizes]:
+    """Sizes of every attention layer, by its index."""
+    anchors = enumerate(find_anchors(DataFlow(program), program))
+    return {index: anchor_sizes(program, found) for index, found in anchors if isinstance(found, Anchor)}
 
 
 def anchor_layouts(sizes: Sizes, anchor: Anchor) -> AnchorLayouts:
