@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from mla_compile import frontend, verify
-from mla_compile.artifacts import check_neighbours, check_target, read_folder, write_folder, write_onnx
+from mla_compile.artifacts import check_neighbours, check_pair, check_target, read_folder, write_folder, write_onnx
 from mla_compile.calibration import Text, TextWindows, cut_windows, read_text
 from mla_compile.config import CompileConfig, make_config
 from mla_compile.encoders import CompiledEncoder, compile_encoder, is_encoder, require_encoder
@@ -30,7 +30,8 @@ from mla_compile.program import AnyProgram, Assets, OtherProgram, Program
 from mla_compile.progress import Display, Stages
 from mla_compile.report import Quality, Report
 from mla_compile.runtime.module import LatentModel
-from mla_compile.site import AttentionSite, Rejection
+from mla_compile.seq2seq import CompiledSeq2Seq, compile_seq2seq, is_seq2seq, plan_seq2seq, undecodable
+from mla_compile.site import AttentionSite, Kind, Rejection
 
 __all__ = [
     "CompiledModel",
@@ -114,7 +115,7 @@ def compile(
     unsafe_load: bool = False,
     display: Display | None = None,
     **settings: Any,  # noqa: ANN401 - validated by CompileConfig
-) -> CompiledModel | CompiledEncoder:
+) -> CompiledModel | CompiledEncoder | CompiledSeq2Seq:
     """Convert a model's attention to latent attention.
 
     Weights that the conversion leaves as they are, are shared with the original: copy one of the two before training if
@@ -136,8 +137,9 @@ def compile(
         **settings: Fields of :class:`~mla_compile.config.CompileConfig`, instead of ``config``.
 
     Returns:
-        The converted model; a :class:`~mla_compile.encoders.CompiledEncoder` for a model whose attention is
-        bidirectional, which is only converted with the setting ``encoders``.
+        The converted model. With the setting ``encoders``, and only then, also a
+        :class:`~mla_compile.encoders.CompiledEncoder` for a model whose attention is bidirectional, or a
+        :class:`~mla_compile.seq2seq.CompiledSeq2Seq` for an encoder-decoder.
 
     Raises:
         LoadError: The model or text cannot be read.
@@ -169,6 +171,10 @@ def compile(
     if config.encoders and (is_encoder(found) or not isinstance(loaded, Program)):
         if calibration is not None:
             raise UsageError("Text cannot be used for an encoder.", "Leave --calibration out.")
+        if is_seq2seq(found):
+            if out is not None:
+                check_pair(out, force)
+            return compile_seq2seq(loaded, found, config, check=check, stages=stages)
         return compile_encoder(loaded, found, config, check=check, stages=stages)
     program = _require_causal(loaded, found)
     sites, kept = found.sites, found.rejections
@@ -235,6 +241,9 @@ def plan(
     """Plan a conversion without computing any weights."""
     program = frontend.load_any(model, attention=attn_implementation, unsafe=unsafe_load)
     found = recognise(program)
+    if config.encoders and is_seq2seq(found):
+        own, crossed = plan_seq2seq(program, found, config)
+        return found, (*own, *crossed)
     if config.encoders and (is_encoder(found) or not isinstance(program, Program)):
         sites, _ = require_encoder(program, found)
     else:
@@ -247,13 +256,21 @@ def convertible(
     program: AnyProgram, found: Recognition, encoders: bool
 ) -> tuple[Sequence[AttentionSite], Sequence[Rejection]]:
     """Split what was found into layers that a conversion changes and others."""
-    return require_encoder(program, found) if encoders and is_encoder(found) else (found.sites, found.rejections)
+    if encoders and is_encoder(found):
+        return require_encoder(program, found)
+    crossed = [r for r in found.rejections if r.site is not None and r.site.kind == Kind.CROSS]
+    if encoders and is_seq2seq(found):
+        sites = [*found.sites, *(r.site for r in crossed if r.site is not None)]
+        return sites, [r for r in found.rejections if r not in crossed]
+    return found.sites, found.rejections
 
 
 def would_be_refused(program: AnyProgram, found: Recognition, encoders: bool) -> bool:
     """Whether a conversion would refuse the model for its attention."""
     if encoders and is_encoder(found):
         return False
+    if encoders and is_seq2seq(found):
+        return bool(undecodable(program, found))
     lost = any(r.plain is None for r in found.rejections)
     return not isinstance(program, Program) or not found.sites or lost
 
@@ -306,19 +323,16 @@ def _require_causal(program: AnyProgram, found: Recognition) -> Program:
         LoadError: It is no causal language model for another reason.
     """
     kinds = sorted({r.site.kind.value for r in found.rejections if r.site is not None})
-    if isinstance(program, Program) and not is_encoder(found):
-        _require_some(program, found)
-        return program
     if isinstance(program, OtherProgram) and not kinds:
         raise program.why
-    if is_encoder(found):
-        raise RefusedError(
-            f"The attention of '{program.source}' is bidirectional: nothing is cached, so there is no cache to shrink.",
-            "Pass --encoders to make its projections low-rank instead.",
-        )
+    if isinstance(program, Program) or is_encoder(found):
+        _require_some(program, found)
+    if isinstance(program, Program):
+        return program
+    remedy = "Pass --encoders to convert what its decoder caches." if is_seq2seq(found) else ""
     raise RefusedError(
         f"'{program.source}' is no causal language model: some of its attention is {' and '.join(kinds)}.",
-        "Run 'mla-compile inspect' for the whole table.",
+        remedy or "Run 'mla-compile inspect' for the whole table.",
     )
 
 
@@ -342,7 +356,9 @@ def _require_some(program: AnyProgram, found: Recognition) -> Recognition:
         raise RefusedError(
             f"{len(lost or found.rejections)} of {len(found.rejections) + len(found.sites)} attention layers of "
             f"'{program.source}' cannot be {verb}: {reasons}.",
-            "Run 'mla-compile inspect' for the whole table.",
+            "Pass --encoders to make its projections low-rank instead."
+            if is_encoder(found)
+            else "Run 'mla-compile inspect' for the whole table.",
         )
     if not found.sites:
         raise RefusedError(

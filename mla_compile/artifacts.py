@@ -22,16 +22,23 @@ from torch import Tensor, fx
 from mla_compile import verify
 from mla_compile.encoder_report import EncoderReport
 from mla_compile.errors import LoadError, UsageError
-from mla_compile.passes.layout import Sizes
-from mla_compile.passes.lower_onnx import export_encoder, export_rewritten, lower_encoder_to_onnx, lower_to_onnx
-from mla_compile.program import AnyProgram, Assets
+from mla_compile.passes.lower_onnx import (
+    EncoderFace,
+    export_encoder,
+    export_rewritten,
+    lower_encoder_to_onnx,
+    lower_to_onnx,
+)
+from mla_compile.program import Assets
 from mla_compile.progress import Stages
 from mla_compile.report import Report, environment
-from mla_compile.runtime.module import LatentModel, LowRankModel
+from mla_compile.runtime.module import LatentModel, LatentSeq2Seq, LowRankModel
 from mla_compile.runtime.onnx_session import OnnxDecoder
+from mla_compile.seq2seq_report import Seq2SeqReport
 
 __all__ = [
     "check_neighbours",
+    "check_pair",
     "check_target",
     "is_converted_folder",
     "read_folder",
@@ -39,6 +46,7 @@ __all__ = [
     "write_encoder_onnx",
     "write_folder",
     "write_onnx",
+    "write_seq2seq_onnx",
 ]
 
 _TOKENIZER_FILES = (
@@ -54,7 +62,7 @@ _TOKENIZER_FILES = (
 )
 
 
-_AnyReport = TypeVar("_AnyReport", Report, EncoderReport)
+_AnyReport = TypeVar("_AnyReport", Report, EncoderReport, Seq2SeqReport)
 
 
 def check_target(path: Path, force: bool) -> None:
@@ -92,6 +100,21 @@ def check_target(path: Path, force: bool) -> None:
             pass
     except OSError as error:
         raise UsageError(f"'{existing}' cannot be written ({error.strerror}).", "Choose another folder.") from error
+
+
+def check_pair(path: Path, force: bool) -> None:
+    """Refuse targets of an encoder-decoder that cannot be written, before any work is done.
+
+    Raises:
+        UsageError: The name is not that of an ONNX file, or one of the two files cannot be written.
+    """
+    if path.suffix != ".onnx":
+        raise UsageError(
+            f"'{path}' is not named like an ONNX file, and an encoder-decoder is written as two of them.",
+            "Name it with the suffix .onnx.",
+        )
+    for target in (path, path.with_suffix(".encoder.onnx")):
+        check_target(target, force)
 
 
 def check_neighbours(path: Path, source: str, assets: Assets, force: bool) -> None:
@@ -198,7 +221,7 @@ def write_encoder_onnx(
     module: LowRankModel,
     report: EncoderReport,
     assets: Assets,
-    original: tuple[AnyProgram, Sizes],
+    face: EncoderFace,
     path: Path,
     *,
     checks: Sequence[Mapping[str, Tensor]] | None,
@@ -211,7 +234,7 @@ def write_encoder_onnx(
         module: The converted model.
         report: What was done so far.
         assets: Configuration and tokenizer.
-        original: The program it was converted from, and the sizes of one of its layers.
+        face: Its inputs and outputs.
         path: The ``.onnx`` file.
         checks: Inputs to compare on; None to skip the comparison.
         force: Replace existing files.
@@ -228,7 +251,7 @@ def write_encoder_onnx(
         with stages.stage("lower to ONNX"):
             lower_encoder_to_onnx(
                 module.graph,  # type: ignore[arg-type]
-                *original,
+                face,
                 folder / path.name,
                 opset=report.config["opset"],
                 metadata={"schema_version": 1, "source": Path(report.source).name, "config": dict(report.config)},
@@ -243,11 +266,70 @@ def write_encoder_onnx(
         return _finish(report, folder, stages)
 
 
+def write_seq2seq_onnx(
+    module: LatentSeq2Seq,
+    report: Seq2SeqReport,
+    assets: Assets,
+    face: EncoderFace,
+    path: Path,
+    *,
+    tokens: str,
+    checks: Sequence[Mapping[str, Tensor]] | None,
+    force: bool,
+    stages: Stages,
+) -> Seq2SeqReport:
+    """Lower an encoder-decoder to two files, verify both together, and only then give them their names.
+
+    Args:
+        module: The converted model.
+        report: What was done so far.
+        assets: Configuration and tokenizer.
+        face: Inputs and outputs of the encoder's part.
+        path: The decoder's ``.onnx`` file; the encoder's is ``X.encoder.onnx`` beside it.
+        tokens: Name of the decoder's token input in ``checks``.
+        checks: Inputs to compare on; None to skip the comparison.
+        force: Replace existing files.
+        stages: Times and shows what runs.
+
+    Returns:
+        The completed report, also written as ``report.json`` beside the files.
+    """
+    check_pair(path, force)
+    other = path.with_suffix(".encoder.onnx")
+    check_neighbours(path, report.source, assets, force)
+    facts = {"schema_version": 1, "source": Path(report.source).name, "config": dict(report.config)}
+    with _moved_into(path.parent) as folder:
+        with stages.stage("lower to ONNX"):
+            opset = report.config["opset"]
+            encoder: fx.GraphModule = module.encoder.graph  # type: ignore[assignment]
+            decoder: fx.GraphModule = module.decoder.graph  # type: ignore[assignment]
+            lower_encoder_to_onnx(encoder, face, folder / other.name, opset=opset, metadata=facts)
+            lower_to_onnx(
+                decoder,
+                module.decoder.rows,
+                folder / path.name,
+                opset=opset,
+                inline=report.config["inline"],
+                metadata=facts,
+                cross=[p.elements_after for p in report.cross_plans],
+                masked=module.mask is not None,
+            )
+        if checks is not None:
+            with stages.stage("verify ONNX"):
+                files = (folder / other.name, folder / path.name)
+                error = verify.check_seq2seq_onnx(module, files, tokens, checks)
+            if report.verification is not None:
+                checked = dataclasses.replace(report.verification, lowering_error=error)
+                report = dataclasses.replace(report, verification=checked)
+        _copy_assets(assets, folder)
+        return _finish(report, folder, stages)
+
+
 def write_encoder_folder(
     module: LowRankModel,
     report: EncoderReport,
     assets: Assets,
-    original: tuple[AnyProgram, Sizes],
+    face: EncoderFace,
     path: Path,
     force: bool,
 ) -> EncoderReport:
@@ -255,7 +337,7 @@ def write_encoder_folder(
     check_target(path, force)
     check_neighbours(path, report.source, assets, force)
     with _moved_into(path) as folder:
-        torch.export.save(export_encoder(module.graph, *original), folder / "model.pt2")
+        torch.export.save(export_encoder(module.graph, face), folder / "model.pt2")
         _copy_assets(assets, folder)
         (folder / "mla_config.yaml").write_text(yaml.safe_dump(dict(report.config), sort_keys=False), encoding="utf-8")
         return _finish(report, folder, Stages())

@@ -98,7 +98,8 @@ Encoders = Annotated[
     bool,
     typer.Option(
         "--encoders",
-        help="Convert bidirectional attention too: it has no cache, so its projections become low-rank.",
+        help="Convert encoders too, whose projections become low-rank for want of a cache, and the decoder of an "
+        "encoder-decoder.",
         rich_help_panel=_METHOD,
     ),
 ]
@@ -183,6 +184,7 @@ def convert(
     with shown:
         from mla_compile import api
         from mla_compile.encoder_report import EncoderReport
+        from mla_compile.seq2seq_report import Seq2SeqReport
 
         compiled = api.compile(
             model,
@@ -198,13 +200,15 @@ def convert(
             display=shown,
         )
         if out.suffix == ".onnx":
-            report: Report | EncoderReport = compiled.to_onnx(out, force=force, display=shown)
+            report: Report | EncoderReport | Seq2SeqReport = compiled.to_onnx(out, force=force, display=shown)
         else:
             report = compiled.save(out, force=force)
     if as_json:
         typer.echo(report.to_json(), nl=False)
     elif isinstance(report, EncoderReport):
         display.show_encoder_report(report, out)
+    elif isinstance(report, Seq2SeqReport):
+        display.show_seq2seq_report(report, out)
     else:
         display.show_report(report, out)
 

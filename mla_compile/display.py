@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mla_compile.plan import LatentPlan
     from mla_compile.progress import StageTiming
     from mla_compile.report import Report
+    from mla_compile.seq2seq_report import Seq2SeqReport
     from mla_compile.textgen import Generation
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "show_measurement",
     "show_plan",
     "show_report",
+    "show_seq2seq_report",
     "stream_text",
 ]
 
@@ -240,6 +242,29 @@ def show_encoder_report(report: EncoderReport, out: Path) -> None:
             rows.append(["ONNX Runtime vs PyTorch", f"{v.lowering_error:.1e}"])
         rows.append(["converted vs original", f"{v.conversion_error:.1e}"])
     rows.append(["written", f"{out} ({sum(report.artifacts.values()) / 2**20:.1f} MiB)"])
+    _print_table(report.source, ["", "result"], rows)
+    for warning in report.warnings:
+        print(f"warning: {warning}", file=sys.stderr)  # noqa: T201
+
+
+def show_seq2seq_report(report: Seq2SeqReport, out: Path) -> None:
+    """What was done to an encoder-decoder, in a few lines."""
+    converted = f"{len(report.plans)} self and {len(report.cross_plans)} cross converted"
+    rows: list[list[object]] = [["attention layers of the decoder", converted]]
+    for name, (before, after) in (
+        ("cache bytes per decoder token", report.cache_bytes),
+        ("cross cache bytes per encoder token", report.cross_cache_bytes),
+    ):
+        rows.append([name, f"{before} -> {after} ({after / before:.2%})"])
+    if report.verification:
+        v = report.verification
+        rows.append(["rewrite at full rank vs original", f"{v.rewrite_error:.1e}"])
+        rows.append(["decode vs whole sequence", f"{v.decode_error:.1e}"])
+        if v.lowering_error is not None:
+            rows.append(["ONNX Runtime vs PyTorch", f"{v.lowering_error:.1e}"])
+        rows.append(["converted vs original", f"{v.conversion_error:.1e}"])
+    files = f"{out} and {out.with_suffix('.encoder.onnx').name}"
+    rows.append(["written", f"{files} ({sum(report.artifacts.values()) / 2**20:.1f} MiB)"])
     _print_table(report.source, ["", "result"], rows)
     for warning in report.warnings:
         print(f"warning: {warning}", file=sys.stderr)  # noqa: T201

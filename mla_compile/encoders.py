@@ -20,6 +20,7 @@ from mla_compile.passes.evaluate import example_inputs
 from mla_compile.passes.factorise import METHODS
 from mla_compile.passes.insert_low_rank import insert_low_rank
 from mla_compile.passes.layout import Sizes
+from mla_compile.passes.lower_onnx import EncoderFace
 from mla_compile.passes.recognise import Recognition
 from mla_compile.passes.scores import layer_sizes
 from mla_compile.passes.weights import input_width, read_site
@@ -29,7 +30,7 @@ from mla_compile.progress import Display, Stages
 from mla_compile.runtime.module import LowRankModel
 from mla_compile.site import AttentionSite, Kind, Rejection
 
-__all__ = ["CompiledEncoder", "compile_encoder", "is_encoder", "require_encoder"]
+__all__ = ["CompiledEncoder", "compile_encoder", "inputs_to_compare", "is_encoder", "require_encoder"]
 
 _LENGTHS = (5, 12, 21)
 """Lengths the conversion is compared at, where they may be chosen."""
@@ -42,16 +43,14 @@ class CompiledEncoder:
     Attributes:
         module: The model in PyTorch: callable and trainable, with the original's inputs and outputs.
         report: What was done.
-        program: The original.
-        sizes: Sizes of one of its layers, which say what lengths there are.
+        face: Its inputs and outputs.
         assets: Configuration and tokenizer of the original.
         checks: Inputs the ONNX file is checked on, by name; None when verification was switched off.
     """
 
     module: LowRankModel
     report: EncoderReport
-    program: AnyProgram
-    sizes: Sizes
+    face: EncoderFace
     assets: Assets = field(default_factory=Assets)
     checks: Sequence[Mapping[str, Tensor]] | None = None
 
@@ -77,7 +76,7 @@ class CompiledEncoder:
             self.module,
             self.report,
             self.assets,
-            (self.program, self.sizes),
+            self.face,
             Path(path),
             checks=self.checks,
             force=force,
@@ -96,9 +95,7 @@ class CompiledEncoder:
         Raises:
             UsageError: The folder cannot be written, or is not empty.
         """
-        return write_encoder_folder(
-            self.module, self.report, self.assets, (self.program, self.sizes), Path(folder), force
-        )
+        return write_encoder_folder(self.module, self.report, self.assets, self.face, Path(folder), force)
 
 
 def is_encoder(found: Recognition) -> bool:
@@ -153,7 +150,7 @@ def compile_encoder(
     plans = plan_layers(sites, [input_width(program, s) for s in sites], config)
     converted = _convert(program, sites, plans, config, stages)
     sizes = layer_sizes(program)[sites[0].index]
-    checks = _inputs_to_compare(program, sizes, config.seed)
+    checks = inputs_to_compare(program, sizes, config.seed)
     verification = None
     if check:
         with stages.stage("verify"):
@@ -175,7 +172,8 @@ def compile_encoder(
         warnings=_warnings(program, sites, plans, kept, config),
     )
     report = dataclasses.replace(report, stages=tuple(stages.timings))
-    return CompiledEncoder(converted, report, program, sizes, program.assets, checks if check else None)
+    face = EncoderFace.of(program, sizes)
+    return CompiledEncoder(converted, report, face, program.assets, checks if check else None)
 
 
 def _convert(
@@ -195,7 +193,7 @@ def _convert(
     return LowRankModel(graph, list(program.user_inputs), list(program.outputs))
 
 
-def _inputs_to_compare(program: AnyProgram, sizes: Sizes, seed: int) -> tuple[dict[str, Tensor], ...]:
+def inputs_to_compare(program: AnyProgram, sizes: Sizes, seed: int) -> tuple[dict[str, Tensor], ...]:
     """Random inputs of several lengths; the later sequences of each batch are padded at their end."""
     lengths = (sizes.short,) if sizes.fixed else [n for n in _LENGTHS if n <= (program.max_positions or n)]
     found = []

@@ -23,7 +23,7 @@ from mla_compile.errors import VerificationError
 from mla_compile.evaluate import Scorer, relative_error
 from mla_compile.report import Verification
 from mla_compile.runtime.generate import Ids, generate
-from mla_compile.runtime.module import LatentModel, LowRankModel
+from mla_compile.runtime.module import LatentModel, LatentSeq2Seq, LowRankModel
 from mla_compile.runtime.onnx_session import OnnxDecoder, open_session
 
 __all__ = [
@@ -33,8 +33,11 @@ __all__ = [
     "check_encoder_onnx",
     "check_module",
     "check_onnx",
+    "check_seq2seq_onnx",
     "greedy_original",
     "require_equal",
+    "seq2seq_in_chunks",
+    "without_padding",
     "worst_error",
 ]
 
@@ -192,6 +195,71 @@ def check_encoder_onnx(converted: LowRankModel, path: Path, checks: Sequence[Map
         got = session.run(list(expected), fed)
         named = {name: torch.from_numpy(value) for name, value in zip(expected, got, strict=True)}
         worst = max(worst, worst_error(named, expected))
+    require_equal("ONNX Runtime", "the converted PyTorch module", worst)
+    return worst
+
+
+def without_padding(inputs: Mapping[str, Tensor], mask: str | None) -> dict[str, Tensor]:
+    """The same inputs with nothing padded in one mask: a decoder's positions are counted from its own."""
+    return {name: torch.ones_like(value) if name == mask else value for name, value in inputs.items()}
+
+
+def seq2seq_in_chunks(model: LatentSeq2Seq, ids: Tensor, context: Sequence[Tensor]) -> Tensor:
+    """Logits of a decoder that is fed part by part."""
+    past, done = None, 0
+    parts: list[Tensor] = []
+    for part in ids.split(_chunks(ids.shape[1]), 1):
+        done += part.shape[1]
+        result = model(part, context, torch.ones(len(ids), done, dtype=torch.long), past=past)
+        past = result.cache
+        parts.append(result.logits)
+    return torch.cat(parts, 1)
+
+
+def check_seq2seq_onnx(
+    converted: LatentSeq2Seq, files: tuple[Path, Path], tokens: str, checks: Sequence[Mapping[str, Tensor]]
+) -> float:
+    """Compare the two ONNX files of an encoder-decoder with its PyTorch module, the decoder in pieces.
+
+    Args:
+        converted: The PyTorch module.
+        files: The encoder's file and the decoder's.
+        tokens: Name of the decoder's token input in ``checks``.
+        checks: Inputs by name.
+
+    Returns:
+        The worst relative error of the logits.
+
+    Raises:
+        VerificationError: The runtimes disagree.
+    """
+    encoder, decoder = map(open_session, files)
+    taken = {i.name for i in decoder.get_inputs()}
+    worst = 0.0
+    for inputs in checks:
+        ids, given = inputs[tokens], {name: inputs[name] for name in converted.encoder.inputs}
+        with torch.inference_mode():
+            expected = converted(ids, converted.encode(**given)).logits
+        names = list(converted.encoder.outputs)
+        fed = {i.name: given[i.name].numpy() for i in encoder.get_inputs()}
+        context = dict(zip(names, encoder.run(names, fed), strict=True))
+        if converted.mask is not None:
+            context["encoder_attention_mask"] = given[converted.mask].numpy()
+        cache = [np.zeros((len(ids), 0, row), np.float32) for row in converted.decoder.rows]
+        parts: list[np.ndarray] = []
+        done = 0
+        for size in _chunks(ids.shape[1]):
+            step = {
+                "input_ids": ids[:, done : done + size].numpy(),
+                "attention_mask": np.ones((len(ids), done + size), np.int64),
+                "position_ids": np.broadcast_to(np.arange(done, done + size), (len(ids), size)).copy(),
+                **{f"past_key_values.{i}.latent": past for i, past in enumerate(cache)},
+                **context,
+            }
+            logits, *cache = decoder.run(None, {name: value for name, value in step.items() if name in taken})
+            parts.append(logits)
+            done += size
+        worst = max(worst, relative_error(torch.from_numpy(np.concatenate(parts, 1)), expected))
     require_equal("ONNX Runtime", "the converted PyTorch module", worst)
     return worst
 

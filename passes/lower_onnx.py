@@ -10,7 +10,9 @@ import copy
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -20,7 +22,7 @@ from torch.export import Dim, ExportedProgram
 
 from mla_compile.errors import RefusedError
 from mla_compile.passes.evaluate import example_inputs
-from mla_compile.passes.insert_latent import INPUT_NAMES
+from mla_compile.passes.insert_latent import ENCODER_MASK, INPUT_NAMES
 from mla_compile.passes.layout import Sizes
 from mla_compile.passes.onnx_translations import translations
 from mla_compile.program import AnyProgram
@@ -31,7 +33,9 @@ from mla_compile.runtime.onnx_function import CACHED, DOMAIN, LATENT, VERSION, V
 from mla_compile.runtime.ops import kept_rows
 
 __all__ = [
+    "CROSS_NAME",
     "EXTERNAL_DATA_BYTES",
+    "EncoderFace",
     "export_encoder",
     "export_rewritten",
     "lower_encoder_to_onnx",
@@ -41,11 +45,19 @@ __all__ = [
 EXTERNAL_DATA_BYTES = 1_500_000_000
 """Weights above this go to a data file beside the model: a protobuf file cannot exceed 2 GB."""
 METADATA_KEY = "mla_compile"
-_BATCH, _NEW, _PAST = 2, 3, 5
+CROSS_NAME = "cross.{}.latent"
+"""Rows of one cross attention layer: an output of the encoder's file and an input of the decoder's."""
+_ENCODER_LENGTH = "encoder_sequence_length"
+_BATCH, _NEW, _PAST, _ENCODED = 2, 3, 5, 7
 
 
 def export_rewritten(
-    module: fx.GraphModule, rows: Sequence[int], dtype: torch.dtype = torch.float32
+    module: fx.GraphModule,
+    rows: Sequence[int],
+    dtype: torch.dtype = torch.float32,
+    *,
+    cross: Sequence[int] = (),
+    masked: bool = False,
 ) -> ExportedProgram:
     """Export the rewritten graph with dynamic batch, new length and past length.
 
@@ -53,6 +65,8 @@ def export_rewritten(
         module: From :func:`~mla_compile.passes.insert_latent.insert_latent`.
         rows: Cache row length per layer.
         dtype: Type of the caches.
+        cross: Row length per cross attention layer of a decoder.
+        masked: Whether the decoder reads a padding mask over them.
 
     Returns:
         The exported program; symbols and guards are torch's own.
@@ -63,6 +77,8 @@ def export_rewritten(
         torch.ones(_BATCH, _PAST + _NEW, dtype=torch.long),
         torch.arange(_PAST, _PAST + _NEW).expand(_BATCH, _NEW).contiguous(),
         *(torch.zeros(_BATCH, _PAST, row, dtype=dtype) for row in rows),
+        *(torch.zeros(_BATCH, _ENCODED, row, dtype=dtype) for row in cross),
+        *([torch.ones(_BATCH, _ENCODED, dtype=torch.long)] if masked else []),
     )
     shapes = tuple({0: Dim.AUTO, 1: Dim.AUTO} for _ in example)
     with torch.no_grad(), quiet_exporter():
@@ -77,6 +93,8 @@ def lower_to_onnx(
     opset: int,
     inline: bool,
     metadata: Mapping[str, object],
+    cross: Sequence[int] = (),
+    masked: bool = False,
 ) -> None:
     """Write the rewritten graph as an ONNX file.
 
@@ -87,11 +105,15 @@ def lower_to_onnx(
         opset: Standard operator set, 23 or later.
         inline: Replace every ``LatentAttention`` and ``CachedAttention`` node by its body.
         metadata: JSON-able facts stored in the model's metadata under ``mla_compile``.
+        cross: Row length per cross attention layer of a decoder.
+        masked: Whether the decoder reads a padding mask over them.
     """
-    exported = export_rewritten(_with_symbolic_nodes(module), rows)
+    exported = export_rewritten(_with_symbolic_nodes(module), rows, cross=cross, masked=masked)
     layers = len(rows)
     batch, new, past, total = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
-    inputs = [*INPUT_NAMES, *(f"past_key_values.{i}.latent" for i in range(layers))]
+    crossed = [CROSS_NAME.format(i) for i in range(len(cross))]
+    inputs = [*INPUT_NAMES, *(f"past_key_values.{i}.latent" for i in range(layers)), *crossed]
+    inputs += [ENCODER_MASK] if masked else []
     outputs = ["logits", *(f"present.{i}.latent" for i in range(layers))]
     model = _exported_to_onnx(exported, inputs, outputs, opset)
     _name_dimensions(
@@ -102,44 +124,67 @@ def lower_to_onnx(
     _name_dimensions(model, {f"past_key_values.{i}.latent": (batch, f"{past}{w}") for i, w in enumerate(own)})
     presents = {f"present.{i}.latent": (batch, f"{total}{w}") for i, w in enumerate(own)}
     _name_dimensions(model, {"logits": (batch, new)} | presents)
+    _name_dimensions(model, dict.fromkeys([*crossed, ENCODER_MASK], (batch, _ENCODER_LENGTH)))
     _save(model, path, opset=opset, inline=inline, metadata=metadata)
 
 
-def export_encoder(module: nn.Module, program: AnyProgram, sizes: Sizes) -> ExportedProgram:
+@dataclass(frozen=True)
+class EncoderFace:
+    """What a rewritten encoder takes and returns.
+
+    Attributes:
+        program: The original.
+        sizes: Of one of its layers, which say what lengths there are.
+        inputs: Names of its inputs, in order.
+        outputs: Names of its outputs, in order, with their symbolic shapes.
+    """
+
+    program: AnyProgram
+    sizes: Sizes
+    inputs: tuple[str, ...]
+    outputs: Mapping[str, Sequence[Any]]
+
+    @classmethod
+    def of(cls, program: AnyProgram, sizes: Sizes) -> EncoderFace:
+        """Of a whole model."""
+        nodes = {n.name: n for n in program.exported.graph.nodes}
+        outputs = {name: tuple(nodes[node].meta["val"].shape) for name, node in program.outputs.items()}
+        return cls(program, sizes, tuple(program.user_inputs), outputs)
+
+    def dimensions(self, shape: Sequence[Any]) -> list[int | str]:
+        """A symbolic shape in the words of users."""
+        names = {str(s): "batch_size" for s in (*self.sizes.batches, self.sizes.batch)}
+        names |= {str(self.sizes.length): "sequence_length"}
+        names |= {str(self.sizes.keys): _ENCODER_LENGTH} if self.sizes.cross else {}
+        return [d if isinstance(d, int) else names.get(str(d), f"size_{d}") for d in shape]
+
+
+def export_encoder(module: nn.Module, face: EncoderFace) -> ExportedProgram:
     """Export a rewritten encoder, dynamic where the original is.
 
     Args:
-        module: From :func:`~mla_compile.passes.insert_low_rank.insert_low_rank`.
-        program: The original.
-        sizes: Of any of its layers, to choose example sizes by.
+        module: From :mod:`~mla_compile.passes.insert_low_rank`.
+        face: Its inputs and outputs.
     """
-    example = tuple(example_inputs(program, _BATCH, sizes.short, sizes=sizes).values())
-    shapes = tuple(
-        {axis: Dim.AUTO for axis, size in enumerate(value.shape) if not isinstance(size, int)}
-        for _, value in program.user_inputs.values()
-    )
+    made = example_inputs(face.program, _BATCH, face.sizes.short, sizes=face.sizes)
+    example = tuple(made[name] for name in face.inputs)
+    given = [face.program.user_inputs[name][1] for name in face.inputs]
+    shapes = tuple({i: Dim.AUTO for i, d in enumerate(value.shape) if not isinstance(d, int)} for value in given)
     with torch.no_grad(), quiet_exporter():
         return torch.export.export(module, example, dynamic_shapes=shapes, strict=False)
 
 
 def lower_encoder_to_onnx(
-    module: fx.GraphModule,
-    program: AnyProgram,
-    sizes: Sizes,
-    path: Path,
-    *,
-    opset: int,
-    metadata: Mapping[str, object],
+    module: fx.GraphModule, face: EncoderFace, path: Path, *, opset: int, metadata: Mapping[str, object]
 ) -> None:
-    """Write a rewritten encoder as an ONNX file of standard operators, with the original's inputs and outputs.
+    """Write a rewritten encoder as an ONNX file of standard operators.
 
     A whole sequence attends to itself, so keys and values are made from the latent first: attending to the latent
     itself, as a node of ours would, pays only where few queries meet many keys.
 
     Args:
         module: The rewritten graph.
-        program: The original.
-        sizes: Of any of its layers.
+        face: Its inputs and outputs.
         path: File to write.
         opset: Standard operator set, 23 or later.
         metadata: JSON-able facts stored in the model's metadata under ``mla_compile``.
@@ -150,21 +195,11 @@ def lower_encoder_to_onnx(
         if node.target is torch.ops.mla.latent_attention.default:
             node.target = _unfolded_attention
     unfolded.recompile()
-    exported = export_encoder(unfolded, program, sizes)
-    model = _exported_to_onnx(exported, list(program.user_inputs), list(program.outputs), opset)
-    names, nodes = _symbol_names(sizes), {n.name: n for n in program.exported.graph.nodes}
-    shapes = {name: value.shape for name, (_, value) in program.user_inputs.items()}
-    shapes |= {name: nodes[node].meta["val"].shape for name, node in program.outputs.items()}
+    model = _exported_to_onnx(export_encoder(unfolded, face), face.inputs, list(face.outputs), opset)
+    shapes = {name: face.program.user_inputs[name][1].shape for name in face.inputs} | dict(face.outputs)
     for value in (*model.graph.inputs, *model.graph.outputs):
-        shape = shapes[value.name or ""]
-        value.shape = ir.Shape([d if isinstance(d, int) else names.get(str(d), f"size_{d}") for d in shape])
+        value.shape = ir.Shape(face.dimensions(shapes[value.name or ""]))
     _save(model, path, opset=opset, inline=False, metadata=metadata)
-
-
-def _symbol_names(sizes: Sizes) -> dict[str, str]:
-    """What users call the symbolic sizes of the inputs."""
-    names = {str(sizes.length): "sequence_length"} if not sizes.fixed else {}
-    return {str(s): "batch_size" for s in (*sizes.batches, sizes.batch)} | names
 
 
 def _unfolded_attention(

@@ -18,11 +18,12 @@ from mla_compile.passes.insert_latent import erase_dead, finished
 from mla_compile.passes.insert_low_rank import read_sizes_from
 from mla_compile.passes.layout import Sizes
 from mla_compile.passes.operands import root
+from mla_compile.passes.trace import Anchor, DataFlow, find_anchors
 from mla_compile.program import AnyProgram, DecoderProgram, Role
 from mla_compile.quiet import quiet_exporter
 from mla_compile.site import AttentionSite
 
-__all__ = ["encoder_inputs", "split_decoder"]
+__all__ = ["encoder_inputs", "encoder_layers", "split_decoder"]
 
 _aten = torch.ops.aten
 _STATES = "encoder_states"
@@ -98,16 +99,29 @@ def split_decoder(program: AnyProgram, cross: Sequence[AttentionSite], sizes: Si
 
 def encoder_inputs(program: AnyProgram, cross: Sequence[AttentionSite]) -> tuple[str, ...]:
     """The inputs of a model that its encoder's states, or the padding masks over them, are made from."""
+    seen = _behind(program, [s.key.source for s in cross] + [s.padding for s in cross if s.padding])
+    return tuple(name for name in program.user_inputs if name in seen)
+
+
+def encoder_layers(program: AnyProgram, cross: Sequence[AttentionSite]) -> frozenset[int]:
+    """Indices of the attention layers that the encoder's states are made with, understood or not."""
+    seen = _behind(program, [s.key.source for s in cross])
+    found = enumerate(find_anchors(DataFlow(program), program))
+    return frozenset(i for i, a in found if (a.softmax if isinstance(a, Anchor) else a[0]).name in seen)
+
+
+def _behind(program: AnyProgram, names: Sequence[str]) -> set[str]:
+    """Names of everything that values are made from, sizes excepted."""
     originals = {n.name: n for n in program.exported.graph.nodes}
     seen: set[Node] = set()
-    stack = [originals[site.key.source] for site in cross] + [originals[s.padding] for s in cross if s.padding]
+    stack = [originals[name] for name in names]
     while stack:
         node = stack.pop()
         if node not in seen:
             seen.add(node)
             if node.target is not _aten.sym_size.int:
                 stack.extend(node.all_input_nodes)
-    return tuple(name for name in program.user_inputs if originals[name] in seen)
+    return {node.name for node in seen}
 
 
 def _logits(program: AnyProgram, tokens: Tensor, originals: Mapping[str, Node]) -> str:
