@@ -365,6 +365,8 @@ def read_folder(path: Path) -> LatentModel:
     graph.graph.set_codegen(fx.graph.CodeGen())
     graph.recompile()
     inputs = [n for n in exported.graph.nodes if n.op == "placeholder" and n.name.startswith("past_")]
+    if not inputs:
+        raise LoadError(f"'{path}' holds an encoder, which has no cache.", "Read its model.pt2 with torch.export.load.")
     return LatentModel(graph, [int(n.meta["val"].shape[-1]) for n in inputs])
 
 

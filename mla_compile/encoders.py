@@ -32,8 +32,10 @@ from mla_compile.site import AttentionSite, Kind, Rejection
 
 __all__ = ["CompiledEncoder", "compile_encoder", "inputs_to_compare", "is_encoder", "require_encoder"]
 
-_LENGTHS = (5, 12, 21)
+_LENGTHS = (3, 12, 21)
 """Lengths the conversion is compared at, where they may be chosen."""
+_REAL = 0.7
+"""Share of tokens that are no padding in sequences that are padded."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ def compile_encoder(
     plans = plan_layers(sites, [input_width(program, s) for s in sites], config)
     converted = _convert(program, sites, plans, config, stages)
     sizes = layer_sizes(program)[sites[0].index]
-    checks = inputs_to_compare(program, sizes, config.seed)
+    checks = inputs_to_compare(program, sizes, config.seed, any_positions=True)
     verification = None
     if check:
         with stages.stage("verify"):
@@ -193,17 +195,40 @@ def _convert(
     return LowRankModel(graph, list(program.user_inputs), list(program.outputs))
 
 
-def inputs_to_compare(program: AnyProgram, sizes: Sizes, seed: int) -> tuple[dict[str, Tensor], ...]:
-    """Random inputs of several lengths; the later sequences of each batch are padded at their end."""
-    lengths = (sizes.short,) if sizes.fixed else [n for n in _LENGTHS if n <= (program.max_positions or n)]
-    found = []
-    for number, length in enumerate(lengths):
+def inputs_to_compare(
+    program: AnyProgram, sizes: Sizes, seed: int, *, any_positions: bool
+) -> tuple[dict[str, Tensor], ...]:
+    """Random inputs of several lengths that the model can run on; two of three sequences are padded anywhere.
+
+    Args:
+        program: The model.
+        sizes: Of one of its layers.
+        seed: Seed of the random numbers.
+        any_positions: Whether positions need not be in order, as an encoder's need not.
+
+    Raises:
+        RefusedError: It runs on none of the lengths.
+    """
+    original, found = program.whole_module(), []
+    for number, length in enumerate([sizes.short] if sizes.fixed else _LENGTHS):
+        generator = torch.Generator().manual_seed(seed + number)
         made = example_inputs(program, 3, length, seed=seed + number, sizes=sizes)
         for name, (role, _) in program.user_inputs.items():
             if role == Role.MASK and made[name].dim() == 2:
-                for row in (1, 2):
-                    made[name][row, -row * max(1, made[name].shape[1] // 4) :] = 0
+                made[name][1:, 1:] *= torch.rand(made[name][1:, 1:].shape, generator=generator) < _REAL
+            if role == Role.POSITIONS and any_positions:
+                made[name] = made[name].flip(-1)
+        try:
+            with torch.inference_mode():
+                original(*made.values())
+        except (RuntimeError, IndexError):  # a table inside the model ends earlier
+            continue
         found.append(made)
+    if not found:
+        raise RefusedError(
+            f"'{program.source}' runs on none of {', '.join(map(str, _LENGTHS))} tokens, so nothing can be verified.",
+            "Export a model that takes more of them.",
+        )
     return tuple(found)
 
 

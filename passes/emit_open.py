@@ -15,6 +15,7 @@ from mla_compile.errors import RefusedError
 from mla_compile.passes.emit import Emitter, layer_parameters
 from mla_compile.passes.factorise import LatentWeights
 from mla_compile.passes.layout import Sizes
+from mla_compile.program import AnyProgram, Role
 from mla_compile.site import AttentionSite
 
 __all__ = ["OpenEmitter"]
@@ -91,7 +92,7 @@ class OpenEmitter(Emitter):
             mask = self._call(_aten.new_ones.default, row, [batch, keys], dtype=torch.long)
         else:
             mask = self.inputs[site.padding]
-        cos, sin = self._turns(site, weights.inv_freq, batch, length, path)
+        cos, sin = self._turns(site, weights.inv_freq, row, batch, length, path)
         return self._call(
             torch.ops.mla.latent_attention.default,
             self._query(site, weights, batch, length, weight),
@@ -134,6 +135,7 @@ class OpenEmitter(Emitter):
         self,
         site: AttentionSite,
         inv_freq: Tensor,
+        row: Node,
         batch: Any,  # noqa: ANN401 - node or int
         length: Any,  # noqa: ANN401 - node or int
         path: str,
@@ -141,13 +143,29 @@ class OpenEmitter(Emitter):
         """Cosines and sines ``[B, S, groups, rope_dim / 2]``, or ``[B, 1, groups, 0]`` without rotation."""
         groups, half = inv_freq.shape
         if not half:
-            nothing = self._call(
-                _aten.full.default, [batch, 1, groups, 0], 1.0, dtype=self.dtype, device=torch.device("cpu")
-            )
+            nothing = self._call(_aten.new_ones.default, row, [batch, 1, groups, 0])
             return nothing, nothing
         self.module.get_submodule(path).register_buffer("inv_freq", inv_freq.float())
-        places = self._call(_aten.arange.default, length, dtype=torch.float32, device=torch.device("cpu"))
-        column = self._call(_aten.reshape.default, places, [1, length, 1, 1])
+        given = _positions_behind(self.program, site)
+        if given is None:  # counted from 0, wherever the model is
+            counted = self._call(_aten.cumsum.default, self._call(_aten.new_ones.default, row, [batch, length]), 1)
+            places = self._call(_aten.sub.Tensor, counted, 1)
+        else:
+            places = self._call(_aten._to_copy.default, self.inputs[given], dtype=torch.float32)
+        column = self._call(_aten.reshape.default, places, [batch, length, 1, 1])
         angle = self._call(_aten.mul.Tensor, column, self.module.graph.get_attr(f"{path}.inv_freq"))
-        angle = self._call(_aten.expand.default, angle, [batch, length, groups, half])
         return self._call(_aten.cos.default, angle), self._call(_aten.sin.default, angle)
+
+
+def _positions_behind(program: AnyProgram, site: AttentionSite) -> str | None:
+    """The input that says where a layer's tokens stand, if its rotation comes from one."""
+    nodes = {n.name: n for n in program.exported.graph.nodes}
+    known = {nodes[p.activation or p.node] for p in (site.query, site.key, site.value)}
+    seen, stack = set(known), [nodes[site.output]]
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            stack.extend(node.all_input_nodes)
+    found = [name for name, (role, _) in program.user_inputs.items() if role == Role.POSITIONS and nodes[name] in seen]
+    return found[0] if len(found) == 1 else None

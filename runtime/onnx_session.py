@@ -75,6 +75,11 @@ class OnnxDecoder:
         self._runtime = onnxruntime
         self._path = path
         inputs = {i.name: i for i in self._session.get_inputs()}
+        if any(name.startswith("cross.") for name in inputs):
+            raise LoadError(
+                f"'{path}' is the decoder of an encoder-decoder, which needs its encoder's rows.",
+                "Run it with ONNX Runtime itself, together with the .encoder.onnx file beside it.",
+            )
         caches = [inputs[name] for i in range(len(inputs)) if (name := _PAST.format(i)) in inputs]
         stored = self._session.get_modelmeta().custom_metadata_map.get("mla_compile")
         if not caches or stored is None:

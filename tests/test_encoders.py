@@ -12,18 +12,19 @@ import onnxruntime
 import pytest
 import torch
 from families import DIM, HEADS, LAYERS, WIDTH
-from families.encoders import ENCODERS, Encoder, by_hand
+from families.encoders import ENCODERS, Encoder, RotaryEncoder, by_hand
 from torch import nn
 
 import mla_compile
 from mla_compile.cli import main
 from mla_compile.encoders import CompiledEncoder
-from mla_compile.errors import RefusedError, UsageError, VerificationError
+from mla_compile.errors import LoadError, MlaCompileError, RefusedError, UsageError, VerificationError
 from mla_compile.site import RejectCode
 
 TOLERANCE = 1e-4
 """Of the largest output; float32 through two layers stays below 1e-6."""
-CONVERTIBLE = ["bert", "bert-eager", "roberta", "distilbert", "vit", "vit-eager", "own-torch-encoder", "own-einsum"]
+CONVERTIBLE = ["bert", "bert-eager", "roberta", "distilbert", "vit", "vit-eager", "own-torch-encoder"]
+CONVERTIBLE += ["own-einsum", "own-rotary", "own-rotary-places"]
 KEPT_RANK = 40
 
 
@@ -68,7 +69,7 @@ def test_nothing_is_lost_at_full_rank(exact, name):
             assert difference(mine, theirs) <= TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["bert", "vit", "own-torch-encoder"])
+@pytest.mark.parametrize("name", ["bert", "vit", "own-torch-encoder", "own-rotary-places"])
 def test_the_file_computes_the_same_under_the_same_names(exact, tmp_path, name):
     module, compiled = exact(name)
     report = compiled.to_onnx(tmp_path / "model.onnx")
@@ -143,6 +144,23 @@ def test_inputs_are_given_by_place_or_by_name(exact):
     for wrong in ({}, {"pixels": pixels}):
         with pytest.raises(TypeError, match="The inputs are pixel_values"):
             compiled.module(**wrong)
+
+
+class MaskedPlaces(nn.Module):
+    """Rotation by the number of real tokens before a token: a padding mask that does more than hide keys."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rotary = RotaryEncoder(True)
+
+    def forward(self, input_ids, attention_mask):
+        return self.rotary(input_ids, attention_mask, attention_mask.cumsum(1))
+
+
+def test_places_that_depend_on_the_padding_are_not_overlooked():
+    family = ENCODERS["own-rotary"]
+    with pytest.raises(MlaCompileError):
+        mla_compile.compile(by_hand(MaskedPlaces)(), family.inputs(2, 7), encoders=True, exact=True)
 
 
 class TwoKinds(nn.Module):
@@ -240,3 +258,5 @@ def test_a_saved_folder_is_a_torch_archive(exact, tmp_path):
     with torch.no_grad():
         (got,) = read(*inputs.values())
         torch.testing.assert_close(got, compiled.module(**inputs)["logits"])
+    with pytest.raises(LoadError, match="holds an encoder, which has no cache"):
+        mla_compile.load(tmp_path / "vit")

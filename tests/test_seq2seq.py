@@ -246,6 +246,8 @@ def test_command_line(tmp_path, capsys):
     assert "cross cache bytes per encoder token" in shown
     assert "(25.00%)" in shown
     assert {p.name for p in out.parent.iterdir()} >= {"whisper.onnx", "whisper.encoder.onnx", "report.json"}
+    assert main(["run", str(out), "--prompt", "x"]) == 2
+    assert "is the decoder of an encoder-decoder" in capsys.readouterr().err
     assert main(["convert", str(folder), "--out", str(out), "--encoders", "--quiet"]) == 2
     assert "exists already" in capsys.readouterr().err
 

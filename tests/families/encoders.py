@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from families import DIM, HEADS, LAYERS, LONGEST, VOCABULARY, WIDTH
@@ -89,6 +90,11 @@ def text(batch: int, length: int) -> dict[str, Tensor]:
 
 def placed(batch: int, length: int) -> dict[str, Tensor]:
     return {**text(batch, length), "position_ids": torch.arange(length).expand(batch, length).contiguous()}
+
+
+def shuffled(batch: int, length: int) -> dict[str, Tensor]:
+    places = torch.randperm(length, generator=torch.Generator().manual_seed(6)) + torch.arange(batch)[:, None]
+    return {**text(batch, length), "position_ids": places}
 
 
 def segments(batch: int, length: int, kinds: int = 2) -> dict[str, Tensor]:
@@ -216,6 +222,31 @@ class EinsumEncoder(nn.Module):
         return self.out(torch.einsum("bhst,bthd->bshd", weights, v).flatten(2))
 
 
+class RotaryEncoder(nn.Module):
+    """Two layers that see both ways, turned by the positions that are given, or by the token's place."""
+
+    def __init__(self, given: bool) -> None:
+        super().__init__()
+        self.given, self.table = given, nn.Embedding(VOCABULARY, WIDTH)
+        self.qkv = nn.ModuleList(nn.Linear(WIDTH, 3 * WIDTH) for _ in range(LAYERS))
+        self.register_buffer("frequency", 100.0 ** (-torch.arange(0, DIM, 2).float() / DIM))
+
+    def turned(self, x: Tensor, angle: Tensor) -> Tensor:
+        a, b = x.chunk(2, -1)
+        return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        places = torch.arange(input_ids.shape[1])[None] if position_ids is None else position_ids
+        angle = places[:, None, :, None].float() * self.frequency
+        x = self.table(input_ids)
+        for qkv in self.qkv:
+            q, k, v = (y.unflatten(-1, (HEADS, DIM)).transpose(1, 2) for y in qkv(x).chunk(3, -1))
+            seen = attention_mask[:, None, None].bool()
+            y = F.scaled_dot_product_attention(self.turned(q, angle), self.turned(k, angle), v, attn_mask=seen)
+            x = x + y.transpose(1, 2).flatten(2)
+        return x
+
+
 def vectors(width: int, count: int | None = None) -> Callable[[int, int], dict[str, Tensor]]:
     def made(batch: int, length: int) -> dict[str, Tensor]:
         return {"x": torch.randn(batch, count or length, width, generator=torch.Generator().manual_seed(4))}
@@ -223,7 +254,7 @@ def vectors(width: int, count: int | None = None) -> Callable[[int, int], dict[s
     return made
 
 
-def by_hand(kind: type[nn.Module]) -> Callable[[], nn.Module]:
+def by_hand(kind: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
     def made() -> nn.Module:
         torch.manual_seed(0)
         return settle(kind())
@@ -311,6 +342,8 @@ ENCODERS: dict[str, Encoder] = {
         vectors(WIDTH),
         given=True,
     ),
+    "own-rotary": Encoder(by_hand(lambda: RotaryEncoder(False)), both_ways("", LAYERS), text, given=True),
+    "own-rotary-places": Encoder(by_hand(lambda: RotaryEncoder(True)), both_ways("", LAYERS), shuffled, given=True),
     "own-einsum": Encoder(
         by_hand(EinsumEncoder), (Attention("", "bidirectional", None, 0.5),), vectors(WIDTH, WIDTH), given=True
     ),
