@@ -129,7 +129,7 @@ def plain_inputs(module: nn.Module) -> dict[str, Tensor]:
         "input_features": _spectrum(config),
         "attention_mask": torch.ones_like(ids) if str(module.main_input_name) == "input_ids" else None,
         "position_ids": torch.arange(_LENGTH).expand(_BATCH, _LENGTH).contiguous(),
-        "token_type_ids": None if _is_causal(module) else torch.zeros_like(ids),
+        "token_type_ids": torch.zeros_like(ids) if _has_segments(module) else None,
         "decoder_input_ids": targets,
         "decoder_attention_mask": torch.ones_like(targets),
     }
@@ -137,16 +137,18 @@ def plain_inputs(module: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in offered.items() if name in accepted and value is not None}
 
 
-def _is_causal(module: nn.Module) -> bool:
+def _has_segments(module: nn.Module) -> bool:
+    """Whether a model tells segments of its text apart, as encoders in the manner of BERT do."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     config: Any = module.config
     causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
-    return any(kind.__name__ == causal for kind in type(module).__mro__)
+    return hasattr(config, "type_vocab_size") and all(kind.__name__ != causal for kind in type(module).__mro__)
 
 
 def _image(config: Any) -> Tensor | None:  # noqa: ANN401 - any transformers configuration
-    size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", None)
+    part = getattr(config, "encoder", config)  # what reads images, in a composed model
+    size, channels = getattr(part, "image_size", None), getattr(part, "num_channels", None)
     if size is None or channels is None:
         return None
     height, width = size if isinstance(size, list | tuple) else (size, size)

@@ -129,10 +129,11 @@ def insert_latent(
             rows.append(other.elements_per_token)
             softmaxes.append((rejection.path, other.softmax))
     widths = []
+    all_sizes = layer_sizes(program) if cross else {}
     for place, (site, latent) in enumerate(cross):
         given = {program.tokens: inputs["input_ids"]}
         given |= {encoder_mask: inputs[ENCODER_MASK]} if encoder_mask else {}
-        sizes = layer_sizes(program)[site.index]
+        sizes = all_sizes[site.index]
         OpenEmitter(program, module, nodes, given, dtype, sizes=sizes).over(site, latent, inputs[cross_name(place)])
         widths.append(latent.row_width(site))
         softmaxes.append((site.path, site.softmax))

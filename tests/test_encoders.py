@@ -24,7 +24,7 @@ from mla_compile.site import RejectCode
 TOLERANCE = 1e-4
 """Of the largest output; float32 through two layers stays below 1e-6."""
 CONVERTIBLE = ["bert", "bert-eager", "roberta", "distilbert", "vit", "vit-eager", "own-torch-encoder"]
-CONVERTIBLE += ["own-einsum", "own-rotary", "own-rotary-places"]
+CONVERTIBLE += ["own-einsum", "own-rotary", "own-rotary-places", "esm-rotary", "modernbert-rotary"]
 KEPT_RANK = 40
 
 

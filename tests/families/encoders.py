@@ -296,6 +296,34 @@ ENCODERS: dict[str, Encoder] = {
         both_ways("distilbert.transformer.layer.{}.attention"),
         placed,
     ),
+    "esm-rotary": Encoder(
+        lambda: transformers_model(
+            "EsmForMaskedLM",
+            "EsmConfig",
+            **BERT,
+            pad_token_id=1,
+            mask_token_id=2,
+            position_embedding_type="rotary",
+        ),
+        both_ways("esm.encoder.layer.{}.attention.self"),
+        placed,
+    ),
+    "modernbert-rotary": Encoder(  # every other layer sees a window in both directions
+        lambda: transformers_model(
+            "ModernBertForMaskedLM",
+            "ModernBertConfig",
+            **BERT,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            cls_token_id=1,
+            sep_token_id=2,
+            local_attention=8,
+            global_attn_every_n_layers=2,
+        ),
+        (Attention("model.layers.0.attn", "bidirectional", "attention_mask"), Attention("", "", code="mask")),
+        placed,
+    ),
     "vit": Encoder(
         lambda: transformers_model(
             "ViTForImageClassification",
