@@ -143,6 +143,8 @@ def _extras(row: Mapping[str, Any]) -> str:
     found = []
     if row["query_norm"] or row["key_norm"]:
         found.append(f"qk-norm {row['key_norm'] or row['query_norm']}")
+    if row["value_norm"]:
+        found.append(f"v-norm {row['value_norm']}")
     if row["softcap"]:
         found.append(f"soft-cap {row['softcap']:g}")
     if row["sinks"]:

@@ -26,6 +26,7 @@ class LatentPlan:
         exact_rank: Smallest latent that loses nothing, with these rope dims.
         elements_before: Numbers a plain KV cache keeps per token.
         key_scales: Inverse norms cached per token for keys that are normalised (QK-norm).
+        value_scales: Inverse norms cached per token for values that are normalised.
     """
 
     site: int
@@ -36,11 +37,12 @@ class LatentPlan:
     exact_rank: int
     elements_before: int
     key_scales: int = 0
+    value_scales: int = 0
 
     @property
     def elements_after(self) -> int:
         """Numbers one cache row holds."""
-        return self.kv_rank + self.rope_groups * self.rope_dims + self.key_scales
+        return self.kv_rank + self.rope_groups * self.rope_dims + self.key_scales + self.value_scales
 
 
 def cache_elements(plans: Sequence[LatentPlan]) -> tuple[int, int]:
@@ -79,12 +81,12 @@ def _plan(site: AttentionSite, width: int, config: CompileConfig) -> LatentPlan:
     else:
         rope_dims = min(rotary, max(2, site.qk_dim // 8 // 2 * 2))
     groups = site.kv_heads if rope_dims else 1
-    key_rows, value_rows = site.kv_heads * (site.qk_dim - rope_dims), site.kv_heads * site.v_dim
+    key_rows, value_rows = site.kv_heads * (site.qk_dim - rope_dims), site.value_rows
     exact_rank = (
         min(width, key_rows + value_rows) if config.svd == "joint" else min(width, key_rows) + min(width, value_rows)
     )
     nope = site.qk_dim - rope_dims
-    constant, scales = int(site.needs_constant(nope)), site.key_scales(nope)
+    constant, scales = int(site.needs_constant(nope)), site.key_scales(nope) + site.value_scales
     exact_rank += constant
     rope_share = groups * rope_dims + scales
     if config.exact:
@@ -115,5 +117,6 @@ def _plan(site: AttentionSite, width: int, config: CompileConfig) -> LatentPlan:
         kv_rank=rank,
         exact_rank=exact_rank,
         elements_before=site.elements_per_token,
-        key_scales=scales,
+        key_scales=site.key_scales(nope),
+        value_scales=site.value_scales,
     )

@@ -202,6 +202,7 @@ def summarise_site(site: AttentionSite | Rejection) -> dict[str, Any]:
         "mask": str(site.kind) if site.kind == Kind.CROSS else str(site.mask),
         "query_norm": None if site.query.norm is None else str(site.query.norm),
         "key_norm": None if site.key.norm is None else str(site.key.norm),
+        "value_norm": None if site.value.norm is None else str(site.value.norm),
         "softcap": site.softcap,
         "sinks": site.sinks,
         "alibi": site.slopes is not None,

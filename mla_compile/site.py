@@ -58,13 +58,13 @@ class RejectCode(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """A norm between a projection and its heads (QK-norm): ``(y - mean) / sqrt(mean((y - mean)^2) + eps)``.
+    """A norm between a projection and its heads (QK-norm, or of values): ``(y - m) / sqrt(mean((y - m)^2) + eps)``.
 
     The normalised outputs take the place of ``y`` in :class:`Projection`, so that gains and biases of the norm are that
     projection's gain and offset. An L2 norm is an RMS norm with another gain.
 
     Attributes:
-        kind: ``rms`` (the mean is left in place) or ``layer``.
+        kind: ``rms`` (the mean ``m`` is left in place) or ``layer``.
         groups: Projection outputs that are normalised together: one group of all, or one per head.
         eps: What is added to the mean square.
     """
@@ -101,6 +101,9 @@ class Projection:
         norm: The norm between the projection and the heads, or None.
         activation: Graph node whose entries take the place of ``y`` when something that is not linear, but looks at one
             position only, stands between projection and queries; None when nothing does.
+        turned: ``[heads][head_dim]`` factors of queries whose activation holds them as the attention product reads
+            them, behind the rotation; times these, and turned back by the keys' rotation, they are the heads. None for
+            queries in front of it.
     """
 
     node: str
@@ -112,6 +115,7 @@ class Projection:
     offset: tuple[tuple[float, ...], ...] | None = None
     norm: Norm | None = None
     activation: str | None = None
+    turned: tuple[tuple[float, ...], ...] | None = None
 
     @property
     def heads(self) -> int:
@@ -219,13 +223,15 @@ class AttentionSite:
         path: Module path of the layer as the author named it, or a generated name.
         query: How queries are read; one entry per query head.
         key: How keys are read; one entry per key/value head.
-        value: How values are read; one entry per key/value head.
+        value: How values are read; one entry per group of query heads, which may be other groups than the keys'.
         rope: Rotary embedding of queries and keys.
         scores: From ``q . k`` to attention weights.
         output: Graph node holding ``softmax(...) V``.
         output_axes: Names of that node's axes, see :mod:`mla_compile.passes.layout`.
         softmax: Graph node that must die with the rewrite.
         error: Largest relative difference between description and sub-graph on random data.
+        order: Which head of the graph each query head is, where heads that share keys do not stand side by side there;
+            None where they do.
         cross: Whether keys and values are read from another sequence than queries.
         padding: Placeholder of the padding mask ``[batch, keys]`` that hides keys, where the graph reads one; only for
             layers that are not causal.
@@ -242,6 +248,7 @@ class AttentionSite:
     output_axes: tuple[str, ...]
     softmax: str
     error: float
+    order: tuple[int, ...] | None = None
     cross: bool = False
     padding: str | None = None
 
@@ -293,8 +300,11 @@ class AttentionSite:
 
     @property
     def value_bias_matters(self) -> bool:
-        """Whether weights do not sum to one, so that a bias of the values is more than a bias of the output."""
-        return self.scores.sinks is not None
+        """Whether a bias of the value projection is more than a bias of the output.
+
+        It is where the weights of the values do not sum to one, and where a norm scales it with the values.
+        """
+        return self.scores.sinks is not None or self.value.norm is not None
 
     @property
     def heads(self) -> int:
@@ -316,6 +326,18 @@ class AttentionSite:
         """Channels of one value head."""
         return self.value.head_dim
 
+    @property
+    def value_owners(self) -> tuple[int, ...]:
+        """Which distinct value head, by first appearance, each entry of ``value`` is."""
+        heads = list(zip(self.value.rows, self.value.gain, strict=True))
+        distinct = list(dict.fromkeys(heads))
+        return tuple(distinct.index(head) for head in heads)
+
+    @property
+    def value_rows(self) -> int:
+        """Channels of all distinct value heads together."""
+        return (max(self.value_owners) + 1) * self.v_dim
+
     def needs_constant(self, nope_dim: int) -> bool:
         """Whether the latent needs an entry that is always 1, for biases that cannot be moved elsewhere.
 
@@ -324,16 +346,22 @@ class AttentionSite:
         """
         inside = self.key.bias is not None or (self.key.offset is not None and self.key.norm is None)
         key = self.key_bias_matters and inside and nope_dim > 0
-        return key or (self.value_bias_matters and (self.value.bias is not None or self.value.offset is not None))
+        value = self.value.bias is not None or (self.value.offset is not None and self.value.norm is None)
+        return key or (self.value_bias_matters and value)
 
     def key_scales(self, nope_dim: int) -> int:
         """Numbers a cache row needs for the keys' norms: none when every channel is cached behind its norm."""
         return len(self.key.norm.groups) if self.key.norm is not None and nope_dim else 0
 
     @property
+    def value_scales(self) -> int:
+        """Numbers a cache row needs for the values' norms."""
+        return len(self.value.norm.groups) if self.value.norm is not None else 0
+
+    @property
     def elements_per_token(self) -> int:
         """Numbers a plain KV cache keeps per token for this layer."""
-        return self.kv_heads * (self.qk_dim + self.v_dim)
+        return self.kv_heads * self.qk_dim + self.value_rows
 
 
 @dataclass(frozen=True, slots=True)

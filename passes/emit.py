@@ -92,8 +92,9 @@ class Emitter:
                 float(site.scores.scale),
                 site.scores.mask.window or 0,
                 float(site.scores.softcap),
+                site.value_scales,
             )
-            return self._replace(site.output, site.output_axes, result, weight("output_bias"), site.path)
+            return self._replace(site.output, site.output_axes, result, weight("output_bias"), site.path, site.order)
 
     def plain(self, site: PlainSite, index: int, path: str, past: Node) -> Node:
         """Emit ordinary attention with a cache, redirect the users of the old output, and return the new cache.
@@ -158,36 +159,66 @@ class Emitter:
             return self._call(_aten.reshape.default, flat, [batch, length, heads, head_dim])
         entries = self._entries(site.query.activation, batch, length)
         chosen = self._chosen(entries, site.query.rows, self._shape(site.query.activation), batch, length)
+        if site.query.turned is not None:
+            chosen = self._turned_back(chosen, site, weight)
         query = self._call(_aten.einsum.default, "bshd,hed->bshe", [chosen, weight("query")])
         bias = weight("query_bias")
         return query if bias is None else self._call(_aten.add.Tensor, query, bias)
 
+    def _turned_back(self, query: Node, site: AttentionSite, weight: _Weights) -> Node:
+        """Undo the keys' rotation of queries ``[B, S, H, D]`` that were read behind it, times their gains."""
+        gain = weight("query_gain")
+        query = query if gain is None else self._call(_aten.mul.Tensor, query, gain)
+        if not site.rope.pairs:
+            return query
+        frequencies = torch.tensor([site.rope.inv_freq], dtype=torch.float64)
+        cos, sin = self._rotation(frequencies, _holder_name(site.path, site.index))
+        real, imaginary = ([pair[i] for pair in site.rope.pairs] for i in (0, 1))
+        still = [c for c in range(site.qk_dim) if c not in {*real, *imaginary}]
+        a, b, rest = (
+            self._call(_aten.index_select.default, query, 3, self._constant(torch.tensor(c, dtype=torch.long)))
+            for c in (real, imaginary, still)
+        )
+        products = [self._call(_aten.mul.Tensor, x, y) for x, y in ((a, cos), (b, sin), (b, cos), (a, sin))]
+        turned = [
+            self._call(_aten.add.Tensor, products[0], products[1]),
+            self._call(_aten.sub.Tensor, products[2], products[3]),
+        ]
+        # Angles are float32, whatever the type of the activations.
+        turned = [self._call(_aten._to_copy.default, x, dtype=self.dtype) for x in turned]
+        order = [*real, *imaginary, *still]
+        back = self._constant(torch.tensor([order.index(c) for c in range(site.qk_dim)]))
+        parts = [*turned, rest] if still else turned
+        return self._call(_aten.index_select.default, self._call(_aten.cat.default, parts, -1), 3, back)
+
     def _row(self, site: AttentionSite, weights: LatentWeights, batch: Node, length: Node, weight: _Weights) -> Node:
-        """What a token writes to the cache: the latent, its rope keys (normed), and the keys' scales."""
+        """What a token writes to the cache: the latent, its rope keys (normed), and the scales of keys and values."""
         row = self._call(_aten.linear.default, self._tokens(site.key.source), weight("row"), weight("row_bias"))
         width = weights.row.shape[0]
         row = self._call(_aten.reshape.default, row, [batch, length, width])
-        if site.key.norm is None:
-            return row
-        rank = weights.key_up.shape[2]
-        groups, half = weights.inv_freq.shape
-        scale = self._key_scale(site.key, site.key.norm, batch, length)
-        parts = [self._call(_aten.slice.Tensor, row, 2, 0, rank)]
-        if half:
-            rope = self._call(_aten.slice.Tensor, row, 2, rank, width)
-            rope = self._call(_aten.reshape.default, rope, [batch, length, groups, 2 * half])
-            rope = self._call(_aten.mul.Tensor, rope, self._call(_aten.unsqueeze.default, scale, -1))
-            shift = weight("rope_shift")
-            rope = rope if shift is None else self._call(_aten.add.Tensor, rope, shift)
-            parts.append(self._call(_aten.reshape.default, rope, [batch, length, groups * 2 * half]))
-        if weights.key_up.shape[1]:
-            parts.append(scale)
-        return self._call(_aten.cat.default, parts, -1)
+        parts = [row]
+        if site.key.norm is not None:
+            rank = weights.key_up.shape[2]
+            groups, half = weights.inv_freq.shape
+            scale = self._norm_scale(site.key, site.key.norm, batch, length)
+            parts = [self._call(_aten.slice.Tensor, row, 2, 0, rank)]
+            if half:
+                rope = self._call(_aten.slice.Tensor, row, 2, rank, width)
+                rope = self._call(_aten.reshape.default, rope, [batch, length, groups, 2 * half])
+                rope = self._call(_aten.mul.Tensor, rope, self._call(_aten.unsqueeze.default, scale, -1))
+                shift = weight("rope_shift")
+                rope = rope if shift is None else self._call(_aten.add.Tensor, rope, shift)
+                parts.append(self._call(_aten.reshape.default, rope, [batch, length, groups * 2 * half]))
+            if weights.key_up.shape[1]:
+                parts.append(scale)
+        if site.value.norm is not None:
+            parts.append(self._norm_scale(site.value, site.value.norm, batch, length))
+        return row if len(parts) == 1 else self._call(_aten.cat.default, parts, -1)
 
-    def _key_scale(self, key: Projection, norm: Norm, batch: Node, length: Node) -> Node:
-        """``1 / sqrt(mean(y^2) + eps)`` of every group of key outputs, ``[B, S, groups]`` (QK-norm)."""
-        outputs = self._entries(key.node, batch, length)
-        groups = self._chosen(outputs, norm.groups, self._shape(key.node), batch, length)
+    def _norm_scale(self, projection: Projection, norm: Norm, batch: Node, length: Node) -> Node:
+        """``1 / sqrt(mean(y^2) + eps)`` of every group of a projection's outputs, ``[B, S, groups]``."""
+        outputs = self._entries(projection.node, batch, length)
+        groups = self._chosen(outputs, norm.groups, self._shape(projection.node), batch, length)
         if norm.kind == "layer":
             groups = self._call(_aten.sub.Tensor, groups, self._call(_aten.mean.dim, groups, [-1], True))
         squares = self._call(_aten.mean.dim, self._call(_aten.mul.Tensor, groups, groups), [-1])
@@ -248,12 +279,23 @@ class Emitter:
             node = self._call(_aten.permute.default, node, places)
         return self._call(_aten.reshape.default, node, [batch, length, heads, int(shape[list(axes).index("d")])])
 
-    def _replace(self, name: str, axes: tuple[str, ...], result: Node, bias: Node | None, path: str) -> Node:
+    def _replace(
+        self,
+        name: str,
+        axes: tuple[str, ...],
+        result: Node,
+        bias: Node | None,
+        path: str,
+        order: tuple[int, ...] | None = None,
+    ) -> Node:
         """Arrange an output ``[B, S, H, D]`` as the old one, take its place, and return the cache."""
         batch, length = self._batch_and_length()
         attended = self._call(operator.getitem, result, 0)
         if bias is not None:
             attended = self._call(_aten.add.Tensor, attended, bias)
+        if order is not None:
+            back = self._constant(torch.tensor([order.index(h) for h in range(len(order))]))
+            attended = self._call(_aten.index_select.default, attended, 2, back)
         shape = self._shape(name)
         sizes = {"b": batch, "s": length, "bh": -1}
         heads = [int(size) for size, axis in zip(shape, axes, strict=True) if axis == "h"]
@@ -280,7 +322,7 @@ class Emitter:
                 holder.register_buffer(name, stored)
             else:
                 holder.register_parameter(name, nn.Parameter(stored))
-        path = f"{path.removeprefix('L__self___')}.latent_{index}"
+        path = _holder_name(path, index)
         self.module.add_submodule(path, holder)
         return path
 
@@ -292,16 +334,22 @@ class Emitter:
         key = (inv_freq.shape[0], *inv_freq.flatten().tolist())
         if key not in self.rotations:
             graph = self.module.graph
-            self.module.get_submodule(path).register_buffer("inv_freq", inv_freq.float())
+            holder = self.module.get_submodule(path)
+            name = "key_inv_freq" if hasattr(holder, "inv_freq") else "inv_freq"  # of queries that are turned back
+            holder.register_buffer(name, inv_freq.float())
             first = last_placeholder(graph)
             with graph.inserting_after(first):
-                end = graph.get_attr(f"{path}.inv_freq")  # what follows goes behind it, in order
+                end = graph.get_attr(f"{path}.{name}")  # what follows goes behind it, in order
             with graph.inserting_before(end.next):
                 position = self._call(_aten._to_copy.default, self.inputs["position_ids"], dtype=torch.float32)
                 column = self._call(_aten.unsqueeze.default, self._call(_aten.unsqueeze.default, position, -1), -1)
                 angle = self._call(_aten.mul.Tensor, column, end)
                 self.rotations[key] = (self._call(_aten.cos.default, angle), self._call(_aten.sin.default, angle))
         return self.rotations[key]
+
+
+def _holder_name(path: str, index: int) -> str:
+    return f"{path.removeprefix('L__self___')}.latent_{index}"
 
 
 def _entry_count(sizes: Sizes, shape: Sequence[Any]) -> int:
@@ -317,6 +365,7 @@ def layer_parameters(site: AttentionSite, weights: LatentWeights) -> dict[str, T
     local = site.query.activation is not None
     found = {
         "query": weights.query if local else weights.query.reshape(heads * head_dim, -1),
+        "query_gain": _turned_gain(site),
         "query_bias": weights.query_bias if local or weights.query_bias is None else weights.query_bias.flatten(),
         "row": weights.row,
         "row_bias": weights.row_bias,
@@ -327,6 +376,12 @@ def layer_parameters(site: AttentionSite, weights: LatentWeights) -> dict[str, T
         **_score_parameters(site.scores),
     }
     return {name: value for name, value in found.items() if value is not None}
+
+
+def _turned_gain(site: AttentionSite) -> Tensor | None:
+    """Gains ``[H, D]`` of queries that are turned back, if there are any."""
+    gain = torch.tensor(site.query.turned or 1.0, dtype=torch.float64)
+    return None if bool((gain == 1).all()) else gain
 
 
 def _score_parameters(scores: Scores) -> dict[str, Tensor]:

@@ -52,7 +52,7 @@ class OpenEmitter(Emitter):
             batch, length = self._batch_and_length()
             row = self._row(site, weights, batch, length, weight)
             result = self._attend(site, weights, row, path)
-            self._replace(site.output, site.output_axes, result, weight("output_bias"), site.path)
+            self._replace(site.output, site.output_axes, result, weight("output_bias"), site.path, site.order)
 
     def rows(self, site: AttentionSite, weights: LatentWeights) -> Node:
         """Emit what a cross attention layer keeps of every token of the other sequence, ``[B, N, R]``.
@@ -80,7 +80,7 @@ class OpenEmitter(Emitter):
         with self.module.graph.inserting_before(self.nodes[site.output]):
             result = self._attend(site, weights, row, path)
             bias = self._weight(path, "output_bias")
-            self._replace(site.output, site.output_axes, result, bias, site.path)
+            self._replace(site.output, site.output_axes, result, bias, site.path, site.order)
 
     def _attend(self, site: AttentionSite, weights: LatentWeights, row: Node, path: str) -> Node:
         """Queries over rows ``[B, N, R]``, all of which are given at once."""
@@ -108,6 +108,7 @@ class OpenEmitter(Emitter):
             float(site.scores.scale),
             0,
             float(site.scores.softcap),
+            site.value_scales,
             False,
         )
 

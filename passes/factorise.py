@@ -6,7 +6,7 @@ A method decides which rotary components stay and how keys and values become one
 
 Biases are placed exactly, by two properties of softmax: adding the same number to every logit of a query changes
 nothing, so a key bias on channels that do not rotate is dropped; and attention weights sum to one, so a value bias is
-added to the output instead. Where these do not hold (soft-caps, sinks, key norms) the latent has one entry that is
+added to the output instead. Where these do not hold (soft-caps, sinks, norms) the latent has one entry that is
 always 1, which carries the bias.
 """
 
@@ -40,7 +40,7 @@ class LatentWeights:
         row: ``[kv_rank + rope_groups * rope_dim, width]``: what a token writes to the cache, before rotation.
         row_bias: ``[kv_rank + rope_groups * rope_dim]``, or None; zero on the latent.
         key_up: ``[kv_heads, nope_dim, kv_rank]``: latent to non-rotating key channels.
-        value_up: ``[kv_heads, kv_rank, v_dim]``: latent to values.
+        value_up: ``[value heads, kv_rank, v_dim]``: latent to values.
         output_bias: ``[heads, v_dim]`` added to attention outputs, or None.
         inv_freq: ``[rope_groups, rope_dim / 2]`` radians per position.
         rope_shift: ``[rope_groups, rope_dim]`` added to the rope keys behind their norm, or None.
@@ -57,8 +57,8 @@ class LatentWeights:
     rope_shift: Tensor | None = None
 
     def row_width(self, site: AttentionSite) -> int:
-        """Numbers in one cache row: latent, rope keys, and key scales where there is a norm."""
-        return self.row.shape[0] + site.key_scales(self.key_up.shape[1])
+        """Numbers in one cache row: latent, rope keys, and the scales of keys and values where they have norms."""
+        return self.row.shape[0] + site.key_scales(self.key_up.shape[1]) + site.value_scales
 
 
 class Method(Protocol):
@@ -147,7 +147,9 @@ def factorise_mha2mla(
     key = torch.take_along_dim(weights.key.weight, key_order[:, :, None], 1)
     key_bias = torch.take_along_dim(weights.key.bias, key_order, 1)
 
-    keys, values = key[:, :nope].reshape(-1, width), weights.value.weight.reshape(-1, width)
+    owners = torch.tensor(site.value_owners)
+    first = [site.value_owners.index(i) for i in range(int(owners.max()) + 1)]
+    keys, values = key[:, :nope].reshape(-1, width), weights.value.weight[first].reshape(-1, width)
     constant = int(site.needs_constant(nope))
     rank = plan.kv_rank - constant
     if config.svd == "joint":
@@ -160,6 +162,7 @@ def factorise_mha2mla(
         down = torch.cat([key_down, value_down])
         key_part = torch.nn.functional.pad(key_up, (0, value_rank))
         value_part = torch.nn.functional.pad(value_up, (key_rank, 0))
+    value_part = value_part.unflatten(0, (len(first), site.v_dim))[owners].flatten(0, 1)
     if constant:  # the last latent entry is always 1 and carries the biases
         key_column = key_bias[:, :nope].reshape(-1, 1) * site.key_bias_matters
         value_column = weights.value.bias.reshape(-1, 1) * site.value_bias_matters
@@ -168,7 +171,8 @@ def factorise_mha2mla(
 
     rope_bias = key_bias[:, nope:].reshape(-1)
     row_bias = torch.cat([rope_bias.new_zeros(rank), rope_bias.new_ones(constant), rope_bias])
-    output_bias = weights.value.bias.repeat_interleave(group, 0) * (not site.value_bias_matters)
+    outside = weights.value.shift + weights.value.bias * (not site.value_bias_matters)
+    output_bias = outside.repeat_interleave(site.heads // site.value.heads, 0)
     rope_shift = torch.take_along_dim(weights.key.shift, key_order, 1)[:, nope:]
     frequencies = torch.tensor(site.rope.inv_freq, dtype=torch.float64)
     return LatentWeights(
@@ -177,7 +181,7 @@ def factorise_mha2mla(
         row=torch.cat([down, key[:, nope:].reshape(-1, width)]),
         row_bias=row_bias if row_bias.any() else None,
         key_up=key_part.reshape(kv_heads, nope, plan.kv_rank),
-        value_up=value_part.reshape(kv_heads, site.v_dim, plan.kv_rank).transpose(1, 2).contiguous(),
+        value_up=value_part.reshape(-1, site.v_dim, plan.kv_rank).transpose(1, 2).contiguous(),
         output_bias=output_bias if output_bias.any() else None,
         inv_freq=frequencies[torch.tensor(chosen, dtype=torch.long)]
         if half

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 import torch
@@ -45,7 +46,7 @@ def check_incremental(
         pieces = _run_in_pieces(module, ids, [5, 1, 2, 3, 1], rows, dtype, context)
         padded = _run_padded(module, ids, rows, dtype, context)
     except (RuntimeError, IndexError) as error:
-        reason = str(error).strip().splitlines()[0][:120]
+        reason = textwrap.shorten(str(error).strip().splitlines()[0], 120, placeholder=" ...")
         raise RefusedError(
             f"'{program.source}' cannot be run in pieces after the rewrite ({reason}).",
             "Something outside attention depends on the length of the sequence; compute it from positions instead.",

@@ -22,6 +22,7 @@ from torch.export import Dim, ExportedProgram
 
 from mla_compile.errors import RefusedError
 from mla_compile.passes.evaluate import example_inputs
+from mla_compile.passes.fold import fold_numbers
 from mla_compile.passes.insert_latent import ENCODER_MASK, INPUT_NAMES
 from mla_compile.passes.layout import Sizes
 from mla_compile.passes.onnx_translations import translations
@@ -216,13 +217,14 @@ def _unfolded_attention(
     scale: float,
     window: int,
     softcap: float,
+    value_scales: int,
     causal: bool,
 ) -> tuple[Tensor, Tensor]:
     """``mla::latent_attention`` of a sequence to itself in standard operators."""
     query, present = ops.rotate_and_append(query, row, past, cos, sin, key_up.shape[2])
     mask = ops.open_keys(attention_mask, query.shape[1]).unsqueeze(1)
     up = (key_up, value_up, cos.shape[2])
-    return ops.attend_unfolded(query, present, mask, *up, sinks, scale, softcap), present
+    return ops.attend_unfolded(query, present, mask, *up, sinks, scale, softcap, value_scales), present
 
 
 def _exported_to_onnx(exported: ExportedProgram, inputs: Sequence[str], outputs: Sequence[str], opset: int) -> ir.Model:
@@ -276,6 +278,7 @@ def _with_symbolic_nodes(module: fx.GraphModule) -> fx.GraphModule:
     """Copy the graph with every call of our operators replaced by a symbolic ONNX node; weights are shared."""
     replaced = copy.copy(module)
     replaced.graph = copy.deepcopy(module.graph)
+    fold_numbers(module, replaced.graph)
     for node in replaced.graph.nodes:
         if node.target is torch.ops.mla.latent_attention.default:
             node.target = _symbolic_latent_attention
@@ -299,10 +302,11 @@ def _symbolic_latent_attention(
     scale: float,
     window: int,
     softcap: float,
+    value_scales: int = 0,
     causal: bool = True,
 ) -> Sequence[Tensor]:
     groups, rope_dim, rank = cos.shape[2], 2 * cos.shape[3], key_up.shape[2]
-    key_scales = row.shape[2] - rank - groups * rope_dim
+    key_scales = row.shape[2] - rank - groups * rope_dim - value_scales
     return _symbolic_node(
         LATENT,
         (query, row, past, attention_mask, cos, sin, key_up, value_up),
@@ -313,6 +317,7 @@ def _symbolic_latent_attention(
             "latent_rank": rank,
             "scale": scale,
             **({"key_scales": key_scales} if key_scales else {}),
+            **({"value_scales": value_scales} if value_scales else {}),
             **({} if causal else {"bidirectional": 1}),
         },
         sinks,
@@ -384,6 +389,7 @@ def _add_functions(model: ir.Model, opset: int) -> None:
             window="window" in node.attributes,
             sinks="has_sinks" in node.attributes,
             slopes="has_slopes" in node.attributes,
+            value_scales="value_scales" in node.attributes,
             bidirectional="bidirectional" in node.attributes,
         )
         node.overload = variant.overload

@@ -19,7 +19,7 @@ from mla_compile.passes.probe import Operand, exceeds, matching_rows, probe_line
 from mla_compile.passes.trace import DataFlow
 from mla_compile.site import RejectCode
 
-__all__ = ["FoundNorm", "describe_norm", "linear_again"]
+__all__ = ["FoundNorm", "describe_norm", "linear_again", "nodes_between"]
 
 _PROBES = 6
 _FIT = 1e-7
@@ -51,7 +51,7 @@ class FoundNorm:
         return tuple(tuple(group) for group in self.rows.reshape(-1, self.size).tolist())
 
 
-def linear_again(operand: Operand, flow: DataFlow, generator: torch.Generator) -> Operand:
+def linear_again(operand: Operand, flow: DataFlow, generator: torch.Generator) -> tuple[Operand, bool]:
     """Find the first node behind the projection from which on the operand is linear.
 
     Args:
@@ -60,10 +60,10 @@ def linear_again(operand: Operand, flow: DataFlow, generator: torch.Generator) -
         generator: Source of random probes.
 
     Returns:
-        The operand with that node as its base, which does not depend on position.
+        The operand with that node as its base, and whether the base depends on position (a norm behind the rotation).
 
     Raises:
-        MismatchError: There is none, or it depends on position (a norm behind the rotation).
+        MismatchError: There is none.
     """
     for node in _cuts(operand, flow):
         later = replace(operand, base=node)
@@ -71,15 +71,11 @@ def linear_again(operand: Operand, flow: DataFlow, generator: torch.Generator) -
             probe_linear(later, generator)
         except (MismatchError, RuntimeError):
             continue
-        # The same outputs at every position must give the same activations.
+        # Without position, the same outputs at every position give the same activations.
         probe = torch.randn(2, 1, operand.width, generator=generator, dtype=torch.float64)
         probe = probe.expand(-1, operand.sizes.short, -1)
         got = _values(operand, later, probe)
-        if exceeds(got - got[:, :1], 1e-9):
-            raise MismatchError(
-                RejectCode.NONLINEAR, f"something non-linear stands behind the rotation of the {operand.role}"
-            )
-        return later
+        return later, exceeds(got - got[:, :1], 1e-9)
     raise MismatchError(RejectCode.NONLINEAR, f"something non-linear stands between projection and {operand.role}")
 
 
@@ -156,8 +152,8 @@ def _values(operand: Operand, target: Operand, outputs: Tensor) -> Tensor:
     return target.flatten(value, batch, length)
 
 
-def _between(operand: Operand, end: Node, flow: DataFlow) -> list[Node]:
-    """Nodes on the ways from the projection to ``end``, in graph order, both included."""
+def nodes_between(operand: Operand, end: Node, flow: DataFlow) -> list[Node]:
+    """Nodes on the ways from an operand's base to ``end``, in graph order, both included."""
     behind = flow.behind(end, lambda n: n is operand.base)
     reached = {operand.base}
     for node in operand.evaluator.graph.nodes:
@@ -172,11 +168,11 @@ def _cuts(operand: Operand, flow: DataFlow) -> Iterator[Node]:
     def passes(node: Node) -> bool:
         return operand.base not in flow.behind(operand.node, lambda n: n is node)
 
-    way = _between(operand, operand.node, flow)
+    way = nodes_between(operand, operand.node, flow)
     yield from (n for n in way[1:] if isinstance(n.meta.get("val"), Tensor) and passes(n))
 
 
 def _inputs_of_norm(operand: Operand, later: Operand, flow: DataFlow) -> Iterator[Node]:
     """Nodes between projection and base, nearest to the base first; one of them is what the norm reads."""
-    way = _between(operand, later.base, flow)
+    way = nodes_between(operand, later.base, flow)
     yield from (n for n in reversed(way[:-1]) if isinstance(n.meta.get("val"), Tensor))

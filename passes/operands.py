@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,11 +13,12 @@ from torch.fx import Node
 
 from mla_compile.passes.mismatch import MismatchError
 from mla_compile.passes.norm import FoundNorm, describe_norm, linear_again
-from mla_compile.passes.probe import Operand, probe_linear, probe_rope, probe_rows
-from mla_compile.passes.trace import DataFlow, ProjectionNode, read_projection
+from mla_compile.passes.probe import Operand, mixes_positions, probe_linear, probe_rope, probe_rows
+from mla_compile.passes.trace import DataFlow, ProjectionNode, projections_behind, read_projection
+from mla_compile.passes.turned import Unscaled, as_read, gains_turn, scaled_by_place
 from mla_compile.site import Norm, Projection, RejectCode, Rope
 
-__all__ = ["MOVES", "ReadOperand", "distinct_heads", "normalised", "read_operand", "root"]
+__all__ = ["MOVES", "ReadOperand", "normalised", "read_operand", "read_query", "root", "with_gains"]
 
 _aten = torch.ops.aten
 _RESHAPES = frozenset(
@@ -39,10 +41,17 @@ MOVES = _RESHAPES | {
 
 @dataclass(frozen=True)
 class ReadOperand:
-    """A described operand and its rotation; heads repeated for grouped queries are still repeated."""
+    """A described operand and its rotation; heads repeated for grouped queries are still repeated.
+
+    Attributes:
+        projection: The description.
+        rope: The rotation; nothing for queries that are turned back, whose rotation is the keys'.
+        behind: ``[heads][head_dim]`` gains of keys behind their rotation that do not commute with it, or None.
+    """
 
     projection: Projection
     rope: Rope
+    behind: tuple[tuple[float, ...], ...] | None = None
 
 
 def read_operand(
@@ -59,15 +68,23 @@ def read_operand(
     Raises:
         MismatchError: The operand is something other than a projection, normed, re-arranged and rotated.
     """
-    found = read_projection(flow, operand.node, operand.role)
+    try:
+        found = read_projection(flow, operand.node, operand.role)
+    except MismatchError as mismatch:
+        if mixes_positions(operand, [p.node for p in projections_behind(flow, operand.node)]):
+            reason = f"{mismatch.reason}, and at one position depends on other positions"
+            raise MismatchError(RejectCode.POSITION_MIXING, reason) from mismatch
+        raise
     operand = replace(operand, base=found.node)
     _require_matrix(found, flow, operand.width)
     try:
         probe_linear(operand, generator)
     except MismatchError as mismatch:
-        if mismatch.code != RejectCode.NONLINEAR or operand.role == "value":
+        if mismatch.code != RejectCode.NONLINEAR:
             raise
         return _read_behind_norm(operand, found, flow, generator, known)
+    if operand.role == "query" and scaled_by_place(operand, flow):
+        raise MismatchError(RejectCode.ROPE, "the query is scaled by position")
     rows, gain, offset = probe_rows(operand, generator)
     rope = probe_rope(operand, rows, gain) if known is None else known
     return ReadOperand(_projection(found, flow, rows, gain, offset), rope)
@@ -76,13 +93,17 @@ def read_operand(
 def _read_behind_norm(
     operand: Operand, found: ProjectionNode, flow: DataFlow, generator: torch.Generator, known: Rope | None
 ) -> ReadOperand:
-    later = linear_again(operand, flow, generator)
+    later, turned = linear_again(operand, flow, generator)
+    if turned:
+        return _read_norm_behind_rotation(operand, later, found, flow, generator, known)
+    if operand.role == "query" and scaled_by_place(later, flow):
+        raise MismatchError(RejectCode.ROPE, "the query is scaled by position")
     rows, gain, offset = probe_rows(later, generator)
     rope = probe_rope(later, rows, gain) if known is None else known
     try:
         norm = describe_norm(operand, later, flow, generator)
     except MismatchError:
-        if operand.role == "key":
+        if operand.role != "query":
             raise
         norm = None  # queries are not cached: whatever is done to them at their own position is done anew
     if operand.role == "query":
@@ -93,10 +114,103 @@ def _read_behind_norm(
     total = gain * norm.gain[rows]
     shift = gain * norm.offset[rows] + offset
     projection = _projection(found, flow, norm.rows[rows], total, shift)
-    return ReadOperand(replace(projection, norm=_head_norm(norm, rows)), rope)
+    return ReadOperand(replace(projection, norm=_head_norm(norm, rows, operand.role)), rope)
 
 
-def _head_norm(norm: FoundNorm, rows: Tensor) -> Norm:
+def _read_norm_behind_rotation(
+    operand: Operand,
+    later: Operand,
+    found: ProjectionNode,
+    flow: DataFlow,
+    generator: torch.Generator,
+    known: Rope | None,
+) -> ReadOperand:
+    """Describe keys whose norm stands behind their rotation as keys with a norm in front of it."""
+    reason = f"something non-linear stands behind the rotation of the {operand.role}"
+    if operand.role != "key":
+        raise MismatchError(RejectCode.NONLINEAR, reason)
+    # At position 0 nothing is rotated: there, what stands behind the rotation is what would stand in front of it.
+    entries, gain, offset = probe_rows(later, generator)
+    norm = describe_norm(operand, later, flow, generator)
+    rows, total, shift = norm.rows[entries], gain * norm.gain[entries], gain * norm.offset[entries] + offset
+    if norm.kind != "rms" or shift.any():
+        raise MismatchError(RejectCode.NONLINEAR, f"{reason}: a norm that shifts channels")
+    described = _head_norm(norm, entries, operand.role)
+    unscaled = Unscaled(**vars(operand), norm=described, gain=total)
+    try:
+        probe_linear(unscaled, generator)
+    except MismatchError as mismatch:
+        raise MismatchError(RejectCode.NONLINEAR, f"{reason}: a norm that changes with position") from mismatch
+    ones = torch.ones_like(total)
+    rope = probe_rope(unscaled, rows, ones) if known is None else known
+    commute = gains_turn(total, rope)
+    projection = replace(
+        _projection(found, flow, rows, total if commute else ones, torch.zeros_like(total)), norm=described
+    )
+    return ReadOperand(projection, rope, None if commute else _tuples(total))
+
+
+def read_query(
+    operand: Operand, flow: DataFlow, generator: torch.Generator, known: Rope | None, turned: bool
+) -> ReadOperand:
+    """Describe queries by their projection, or else by what the attention product reads.
+
+    Args:
+        operand: The queries; their base is not looked at.
+        flow: Data flow of the graph.
+        generator: Source of random probes.
+        known: The rotation, if it is known from a layer of the same kind.
+        turned: Whether to look at what the product reads only.
+
+    Raises:
+        MismatchError: They mix positions, or are arranged in a way this version does not read.
+    """
+    if turned:
+        return _read_turned(operand, flow, generator)
+    try:
+        return read_operand(operand, flow, generator, known)
+    except MismatchError as mismatch:
+        if mismatch.code == RejectCode.POSITION_MIXING:
+            raise
+        try:
+            return _read_turned(operand, flow, generator)
+        except MismatchError:
+            raise mismatch from None
+
+
+def _read_turned(operand: Operand, flow: DataFlow, generator: torch.Generator) -> ReadOperand:
+    """Describe queries by what the attention product reads, whatever was done to them before.
+
+    Raises:
+        MismatchError: They are arranged in a way this version does not read.
+    """
+    read = as_read(operand, MOVES)
+    rows, gain, offset = probe_rows(read, generator)
+    if offset.any():
+        raise MismatchError(RejectCode.ROW_MAP, "something is added to the query behind its rotation")
+    name = read.base.name
+    try:
+        projections = [read_projection(flow, operand.node, operand.role)]
+    except MismatchError:
+        projections = []
+    node, source, weight = name, name, f"<{name}>"
+    for found in projections:
+        node, source, weight = found.node.name, found.source.name, flow.parameter_name(found.weight)
+    projection = Projection(
+        node, source, weight, None, _tuples(rows), _tuples(torch.ones_like(gain)), activation=name, turned=_tuples(gain)
+    )
+    return ReadOperand(projection, Rope())
+
+
+def with_gains(query: ReadOperand, gains: Sequence[Sequence[float]]) -> ReadOperand:
+    """Multiply queries that are turned back by the gains their keys have behind the rotation, ``[key heads][D]``."""
+    turned = query.projection.turned or ()
+    group = len(turned) // len(gains)
+    total = tuple(tuple(a * b for a, b in zip(head, gains[h // group], strict=True)) for h, head in enumerate(turned))
+    return replace(query, projection=replace(query.projection, turned=total))
+
+
+def _head_norm(norm: FoundNorm, rows: Tensor, role: str) -> Norm:
     """The norm with one group per head, or one for all.
 
     Raises:
@@ -107,7 +221,7 @@ def _head_norm(norm: FoundNorm, rows: Tensor) -> Norm:
         return Norm(norm.kind, groups, norm.eps)
     owner = torch.div(rows, norm.size, rounding_mode="floor")
     if (owner != owner[:, :1]).any():
-        raise MismatchError(RejectCode.NONLINEAR, "the channels of a key head are normalised in several groups")
+        raise MismatchError(RejectCode.NONLINEAR, f"the channels of a {role} head are normalised in several groups")
     return Norm(norm.kind, tuple(groups[int(i)] for i in owner[:, 0]), norm.eps)
 
 
@@ -173,38 +287,11 @@ def _tuples(values: Tensor) -> tuple[tuple[Any, ...], ...]:
     return tuple(tuple(row) for row in values.tolist())
 
 
-def distinct_heads(projection: Projection, heads: int) -> Projection:
-    """Reduce key or value heads repeated for grouped queries to the distinct ones.
-
-    Raises:
-        MismatchError: Query head ``h`` does not use head ``h // (heads / distinct)``.
-    """
-    distinct = list(dict.fromkeys(projection.rows))
-    if heads % len(distinct):
-        raise MismatchError(RejectCode.GROUPING, f"{heads} query heads over {len(distinct)} key/value heads")
-    group = heads // len(distinct)
-    if len(projection.rows) not in (heads, len(distinct)) or (
-        len(projection.rows) == heads
-        and any(distinct.index(rows) != h // group for h, rows in enumerate(projection.rows))
-    ):
-        raise MismatchError(RejectCode.GROUPING, "query heads are not grouped contiguously over key/value heads")
-    first = [projection.rows.index(rows) for rows in distinct]
-    norm = projection.norm
-    if norm is not None and norm.per_head:
-        norm = replace(norm, groups=tuple(norm.groups[i] for i in first))
-    return replace(
-        projection,
-        rows=tuple(projection.rows[i] for i in first),
-        gain=tuple(projection.gain[i] for i in first),
-        offset=None if projection.offset is None else tuple(projection.offset[i] for i in first),
-        norm=norm,
-    )
-
-
 def normalised(projection: Projection, outputs: Tensor) -> Tensor:
     """Heads ``[B, S, H, D]``, not rotated, from projection outputs ``[B, S, N]``, as the description says.
 
-    For a projection with an ``activation``, ``outputs`` are that activation's entries.
+    For a projection with an ``activation``, ``outputs`` are that activation's entries; queries that are ``turned`` are
+    still so.
     """
     heads = outputs[..., torch.tensor(projection.rows)]
     norm = projection.norm
@@ -214,5 +301,5 @@ def normalised(projection: Projection, outputs: Tensor) -> Tensor:
             mean = groups.mean(-1, keepdim=True)
             heads, groups = heads - mean, groups - mean
         heads = heads * (groups.square().mean(-1, keepdim=True) + norm.eps).rsqrt()
-    heads = heads * torch.tensor(projection.gain, dtype=torch.float64)
+    heads = heads * torch.tensor(projection.turned or projection.gain, dtype=torch.float64)
     return heads if projection.offset is None else heads + torch.tensor(projection.offset, dtype=torch.float64)

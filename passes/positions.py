@@ -114,9 +114,9 @@ def _counting_suffices(evaluator: GraphEvaluator, border: _Border) -> bool:
     """Whether the user gets the same when every count is given once per sequence."""
     inputs = example_inputs(evaluator.program, _BATCH, _LENGTH)
     counts = [evaluator.nodes[name] for name in border.counters]
-    values = evaluator.run([*counts, border.node], {}, inputs)
-    lifted = {n: v.expand(_BATCH, _LENGTH) for n, v in zip(counts, values, strict=False)}
     try:
+        values = evaluator.run([*counts, border.node], {}, inputs)
+        lifted = {n: v.expand(_BATCH, _LENGTH) for n, v in zip(counts, values, strict=False)}
         (got,) = evaluator.run([border.node], lifted, inputs)
     except (RuntimeError, IndexError):
         return False
@@ -303,7 +303,12 @@ def _counters(program: Program, evaluator: GraphEvaluator, flow: DataFlow, alive
             return _start(evaluator.run([node], {}, example_inputs(program, 2, length))[0], length)
 
         # The long one tells a count from one that stops or starts anew (a clamp, a remainder).
-        starts = {start(length) for length in (7, 12, longest_length(evaluator, _sizes(evaluator), start, _LONG_COUNT))}
+        try:
+            starts = {
+                start(length) for length in (7, 12, longest_length(evaluator, _sizes(evaluator), start, _LONG_COUNT))
+            }
+        except (RuntimeError, IndexError):
+            continue  # made in pieces of a fixed size: it counts places inside a piece, if anything
         if len(starts) == 1 and (first := starts.pop()) is not None:
             found[node.name] = first
     return found

@@ -10,8 +10,8 @@ Shapes: ``B`` batch, ``S`` length, ``N`` projection outputs, ``H`` heads, ``D`` 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ __all__ = [
     "exceeds",
     "longest_length",
     "matching_rows",
+    "mixes_positions",
     "probe_linear",
     "probe_rope",
     "probe_rows",
@@ -130,6 +131,35 @@ def probe_linear(operand: Operand, generator: torch.Generator) -> None:
     residual = combined - (0.7 * (a - base) - 1.3 * (operand(second) - base))
     if exceeds(residual, _EXACT * float(combined.abs().max())):
         raise MismatchError(RejectCode.NONLINEAR, f"something non-linear stands between projection and {operand.role}")
+
+
+def mixes_positions(operand: Operand, bases: Sequence[Node]) -> bool:
+    """Whether an operand at one position is seen to depend on other positions of nodes behind it.
+
+    Args:
+        operand: The operand; its own base is not looked at.
+        bases: Nodes with one entry per token that are given random values together.
+
+    Returns:
+        False also where that cannot be evaluated.
+    """
+    generator, short = torch.Generator().manual_seed(8), operand.sizes.short
+    inputs = example_inputs(operand.evaluator.program, 1, short, sizes=operand.sizes)
+    first: dict[Node, Tensor] = {}
+    second: dict[Node, Tensor] = {}
+    try:
+        for base in bases:
+            source = replace(operand, base=base)
+            values = torch.randn(1, short, source.width, generator=generator, dtype=torch.float64)
+            changed = values.clone()
+            changed[:, short // 2] *= 2
+            first[base], second[base] = source.place(values), source.place(changed)
+        results = [operand.evaluator.run([operand.node], given, inputs)[0] for given in (first, second)]
+    except (MismatchError, RuntimeError, IndexError):
+        return False
+    order = "bthd" if "t" in operand.layout.axes else "bshd"
+    moved = (operand.layout.arrange(results[0] - results[1], order, 1).abs().amax((2, 3)) > _EXACT)[0]
+    return bool(moved[: short // 2].any() or moved[short // 2 + 1 :].any())
 
 
 def probe_rows(operand: Operand, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:

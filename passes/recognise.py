@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -12,10 +13,19 @@ from torch import Tensor
 from torch.fx import Node
 
 from mla_compile.passes.evaluate import GraphEvaluator, example_inputs
+from mla_compile.passes.grouping import chosen_heads, distinct_heads, side_by_side, value_heads
 from mla_compile.passes.kinds import kind_of
 from mla_compile.passes.layout import Layout, Sizes
 from mla_compile.passes.mismatch import MismatchError
-from mla_compile.passes.operands import MOVES, ReadOperand, distinct_heads, normalised, read_operand, root
+from mla_compile.passes.operands import (
+    MOVES,
+    ReadOperand,
+    normalised,
+    read_operand,
+    read_query,
+    root,
+    with_gains,
+)
 from mla_compile.passes.padding import padding_input
 from mla_compile.passes.probe import Operand, longest_length
 from mla_compile.passes.scores import (
@@ -27,6 +37,7 @@ from mla_compile.passes.scores import (
     probe_scores,
 )
 from mla_compile.passes.trace import Anchor, DataFlow, find_anchors, module_path
+from mla_compile.passes.turned import looks_ahead, turn_back
 from mla_compile.program import AnyProgram
 from mla_compile.runtime import reference
 from mla_compile.site import AttentionSite, Kind, PlainSite, RejectCode, Rejection, Rope, Scores
@@ -144,11 +155,19 @@ def _describe(context: _Context, other: AttentionSite | None = None) -> Attentio
     generator = torch.Generator().manual_seed(context.index)
     anchor, layouts, flow = context.anchor, context.layouts, context.flow
     read: dict[str, ReadOperand] = {}
+    operands: dict[str, Operand] = {}
     for role in ("query", "key", "value"):
         node = getattr(anchor, role)
         operand = Operand(context.evaluator, context.sizes_of(role), role, node, node, getattr(layouts, role))
+        operands[role] = operand
         known = None if other is None else other.rope if role != "value" else Rope()
-        read[role] = read_operand(operand, flow, generator, known)
+        if role == "query":
+            queries = functools.partial(read_query, operand, flow, generator, known)
+            read[role] = queries(turned=other is not None and other.query.turned is not None)
+        else:
+            read[role] = read_operand(operand, flow, generator, known)
+    if read["key"].behind is not None:
+        read["query"] = with_gains(queries(turned=True), read["key"].behind)
     query, key, value = (read[role].projection for role in ("query", "key", "value"))
     nodes = context.evaluator.nodes
     if root(nodes[key.source]) is not root(nodes[value.source]):
@@ -158,16 +177,24 @@ def _describe(context: _Context, other: AttentionSite | None = None) -> Attentio
         raise MismatchError(RejectCode.MASK, f"attention depends on which tokens were given, at '{reader.name}'")
     if read["value"].rope.pairs:
         raise MismatchError(RejectCode.ROPE, "values are rotated by position")
-    rope = _common_rope(read["query"].rope, read["key"].rope)
+    rope = _common_rope(read["query"].rope, read["key"].rope) if query.turned is None else read["key"].rope
     heads = query.heads
-    key, value = distinct_heads(key, heads), distinct_heads(value, heads)
-    if key.heads != value.heads:
-        raise MismatchError(RejectCode.GROUPING, f"there are {key.heads} key heads but {value.heads} value heads")
+    if query.activation is not None and other is None:
+        projected = query.node != query.activation
+        given = replace(operands["query"], base=nodes[query.node if projected else key.source])
+        if looks_ahead(given, nodes[query.activation], projected):
+            raise MismatchError(RejectCode.POSITION_MIXING, "the query depends on how many tokens follow it")
+    order = side_by_side(key, heads)
+    if order is not None and value.heads == heads:
+        query, key, value = (chosen_heads(p, order) for p in (query, key, value))
+    key, value = distinct_heads(key, heads), value_heads(value, heads)
     if other is None or other.scores.sinks is not None:  # sinks are a layer's own
         scores = probe_scores(context.evaluator, flow, context.sizes, anchor, layouts, heads=heads, dim=query.head_dim)
     else:
         scores = other.scores
     probe_probabilities(context.evaluator, context.sizes, anchor, layouts)
+    if order is not None and (other is None or other.scores.sinks is not None):
+        scores = _ordered(scores, order)
     site = AttentionSite(
         index=context.index,
         path=context.path,
@@ -180,11 +207,14 @@ def _describe(context: _Context, other: AttentionSite | None = None) -> Attentio
         output_axes=layouts.output.axes,
         softmax=anchor.softmax.name,
         error=0.0,
+        order=order,
     )
     if not scores.mask.causal:
         site = _of_other_kind(context, site)
     if site.key.norm is not None and site.key.offset is not None and (scores.softcap or scores.sinks is not None):
         raise MismatchError(RejectCode.NONLINEAR, "the key norm's bias meets a soft-cap or sinks")
+    if site.value.norm is not None and site.value.offset is not None and scores.sinks is not None:
+        raise MismatchError(RejectCode.NONLINEAR, "the value norm's bias meets sinks")
     return replace(site, error=_verified(context, lambda length: _compare(context, site, length)))
 
 
@@ -198,8 +228,16 @@ def _of_other_kind(context: _Context, site: AttentionSite) -> AttentionSite:
     cross = context.sizes.cross or root(nodes[site.query.source]) is not root(nodes[site.key.source])
     if cross and site.rope.pairs:
         raise MismatchError(RejectCode.ROPE, "keys of another sequence rotate")
+    if site.query.turned is not None and site.rope.pairs:
+        raise MismatchError(RejectCode.NONLINEAR, "something stands behind the rotation of queries that see both ways")
     scorer = Scorer(context.evaluator, context.sizes, context.anchor, context.layouts, site.heads)
     return replace(site, cross=cross, padding=padding_input(scorer))
+
+
+def _ordered(scores: Scores, order: tuple[int, ...]) -> Scores:
+    """What scores are per head, for heads in another order."""
+    sinks, slopes = (None if x is None else tuple(x[h] for h in order) for x in (scores.sinks, scores.slopes))
+    return replace(scores, sinks=sinks, slopes=slopes)
 
 
 def _plain(context: _Context) -> PlainSite | None:
@@ -322,7 +360,8 @@ def _compare(context: _Context, site: AttentionSite, length: int) -> float:
         base = replace(bases["query"], base=wanted[1])
         outputs["query"] = base.flatten(activation[0], batch, length)
     query, key, value = (normalised(getattr(site, role), outputs[role]) for role in ("query", "key", "value"))
-    return _difference(got, query, key, value, site.rope, site.scores, site.output_axes)
+    query = query if site.query.turned is None else turn_back(query, site.rope)
+    return _difference(got, query, key, value, site.rope, site.scores, site.output_axes, site.order)
 
 
 def _compare_plain(context: _Context, site: PlainSite, length: int) -> float:
@@ -346,7 +385,14 @@ def _compare_plain(context: _Context, site: PlainSite, length: int) -> float:
 
 
 def _difference(
-    got: Tensor, query: Tensor, key: Tensor, value: Tensor, rope: Rope, scores: Scores, axes: tuple[str, ...]
+    got: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rope: Rope,
+    scores: Scores,
+    axes: tuple[str, ...],
+    order: tuple[int, ...] | None = None,
 ) -> float:
     sinks, slopes = (None if x is None else torch.tensor(x, dtype=torch.float64) for x in (scores.sinks, scores.slopes))
     expected = reference.attention(
@@ -363,6 +409,7 @@ def _difference(
         causal=scores.mask.causal,
     )
     arranged = Layout(axes).arrange(got, "bshd", len(query))
+    arranged = arranged if order is None else arranged[:, :, list(order)]
     if arranged.shape != expected.shape:
         raise MismatchError(RejectCode.LAYOUT, f"the attention output is arranged as {tuple(got.shape)}")
     return float((arranged - expected).abs().max() / expected.abs().max())

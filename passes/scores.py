@@ -91,7 +91,7 @@ def anchor_layouts(sizes: Sizes, anchor: Anchor) -> AnchorLayouts:
         key, value = fused_layout(sizes, anchor.key, "t"), fused_layout(sizes, anchor.value, "t")
         return AnchorLayouts(query, key, value, output, None, None)
     query, key, raw = score_layouts(sizes, anchor.scores, anchor.query, anchor.key)
-    weights, value, output = attended_layout(sizes, anchor.output, anchor.probabilities, anchor.value)
+    weights, value, output = attended_layout(sizes, anchor.product, anchor.probabilities, anchor.value)
     return AnchorLayouts(query, key, value, output, raw, weights)
 
 
@@ -183,6 +183,34 @@ class Scorer:
             added = added.masked_fill(~torch.ones(added.shape[2:], dtype=torch.bool).tril(), -math.inf)
         return added
 
+    def factor_sinks(self, base: Tensor) -> tuple[float, ...]:
+        """Read sinks spelled as a factor of the output, ``sigmoid(logsumexp(logits) - sink)``.
+
+        A sink takes part of the weights: what is left of them is that factor, for any value (values of one show it).
+
+        Args:
+            base: Logits ``[B, H, S, T]`` of zero scores, relative to the query's own position.
+
+        Raises:
+            MismatchError: The factor is not a sink's.
+        """
+        batch, length = len(base), base.shape[2]
+        nodes: Any = (self.anchor.value, self.anchor.scores)
+        ones, zeros = (
+            torch.full(self.sizes.bind(n.meta["val"].shape, batch, length), x, dtype=torch.float64)
+            for n, x in zip(nodes, (1.0, 0.0), strict=True)
+        )
+        inputs = example_inputs(self.evaluator.program, batch, length, sizes=self.sizes)
+        (got,) = self.evaluator.run([self.anchor.output], dict(zip(nodes, (ones, zeros), strict=True)), inputs)
+        left = self.layouts.output.arrange(got, "bshd", batch)[..., 0].transpose(1, 2)  # [B, H, S]
+        sinks = torch.log1p(-left[0, :, 0]) - left[0, :, 0].log()
+        seen = base.logsumexp(-1)
+        if left.shape != seen.shape or exceeds(left - torch.sigmoid(seen - sinks[:, None]), 1e-9):
+            raise MismatchError(
+                RejectCode.SCORES, "the output is scaled by something computed from the scores that is not a sink"
+            )
+        return tuple(sinks.tolist())
+
 
 def probe_scores(
     evaluator: GraphEvaluator,
@@ -212,6 +240,10 @@ def probe_scores(
     short, keys = sizes.short, sizes.key_length(sizes.short)
     base = scorer(short)
     sinks = _sinks(base, keys)
+    if anchor.output is not anchor.product:
+        if sinks is not None:
+            raise MismatchError(RejectCode.SCORES, "the output has a factor beside sinks in the softmax")
+        sinks = scorer.factor_sinks(base)
     softcap = 0.0
     if scale is None:
         scale, softcap = _bending(scorer, base[..., :keys])
@@ -232,7 +264,9 @@ def probe_scores(
 def _operator_scale(flow: DataFlow, anchor: Anchor, dim: int) -> float:
     mask = operator_argument(anchor.scores, "attn_mask")
     if isinstance(mask, Node) and mask in flow.hidden:
-        raise MismatchError(RejectCode.MASK, "the mask depends on the activations")
+        raise MismatchError(
+            RejectCode.MASK, f"what is added to the scores is computed from activations, at '{mask.name}'"
+        )
     if operator_argument(anchor.scores, "dropout_p"):
         raise MismatchError(
             RejectCode.SCORES, "attention weights are dropped out at random: call model.eval() before exporting"
@@ -252,8 +286,9 @@ def _sinks(logits: Tensor, length: int) -> tuple[float, ...] | None:
 
 
 def _parameter_behind(flow: DataFlow, anchor: Anchor) -> str | None:
-    """The parameter among what joins the scores on their way to the softmax."""
-    names, stack, seen = set(), [anchor.softmax.args[0]], set()
+    """The parameter among what joins the scores on their way to the softmax, or the output behind it."""
+    start = anchor.softmax.args[0] if anchor.output is anchor.product else anchor.output
+    names, stack, seen = set(), [start], {anchor.product}
     while stack:
         node = stack.pop()
         if isinstance(node, Node) and node not in seen and node is not anchor.scores:
@@ -349,6 +384,10 @@ def _classify(added: Tensor) -> Mask:
         return Mask(window)
     if pattern.all():
         return Mask(causal=False)
+    chunk = max(int(pattern[:, 0].sum()), 1)
+    rows, columns = (torch.arange(n) // chunk for n in pattern.shape)
+    if torch.equal(pattern, (distance >= 0) & (rows[:, None] == columns)):
+        raise MismatchError(RejectCode.MASK, f"a query sees its own chunk of {chunk} tokens only")
     raise MismatchError(RejectCode.MASK, "the mask is neither causal, nor a causal sliding window, nor open to all")
 
 

@@ -28,6 +28,7 @@ __all__ = [
     "find_anchors",
     "module_path",
     "operator_argument",
+    "projections_behind",
     "read_projection",
 ]
 
@@ -81,7 +82,9 @@ class Anchor:
         scores: The product of queries and keys; the operator itself when it is fused.
         softmax: The softmax node; the operator itself when it is fused.
         probabilities: The operand of the value product that comes from the softmax; None when fused.
-        output: The product with the values.
+        product: The product with the values; the operator itself when it is fused.
+        output: Where attention is complete: the product, or the node at which the last thing computed from the scores
+            has joined it (a sink spelled as a factor of the output).
     """
 
     query: Node
@@ -90,6 +93,7 @@ class Anchor:
     scores: Node
     softmax: Node
     probabilities: Node | None
+    product: Node
     output: Node
 
     @property
@@ -228,7 +232,7 @@ def find_anchors(flow: DataFlow, program: AnyProgram) -> list[Anchor | tuple[Nod
         if node.target is _SDPA:
             operands: Any = node.args
             query, key, value = operands[:3]
-            found.append(Anchor(query, key, value, scores=node, softmax=node, probabilities=None, output=node))
+            found.append(Anchor(query, key, value, node, node, probabilities=None, product=node, output=node))
         elif node.target in _SOFTMAX:
             arguments: Any = node.args
             static = isinstance(node.meta["val"].shape[arguments[1]], int)
@@ -279,10 +283,46 @@ def _anchor_of_softmax(flow: DataFlow, softmax: Node) -> Anchor:
                 if node in operands and all(o in flow.hidden for o in operands):
                     value = next(o for o in operands if o is not node)
                     query, key = _queries_and_keys(bilinear[0])
-                    return Anchor(query, key, value, bilinear[0], softmax, node, user)
+                    output = _completed(flow, bilinear[0], softmax, user)
+                    return Anchor(query, key, value, bilinear[0], softmax, node, user, output)
             else:
                 queue.append(user)
     raise MismatchError(RejectCode.ANCHOR, f"softmax '{softmax.name}' is not multiplied with values")
+
+
+def _completed(flow: DataFlow, scores: Node, softmax: Node, product: Node) -> Node:
+    """Where what is computed from the scores beside the softmax (their logsumexp) joins the product with the values.
+
+    That is the product itself when there is nothing, or nothing that joins it.
+
+    Raises:
+        MismatchError: It joins only after the outputs were mixed or re-arranged.
+    """
+    arguments: Any = softmax.args
+    way = flow.behind(arguments[0], lambda n: n is scores)
+    way = {n for n in way if n is scores or scores in flow.behind(n, lambda m: m is scores)}
+    beside = [u for n in way for u in n.users if u in flow.hidden and u not in way and u is not softmax]
+    if not beside:
+        return product
+    aside, main, started = set(beside), {product}, False
+    node: Node
+    for node in product.graph.nodes:
+        started = started or node is scores
+        if not started or node.op != "call_function":
+            continue
+        from_aside, from_main = (any(i in nodes for i in node.all_input_nodes) for nodes in (aside, main))
+        if from_aside and from_main:
+            same = [str(d) for d in node.meta["val"].shape] == [str(d) for d in product.meta["val"].shape]
+            if not same:
+                raise MismatchError(
+                    RejectCode.ORPHAN, f"the scores are used besides the weighted sum of values, at '{beside[0].name}'"
+                )
+            return node
+        if from_aside:
+            aside.add(node)
+        if from_main:
+            main.add(node)
+    return product
 
 
 def _queries_and_keys(product: Node) -> list[Node]:
@@ -301,6 +341,12 @@ def operator_argument(node: Node, name: str) -> Any:  # noqa: ANN401 - operator 
     return dict(zip(names, node.args, strict=False)).get(name, node.kwargs.get(name))
 
 
+def projections_behind(flow: DataFlow, operand: Node) -> list[ProjectionNode]:
+    """The nearest projections on all ways back from an operand."""
+    behind = flow.behind(operand, lambda n: flow.projection(n) is not None)
+    return [p for p in map(flow.projection, behind) if p is not None]
+
+
 def read_projection(flow: DataFlow, operand: Node, role: str) -> ProjectionNode:
     """Walk back from an operand to the projection it comes from.
 
@@ -313,7 +359,7 @@ def read_projection(flow: DataFlow, operand: Node, role: str) -> ProjectionNode:
         MismatchError: There is not exactly one projection behind the operand.
     """
     behind = flow.behind(operand, lambda n: flow.projection(n) is not None)
-    projections = [p for p in map(flow.projection, behind) if p is not None]
+    projections = projections_behind(flow, operand)
     leaves = [
         n
         for n in behind
@@ -328,19 +374,27 @@ def read_projection(flow: DataFlow, operand: Node, role: str) -> ProjectionNode:
         raise MismatchError(
             RejectCode.PROJECTION, f"the {role} depends on '{leaves[0].name}', which is not a linear projection"
         )
+    names = ", ".join(sorted({flow.parameter_name(p.weight) for p in projections}))
+    if any(_chooses(n) for n in behind):
+        raise MismatchError(
+            RejectCode.PROJECTION, f"the {role} comes from projections chosen by what each token holds ({names})"
+        )
     below = {n for p in projections for n in flow.behind(p.source, lambda n: flow.projection(n) is not None)}
     if any(p.node in below for p in projections):
-        names = ", ".join(sorted(flow.parameter_name(p.weight) for p in projections))
         raise MismatchError(
             RejectCode.LATENT, f"the {role} comes from a latent ({names}): this is latent attention already"
         )
     if len(projections) != 1:
-        names = ", ".join(sorted(flow.parameter_name(p.weight) for p in projections))
-        raise MismatchError(
-            RejectCode.PROJECTION,
-            f"the {role} is made from {len(projections)} projections ({names})",
-        )
+        raise MismatchError(RejectCode.PROJECTION, f"the {role} is made from {len(projections)} projections ({names})")
     return projections[0]
+
+
+def _chooses(node: Node) -> bool:
+    """Whether an activation is a choice: integers that were computed from activations, as a router's indices are."""
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor) or value.dtype == torch.bool:
+        return False
+    return not (value.is_floating_point() or value.is_complex())
 
 
 def module_path(node: Node, fallback: str) -> str:

@@ -89,12 +89,16 @@ class LatentModel(nn.Module):
             Logits of the new tokens and the grown cache.
 
         Raises:
-            ValueError: No mask is given, and the cache, full to its windows, does not tell how many tokens there were.
+            ValueError: No mask is given, and the cache, full to its windows, does not tell how many tokens there were;
+                or earlier padding stands behind real tokens, where it takes up room in a window's cache.
         """
         batch, new = input_ids.shape
         past = tuple(past) if past is not None else self.empty_cache(batch)
         if attention_mask is None:
             attention_mask = torch.ones(batch, self._tokens(past) + new, dtype=torch.long, device=input_ids.device)
+        earlier = attention_mask[:, :-new] != 0
+        if any(self.windows) and bool((earlier[:, :-1] & ~earlier[:, 1:]).any()):
+            raise ValueError("A cache with windows needs the padding of earlier tokens on the left of all real ones.")
         if position_ids is None:
             position_ids = positions_from_mask(attention_mask, new)
         logits, *present = self.graph(input_ids, attention_mask, position_ids, *past, *context)

@@ -31,11 +31,12 @@ class Variant:
     """What a node has beyond plain attention.
 
     Attributes:
-        key_scales: Rows end in key scales (``LatentAttention`` only); attribute ``key_scales``, how many.
+        key_scales: Rows hold key scales (``LatentAttention`` only); attribute ``key_scales``, how many.
         softcap: Logits are bounded; attribute ``softcap``.
         window: Queries see the last real tokens only, and later rows are all the cache keeps; attribute ``window``.
         sinks: The softmax has a further logit per head; an input, and the attribute ``has_sinks``.
         slopes: Logits fall with distance; an input after ``sinks``, and the attribute ``has_slopes``.
+        value_scales: Rows end in value scales (``LatentAttention`` only); attribute ``value_scales``, how many.
         bidirectional: Every real key is seen, and there may be more or fewer new rows than queries
             (``LatentAttention`` only, without slopes); attribute ``bidirectional``, 1.
     """
@@ -45,6 +46,7 @@ class Variant:
     window: bool = False
     sinks: bool = False
     slopes: bool = False
+    value_scales: bool = False
     bidirectional: bool = False
 
     @property
@@ -55,7 +57,7 @@ class Variant:
 
 # Suffixes name the axes: B batch, S new tokens, N new rows (as many, if attention is causal), T all tokens, H query
 # heads, n rope groups or key/value heads, h heads per group, G up-projection groups, D head channels, r latent rank, m
-# key scales, R row, V value channels, M merged axes.
+# key scales, w value scales, R row, V value channels, M merged axes.
 _SIZES = """
   # ---- sizes
   heads = Constant <value_int: int = @num_heads> ()
@@ -165,9 +167,23 @@ _APPEND = """
   new_BNR = Concat <axis = -1> (latent_BNr, key_turned_BNR)
 """
 
-_APPEND_KEY_SCALES = """
-  scales_BNm = Slice (row_BNR, row_rest, end, two)
-  new_BNR = Concat <axis = -1> (latent_BNr, key_turned_BNR, scales_BNm)
+_KEY_SCALES = """
+  key_scale_count = Constant <value_int: int = @key_scales> ()
+  m = Reshape (key_scale_count, one)
+"""
+
+_VALUE_SCALES = """
+  value_scale_count = Constant <value_int: int = @value_scales> ()
+  w = Reshape (value_scale_count, one)
+"""
+
+_BOTH_SCALES = """
+  scale_width = Add (m, w)
+"""
+
+_APPEND_SCALES = """
+  scales_BNx = Slice (row_BNR, row_rest, end, two)
+  new_BNR = Concat <axis = -1> (latent_BNr, key_turned_BNR, scales_BNx)
 """
 
 # Without a window all rows are the new cache: the name of the output is the only one they have.
@@ -256,13 +272,12 @@ _LATENT_SCORES_KEY_SCALES = """
   # ---- attend to latent and rope keys apart: a key's scale belongs to the former's product only
   latent_BTr = Slice (ROWS, zero, r, two)
   rest_BTR = Slice (ROWS, r, end, two)
-  scales_BTm = Slice (ROWS, row_rest, end, two)
+  scales_end = Add (row_rest, m)
+  scales_BTm = Slice (ROWS, row_rest, scales_end, two)
   plain_heads_shape = Concat <axis = 0> (B, SH, r)
   plain_query_BMr = Reshape (latent_query_BSHr, plain_heads_shape)
   plain_query_BrM = Transpose <perm = [0, 2, 1]> (plain_query_BMr)
   plain_BTM = MatMul (latent_BTr, plain_query_BrM)
-  scale_count = Constant <value_int: int = @key_scales> ()
-  m = Reshape (scale_count, one)
   per_scale = Div (H, m)
   by_scale_shape = Concat <axis = 0> (B, T, S, m, per_scale)
   plain_BTSmh = Reshape (plain_BTM, by_scale_shape)
@@ -273,15 +288,31 @@ _LATENT_SCORES_KEY_SCALES = """
   scaled_BTM = Reshape (scaled_BTSmh, merged_heads_shape)
   # Zeros meet the scales: without rope, a product over no channels at all would be undefined in ONNX Runtime 1.31.
   nothing = CastLike (zero_scalar, query_BSHD)
-  unscaled_shape = Concat <axis = 0> (BS, H, m)
-  unscaled_BSHm = Expand (nothing, unscaled_shape)
-  rest_query_BSHR = Concat <axis = -1> (placed_BSHR, unscaled_BSHm)
-  rest_width = Add (rope_width, m)
+  unscaled_shape = Concat <axis = 0> (BS, H, SCALES)
+  unscaled_BSHx = Expand (nothing, unscaled_shape)
+  rest_query_BSHR = Concat <axis = -1> (placed_BSHR, unscaled_BSHx)
+  rest_width = Add (rope_width, SCALES)
   rest_heads_shape = Concat <axis = 0> (B, SH, rest_width)
   rest_query_BMR = Reshape (rest_query_BSHR, rest_heads_shape)
   rest_query_BRM = Transpose <perm = [0, 2, 1]> (rest_query_BMR)
   rope_BTM = MatMul (rest_BTR, rest_query_BRM)
   scores_BTM = Add (scaled_BTM, rope_BTM)
+  scores_BMT = Transpose <perm = [0, 2, 1]> (scores_BTM)
+  scores_shape = Concat <axis = 0> (BS, H, T)
+  scores_BSHT = Reshape (scores_BMT, scores_shape)
+"""
+
+_LATENT_SCORES_VALUE_SCALES = """
+  # ---- attend to the rows: the cache is the left operand, read once for all heads; zeros meet the value scales
+  nothing = CastLike (zero_scalar, query_BSHD)
+  unscaled_shape = Concat <axis = 0> (BS, H, w)
+  unscaled_BSHw = Expand (nothing, unscaled_shape)
+  rows_query_BSHR = Concat <axis = -1> (latent_query_BSHr, placed_BSHR, unscaled_BSHw)
+  row_width = Add (row_rest, w)
+  heads_shape = Concat <axis = 0> (B, SH, row_width)
+  rows_query_BMR = Reshape (rows_query_BSHR, heads_shape)
+  rows_query_BRM = Transpose <perm = [0, 2, 1]> (rows_query_BMR)
+  scores_BTM = MatMul (ROWS, rows_query_BRM)
   scores_BMT = Transpose <perm = [0, 2, 1]> (scores_BTM)
   scores_shape = Concat <axis = 0> (BS, H, T)
   scores_BSHT = Reshape (scores_BMT, scores_shape)
@@ -356,16 +387,32 @@ _SOFTMAX_SINKS = """
   weights_BSHT = Slice (weights_with_sinks, zero, T, last_axis)
 """
 
-_LATENT_CONTEXT = """
+_WEIGHTS = """
   weights_shape = Concat <axis = 0> (B, SH, T)
   weights_BMT = Reshape (weights_BSHT, weights_shape)
+"""
+
+_WEIGHTS_VALUE_SCALES = """
+  # ---- a value's scale multiplies its weight
+  weights_shape = Concat <axis = 0> (B, SH, T)
+  value_scales_start = Neg (w)
+  value_scales_BTw = Slice (ROWS, value_scales_start, end, two)
+  value_scales_BwT = Transpose <perm = [0, 2, 1]> (value_scales_BTw)
+  value_scale_axes = Constant <value_ints = [1, 3]> ()
+  value_scales_B1w1T = Unsqueeze (value_scales_BwT, value_scale_axes)
+  per_value_scale = Div (H, w)
+  by_value_scale_shape = Concat <axis = 0> (BS, w, per_value_scale, T)
+  weights_BSwhT = Reshape (weights_BSHT, by_value_scale_shape)
+  scaled_weights_BSwhT = Mul (weights_BSwhT, value_scales_B1w1T)
+  weights_BMT = Reshape (scaled_weights_BSwhT, weights_shape)
+"""
+
+_LATENT_CONTEXT = """
   context_BMR = MatMul (weights_BMT, ROWS)
   context_BMr = Slice (context_BMR, zero, r, two)
 """
 
 _LATENT_CONTEXT_KEY_SCALES = """
-  weights_shape = Concat <axis = 0> (B, SH, T)
-  weights_BMT = Reshape (weights_BSHT, weights_shape)
   context_BMr = MatMul (weights_BMT, latent_BTr)
 """
 
@@ -431,6 +478,7 @@ def attention_function(op_type: str, opset: int, variant: Variant = Variant()) -
     # A flag for every optional input: which inputs a node has cannot be told from their number.
     attributes = {
         "key_scales": variant.key_scales,
+        "value_scales": variant.value_scales,
         "softcap": variant.softcap,
         "window": variant.window,
         "has_sinks": variant.sinks,
@@ -455,17 +503,24 @@ def _listing(always: str, sometimes: dict[str, bool]) -> str:
 
 
 def _latent_body(variant: Variant) -> str:
-    scaled = variant.key_scales
+    keys, values = variant.key_scales, variant.value_scales
+    scores = _LATENT_SCORES_VALUE_SCALES if values else _LATENT_SCORES
+    if keys:
+        scores = _LATENT_SCORES_KEY_SCALES.replace("SCALES", "scale_width" if values else "m")
     return _over_rows(
         variant,
         [
             _SIZES,
             _LATENT_QUERIES,
-            _APPEND_KEY_SCALES if scaled else _APPEND,
+            _KEY_SCALES if keys else "",
+            _VALUE_SCALES if values else "",
+            _BOTH_SCALES if keys and values else "",
+            _APPEND_SCALES if keys or values else _APPEND,
             *_masks(variant),
-            _LATENT_SCORES_KEY_SCALES if scaled else _LATENT_SCORES,
+            scores,
             _weights(variant),
-            _LATENT_CONTEXT_KEY_SCALES if scaled else _LATENT_CONTEXT,
+            _WEIGHTS_VALUE_SCALES if values else _WEIGHTS,
+            _LATENT_CONTEXT_KEY_SCALES if keys else _LATENT_CONTEXT,
             _LATENT_OUTPUT,
         ],
     )

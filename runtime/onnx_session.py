@@ -88,6 +88,7 @@ class OnnxDecoder:
         self.rows = tuple(int(c.shape[-1]) for c in caches)
         self._dtype = _NUMPY_TYPES[caches[0].type]
         self._inputs = frozenset(inputs)
+        self._windows = any("window" in str(c.shape[1]) for c in caches)
         self.vocabulary = int(self._session.get_outputs()[0].shape[-1])
 
     @property
@@ -113,7 +114,17 @@ class OnnxDecoder:
 
         Returns:
             Logits ``[batch, new, vocabulary]`` and the grown cache.
+
+        Raises:
+            UsageError: The model cannot run these tokens, or earlier padding stands behind real tokens, where it takes
+                up room in a window's cache.
         """
+        earlier = attention_mask[:, : -ids.shape[1]] != 0
+        if self._windows and (earlier[:, :-1] & ~earlier[:, 1:]).any():
+            raise UsageError(
+                f"'{self._path}' has sliding windows, and padding stands behind earlier tokens.",
+                "Pad prompts on the left.",
+            )
         binding = self._session.io_binding()
         given = {"input_ids": ids, "attention_mask": attention_mask, "position_ids": position_ids}
         for name, value in given.items():

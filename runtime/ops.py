@@ -50,18 +50,20 @@ def latent_attention(
     scale: float,
     window: int,
     softcap: float,
+    value_scales: int = 0,
     causal: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Attend with a latent cache (DeepSeek-V2 eq. 9-19; MHA2MLA eq. 8-11).
 
     ``B`` batch, ``S`` new tokens, ``P`` cached tokens, ``H`` query heads, ``n`` rope groups, ``G`` up-projection
-    groups, ``m`` key scales (``n``, ``G`` and ``m`` divide ``H``; head ``h`` uses group ``h // (H / n)``, and so on),
-    ``r`` latent rank, ``R = r + n * rope_dim + m``; ``m`` may be 0.
+    groups, ``m`` key scales, ``w`` value scales (``n``, ``G``, ``m`` and ``w`` divide ``H``; head ``h`` uses group
+    ``h // (H / n)``, and so on), ``r`` latent rank, ``R = r + n * rope_dim + m + w``; ``m`` and ``w`` may be 0.
 
     The logit of a query and a key is ``cap(scale * (s * q_plain . key_up c + q_rope . k_rope)) - slope * distance``:
     ``s`` is the key's scale for this head (1 without scales), ``cap(x) = softcap * tanh(x / softcap)`` (Gemma 2), and
     ``distance`` counts real tokens (ALiBi, Press et al. 2022). A key normalised after its up-projection (QK-norm) is
-    linear in the latent but for one number per norm: that number is the scale.
+    linear in the latent but for one number per norm: that number is the scale. Values normalised after theirs are so
+    too: a value is ``s' * value_up c`` with the value's scale ``s'`` for this head.
 
     Attention that is not causal (an encoder's, or a decoder's to an encoder) sees every real key, before or behind, of
     a sequence that may be another one: there are ``N`` new rows, not one per query. It has neither window nor slopes;
@@ -69,8 +71,8 @@ def latent_attention(
 
     Args:
         query: ``[B, S, H, nope_dim + rope_dim]``, not rotated; rotating channels last, as ``[real | imaginary]``.
-        row: ``[B, S, R]``, the new tokens' ``[latent | rope keys | key scales]``, rope keys normalised, not rotated;
-            ``[B, N, R]`` if not causal.
+        row: ``[B, S, R]``, the new tokens' ``[latent | rope keys | key scales | value scales]``, rope keys normed, not
+            rotated; ``[B, N, R]`` if not causal.
         past: ``[B, P, R]``, earlier rows, rope keys rotated; with a window at most its last ``window - 1``.
         attention_mask: ``[B, T + S]``, non-zero for real tokens; ``T`` are all earlier tokens, cached or not. ``[B, P +
             N]`` if not causal.
@@ -83,6 +85,7 @@ def latent_attention(
         scale: Factor between dot products and softmax logits.
         window: How many real tokens a query sees, itself included; 0 for all.
         softcap: Bound of the logits before ``slopes``; 0 for none.
+        value_scales: ``w``, how many of a row's last numbers are value scales.
         causal: Whether a query sees no key behind its own. If none of the keys is real, all are seen.
 
     Returns:
@@ -94,7 +97,9 @@ def latent_attention(
         ValueError: Sizes do not fit, ``window`` or ``softcap`` is negative, or there is a window or a slope although
             attention is not causal.
     """
-    scales, heads = _key_scales(row, cos, key_up), query.shape[2]
+    if value_scales < 0 or (value_scales and query.shape[2] % value_scales):
+        raise ValueError(f"{value_scales} value scales do not divide {query.shape[2]} heads.")
+    scales, heads = _scales(row, cos, key_up) - value_scales, query.shape[2]
     if scales < 0 or (scales and heads % scales):
         raise ValueError(
             f"A row of {row.shape[2]} numbers leaves {scales} for key scales behind a latent of {key_up.shape[2]} and "
@@ -106,7 +111,21 @@ def latent_attention(
     if not causal and (window or slopes is not None):
         raise ValueError("Attention that is not causal has neither a window nor slopes. Pass 0 and None.")
     return _latent_attention(
-        query, row, past, attention_mask, cos, sin, key_up, value_up, sinks, slopes, scale, window, softcap, causal
+        query,
+        row,
+        past,
+        attention_mask,
+        cos,
+        sin,
+        key_up,
+        value_up,
+        sinks,
+        slopes,
+        scale,
+        window,
+        softcap,
+        value_scales,
+        causal,
     )
 
 
@@ -125,6 +144,7 @@ def _(
     scale: float,
     window: int,
     softcap: float,
+    value_scales: int = 0,
     causal: bool = True,
 ) -> tuple[Tensor, Tensor]:
     batch, new, heads, _ = query.shape
@@ -299,6 +319,7 @@ def attend_folded(
     sinks: Tensor | None,
     scale: float,
     softcap: float,
+    value_scales: int = 0,
 ) -> Tensor:
     """Attend to the latent rows themselves: ``key_up`` folded into queries, ``value_up`` into outputs.
 
@@ -312,6 +333,7 @@ def attend_folded(
         sinks: ``[H]``, or None.
         scale: Factor of the dot products.
         softcap: Bound of the logits, or 0.
+        value_scales: How many of a row's last numbers are value scales.
 
     Returns:
         ``[B, S, H, v_dim]``.
@@ -322,13 +344,11 @@ def attend_folded(
     latent_query = torch.einsum("bsghd,gdr->bsghr", plain.unflatten(2, (key_up.shape[0], -1)), key_up).flatten(2, 3)
     latent, rope, scales = _split_row(present, rank, groups * turned.shape[-1])
     if softcap or scales.shape[-1]:
-        logits = _product(latent_query.transpose(1, 2), latent.mT.unsqueeze(1))
-        if scales.shape[-1]:
-            per_scale = logits.unflatten(1, (scales.shape[-1], -1))
-            logits = (per_scale * scales.mT[:, :, None, None]).flatten(1, 2)
+        of_keys, of_values = scales.split([scales.shape[-1] - value_scales, value_scales], -1)
+        logits = _scaled(_product(latent_query.transpose(1, 2), latent.mT.unsqueeze(1)), of_keys)
         rope_key = rope.unflatten(2, (groups, turned.shape[-1])).permute(0, 2, 3, 1)
         logits = logits + _product(turned.transpose(1, 2), rope_key)
-        weights = _weights(logits * scale, mask, sinks, softcap)
+        weights = _scaled(_weights(logits * scale, mask, sinks, softcap), of_values)
         context = _product(weights.to(latent.dtype), latent.unsqueeze(1)).transpose(1, 2)
     else:
         # A head's rotating channels belong in its group's slot of the row; the other slots get zeros.
@@ -359,6 +379,7 @@ def attend_unfolded(
     sinks: Tensor | None,
     scale: float,
     softcap: float,
+    value_scales: int = 0,
 ) -> Tensor:
     """Attend to keys and values up-projected from the latent; arguments as in :func:`attend_folded`."""
     heads, rope_dim = query.shape[2], query.shape[3] - key_up.shape[1]
@@ -367,8 +388,8 @@ def attend_unfolded(
     value = torch.einsum("btr,grd->bgtd", latent, value_up)
     rope = rope.unflatten(2, (groups, rope_dim)).transpose(1, 2)
     plain, rope, value = (x.repeat_interleave(heads // x.shape[1], 1) for x in (plain, rope, value))
-    if scales.shape[-1]:
-        plain = plain * scales.mT.repeat_interleave(heads // scales.shape[-1], 1).unsqueeze(-1)
+    of_keys, of_values = scales.split([scales.shape[-1] - value_scales, value_scales], -1)
+    plain, value = (_scaled(x.mT, s).mT for x, s in ((plain, of_keys), (value, of_values)))
     return attend(query.transpose(1, 2), torch.cat([plain, rope], -1), value, mask, sinks, scale, softcap).transpose(
         1, 2
     )
@@ -388,16 +409,17 @@ def _latent_attention(
     scale: float,
     window: int,
     softcap: float,
+    value_scales: int = 0,
     causal: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    folds = _folding_pays(query, row, past, cos, key_up, value_up, capped=softcap != 0)
+    folds = _folding_pays(query, row, past, cos, key_up, value_up, value_scales, capped=softcap != 0)
     query, rows = rotate_and_append(query, row, past, cos, sin, key_up.shape[2])
     if causal:
         mask = score_mask(attention_mask[:, -rows.shape[1] :], query.shape[1], window, slopes, query.dtype)
     else:
         mask = open_keys(attention_mask, query.shape[1]).unsqueeze(1)
     form = attend_folded if folds else attend_unfolded
-    attended = form(query, rows, mask, key_up, value_up, cos.shape[2], sinks, scale, softcap)
+    attended = form(query, rows, mask, key_up, value_up, cos.shape[2], sinks, scale, softcap, value_scales)
     return attended.contiguous(), _kept(rows, window)
 
 
@@ -455,15 +477,23 @@ def _check_arguments(
             )
 
 
-def _key_scales(row: Tensor, cos: Tensor, key_up: Tensor) -> int:
-    """``m``, what a row holds behind latent and rope keys."""
+def _scales(row: Tensor, cos: Tensor, key_up: Tensor) -> int:
+    """``m + w``, what a row holds behind latent and rope keys."""
     return row.shape[2] - key_up.shape[2] - cos.shape[2] * 2 * cos.shape[3]
 
 
 def _split_row(row: Tensor, rank: int, rope_width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Latent, rope keys of all groups, and key scales of ``[B, T, R]``."""
+    """Latent, rope keys of all groups, and scales of keys and values of ``[B, T, R]``."""
     latent, rope, scales = row.split([rank, rope_width, row.shape[-1] - rank - rope_width], -1)
     return latent, rope, scales
+
+
+def _scaled(x: Tensor, scales: Tensor) -> Tensor:
+    """``[B, H, S, T]`` times ``[B, T, m]``, one number per key and ``H / m`` heads; ``m`` of 0 changes nothing."""
+    if not scales.shape[-1]:
+        return x
+    scaled: Tensor = (x.unflatten(1, (scales.shape[-1], -1)) * scales.mT[:, :, None, None]).flatten(1, 2)
+    return scaled
 
 
 def _distances(attention_mask: Tensor, new: int) -> Tensor:
@@ -503,14 +533,24 @@ def _product(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _folding_pays(
-    query: Tensor, row: Tensor, past: Tensor, cos: Tensor, key_up: Tensor, value_up: Tensor, *, capped: bool
+    query: Tensor,
+    row: Tensor,
+    past: Tensor,
+    cos: Tensor,
+    key_up: Tensor,
+    value_up: Tensor,
+    value_scales: int,
+    *,
+    capped: bool,
 ) -> bool:
     """Compare multiplications of the two forms for this many queries over this many keys."""
     new, heads, head_dim = query.shape[1:]
     total, width = past.shape[1] + row.shape[1], row.shape[2]
     nope, rank = key_up.shape[1:]
-    v_dim, scales = value_up.shape[2], _key_scales(row, cos, key_up)
-    if capped or scales:  # logits of latent and rope keys are products of their own, not one over the whole row
+    v_dim, scales = value_up.shape[2], _scales(row, cos, key_up) - value_scales
+    if (
+        capped or scales or value_scales
+    ):  # logits of latent and rope keys are products of their own, not one over the whole row
         width = rank + head_dim - nope + (scales > 0)
     folded = heads * new * (total * (width + rank) + rank * (nope + v_dim))
     unfolded = heads * new * total * (head_dim + v_dim) + total * rank * (
@@ -518,6 +558,9 @@ def _folding_pays(
     )
     if scales:
         unfolded += heads * total * nope
+    if value_scales:
+        folded += heads * new * total
+        unfolded += heads * total * v_dim
     return folded <= unfolded
 
 

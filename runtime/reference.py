@@ -1,7 +1,8 @@
 """The maths in float64, as plainly as possible: the oracle every kernel, operator and lowering is tested against.
 
 ``B`` batch, ``S`` new tokens, ``P`` past tokens, ``T = P + S``, ``H`` query heads, ``n`` key/value heads or rope
-groups, ``m`` key scales, ``R = rank + n * rope_dim + m`` numbers in a cache row ``[latent | rope keys | key scales]``.
+groups, ``m`` key scales, ``w`` value scales, ``R = rank + n * rope_dim + m + w`` numbers in a cache row
+``[latent | rope keys | key scales | value scales]``.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def attention(
     Args:
         query: ``[B, S, H, D]``, not rotated.
         key: ``[B, T, n, D]``, not rotated; ``T = S`` in causal attention.
-        value: ``[B, T, n, Dv]``.
+        value: ``[B, T, n', Dv]``; ``n'`` may be another divisor of ``H`` than ``n``.
         pairs: Channel pairs ``(real, imaginary)``.
         inv_freq: Radians per position of every pair.
         scale: Factor of ``q . k``.
@@ -57,7 +58,8 @@ def attention(
             cos, sin = turn.cos(), turn.sin()
             y[..., a], y[..., b] = x[..., a] * cos - x[..., b] * sin, x[..., b] * cos + x[..., a] * sin
         turned.append(y)
-    mask, value = torch.ones(key.shape[:2], dtype=torch.long), value.repeat_interleave(group, 2)
+    value = value.repeat_interleave(query.shape[2] // value.shape[2], 2)
+    mask = torch.ones(key.shape[:2], dtype=torch.long)
     return _attend(turned[0], turned[1], value, mask, scale, window, sinks, slopes, softcap, causal)
 
 
@@ -135,6 +137,7 @@ def latent_attention(
     sinks: Tensor | None = None,
     slopes: Tensor | None = None,
     softcap: float = 0.0,
+    value_scales: int = 0,
     causal: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Multi-head latent attention with explicit keys and values (MHA2MLA eq. 8-11; DeepSeek-V2 eq. 9-19).
@@ -156,10 +159,13 @@ def latent_attention(
     latent, rope_keys, scales = rows.split(widths, -1)
     rope_keys = rope_keys.unflatten(-1, (groups, 2 * half))
     keys = torch.einsum("btr,gdr->btgd", latent, key_up).repeat_interleave(heads // key_up.shape[0], 2)
-    if widths[2]:
-        keys = keys * scales.repeat_interleave(heads // widths[2], 2)[..., None]
+    of_keys, of_values = scales.split([widths[2] - value_scales, value_scales], -1)
+    if widths[2] > value_scales:
+        keys = keys * of_keys.repeat_interleave(heads // of_keys.shape[-1], 2)[..., None]
     keys = torch.cat([keys, rope_keys.repeat_interleave(heads // groups, 2)], -1)
     values = torch.einsum("btr,grd->btgd", latent, value_up).repeat_interleave(heads // value_up.shape[0], 2)
+    if value_scales:
+        values = values * of_values.repeat_interleave(heads // value_scales, 2)[..., None]
     per_head = [x.repeat_interleave(heads // groups, 2) for x in (cos, sin)]
     queries = torch.cat([query[..., :nope], rotate(query[..., nope:], *per_head)], -1)
     mask = attention_mask[:, -rows.shape[1] :]

@@ -173,7 +173,7 @@ def test_a_wrong_file_is_caught(compiled, decoder, monkeypatch):
 
 def test_a_cache_of_another_size_than_planned_is_caught(compiled, decoder):
     planned = compiled.report.cache_bytes_after
-    with refuses(re.escape(f"The cache holds {planned} bytes per token, but the plan says {planned - 4}.")):
+    with refuses(re.escape(f"A token takes {planned} bytes of cache, but the plan says {planned - 4}.")):
         verify.check_onnx(compiled.module, decoder, models.tokens(2, 20), planned - 4)
 
 

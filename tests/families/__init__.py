@@ -58,6 +58,8 @@ class Layer:
         slopes: ALiBi slopes, as they reach the softmax.
         key_norm: Kind of the norm on keys.
         per_head: Whether that norm is taken over each head, not over all of them.
+        value_norm: Kind of the norm on values, which is taken over each head.
+        value_heads: Distinct value heads, if they are not as many as those of the keys.
     """
 
     heads: int = HEADS
@@ -74,6 +76,8 @@ class Layer:
     slopes: tuple[float, ...] | None = None
     key_norm: str | None = None
     per_head: bool = True
+    value_norm: str | None = None
+    value_heads: int | None = None
 
 
 @dataclass(frozen=True)

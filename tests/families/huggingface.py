@@ -328,6 +328,59 @@ CONVERTIBLE: dict[str, Family] = {
         frequencies=held,
         **_MOE,
     ),
+    "gemma4": _family(
+        "Gemma4TextConfig",
+        _sliding(dataclasses.replace(NORMED, theta=None, scale=1.0, value_norm="rms"), (True, False, True, False)),
+        num_hidden_layers=4,
+        num_kv_shared_layers=2,
+        head_dim=DIM,
+        global_head_dim=DIM,
+        attention_k_eq_v=True,
+        sliding_window=WINDOW,
+        layer_types=SLIDING_FIRST * 2,
+        rope_parameters={
+            "sliding_attention": rope(),
+            "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+        },
+        vocab_size_per_layer_input=VOCABULARY,
+        hidden_size_per_layer_input=8,
+        frequencies=held,
+    ),
+    "nanochat": _family("NanoChatConfig", dataclasses.replace(NORMED, layout="custom"), rope_parameters=rope()),
+    "hunyuan": _family("HunYuanDenseV1Config", NORMED, head_dim=DIM, rope_parameters=rope()),
+    "ministral3": _family(
+        "Ministral3Config",
+        SCALED,
+        head_dim=DIM,
+        rope_parameters=rope(llama_4_scaling_beta=0.5, original_max_position_embeddings=4),
+        frequencies=held,
+    ),
+    "granite-swa": _family(
+        "GraniteSWAConfig",
+        tuple(
+            dataclasses.replace(layer, scale=0.125, sinks=f"model.layers.{i}.self_attn.sinks")
+            for i, layer in enumerate(_sliding(GROUPED))
+        ),
+        attention_multiplier=0.125,
+        sliding_window=WINDOW,
+        layer_types=SLIDING_FIRST,
+        layer_rope_theta=[THETA, THETA],
+    ),
+    "diffllama": _family(
+        "DiffLlamaConfig",
+        (dataclasses.replace(FULL, value_heads=2),) * 4,
+        num_key_value_heads=HEADS,
+        rope_parameters=rope(),
+    ),
+    "jetmoe": _family(
+        "JetMoeConfig",
+        dataclasses.replace(GROUPED, heads=4, kv_heads=2),
+        base={k: v for k, v in COMMON.items() if k != "num_attention_heads"},
+        kv_channels=DIM,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        rope_parameters=rope(),
+    ),
 }
 """Models that must convert."""
 
@@ -357,5 +410,18 @@ REFUSED: dict[str, Family] = {
         qk_nope_head_dim=8,
         v_head_dim=12,
     ),
+    # Queries see their own chunk of tokens only.
+    "llama4": _family(
+        "Llama4TextConfig",
+        Layer(),
+        head_dim=DIM,
+        attention_chunk_size=WINDOW,
+        intermediate_size_mlp=96,
+        num_experts_per_tok=1,
+        num_local_experts=2,
+        rope_parameters=rope(),
+    ),
+    # What is added to a score is computed from the key's value.
+    "doge": _family("DogeConfig", Layer(), rope_parameters=rope()),
 }
-"""Latent attention already."""
+"""Latent attention already, or masks that a cache of rows does not say."""

@@ -556,11 +556,11 @@ CASES: dict[str, Case] = {
     # positions inside attention
     "gate that looks like rope": Case(beside(RopeLikeGate), NOT_READ, codes("PROJECTION", "NONLINEAR", "ROPE")),
     "learned frequencies": Case(beside(LearnedRope), ANY),
-    "norm after rope": Case(beside(NormAfterRope), ANY, codes("NONLINEAR", "ROPE")),
-    "weighed norm after rope": Case(beside(WeighedNormAfterRope), NOT_READ, codes("NONLINEAR", "ROPE", "VERIFY")),
+    "norm after rope": Case(beside(NormAfterRope), one(CONVERTS)),
+    "weighed norm after rope": Case(beside(WeighedNormAfterRope), one(CONVERTS)),
     "values grow with the position": Case(beside(GrowingValues), NOT_READ, codes("ROPE", "POSITION_MIXING")),
-    "queries scaled from token 64": Case(beside(SteppedQueries), NOT_READ, codes("ROPE", "VERIFY"), LATE),
-    "queries scaled from token 64, smoothly": Case(beside(zoo.LateScale), NOT_READ, codes("ROPE", "VERIFY"), LATE),
+    "queries scaled from token 64": Case(beside(SteppedQueries), one(CONVERTS), pieces=LATE),
+    "queries scaled from token 64, smoothly": Case(beside(zoo.LateScale), one(CONVERTS), pieces=LATE),
     "decaying rope": Case(beside(zoo.DecayingRope), NOT_READ, codes("ROPE")),
     "rope stretched by the length": Case(beside(zoo.StretchedRope), one(REFUSED), codes("ROPE", "VERIFY")),
     # scores

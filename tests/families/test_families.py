@@ -55,12 +55,14 @@ def described(site: AttentionSite) -> Layer:
         sinks=site.sinks,
         key_norm=None if site.key_norm is None else site.key_norm.kind,
         per_head=site.key_norm is None or site.key_norm.per_head,
+        value_norm=None if site.value.norm is None else site.value.norm.kind,
+        value_heads=None if site.value_rows == site.kv_heads * site.v_dim else site.value_rows // site.v_dim,
     )
 
 
 def factors(site: AttentionSite) -> Tensor:
     """``[heads, dim]``: everything that multiplies ``q . k``, wherever the model has it."""
-    query, key = (torch.tensor(p.gain, dtype=torch.float64) for p in (site.query, site.key))
+    query, key = (torch.tensor(p.turned or p.gain, dtype=torch.float64) for p in (site.query, site.key))
     return site.scale * query * key.repeat_interleave(site.heads // site.kv_heads, 0)
 
 

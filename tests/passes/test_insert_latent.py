@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import operator
 
 import models
@@ -97,9 +98,14 @@ def test_padded_prompts_and_their_next_token_are_those_of_each_alone(programs, c
     following = models.tokens(len(prompts), 1, seed=99)
     model, original = converted(name, svd="joint"), programs[name].module
     ids, mask = padded(prompts, side)
+    longer = torch.cat([mask, torch.ones_like(following)], 1)
     with torch.no_grad():
         first = model(ids, mask)
-        second = model(following, torch.cat([mask, torch.ones_like(following)], 1), past=first.cache)
+        if side == "right" and any(model.windows):  # padding would take up room in the window's cache
+            with pytest.raises(ValueError, match="on the left of all real ones"):
+                model(following, longer, past=first.cache)
+            return
+        second = model(following, longer, past=first.cache)
     for row, prompt in enumerate(prompts):
         expected = models.logits(original, torch.cat([prompt, following[row]])[None])[0]
         got = torch.cat([first.logits[row, mask[row] != 0], second.logits[row]])
@@ -113,6 +119,27 @@ def test_every_accepted_spelling_converts_and_decodes(zoo_programs, kind):
     ids = torch.randint(0, zoo.VOCABULARY, (2, LENGTH), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         assert difference(in_chunks(model, ids, (LENGTH - 3, 2, 1)), original(ids)) <= LOGITS
+
+
+def test_queries_scaled_far_beyond_any_probe_are_scaled_there():
+    """From position 20000 on the original multiplies queries by 1 + log 2; attention itself sees distances only."""
+
+    class Scaled(zoo.HalfRope):
+        def queries(self, q):
+            return super().queries(q) * (1 + math.log(2))
+
+    program = zoo.program_of(zoo.model(zoo.FarScale))
+    model = convert(program, recognise(program).sites)
+    far, ids = 20_000, torch.randint(0, zoo.VOCABULARY, (1, 6), generator=torch.Generator().manual_seed(1))
+    past = tuple(torch.zeros(1, far, row) for row in model.rows)
+    mask = torch.cat([torch.zeros(1, far, dtype=torch.long), torch.ones_like(ids)], 1)
+    places = torch.arange(far, far + 6)[None]
+    with torch.no_grad():
+        got = model(ids, mask, places, past).logits
+        scaled, unscaled = (zoo.model(kind)(ids) for kind in (Scaled, zoo.HalfRope))
+    # Angles of 20000 radians are off by 1e-3 in float32.
+    assert difference(got, scaled) < 1e-3
+    assert difference(got, unscaled) > 5e-3
 
 
 # ---- the same model

@@ -17,8 +17,8 @@ TOLERANCE = 1e-4  # of the largest logit: float32 through three layers stays bel
 
 
 def normed(k: Tensor) -> Tensor:
-    """A norm behind the rotation, whose gain differs within rotated pairs: no row of a latent."""
-    return k * (k.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * torch.arange(1, zoo.DIM + 1)
+    """Norms of half a head each behind the rotation, which turns channels of one into the other: no row of a latent."""
+    return zoo.rms(k.unflatten(-1, (2, -1))).flatten(-2)
 
 
 class NormBehindRope(zoo.HalfRope):

@@ -221,9 +221,9 @@ def test_another_mechanism_is_refused_with_its_reason(zoo_programs, name):
 
 
 def test_every_reachable_code_is_shown():
-    """VERIFY is the net under the others; ORPHAN is for the rewrite, which sees what else reads the scores."""
+    """VERIFY is the net under the others."""
     shown = {next(iter(codes)) for _, codes in zoo.REFUSED.values() if len(codes) == 1}
-    assert shown == {*RejectCode} - {RejectCode.VERIFY, RejectCode.ORPHAN}
+    assert shown == {*RejectCode} - {RejectCode.VERIFY}
 
 
 @pytest.mark.parametrize("other", [zoo.SquaredBias, zoo.MixedScores], ids=["squared bias", "talking heads"])

@@ -474,6 +474,214 @@ class NormedKeys(Attention):
         return F.normalize(k, dim=-1)
 
 
+def rms(x: Tensor, axes: tuple[int, ...] = (-1,), eps: float = 1e-3) -> Tensor:
+    """Divide by the root of the mean square."""
+    return x * (x.square().mean(axes, keepdim=True) + eps).rsqrt()
+
+
+class NormedValues(HalfRope):
+    """Values of every head have a norm without a gain (Gemma 4)."""
+
+    kv_heads = 2
+
+    def values(self, v: Tensor) -> Tensor:
+        return rms(v)
+
+
+class NormedKeysAndValues(NormedValues):
+    """Keys too, before their rotation; the values have gains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.rand(DIM) + 0.5)
+
+    def keys(self, k: Tensor) -> Tensor:
+        return super().keys(rms(k) * self.gain.flip(0))
+
+    def values(self, v: Tensor) -> Tensor:
+        return super().values(v) * self.gain
+
+
+class KeysThatAreValues(NormedValues):
+    """One projection makes keys and values, which are normed apart and of which only keys turn."""
+
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        k = self.k(x)
+        return self.q(x), k, k
+
+    def keys(self, k: Tensor) -> Tensor:
+        return super().keys(rms(k, eps=1e-2))
+
+
+class CentredValues(Attention):
+    """A layer norm of every value head, with gain and bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(DIM)
+        nn.init.normal_(self.norm.weight)
+        nn.init.normal_(self.norm.bias)
+
+    def values(self, v: Tensor) -> Tensor:
+        return self.norm(v)
+
+
+class ValuesNormedTogether(Attention):
+    """One norm over the whole width of the values."""
+
+    def values(self, v: Tensor) -> Tensor:
+        return rms(v, (1, 3))
+
+
+class ValuesNormedOverPositions(Attention):
+    """A norm that looks at other positions."""
+
+    def values(self, v: Tensor) -> Tensor:
+        return rms(v, (-2, -1))
+
+
+class ValuesNormedByHalves(Attention):
+    """Two norms per head."""
+
+    def values(self, v: Tensor) -> Tensor:
+        return rms(v.unflatten(-1, (2, -1))).flatten(-2)
+
+
+class ValuesNormedInPairs(Attention):
+    """A norm of two heads at a time."""
+
+    def values(self, v: Tensor) -> Tensor:
+        return rms(v.unflatten(1, (2, -1)), (2, 4)).flatten(1, 2)
+
+
+class ValuesNormedAcrossHeads(Attention):
+    """A norm over the heads, channel by channel."""
+
+    def values(self, v: Tensor) -> Tensor:
+        return rms(v, (1,))
+
+
+class RotatedNormedValues(NormedValues):
+    def values(self, v: Tensor) -> Tensor:
+        return rotate(super().values(v))
+
+
+class SquashedValues(Attention):
+    """Not linear, and no norm."""
+
+    def values(self, v: Tensor) -> Tensor:
+        return v / (1 + v.square().sum(-1, keepdim=True))
+
+
+class NormBehindRotation(HalfRope):
+    """RMS norms without gains, which commute with the rotation (nanochat, Llama 4)."""
+
+    kv_heads = 2
+
+    def queries(self, q: Tensor) -> Tensor:
+        return rms(super().queries(q))
+
+    def keys(self, k: Tensor) -> Tensor:
+        return rms(super().keys(k), eps=1e-2)
+
+
+class WideNormBehindRotation(NormBehindRotation):
+    """One norm for all heads."""
+
+    def keys(self, k: Tensor) -> Tensor:
+        return rms(HalfRope.keys(self, k), (1, 3))
+
+
+class GainsBehindRotation(NormBehindRotation):
+    """Norms with gains, which differ within rotating pairs (HunYuan)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query_gain, self.key_gain = (nn.Parameter(torch.rand(DIM) + 0.5) for _ in range(2))
+
+    def queries(self, q: Tensor) -> Tensor:
+        return super().queries(q) * self.query_gain
+
+    def keys(self, k: Tensor) -> Tensor:
+        return super().keys(k) * self.key_gain
+
+
+class KeyNormBehindRotation(PartialRope):
+    """Queries are plain, and some channels stand still."""
+
+    def keys(self, k: Tensor) -> Tensor:
+        return rms(super().keys(k)) * 1.5
+
+
+class LayerNormBehindRotation(HalfRope):
+    """Centring does not commute with a rotation."""
+
+    def keys(self, k: Tensor) -> Tensor:
+        return F.layer_norm(super().keys(k), (DIM,))
+
+
+class HalfNormBehindRotation(HalfRope):
+    """A norm of three channels, which turn with three others."""
+
+    def keys(self, k: Tensor) -> Tensor:
+        return rms(super().keys(k).unflatten(-1, (2, -1))).flatten(-2)
+
+
+class ShiftBehindRotation(NormBehindRotation):
+    """What is added to turned keys stays where it is while they turn."""
+
+    def keys(self, k: Tensor) -> Tensor:
+        return super().keys(k) + torch.arange(DIM)
+
+
+class FarScale(HalfRope):
+    """Queries grow from a position on that no probe comes near (Ministral 3)."""
+
+    def queries(self, q: Tensor) -> Tensor:
+        place = torch.arange(q.shape[2], dtype=torch.float32)
+        return super().queries(q) * (1 + torch.log(1 + torch.floor(place / 20_000)))[:, None]
+
+
+class KeysScaledByPlace(HalfRope):
+    def keys(self, k: Tensor) -> Tensor:
+        return super().keys(k) * (1 + torch.arange(k.shape[2], dtype=torch.float32) / 64)[:, None]
+
+
+class ScaledByLateLength(NormBehindRotation):
+    """Queries are divided by the length of the sequence, but only from 64 tokens on."""
+
+    def queries(self, q: Tensor) -> Tensor:
+        return super().queries(q) / (torch.ones(q.shape[2]).sum() / 64).clamp(min=1.0)
+
+
+class RectifiedByLateLength(RectifiedQueries):
+    """The same without a rotation."""
+
+    def queries(self, q: Tensor) -> Tensor:
+        return F.relu(q / (torch.ones(q.shape[2]).sum() / 64).clamp(min=1.0))
+
+
+class ChosenQueries(HalfRope):
+    """Every token chooses which of two projections makes its queries (a mixture of attention heads)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other, self.router = nn.Linear(WIDTH, HEADS * DIM), nn.Linear(WIDTH, 2)
+
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        q, k, v = super().project(x)
+        chosen = self.router(x).argmax(-1, keepdim=True)
+        return torch.where(chosen == 1, q, self.other(x)), k, v
+
+
+class ChosenKeys(ChosenQueries):
+    """The same for keys, which are cached."""
+
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        chosen, k, v = super().project(x)
+        return k, chosen, v
+
+
 class ClampedValues(Attention):
     """Linear within a range that random numbers hardly leave."""
 
@@ -559,6 +767,44 @@ class AlternatingGroups(Attention):
         return x.repeat(1, HEADS // self.kv_heads, 1, 1)
 
 
+class AlternatingValueHeads(HalfRope):
+    """Query head h uses value head h mod 2, and key head h // 2 (differential attention)."""
+
+    kv_heads = 2
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, ids: Tensor) -> Tensor:
+        return super().attend(q, k, v[:, ::2].repeat(1, 2, 1, 1), x, ids)
+
+
+class AlternatingGroupsWithSlopes(SpelledOut):
+    """Query head h uses key head h mod 2, and every head has a slope and a sink of its own."""
+
+    kv_heads = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sink = nn.Parameter(torch.randn(1, HEADS, 1, 1))
+
+    def repeat(self, x: Tensor) -> Tensor:
+        return x.repeat(1, HEADS // self.kv_heads, 1, 1)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, ids: Tensor) -> Tensor:
+        place = torch.arange(q.shape[2])
+        slope = 2.0 ** -torch.arange(1, HEADS + 1)
+        scores = self.scores(q, k, x) - slope[:, None, None] * (place[:, None] - place)
+        scores = self.hide(scores, self.seen(ids.shape[1], ids))
+        return F.softmax(torch.cat([scores, self.sink.expand(*scores.shape[:3], 1)], -1), -1)[..., :-1] @ v
+
+
+class UnevenGroups(Attention):
+    """One key head for a single query head, the other for three."""
+
+    kv_heads = 2
+
+    def repeat(self, x: Tensor) -> Tensor:
+        return x[:, [0, 1, 1, 1]]
+
+
 class FewerValueHeads(Attention):
     def values(self, v: Tensor) -> Tensor:
         return v[:, :2].repeat_interleave(2, 1)
@@ -606,6 +852,44 @@ class Sink(SpelledOut):
         scores = self.hide(self.scores(q, k, x), self.seen(ids.shape[1], ids))
         p = F.softmax(torch.cat([scores, self.sink.expand(*scores.shape[:3], 1)], -1), -1)
         return p[..., :-1] @ v
+
+
+class SinkAsFactor(Sink):
+    """The same sink, as what is left of the output."""
+
+    def left(self, scores: Tensor) -> Tensor:
+        return torch.sigmoid(scores.logsumexp(-1, keepdim=True) - self.sink)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, ids: Tensor) -> Tensor:
+        scores = self.hide(self.scores(q, k, x), self.seen(ids.shape[1], ids))
+        return F.softmax(scores, -1) @ v * self.left(scores)
+
+
+class SquaredSinkAsFactor(SinkAsFactor):
+    """A factor made from the scores that takes too much for a sink."""
+
+    def left(self, scores: Tensor) -> Tensor:
+        return super().left(scores).square()
+
+
+class SinkOfRawScores(SinkAsFactor):
+    """A factor that looks at hidden scores too."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, ids: Tensor) -> Tensor:
+        scores = self.scores(q, k, x)
+        return F.softmax(self.hide(scores, self.seen(ids.shape[1], ids)), -1) @ v * self.left(scores)
+
+
+class ScoresBehindTheOutput(SpelledOut):
+    """The largest score of every head is added to the layer's output."""
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        y = super().forward(x, ids)
+        return y + self.largest.amax(-1).sum(1).unsqueeze(-1)
+
+    def hide(self, scores: Tensor, seen: Tensor) -> Tensor:
+        self.largest = super().hide(scores, seen)
+        return self.largest
 
 
 class TwoSinks(Sink):
@@ -771,9 +1055,26 @@ ACCEPTED: dict[str, type[Attention]] = {
     "batch and heads merged": MergedHeads,
     "rectified queries": RectifiedQueries,
     "normed keys": NormedKeys,
+    "normed values": NormedValues,
+    "normed keys and values": NormedKeysAndValues,
+    "keys that are values": KeysThatAreValues,
+    "centred values": CentredValues,
+    "values normed together": ValuesNormedTogether,
+    "norm behind the rotation": NormBehindRotation,
+    "norm of all heads behind the rotation": WideNormBehindRotation,
+    "gains behind the rotation": GainsBehindRotation,
+    "norm of keys behind the rotation": KeyNormBehindRotation,
+    "queries scaled from position 64": LateScale,
+    "queries scaled from position 20000": FarScale,
+    "chosen queries": ChosenQueries,
+    "alternating groups": AlternatingGroups,
+    "alternating groups with slopes and sinks": AlternatingGroupsWithSlopes,
+    "fewer value heads": FewerValueHeads,
+    "alternating value heads": AlternatingValueHeads,
     "soft-capped scores": SoftCapped,
     "linear bias": LinearBias,
     "sink": Sink,
+    "sink as a factor": SinkAsFactor,
     "other query source": OtherQuerySource,
     "default scale": DefaultScale,
     "with a mask": Masked,
@@ -821,6 +1122,12 @@ REFUSED: dict[str, tuple[type[Attention], frozenset[RejectCode]]] = {
         ("values mixed over the batch", AveragedValues, RejectCode.POSITION_MIXING),
         ("rectified keys", RectifiedKeys, RejectCode.NONLINEAR),
         ("clamped values", ClampedValues, RejectCode.NONLINEAR),
+        ("values normed over positions", ValuesNormedOverPositions, RejectCode.POSITION_MIXING),
+        ("values normed by halves", ValuesNormedByHalves, RejectCode.NONLINEAR),
+        ("values normed in pairs", ValuesNormedInPairs, RejectCode.NONLINEAR),
+        ("values normed across heads", ValuesNormedAcrossHeads, RejectCode.NONLINEAR),
+        ("rotated normed values", RotatedNormedValues, RejectCode.ROPE),
+        ("squashed values", SquashedValues, RejectCode.NONLINEAR),
         ("mixed channels", MixedChannels, RejectCode.ROW_MAP),
         ("positions from one", RopeFromOne, RejectCode.ROW_MAP),
         ("rotated values", RotatedValues, RejectCode.ROPE),
@@ -829,13 +1136,21 @@ REFUSED: dict[str, tuple[type[Attention], frozenset[RejectCode]]] = {
         ("queries faster than keys", TwoFrequencies, RejectCode.ROPE),
         ("decaying rotation", DecayingRope, RejectCode.ROPE),
         ("rotation stretched by length", StretchedRope, RejectCode.ROPE, RejectCode.VERIFY),
-        ("queries scaled from position 64", LateScale, RejectCode.ROPE, RejectCode.VERIFY),
-        ("alternating groups", AlternatingGroups, RejectCode.GROUPING),
-        ("fewer value heads", FewerValueHeads, RejectCode.GROUPING),
+        ("keys scaled by position", KeysScaledByPlace, RejectCode.ROPE),
+        ("uneven groups", UnevenGroups, RejectCode.GROUPING),
+        ("layer norm behind the rotation", LayerNormBehindRotation, RejectCode.NONLINEAR),
+        ("norm of half a head behind the rotation", HalfNormBehindRotation, RejectCode.NONLINEAR),
+        ("shift behind the rotation", ShiftBehindRotation, RejectCode.NONLINEAR, RejectCode.ROW_MAP),
+        ("normed queries scaled by length", ScaledByLateLength, RejectCode.POSITION_MIXING),
+        ("rectified queries scaled by length", RectifiedByLateLength, RejectCode.POSITION_MIXING),
+        ("chosen keys", ChosenKeys, RejectCode.PROJECTION),
         ("squared bias", SquaredBias, RejectCode.SCORES),
         ("bias from distance 40", discounted_from(40), RejectCode.SCORES, RejectCode.VERIFY),
         ("bias from distance 4000", discounted_from(4000), RejectCode.SCORES, RejectCode.VERIFY),
         ("two sinks", TwoSinks, RejectCode.SCORES),
+        ("squared sink as a factor", SquaredSinkAsFactor, RejectCode.SCORES),
+        ("sink of raw scores", SinkOfRawScores, RejectCode.SCORES),
+        ("scores behind the output", ScoresBehindTheOutput, RejectCode.ORPHAN),
         ("scaled probabilities", ScaledProbabilities, RejectCode.SCORES),
         ("living dropout", LivingDropout, RejectCode.SCORES, RejectCode.VERIFY),
         ("a temperature per head", TemperaturePerHead, RejectCode.SCORES),

@@ -78,12 +78,16 @@ class Case(_Problem):
     half: int = 2
     rank: int = 5
     key_scales: int = 0
+    value_scales: int = 0
 
     PER_TOKEN: ClassVar[tuple[str, ...]] = ("query", "row", "cos", "sin")
 
     @property
     def width(self) -> int:
-        return self.rank + self.rope_groups * 2 * self.half + self.key_scales
+        return self.rank + self.rope_groups * 2 * self.half + self.key_scales + self.value_scales
+
+    def settings(self, implementation: str = "op") -> dict[str, Any]:
+        return super().settings(implementation) | {"value_scales": self.value_scales}
 
     def shapes(self, new: int, past: int) -> dict[str, tuple[int, ...]]:
         angles = (self.batch, new, self.rope_groups, self.half)
@@ -116,10 +120,24 @@ class Case(_Problem):
         softcap: float = 0.0,
         sinks: Tensor | None = None,
         slopes: Tensor | None = None,
+        value_scales: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """``mla::latent_attention``, which takes its tensors by position."""
         return ops.latent_attention(
-            query, row, past, attention_mask, cos, sin, key_up, value_up, sinks, slopes, scale, window, softcap
+            query,
+            row,
+            past,
+            attention_mask,
+            cos,
+            sin,
+            key_up,
+            value_up,
+            sinks,
+            slopes,
+            scale,
+            window,
+            softcap,
+            value_scales,
         )
 
     def expected(self, x: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -201,6 +219,7 @@ def cases(draw: st.DrawFn) -> Case:
         half=draw(st.integers(0 if nope else 1, 3)),
         rank=draw(st.integers(1, 6)),
         key_scales=draw(st.just(0) | divisors),
+        value_scales=draw(st.just(0) | divisors),
     )
 
 

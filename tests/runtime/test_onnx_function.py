@@ -21,8 +21,8 @@ from mla_compile.runtime.onnx_function import CACHED, DOMAIN, LATENT, VERSION, V
 # float32 rounds by 6e-8 of numbers up to about 30; two products and a softmax in between make some 1e-6 of that.
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 VARIANTS = {
-    LATENT: [Variant(*features) for features in product([False, True], repeat=4)],
-    CACHED: [Variant(False, *features) for features in product([False, True], repeat=3)],
+    LATENT: [Variant(*features) for features in product([False, True], repeat=6)],
+    CACHED: [Variant(False, *features) for features in product([False, True], repeat=4)],
 }
 EVERY_VARIANT = [
     pytest.param(op_type, variant, id=f"{op_type}-{variant.overload or 'plain'}")
@@ -45,8 +45,12 @@ KINDS = {
     "key scales, all rope": Case(nope=0, key_scales=2),
     "key scales, no rope": Case(half=0, key_scales=4),
     "key scales, one head": Case(heads=1, rope_groups=1, up_groups=1, key_scales=1),
-    "everything": Case(key_scales=2, softcap=1.5, sinks=True, slopes=True, window=3),
-    "everything, no rope": Case(half=0, key_scales=2, softcap=1.5, sinks=True, slopes=True, window=3),
+    "one value scale": Case(value_scales=1),
+    "value scales, no rope": Case(half=0, value_scales=4),
+    "value scales, all rope": Case(nope=0, value_scales=2),
+    "key and value scales": Case(key_scales=1, value_scales=2),
+    "everything": Case(key_scales=2, value_scales=4, softcap=1.5, sinks=True, slopes=True, window=3),
+    "everything, no rope": Case(half=0, key_scales=2, value_scales=2, softcap=1.5, sinks=True, slopes=True, window=3),
     "cached": CachedCase(),
     "cached, one key": CachedCase(kv_heads=1),
     "cached, key per head": CachedCase(kv_heads=4),
@@ -56,7 +60,8 @@ STEPS = {"prefill": (5, 0), "chunk": (3, 4), "decoding": (1, 6), "first token": 
 
 
 def variant_of(case) -> Variant:
-    return Variant(bool(getattr(case, "key_scales", 0)), bool(case.softcap), bool(case.window), case.sinks, case.slopes)
+    keys, values = (bool(getattr(case, name, 0)) for name in ("key_scales", "value_scales"))
+    return Variant(keys, bool(case.softcap), bool(case.window), case.sinks, case.slopes, values)
 
 
 def case_of(op_type: str, variant: Variant):
@@ -65,7 +70,7 @@ def case_of(op_type: str, variant: Variant):
     features = numbers | {"sinks": variant.sinks, "slopes": variant.slopes}
     if op_type == CACHED:
         return CachedCase(**features)
-    return Case(**features, key_scales=2 if variant.key_scales else 0)
+    return Case(**features, key_scales=2 * variant.key_scales, value_scales=4 * variant.value_scales)
 
 
 def make_node(case, inputs, outputs) -> onnx.NodeProto:
@@ -82,6 +87,8 @@ def make_node(case, inputs, outputs) -> onnx.NodeProto:
     variant = variant_of(case)
     if variant.key_scales:
         sizes["key_scales"] = case.key_scales
+    if variant.value_scales:
+        sizes["value_scales"] = case.value_scales
     if variant.softcap:
         sizes["softcap"] = case.softcap
     if variant.window:
@@ -215,7 +222,7 @@ def test_a_variant_has_no_more_than_it_needs(op_type, variant):
     function, plain = attention_function(op_type, 23, variant), attention_function(op_type, 23)
     inputs = [name for name in ("sinks", "slopes") if getattr(variant, name)]
     assert [*function.input] == [*plain.input, *(f"{name}_H" for name in inputs)]
-    numbers = [name for name in ("key_scales", "softcap", "window") if getattr(variant, name)]
+    numbers = [name for name in ("key_scales", "value_scales", "softcap", "window") if getattr(variant, name)]
     assert [*function.attribute] == [*plain.attribute, *numbers, *(f"has_{name}" for name in inputs)]
     assert len(function.node) > len(plain.node) or variant == Variant()
     # Every operation leads to a result: nothing of another variant is left.

@@ -66,7 +66,7 @@ class Problem:
 
     def run(self, x: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         first = [x[n] for n in ("query", "row", "past", "attention_mask", "cos", "sin", "key_up", "value_up")]
-        return ops.latent_attention(*first, x.get("sinks"), None, 0.4, 0, self.softcap, False)
+        return ops.latent_attention(*first, x.get("sinks"), None, 0.4, 0, self.softcap, 0, False)
 
     def expected(self, x: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         return reference.latent_attention(**x, scale=0.4, window=None, softcap=self.softcap, causal=False)
@@ -168,7 +168,7 @@ def test_what_needs_an_order_is_an_error(changed, message):
     x = CROSS.tensors(torch.float32)
     first = [x[n] for n in ("query", "row", "past", "attention_mask", "cos", "sin", "key_up", "value_up")]
     with pytest.raises(ValueError, match=message):
-        ops.latent_attention(*first, None, changed.get("slopes"), 0.4, changed.get("window", 0), 0.0, False)
+        ops.latent_attention(*first, None, changed.get("slopes"), 0.4, changed.get("window", 0), 0.0, 0, False)
 
 
 def test_causal_attention_has_one_row_per_query():
@@ -182,7 +182,7 @@ def test_causal_attention_has_one_row_per_query():
 def test_the_operator_fits_its_schema(problem):
     x = problem.tensors(torch.float32)
     first = [x[n] for n in ("query", "row", "past", "attention_mask", "cos", "sin", "key_up", "value_up")]
-    torch.library.opcheck(ops.latent_attention, (*first, x.get("sinks"), None, 0.4, 0, problem.softcap, False))
+    torch.library.opcheck(ops.latent_attention, (*first, x.get("sinks"), None, 0.4, 0, problem.softcap, 0, False))
 
 
 def onnx_results(problem: Problem, x: dict[str, Tensor]) -> list[Tensor]:

@@ -26,12 +26,17 @@ KINDS = {
     "one key scale": Case(key_scales=1),
     "key scales, decoding": Case(key_scales=2, new=1, past=6),
     "key scales, no rope": Case(key_scales=4, half=0),
+    "one value scale": Case(value_scales=1),
+    "value scales, decoding": Case(value_scales=4, new=1, past=6),
+    "both scales, no rope": Case(key_scales=4, value_scales=2, half=0),
     "softcap": Case(softcap=1.5),
     "slopes": Case(slopes=True),
     "sinks": Case(sinks=True),
     "sinks, decoding": Case(sinks=True, new=1, past=6),
-    "everything": Case(key_scales=2, softcap=1.5, slopes=True, sinks=True, window=3),
-    "everything, decoding": Case(key_scales=2, softcap=1.5, slopes=True, sinks=True, window=3, new=1, past=6),
+    "everything": Case(key_scales=2, value_scales=2, softcap=1.5, slopes=True, sinks=True, window=3),
+    "everything, decoding": Case(
+        key_scales=2, value_scales=1, softcap=1.5, slopes=True, sinks=True, window=3, new=1, past=6
+    ),
     "cached": CachedCase(),
     "cached, decoding": CachedCase(new=1, past=6, kv_heads=1),
     "cached, everything": CachedCase(softcap=1.5, slopes=True, sinks=True, window=3),
@@ -44,11 +49,26 @@ def form(name):
     """One of the two forms as a function of the operator's arguments."""
 
     def attend(
-        query, row, past, attention_mask, cos, sin, key_up, value_up, scale, window, softcap, sinks=None, slopes=None
+        query,
+        row,
+        past,
+        attention_mask,
+        cos,
+        sin,
+        key_up,
+        value_up,
+        scale,
+        window,
+        softcap,
+        value_scales,
+        sinks=None,
+        slopes=None,
     ):
         query, rows = ops.rotate_and_append(query, row, past, cos, sin, key_up.shape[2])
         mask = ops.score_mask(attention_mask[:, -rows.shape[1] :], query.shape[1], window, slopes, query.dtype)
-        return getattr(ops, name)(query, rows, mask, key_up, value_up, cos.shape[2], sinks, scale, softcap)
+        return getattr(ops, name)(
+            query, rows, mask, key_up, value_up, cos.shape[2], sinks, scale, softcap, value_scales
+        )
 
     return attend
 
@@ -70,7 +90,9 @@ def test_both_forms_equal_the_reference(attend, case: Case):
 
 
 @pytest.mark.parametrize(("case", "folds"), [(Case(new=1, past=60), True), (Case(new=60, past=0, rank=30), False)])
-@pytest.mark.parametrize("features", [{}, {"key_scales": 2}, {"softcap": 1.0}, {"sinks": True, "slopes": True}])
+@pytest.mark.parametrize(
+    "features", [{}, {"key_scales": 2}, {"value_scales": 2}, {"softcap": 1.0}, {"sinks": True, "slopes": True}]
+)
 def test_takes_the_cheaper_form(case, folds, features, monkeypatch):
     """One query over many keys must not expand them; many queries must not carry a wide latent."""
     case = replace(case, rank=case.rank if not folds else 2, nope=8, half=1, **features)
@@ -164,6 +186,8 @@ def test_misuse_is_an_error(case, changed, message):
     [
         (Case(key_scales=3), "A row of 16 numbers leaves 3 for key scales .* divides 4 heads"),
         (Case(key_scales=-1), "leaves -1 for key scales"),
+        (Case(value_scales=3), "3 value scales do not divide 4 heads"),
+        (replace(Case(key_scales=-2), value_scales=2), "leaves -2 for key scales"),
         (CachedCase(kv_heads=3), "3 key/value heads do not divide 4 query heads"),
         (CachedCase(v_dim=0), "A row of 10 numbers does not hold 2 keys of 5 and as many values"),
     ],
@@ -183,7 +207,7 @@ def test_schema_shapes_and_registrations(kind, training):
         x[name].requires_grad_(training)
     operator = ops.latent_attention if isinstance(case, Case) else ops.cached_attention
     schema = operator._opoverload._schema.arguments
-    arguments = x | case.settings()
+    arguments = x | case.settings() | {"causal": True}
     torch.library.opcheck(operator, tuple(arguments.get(a.name) for a in schema))
 
 
@@ -193,7 +217,7 @@ def test_gradient_is_the_slope(kind):
     smaller = {"rank": 3} if isinstance(case, Case) else {}
     case = replace(case, heads=2, v_dim=2, new=min(case.new, 3), padding=((0, 0), (1, 1)), **smaller)
     if isinstance(case, Case):
-        case = replace(case, key_scales=min(case.key_scales, 2))
+        case = replace(case, key_scales=min(case.key_scales, 2), value_scales=min(case.value_scales, 2))
     x = case.tensors()
 
     def attend(*values):
