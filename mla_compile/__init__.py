@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-__all__ = ["CompileConfig", "CompiledModel", "MlaCompileError", "compile", "load", "register_pattern"]
+__all__ = ["CompileConfig", "CompiledModel", "MlaCompileError", "compile", "inspect", "load", "register_pattern"]
 
 if TYPE_CHECKING:
-    from mla_compile.api import CompiledModel, compile, load
+    from mla_compile.api import CompiledModel, compile, inspect, load
     from mla_compile.config import CompileConfig
     from mla_compile.errors import MlaCompileError
     from mla_compile.patterns import register_pattern
@@ -22,6 +22,7 @@ else:  # hidden from type checkers, to whom a module __getattr__ would make ever
         "CompiledModel": "mla_compile.api",
         "MlaCompileError": "mla_compile.errors",
         "compile": "mla_compile.api",
+        "inspect": "mla_compile.api",
         "load": "mla_compile.api",
         "register_pattern": "mla_compile.patterns",
     }

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from mla_compile import frontend, verify
-from mla_compile.artifacts import check_neighbours, check_target, read_folder, write_folder, write_onnx
+from mla_compile.artifacts import check_neighbours, check_pair, check_target, read_folder, write_folder, write_onnx
 from mla_compile.calibration import Text, TextWindows, cut_windows, read_text
 from mla_compile.config import CompileConfig, make_config
+from mla_compile.encoders import CompiledEncoder, compile_encoder, is_encoder, require_encoder
 from mla_compile.errors import QualityGateError, RefusedError, UsageError
 from mla_compile.evaluate import longest_window, original_scorer, perplexity
 from mla_compile.passes.calibrate import PairNorms, pair_norms
@@ -25,13 +26,23 @@ from mla_compile.passes.insert_latent import insert_latent
 from mla_compile.passes.recognise import Recognition, recognise
 from mla_compile.passes.weights import input_width, read_site
 from mla_compile.plan import LatentPlan, plan_layers
-from mla_compile.program import Assets, Program
+from mla_compile.program import AnyProgram, Assets, OtherProgram, Program
 from mla_compile.progress import Display, Stages
 from mla_compile.report import Quality, Report
 from mla_compile.runtime.module import LatentModel
-from mla_compile.site import Rejection
+from mla_compile.seq2seq import CompiledSeq2Seq, compile_seq2seq, is_seq2seq, plan_seq2seq, undecodable
+from mla_compile.site import AttentionSite, Kind, Rejection
 
-__all__ = ["CompiledModel", "compile", "inspect", "load", "plan"]
+__all__ = [
+    "CompiledModel",
+    "compile",
+    "convertible",
+    "inspect",
+    "load",
+    "lossless_elements",
+    "plan",
+    "would_be_refused",
+]
 
 _RANDOM_LENGTH = 64
 """Random tokens per sequence to verify on without text: half as a prompt, half to continue it by 32 tokens."""
@@ -104,7 +115,7 @@ def compile(
     unsafe_load: bool = False,
     display: Display | None = None,
     **settings: Any,  # noqa: ANN401 - validated by CompileConfig
-) -> CompiledModel:
+) -> CompiledModel | CompiledEncoder | CompiledSeq2Seq:
     """Convert a model's attention to latent attention.
 
     Weights that the conversion leaves as they are, are shared with the original: copy one of the two before training if
@@ -112,8 +123,8 @@ def compile(
 
     Args:
         model: An ``nn.Module``, an ``ExportedProgram``, an archive, a Hugging Face folder or a hub id.
-        example_inputs: Inputs to export an ``nn.Module`` with: token ids ``[batch, length]`` first.
-        calibration: Text to choose rotary components by and to measure on.
+        example_inputs: Inputs to export an ``nn.Module`` with: token ids ``[batch, length]`` first; any for an encoder.
+        calibration: Text to choose rotary components by and to measure on; for causal language models only.
         tokenizer: Tokenizer for text, or the folder it is in, when the model does not bring one.
         config: All settings at once.
         check: Verify the conversion against the original.
@@ -126,7 +137,9 @@ def compile(
         **settings: Fields of :class:`~mla_compile.config.CompileConfig`, instead of ``config``.
 
     Returns:
-        The converted model.
+        The converted model. With the setting ``encoders``, and only then, also a
+        :class:`~mla_compile.encoders.CompiledEncoder` for a model whose attention is bidirectional, or a
+        :class:`~mla_compile.seq2seq.CompiledSeq2Seq` for an encoder-decoder.
 
     Raises:
         LoadError: The model or text cannot be read.
@@ -149,14 +162,23 @@ def compile(
     documents = read_text(calibration)
     stages = Stages(display)
     with stages.stage("load"):
-        program = _load(model, example_inputs, tokenizer, attn_implementation, unsafe_load)
-    _require_float32(program)
+        loaded = _load(model, example_inputs, tokenizer, attn_implementation, unsafe_load, any_kind=config.encoders)
+    _require_float32(loaded)
     if out is not None:
-        check_neighbours(out, program.source, program.assets, force)
+        check_neighbours(out, loaded.source, loaded.assets, force)
     with stages.stage("recognise"):
-        found = _require_some(program, recognise(program))
-        sites, kept = found.sites, found.rejections
-        plans = plan_layers(sites, [input_width(program, s) for s in sites], config)
+        found = recognise(loaded)
+    if config.encoders and (is_encoder(found) or not isinstance(loaded, Program)):
+        if calibration is not None:
+            raise UsageError("Text cannot be used for an encoder.", "Leave --calibration out.")
+        if is_seq2seq(found):
+            if out is not None:
+                check_pair(out, force)
+            return compile_seq2seq(loaded, found, config, check=check, stages=stages)
+        return compile_encoder(loaded, found, config, check=check, stages=stages)
+    program = _require_causal(loaded, found)
+    sites, kept = found.sites, found.rejections
+    plans = plan_layers(sites, [input_width(program, s) for s in sites], config)
     text = cut_windows(program, documents, tokenizer, config)
     config, notes = _settle_selection(config, text is not None)
     norms: Sequence[PairNorms | None] = [None] * len(sites)
@@ -190,10 +212,26 @@ def compile(
 
 
 def inspect(
-    model: str | Path, *, tokenizer: str | None = None, attn_implementation: str = "auto", unsafe_load: bool = False
-) -> tuple[Program, Recognition]:
-    """Load a model and describe its attention layers, or say why they are not understood."""
-    program = frontend.load_program(model, tokenizer=tokenizer, attention=attn_implementation, unsafe=unsafe_load)
+    model: nn.Module | ExportedProgram | str | Path,
+    example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
+    *,
+    tokenizer: str | None = None,
+    attn_implementation: str = "auto",
+    unsafe_load: bool = False,
+) -> tuple[AnyProgram, Recognition]:
+    """Load a model of any kind and describe its attention layers, or say why they are not understood.
+
+    Args:
+        model: An ``nn.Module``, an ``ExportedProgram``, an archive, a Hugging Face folder or a hub id.
+        example_inputs: Inputs to export an ``nn.Module`` with; integers are token ids, floats anything else.
+        tokenizer: Folder of the tokenizer, if the model does not bring one.
+        attn_implementation: How a transformers model given by name spells its attention: auto, sdpa or eager.
+        unsafe_load: Allow unpickling a module from a file.
+
+    Raises:
+        LoadError: The model cannot be read.
+    """
+    program = _load(model, example_inputs, tokenizer, attn_implementation, unsafe_load, any_kind=True)
     return program, recognise(program)
 
 
@@ -201,15 +239,46 @@ def plan(
     model: str | Path, config: CompileConfig, *, attn_implementation: str = "auto", unsafe_load: bool = False
 ) -> tuple[Recognition, tuple[LatentPlan, ...]]:
     """Plan a conversion without computing any weights."""
-    program = frontend.load_program(model, attention=attn_implementation, unsafe=unsafe_load)
-    found = _require_some(program, recognise(program))
-    return found, plan_layers(found.sites, [input_width(program, s) for s in found.sites], config)
+    program = frontend.load_any(model, attention=attn_implementation, unsafe=unsafe_load)
+    found = recognise(program)
+    if config.encoders and is_seq2seq(found):
+        own, crossed = plan_seq2seq(program, found, config)
+        return found, (*own, *crossed)
+    if config.encoders and (is_encoder(found) or not isinstance(program, Program)):
+        sites, _ = require_encoder(program, found)
+    else:
+        _require_causal(program, found)
+        sites = found.sites
+    return found, plan_layers(sites, [input_width(program, s) for s in sites], config)
 
 
-def lossless_elements(program: Program, found: Recognition) -> tuple[int, ...]:
+def convertible(
+    program: AnyProgram, found: Recognition, encoders: bool
+) -> tuple[Sequence[AttentionSite], Sequence[Rejection]]:
+    """Split what was found into layers that a conversion changes and others."""
+    if encoders and is_encoder(found):
+        return require_encoder(program, found)
+    crossed = [r for r in found.rejections if r.site is not None and r.site.kind == Kind.CROSS]
+    if encoders and is_seq2seq(found):
+        sites = [*found.sites, *(r.site for r in crossed if r.site is not None)]
+        return sites, [r for r in found.rejections if r not in crossed]
+    return found.sites, found.rejections
+
+
+def would_be_refused(program: AnyProgram, found: Recognition, encoders: bool) -> bool:
+    """Whether a conversion would refuse the model for its attention."""
+    if encoders and is_encoder(found):
+        return False
+    if encoders and is_seq2seq(found):
+        return bool(undecodable(program, found))
+    lost = any(r.plain is None for r in found.rejections)
+    return not isinstance(program, Program) or not found.sites or lost
+
+
+def lossless_elements(program: AnyProgram, sites: Sequence[AttentionSite]) -> tuple[int, ...]:
     """Numbers per token and layer that a latent cache needs at most, with every rotation kept and nothing lost."""
     config = make_config(exact=True, selection="uniform")
-    plans = plan_layers(found.sites, [input_width(program, s) for s in found.sites], config)
+    plans = plan_layers(sites, [input_width(program, s) for s in sites], config)
     return tuple(p.elements_after for p in plans)
 
 
@@ -228,19 +297,46 @@ def _load(
     tokenizer: Any,  # noqa: ANN401
     attention: str,
     unsafe: bool,
-) -> Program:
+    any_kind: bool,
+) -> AnyProgram:
+    """Read a model from wherever it is; a module whose inputs are given must be ``any_kind`` to take other than ids."""
     folder = str(tokenizer) if isinstance(tokenizer, str | Path) else None
     if isinstance(model, str | Path):
-        return frontend.load_program(model, tokenizer=folder, attention=attention, unsafe=unsafe)
+        return frontend.load_any(model, tokenizer=folder, attention=attention, unsafe=unsafe)
     if isinstance(model, ExportedProgram):
-        return frontend.program_from_export(model, source="ExportedProgram", assets=Assets(folder=folder))
-    program = frontend.capture(model, example_inputs, tokenizer=folder)
+        return frontend.read_export(model, source="ExportedProgram", assets=Assets(folder=folder))
+    program: AnyProgram
+    if any_kind or example_inputs is None:
+        program = frontend.capture_any(model, example_inputs, tokenizer=folder)
+    else:
+        program = frontend.capture(model, example_inputs, tokenizer=folder)
     if folder is None and tokenizer is not None:
         program = dataclasses.replace(program, assets=dataclasses.replace(program.assets, tokenizer=tokenizer))
     return program
 
 
-def _require_float32(program: Program) -> None:
+def _require_causal(program: AnyProgram, found: Recognition) -> Program:
+    """Refuse what is no causal language model, or has a layer that is not understood.
+
+    Raises:
+        RefusedError: Its attention is of another kind, or a layer is not understood.
+        LoadError: It is no causal language model for another reason.
+    """
+    kinds = sorted({r.site.kind.value for r in found.rejections if r.site is not None})
+    if isinstance(program, OtherProgram) and not kinds:
+        raise program.why
+    if isinstance(program, Program) or is_encoder(found):
+        _require_some(program, found)
+    if isinstance(program, Program):
+        return program
+    remedy = "Pass --encoders to convert what its decoder caches." if is_seq2seq(found) else ""
+    raise RefusedError(
+        f"'{program.source}' is no causal language model: some of its attention is {' and '.join(kinds)}.",
+        remedy or "Run 'mla-compile inspect' for the whole table.",
+    )
+
+
+def _require_float32(program: AnyProgram) -> None:
     """Refuse weights of another type: the rewrite, its checks and the cache are float32 in this version."""
     for name, value in program.exported.state_dict.items():
         if value.is_floating_point() and value.dtype != torch.float32:
@@ -251,7 +347,7 @@ def _require_float32(program: Program) -> None:
             )
 
 
-def _require_some(program: Program, found: Recognition) -> Recognition:
+def _require_some(program: AnyProgram, found: Recognition) -> Recognition:
     """Refuse a model with nothing to convert, or with a layer that cannot even be kept as it is."""
     lost = [r for r in found.rejections if r.plain is None]
     if lost or (found.rejections and not found.sites):
@@ -260,7 +356,9 @@ def _require_some(program: Program, found: Recognition) -> Recognition:
         raise RefusedError(
             f"{len(lost or found.rejections)} of {len(found.rejections) + len(found.sites)} attention layers of "
             f"'{program.source}' cannot be {verb}: {reasons}.",
-            "Run 'mla-compile inspect' for the whole table.",
+            "Pass --encoders to make its projections low-rank instead."
+            if is_encoder(found)
+            else "Run 'mla-compile inspect' for the whole table.",
         )
     if not found.sites:
         raise RefusedError(

@@ -10,24 +10,44 @@ import importlib.util
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import yaml
 from torch import Tensor, fx
 
 from mla_compile import verify
+from mla_compile.encoder_report import EncoderReport
 from mla_compile.errors import LoadError, UsageError
-from mla_compile.passes.lower_onnx import export_rewritten, lower_to_onnx
+from mla_compile.passes.lower_onnx import (
+    EncoderFace,
+    export_encoder,
+    export_rewritten,
+    lower_encoder_to_onnx,
+    lower_to_onnx,
+)
 from mla_compile.program import Assets
 from mla_compile.progress import Stages
 from mla_compile.report import Report, environment
-from mla_compile.runtime.module import LatentModel
+from mla_compile.runtime.module import LatentModel, LatentSeq2Seq, LowRankModel
 from mla_compile.runtime.onnx_session import OnnxDecoder
+from mla_compile.seq2seq_report import Seq2SeqReport
 
-__all__ = ["check_neighbours", "check_target", "is_converted_folder", "read_folder", "write_folder", "write_onnx"]
+__all__ = [
+    "check_neighbours",
+    "check_pair",
+    "check_target",
+    "is_converted_folder",
+    "read_folder",
+    "write_encoder_folder",
+    "write_encoder_onnx",
+    "write_folder",
+    "write_onnx",
+    "write_seq2seq_onnx",
+]
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -40,6 +60,9 @@ _TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
+
+
+_AnyReport = TypeVar("_AnyReport", Report, EncoderReport, Seq2SeqReport)
 
 
 def check_target(path: Path, force: bool) -> None:
@@ -79,6 +102,21 @@ def check_target(path: Path, force: bool) -> None:
         raise UsageError(f"'{existing}' cannot be written ({error.strerror}).", "Choose another folder.") from error
 
 
+def check_pair(path: Path, force: bool) -> None:
+    """Refuse targets of an encoder-decoder that cannot be written, before any work is done.
+
+    Raises:
+        UsageError: The name is not that of an ONNX file, or one of the two files cannot be written.
+    """
+    if path.suffix != ".onnx":
+        raise UsageError(
+            f"'{path}' is not named like an ONNX file, and an encoder-decoder is written as two of them.",
+            "Name it with the suffix .onnx.",
+        )
+    for target in (path, path.with_suffix(".encoder.onnx")):
+        check_target(target, force)
+
+
 def check_neighbours(path: Path, source: str, assets: Assets, force: bool) -> None:
     """Refuse to put a model's files beside those of another, before any work is done.
 
@@ -104,8 +142,9 @@ def check_neighbours(path: Path, source: str, assets: Assets, force: bool) -> No
 
 def _is_report(path: Path) -> bool:
     try:
-        return "bytes_per_token_after" in json.loads(path.read_text(encoding="utf-8"))["cache"]
-    except (ValueError, KeyError, TypeError):
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        return stored.get("kind") == "encoder" or "bytes_per_token_after" in stored["cache"]
+    except (ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
@@ -178,6 +217,132 @@ def write_folder(module: LatentModel, report: Report, assets: Assets, path: Path
     return report
 
 
+def write_encoder_onnx(
+    module: LowRankModel,
+    report: EncoderReport,
+    assets: Assets,
+    face: EncoderFace,
+    path: Path,
+    *,
+    checks: Sequence[Mapping[str, Tensor]] | None,
+    force: bool,
+    stages: Stages,
+) -> EncoderReport:
+    """Lower an encoder, verify it in ONNX Runtime, and only then give the file its name.
+
+    Args:
+        module: The converted model.
+        report: What was done so far.
+        assets: Configuration and tokenizer.
+        face: Its inputs and outputs.
+        path: The ``.onnx`` file.
+        checks: Inputs to compare on; None to skip the comparison.
+        force: Replace existing files.
+        stages: Times and shows what runs.
+
+    Returns:
+        The completed report, also written as ``report.json`` beside the file.
+    """
+    check_target(path, force)
+    if path.suffix != ".onnx":
+        raise UsageError(f"'{path}' is not named like an ONNX file.", "Name it with the suffix .onnx.")
+    check_neighbours(path, report.source, assets, force)
+    with _moved_into(path.parent) as folder:
+        with stages.stage("lower to ONNX"):
+            lower_encoder_to_onnx(
+                module.graph,  # type: ignore[arg-type]
+                face,
+                folder / path.name,
+                opset=report.config["opset"],
+                metadata={"schema_version": 1, "source": Path(report.source).name, "config": dict(report.config)},
+            )
+        if checks is not None:
+            with stages.stage("verify ONNX"):
+                error = verify.check_encoder_onnx(module, folder / path.name, checks)
+            if report.verification is not None:
+                checked = dataclasses.replace(report.verification, lowering_error=error)
+                report = dataclasses.replace(report, verification=checked)
+        _copy_assets(assets, folder)
+        return _finish(report, folder, stages)
+
+
+def write_seq2seq_onnx(
+    module: LatentSeq2Seq,
+    report: Seq2SeqReport,
+    assets: Assets,
+    face: EncoderFace,
+    path: Path,
+    *,
+    tokens: str,
+    checks: Sequence[Mapping[str, Tensor]] | None,
+    force: bool,
+    stages: Stages,
+) -> Seq2SeqReport:
+    """Lower an encoder-decoder to two files, verify both together, and only then give them their names.
+
+    Args:
+        module: The converted model.
+        report: What was done so far.
+        assets: Configuration and tokenizer.
+        face: Inputs and outputs of the encoder's part.
+        path: The decoder's ``.onnx`` file; the encoder's is ``X.encoder.onnx`` beside it.
+        tokens: Name of the decoder's token input in ``checks``.
+        checks: Inputs to compare on; None to skip the comparison.
+        force: Replace existing files.
+        stages: Times and shows what runs.
+
+    Returns:
+        The completed report, also written as ``report.json`` beside the files.
+    """
+    check_pair(path, force)
+    other = path.with_suffix(".encoder.onnx")
+    check_neighbours(path, report.source, assets, force)
+    facts = {"schema_version": 1, "source": Path(report.source).name, "config": dict(report.config)}
+    with _moved_into(path.parent) as folder:
+        with stages.stage("lower to ONNX"):
+            opset = report.config["opset"]
+            encoder: fx.GraphModule = module.encoder.graph  # type: ignore[assignment]
+            decoder: fx.GraphModule = module.decoder.graph  # type: ignore[assignment]
+            lower_encoder_to_onnx(encoder, face, folder / other.name, opset=opset, metadata=facts)
+            lower_to_onnx(
+                decoder,
+                module.decoder.rows,
+                folder / path.name,
+                opset=opset,
+                inline=report.config["inline"],
+                metadata=facts,
+                cross=[p.elements_after for p in report.cross_plans],
+                masked=module.mask is not None,
+            )
+        if checks is not None:
+            with stages.stage("verify ONNX"):
+                files = (folder / other.name, folder / path.name)
+                error = verify.check_seq2seq_onnx(module, files, tokens, checks)
+            if report.verification is not None:
+                checked = dataclasses.replace(report.verification, lowering_error=error)
+                report = dataclasses.replace(report, verification=checked)
+        _copy_assets(assets, folder)
+        return _finish(report, folder, stages)
+
+
+def write_encoder_folder(
+    module: LowRankModel,
+    report: EncoderReport,
+    assets: Assets,
+    face: EncoderFace,
+    path: Path,
+    force: bool,
+) -> EncoderReport:
+    """Write an encoder as a ``torch.export`` archive in a folder of its own."""
+    check_target(path, force)
+    check_neighbours(path, report.source, assets, force)
+    with _moved_into(path) as folder:
+        torch.export.save(export_encoder(module.graph, face), folder / "model.pt2")
+        _copy_assets(assets, folder)
+        (folder / "mla_config.yaml").write_text(yaml.safe_dump(dict(report.config), sort_keys=False), encoding="utf-8")
+        return _finish(report, folder, Stages())
+
+
 def is_converted_folder(path: Path) -> bool:
     """Whether a folder was written by :func:`write_folder`."""
     return (path / "mla_config.yaml").is_file() and (path / "model.pt2").is_file()
@@ -200,6 +365,8 @@ def read_folder(path: Path) -> LatentModel:
     graph.graph.set_codegen(fx.graph.CodeGen())
     graph.recompile()
     inputs = [n for n in exported.graph.nodes if n.op == "placeholder" and n.name.startswith("past_")]
+    if not inputs:
+        raise LoadError(f"'{path}' holds an encoder, which has no cache.", "Read its model.pt2 with torch.export.load.")
     return LatentModel(graph, [int(n.meta["val"].shape[-1]) for n in inputs])
 
 
@@ -238,7 +405,7 @@ def _copy_assets(assets: Assets, folder: Path) -> None:
         assets.tokenizer.save_pretrained(folder)
 
 
-def _finish(report: Report, folder: Path, stages: Stages) -> Report:
+def _finish(report: _AnyReport, folder: Path, stages: Stages) -> _AnyReport:
     sizes = {p.name: p.stat().st_size for p in sorted(folder.iterdir())}
     report = dataclasses.replace(report, artifacts=sizes, stages=(*report.stages, *stages.timings))
     (folder / "report.json").write_text(report.to_json(), encoding="utf-8")

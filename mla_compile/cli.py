@@ -7,11 +7,14 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mla_compile.errors import MlaCompileError
+
+if TYPE_CHECKING:
+    from mla_compile.report import Report
 
 __all__ = ["main"]
 
@@ -91,6 +94,15 @@ AttnImplementation = Annotated[
 UnsafeLoad = Annotated[
     bool, typer.Option("--unsafe-load", help="Unpickle a module from a file; this runs the code in it.")
 ]
+Encoders = Annotated[
+    bool,
+    typer.Option(
+        "--encoders",
+        help="Convert encoders too, whose projections become low-rank for want of a cache, and the decoder of an "
+        "encoder-decoder.",
+        rich_help_panel=_METHOD,
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 
@@ -121,6 +133,7 @@ def convert(
     cache_ratio: CacheRatio = None,
     kv_rank: KvRank = None,
     exact: Exact = False,
+    encoders: Encoders = False,
     method: MethodName = "mha2mla",
     selection: Selection = "auto",
     rope_dims: RopeDims = None,
@@ -165,10 +178,13 @@ def convert(
         seed=seed,
         opset=opset,
         inline=inline,
+        encoders=encoders,
     )
     shown = display.make_display(quiet or as_json)
     with shown:
         from mla_compile import api
+        from mla_compile.encoder_report import EncoderReport
+        from mla_compile.seq2seq_report import Seq2SeqReport
 
         compiled = api.compile(
             model,
@@ -184,11 +200,15 @@ def convert(
             display=shown,
         )
         if out.suffix == ".onnx":
-            report = compiled.to_onnx(out, force=force, display=shown)
+            report: Report | EncoderReport | Seq2SeqReport = compiled.to_onnx(out, force=force, display=shown)
         else:
             report = compiled.save(out, force=force)
     if as_json:
         typer.echo(report.to_json(), nl=False)
+    elif isinstance(report, EncoderReport):
+        display.show_encoder_report(report, out)
+    elif isinstance(report, Seq2SeqReport):
+        display.show_seq2seq_report(report, out)
     else:
         display.show_report(report, out)
 
@@ -196,6 +216,7 @@ def convert(
 @app.command()
 def inspect(
     model: Model,
+    encoders: Encoders = False,
     attn_implementation: AttnImplementation = "auto",
     unsafe_load: UnsafeLoad = False,
     as_json: AsJson = False,
@@ -205,15 +226,16 @@ def inspect(
     from mla_compile.report import summarise_site
 
     program, found = api.inspect(model, attn_implementation=attn_implementation, unsafe_load=unsafe_load)
-    lossless = api.lossless_elements(program, found)
-    rows = [summarise_site(s) | {"lossless_elements_per_token": n} for s, n in zip(found.sites, lossless, strict=True)]
-    rows += map(summarise_site, found.rejections)
+    sites, rejections = api.convertible(program, found, encoders)
+    lossless = api.lossless_elements(program, sites)
+    rows = [summarise_site(s) | {"lossless_elements_per_token": n} for s, n in zip(sites, lossless, strict=True)]
+    rows += map(summarise_site, rejections)
     rows.sort(key=lambda row: int(row["index"]))
     if as_json:
         typer.echo(json.dumps({"model": model, "layers": rows}, indent=2))
     else:
         display.show_layers(rows)
-    if not found.sites or any(r.plain is None for r in found.rejections):  # what a conversion would refuse
+    if api.would_be_refused(program, found, encoders):
         raise typer.Exit(3)
 
 
@@ -225,6 +247,7 @@ def plan(
     exact: Exact = False,
     rope_dims: RopeDims = None,
     svd: Svd = "joint",
+    encoders: Encoders = False,
     attn_implementation: AttnImplementation = "auto",
     unsafe_load: UnsafeLoad = False,
     as_json: AsJson = False,
@@ -233,12 +256,14 @@ def plan(
     from mla_compile import api, display
     from mla_compile.config import make_config
 
-    config = make_config(cache_ratio=cache_ratio, kv_rank=kv_rank, exact=exact, rope_dims=rope_dims, svd=svd)
-    _, plans = api.plan(model, config, attn_implementation=attn_implementation, unsafe_load=unsafe_load)
+    config = make_config(
+        cache_ratio=cache_ratio, kv_rank=kv_rank, exact=exact, rope_dims=rope_dims, svd=svd, encoders=encoders
+    )
+    found, plans = api.plan(model, config, attn_implementation=attn_implementation, unsafe_load=unsafe_load)
     if as_json:
         typer.echo(json.dumps(display.plan_rows(plans), indent=2))
     else:
-        display.show_plan(plans)
+        display.show_plan(plans, cached=bool(found.sites))
 
 
 @app.command()

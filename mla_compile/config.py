@@ -30,6 +30,7 @@ class CompileConfig(BaseModel):
         seed: Seed of random probes and samples.
         opset: ONNX operator set.
         inline: Emit standard operators only, without ``LatentAttention`` nodes.
+        encoders: Convert bidirectional attention too, which has no cache: its projections become low-rank.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -47,6 +48,7 @@ class CompileConfig(BaseModel):
     seed: int = Field(default=0, ge=0)
     opset: Literal[23, 24] = 23
     inline: bool = False
+    encoders: bool = False
 
     @model_validator(mode="after")
     def _one_size(self) -> CompileConfig:

@@ -13,9 +13,11 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRe
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from mla_compile.encoder_report import EncoderReport
     from mla_compile.plan import LatentPlan
     from mla_compile.progress import StageTiming
     from mla_compile.report import Report
+    from mla_compile.seq2seq_report import Seq2SeqReport
     from mla_compile.textgen import Generation
 
 __all__ = [
@@ -23,11 +25,13 @@ __all__ = [
     "generation_row",
     "make_display",
     "plan_rows",
+    "show_encoder_report",
     "show_generation",
     "show_layers",
     "show_measurement",
     "show_plan",
     "show_report",
+    "show_seq2seq_report",
     "stream_text",
 ]
 
@@ -115,7 +119,7 @@ def show_layers(rows: Sequence[Mapping[str, Any]]) -> None:
         return
     lines = []
     for row in rows:
-        if "rejected" in row:
+        if "rejected" in row and "kind" not in row:
             cached = row.get("elements_per_token", "")
             verdict = f"kept: {row['rejected']}" if row["kept"] else f"no: {row['rejected']}"
             lines.append([row["index"], row["path"], verdict, row["reason"], "", "", "", cached, ""])
@@ -124,9 +128,12 @@ def show_layers(rows: Sequence[Mapping[str, Any]]) -> None:
         heads = f"{row['heads']} q / {row['kv_heads']} kv of {row['qk_dim']}"
         names = dict.fromkeys(str(row[r]).removeprefix(f"{row['path']}.") for r in ("query", "key", "value"))
         weights = ", ".join(names) + (" (biased)" if row["bias"] else "")
-        lossless = row["lossless_elements_per_token"] / row["elements_per_token"]
-        cached = f"{row['elements_per_token']}" + (f" (lossless: {lossless:.0%})" if lossless < 1 else "")
-        lines.append([row["index"], row["path"], "yes", heads, rope, row["mask"], _extras(row), cached, weights])
+        cached = row["cache"]
+        if row["elements_per_token"]:
+            lossless = row["lossless_elements_per_token"] / row["elements_per_token"]
+            cached = f"{row['elements_per_token']}" + (f" (lossless: {lossless:.0%})" if lossless < 1 else "")
+        verdict = f"no: {row['rejected']}" if "rejected" in row else "yes"
+        lines.append([row["index"], row["path"], verdict, heads, rope, row["mask"], _extras(row), cached, weights])
     columns = ["#", "layer", "converts", "heads", "rope", "mask", "also", "cached/token", "weights"]
     _print_table("Attention layers", columns, lines)
 
@@ -162,8 +169,8 @@ def plan_rows(plans: Sequence[LatentPlan]) -> dict[str, Any]:
     }
 
 
-def show_plan(plans: Sequence[LatentPlan]) -> None:
-    """One row per layer and the sum."""
+def show_plan(plans: Sequence[LatentPlan], cached: bool = True) -> None:
+    """One row per layer and the sum; an encoder's keys and values are not ``cached``."""
     rows: list[list[object]] = [
         [
             p.site,
@@ -179,11 +186,10 @@ def show_plan(plans: Sequence[LatentPlan]) -> None:
     total = plan_rows(plans)
     before, after = total["bytes_per_token_before"], total["bytes_per_token_after"]
     rows.append(["", "all", "", "", "", before, f"{after} ({total['cache_ratio']:.2%})"])
-    _print_table(
-        "Plan (float32 cache)",
-        ["#", "layer", "rope dims", "rank", "exact rank", "bytes/token before", "after"],
-        rows,
+    title, counted = (
+        ("Plan (float32 cache)", "bytes/token before") if cached else ("Plan (no cache)", "key and value bytes")
     )
+    _print_table(title, ["#", "layer", "rope dims", "rank", "exact rank", counted, "after"], rows)
 
 
 def show_report(report: Report, out: Path) -> None:
@@ -217,6 +223,50 @@ def show_report(report: Report, out: Path) -> None:
         rows.append(["converted vs original", f"{v.conversion_error:.1e}, greedy {v.conversion_greedy:.0%} equal"])
         rows.append(["measured cache bytes per token", v.cache_bytes_per_token])
     rows.append(["written", f"{out} ({sum(report.artifacts.values()) / 2**20:.1f} MiB)"])
+    _print_table(report.source, ["", "result"], rows)
+    for warning in report.warnings:
+        print(f"warning: {warning}", file=sys.stderr)  # noqa: T201
+
+
+def show_encoder_report(report: EncoderReport, out: Path) -> None:
+    """What was done to an encoder, in a few lines."""
+    kept = f", {len(report.kept)} stay as they are" if report.kept else ""
+    rows: list[list[object]] = [["attention layers", f"{len(report.plans)} converted{kept}"], ["cache", "none"]]
+    for name, (before, after) in (
+        ("parameters", report.parameters),
+        ("multiplications per token, keys and values", report.multiplications),
+    ):
+        rows.append([name, f"{before} -> {after} ({after / before:.2%})"])
+    if report.verification:
+        v = report.verification
+        rows.append(["rewrite at full rank vs original", f"{v.rewrite_error:.1e}"])
+        if v.lowering_error is not None:
+            rows.append(["ONNX Runtime vs PyTorch", f"{v.lowering_error:.1e}"])
+        rows.append(["converted vs original", f"{v.conversion_error:.1e}"])
+    rows.append(["written", f"{out} ({sum(report.artifacts.values()) / 2**20:.1f} MiB)"])
+    _print_table(report.source, ["", "result"], rows)
+    for warning in report.warnings:
+        print(f"warning: {warning}", file=sys.stderr)  # noqa: T201
+
+
+def show_seq2seq_report(report: Seq2SeqReport, out: Path) -> None:
+    """What was done to an encoder-decoder, in a few lines."""
+    converted = f"{len(report.plans)} self and {len(report.cross_plans)} cross converted"
+    rows: list[list[object]] = [["attention layers of the decoder", converted]]
+    for name, (before, after) in (
+        ("cache bytes per decoder token", report.cache_bytes),
+        ("cross cache bytes per encoder token", report.cross_cache_bytes),
+    ):
+        rows.append([name, f"{before} -> {after} ({after / before:.2%})"])
+    if report.verification:
+        v = report.verification
+        rows.append(["rewrite at full rank vs original", f"{v.rewrite_error:.1e}"])
+        rows.append(["decode vs whole sequence", f"{v.decode_error:.1e}"])
+        if v.lowering_error is not None:
+            rows.append(["ONNX Runtime vs PyTorch", f"{v.lowering_error:.1e}"])
+        rows.append(["converted vs original", f"{v.conversion_error:.1e}"])
+    files = f"{out} and {out.with_suffix('.encoder.onnx').name}"
+    rows.append(["written", f"{files} ({sum(report.artifacts.values()) / 2**20:.1f} MiB)"])
     _print_table(report.source, ["", "result"], rows)
     for warning in report.warnings:
         print(f"warning: {warning}", file=sys.stderr)  # noqa: T201

@@ -6,14 +6,13 @@ safetensors. A pickled module is only opened when the user says so.
 
 from __future__ import annotations
 
-import functools
 import importlib
 import inspect
 import logging
 import re
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,22 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from mla_compile import huggingface
 from mla_compile.errors import LoadError, MlaCompileError
 from mla_compile.exporting import export_module
 from mla_compile.patterns import patterns
-from mla_compile.program import Assets, Program
+from mla_compile.program import AnyProgram, Assets, OtherProgram, Program
 from mla_compile.quiet import quiet_exporter
 
-__all__ = ["capture", "load_program", "program_from_export"]
+__all__ = [
+    "capture",
+    "capture_any",
+    "language_model",
+    "load_any",
+    "load_program",
+    "program_from_export",
+    "read_export",
+]
 
 _log = logging.getLogger(__name__)
 _HOW_TO_EXPORT = (
@@ -39,7 +47,30 @@ _HOW_TO_EXPORT = (
 def load_program(
     source: str | Path, *, tokenizer: str | None = None, attention: str = "auto", unsafe: bool = False
 ) -> Program:
-    """Load a model by name.
+    """Load a causal language model by name; see :func:`load_any`.
+
+    Raises:
+        LoadError: The source does not exist, cannot be exported, or is no causal language model.
+    """
+    return language_model(load_any(source, tokenizer=tokenizer, attention=attention, unsafe=unsafe))
+
+
+def language_model(program: AnyProgram) -> Program:
+    """Return the program as a causal language model.
+
+    Raises:
+        LoadError: It is none.
+    """
+    if isinstance(program, OtherProgram):
+        raise program.why
+    assert isinstance(program, Program)
+    return program
+
+
+def load_any(
+    source: str | Path, *, tokenizer: str | None = None, attention: str = "auto", unsafe: bool = False
+) -> AnyProgram:
+    """Load a model of any kind by name.
 
     Args:
         source: A ``torch.export`` archive (``.pt2`` or ``.pt``), a Hugging Face folder, or a hub id.
@@ -71,7 +102,7 @@ def load_program(
     return _load_huggingface(name, tokenizer, attention)
 
 
-def _load_file(path: Path, tokenizer: str | None, unsafe: bool) -> Program:
+def _load_file(path: Path, tokenizer: str | None, unsafe: bool) -> AnyProgram:
     if path.suffix == ".onnx":
         raise LoadError(
             f"'{path}' is an ONNX file, which cannot be converted.", "Give the model it was exported from instead."
@@ -88,7 +119,7 @@ def _load_file(path: Path, tokenizer: str | None, unsafe: bool) -> Program:
         raise LoadError(f"'{path}' is a damaged archive ('{damaged}' in it).", "Copy or export it again.")
     if any(n.endswith("archive_format") or n.endswith("serialized_exported_program.json") for n in names):
         exported = _read_archive(path)
-        return program_from_export(exported, source=str(path), kind="pt2", assets=_assets(tokenizer, path.parent))
+        return read_export(exported, source=str(path), kind="pt2", assets=_assets(tokenizer, path.parent))
     if any("/code/" in n for n in names):
         raise LoadError(f"'{path}' is a TorchScript file, whose graph cannot be rewritten.", _HOW_TO_EXPORT)
     if any(n.endswith("data.pkl") for n in names):
@@ -127,7 +158,7 @@ def _read_archive(path: Path) -> ExportedProgram:
         logger.propagate, logger.handlers = propagate, handlers
 
 
-def _load_pickle(path: Path, tokenizer: str | None, unsafe: bool) -> Program:
+def _load_pickle(path: Path, tokenizer: str | None, unsafe: bool) -> AnyProgram:
     try:
         weights = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:
@@ -145,74 +176,18 @@ def _load_pickle(path: Path, tokenizer: str | None, unsafe: bool) -> Program:
             ) from failure
     if not isinstance(weights, nn.Module):
         raise LoadError(f"'{path}' holds weights but no model that uses them.", _HOW_TO_EXPORT)
-    inputs = None if _is_huggingface(weights) else (torch.zeros(2, 5, dtype=torch.long),)
-    return capture(weights, inputs, source=str(path), tokenizer=tokenizer)
+    inputs = None if huggingface.is_transformers_model(weights) else (torch.zeros(2, 5, dtype=torch.long),)
+    return capture_any(weights, inputs, source=str(path), tokenizer=tokenizer)
 
 
-def _load_huggingface(name: str, tokenizer: str | None, attention: str) -> Program:
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.utils import logging as transformers_logging
-
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise LoadError(f"The folder '{name}' has no config.json.", "Give a Hugging Face model folder.")
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+def _load_huggingface(name: str, tokenizer: str | None, attention: str) -> AnyProgram:
+    model = huggingface.read_checkpoint(name, attention)
     try:
-        config = AutoConfig.from_pretrained(name)
-        read: Callable[..., Any] = functools.partial(
-            AutoModelForCausalLM.from_pretrained,
-            name,
-            config=config,
-            dtype=torch.float32,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-        try:
-            model, info = read(attn_implementation="sdpa" if attention == "auto" else attention)
-        except ValueError as error:
-            if attention != "auto" or "scaled_dot_product_attention" not in str(error):
-                raise
-            model, info = read(attn_implementation="eager")
-    except Exception as error:
-        raise LoadError(
-            f"'{name}' could not be loaded as a Hugging Face causal language model ({_first_line(error)}).",
-            "Check the path or id, that the weights are safetensors, and that the hub can be reached.",
-        ) from error
-    if missing := sorted(info["missing_keys"]):  # transformers fills these with random numbers
-        raise LoadError(
-            f"The weights of '{name}' lack {len(missing)} tensors, '{missing[0]}' among them.",
-            "Get the complete checkpoint; config.json and weights must belong together.",
-        )
-    try:
-        return capture(model, None, source=name, kind="huggingface", tokenizer=tokenizer or name)
+        return capture_any(model, None, source=name, kind="huggingface", tokenizer=tokenizer or name)
     except LoadError as error:
-        if attention == "eager" or model.config._attn_implementation == "eager":
+        if attention == "eager" or getattr(model.config, "_attn_implementation", None) == "eager":
             raise
         raise LoadError(error.message, f"{error.remedy} Or try --attn-implementation eager.") from error
-
-
-def _huggingface_inputs(module: nn.Module) -> dict[str, Tensor]:
-    """Inputs that make transformers build the plainest graph: padding mask and positions given, nothing to detect."""
-    ids = torch.zeros(2, 5, dtype=torch.long)
-    inputs = {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "position_ids": torch.arange(5).expand(2, 5).contiguous(),
-    }
-    accepted = inspect.signature(module.forward).parameters
-    return {name: value for name, value in inputs.items() if name in accepted}
-
-
-def _huggingface_assets(module: nn.Module, tokenizer: str | None) -> Assets:
-    config, generation = getattr(module, "config", None), getattr(module, "generation_config", None)
-    name = getattr(module, "name_or_path", None)
-    if tokenizer is None and name and (Path(name) / "tokenizer_config.json").is_file():
-        tokenizer = str(name)
-    return Assets(
-        folder=tokenizer,
-        # Where the original lay is nobody's business but the report's.
-        config={k: v for k, v in config.to_dict().items() if k != "_name_or_path"} if config is not None else {},
-        generation=generation.to_diff_dict() if generation is not None else {},
-    )
 
 
 def _assets(tokenizer: str | None, beside: Path | None) -> Assets:
@@ -226,10 +201,6 @@ def _assets(tokenizer: str | None, beside: Path | None) -> Assets:
     return Assets(folder=tokenizer, generation=special_tokens(tokenizer))
 
 
-def _is_huggingface(module: nn.Module) -> bool:
-    return hasattr(module, "config") and hasattr(module, "main_input_name")
-
-
 def capture(
     module: nn.Module,
     example_inputs: Sequence[Any] | Mapping[str, Any] | None,
@@ -238,11 +209,11 @@ def capture(
     kind: str = "module",
     tokenizer: str | None = None,
 ) -> Program:
-    """Export any module with dynamic batch and length.
+    """Export a causal language model with dynamic batch and length.
 
     Args:
-        module: A causal language model: token ids ``[batch, length]`` in, logits ``[batch, length, vocabulary]`` out.
-            It is exported in evaluation mode without a cache, and left as it was.
+        module: Token ids ``[batch, length]`` in, logits ``[batch, length, vocabulary]`` out. It is exported in
+            evaluation mode without a cache, and left as it was.
         example_inputs: Positional or keyword inputs; a batch of one is repeated, because an exporter takes a size of
             one for a constant. None is enough for a transformers model.
         source: What to call the model in reports.
@@ -250,34 +221,53 @@ def capture(
         tokenizer: Folder or hub id of the tokenizer, if the module does not know it.
 
     Raises:
+        LoadError: The module cannot be exported with dynamic shapes, or is no causal language model.
+    """
+    if example_inputs is not None:
+        _require_ids(module, example_inputs, source or type(module).__name__)
+    return language_model(capture_any(module, example_inputs, source=source, kind=kind, tokenizer=tokenizer))
+
+
+def capture_any(
+    module: nn.Module,
+    example_inputs: Sequence[Any] | Mapping[str, Any] | None,
+    *,
+    source: str | None = None,
+    kind: str = "module",
+    tokenizer: str | None = None,
+) -> AnyProgram:
+    """Export a module of any kind: the batch becomes dynamic, and so do the lengths of integer inputs.
+
+    Of float inputs, the second axis of three is dynamic where the module allows it, and all others are fixed.
+
+    Arguments are those of :func:`capture`.
+
+    Raises:
         LoadError: The module cannot be exported with dynamic shapes.
     """
     source = source or type(module).__name__
     if example_inputs is None:
-        if not _is_huggingface(module):
+        if not huggingface.is_transformers_model(module):
             raise LoadError(
                 f"{source} was given without example_inputs.",
                 "Pass token ids to export it with, e.g. (torch.zeros(2, 8, dtype=torch.long),).",
             )
-        example_inputs = _huggingface_inputs(module)
-    _require_ids(module, example_inputs, source)
+        example_inputs = huggingface.plain_inputs(module)
     config = getattr(module, "config", None)
-    training, caching = module.training, getattr(config, "use_cache", None)
+    training = module.training
     module.eval()
-    if caching is not None:
-        config.use_cache = False  # type: ignore[union-attr]
     keyword = isinstance(example_inputs, Mapping)
     values = {k: _enlarge(v) for k, v in example_inputs.items()} if keyword else tuple(map(_enlarge, example_inputs))  # type: ignore[union-attr]
     shapes = {k: _dynamic(v) for k, v in values.items()} if isinstance(values, dict) else tuple(map(_dynamic, values))
     try:
-        exported = export_module(module, values, shapes, source)
+        with huggingface.without_cache(module):
+            exported = export_module(module, values, shapes, source)
     finally:
         module.train(training)
-        if caching is not None:
-            config.use_cache = caching  # type: ignore[union-attr]
     positions = getattr(config, "max_position_embeddings", None)
-    assets = _huggingface_assets(module, tokenizer) if _is_huggingface(module) else _assets(tokenizer, None)
-    return program_from_export(exported, source=source, kind=kind, assets=assets, max_positions=positions)
+    known = huggingface.is_transformers_model(module)
+    assets = huggingface.assets_of(module, tokenizer) if known else _assets(tokenizer, None)
+    return read_export(exported, source=source, kind=kind, assets=assets, max_positions=positions)
 
 
 def _require_ids(module: nn.Module, example_inputs: Sequence[Any] | Mapping[str, Any], source: str) -> None:
@@ -306,13 +296,17 @@ def _enlarge(value: Any) -> Any:  # noqa: ANN401 - any model input
     if not isinstance(value, Tensor) or value.dim() < 2:
         return value
     for dim, least in ((0, 2), (1, 3)):
-        if value.shape[dim] < least:
+        if (dim == 0 or not value.is_floating_point()) and value.shape[dim] < least:
             value = torch.cat([value] * least, dim)
     return value.clone()  # a view would be exported with guards on the tensor it views
 
 
 def _dynamic(value: Any) -> Any:  # noqa: ANN401 - mirrors any model input
-    return {0: Dim.DYNAMIC, 1: Dim.DYNAMIC} if isinstance(value, Tensor) and value.dim() >= 2 else None
+    if not isinstance(value, Tensor) or value.dim() < 2:
+        return None
+    if not value.is_floating_point():
+        return {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
+    return {0: Dim.DYNAMIC, 1: Dim.AUTO} if value.dim() == 3 else {0: Dim.DYNAMIC}
 
 
 def program_from_export(
@@ -323,10 +317,29 @@ def program_from_export(
     assets: Assets | None = None,
     max_positions: int | None = None,
 ) -> Program:
-    """Normalise an exported program and find out what its inputs and outputs mean.
+    """Read an exported causal language model; see :func:`read_export`.
 
     Raises:
         LoadError: Batch or length is static, an input is not understood, or no output looks like logits.
+    """
+    return language_model(read_export(exported, source=source, kind=kind, assets=assets, max_positions=max_positions))
+
+
+def read_export(
+    exported: ExportedProgram,
+    *,
+    source: str,
+    kind: str = "pt2",
+    assets: Assets | None = None,
+    max_positions: int | None = None,
+) -> AnyProgram:
+    """Normalise an exported program and find out what its inputs and outputs mean.
+
+    Returns:
+        A :class:`Program` where it is a causal language model, else an :class:`OtherProgram` that says why not.
+
+    Raises:
+        LoadError: The graph cannot be normalised, or its batch is static.
     """
     try:
         with quiet_exporter():
@@ -335,6 +348,20 @@ def program_from_export(
         raise LoadError(
             f"The graph of '{source}' could not be normalised ({_first_line(error)}).", _HOW_TO_EXPORT
         ) from error
+    common: dict[str, Any] = {"exported": exported, "source": source, "kind": kind, "assets": assets or Assets()}
+    try:
+        return _as_language_model(common, max_positions)
+    except LoadError as why:
+        found = OtherProgram(**common, max_positions=max_positions, why=why)
+        inputs = [value for _, value in found.user_inputs.values() if value.dim() >= 2]
+        if not inputs or not all(_is_symbolic(value.shape[0]) for value in inputs):
+            raise
+        return found
+
+
+def _as_language_model(common: Mapping[str, Any], max_positions: int | None) -> Program:
+    exported: ExportedProgram = common["exported"]
+    source: str = common["source"]
     signature = exported.graph_signature
     placeholders = {n.name: n for n in exported.graph.nodes if n.op == "placeholder"}
     tensors = {
@@ -359,14 +386,11 @@ def program_from_export(
                 f"'{source}' was exported with a static {name} of {tensors[tokens].shape[dim]}.", _HOW_TO_EXPORT
             )
     return Program(
-        exported=exported,
-        source=source,
-        kind=kind,
+        **common,
         tokens=tokens,
         attention_mask=next(iter(roles["mask"]), None),
         position_ids=next(iter(roles["position"]), None),
         logits=_logits(exported, tensors[tokens], source),
-        assets=assets or Assets(),
         max_positions=max_positions or _length_limit(exported, tensors[tokens]),
     )
 

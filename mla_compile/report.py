@@ -13,7 +13,7 @@ from typing import Any
 
 from mla_compile.plan import LatentPlan, cache_elements
 from mla_compile.progress import StageTiming
-from mla_compile.site import AttentionSite, Rejection
+from mla_compile.site import AttentionSite, Kind, Rejection
 
 __all__ = ["Quality", "Report", "Verification", "environment", "summarise_site"]
 
@@ -176,13 +176,16 @@ class Report:
 def summarise_site(site: AttentionSite | Rejection) -> dict[str, Any]:
     """One recognised or rejected layer as a flat row."""
     if isinstance(site, Rejection):
-        found = {"index": site.index, "path": site.path, "rejected": site.code.value, "reason": site.reason}
+        described = {} if site.site is None else summarise_site(site.site)
+        found = {"index": site.index, "path": site.path, "rejected": site.code.value, "reason": site.reason} | described
         if site.plain is None:
             return found | {"kept": False}
         return found | {"kept": True, "elements_per_token": site.plain.elements_per_token}
     return {
         "index": site.index,
         "path": site.path,
+        "kind": site.kind.value,
+        "cache": _cache_in_words(site),
         "heads": site.heads,
         "kv_heads": site.kv_heads,
         "qk_dim": site.qk_dim,
@@ -196,16 +199,26 @@ def summarise_site(site: AttentionSite | Rejection) -> dict[str, Any]:
         "rope_max_freq": max(site.rope.inv_freq, default=0.0),
         "rope_min_freq": min(site.rope.inv_freq, default=0.0),
         "scale": site.scale,
-        "mask": str(site.mask),
+        "mask": str(site.kind) if site.kind == Kind.CROSS else str(site.mask),
         "query_norm": None if site.query.norm is None else str(site.query.norm),
         "key_norm": None if site.key.norm is None else str(site.key.norm),
         "value_norm": None if site.value.norm is None else str(site.value.norm),
         "softcap": site.softcap,
         "sinks": site.sinks,
         "alibi": site.slopes is not None,
-        "elements_per_token": site.elements_per_token,
+        "elements_per_token": site.elements_per_token if site.kind == Kind.CAUSAL else 0,
+        "elements_per_encoder_token": site.elements_per_token if site.kind == Kind.CROSS else 0,
         "error": site.error,
     }
+
+
+def _cache_in_words(site: AttentionSite) -> str:
+    """What a layer keeps between steps, if a plain cache is kept."""
+    if site.kind == Kind.BIDIRECTIONAL:
+        return "no cache"
+    if site.kind == Kind.CROSS:
+        return f"cross cache {site.elements_per_token} numbers per encoder token"
+    return f"{site.elements_per_token} numbers per token"
 
 
 def environment() -> dict[str, str]:

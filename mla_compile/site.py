@@ -9,7 +9,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-__all__ = ["AttentionSite", "Mask", "Norm", "PlainSite", "Projection", "RejectCode", "Rejection", "Rope", "Scores"]
+__all__ = [
+    "AttentionSite",
+    "Kind",
+    "Mask",
+    "Norm",
+    "PlainSite",
+    "Projection",
+    "RejectCode",
+    "Rejection",
+    "Rope",
+    "Scores",
+]
 
 
 class RejectCode(StrEnum):
@@ -38,7 +49,7 @@ class RejectCode(StrEnum):
     MASK = "mask"
     """The mask is neither causal nor causal within a sliding window, or depends on the data."""
     CROSS = "cross"
-    """Queries, keys and values are not projected from the same activation."""
+    """Keys and values are not projected from the same activation, or belong to another sequence than queries."""
     VERIFY = "verify"
     """The recovered description does not reproduce the original sub-graph."""
     ORPHAN = "orphan"
@@ -150,13 +161,32 @@ class Rope:
         return "custom"
 
 
+class Kind(StrEnum):
+    """What an attention layer attends to."""
+
+    CAUSAL = "causal"
+    """Earlier tokens of the same sequence."""
+    BIDIRECTIONAL = "bidirectional"
+    """All tokens of the same sequence."""
+    CROSS = "cross"
+    """All tokens of another sequence."""
+
+
 @dataclass(frozen=True, slots=True)
 class Mask:
-    """Which keys a query may see: all before it, or only the last ``window`` (itself included)."""
+    """Which keys a query may see: all before it, or only the last ``window`` (itself included), or simply all.
+
+    Attributes:
+        window: How many keys a query sees at most; None for no limit.
+        causal: Whether keys behind the query are hidden.
+    """
 
     window: int | None = None
+    causal: bool = True
 
     def __str__(self) -> str:
+        if not self.causal:
+            return "bidirectional"
         return "causal" if self.window is None else f"sliding({self.window})"
 
 
@@ -202,6 +232,9 @@ class AttentionSite:
         error: Largest relative difference between description and sub-graph on random data.
         order: Which head of the graph each query head is, where heads that share keys do not stand side by side there;
             None where they do.
+        cross: Whether keys and values are read from another sequence than queries.
+        padding: Placeholder of the padding mask ``[batch, keys]`` that hides keys, where the graph reads one; only for
+            layers that are not causal.
     """
 
     index: int
@@ -216,6 +249,15 @@ class AttentionSite:
     softmax: str
     error: float
     order: tuple[int, ...] | None = None
+    cross: bool = False
+    padding: str | None = None
+
+    @property
+    def kind(self) -> Kind:
+        """What the layer attends to."""
+        if self.cross:
+            return Kind.CROSS
+        return Kind.CAUSAL if self.mask.causal else Kind.BIDIRECTIONAL
 
     @property
     def scale(self) -> float:
@@ -370,6 +412,7 @@ class Rejection:
         code: Stable reason.
         reason: The reason in words.
         plain: How to run the layer with an ordinary cache beside converted ones; None if that is not understood either.
+        site: The layer's description, where it is understood but is no causal self-attention.
     """
 
     index: int
@@ -377,3 +420,4 @@ class Rejection:
     code: RejectCode
     reason: str
     plain: PlainSite | None = None
+    site: AttentionSite | None = None

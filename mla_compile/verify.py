@@ -12,7 +12,8 @@ What is left between the original and the converted model is then the price of t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,10 +23,23 @@ from mla_compile.errors import VerificationError
 from mla_compile.evaluate import Scorer, relative_error
 from mla_compile.report import Verification
 from mla_compile.runtime.generate import Ids, generate
-from mla_compile.runtime.module import LatentModel
-from mla_compile.runtime.onnx_session import OnnxDecoder
+from mla_compile.runtime.module import LatentModel, LatentSeq2Seq, LowRankModel
+from mla_compile.runtime.onnx_session import OnnxDecoder, open_session
 
-__all__ = ["GREEDY_TOKENS", "TOLERANCE", "TorchDecoder", "check_module", "check_onnx", "greedy_original"]
+__all__ = [
+    "GREEDY_TOKENS",
+    "TOLERANCE",
+    "TorchDecoder",
+    "check_encoder_onnx",
+    "check_module",
+    "check_onnx",
+    "check_seq2seq_onnx",
+    "greedy_original",
+    "require_equal",
+    "seq2seq_in_chunks",
+    "without_padding",
+    "worst_error",
+]
 
 TOLERANCE = 1e-4
 """Largest relative logit difference taken for rounding: float32 through tens of layers stays below 1e-5 in practice."""
@@ -67,6 +81,11 @@ def greedy_original(score: Scorer, prompt: Tensor, count: int) -> list[int]:
     return ids[0, len(prompt) :].tolist()
 
 
+def worst_error(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
+    """Largest relative error among outputs of the same names."""
+    return max(relative_error(got[name].float(), value.float()) for name, value in expected.items())
+
+
 def check_module(original: Scorer, exact: LatentModel, converted: LatentModel, ids: Tensor, text: bool) -> Verification:
     """Run the first two links and measure the price of the conversion.
 
@@ -85,8 +104,8 @@ def check_module(original: Scorer, exact: LatentModel, converted: LatentModel, i
         rewrite_error = relative_error(exact(ids).logits, expected)
         whole = converted(ids).logits
         decode_error = relative_error(_in_chunks(converted, ids), whole)
-    _require("The rewritten graph at full rank", "the original model", rewrite_error)
-    _require("Decoding with the latent cache", "the same model on the whole sequence", decode_error)
+    require_equal("The rewritten graph at full rank", "the original model", rewrite_error)
+    require_equal("Decoding with the latent cache", "the same model on the whole sequence", decode_error)
     prompt = ids[0, : ids.shape[1] - ids.shape[1] // 2]
     count = min(GREEDY_TOKENS, ids.shape[1] // 2)
     ours = generate(TorchDecoder(converted), [prompt.tolist()], count)[0]
@@ -126,7 +145,7 @@ def check_onnx(
     with torch.inference_mode():
         expected = converted(ids).logits.float()
     error = relative_error(torch.from_numpy(_onnx_in_chunks(decoder, ids.numpy())), expected)
-    _require("ONNX Runtime", "the converted PyTorch module", error)
+    require_equal("ONNX Runtime", "the converted PyTorch module", error)
     prompt = ids[0, : ids.shape[1] - ids.shape[1] // 2].tolist()
     count = min(GREEDY_TOKENS, ids.shape[1] // 2)
     greedy = _agreement(decoder.generate([prompt], count)[0], generate(TorchDecoder(converted), [prompt], count)[0])
@@ -154,7 +173,103 @@ def _require_bytes(held: int, converted: LatentModel, ids: Tensor) -> None:
         )
 
 
-def _require(what: str, reference: str, error: float) -> None:
+def check_encoder_onnx(converted: LowRankModel, path: Path, checks: Sequence[Mapping[str, Tensor]]) -> float:
+    """Compare an encoder's ONNX file with its PyTorch module.
+
+    Args:
+        converted: The PyTorch module.
+        path: The file.
+        checks: Inputs by name.
+
+    Returns:
+        The worst relative error.
+
+    Raises:
+        VerificationError: The runtimes disagree.
+    """
+    session, worst = open_session(path), 0.0
+    for inputs in checks:
+        with torch.inference_mode():
+            expected = converted(**inputs)
+        fed = {i.name: inputs[i.name].numpy() for i in session.get_inputs()}
+        got = session.run(list(expected), fed)
+        named = {name: torch.from_numpy(value) for name, value in zip(expected, got, strict=True)}
+        worst = max(worst, worst_error(named, expected))
+    require_equal("ONNX Runtime", "the converted PyTorch module", worst)
+    return worst
+
+
+def without_padding(inputs: Mapping[str, Tensor], mask: str | None) -> dict[str, Tensor]:
+    """The same inputs with nothing padded in one mask: a decoder's positions are counted from its own."""
+    return {name: torch.ones_like(value) if name == mask else value for name, value in inputs.items()}
+
+
+def seq2seq_in_chunks(model: LatentSeq2Seq, ids: Tensor, context: Sequence[Tensor]) -> Tensor:
+    """Logits of a decoder that is fed part by part."""
+    past, done = None, 0
+    parts: list[Tensor] = []
+    for part in ids.split(_chunks(ids.shape[1]), 1):
+        done += part.shape[1]
+        result = model(part, context, torch.ones(len(ids), done, dtype=torch.long), past=past)
+        past = result.cache
+        parts.append(result.logits)
+    return torch.cat(parts, 1)
+
+
+def check_seq2seq_onnx(
+    converted: LatentSeq2Seq, files: tuple[Path, Path], tokens: str, checks: Sequence[Mapping[str, Tensor]]
+) -> float:
+    """Compare the two ONNX files of an encoder-decoder with its PyTorch module, the decoder in pieces.
+
+    Args:
+        converted: The PyTorch module.
+        files: The encoder's file and the decoder's.
+        tokens: Name of the decoder's token input in ``checks``.
+        checks: Inputs by name.
+
+    Returns:
+        The worst relative error of the logits.
+
+    Raises:
+        VerificationError: The runtimes disagree.
+    """
+    encoder, decoder = map(open_session, files)
+    taken = {i.name for i in decoder.get_inputs()}
+    worst = 0.0
+    for inputs in checks:
+        ids, given = inputs[tokens], {name: inputs[name] for name in converted.encoder.inputs}
+        with torch.inference_mode():
+            expected = converted(ids, converted.encode(**given)).logits
+        names = list(converted.encoder.outputs)
+        fed = {i.name: given[i.name].numpy() for i in encoder.get_inputs()}
+        context = dict(zip(names, encoder.run(names, fed), strict=True))
+        if converted.mask is not None:
+            context["encoder_attention_mask"] = given[converted.mask].numpy()
+        cache = [np.zeros((len(ids), 0, row), np.float32) for row in converted.decoder.rows]
+        parts: list[np.ndarray] = []
+        done = 0
+        for size in _chunks(ids.shape[1]):
+            step = {
+                "input_ids": ids[:, done : done + size].numpy(),
+                "attention_mask": np.ones((len(ids), done + size), np.int64),
+                "position_ids": np.broadcast_to(np.arange(done, done + size), (len(ids), size)).copy(),
+                **{f"past_key_values.{i}.latent": past for i, past in enumerate(cache)},
+                **context,
+            }
+            logits, *cache = decoder.run(None, {name: value for name, value in step.items() if name in taken})
+            parts.append(logits)
+            done += size
+        worst = max(worst, relative_error(torch.from_numpy(np.concatenate(parts, 1)), expected))
+    require_equal("ONNX Runtime", "the converted PyTorch module", worst)
+    return worst
+
+
+def require_equal(what: str, reference: str, error: float) -> None:
+    """Refuse a relative error that is no rounding.
+
+    Raises:
+        VerificationError: It is above :data:`TOLERANCE`.
+    """
     if not error <= TOLERANCE:
         raise VerificationError(
             f"{what} differs from {reference} by {error:.1e} of the largest logit (allowed: {TOLERANCE:.0e}).",

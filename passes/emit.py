@@ -17,11 +17,11 @@ from torch.fx import Node
 
 from mla_compile.passes.factorise import LatentWeights
 from mla_compile.passes.layout import Layout, Sizes, token_axes
-from mla_compile.program import Program
+from mla_compile.program import AnyProgram, Program
 from mla_compile.runtime import ops  # noqa: F401 - registers mla::latent_attention and mla::cached_attention
 from mla_compile.site import AttentionSite, Norm, PlainSite, Projection, Scores
 
-__all__ = ["Emitter", "last_placeholder"]
+__all__ = ["Emitter", "last_placeholder", "layer_parameters"]
 
 _aten = torch.ops.aten
 _Weights = Callable[[str], Node | None]
@@ -41,7 +41,7 @@ class Emitter:
         rotations: Cosines and sines emitted so far, by their frequencies.
     """
 
-    program: Program
+    program: AnyProgram
     module: fx.GraphModule
     nodes: Mapping[str, Node]
     inputs: Mapping[str, Node]
@@ -50,6 +50,7 @@ class Emitter:
 
     @property
     def _sizes(self) -> Sizes:
+        assert isinstance(self.program, Program)
         return Sizes.of(self.program)
 
     def _shape(self, name: str) -> Sequence[Any]:
@@ -68,7 +69,7 @@ class Emitter:
             weights: Its latent weights.
             past: Placeholder of its cache.
         """
-        path = self._add_weights(site.path, site.index, _parameters(site, weights))
+        path = self._add_weights(site.path, site.index, layer_parameters(site, weights))
 
         weight = functools.partial(self._weight, path)
         with self.module.graph.inserting_before(self.nodes[site.output]):
@@ -144,7 +145,8 @@ class Emitter:
         present = hasattr(self.module.get_submodule(path), name)
         return self.module.graph.get_attr(f"{path}.{name}") if present else None
 
-    def _batch_and_length(self) -> tuple[Node, Node]:
+    def _batch_and_length(self) -> tuple[Any, Any]:
+        """Nodes, or numbers, of the batch size and the number of new tokens."""
         tokens = self.inputs["input_ids"]
         return self._call(_aten.sym_size.int, tokens, 0), self._call(_aten.sym_size.int, tokens, 1)
 
@@ -357,7 +359,7 @@ def _entry_count(sizes: Sizes, shape: Sequence[Any]) -> int:
     return count
 
 
-def _parameters(site: AttentionSite, weights: LatentWeights) -> dict[str, Tensor]:
+def layer_parameters(site: AttentionSite, weights: LatentWeights) -> dict[str, Tensor]:
     """Weights of a layer as they are stored; queries read from behind a norm keep one matrix per head."""
     heads, head_dim, _ = weights.query.shape
     local = site.query.activation is not None

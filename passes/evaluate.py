@@ -15,7 +15,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
 
-from mla_compile.program import Program
+from mla_compile.passes.layout import Sizes
+from mla_compile.program import AnyProgram, Program, Role
 
 __all__ = ["GraphEvaluator", "example_inputs"]
 
@@ -36,26 +37,43 @@ _CREATION = frozenset(
 _VIEWS = {_aten.view.default: _aten.reshape.default, _aten._unsafe_view.default: _aten.reshape.default}
 
 
-def example_inputs(program: Program, batch: int, length: int, seed: int = 0) -> dict[str, Tensor]:
-    """Make valid inputs of a given size: random tokens, all-ones mask, positions from 0.
+def example_inputs(
+    program: AnyProgram, batch: int, length: int, seed: int = 0, sizes: Sizes | None = None
+) -> dict[str, Tensor]:
+    """Make valid inputs of a given size: random ids and values, all-ones masks, positions from 0.
 
     Args:
         program: The program whose placeholders are filled.
         batch: Number of sequences.
-        length: Tokens per sequence.
-        seed: Seed of the random tokens.
+        length: Queries per sequence of the layer that ``sizes`` describes; tokens of a causal language model.
+        seed: Seed of the random numbers.
+        sizes: The sizes of a layer; needed unless the program is a causal language model.
 
     Returns:
-        Placeholder name to tensor ``[batch, length]``.
+        Placeholder name to tensor.
     """
+    if sizes is None:
+        assert isinstance(program, Program)
+        sizes = Sizes.of(program)
     generator = torch.Generator().manual_seed(seed)
-    inputs = {program.tokens: torch.randint(0, program.vocabulary, (batch, length), generator=generator)}
-    if program.attention_mask:
-        inputs[program.attention_mask] = torch.ones(batch, length, dtype=torch.long)
-    if program.position_ids:
-        inputs[program.position_ids] = torch.arange(length).expand(batch, length).contiguous()
-    by_name = {n.name: n for n in program.exported.graph.nodes if n.op == "placeholder"}
-    return {name: value.to(by_name[name].meta["val"].dtype) for name, value in inputs.items()}
+    inputs = {}
+    for name, (role, value) in program.user_inputs.items():
+        shape = sizes.bind(value.shape, batch, length)
+        if role == Role.TOKENS:
+            made = torch.randint(0, _ids(program, name), shape, generator=generator)
+        elif role == Role.VALUES:
+            made = torch.randn(shape, generator=generator)
+        elif role == Role.MASK:
+            made = torch.ones(shape)
+        else:
+            made = torch.arange(shape[-1]).expand(shape).contiguous()
+        inputs[name] = made.to(value.dtype)
+    return inputs
+
+
+def _ids(program: AnyProgram, name: str) -> int:
+    """How many ids an input may name."""
+    return program.vocabulary if isinstance(program, Program) and name == program.tokens else program.id_limits[name]
 
 
 class GraphEvaluator:
@@ -65,7 +83,7 @@ class GraphEvaluator:
         program: The program; its weights are read only where a question depends on them.
     """
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: AnyProgram) -> None:
         self.program = program
         self.graph = program.exported.graph
         self.nodes: dict[str, Node] = {n.name: n for n in self.graph.nodes}

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from mla_compile.errors import RefusedError
 from mla_compile.passes.evaluate import example_inputs
-from mla_compile.program import Program
+from mla_compile.program import DecoderProgram, Program
 
 __all__ = ["check_incremental"]
 
@@ -18,10 +18,12 @@ _INCREMENTAL = 1e-4
 """Relative difference that is more than float32 rounding, which stays below 1e-5."""
 _INCREMENTAL_HALF = 0.05
 """The same for float16 and bfloat16, whose single roundings are up to 4e-3."""
-_LENGTH, _PADDING = 12, 3
+_LENGTH, _PADDING, _ENCODED = 12, 3, 7
 
 
-def check_incremental(module: fx.GraphModule, program: Program, rows: Sequence[int], dtype: torch.dtype) -> None:
+def check_incremental(
+    module: fx.GraphModule, program: Program, rows: Sequence[int], dtype: torch.dtype, cross: Sequence[int] = ()
+) -> None:
     """Refuse a graph in which something outside attention still looks at the length or at other tokens.
 
     Whatever was overlooked (a convolution, a running sum, positions counted in floats, a mean over the batch) shows as
@@ -32,15 +34,17 @@ def check_incremental(module: fx.GraphModule, program: Program, rows: Sequence[i
         program: The original.
         rows: Cache row length per layer.
         dtype: Type of the caches.
+        cross: Row length per cross attention layer, whose rows are made up.
 
     Raises:
         RefusedError: There is such a difference.
     """
     ids = example_inputs(program, 2, _LENGTH, seed=1)[program.tokens]
     try:
-        whole = _run_in_pieces(module, ids, [_LENGTH], rows, dtype)
-        pieces = _run_in_pieces(module, ids, [5, 1, 2, 3, 1], rows, dtype)
-        padded = _run_padded(module, ids, rows, dtype)
+        context = _made_up(program, cross, dtype)
+        whole = _run_in_pieces(module, ids, [_LENGTH], rows, dtype, context)
+        pieces = _run_in_pieces(module, ids, [5, 1, 2, 3, 1], rows, dtype, context)
+        padded = _run_padded(module, ids, rows, dtype, context)
     except (RuntimeError, IndexError) as error:
         reason = textwrap.shorten(str(error).strip().splitlines()[0], 120, placeholder=" ...")
         raise RefusedError(
@@ -61,8 +65,24 @@ def check_incremental(module: fx.GraphModule, program: Program, rows: Sequence[i
             )
 
 
+def _made_up(program: Program, cross: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
+    """Rows of an encoder for two sequences, and a mask that hides some of the first one's."""
+    generator = torch.Generator().manual_seed(2)
+    found = [torch.randn(2, _ENCODED, width, generator=generator).to(dtype) for width in cross]
+    if isinstance(program, DecoderProgram) and program.encoder_mask is not None:
+        mask = torch.ones(2, _ENCODED, dtype=torch.long)
+        mask[0, -2:] = 0
+        found.append(mask)
+    return found
+
+
 def _run_in_pieces(
-    module: fx.GraphModule, ids: Tensor, sizes: Sequence[int], rows: Sequence[int], dtype: torch.dtype
+    module: fx.GraphModule,
+    ids: Tensor,
+    sizes: Sequence[int],
+    rows: Sequence[int],
+    dtype: torch.dtype,
+    context: Sequence[Tensor],
 ) -> Tensor:
     cache = [torch.zeros(len(ids), 0, row, dtype=dtype) for row in rows]
     parts, done = [], 0
@@ -70,13 +90,15 @@ def _run_in_pieces(
         for size in sizes:
             mask = torch.ones(len(ids), done + size, dtype=torch.long)
             positions = torch.arange(done, done + size).expand(len(ids), size)
-            logits, *cache = module(ids[:, done : done + size], mask, positions, *cache)
+            logits, *cache = module(ids[:, done : done + size], mask, positions, *cache, *context)
             parts.append(logits)
             done += size
     return torch.cat(parts, 1)
 
 
-def _run_padded(module: fx.GraphModule, ids: Tensor, rows: Sequence[int], dtype: torch.dtype) -> Tensor:
+def _run_padded(
+    module: fx.GraphModule, ids: Tensor, rows: Sequence[int], dtype: torch.dtype, context: Sequence[Tensor]
+) -> Tensor:
     """Logits of the first sequence's first tokens, padded on the left beside the second sequence."""
     real = _LENGTH - _PADDING
     batch = ids.flip(1)
@@ -86,5 +108,5 @@ def _run_padded(module: fx.GraphModule, ids: Tensor, rows: Sequence[int], dtype:
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     cache = [torch.zeros(len(ids), 0, row, dtype=dtype) for row in rows]
     with torch.no_grad():
-        logits: Tensor = module(batch, mask, positions, *cache)[0]
+        logits: Tensor = module(batch, mask, positions, *cache, *context)[0]
     return logits[:1, _PADDING:]

@@ -27,15 +27,28 @@ from torch.fx import Node
 
 from mla_compile.errors import RefusedError
 from mla_compile.passes.emit import Emitter, last_placeholder
+from mla_compile.passes.emit_open import OpenEmitter
 from mla_compile.passes.factorise import LatentWeights
 from mla_compile.passes.incremental import check_incremental
 from mla_compile.passes.positions import repair_positions
-from mla_compile.program import Program
+from mla_compile.passes.scores import layer_sizes
+from mla_compile.program import DecoderProgram, Program
 from mla_compile.site import AttentionSite, Rejection
 
-__all__ = ["INPUT_NAMES", "LatentGraph", "insert_latent", "past_name"]
+__all__ = [
+    "ENCODER_MASK",
+    "INPUT_NAMES",
+    "LatentGraph",
+    "check_scores_are_dead",
+    "cross_name",
+    "erase_dead",
+    "finished",
+    "insert_latent",
+    "past_name",
+]
 
 _aten = torch.ops.aten
+ENCODER_MASK = "encoder_attention_mask"
 INPUT_NAMES = ("input_ids", "attention_mask", "position_ids")
 _VIEWS = (_aten.view.default, _aten._unsafe_view.default)
 
@@ -48,15 +61,23 @@ class LatentGraph:
         module: ``(input_ids [B, S], attention_mask [B, P + S], position_ids [B, S], past_0 [B, P, R_0], ...) ->
             (logits [B, S, V], present_0 [B, P + S, R_0], ...)``, a plain, trainable ``torch.fx`` graph.
         rows: Cache row length ``R`` per attention layer, in graph order.
+        cross: Row length per cross attention layer; their rows ``[B, N, R]`` are further inputs, and behind them the
+            padding mask ``[B, N]`` if the decoder reads one.
     """
 
     module: fx.GraphModule
     rows: tuple[int, ...]
+    cross: tuple[int, ...] = ()
 
 
 def past_name(layer: int) -> str:
     """Placeholder of one layer's cache."""
     return f"past_{layer}"
+
+
+def cross_name(layer: int) -> str:
+    """Placeholder of what one cross attention layer keeps of the encoder."""
+    return f"cross_{layer}"
 
 
 def insert_latent(
@@ -65,6 +86,7 @@ def insert_latent(
     weights: Sequence[LatentWeights],
     dtype: torch.dtype,
     kept: Sequence[Rejection] = (),
+    cross: Sequence[tuple[AttentionSite, LatentWeights]] = (),
 ) -> LatentGraph:
     """Replace every site by latent attention, and every layer that is kept by attention with an ordinary cache.
 
@@ -74,6 +96,7 @@ def insert_latent(
         weights: Latent weights of every site.
         dtype: Type the latent weights are stored in.
         kept: The other attention layers; each has a ``plain`` description.
+        cross: Cross attention layers of a decoder, with their latent weights.
 
     Returns:
         The rewritten graph.
@@ -88,7 +111,9 @@ def insert_latent(
     plain = {r.index: (r, r.plain) for r in kept if r.plain is not None}
     order = sorted([*converted, *plain])
 
-    inputs = _make_inputs(graph, nodes, program, len(order))
+    encoder_mask = program.encoder_mask if isinstance(program, DecoderProgram) else None
+    further = [*(cross_name(i) for i in range(len(cross))), *([ENCODER_MASK] if encoder_mask else [])]
+    inputs = _make_inputs(graph, nodes, program, len(order), further)
     emitter = Emitter(program, module, nodes, inputs, dtype)
     presents, rows, softmaxes = [], [], []
     for cache, index in enumerate(order):
@@ -103,34 +128,50 @@ def insert_latent(
             presents.append(emitter.plain(other, index, rejection.path, past))
             rows.append(other.elements_per_token)
             softmaxes.append((rejection.path, other.softmax))
+    widths = []
+    all_sizes = layer_sizes(program) if cross else {}
+    for place, (site, latent) in enumerate(cross):
+        given = {program.tokens: inputs["input_ids"]}
+        given |= {encoder_mask: inputs[ENCODER_MASK]} if encoder_mask else {}
+        sizes = all_sizes[site.index]
+        OpenEmitter(program, module, nodes, given, dtype, sizes=sizes).over(site, latent, inputs[cross_name(place)])
+        widths.append(latent.row_width(site))
+        softmaxes.append((site.path, site.softmax))
     output = next(n for n in graph.nodes if n.op == "output")
     output.args = ((nodes[program.logits], *presents),)
-    _erase_dead(graph)
-    _check_scores_are_dead(graph, softmaxes)
+    erase_dead(graph)
+    check_scores_are_dead(graph, softmaxes)
     repair_positions(program, graph, inputs["position_ids"], inputs["attention_mask"])
-    _erase_dead(graph)
+    erase_dead(graph)
     _cut_padding_mask(program, graph, inputs["attention_mask"], inputs["input_ids"])
     _renumber_placeholders(graph, nodes, program, inputs)
+    rewritten = finished(module)
+    check_incremental(rewritten, program, rows, dtype, widths)
+    return LatentGraph(rewritten, tuple(rows), tuple(widths))
+
+
+def finished(module: fx.GraphModule) -> fx.GraphModule:
+    """A rewritten graph with only what it reads: replaced projections must not linger among its parameters."""
+    graph = module.graph
     for node in graph.nodes:
         if node.target in _VIEWS:  # recorded strides were those of the old attention's output
             node.target = _aten.reshape.default
     graph.lint()
-    # A module with only what the new graph reads: the replaced projections must not linger among its parameters.
     used = {str(n.target): _attribute(module, str(n.target)) for n in graph.nodes if n.op == "get_attr"}
-    rewritten = fx.GraphModule(used, graph, class_name="LatentGraph")
-    check_incremental(rewritten, program, rows, dtype)
-    return LatentGraph(rewritten, tuple(rows))
+    return fx.GraphModule(used, graph, class_name="LatentGraph")
 
 
 def _attribute(module: nn.Module, path: str) -> Any:  # noqa: ANN401 - parameters, buffers and constants
     return functools.reduce(getattr, path.split("."), module)
 
 
-def _make_inputs(graph: fx.Graph, nodes: Mapping[str, Node], program: Program, layers: int) -> dict[str, Node]:
+def _make_inputs(
+    graph: fx.Graph, nodes: Mapping[str, Node], program: Program, layers: int, further: Sequence[str]
+) -> dict[str, Node]:
     """Add the new inputs behind the token placeholder, in calling order."""
     inputs = {"input_ids": nodes[program.tokens]}
     last = last_placeholder(graph)
-    for name in (*INPUT_NAMES[1:], *(past_name(i) for i in range(layers))):
+    for name in (*INPUT_NAMES[1:], *(past_name(i) for i in range(layers)), *further):
         with graph.inserting_after(last):
             last = graph.create_node("placeholder", f"mla_{name}", name=f"mla_{name}")
         inputs[name] = last
@@ -143,7 +184,7 @@ def _make_inputs(graph: fx.Graph, nodes: Mapping[str, Node], program: Program, l
     return inputs
 
 
-def _erase_dead(graph: fx.Graph) -> None:
+def erase_dead(graph: fx.Graph) -> None:
     """Remove everything without users; assertions and dropout-capable operators count as impure and need a push."""
     for node in reversed(list(graph.nodes)):
         if node.op == "call_function" and not node.users and "mla." not in str(node.target):
@@ -151,7 +192,7 @@ def _erase_dead(graph: fx.Graph) -> None:
     graph.eliminate_dead_code()
 
 
-def _check_scores_are_dead(graph: fx.Graph, softmaxes: Sequence[tuple[str, str]]) -> None:
+def check_scores_are_dead(graph: fx.Graph, softmaxes: Sequence[tuple[str, str]]) -> None:
     """Refuse when something outside the layers still needs their scores."""
     alive = {n.name: n for n in graph.nodes}
     for path, softmax in softmaxes:

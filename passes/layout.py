@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,36 +17,117 @@ from torch import Tensor
 from torch.fx import Node
 
 from mla_compile.passes.mismatch import MismatchError
-from mla_compile.program import Program
+from mla_compile.program import AnyProgram, Program
 from mla_compile.site import RejectCode
 
-__all__ = ["Layout", "Sizes", "attended_layout", "fused_layout", "per_token", "score_layouts", "token_axes"]
+__all__ = [
+    "SHORT",
+    "Layout",
+    "Sizes",
+    "attended_layout",
+    "fused_layout",
+    "per_token",
+    "score_layouts",
+    "score_lengths",
+    "token_axes",
+]
 
 _aten = torch.ops.aten
 
 
+SHORT = 13
+"""Length of the short probes: prime, and unlike any usual head count or width."""
+_MORE_KEYS = 4
+"""How many more keys than queries there are in probes of cross attention."""
+_OTHER_LENGTHS = (7, 11, 6, 9, 5, 10)
+"""What symbols that are neither batch nor a length of the layer are bound to, one after the other."""
+
+
 @dataclass(frozen=True)
 class Sizes:
-    """The symbolic batch and length of a program, to recognise them in shapes.
+    """The sizes one attention layer is about, to recognise them in shapes and to choose them for probes.
 
     Attributes:
         batch: Symbol of the batch size.
-        length: Symbol of the sequence length.
+        length: Number of queries: a symbol where it may be chosen, else a number or an expression of other symbols.
+        keys: Number of keys; equal to ``length`` in self attention.
+        batches: Every symbol that is bound to the batch size (an input that is only broadcast has one of its own).
+        others: Further symbols of the inputs, and what they are bound to.
     """
 
     batch: Any
     length: Any
+    keys: Any
+    batches: tuple[Any, ...] = ()
+    others: tuple[tuple[Any, int], ...] = ()
 
     @classmethod
     def of(cls, program: Program) -> Sizes:
-        """Read the symbols from the token input."""
-        tokens = next(n for n in program.exported.graph.nodes if n.name == program.tokens)
-        return cls(*(_expression(d) for d in tokens.meta["val"].shape))
+        """Read the symbols of a causal language model from its token input."""
+        tokens = program.user_inputs[program.tokens][1]
+        batch, length = (_expression(d) for d in tokens.shape)
+        return _complete(program, batch, length, length)
+
+    @classmethod
+    def around(cls, program: AnyProgram, query: Node, lengths: tuple[Any, Any]) -> Sizes:
+        """Read the sizes of one attention layer.
+
+        Args:
+            program: The model.
+            query: Its queries, one axis of which has the batch.
+            lengths: How many queries and keys there are, as sizes of a traced shape.
+        """
+        if isinstance(program, Program) and not program.reads_another:
+            return cls.of(program)  # one sequence is all there is
+        free = {symbol for d in query.meta["val"].shape for symbol in getattr(_expression(d), "free_symbols", ())}
+        firsts = [_expression(value.shape[0]) for _, value in program.user_inputs.values() if value.dim()]
+        batch = next((e for e in firsts if e in free), firsts[0] if firsts else 0)
+        return _complete(program, batch, *map(_expression, lengths))
+
+    @property
+    def cross(self) -> bool:
+        """Whether keys are counted differently from queries."""
+        return bool(self.keys != self.length)
+
+    @property
+    def fixed(self) -> bool:
+        """Whether the length cannot be chosen (an image of so many patches)."""
+        return not _is_free(self.length)
+
+    @property
+    def short(self) -> int:
+        """Length of short probes: the one length there is, where it cannot be chosen."""
+        return self._value(self.length) if self.fixed else SHORT
+
+    def key_length(self, length: int) -> int:
+        """How many keys there are in a probe with so many queries."""
+        if not self.cross:
+            return length
+        return length + _MORE_KEYS if _is_free(self.keys) else self._value(self.keys)
+
+    def of_keys(self) -> Sizes:
+        """The same with keys in the place of queries, for what happens to keys before they meet queries."""
+        if not self.cross:
+            return self
+        others = self.others if self.fixed else (*self.others, (self.length, SHORT))
+        return replace(self, length=self.keys, others=tuple((s, n) for s, n in others if s != self.keys))
+
+    def symbols(self, batch: int, length: int) -> dict[Any, int]:
+        """What every symbol is bound to for a given batch and number of queries."""
+        bound = dict(self.others) | dict.fromkeys((self.batch, *self.batches), batch)
+        if _is_free(self.keys):
+            bound[self.keys] = self.key_length(length)
+        if not self.fixed:
+            bound[self.length] = length
+        return bound
 
     def bind(self, shape: Sequence[Any], batch: int, length: int) -> list[int]:
         """Evaluate a symbolic shape for a given batch and length."""
-        symbols = {self.batch: batch, self.length: length}
-        return [d if isinstance(d, int) else int(d.node.expr.subs(symbols)) for d in shape]
+        symbols = self.symbols(batch, length)
+        return [d if isinstance(d, int) else int(_expression(d).subs(symbols)) for d in shape]
+
+    def _value(self, expression: Any) -> int:  # noqa: ANN401 - int or sympy expression
+        return expression if isinstance(expression, int) else int(expression.subs(dict(self.others)))
 
     def leading(self, shape: Sequence[Any]) -> tuple[str, ...]:
         """Name the axes before positions and channels.
@@ -118,6 +199,22 @@ class Layout:
         return [plain.index(name) for name in named]
 
 
+def _is_free(expression: Any) -> bool:  # noqa: ANN401 - int or sympy expression
+    """Whether an expression is a symbol, which may be bound to any number."""
+    return bool(getattr(expression, "is_symbol", False))
+
+
+def _complete(program: AnyProgram, batch: Any, length: Any, keys: Any) -> Sizes:  # noqa: ANN401 - see _is_free
+    """Sort the symbols of a program's inputs into batches and other sizes."""
+    shapes = [[_expression(d) for d in value.shape] for _, value in program.user_inputs.values()]
+    firsts = dict.fromkeys(e for shape in shapes for e in shape[:1] if _is_free(e) and e not in (length, keys))
+    known = {batch, length, keys, *firsts}
+    rest = dict.fromkeys(s for shape in shapes for e in shape for s in getattr(e, "free_symbols", ()) if s not in known)
+    named = sorted(rest, key=str)
+    others = tuple((s, _OTHER_LENGTHS[i % len(_OTHER_LENGTHS)]) for i, s in enumerate(named))
+    return Sizes(batch, length, keys, tuple(firsts), others)
+
+
 def _expression(size: Any) -> Any:  # noqa: ANN401 - int or sympy expression
     return size if isinstance(size, int) else size.node.expr
 
@@ -137,6 +234,9 @@ def token_axes(sizes: Sizes, shape: Sequence[Any]) -> tuple[str, ...]:
         names = ["bs"]
     else:
         names = ["b" if e == sizes.batch else "s" if e == sizes.length else "d" for e in expressions]
+        for place in [i for i, name in enumerate(names) if name == "s"][1:]:
+            if isinstance(expressions[place], int):
+                names[place] = "d"  # a width that happens to be the number of tokens
     rest = [d for d, name in zip(shape, names + ["d"] * len(shape), strict=False) if name == "d"]
     names = (names + ["d"] * len(shape))[: len(shape)]
     if sorted(n for n in names if n != "d") not in (["b", "s"], ["bs"]) or not all(isinstance(d, int) for d in rest):
@@ -173,6 +273,22 @@ def score_layouts(sizes: Sizes, product: Node, left: Node, right: Node) -> tuple
         Layout((*sizes.leading(shapes[1][:-2]), "d", "t")),
         Layout((*sizes.leading(shapes[2][:-2]), "s", "t")),
     )
+
+
+def score_lengths(product: Node, left: Node, right: Node) -> tuple[Any, Any]:
+    """How many queries (left) and keys (right) a product of the two is made of.
+
+    Raises:
+        MismatchError: The product is an einsum without an axis of its own for the queries.
+    """
+    shape = product.meta["val"].shape
+    if product.target is not _aten.einsum.default:
+        return shape[-2], shape[-1]
+    first, second, output = _letters(product, left)
+    own = [place for place, c in enumerate(output) if c in first and c not in second]
+    if not own:
+        raise MismatchError(RejectCode.LAYOUT, f"the einsum '{product.args[0]}' is not an attention product")
+    return shape[next((i for i in own if not isinstance(shape[i], int)), own[-1])], shape[-1]
 
 
 def attended_layout(sizes: Sizes, product: Node, weights: Node, value: Node) -> tuple[Layout, Layout, Layout]:

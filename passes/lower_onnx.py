@@ -10,33 +10,55 @@ import copy
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import InlinePass
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
 from mla_compile.errors import RefusedError
+from mla_compile.passes.evaluate import example_inputs
 from mla_compile.passes.fold import fold_numbers
-from mla_compile.passes.insert_latent import INPUT_NAMES
+from mla_compile.passes.insert_latent import ENCODER_MASK, INPUT_NAMES
+from mla_compile.passes.layout import Sizes
 from mla_compile.passes.onnx_translations import translations
+from mla_compile.program import AnyProgram
 from mla_compile.quiet import quiet_exporter
+from mla_compile.runtime import ops
 from mla_compile.runtime.module import cache_windows
 from mla_compile.runtime.onnx_function import CACHED, DOMAIN, LATENT, VERSION, Variant, attention_function
 from mla_compile.runtime.ops import kept_rows
 
-__all__ = ["EXTERNAL_DATA_BYTES", "export_rewritten", "lower_to_onnx"]
+__all__ = [
+    "CROSS_NAME",
+    "EXTERNAL_DATA_BYTES",
+    "EncoderFace",
+    "export_encoder",
+    "export_rewritten",
+    "lower_encoder_to_onnx",
+    "lower_to_onnx",
+]
 
 EXTERNAL_DATA_BYTES = 1_500_000_000
 """Weights above this go to a data file beside the model: a protobuf file cannot exceed 2 GB."""
 METADATA_KEY = "mla_compile"
-_BATCH, _NEW, _PAST = 2, 3, 5
+CROSS_NAME = "cross.{}.latent"
+"""Rows of one cross attention layer: an output of the encoder's file and an input of the decoder's."""
+_ENCODER_LENGTH = "encoder_sequence_length"
+_BATCH, _NEW, _PAST, _ENCODED = 2, 3, 5, 7
 
 
 def export_rewritten(
-    module: fx.GraphModule, rows: Sequence[int], dtype: torch.dtype = torch.float32
+    module: fx.GraphModule,
+    rows: Sequence[int],
+    dtype: torch.dtype = torch.float32,
+    *,
+    cross: Sequence[int] = (),
+    masked: bool = False,
 ) -> ExportedProgram:
     """Export the rewritten graph with dynamic batch, new length and past length.
 
@@ -44,6 +66,8 @@ def export_rewritten(
         module: From :func:`~mla_compile.passes.insert_latent.insert_latent`.
         rows: Cache row length per layer.
         dtype: Type of the caches.
+        cross: Row length per cross attention layer of a decoder.
+        masked: Whether the decoder reads a padding mask over them.
 
     Returns:
         The exported program; symbols and guards are torch's own.
@@ -54,6 +78,8 @@ def export_rewritten(
         torch.ones(_BATCH, _PAST + _NEW, dtype=torch.long),
         torch.arange(_PAST, _PAST + _NEW).expand(_BATCH, _NEW).contiguous(),
         *(torch.zeros(_BATCH, _PAST, row, dtype=dtype) for row in rows),
+        *(torch.zeros(_BATCH, _ENCODED, row, dtype=dtype) for row in cross),
+        *([torch.ones(_BATCH, _ENCODED, dtype=torch.long)] if masked else []),
     )
     shapes = tuple({0: Dim.AUTO, 1: Dim.AUTO} for _ in example)
     with torch.no_grad(), quiet_exporter():
@@ -68,6 +94,8 @@ def lower_to_onnx(
     opset: int,
     inline: bool,
     metadata: Mapping[str, object],
+    cross: Sequence[int] = (),
+    masked: bool = False,
 ) -> None:
     """Write the rewritten graph as an ONNX file.
 
@@ -78,23 +106,17 @@ def lower_to_onnx(
         opset: Standard operator set, 23 or later.
         inline: Replace every ``LatentAttention`` and ``CachedAttention`` node by its body.
         metadata: JSON-able facts stored in the model's metadata under ``mla_compile``.
+        cross: Row length per cross attention layer of a decoder.
+        masked: Whether the decoder reads a padding mask over them.
     """
-    exported = export_rewritten(_with_symbolic_nodes(module), rows)
+    exported = export_rewritten(_with_symbolic_nodes(module), rows, cross=cross, masked=masked)
     layers = len(rows)
     batch, new, past, total = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
-    with _explained(), quiet_exporter():
-        program = torch.onnx.export(
-            exported,
-            (),
-            input_names=[*INPUT_NAMES, *(f"past_key_values.{i}.latent" for i in range(layers))],
-            output_names=["logits", *(f"present.{i}.latent" for i in range(layers))],
-            opset_version=opset,
-            custom_translation_table=dict(translations()),
-            dynamo=True,
-            verbose=False,
-            optimize=True,
-        )
-    model = program.model  # type: ignore[union-attr]
+    crossed = [CROSS_NAME.format(i) for i in range(len(cross))]
+    inputs = [*INPUT_NAMES, *(f"past_key_values.{i}.latent" for i in range(layers)), *crossed]
+    inputs += [ENCODER_MASK] if masked else []
+    outputs = ["logits", *(f"present.{i}.latent" for i in range(layers))]
+    model = _exported_to_onnx(exported, inputs, outputs, opset)
     _name_dimensions(
         model, {**{"input_ids": (batch, new), "position_ids": (batch, new)}, "attention_mask": (batch, total)}
     )
@@ -103,6 +125,126 @@ def lower_to_onnx(
     _name_dimensions(model, {f"past_key_values.{i}.latent": (batch, f"{past}{w}") for i, w in enumerate(own)})
     presents = {f"present.{i}.latent": (batch, f"{total}{w}") for i, w in enumerate(own)}
     _name_dimensions(model, {"logits": (batch, new)} | presents)
+    _name_dimensions(model, dict.fromkeys([*crossed, ENCODER_MASK], (batch, _ENCODER_LENGTH)))
+    _save(model, path, opset=opset, inline=inline, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class EncoderFace:
+    """What a rewritten encoder takes and returns.
+
+    Attributes:
+        program: The original.
+        sizes: Of one of its layers, which say what lengths there are.
+        inputs: Names of its inputs, in order.
+        outputs: Names of its outputs, in order, with their symbolic shapes.
+    """
+
+    program: AnyProgram
+    sizes: Sizes
+    inputs: tuple[str, ...]
+    outputs: Mapping[str, Sequence[Any]]
+
+    @classmethod
+    def of(cls, program: AnyProgram, sizes: Sizes) -> EncoderFace:
+        """Of a whole model."""
+        nodes = {n.name: n for n in program.exported.graph.nodes}
+        outputs = {name: tuple(nodes[node].meta["val"].shape) for name, node in program.outputs.items()}
+        return cls(program, sizes, tuple(program.user_inputs), outputs)
+
+    def dimensions(self, shape: Sequence[Any]) -> list[int | str]:
+        """A symbolic shape in the words of users."""
+        names = {str(s): "batch_size" for s in (*self.sizes.batches, self.sizes.batch)}
+        names |= {str(self.sizes.length): "sequence_length"}
+        names |= {str(self.sizes.keys): _ENCODER_LENGTH} if self.sizes.cross else {}
+        return [d if isinstance(d, int) else names.get(str(d), f"size_{d}") for d in shape]
+
+
+def export_encoder(module: nn.Module, face: EncoderFace) -> ExportedProgram:
+    """Export a rewritten encoder, dynamic where the original is.
+
+    Args:
+        module: From :mod:`~mla_compile.passes.insert_low_rank`.
+        face: Its inputs and outputs.
+    """
+    made = example_inputs(face.program, _BATCH, face.sizes.short, sizes=face.sizes)
+    example = tuple(made[name] for name in face.inputs)
+    given = [face.program.user_inputs[name][1] for name in face.inputs]
+    shapes = tuple({i: Dim.AUTO for i, d in enumerate(value.shape) if not isinstance(d, int)} for value in given)
+    with torch.no_grad(), quiet_exporter():
+        return torch.export.export(module, example, dynamic_shapes=shapes, strict=False)
+
+
+def lower_encoder_to_onnx(
+    module: fx.GraphModule, face: EncoderFace, path: Path, *, opset: int, metadata: Mapping[str, object]
+) -> None:
+    """Write a rewritten encoder as an ONNX file of standard operators.
+
+    A whole sequence attends to itself, so keys and values are made from the latent first: attending to the latent
+    itself, as a node of ours would, pays only where few queries meet many keys.
+
+    Args:
+        module: The rewritten graph.
+        face: Its inputs and outputs.
+        path: File to write.
+        opset: Standard operator set, 23 or later.
+        metadata: JSON-able facts stored in the model's metadata under ``mla_compile``.
+    """
+    unfolded = copy.copy(module)
+    unfolded.graph = copy.deepcopy(module.graph)
+    for node in unfolded.graph.nodes:
+        if node.target is torch.ops.mla.latent_attention.default:
+            node.target = _unfolded_attention
+    unfolded.recompile()
+    model = _exported_to_onnx(export_encoder(unfolded, face), face.inputs, list(face.outputs), opset)
+    shapes = {name: face.program.user_inputs[name][1].shape for name in face.inputs} | dict(face.outputs)
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        value.shape = ir.Shape(face.dimensions(shapes[value.name or ""]))
+    _save(model, path, opset=opset, inline=False, metadata=metadata)
+
+
+def _unfolded_attention(
+    query: Tensor,
+    row: Tensor,
+    past: Tensor,
+    attention_mask: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    key_up: Tensor,
+    value_up: Tensor,
+    sinks: Tensor | None,
+    slopes: Tensor | None,
+    scale: float,
+    window: int,
+    softcap: float,
+    value_scales: int,
+    causal: bool,
+) -> tuple[Tensor, Tensor]:
+    """``mla::latent_attention`` of a sequence to itself in standard operators."""
+    query, present = ops.rotate_and_append(query, row, past, cos, sin, key_up.shape[2])
+    mask = ops.open_keys(attention_mask, query.shape[1]).unsqueeze(1)
+    up = (key_up, value_up, cos.shape[2])
+    return ops.attend_unfolded(query, present, mask, *up, sinks, scale, softcap, value_scales), present
+
+
+def _exported_to_onnx(exported: ExportedProgram, inputs: Sequence[str], outputs: Sequence[str], opset: int) -> ir.Model:
+    with _explained(), quiet_exporter():
+        program = torch.onnx.export(
+            exported,
+            (),
+            input_names=list(inputs),
+            output_names=list(outputs),
+            opset_version=opset,
+            custom_translation_table=dict(translations()),
+            dynamo=True,
+            verbose=False,
+            optimize=True,
+        )
+    return program.model  # type: ignore[union-attr]
+
+
+def _save(model: ir.Model, path: Path, *, opset: int, inline: bool, metadata: Mapping[str, object]) -> None:
+    """Complete a model with functions, names and metadata, and write it."""
     _add_functions(model, opset)
     if inline:
         InlinePass()(model)
@@ -161,6 +303,7 @@ def _symbolic_latent_attention(
     window: int,
     softcap: float,
     value_scales: int = 0,
+    causal: bool = True,
 ) -> Sequence[Tensor]:
     groups, rope_dim, rank = cos.shape[2], 2 * cos.shape[3], key_up.shape[2]
     key_scales = row.shape[2] - rank - groups * rope_dim - value_scales
@@ -175,6 +318,7 @@ def _symbolic_latent_attention(
             "scale": scale,
             **({"key_scales": key_scales} if key_scales else {}),
             **({"value_scales": value_scales} if value_scales else {}),
+            **({} if causal else {"bidirectional": 1}),
         },
         sinks,
         slopes,
@@ -229,7 +373,7 @@ def _symbolic_node(
         (*inputs, *(value for value in optional.values() if value is not None)),
         {**attributes, **numbers, **flags},
         dtypes=(query.dtype, row.dtype),
-        shapes=((batch, new, heads, v_dim), (batch, kept_rows(past.shape[1] + new, window), row.shape[2])),
+        shapes=((batch, new, heads, v_dim), (batch, kept_rows(past.shape[1] + row.shape[1], window), row.shape[2])),
         version=VERSION,
     )
 
@@ -246,6 +390,7 @@ def _add_functions(model: ir.Model, opset: int) -> None:
             sinks="has_sinks" in node.attributes,
             slopes="has_slopes" in node.attributes,
             value_scales="value_scales" in node.attributes,
+            bidirectional="bidirectional" in node.attributes,
         )
         node.overload = variant.overload
         if node.op_identifier() not in model.functions:

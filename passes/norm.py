@@ -15,7 +15,7 @@ from torch.fx import Node
 
 from mla_compile.passes.evaluate import example_inputs
 from mla_compile.passes.mismatch import MismatchError
-from mla_compile.passes.probe import SHORT, Operand, exceeds, matching_rows, probe_linear
+from mla_compile.passes.probe import Operand, exceeds, matching_rows, probe_linear
 from mla_compile.passes.trace import DataFlow
 from mla_compile.site import RejectCode
 
@@ -72,7 +72,8 @@ def linear_again(operand: Operand, flow: DataFlow, generator: torch.Generator) -
         except (MismatchError, RuntimeError):
             continue
         # Without position, the same outputs at every position give the same activations.
-        probe = torch.randn(2, 1, operand.width, generator=generator, dtype=torch.float64).expand(-1, SHORT, -1)
+        probe = torch.randn(2, 1, operand.width, generator=generator, dtype=torch.float64)
+        probe = probe.expand(-1, operand.sizes.short, -1)
         got = _values(operand, later, probe)
         return later, exceeds(got - got[:, :1], 1e-9)
     raise MismatchError(RejectCode.NONLINEAR, f"something non-linear stands between projection and {operand.role}")
@@ -90,7 +91,8 @@ def describe_norm(operand: Operand, later: Operand, flow: DataFlow, generator: t
     Raises:
         MismatchError: It is no RMS, layer or L2 norm over the last axis or the whole width.
     """
-    probes = torch.randn(_PROBES, 1, operand.width, generator=generator, dtype=torch.float64).expand(-1, SHORT, -1)
+    probes = torch.randn(_PROBES, 1, operand.width, generator=generator, dtype=torch.float64)
+    probes = probes.expand(-1, operand.sizes.short, -1)
     shape = later.base.meta["val"].shape
     sizes = {int(shape[-1]), later.width}
     for node in _inputs_of_norm(operand, later, flow):
@@ -145,7 +147,7 @@ def _fit(kind: str, size: int, rows: Tensor, operand: Operand, later: Operand, p
 def _values(operand: Operand, target: Operand, outputs: Tensor) -> Tensor:
     """Entries ``[B, S, N]`` of another operand's base for given projection outputs ``[B, S, M]``."""
     batch, length = outputs.shape[:2]
-    inputs = example_inputs(operand.evaluator.program, batch, length)
+    inputs = example_inputs(operand.evaluator.program, batch, length, sizes=operand.sizes)
     (value,) = operand.evaluator.run([target.base], {operand.base: operand.place(outputs)}, inputs)
     return target.flatten(value, batch, length)
 

@@ -77,6 +77,11 @@ def repair_positions(program: Program, graph: fx.Graph, position_ids: Node, atte
         node.replace_all_uses_with(shifted, delete_user_cb=replaced.__contains__)
 
 
+def _sizes(evaluator: GraphEvaluator) -> Sizes:
+    assert isinstance(evaluator.program, Program)
+    return Sizes.of(evaluator.program)
+
+
 def _borders(
     evaluator: GraphEvaluator, flow: DataFlow, sizes: Sizes, alive: Mapping[str, Node], counters: Mapping[str, int]
 ) -> list[_Border]:
@@ -121,7 +126,7 @@ def _counting_suffices(evaluator: GraphEvaluator, border: _Border) -> bool:
 def _same_for_user(evaluator: GraphEvaluator, border: _Border, value: Tensor, replacement: Tensor) -> bool:
     """Whether a border's user computes the same from a replacement, on random activations."""
     inputs = example_inputs(evaluator.program, _BATCH, _LENGTH)
-    sizes, generator = Sizes.of(evaluator.program), torch.Generator().manual_seed(3)
+    sizes, generator = _sizes(evaluator), torch.Generator().manual_seed(3)
     overrides: dict[Node, Tensor] = {}
     for other in border.user.all_input_nodes:
         seen = other.meta.get("val")
@@ -213,7 +218,7 @@ def _is_table(evaluator: GraphEvaluator, border: _Border, table: _Table) -> bool
         (value,) = evaluator.run([border.node], {}, example_inputs(evaluator.program, _BATCH, length))
         return value.movedim(table.axis, 0)
 
-    long = made(longest_length(evaluator, made, _LONG_COUNT))
+    long = made(longest_length(evaluator, _sizes(evaluator), made, _LONG_COUNT))
     short = made(_LENGTH)
     if not torch.equal(long[:_LENGTH], short) or not torch.equal(long[:12], made(12)):
         return False
@@ -299,7 +304,9 @@ def _counters(program: Program, evaluator: GraphEvaluator, flow: DataFlow, alive
 
         # The long one tells a count from one that stops or starts anew (a clamp, a remainder).
         try:
-            starts = {start(length) for length in (7, 12, longest_length(evaluator, start, _LONG_COUNT))}
+            starts = {
+                start(length) for length in (7, 12, longest_length(evaluator, _sizes(evaluator), start, _LONG_COUNT))
+            }
         except (RuntimeError, IndexError):
             continue  # made in pieces of a fixed size: it counts places inside a piece, if anything
         if len(starts) == 1 and (first := starts.pop()) is not None:

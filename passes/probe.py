@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from mla_compile.passes.evaluate import GraphEvaluator, example_inputs
-from mla_compile.passes.layout import Layout, Sizes, per_token, token_axes
+from mla_compile.passes.layout import SHORT, Layout, Sizes, per_token, token_axes
 from mla_compile.passes.mismatch import MismatchError
 from mla_compile.site import RejectCode, Rope
 
@@ -34,8 +34,6 @@ __all__ = [
     "probe_rows",
 ]
 
-SHORT = 13
-"""Length of the short probes: prime, and unlike any usual head count or width."""
 _LONG = 8192
 """Upper end of the long probes of queries, keys and values, which refine frequencies and notice what changes late."""
 _EXACT = 1e-9
@@ -101,7 +99,7 @@ class Operand:
     def __call__(self, values: Tensor) -> Tensor:
         """Map values of the base ``[B, S, N]`` to the operand ``[B, S, H, D]``."""
         batch, length = values.shape[:2]
-        inputs = example_inputs(self.evaluator.program, batch, length)
+        inputs = example_inputs(self.evaluator.program, batch, length, sizes=self.sizes)
         (result,) = self.evaluator.run([self.node], {self.base: self.place(values.double())}, inputs)
         return self.layout.arrange(result, "bthd" if "t" in self.layout.axes else "bshd", batch)
 
@@ -117,7 +115,7 @@ def probe_linear(operand: Operand, generator: torch.Generator) -> None:
     Raises:
         MismatchError: It mixes positions, or is not affine.
     """
-    batch, length, width = 3, SHORT, operand.width
+    batch, length, width = 3, operand.sizes.short, operand.width
     first, second = (torch.randn(batch, length, width, generator=generator, dtype=torch.float64) for _ in range(2))
     base, a = operand(torch.zeros_like(first)), operand(first)
     changed = first.clone()
@@ -145,22 +143,23 @@ def mixes_positions(operand: Operand, bases: Sequence[Node]) -> bool:
     Returns:
         False also where that cannot be evaluated.
     """
-    generator, inputs = torch.Generator().manual_seed(8), example_inputs(operand.evaluator.program, 1, SHORT)
+    generator, short = torch.Generator().manual_seed(8), operand.sizes.short
+    inputs = example_inputs(operand.evaluator.program, 1, short, sizes=operand.sizes)
     first: dict[Node, Tensor] = {}
     second: dict[Node, Tensor] = {}
     try:
         for base in bases:
             source = replace(operand, base=base)
-            values = torch.randn(1, SHORT, source.width, generator=generator, dtype=torch.float64)
+            values = torch.randn(1, short, source.width, generator=generator, dtype=torch.float64)
             changed = values.clone()
-            changed[:, SHORT // 2] *= 2
+            changed[:, short // 2] *= 2
             first[base], second[base] = source.place(values), source.place(changed)
         results = [operand.evaluator.run([operand.node], given, inputs)[0] for given in (first, second)]
     except (MismatchError, RuntimeError, IndexError):
         return False
     order = "bthd" if "t" in operand.layout.axes else "bshd"
     moved = (operand.layout.arrange(results[0] - results[1], order, 1).abs().amax((2, 3)) > _EXACT)[0]
-    return bool(moved[: SHORT // 2].any() or moved[SHORT // 2 + 1 :].any())
+    return bool(moved[: short // 2].any() or moved[short // 2 + 1 :].any())
 
 
 def probe_rows(operand: Operand, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -176,7 +175,7 @@ def probe_rows(operand: Operand, generator: torch.Generator) -> tuple[Tensor, Te
     """
     probes = torch.randn(3, 1, operand.width, generator=generator, dtype=torch.float64)
     probes = probes.sign() * (probes.abs() + 0.3)
-    spread = probes.expand(3, SHORT, -1)
+    spread = probes.expand(3, operand.sizes.short, -1)
     offset = operand(torch.zeros_like(spread))[0, 0]
     seen = operand(spread)[:, 0] - offset
     heads, dim = seen.shape[1:]
@@ -222,11 +221,11 @@ def probe_rope(operand: Operand, rows: Tensor, gain: Tensor) -> Rope:
     Raises:
         MismatchError: Position acts otherwise than by rotating channel pairs at constant frequencies.
     """
-    dim = rows.shape[1]
-    one_hot = torch.zeros(dim, SHORT, operand.width, dtype=torch.float64)
+    dim, short = rows.shape[1], operand.sizes.short
+    one_hot = torch.zeros(dim, short, operand.width, dtype=torch.float64)
     for channel in range(dim):
         one_hot[channel, :, rows[:, channel]] = 1.0
-    base = operand(torch.zeros(1, SHORT, operand.width, dtype=torch.float64))
+    base = operand(torch.zeros(1, short, operand.width, dtype=torch.float64))
     # moves[s, h, i, j]: what channel i of head h receives from channel j at position s.
     moves = (operand(one_hot) - base).permute(1, 2, 3, 0) / gain[None, :, None, :]
     if exceeds(moves - moves[:, :1], 1e-6):
@@ -260,10 +259,11 @@ def _frequencies(operand: Operand, rows: Tensor, gain: Tensor, pairs: list[tuple
         if zeros is not None:
             turned -= operand(zeros)[0, :, 0]
 
-    adds = bool(operand(torch.zeros(1, SHORT, operand.width)).any())
-    long = longest_length(operand.evaluator, follow, _LONG)
-    if long == SHORT:
-        follow(SHORT)
+    short = operand.sizes.short
+    adds = bool(operand(torch.zeros(1, short, operand.width)).any())
+    long = longest_length(operand.evaluator, operand.sizes, follow, _LONG)
+    if long == short:
+        follow(short)
     if exceeds(turned[:, still] - 1, 1e-6):
         raise MismatchError(RejectCode.ROPE, f"the {operand.role} is scaled by position")
     if not pairs:
@@ -289,11 +289,14 @@ def _frequencies(operand: Operand, rows: Tensor, gain: Tensor, pairs: list[tuple
     return Rope(tuple((a, b) for (a, b), _ in ordered), tuple(f for _, f in ordered))
 
 
-def longest_length(evaluator: GraphEvaluator, attempt: Callable[[int], object], wanted: int) -> int:
+def longest_length(evaluator: GraphEvaluator, sizes: Sizes, attempt: Callable[[int], object], wanted: int) -> int:
     """Longest length, at most ``wanted`` and the model's own limit, at which something can be evaluated.
 
-    Tables inside the model (positions, masks) may end earlier; then lengths are halved until it works.
+    Tables inside the model (positions, masks) may end earlier; then lengths are halved until it works. Where the length
+    cannot be chosen it is the one there is.
     """
+    if sizes.fixed:
+        return sizes.short
     length = min(evaluator.program.max_positions or wanted, wanted)
     while length > SHORT:
         try:

@@ -26,13 +26,21 @@ from mla_compile.passes.operands import (
     root,
     with_gains,
 )
-from mla_compile.passes.probe import SHORT, Operand, longest_length
-from mla_compile.passes.scores import AnchorLayouts, anchor_layouts, probe_probabilities, probe_scores
+from mla_compile.passes.padding import padding_input
+from mla_compile.passes.probe import Operand, longest_length
+from mla_compile.passes.scores import (
+    AnchorLayouts,
+    Scorer,
+    anchor_layouts,
+    anchor_sizes,
+    probe_probabilities,
+    probe_scores,
+)
 from mla_compile.passes.trace import Anchor, DataFlow, find_anchors, module_path
 from mla_compile.passes.turned import looks_ahead, turn_back
-from mla_compile.program import Program
+from mla_compile.program import AnyProgram
 from mla_compile.runtime import reference
-from mla_compile.site import AttentionSite, PlainSite, RejectCode, Rejection, Rope, Scores
+from mla_compile.site import AttentionSite, Kind, PlainSite, RejectCode, Rejection, Rope, Scores
 
 __all__ = ["VERIFY_TOLERANCE", "Recognition", "recognise"]
 
@@ -64,17 +72,22 @@ class _Context:
     evaluator: GraphEvaluator
     sizes: Sizes
 
+    def sizes_of(self, role: str) -> Sizes:
+        """The sizes as an operand sees them: keys and values know nothing of queries."""
+        return self.sizes if role == "query" else self.sizes.of_keys()
 
-def recognise(program: Program) -> Recognition:
+
+def recognise(program: AnyProgram) -> Recognition:
     """Find every attention layer and describe it, or say why it cannot be described.
 
     Args:
         program: The exported model; it is not changed.
 
     Returns:
-        Sites whose description reproduced the sub-graph on random data, and rejections with codes and reasons.
+        Sites whose description reproduced the sub-graph on random data, and rejections with codes and reasons. A layer
+        that is understood but is no causal self-attention is among the rejections, with its description.
     """
-    flow, evaluator, sizes = DataFlow(program), GraphEvaluator(program), Sizes.of(program)
+    flow, evaluator = DataFlow(program), GraphEvaluator(program)
     sites: list[AttentionSite] = []
     rejections: list[Rejection] = []
     kinds: dict[str, AttentionSite] = {}
@@ -85,6 +98,7 @@ def recognise(program: Program) -> Recognition:
             rejections.append(Rejection(index, path, found[1].code, found[1].reason))
             continue
         try:
+            sizes = anchor_sizes(program, found)
             context = _Context(index, path, found, anchor_layouts(sizes, found), flow, evaluator, sizes)
         except MismatchError as mismatch:
             rejections.append(Rejection(index, path, mismatch.code, mismatch.reason))
@@ -93,11 +107,24 @@ def recognise(program: Program) -> Recognition:
         try:
             site = _like(context, kinds[kind]) if kind in kinds else None
             site = site or _speaking(context, _describe)
-            sites.append(site)
             kinds[kind] = site
+            if site.kind == Kind.CAUSAL:
+                sites.append(site)
+            else:
+                rejections.append(_other_kind(site))
         except MismatchError as mismatch:
             rejections.append(Rejection(index, path, mismatch.code, mismatch.reason, _plain(context)))
     return Recognition(tuple(sites), tuple(rejections))
+
+
+def _other_kind(site: AttentionSite) -> Rejection:
+    """Why a layer that is understood has no cache that could shrink as tokens are generated."""
+    if site.kind == Kind.CROSS:
+        code, reason = RejectCode.CROSS, "it is cross attention: keys and values belong to another sequence"
+    else:
+        code = RejectCode.MASK
+        reason = "attention is bidirectional: nothing is cached, so there is no cache to shrink"
+    return Rejection(site.index, site.path, code, reason, site=site)
 
 
 def _speaking(context: _Context, describe: Callable[[_Context], _Described]) -> _Described:
@@ -105,7 +132,8 @@ def _speaking(context: _Context, describe: Callable[[_Context], _Described]) -> 
     try:
         return describe(context)
     except (RuntimeError, IndexError) as error:  # a table inside the model is shorter than the shortest probe
-        reason = f"the layer cannot be evaluated on {SHORT} tokens ({str(error).strip().splitlines()[0][:120]})"
+        what = str(error).strip().splitlines()[0][:120]
+        reason = f"the layer cannot be evaluated on {context.sizes.short} tokens ({what})"
         raise MismatchError(RejectCode.LAYOUT, reason) from error
 
 
@@ -130,7 +158,7 @@ def _describe(context: _Context, other: AttentionSite | None = None) -> Attentio
     operands: dict[str, Operand] = {}
     for role in ("query", "key", "value"):
         node = getattr(anchor, role)
-        operand = Operand(context.evaluator, context.sizes, role, node, node, getattr(layouts, role))
+        operand = Operand(context.evaluator, context.sizes_of(role), role, node, node, getattr(layouts, role))
         operands[role] = operand
         known = None if other is None else other.rope if role != "value" else Rope()
         if role == "query":
@@ -181,11 +209,29 @@ def _describe(context: _Context, other: AttentionSite | None = None) -> Attentio
         error=0.0,
         order=order,
     )
+    if not scores.mask.causal:
+        site = _of_other_kind(context, site)
     if site.key.norm is not None and site.key.offset is not None and (scores.softcap or scores.sinks is not None):
         raise MismatchError(RejectCode.NONLINEAR, "the key norm's bias meets a soft-cap or sinks")
     if site.value.norm is not None and site.value.offset is not None and scores.sinks is not None:
         raise MismatchError(RejectCode.NONLINEAR, "the value norm's bias meets sinks")
     return replace(site, error=_verified(context, lambda length: _compare(context, site, length)))
+
+
+def _of_other_kind(context: _Context, site: AttentionSite) -> AttentionSite:
+    """Complete the description of a layer that is not causal: what its keys belong to, and what hides them.
+
+    Raises:
+        MismatchError: Another sequence's keys rotate, or its keys are hidden in a way that is not understood.
+    """
+    nodes = context.evaluator.nodes
+    cross = context.sizes.cross or root(nodes[site.query.source]) is not root(nodes[site.key.source])
+    if cross and site.rope.pairs:
+        raise MismatchError(RejectCode.ROPE, "keys of another sequence rotate")
+    if site.query.turned is not None and site.rope.pairs:
+        raise MismatchError(RejectCode.NONLINEAR, "something stands behind the rotation of queries that see both ways")
+    scorer = Scorer(context.evaluator, context.sizes, context.anchor, context.layouts, site.heads)
+    return replace(site, cross=cross, padding=padding_input(scorer))
 
 
 def _ordered(scores: Scores, order: tuple[int, ...]) -> Scores:
@@ -215,6 +261,8 @@ def _describe_plain(context: _Context) -> PlainSite:
         raise MismatchError(RejectCode.GROUPING, f"{heads} query, {key_heads} key and {value_heads} value heads")
     dims = {role: int(shapes[role][getattr(layouts, role).axes.index("d")]) for role in ("query", "value")}
     scores = probe_scores(evaluator, context.flow, context.sizes, anchor, layouts, heads=heads, dim=dims["query"])
+    if not scores.mask.causal:
+        raise MismatchError(RejectCode.MASK, "attention is not causal")
     probe_probabilities(evaluator, context.sizes, anchor, layouts)
     repeats = math.gcd(*(_repeats(context, role, heads) for role in ("key", "value"))) if key_heads == heads else 1
     axes = (layouts.query.axes, layouts.key.axes, layouts.value.axes, layouts.output.axes)
@@ -242,9 +290,11 @@ def _repeats(context: _Context, role: str, heads: int) -> int:
     while node.op == "call_function" and node.target in MOVES:
         node = node.args[0]
     batch, generator = 1, torch.Generator().manual_seed(7)
-    shape = context.sizes.bind(node.meta["val"].shape, batch, SHORT)
+    sizes = context.sizes_of(role)
+    shape = sizes.bind(node.meta["val"].shape, batch, sizes.short)
     given = {node: torch.randn(shape, generator=generator, dtype=torch.float64)}
-    (got,) = context.evaluator.run([end], given, example_inputs(context.evaluator.program, batch, SHORT))
+    inputs = example_inputs(context.evaluator.program, batch, sizes.short, sizes=sizes)
+    (got,) = context.evaluator.run([end], given, inputs)
     plain = getattr(context.layouts, role).arrange(got, "bthd", batch)[0].transpose(0, 1).flatten(1)
     repeats = next((h for h in range(1, heads) if not torch.equal(plain[h], plain[0])), heads)
     if heads % repeats or not torch.equal(plain[::repeats].repeat_interleave(repeats, 0), plain):
@@ -253,7 +303,7 @@ def _repeats(context: _Context, role: str, heads: int) -> int:
 
 
 def _heads(shape: torch.Size, layout: Layout, sizes: Sizes) -> int:
-    bound = sizes.bind(shape, 1, SHORT)
+    bound = sizes.bind(shape, 1, sizes.short)
     heads = 1
     for size, axis in zip(bound, layout.axes, strict=True):
         heads *= size if axis in ("h", "bh") else 1
@@ -274,8 +324,13 @@ def _verified(context: _Context, compare: Callable[[int], float]) -> float:
     Raises:
         MismatchError: It is not rounding.
     """
-    errors = {SHORT: compare(SHORT)}
-    longest_length(context.evaluator, lambda length: errors.update({length: compare(length)}), _VERIFY_LENGTH)
+    short = context.sizes.short
+    errors = {short: compare(short)}
+
+    def attempt(length: int) -> None:
+        errors[length] = compare(length)
+
+    longest_length(context.evaluator, context.sizes, attempt, _VERIFY_LENGTH)
     error = max(errors.values())
     if not error < VERIFY_TOLERANCE:
         raise MismatchError(RejectCode.VERIFY, f"the recovered description is off by {error:.1e} on random inputs")
@@ -285,18 +340,19 @@ def _verified(context: _Context, compare: Callable[[int], float]) -> float:
 def _compare(context: _Context, site: AttentionSite, length: int) -> float:
     """Error on fresh random projections; relative to the largest output."""
     batch, generator = 2, torch.Generator().manual_seed(1000 + site.index)
-    nodes, evaluator, sizes = context.evaluator.nodes, context.evaluator, context.sizes
+    nodes, evaluator = context.evaluator.nodes, context.evaluator
     overrides: dict[Node, Tensor] = {}
     drawn: dict[str, Tensor] = {}
     bases: dict[str, Operand] = {}
     for role in ("query", "key", "value"):
         name = getattr(site, role).node
-        bases[role] = Operand(evaluator, sizes, role, nodes[name], nodes[name], Layout(()))
+        bases[role] = Operand(evaluator, context.sizes_of(role), role, nodes[name], nodes[name], Layout(()))
         if name not in drawn:
-            shape = (batch, length, bases[role].width)
+            count = length if role == "query" else context.sizes.key_length(length)
+            shape = (batch, count, bases[role].width)
             drawn[name] = torch.randn(shape, generator=generator, dtype=torch.float64)
             overrides[nodes[name]] = bases[role].place(drawn[name])
-    inputs = example_inputs(evaluator.program, batch, length)
+    inputs = example_inputs(evaluator.program, batch, length, sizes=context.sizes)
     wanted = [context.anchor.output, *([nodes[site.query.activation]] if site.query.activation else [])]
     got, *activation = evaluator.run(wanted, overrides, inputs)
     outputs = {role: drawn[getattr(site, role).node] for role in ("query", "key", "value")}
@@ -322,7 +378,7 @@ def _compare_plain(context: _Context, site: PlainSite, length: int) -> float:
             drawn = drawn[:, :, :: site.repeats].repeat_interleave(site.repeats, 2)
             overrides[nodes[name]] = Layout(axes).place(drawn, order, shape)
         plain.append(drawn)
-    inputs = example_inputs(evaluator.program, batch, length)
+    inputs = example_inputs(evaluator.program, batch, length, sizes=context.sizes)
     (got,) = evaluator.run([context.anchor.output], overrides, inputs)
     query, key, value = plain
     return _difference(got, query, key, value, Rope(), site.scores, site.axes[3])
@@ -350,6 +406,7 @@ def _difference(
         sinks=sinks,
         slopes=slopes,
         softcap=scores.softcap,
+        causal=scores.mask.causal,
     )
     arranged = Layout(axes).arrange(got, "bshd", len(query))
     arranged = arranged if order is None else arranged[:, :, list(order)]

@@ -1,7 +1,8 @@
 """Find out what happens between ``q . k`` and the attention weights: scale, soft-cap, bias, mask, sinks.
 
 The raw scores are replaced by chosen numbers, and what reaches the softmax is compared. Softmax does not see what is
-added to all logits of a query, so logits are taken relative to the query's own position, which every causal mask shows.
+added to all logits of a query, so logits are taken relative to the query's own position, which every causal mask shows;
+in cross attention, where a query has no position among the keys, relative to the first key.
 """
 
 from __future__ import annotations
@@ -16,13 +17,23 @@ from torch import Tensor
 from torch.fx import Node
 
 from mla_compile.passes.evaluate import GraphEvaluator, example_inputs
-from mla_compile.passes.layout import Layout, Sizes, attended_layout, fused_layout, score_layouts
+from mla_compile.passes.layout import Layout, Sizes, attended_layout, fused_layout, score_layouts, score_lengths
 from mla_compile.passes.mismatch import MismatchError
-from mla_compile.passes.probe import SHORT, exceeds, longest_length
-from mla_compile.passes.trace import Anchor, DataFlow, operator_argument
+from mla_compile.passes.probe import exceeds, longest_length
+from mla_compile.passes.trace import Anchor, DataFlow, find_anchors, operator_argument
+from mla_compile.program import AnyProgram
 from mla_compile.site import Mask, RejectCode, Scores
 
-__all__ = ["AnchorLayouts", "anchor_layouts", "probe_probabilities", "probe_scores"]
+__all__ = [
+    "AnchorLayouts",
+    "Scorer",
+    "anchor_layouts",
+    "anchor_sizes",
+    "hides",
+    "layer_sizes",
+    "probe_probabilities",
+    "probe_scores",
+]
 
 _aten = torch.ops.aten
 _LONG_MASK = 600
@@ -45,6 +56,30 @@ class AnchorLayouts:
     weights: Layout | None
 
 
+def hides(logits: Tensor) -> Tensor:
+    """Which logits are so low that their key is hidden."""
+    return logits < _MASKED
+
+
+def anchor_sizes(program: AnyProgram, anchor: Anchor) -> Sizes:
+    """Read the batch and the lengths of an anchor.
+
+    Raises:
+        MismatchError: Its lengths are not found.
+    """
+    if anchor.fused:
+        lengths = (anchor.query.meta["val"].shape[-2], anchor.key.meta["val"].shape[-2])
+    else:
+        lengths = score_lengths(anchor.scores, anchor.query, anchor.key)
+    return Sizes.around(program, anchor.query, lengths)
+
+
+def layer_sizes(program: AnyProgram) -> dict[int, Sizes]:
+    """Sizes of every attention layer, by its index."""
+    anchors = enumerate(find_anchors(DataFlow(program), program))
+    return {index: anchor_sizes(program, found) for index, found in anchors if isinstance(found, Anchor)}
+
+
 def anchor_layouts(sizes: Sizes, anchor: Anchor) -> AnchorLayouts:
     """Name the axes of an anchor's operands and results.
 
@@ -61,7 +96,7 @@ def anchor_layouts(sizes: Sizes, anchor: Anchor) -> AnchorLayouts:
 
 
 @dataclass(frozen=True)
-class _Scorer:
+class Scorer:
     """What reaches the softmax of one anchor, for chosen raw scores."""
 
     evaluator: GraphEvaluator
@@ -77,26 +112,37 @@ class _Scorer:
         patched: Mapping[Node, tuple[Any, ...]] | None = None,
         overrides: Mapping[Node, Tensor] | None = None,
     ) -> Tensor:
-        """Return logits ``[B, H, S, T (+ sinks)]``, relative to each query's own position.
+        """Return logits ``[B, H, S, T (+ sinks)]``, relative to each query's own position, or to the first key.
 
         Args:
-            length: Sequence length.
-            scores: Raw scores ``[2, H, S, T]`` with a diagonal of zeros; all zeros by default and if fused.
+            length: Number of queries.
+            scores: Raw scores ``[2, H, S, T]``, zero at that position; all zeros by default and if fused.
             patched: Arguments to use in place of a node's own.
             overrides: Values to take as given.
         """
-        batch = 2
-        inputs = example_inputs(self.evaluator.program, batch, length)
-        given = dict(overrides or {})
-        if self.anchor.fused:
-            logits = self._operator_mask(length, inputs, given, patched)  # the operator scales, and no more
-        else:
-            raw = torch.zeros(batch, self.heads, length, length, dtype=torch.float64) if scores is None else scores
-            logits = self._traced(raw, length, inputs, given, patched)
-        own = logits[..., :length].diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
+        logits = self.absolute(length, scores, patched, overrides)
+        keys = self.sizes.key_length(length)
+        own = logits[..., :1] if self.sizes.cross else logits[..., :keys].diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
         if scores is None and exceeds(own, -_MASKED):
             raise MismatchError(RejectCode.MASK, "a query does not see its own position")
         return logits - own
+
+    def absolute(
+        self,
+        length: int,
+        scores: Tensor | None = None,
+        patched: Mapping[Node, tuple[Any, ...]] | None = None,
+        overrides: Mapping[Node, Tensor] | None = None,
+        inputs: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """Return logits as they are; ``inputs`` are used in place of the usual ones of their names."""
+        batch, keys = 2, self.sizes.key_length(length)
+        usual = example_inputs(self.evaluator.program, batch, length, sizes=self.sizes)
+        fed, given = {**usual, **(inputs or {})}, dict(overrides or {})
+        if self.anchor.fused:
+            return self._operator_mask(length, fed, given, patched)  # the operator scales, and no more
+        raw = torch.zeros(batch, self.heads, length, keys, dtype=torch.float64) if scores is None else scores
+        return self._traced(raw, length, fed, given, patched)
 
     def _traced(
         self,
@@ -125,7 +171,7 @@ class _Scorer:
         given: dict[Node, Tensor],
         patched: Mapping[Node, tuple[Any, ...]] | None,
     ) -> Tensor:
-        added = torch.zeros(1, 1, length, length, dtype=torch.float64)
+        added = torch.zeros(1, 1, length, self.sizes.key_length(length), dtype=torch.float64)
         mask = operator_argument(self.anchor.scores, "attn_mask")
         if isinstance(mask, Node):
             (value,) = self.evaluator.run([mask], given, inputs, patched)
@@ -134,7 +180,7 @@ class _Scorer:
                 value = value.unflatten(0, (-1, self.heads)) if value.shape[0] % self.heads == 0 else value[:, None]
             added = added + value
         if operator_argument(self.anchor.scores, "is_causal"):
-            added = added.masked_fill(~torch.ones(length, length, dtype=torch.bool).tril(), -math.inf)
+            added = added.masked_fill(~torch.ones(added.shape[2:], dtype=torch.bool).tril(), -math.inf)
         return added
 
     def factor_sinks(self, base: Tensor) -> tuple[float, ...]:
@@ -154,7 +200,7 @@ class _Scorer:
             torch.full(self.sizes.bind(n.meta["val"].shape, batch, length), x, dtype=torch.float64)
             for n, x in zip(nodes, (1.0, 0.0), strict=True)
         )
-        inputs = example_inputs(self.evaluator.program, batch, length)
+        inputs = example_inputs(self.evaluator.program, batch, length, sizes=self.sizes)
         (got,) = self.evaluator.run([self.anchor.output], dict(zip(nodes, (ones, zeros), strict=True)), inputs)
         left = self.layouts.output.arrange(got, "bshd", batch)[..., 0].transpose(1, 2)  # [B, H, S]
         sinks = torch.log1p(-left[0, :, 0]) - left[0, :, 0].log()
@@ -190,25 +236,25 @@ def probe_scores(
         MismatchError: Scores are changed in another way than :class:`~mla_compile.site.Scores` can say.
     """
     scale = _operator_scale(flow, anchor, dim) if anchor.fused else None
-    scorer = _Scorer(evaluator, sizes, anchor, layouts, heads)
-    base = scorer(SHORT)
-    sinks = _sinks(base, SHORT)
+    scorer = Scorer(evaluator, sizes, anchor, layouts, heads)
+    short, keys = sizes.short, sizes.key_length(sizes.short)
+    base = scorer(short)
+    sinks = _sinks(base, keys)
     if anchor.output is not anchor.product:
         if sinks is not None:
             raise MismatchError(RejectCode.SCORES, "the output has a factor beside sinks in the softmax")
         sinks = scorer.factor_sinks(base)
     softcap = 0.0
     if scale is None:
-        scale, softcap = _bending(scorer, base[..., :SHORT])
-    slopes, mask = _visible(base[..., :SHORT])
-    long = longest_length(evaluator, scorer, _LONG_MASK)
-    seen_long = scorer(long)[..., :long]
-    if mask.window is None:
-        slopes, mask = _visible(seen_long)
-    elif (slopes, mask) != _visible(seen_long):
+        scale, softcap = _bending(scorer, base[..., :keys])
+    slopes, mask = _visible(base[..., :keys])
+    long = longest_length(evaluator, sizes, scorer, _LONG_MASK)
+    seen_long = _visible(scorer(long)[..., : sizes.key_length(long)])
+    if seen_long[1].causal != mask.causal or (mask.window is not None and (slopes, mask) != seen_long):
         raise MismatchError(RejectCode.MASK, "the mask changes its kind with the length")
-    if mask.window is None:
-        mask = _distant(scorer, base[..., :SHORT], mask, long)
+    slopes, mask = seen_long
+    if mask.window is None and not sizes.fixed:
+        mask = _distant(scorer, base[..., :keys], mask, long)
     if slopes is not None and len(slopes) == 1:
         slopes = slopes * heads  # one mask for all heads
     name = _parameter_behind(flow, anchor) if sinks is not None else None
@@ -253,23 +299,29 @@ def _parameter_behind(flow: DataFlow, anchor: Anchor) -> str | None:
     return names.pop() if len(names) == 1 else None
 
 
-def _bending(scorer: _Scorer, base: Tensor) -> tuple[float, float]:
+def _bending(scorer: Scorer, base: Tensor) -> tuple[float, float]:
     """Factor and soft-cap between raw scores and logits.
 
     Raises:
         MismatchError: There is anything else between them.
     """
     generator = torch.Generator().manual_seed(5)
-    shape = (2, scorer.heads, SHORT, SHORT)
-    scores = (torch.rand(shape, generator=generator, dtype=torch.float64) + 0.5) * (1 - torch.eye(SHORT))
+    short = scorer.sizes.short
+    keys = scorer.sizes.key_length(short)
+    shape = (2, scorer.heads, short, keys)
+    scores = torch.rand(shape, generator=generator, dtype=torch.float64) + 0.5
+    if scorer.sizes.cross:
+        scores[..., 0] = 0.0
+    else:
+        scores *= 1 - torch.eye(short)
     visible = (base > _MASKED).expand(shape) & (scores != 0)
 
     def moved(magnitude: float) -> Tensor:
-        logits = scorer(SHORT, scores * magnitude)
+        logits = scorer(short, scores * magnitude)
         rounding = 1e-9 * max(1.0, 1e-3 * magnitude)  # of the largest scores, when the maximum is subtracted
-        if exceeds(logits[..., SHORT:] - logits[:1, :, :1, SHORT:], rounding):
+        if exceeds(logits[..., keys:] - logits[:1, :, :1, keys:], rounding):
             raise MismatchError(RejectCode.SCORES, "the extra column of the softmax depends on the scores")
-        return (logits[..., :SHORT] - base).expand(shape)[visible]
+        return (logits[..., :keys] - base).expand(shape)[visible]
 
     plain = scores[visible]
     if not len(plain):
@@ -298,6 +350,13 @@ def _visible(added: Tensor) -> tuple[tuple[float, ...] | None, Mask]:
         MismatchError: Something else is added.
     """
     mask = _classify(added)
+    if not mask.causal:
+        if exceeds(added, 1e-6):
+            raise MismatchError(
+                RejectCode.SCORES,
+                "a bias that differs between places (a relative position bias) is added to the scores",
+            )
+        return None, mask
     length = added.shape[-1]
     distance = (torch.arange(length)[:, None] - torch.arange(length)[None]).double()
     bias = torch.where(added < _MASKED, 0.0, added)
@@ -316,8 +375,7 @@ def _classify(added: Tensor) -> Mask:
     visible = added >= _MASKED
     if (visible != visible[:1, :1]).any():
         raise MismatchError(RejectCode.MASK, "the mask differs between heads or sequences")
-    length = visible.shape[-1]
-    distance = torch.arange(length)[:, None] - torch.arange(length)[None]
+    distance = torch.arange(visible.shape[-2])[:, None] - torch.arange(visible.shape[-1])[None]
     pattern = visible[0, 0]
     if torch.equal(pattern, distance >= 0):
         return Mask()
@@ -325,17 +383,15 @@ def _classify(added: Tensor) -> Mask:
     if torch.equal(pattern, (distance >= 0) & (distance < window)):
         return Mask(window)
     if pattern.all():
-        raise MismatchError(
-            RejectCode.MASK, "attention is bidirectional: nothing is cached, so there is no cache to shrink"
-        )
+        return Mask(causal=False)
     chunk = max(int(pattern[:, 0].sum()), 1)
-    place = torch.arange(length)
-    if torch.equal(pattern, (distance >= 0) & (place[:, None] // chunk == place[None] // chunk)):
+    rows, columns = (torch.arange(n) // chunk for n in pattern.shape)
+    if torch.equal(pattern, (distance >= 0) & (rows[:, None] == columns)):
         raise MismatchError(RejectCode.MASK, f"a query sees its own chunk of {chunk} tokens only")
-    raise MismatchError(RejectCode.MASK, "the mask is neither causal nor a causal sliding window")
+    raise MismatchError(RejectCode.MASK, "the mask is neither causal, nor a causal sliding window, nor open to all")
 
 
-def _distant(scorer: _Scorer, base: Tensor, mask: Mask, shown: int) -> Mask:
+def _distant(scorer: Scorer, base: Tensor, mask: Mask, shown: int) -> Mask:
     """Look for what a mask does only beyond the lengths it was looked at, where a number in the graph says so.
 
     Every such number is made small, to see at a short length what it does: nothing, or hide scores that are hidden
@@ -347,7 +403,7 @@ def _distant(scorer: _Scorer, base: Tensor, mask: Mask, shown: int) -> Mask:
     small = 5
     for constant, node, attempt in _constants(scorer, shown):
         try:
-            changed = attempt(small)[..., :SHORT]
+            changed = attempt(small)[..., : base.shape[-1]]
         except MismatchError as mismatch:
             raise MismatchError(
                 mismatch.code, f"from {constant:g} tokens on, at '{node.name}', {mismatch.reason}"
@@ -362,12 +418,16 @@ def _distant(scorer: _Scorer, base: Tensor, mask: Mask, shown: int) -> Mask:
             raise MismatchError(
                 mismatch.code, f"from {constant:g} tokens on, at '{node.name}', {mismatch.reason}"
             ) from mismatch
+        if patched.causal != mask.causal:
+            raise MismatchError(
+                RejectCode.MASK, f"from {constant:g} tokens on, at '{node.name}', the mask changes its kind"
+            )
         if patched.window is not None:
             return Mask(window=int(constant) + patched.window - small)
     return mask
 
 
-def _constants(scorer: _Scorer, shown: int) -> Iterator[tuple[float, Node, Callable[[int], Tensor]]]:
+def _constants(scorer: Scorer, shown: int) -> Iterator[tuple[float, Node, Callable[[int], Tensor]]]:
     """List numbers that may shape the mask beyond the lengths it was looked at (a 4096-token window).
 
     Yields:
@@ -396,7 +456,7 @@ def _constants(scorer: _Scorer, shown: int) -> Iterator[tuple[float, Node, Calla
                 abs(value),
                 node,
                 lambda small, node=node, sign=sign: scorer(  # type: ignore[misc]
-                    SHORT, overrides={node: torch.full_like(scorer.evaluator.constant(node), sign * small)}
+                    scorer.sizes.short, overrides={node: torch.full_like(scorer.evaluator.constant(node), sign * small)}
                 ),
             )
         for place, number in enumerate(node.args):
@@ -406,7 +466,7 @@ def _constants(scorer: _Scorer, shown: int) -> Iterator[tuple[float, Node, Calla
                     abs(number),  # type: ignore[arg-type]
                     node,
                     lambda small, node=node, place=place, new=kind, sign=sign: scorer(  # type: ignore[misc]
-                        SHORT,
+                        scorer.sizes.short,
                         patched={node: (*node.args[:place], new(sign * small), *node.args[place + 1 :])},
                     ),
                 )
@@ -420,13 +480,14 @@ def probe_probabilities(evaluator: GraphEvaluator, sizes: Sizes, anchor: Anchor,
     """
     if anchor.probabilities is None or layouts.weights is None:
         return
-    batch = 2
+    batch, short = 2, sizes.short
     entry = anchor.softmax
-    shape = sizes.bind(entry.meta["val"].shape, batch, SHORT)
+    shape = sizes.bind(entry.meta["val"].shape, batch, short)
     given = torch.rand(shape, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
-    inputs = example_inputs(evaluator.program, batch, SHORT)
+    inputs = example_inputs(evaluator.program, batch, short, sizes=sizes)
     (arrived,) = evaluator.run([anchor.probabilities], {entry: given}, inputs)
-    before = Layout((*sizes.leading(entry.meta["val"].shape[:-2]), "s", "t")).arrange(given, "bhst", batch)[..., :SHORT]
+    before = Layout((*sizes.leading(entry.meta["val"].shape[:-2]), "s", "t")).arrange(given, "bhst", batch)
+    before = before[..., : sizes.key_length(short)]
     after = layouts.weights.arrange(arrived, "bhst", batch)
     if _random_between(anchor):
         raise MismatchError(

@@ -17,7 +17,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from mla_compile.passes.mismatch import MismatchError
-from mla_compile.program import Program
+from mla_compile.program import AnyProgram, Program
 from mla_compile.site import RejectCode
 
 __all__ = [
@@ -113,7 +113,7 @@ class DataFlow:
         tokens: Nodes whose value depends on which tokens were given, not only on how many.
     """
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: AnyProgram) -> None:
         exported: ExportedProgram = program.exported
         signature = exported.graph_signature
         self.hidden: set[Node] = set()
@@ -122,6 +122,7 @@ class DataFlow:
         self.parameters: dict[Node, str] = {}
         self.tokens: set[Node] = set()
         user_dependent: set[Node] = set()
+        tokens = program.token_inputs
         constants = {*signature.inputs_to_buffers, *signature.inputs_to_lifted_tensor_constants}
         for node in exported.graph.nodes:
             if node.op == "placeholder":
@@ -133,7 +134,7 @@ class DataFlow:
                     self.static.add(node)
                 else:
                     user_dependent.add(node)
-                    if node.name == program.tokens:
+                    if node.name in tokens:
                         self.tokens.add(node)
                     value = node.meta.get("val")
                     if isinstance(value, Tensor) and value.is_floating_point():
@@ -219,7 +220,7 @@ def _operands(node: Node) -> tuple[list[Node], Node | None]:
     return list(arguments[:2]), None
 
 
-def find_anchors(flow: DataFlow, program: Program) -> list[Anchor | tuple[Node, MismatchError]]:
+def find_anchors(flow: DataFlow, program: AnyProgram) -> list[Anchor | tuple[Node, MismatchError]]:
     """List every anchor in graph order, and the softmaxes over attention-like scores that are not one.
 
     A softmax that is not over positions (a router, a classifier) is not attention and is not listed.
@@ -233,25 +234,36 @@ def find_anchors(flow: DataFlow, program: Program) -> list[Anchor | tuple[Node, 
             query, key, value = operands[:3]
             found.append(Anchor(query, key, value, node, node, probabilities=None, product=node, output=node))
         elif node.target in _SOFTMAX:
+            arguments: Any = node.args
+            static = isinstance(node.meta["val"].shape[arguments[1]], int)
+            if static and isinstance(program, Program):
+                continue  # over experts, classes or channels: it does not look at other positions
             try:
                 anchor = _anchor_of_softmax(flow, node)
             except MismatchError as mismatch:
-                found.append((node, mismatch))
+                # Where lengths are numbers, a softmax over classes looks like one over positions.
+                if not static or _multiplies_activations(flow, node):
+                    found.append((node, mismatch))
             else:
-                if anchor is not None:
-                    found.append(anchor)
+                found.append(anchor)
     return found
 
 
-def _anchor_of_softmax(flow: DataFlow, softmax: Node) -> Anchor | None:
-    def is_product(node: Node) -> bool:
-        return node.op == "call_function" and node.target in _PRODUCTS
+def _is_product(node: Node) -> bool:
+    return node.op == "call_function" and node.target in _PRODUCTS
 
+
+def _multiplies_activations(flow: DataFlow, softmax: Node) -> bool:
+    """Whether the nearest products behind a softmax include one of two activations."""
+    entry: Any = softmax.args[0]
+    behind = flow.behind(entry, _is_product)
+    return any(_is_product(n) and all(o in flow.hidden for o in _operands(n)[0]) for n in behind)
+
+
+def _anchor_of_softmax(flow: DataFlow, softmax: Node) -> Anchor:
     arguments: Any = softmax.args
-    if isinstance(softmax.meta["val"].shape[arguments[1]], int):
-        return None  # over experts, classes or channels: it does not look at other positions
-    behind = flow.behind(arguments[0], is_product)
-    products = [n for n in behind if is_product(n)]
+    behind = flow.behind(arguments[0], _is_product)
+    products = [n for n in behind if _is_product(n)]
     bilinear = [n for n in products if all(o in flow.hidden for o in _operands(n)[0])]
     if len(bilinear) != 1 or len(products) != 1:
         raise MismatchError(

@@ -21,6 +21,7 @@ from mla_compile.passes.mismatch import MismatchError
 from mla_compile.passes.norm import nodes_between
 from mla_compile.passes.probe import SHORT, Operand, exceeds, longest_length
 from mla_compile.passes.trace import DataFlow
+from mla_compile.program import Program
 from mla_compile.site import Norm, Rope
 
 __all__ = ["Unscaled", "as_read", "gains_turn", "looks_ahead", "scaled_by_place", "turn_back"]
@@ -93,17 +94,22 @@ def looks_ahead(given: Operand, activation: Node, projected: bool) -> bool:
         activation: What is made from it.
         projected: Whether that node is the projection; else its products with weights are evaluated too.
     """
-    long, program = _LONG if projected else _LONG_WITH_WEIGHTS, given.evaluator.program
+    long, program, sizes = _LONG if projected else _LONG_WITH_WEIGHTS, given.evaluator.program, given.sizes
+    if sizes.fixed:
+        return False  # nothing is made piece by piece where there is one length only
+    alone = isinstance(program, Program) and not program.reads_another
     values = torch.randn(1, long, given.width, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
-    inputs = example_inputs(program, 1, long)
+    inputs = example_inputs(program, 1, long, sizes=sizes)
     read = replace(given, base=activation)
 
     def made(length: int) -> Tensor:
         given_inputs = {name: value[:, :length] for name, value in inputs.items()}
+        if not alone:
+            given_inputs = example_inputs(program, 1, length, sizes=sizes)
         (got,) = given.evaluator.run([activation], {given.base: given.place(values[:, :length])}, given_inputs)
         return read.flatten(got, 1, length)
 
-    whole = made(longest_length(given.evaluator, made, long))[:, :SHORT]
+    whole = made(longest_length(given.evaluator, sizes, made, long))[:, :SHORT]
     return exceeds(whole - made(SHORT), 1e-9 * float(whole.abs().max()))
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mla_compile.passes.evaluate import GraphEvaluator
-from mla_compile.program import Program
+from mla_compile.program import AnyProgram
 from mla_compile.site import AttentionSite, Projection
 
 __all__ = ["HeadWeights", "SiteWeights", "input_width", "read_site"]
@@ -44,7 +44,7 @@ class SiteWeights:
     value: HeadWeights
 
 
-def read_site(program: Program, site: AttentionSite) -> SiteWeights:
+def read_site(program: AnyProgram, site: AttentionSite) -> SiteWeights:
     """Read and arrange the weights of one site.
 
     Args:
@@ -58,7 +58,7 @@ def read_site(program: Program, site: AttentionSite) -> SiteWeights:
     return SiteWeights(*(_read(evaluator, p) for p in (site.query, site.key, site.value)))
 
 
-def input_width(program: Program, site: AttentionSite) -> int:
+def input_width(program: AnyProgram, site: AttentionSite) -> int:
     """Width of the activation a site's projections read; needs shapes only."""
     nodes = {n.name: n for n in program.exported.graph.nodes}
     return int(nodes[site.key.source].meta["val"].shape[-1])

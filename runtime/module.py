@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from mla_compile.runtime import ops
 
-__all__ = ["LatentModel", "LatentOutput", "cache_windows", "positions_from_mask"]
+__all__ = ["LatentModel", "LatentOutput", "LatentSeq2Seq", "LowRankModel", "cache_windows", "positions_from_mask"]
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,7 @@ class LatentModel(nn.Module):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past: Sequence[Tensor] | None = None,
+        context: Sequence[Tensor] = (),
     ) -> LatentOutput:
         """Run the model on new tokens.
 
@@ -82,6 +83,7 @@ class LatentModel(nn.Module):
                 padding belongs to the left.
             position_ids: ``[batch, new]``; counted from the mask by default.
             past: The cache of earlier tokens; empty by default.
+            context: What a decoder keeps of its encoder; see :meth:`LatentSeq2Seq.encode`.
 
         Returns:
             Logits of the new tokens and the grown cache.
@@ -99,7 +101,7 @@ class LatentModel(nn.Module):
             raise ValueError("A cache with windows needs the padding of earlier tokens on the left of all real ones.")
         if position_ids is None:
             position_ids = positions_from_mask(attention_mask, new)
-        logits, *present = self.graph(input_ids, attention_mask, position_ids, *past)
+        logits, *present = self.graph(input_ids, attention_mask, position_ids, *past, *context)
         return LatentOutput(logits, tuple(present))
 
     def cached_elements(self, tokens: int) -> int:
@@ -117,3 +119,87 @@ class LatentModel(nn.Module):
         """A cache of no tokens."""
         like = next(p for p in self.parameters() if p.is_floating_point())
         return tuple(like.new_empty(batch, 0, row).detach() for row in self.rows)
+
+
+class LowRankModel(nn.Module):
+    """A converted encoder: the original's inputs and outputs, smaller projections, no cache.
+
+    Args:
+        graph: Module of positional tensors to a tuple of tensors.
+        inputs: Names of its inputs, in order.
+        outputs: Names of its outputs, in order.
+    """
+
+    def __init__(self, graph: nn.Module, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+        super().__init__()
+        self.graph = graph
+        self.inputs, self.outputs = tuple(inputs), tuple(outputs)
+
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> dict[str, Tensor]:
+        """Run the model.
+
+        Args:
+            *args: Inputs in order.
+            **kwargs: Inputs by name.
+
+        Returns:
+            Outputs by name.
+
+        Raises:
+            TypeError: An input is missing, unknown or given twice.
+        """
+        given = dict(zip(self.inputs, args, strict=False))
+        if len(args) > len(self.inputs) or given.keys() & kwargs.keys() or {*given, *kwargs} != {*self.inputs}:
+            raise TypeError(f"The inputs are {', '.join(self.inputs)}; each is given once, in this order or by name.")
+        given |= kwargs
+        return dict(zip(self.outputs, self.graph(*(given[name] for name in self.inputs)), strict=True))
+
+
+class LatentSeq2Seq(nn.Module):
+    """A converted encoder-decoder: the encoder runs once, the decoder step by step with an explicit latent cache.
+
+    Args:
+        encoder: The encoder's inputs to one tensor ``[batch, tokens, row]`` per cross attention layer.
+        decoder: The decoder; its ``context`` is what :meth:`encode` returns.
+        mask: The encoder input that is the padding mask, if the decoder reads it.
+    """
+
+    def __init__(self, encoder: LowRankModel, decoder: LatentModel, mask: str | None) -> None:
+        super().__init__()
+        self.encoder, self.decoder, self.mask = encoder, decoder, mask
+
+    def encode(self, **inputs: Tensor) -> tuple[Tensor, ...]:
+        """Run the encoder.
+
+        Args:
+            **inputs: Its inputs by name.
+
+        Returns:
+            What the decoder reads at every step: the rows of every cross attention layer, and the padding mask if it
+            reads one.
+        """
+        rows = tuple(self.encoder(**inputs).values())
+        return rows if self.mask is None else (*rows, inputs[self.mask])
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        context: Sequence[Tensor],
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past: Sequence[Tensor] | None = None,
+    ) -> LatentOutput:
+        """Run the decoder on new tokens.
+
+        Args:
+            input_ids: ``[batch, new]`` token ids of the decoder.
+            context: From :meth:`encode`.
+            attention_mask: ``[batch, all earlier + new]``, non-zero for real tokens; all real by default.
+            position_ids: ``[batch, new]``; counted from the mask by default.
+            past: The cache of earlier tokens; empty by default.
+
+        Returns:
+            Logits of the new tokens and the grown cache.
+        """
+        output: LatentOutput = self.decoder(input_ids, attention_mask, position_ids, past, context)
+        return output

@@ -6,8 +6,8 @@ themselves are attended to, so that the cache is read twice per step and never e
 
 Inputs, outputs and their shapes are those of :func:`mla_compile.runtime.ops.latent_attention` and
 :func:`~mla_compile.runtime.ops.cached_attention`. A node names only what it has: without sinks and slopes it has no
-inputs for them, without a soft-cap no attribute. Each such variant is an overload of the function (ONNX IR version 10),
-so that what is not used costs nothing.
+inputs for them, without a soft-cap no attribute, and only attention that is not causal says so. Each such variant is an
+overload of the function (ONNX IR version 10), so that what is not used costs nothing.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ class Variant:
         sinks: The softmax has a further logit per head; an input, and the attribute ``has_sinks``.
         slopes: Logits fall with distance; an input after ``sinks``, and the attribute ``has_slopes``.
         value_scales: Rows end in value scales (``LatentAttention`` only); attribute ``value_scales``, how many.
+        bidirectional: Every real key is seen, and there may be more or fewer new rows than queries
+            (``LatentAttention`` only, without slopes); attribute ``bidirectional``, 1.
     """
 
     key_scales: bool = False
@@ -45,6 +47,7 @@ class Variant:
     sinks: bool = False
     slopes: bool = False
     value_scales: bool = False
+    bidirectional: bool = False
 
     @property
     def overload(self) -> str:
@@ -52,9 +55,9 @@ class Variant:
         return "_".join(field.name for field in fields(self) if getattr(self, field.name))
 
 
-# Suffixes name the axes: B batch, S new tokens, T all tokens, H query heads, n rope groups or key/value heads, h heads
-# per group, G up-projection groups, D head channels, r latent rank, m key scales, w value scales, R row, V value
-# channels, M merged axes.
+# Suffixes name the axes: B batch, S new tokens, N new rows (as many, if attention is causal), T all tokens, H query
+# heads, n rope groups or key/value heads, h heads per group, G up-projection groups, D head channels, r latent rank, m
+# key scales, w value scales, R row, V value channels, M merged axes.
 _SIZES = """
   # ---- sizes
   heads = Constant <value_int: int = @num_heads> ()
@@ -63,16 +66,17 @@ _SIZES = """
   one = Constant <value_ints = [1]> ()
   two = Constant <value_ints = [2]> ()
   end = Constant <value_ints = [9223372036854775807]> ()
-  axis0 = Constant <value_ints = [0]> ()
   H = Reshape (heads, one)
-  BS = Shape <start = 0, end = 2> (row_BSR)
-  B = Shape <start = 0, end = 1> (row_BSR)
-  S = Shape <start = 1, end = 2> (row_BSR)
+  BS = Shape <start = 0, end = 2> (query_BSHD)
+  B = Shape <start = 0, end = 1> (query_BSHD)
+  S = Shape <start = 1, end = 2> (query_BSHD)
+  N = Shape <start = 1, end = 2> (row_BNR)
   P = Shape <start = 1, end = 2> (past_BPR)
-  T = Add (P, S)
+  T = Add (P, N)
 """
 
 _LATENT_QUERIES = """
+  BN = Shape <start = 0, end = 2> (row_BNR)
   SH = Mul (S, H)
   axis3 = Constant <value_ints = [3]> ()
   axis4 = Constant <value_ints = [4]> ()
@@ -140,27 +144,27 @@ _LATENT_QUERIES = """
   latent_query_BSHr = Reshape (folded_MGhr, latent_shape)
 
   # ---- rotate the new rope keys and append the new rows
-  latent_BSr = Slice (row_BSR, zero, r, two)
-  key_own_BSR = Slice (row_BSR, r, row_rest, two)
-  key_BSR = CastLike (key_own_BSR, cos_BSn)
-  key_shape = Concat <axis = 0> (BS, n, d)
-  key_BSnd = Reshape <allowzero = 1> (key_BSR, key_shape)
-  k_real = Slice (key_BSnd, zero, half, axis3)
-  k_imaginary = Slice (key_BSnd, half, end, axis3)
+  latent_BNr = Slice (row_BNR, zero, r, two)
+  key_own_BNR = Slice (row_BNR, r, row_rest, two)
+  key_BNR = CastLike (key_own_BNR, cos_BSn)
+  key_shape = Concat <axis = 0> (BN, n, d)
+  key_BNnd = Reshape <allowzero = 1> (key_BNR, key_shape)
+  k_real = Slice (key_BNnd, zero, half, axis3)
+  k_imaginary = Slice (key_BNnd, half, end, axis3)
   k_rc = Mul (k_real, cos_BSn)
   k_is = Mul (k_imaginary, sin_BSn)
   k_ic = Mul (k_imaginary, cos_BSn)
   k_rs = Mul (k_real, sin_BSn)
   k_new_real = Sub (k_rc, k_is)
   k_new_imaginary = Add (k_ic, k_rs)
-  key_turned_BSnd = Concat <axis = -1> (k_new_real, k_new_imaginary)
-  flat_shape = Concat <axis = 0> (BS, rope_width)
-  key_wide_BSR = Reshape <allowzero = 1> (key_turned_BSnd, flat_shape)
-  key_turned_BSR = CastLike (key_wide_BSR, row_BSR)
+  key_turned_BNnd = Concat <axis = -1> (k_new_real, k_new_imaginary)
+  flat_shape = Concat <axis = 0> (BN, rope_width)
+  key_wide_BNR = Reshape <allowzero = 1> (key_turned_BNnd, flat_shape)
+  key_turned_BNR = CastLike (key_wide_BNR, row_BNR)
 """
 
 _APPEND = """
-  new_BSR = Concat <axis = -1> (latent_BSr, key_turned_BSR)
+  new_BNR = Concat <axis = -1> (latent_BNr, key_turned_BNR)
 """
 
 _KEY_SCALES = """
@@ -178,19 +182,19 @@ _BOTH_SCALES = """
 """
 
 _APPEND_SCALES = """
-  scales_BSx = Slice (row_BSR, row_rest, end, two)
-  new_BSR = Concat <axis = -1> (latent_BSr, key_turned_BSR, scales_BSx)
+  scales_BNx = Slice (row_BNR, row_rest, end, two)
+  new_BNR = Concat <axis = -1> (latent_BNr, key_turned_BNR, scales_BNx)
 """
 
 # Without a window all rows are the new cache: the name of the output is the only one they have.
 _ROWS = """
-  present_BTR = Concat <axis = 1> (past_BPR, new_BSR)
+  present_BTR = Concat <axis = 1> (past_BPR, new_BNR)
   own_mask_BT = Identity (attention_mask_BT)
 """
 
 _ROWS_WINDOW = """
   # ---- all rows, those of them that later tokens can see, and the mask over them
-  rows_BTR = Concat <axis = 1> (past_BPR, new_BSR)
+  rows_BTR = Concat <axis = 1> (past_BPR, new_BNR)
   reach = Constant <value_int: int = @window> ()
   reach_1 = Reshape (reach, one)
   seen_later = Sub (reach_1, one)
@@ -207,7 +211,7 @@ _SEEN = """
   one_scalar = Constant <value_int = 1> ()
   T_scalar = Squeeze (T)
   place_T = Range (zero_scalar, T_scalar, one_scalar)
-  own_S = Slice (place_T, P, end, axis0)
+  own_S = Slice (place_T, P, end, zero)
   own_S1 = Unsqueeze (own_S, one)
   before_ST = LessOrEqual (place_T, own_S1)
   itself_ST = Equal (place_T, own_S1)
@@ -237,6 +241,19 @@ _ALLOWED_WINDOW = """
   allowed_BST = And (real_before_BST, within_BST)
   seen_BST = Or (allowed_BST, itself_ST)
   seen_BS1T = Unsqueeze (seen_BST, two)
+"""
+
+_SEEN_OPEN = """
+  # ---- which keys every query sees: the real ones, or all if none is real
+  zero_scalar = Constant <value_int = 0> ()
+  mask_int = Cast <to = 7> (own_mask_BT)
+  real_BT = Greater (mask_int, zero_scalar)
+  real_int_BT = Cast <to = 7> (real_BT)
+  any_B1 = ReduceMax <keepdims = 1> (real_int_BT, one)
+  none_B1 = Equal (any_B1, zero_scalar)
+  seen_BT = Or (real_BT, none_B1)
+  seen_axes = Constant <value_ints = [1, 2]> ()
+  seen_BS1T = Unsqueeze (seen_BT, seen_axes)
 """
 
 _LATENT_SCORES = """
@@ -421,7 +438,7 @@ _CACHED_OUTPUT = """
   weights_BnShT = Transpose <perm = [0, 2, 1, 3, 4]> (weights_BSnhT)
   weights_merged = Concat <axis = 0> (B, n, Sh, T)
   weights_BnMT = Reshape (weights_BnShT, weights_merged)
-  R = Shape <start = 2, end = 3> (row_BSR)
+  R = Shape <start = 2, end = 3> (row_BNR)
   values_width = Sub (R, keys_width)
   V = Div (values_width, n)
   value_BTR = Slice (ROWS, keys_width, end, two)
@@ -437,8 +454,8 @@ _CACHED_OUTPUT = """
 """
 
 _INPUTS = {
-    LATENT: "query_BSHD row_BSR past_BPR attention_mask_BT cos_BSn sin_BSn key_up_GDr value_up_GrV",
-    CACHED: "query_BSHD row_BSR past_BPR attention_mask_BT",
+    LATENT: "query_BSHD row_BNR past_BPR attention_mask_BT cos_BSn sin_BSn key_up_GDr value_up_GrV",
+    CACHED: "query_BSHD row_BNR past_BPR attention_mask_BT",
 }
 _ATTRIBUTES = {
     LATENT: "num_heads rope_groups rope_dim latent_rank scale",
@@ -466,6 +483,7 @@ def attention_function(op_type: str, opset: int, variant: Variant = Variant()) -
         "window": variant.window,
         "has_sinks": variant.sinks,
         "has_slopes": variant.slopes,
+        "bidirectional": variant.bidirectional,
     }
     inputs = {"sinks_H": variant.sinks, "slopes_H": variant.slopes}
     text = f"""
@@ -509,12 +527,14 @@ def _latent_body(variant: Variant) -> str:
 
 
 def _cached_body(variant: Variant) -> str:
-    append = "  new_BSR = Identity (row_BSR)\n"
+    append = "  new_BNR = Identity (row_BNR)\n"
     return _over_rows(variant, [_SIZES, append, *_masks(variant), _CACHED_SCORES, _weights(variant), _CACHED_OUTPUT])
 
 
 def _masks(variant: Variant) -> list[str]:
-    """From ``new_BSR`` to the rows to attend to, the new cache, and which of the rows each query sees."""
+    """From ``new_BNR`` to the rows to attend to, the new cache, and which of the rows each query sees."""
+    if variant.bidirectional:
+        return [_ROWS, _SEEN_OPEN]
     rows, allowed = (_ROWS_WINDOW, _ALLOWED_WINDOW) if variant.window else (_ROWS, _ALLOWED)
     return [rows, _SEEN, *([_DISTANCES] if variant.window or variant.slopes else []), allowed]
 

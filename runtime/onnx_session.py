@@ -13,12 +13,41 @@ from numpy.typing import NDArray
 from mla_compile.errors import LoadError, UsageError
 from mla_compile.runtime.generate import Ids, Sampling, generate
 
-__all__ = ["OnnxCache", "OnnxDecoder"]
+__all__ = ["OnnxCache", "OnnxDecoder", "open_session"]
 
 _PAST, _PRESENT = "past_key_values.{}.latent", "present.{}.latent"
 _NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 OnnxCache = tuple[Any, ...]
 """One ``OrtValue`` ``[batch, tokens, row]`` per layer."""
+
+
+def open_session(path: str | Path, providers: Sequence[str] | None = None, threads: int | None = None) -> Any:  # noqa: ANN401 - onnxruntime has no types
+    """Open an ONNX file in ONNX Runtime.
+
+    Args:
+        path: The ``.onnx`` file.
+        providers: Execution providers in order of preference; the CPU by default.
+        threads: Threads per operator; ONNX Runtime's choice by default.
+
+    Raises:
+        LoadError: The file is missing or damaged.
+        UsageError: ONNX Runtime is not installed.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise UsageError("ONNX Runtime is not installed.", "Run: pip install 'mla-compile[cpu]'.") from error
+    if not Path(path).is_file():
+        raise LoadError(f"There is no file '{path}'.", "Convert a model first: mla-compile MODEL --out FILE.onnx.")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # what fails is raised, and told once
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    try:
+        return onnxruntime.InferenceSession(str(path), options, list(providers or ["CPUExecutionProvider"]))
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise LoadError(f"ONNX Runtime cannot load '{path}' ({reason}).", "Convert the model again.") from error
 
 
 class OnnxDecoder:
@@ -40,26 +69,17 @@ class OnnxDecoder:
     """
 
     def __init__(self, path: str | Path, providers: Sequence[str] | None = None, threads: int | None = None) -> None:
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise UsageError("ONNX Runtime is not installed.", "Run: pip install 'mla-compile[cpu]'.") from error
-        if not Path(path).is_file():
-            raise LoadError(f"There is no file '{path}'.", "Convert a model first: mla-compile MODEL --out FILE.onnx.")
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4  # what fails is raised, and told once
-        if threads is not None:
-            options.intra_op_num_threads = threads
-        try:
-            self._session = onnxruntime.InferenceSession(
-                str(path), options, list(providers or ["CPUExecutionProvider"])
-            )
-        except Exception as error:
-            reason = str(error).strip().splitlines()[0][:200]
-            raise LoadError(f"ONNX Runtime cannot load '{path}' ({reason}).", "Convert the model again.") from error
+        self._session = open_session(path, providers, threads)
+        import onnxruntime
+
         self._runtime = onnxruntime
         self._path = path
         inputs = {i.name: i for i in self._session.get_inputs()}
+        if any(name.startswith("cross.") for name in inputs):
+            raise LoadError(
+                f"'{path}' is the decoder of an encoder-decoder, which needs its encoder's rows.",
+                "Run it with ONNX Runtime itself, together with the .encoder.onnx file beside it.",
+            )
         caches = [inputs[name] for i in range(len(inputs)) if (name := _PAST.format(i)) in inputs]
         stored = self._session.get_modelmeta().custom_metadata_map.get("mla_compile")
         if not caches or stored is None:

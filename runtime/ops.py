@@ -28,6 +28,7 @@ __all__ = [
     "cached_attention",
     "kept_rows",
     "latent_attention",
+    "open_keys",
     "rotate_and_append",
     "score_mask",
     "visible_keys",
@@ -50,6 +51,7 @@ def latent_attention(
     window: int,
     softcap: float,
     value_scales: int = 0,
+    causal: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Attend with a latent cache (DeepSeek-V2 eq. 9-19; MHA2MLA eq. 8-11).
 
@@ -63,13 +65,18 @@ def latent_attention(
     linear in the latent but for one number per norm: that number is the scale. Values normalised after theirs are so
     too: a value is ``s' * value_up c`` with the value's scale ``s'`` for this head.
 
+    Attention that is not causal (an encoder's, or a decoder's to an encoder) sees every real key, before or behind, of
+    a sequence that may be another one: there are ``N`` new rows, not one per query. It has neither window nor slopes;
+    keys of another sequence do not rotate.
+
     Args:
         query: ``[B, S, H, nope_dim + rope_dim]``, not rotated; rotating channels last, as ``[real | imaginary]``.
         row: ``[B, S, R]``, the new tokens' ``[latent | rope keys | key scales | value scales]``, rope keys normed, not
-            rotated.
+            rotated; ``[B, N, R]`` if not causal.
         past: ``[B, P, R]``, earlier rows, rope keys rotated; with a window at most its last ``window - 1``.
-        attention_mask: ``[B, T + S]``, non-zero for real tokens; ``T`` are all earlier tokens, cached or not.
-        cos: ``[B, S, n, rope_dim / 2]`` at the new tokens' positions.
+        attention_mask: ``[B, T + S]``, non-zero for real tokens; ``T`` are all earlier tokens, cached or not. ``[B, P +
+            N]`` if not causal.
+        cos: ``[B, S, n, rope_dim / 2]`` at the new tokens' positions; ``[B, 1, n, 0]`` where ``N`` is not ``S``.
         sin: Like ``cos``.
         key_up: ``[G, nope_dim, r]``.
         value_up: ``[G, r, v_dim]``.
@@ -79,6 +86,7 @@ def latent_attention(
         window: How many real tokens a query sees, itself included; 0 for all.
         softcap: Bound of the logits before ``slopes``; 0 for none.
         value_scales: ``w``, how many of a row's last numbers are value scales.
+        causal: Whether a query sees no key behind its own. If none of the keys is real, all are seen.
 
     Returns:
         Attention outputs ``[B, S, H, v_dim]`` and the cache with the new rows ``[B, P + S, R]``, of which no more is
@@ -86,7 +94,8 @@ def latent_attention(
         it belongs to the left of all real tokens.)
 
     Raises:
-        ValueError: Sizes do not fit, or ``window`` or ``softcap`` is negative.
+        ValueError: Sizes do not fit, ``window`` or ``softcap`` is negative, or there is a window or a slope although
+            attention is not causal.
     """
     if value_scales < 0 or (value_scales and query.shape[2] % value_scales):
         raise ValueError(f"{value_scales} value scales do not divide {query.shape[2]} heads.")
@@ -97,6 +106,10 @@ def latent_attention(
             f"{cos.shape[2]} rope keys of {2 * cos.shape[3]}. Pass none, or a number that divides {heads} heads."
         )
     _check_arguments(query, row, past, attention_mask, sinks, slopes, window, softcap)
+    if causal and query.shape[1] != row.shape[1]:
+        raise ValueError(f"There are {query.shape[1]} queries but {row.shape[1]} new rows. Pass one row per query.")
+    if not causal and (window or slopes is not None):
+        raise ValueError("Attention that is not causal has neither a window nor slopes. Pass 0 and None.")
     return _latent_attention(
         query,
         row,
@@ -112,6 +125,7 @@ def latent_attention(
         window,
         softcap,
         value_scales,
+        causal,
     )
 
 
@@ -131,9 +145,10 @@ def _(
     window: int,
     softcap: float,
     value_scales: int = 0,
+    causal: bool = True,
 ) -> tuple[Tensor, Tensor]:
     batch, new, heads, _ = query.shape
-    present = row.new_empty(batch, kept_rows(past.shape[1] + new, window), row.shape[2])
+    present = row.new_empty(batch, kept_rows(past.shape[1] + row.shape[1], window), row.shape[2])
     return query.new_empty(batch, new, heads, value_up.shape[2]), present
 
 
@@ -242,6 +257,15 @@ def visible_keys(attention_mask: Tensor, new: int, window: int) -> Tensor:
     if window:
         seen = seen & (_distances(attention_mask, new) < window)
     return seen | (key == own)
+
+
+def open_keys(attention_mask: Tensor, new: int) -> Tensor:
+    """Which keys each of ``new`` queries sees when attention is not causal, ``[B, new, T]`` bool: the real ones.
+
+    Where none is real all are seen, so that no row is empty.
+    """
+    real = attention_mask != 0
+    return (real | ~real.any(1, keepdim=True)).unsqueeze(1).expand(-1, new, -1)
 
 
 def score_mask(attention_mask: Tensor, new: int, window: int, slopes: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -386,10 +410,14 @@ def _latent_attention(
     window: int,
     softcap: float,
     value_scales: int = 0,
+    causal: bool = True,
 ) -> tuple[Tensor, Tensor]:
     folds = _folding_pays(query, row, past, cos, key_up, value_up, value_scales, capped=softcap != 0)
     query, rows = rotate_and_append(query, row, past, cos, sin, key_up.shape[2])
-    mask = score_mask(attention_mask[:, -rows.shape[1] :], query.shape[1], window, slopes, query.dtype)
+    if causal:
+        mask = score_mask(attention_mask[:, -rows.shape[1] :], query.shape[1], window, slopes, query.dtype)
+    else:
+        mask = open_keys(attention_mask, query.shape[1]).unsqueeze(1)
     form = attend_folded if folds else attend_unfolded
     attended = form(query, rows, mask, key_up, value_up, cos.shape[2], sinks, scale, softcap, value_scales)
     return attended.contiguous(), _kept(rows, window)
@@ -517,7 +545,7 @@ def _folding_pays(
 ) -> bool:
     """Compare multiplications of the two forms for this many queries over this many keys."""
     new, heads, head_dim = query.shape[1:]
-    total, width = past.shape[1] + new, row.shape[2]
+    total, width = past.shape[1] + row.shape[1], row.shape[2]
     nope, rank = key_up.shape[1:]
     v_dim, scales = value_up.shape[2], _scales(row, cos, key_up) - value_scales
     if (

@@ -27,13 +27,14 @@ def attention(
     sinks: Tensor | None = None,
     slopes: Tensor | None = None,
     softcap: float = 0.0,
+    causal: bool = True,
 ) -> Tensor:
-    """Causal grouped-query attention with rotary pairs from position 0 (Vaswani 2017 eq. 1, Su 2021 eq. 34).
+    """Grouped-query attention with rotary pairs from position 0 (Vaswani 2017 eq. 1, Su 2021 eq. 34).
 
     Args:
         query: ``[B, S, H, D]``, not rotated.
-        key: ``[B, S, n, D]``, not rotated.
-        value: ``[B, S, n', Dv]``; ``n'`` may be another divisor of ``H`` than ``n``.
+        key: ``[B, T, n, D]``, not rotated; ``T = S`` in causal attention.
+        value: ``[B, T, n', Dv]``; ``n'`` may be another divisor of ``H`` than ``n``.
         pairs: Channel pairs ``(real, imaginary)``.
         inv_freq: Radians per position of every pair.
         scale: Factor of ``q . k``.
@@ -41,23 +42,25 @@ def attention(
         sinks: ``[H]``, or None; these three as in :func:`mla_compile.runtime.ops.latent_attention`.
         slopes: ``[H]``, or None.
         softcap: Bound of the logits, or 0.
+        causal: Whether a query sees no key behind its own; otherwise it sees all.
 
     Returns:
         ``[B, S, H, Dv]`` in float64.
     """
     query, key, value = (x.double() for x in (query, key, value))
-    length, group = query.shape[1], query.shape[2] // key.shape[2]
+    length, group = max(query.shape[1], key.shape[1]), query.shape[2] // key.shape[2]
     angle = torch.outer(torch.arange(length, dtype=torch.float64), torch.tensor(inv_freq, dtype=torch.float64))
     turned = []
     for x in (query, key.repeat_interleave(group, 2)):
         y = x.clone()
         for i, (a, b) in enumerate(pairs):
-            cos, sin = angle[None, :, None, i].cos(), angle[None, :, None, i].sin()
+            turn = angle[None, : x.shape[1], None, i]
+            cos, sin = turn.cos(), turn.sin()
             y[..., a], y[..., b] = x[..., a] * cos - x[..., b] * sin, x[..., b] * cos + x[..., a] * sin
         turned.append(y)
-    mask = torch.ones(query.shape[:2], dtype=torch.long)
     value = value.repeat_interleave(query.shape[2] // value.shape[2], 2)
-    return _attend(turned[0], turned[1], value, mask, scale, window, sinks, slopes, softcap)
+    mask = torch.ones(key.shape[:2], dtype=torch.long)
+    return _attend(turned[0], turned[1], value, mask, scale, window, sinks, slopes, softcap, causal)
 
 
 def visible_keys(attention_mask: Tensor, new: int, window: int | None) -> Tensor:
@@ -84,6 +87,13 @@ def visible_keys(attention_mask: Tensor, new: int, window: int | None) -> Tensor
     return seen | (place[None, None, :] == place[None, total - new :, None])
 
 
+def _open_keys(attention_mask: Tensor, new: int) -> Tensor:
+    """Which of ``T`` keys each of ``new`` queries sees regardless of place: the real ones, or all if none is real."""
+    real = attention_mask != 0
+    real = real | ~real.any(1, keepdim=True)
+    return real[:, None].expand(-1, new, -1)
+
+
 def _attend(
     query: Tensor,
     key: Tensor,
@@ -94,6 +104,7 @@ def _attend(
     sinks: Tensor | None,
     slopes: Tensor | None,
     softcap: float,
+    causal: bool = True,
 ) -> Tensor:
     """Attention of ``[B, S, H, D]`` queries to ``[B, T, H, D]`` keys and ``[B, T, H, Dv]`` values."""
     new, heads = query.shape[1:3]
@@ -104,7 +115,8 @@ def _attend(
         rank = (attention_mask != 0).long().cumsum(-1)
         distance = rank[:, -new:, None] - rank[:, None, :]
         logits = logits - slopes.double()[:, None, None] * distance[:, None]
-    logits = logits.masked_fill(~visible_keys(attention_mask, new, window)[:, None], -math.inf)
+    seen = visible_keys(attention_mask, new, window) if causal else _open_keys(attention_mask, new)
+    logits = logits.masked_fill(~seen[:, None], -math.inf)
     if sinks is not None:
         logits = torch.cat([logits, sinks.double()[:, None, None].expand(len(logits), heads, new, 1)], -1)
     weights = logits.softmax(-1)[..., : key.shape[1]]
@@ -126,6 +138,7 @@ def latent_attention(
     slopes: Tensor | None = None,
     softcap: float = 0.0,
     value_scales: int = 0,
+    causal: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Multi-head latent attention with explicit keys and values (MHA2MLA eq. 8-11; DeepSeek-V2 eq. 9-19).
 
@@ -156,7 +169,8 @@ def latent_attention(
     per_head = [x.repeat_interleave(heads // groups, 2) for x in (cos, sin)]
     queries = torch.cat([query[..., :nope], rotate(query[..., nope:], *per_head)], -1)
     mask = attention_mask[:, -rows.shape[1] :]
-    return _attend(queries, keys, values, mask, scale, window, sinks, slopes, softcap), _kept(rows, window)
+    attended = _attend(queries, keys, values, mask, scale, window, sinks, slopes, softcap, causal)
+    return attended, _kept(rows, window)
 
 
 def cached_attention(

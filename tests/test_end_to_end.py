@@ -42,13 +42,13 @@ def command(*words: object) -> str:
 @pytest.fixture(scope="module", autouse=True)
 def read_once():
     """The bundled model is read once for all commands in this process."""
-    read = functools.cache(frontend.load_program)
+    read = functools.cache(frontend.load_any)
 
-    def load_program(source, *, tokenizer=None, attention="auto", unsafe=False):
+    def load_any(source, *, tokenizer=None, attention="auto", unsafe=False):
         return read(str(source), tokenizer=tokenizer, attention=attention, unsafe=unsafe)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(frontend, "load_program", load_program)
+        patch.setattr(frontend, "load_any", load_any)
         yield
 
 

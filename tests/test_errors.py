@@ -117,13 +117,13 @@ def place(tmp_path_factory):
 @pytest.fixture(scope="module", autouse=True)
 def read_once():
     """Every model is read once for all commands: what fails here fails before or after that."""
-    read = functools.cache(frontend.load_program)
+    read = functools.cache(frontend.load_any)
 
-    def load_program(source, *, tokenizer=None, attention="auto", unsafe=False):
+    def load_any(source, *, tokenizer=None, attention="auto", unsafe=False):
         return read(str(source), tokenizer=tokenizer, attention=attention, unsafe=unsafe)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(frontend, "load_program", load_program)
+        patch.setattr(frontend, "load_any", load_any)
         yield
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 
 import pytest
+import sympy
 import torch
 
-from mla_compile.passes.layout import Layout, Sizes, attended_layout, score_layouts, token_axes
+from mla_compile.passes.layout import SHORT, Layout, Sizes, attended_layout, score_layouts, token_axes
 from mla_compile.passes.mismatch import MismatchError
 
 SIZES = {"b": 2, "h": 3, "s": 5, "d": 4}
@@ -76,3 +77,41 @@ def test_letters_of_einsums(zoo_programs):
         ("b", "h", "t", "d"),
         ("b", "h", "s", "d"),
     )
+
+
+def cross_sizes(queries, keys):
+    """Sizes of a layer with so many queries and keys, in a model with symbols for batch, both lengths and one more."""
+    batch, *rest = sympy.symbols("b s t u", positive=True, integer=True)
+    named = dict(zip("stu", rest, strict=True))
+    given = [named.get(x, x) for x in (queries, keys)]
+    others = tuple((symbol, 7) for symbol in rest if symbol not in given)
+    return Sizes(batch, *given, (), others), batch, named
+
+
+def test_lengths_of_cross_attention_differ_in_probes():
+    sizes, batch, named = cross_sizes("s", "t")
+    assert (sizes.cross, sizes.fixed, sizes.short) == (True, False, SHORT)
+    bound = sizes.symbols(3, 20)
+    assert (bound[batch], bound[named["s"]], bound[named["u"]]) == (3, 20, 7)
+    assert bound[named["t"]] == sizes.key_length(20) != 20
+    keys = sizes.of_keys()
+    assert not keys.cross
+    assert keys.symbols(3, 20)[named["t"]] == 20
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(17, 17), ("s", 17), (6, "t"), (6, 17)])
+def test_lengths_that_are_numbers_stay(queries, keys):
+    sizes, *_ = cross_sizes(queries, keys)
+    assert sizes.fixed == isinstance(queries, int)
+    assert sizes.short == (queries if sizes.fixed else SHORT)
+    assert sizes.of_keys().short == (keys if isinstance(keys, int) else SHORT)
+    if isinstance(keys, int):
+        assert sizes.key_length(sizes.short) == keys
+
+
+def test_a_width_like_the_number_of_tokens_is_a_width():
+    sizes, batch, _ = cross_sizes(16, 16)
+    node = type("Node", (), {"expr": batch})()
+    symbol = type("SymInt", (), {"node": node})()
+    assert token_axes(sizes, (symbol, 16, 16)) == ("b", "s", "d")
+    assert token_axes(sizes, (16, symbol, 16)) == ("s", "b", "d")

@@ -197,7 +197,6 @@ def test_window_within_and_beyond_the_probe(window):
     ("kind", "code"),
     [
         (zoo.TemperaturePerHead, RejectCode.SCORES),
-        (zoo.Bidirectional, RejectCode.MASK),
         (zoo.Dilated, RejectCode.MASK),
         (zoo.HiddenByActivation, RejectCode.MASK),
     ],

@@ -207,7 +207,7 @@ def test_schema_shapes_and_registrations(kind, training):
         x[name].requires_grad_(training)
     operator = ops.latent_attention if isinstance(case, Case) else ops.cached_attention
     schema = operator._opoverload._schema.arguments
-    arguments = x | case.settings()
+    arguments = x | case.settings() | {"causal": True}
     torch.library.opcheck(operator, tuple(arguments.get(a.name) for a in schema))
 
 

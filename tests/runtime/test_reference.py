@@ -26,7 +26,7 @@ def test_is_short_enough_to_be_read():
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Module | ast.FunctionDef) and ast.get_docstring(node):
             lines -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
-    assert len(lines) <= 125
+    assert len(lines) <= 135
 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 20])
