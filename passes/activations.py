@@ -13,11 +13,12 @@ from torch import Tensor, fx
 
 from mla_compile.passes.layout import Layout, Sizes, per_token, token_axes
 from mla_compile.passes.operands import normalised
+from mla_compile.passes.turned import turn_back
 from mla_compile.program import Program
 from mla_compile.runtime import ops
 from mla_compile.site import AttentionSite, Projection
 
-__all__ = ["Attended", "SiteActivations", "Watcher", "attend_site", "observe_outputs", "observe_sites"]
+__all__ = ["Attended", "SiteActivations", "Watcher", "attend_site", "observe_outputs", "observe_sites", "per_head"]
 
 
 class Watcher(fx.Interpreter):
@@ -45,13 +46,13 @@ class Watcher(fx.Interpreter):
 
 @dataclass(frozen=True)
 class SiteActivations:
-    """One layer on one batch; float32, heads behind their norms and gains, not rotated.
+    """One layer on one batch; float32, heads in the site's order, behind their norms and gains, not rotated.
 
     Attributes:
         source: ``[B, S, width]`` what keys and values are projected from.
         query: ``[B, S, H, D]``.
         key: ``[B, S, n, D]``.
-        value: ``[B, S, n, Dv]``.
+        value: ``[B, S, n', Dv]``; ``n'`` may be another divisor of ``H`` than ``n``.
         gradient: ``[B, S, H, Dv]`` derivative of the summed loss by the layer's attention outputs, or None.
     """
 
@@ -77,6 +78,7 @@ def observe_sites(
     """
     nodes, sizes = {n.name: n for n in program.exported.graph.nodes}, Sizes.of(program)
     seen: dict[str, Tensor] = {}
+    attended: dict[str, Tensor] = {}
     watched: dict[str, list[Callable[[Tensor, torch.Size], Tensor | None]]] = {}
 
     def remember(name: str) -> None:
@@ -85,42 +87,39 @@ def observe_sites(
         def observe(value: Tensor, shape: torch.Size) -> None:
             seen[name] = per_token(axes, value.detach(), *shape)
 
-        if name not in watched:
-            watched[name] = [observe]
+        watched.setdefault(name, []).append(observe)
 
     def follow(name: str) -> None:
         """Let the loss be differentiated by a layer's outputs, and by nothing before the first layer."""
 
         def observe(value: Tensor, _: torch.Size) -> Tensor:
-            # The graph may change a layout behind this value, so that its own gradient is what is wanted.
-            value = value if value.requires_grad else value.detach().requires_grad_()
-            value.retain_grad()
-            seen[name] = value
-            return value
+            attended[name] = value if value.requires_grad else value.detach().requires_grad_()
+            return attended[name]
 
         watched.setdefault(name, []).append(observe)
 
-    for site in sites:
-        for name in (site.key.source, *(_printed(p) for p in (site.query, site.key, site.value))):
-            remember(name)
-        if gradients:
-            follow(site.output)
+    for name in {n for s in sites for n in (s.key.source, *(_printed(p) for p in (s.query, s.key, s.value)))}:
+        remember(name)
+    for site in sites if gradients else ():
+        follow(site.output)
     watcher = Watcher(program.flat_module(), watched)
 
     def activations(ids: Tensor) -> list[SiteActivations]:
+        slopes: Sequence[Tensor | None] = [None] * len(sites)
         with torch.set_grad_enabled(gradients):
             logits = watcher.observe(ids.shape, program.inputs(ids))
-            if gradients:
-                _next_token_loss(logits, ids).backward()
-        found = [_of_site(site, seen, len(ids), gradients) for site in sites]
+            if gradients:  # by the outputs only: the model's parameters are the user's
+                slopes = torch.autograd.grad(_next_token_loss(logits, ids), [attended[s.output] for s in sites])
+        found = [_of_site(site, seen, slope, len(ids)) for site, slope in zip(sites, slopes, strict=True)]
         seen.clear()
+        attended.clear()
         return found
 
     return activations
 
 
 def observe_outputs(program: Program, sites: Sequence[AttentionSite]) -> Callable[[Tensor], list[Tensor]]:
-    """Prepare to look at the attention outputs ``[B, S, H, Dv]`` of every site.
+    """Prepare to look at the attention outputs ``[B, S, H, Dv]`` of every site, heads in the site's order.
 
     Returns:
         A function from token ids ``[B, S]`` to one tensor per site.
@@ -129,7 +128,7 @@ def observe_outputs(program: Program, sites: Sequence[AttentionSite]) -> Callabl
 
     def keep(site: AttentionSite) -> Callable[[Tensor, torch.Size], None]:
         def observe(value: Tensor, shape: torch.Size) -> None:
-            seen[site.output] = Layout(site.output_axes).arrange(value, "bshd", shape[0])
+            seen[site.output] = _heads(site, value, shape[0])
 
         return observe
 
@@ -151,21 +150,22 @@ def _next_token_loss(logits: Tensor, ids: Tensor) -> Tensor:
     return F.cross_entropy(scored.reshape(-1, scored.shape[-1]), ids[:, 1:].reshape(-1), reduction="sum")
 
 
-def _of_site(site: AttentionSite, seen: Mapping[str, Tensor], batch: int, gradients: bool) -> SiteActivations:
-    def heads(projection: Projection) -> Tensor:
-        return normalised(projection, seen[_printed(projection)].double()).float()
+def _heads(site: AttentionSite, output: Tensor, batch: int) -> Tensor:
+    """A layer's attention output, or something in its place, as ``[B, S, H, Dv]`` in the site's order."""
+    heads = Layout(site.output_axes).arrange(output, "bshd", batch)
+    return heads if site.order is None else heads[:, :, list(site.order)]
 
-    gradient = None
-    if gradients:
-        slope = seen[site.output].grad
-        assert slope is not None
-        gradient = Layout(site.output_axes).arrange(slope, "bshd", batch).float()
+
+def _of_site(site: AttentionSite, seen: Mapping[str, Tensor], slope: Tensor | None, batch: int) -> SiteActivations:
+    query, key, value = (normalised(p, seen[_printed(p)].double()) for p in (site.query, site.key, site.value))
+    if site.query.turned is not None:
+        query = turn_back(query, site.rope)
     return SiteActivations(
         source=seen[site.key.source].float(),
-        query=heads(site.query),
-        key=heads(site.key),
-        value=heads(site.value),
-        gradient=gradient,
+        query=query.float(),
+        key=key.float(),
+        value=value.float(),
+        gradient=None if slope is None else _heads(site, slope, batch).float(),
     )
 
 
@@ -191,14 +191,17 @@ def attend_site(site: AttentionSite, query: Tensor, key: Tensor, value: Tensor) 
         site: The layer.
         query: ``[B, S, H, D]``, not rotated.
         key: ``[B, S, n, D]``, not rotated.
-        value: ``[B, S, n, Dv]``.
+        value: ``[B, S, n', Dv]``.
     """
-    group = site.heads // site.kv_heads
-    query, key = rotate(site, query).transpose(1, 2), rotate(site, key).transpose(1, 2)
-    scores = query @ key.repeat_interleave(group, 1).mT * site.scale
-    weights, slope = site_weights(site, scores)
-    output = weights @ value.transpose(1, 2).repeat_interleave(group, 1)
+    query, key = rotate(site, query).transpose(1, 2), per_head(site, rotate(site, key))
+    weights, slope = site_weights(site, query @ key.mT * site.scale)
+    output = weights @ per_head(site, value)
     return Attended(weights, output.transpose(1, 2), slope)
+
+
+def per_head(site: AttentionSite, groups: Tensor) -> Tensor:
+    """Keys or values ``[B, S, groups, D]`` of every query head, ``[B, H, S, D]``."""
+    return groups.transpose(1, 2).repeat_interleave(site.heads // groups.shape[2], 1)
 
 
 def rotate(site: AttentionSite, heads: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mla_compile.errors import RefusedError
-from mla_compile.passes.activations import Attended, SiteActivations, attend_site, observe_sites
+from mla_compile.passes.activations import Attended, SiteActivations, attend_site, observe_sites, per_head
 from mla_compile.program import Program
 from mla_compile.site import AttentionSite
 
@@ -71,7 +71,22 @@ def collect_statistics(
     for ids in progress(windows.split(batch)):
         for site, total, seen in zip(sites, sums, look(ids), strict=True):
             total.add(site, seen)
-    return tuple(total.means(site, windows.numel()) for site, total in zip(sites, sums, strict=True))
+    found = tuple(total.means(site, windows.numel()) for site, total in zip(sites, sums, strict=True))
+    _require_finite(sites, found)
+    return found
+
+
+def _require_finite(sites: Sequence[AttentionSite], found: Sequence[SiteStatistics]) -> None:
+    """Refuse what is not finite, and name the layer where that begins: in the order of the passes."""
+    measured = list(zip(sites, found, strict=True))
+    forward = [(site, (s.moment, s.attended)) for site, s in measured]
+    backward = [(site, (s.output, s.query)) for site, s in reversed(measured)]
+    for site, sums in forward + backward:
+        if not all(x.isfinite().all() for x in sums):
+            raise RefusedError(
+                f"Activations or gradients of {site.path} are not finite on the calibration text.",
+                "Use other text, or a model in float32.",
+            )
 
 
 @dataclass
@@ -99,7 +114,7 @@ class _Sums:
             distance=zeros(heads, length),
             output=zeros(heads, site.v_dim, site.v_dim),
             attended=zeros(heads),
-            value=zeros(site.kv_heads),
+            value=zeros(site.value.heads),
         )
 
     def add(self, site: AttentionSite, seen: SiteActivations) -> None:
@@ -117,31 +132,23 @@ class _Sums:
         self.value += seen.value.double().square().sum((0, 1, 3))
 
     def means(self, site: AttentionSite, tokens: int) -> SiteStatistics:
-        found = SiteStatistics(
+        return SiteStatistics(
             tokens=tokens,
             mean=self.mean / tokens,
             moment=self.moment / tokens,
             query=self.query / tokens,
             distance=self.distance / self.distance.sum(1, keepdim=True).clamp(min=1e-300),
             output=self.output / tokens,
-            attended=self.attended / self.value.repeat_interleave(site.heads // site.kv_heads).clamp(min=1e-300),
+            attended=self.attended / self.value.repeat_interleave(site.heads // site.value.heads).clamp(min=1e-300),
         )
-        for name in ("moment", "query", "output"):
-            if not getattr(found, name).isfinite().all():
-                raise RefusedError(
-                    f"Activations or gradients of {site.path} are not finite on the calibration text.",
-                    "Use other text, or a model in float32.",
-                )
-        return found
 
 
 def logit_fisher(site: AttentionSite, seen: SiteActivations, attended: Attended) -> Tensor:
     """``(dL/ds)^2`` of every scaled logit, ``[B, H, S, S]``; 0 where a query does not look."""
-    group = site.heads // site.kv_heads
     assert seen.gradient is not None
-    values = seen.value.transpose(1, 2).repeat_interleave(group, 1)
     gradient = seen.gradient.transpose(1, 2)
-    along = gradient @ values.mT - (seen.gradient * attended.output).sum(-1).transpose(1, 2)[..., None]
+    mean = (seen.gradient * attended.output).sum(-1).transpose(1, 2)[..., None]
+    along = gradient @ per_head(site, seen.value).mT - mean
     slope = attended.weights * along
     return (slope if attended.slope is None else slope * attended.slope).square()
 

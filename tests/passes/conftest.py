@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
+
 import pytest
 import zoo
+from torch import Tensor
 
+from mla_compile.passes.activations import SiteActivations, observe_sites
+from mla_compile.passes.recognise import recognise
 from mla_compile.program import Program
+from mla_compile.site import AttentionSite
 
 
 class ZooPrograms:
@@ -24,3 +31,26 @@ class ZooPrograms:
 def zoo_programs() -> ZooPrograms:
     """Programs of hand-written models; tests must leave them as they are."""
     return ZooPrograms()
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """A model in which every layer is another attention, see ``zoo.MIXED``."""
+
+    program: Program
+
+    @cached_property
+    def sites(self) -> tuple[AttentionSite, ...]:
+        found = recognise(self.program)
+        assert not found.rejections
+        return found.sites
+
+    def look(self, ids: Tensor) -> list[SiteActivations]:
+        """What every layer does on these tokens, and gradients."""
+        return observe_sites(self.program, self.sites, gradients=True)(ids)
+
+
+@pytest.fixture(scope="session")
+def mixed() -> Mixed:
+    """Captured once; tests must leave it as it is."""
+    return Mixed(zoo.program_of(zoo.model(*zoo.MIXED.values())))

@@ -1049,6 +1049,33 @@ class OtherQuerySource(Attention):
         return self.q(x * 2), self.k(x), self.v(x)
 
 
+MIXED: dict[str, type[Attention]] = {
+    "half": HalfRope,
+    "interleaved": InterleavedRope,
+    "partial": PartialRope,
+    "one key head": OneKeyHead,
+    "grouped": GroupedInOperator,
+    "merged": MergedHeads,
+    "fused": InterleavedProjection,
+    "scaled queries": ScaledQueries,
+    "wide values": WideValues,
+    "soft-cap": SoftCapped,
+    "slopes": LinearBias,
+    "sink": Sink,
+    "window": windowed(5, SpelledOut),
+    "alternating groups": AlternatingGroups,
+    "alternating groups with slopes and sinks": AlternatingGroupsWithSlopes,
+    "fewer value heads": FewerValueHeads,
+    "alternating value heads": AlternatingValueHeads,
+    "rectified queries": RectifiedQueries,
+    "normed keys": NormedKeys,
+    "normed keys and values": NormedKeysAndValues,
+    "centred values": CentredValues,
+    "wide norm behind the rotation": WideNormBehindRotation,
+    "gains behind the rotation": GainsBehindRotation,
+}
+"""Layers of one model in which every layer is another attention: captured once for all of them."""
+
 ACCEPTED: dict[str, type[Attention]] = {
     "fused": Attention,
     "scores by einsum": ByEinsum,
