@@ -73,7 +73,7 @@ NEEDS_CONSTANT = {
 @pytest.mark.xfail(strict=True, reason="biases that cannot be moved are dropped: the latent has no constant entry")
 @pytest.mark.parametrize("name", NEEDS_CONSTANT)
 def test_biases_that_softmax_sees_are_kept(name):
-    """Keys of channels that stand still under a soft-cap or a norm, values beside a sink (algorithms T5, exclusions)."""
+    """Of keys that stand still under a soft-cap or a norm, and of values beside a sink (T5 and its exclusions)."""
     layer = NEEDS_CONSTANT[name]
     x = layer.inputs()
     torch.testing.assert_close(layer.attend_latent(converted(layer), x), layer.attend(x), **EXACT)
