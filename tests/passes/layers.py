@@ -35,6 +35,7 @@ class Layer:
     softcap: float = 0.0
     sinks: bool = False
     key_norm: bool = False
+    value_norm: bool = False
     seed: int = 0
 
     def draw(self, salt: int, *shape: int) -> Tensor:
@@ -49,10 +50,11 @@ class Layer:
         return Rope(pairs, tuple(0.9 * 0.6**i for i in range(self.pairs)))
 
     def site(self) -> AttentionSite:
-        def projection(heads: int, dim: int, norm: bool = False) -> Projection:
+        def projection(heads: int, dim: int, norm: bool = False, shift: Tensor | None = None) -> Projection:
             rows = tuple(tuple(range(h * dim, (h + 1) * dim)) for h in range(heads))
             found = Norm("rms", rows, 1e-3) if norm else None
-            return Projection("y", "x", "w", "b", rows, ((1.0,) * dim,) * heads, norm=found)
+            offset = None if shift is None else tuple(map(tuple, shift.tolist()))
+            return Projection("y", "x", "w", "b", rows, ((1.0,) * dim,) * heads, offset, found)
 
         sinks = tuple(self.draw(1, self.heads).tolist()) if self.sinks else None
         return AttentionSite(
@@ -60,7 +62,12 @@ class Layer:
             path="layer",
             query=projection(self.heads, self.dim),
             key=projection(self.kv_heads, self.dim, self.key_norm),
-            value=projection(self.value_heads or self.kv_heads, self.v_dim),
+            value=projection(
+                self.value_heads or self.kv_heads,
+                self.v_dim,
+                self.value_norm,
+                self.weights().value.shift if self.value_norm else None,
+            ),
             rope=self.rope(),
             scores=Scores(
                 0.4, Mask(self.window), softcap=self.softcap, sinks=sinks, sinks_name="sinks" if self.sinks else None
@@ -72,14 +79,15 @@ class Layer:
         )
 
     def weights(self, biased: bool = True) -> SiteWeights:
-        def heads(salt: int, *shape: int) -> HeadWeights:
+        def heads(salt: int, *shape: int, shifted: bool = False) -> HeadWeights:
             bias = self.draw(salt + 1, *shape) * biased
-            return HeadWeights(self.draw(salt, *shape, self.width) / math.sqrt(self.width), bias, 0 * bias)
+            shift = self.draw(16, *shape) * (biased and shifted)
+            return HeadWeights(self.draw(salt, *shape, self.width) / math.sqrt(self.width), bias, shift)
 
         return SiteWeights(
             heads(10, self.heads, self.dim),
             heads(12, self.kv_heads, self.dim),
-            heads(14, self.value_heads or self.kv_heads, self.v_dim),
+            heads(14, self.value_heads or self.kv_heads, self.v_dim, shifted=self.value_norm),
         )
 
     def statistics(self) -> SiteStatistics:
@@ -107,11 +115,14 @@ class Layer:
     def operands(self, x: Tensor, biased: bool = True) -> tuple[Tensor, ...]:
         """Queries, keys and values ``[B, S, heads, D]``, not rotated."""
         weights = self.weights(biased)
-        parts = [weights.query, weights.key, weights.value]
-        found = [torch.einsum("bsw,hdw->bshd", x, w.weight) + w.bias for w in parts]
-        if self.key_norm:
-            found[1] = found[1] * (found[1].square().mean(-1, keepdim=True) + 1e-3).rsqrt()
-        return tuple(found)
+        query, key, value = (self._linear(x, w) for w in (weights.query, weights.key, weights.value))
+        key = key * _inverse_norm(key) if self.key_norm else key
+        value = value * _inverse_norm(value) if self.value_norm else value
+        return query, key, value + weights.value.shift
+
+    @staticmethod
+    def _linear(x: Tensor, weights: HeadWeights) -> Tensor:
+        return torch.einsum("bsw,hdw->bshd", x, weights.weight) + weights.bias
 
     def attend(self, x: Tensor, biased: bool = True) -> Tensor:
         """The layer's attention outputs, as it was before any conversion."""
@@ -136,9 +147,9 @@ class Layer:
 
         angle = torch.arange(x.shape[1])[:, None, None] * latent.inv_freq
         row = biased(x @ latent.row.T, latent.row_bias)
-        if self.key_norm:
-            keys = torch.einsum("bsw,hdw->bshd", x, self.weights().key.weight) + self.weights().key.bias
-            row = torch.cat([row, (keys.square().mean(-1) + 1e-3).rsqrt()], -1)
+        for normed, weights in ((self.key_norm, self.weights().key), (self.value_norm, self.weights().value)):
+            if normed:
+                row = torch.cat([row, _inverse_norm(self._linear(x, weights)).squeeze(-1)], -1)
         output, _ = reference.latent_attention(
             biased(torch.einsum("bsw,hdw->bshd", x, latent.query), latent.query_bias),
             row,
@@ -152,8 +163,13 @@ class Layer:
             site.mask.window,
             sinks=None if site.scores.sinks is None else torch.tensor(site.scores.sinks, dtype=torch.float64),
             softcap=site.softcap,
+            value_scales=site.value_scales,
         )
         return biased(output, latent.output_bias)
+
+
+def _inverse_norm(heads: Tensor) -> Tensor:
+    return (heads.square().mean(-1, keepdim=True) + 1e-3).rsqrt()
 
 
 LAYERS = {

@@ -10,8 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from layers import LAYERS, Layer, layers
 
+from mla_compile.config import make_config
+from mla_compile.passes.factorise import factorise_mha2mla
 from mla_compile.passes.fisher import assemble, joint_factors
 from mla_compile.passes.rope_split import rotary_channels, split_rope
+from mla_compile.plan import plan_layers
 
 # Both sides compute in float64 on numbers of size one; the roots of metrics and their inverses, with condition numbers
 # up to some 1e3, multiply the rounding of 1e-16.
@@ -67,7 +70,22 @@ NEEDS_CONSTANT = {
     "sinks": Layer(sinks=True),
     "soft-cap and sinks": Layer(softcap=2.0, sinks=True, pairs=2, first=3),
     "normed keys": Layer(key_norm=True, pairs=0),
+    "normed values": Layer(value_norm=True),
 }
+
+
+OTHER_GROUPS = {
+    f"{k} key heads, {v} value heads": Layer(kv_heads=k, value_heads=v) for k, v in ((4, 2), (2, 4), (1, 2))
+}
+
+
+@pytest.mark.parametrize("name", [*NEEDS_CONSTANT, *OTHER_GROUPS])
+def test_weights_without_any_loss_exist_for_these_layers(name):
+    """The other method finds them, so that it is not the layers of these tests that are impossible."""
+    layer, config = (NEEDS_CONSTANT | OTHER_GROUPS)[name], make_config(exact=True, selection="uniform")
+    (plan,) = plan_layers([layer.site()], [layer.width], config)
+    latent, x = factorise_mha2mla(layer.site(), layer.weights(), plan, config, None), layer.inputs()
+    torch.testing.assert_close(layer.attend_latent(latent, x), layer.attend(x), **EXACT)
 
 
 @pytest.mark.xfail(strict=True, reason="biases that cannot be moved are dropped: the latent has no constant entry")
@@ -80,9 +98,9 @@ def test_biases_that_softmax_sees_are_kept(name):
 
 
 @pytest.mark.xfail(strict=True, reason="values are read as if they came in the groups of the keys")
-@pytest.mark.parametrize(("kv_heads", "value_heads"), [(4, 2), (2, 4), (1, 2)])
-def test_values_in_other_groups_than_keys_are_kept(kv_heads, value_heads):
-    layer = Layer(kv_heads=kv_heads, value_heads=value_heads)
+@pytest.mark.parametrize("name", OTHER_GROUPS)
+def test_values_in_other_groups_than_keys_are_kept(name):
+    layer = OTHER_GROUPS[name]
     x = layer.inputs()
     torch.testing.assert_close(layer.attend_latent(converted(layer), x), layer.attend(x), **EXACT)
 
