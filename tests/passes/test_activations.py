@@ -105,7 +105,7 @@ def test_outputs_are_those_of_the_module(mixed, true_mixed):
         assert relative(in_graph_order(site, output), true_mixed.outputs[index].detach()) < CLOSE
 
 
-@pytest.mark.parametrize("name", ["llama-gqa", "complex-llama", "nanogpt"])
+@pytest.mark.parametrize("name", ["llama-gqa", "llama-yarn", "complex-llama", "nanogpt"])
 def test_a_site_attends_as_its_graph(programs, name):
     captured, ids = programs[name], models.tokens(2, LENGTH)
     outputs = observe_outputs(captured.program, captured.sites)(ids)

@@ -1057,6 +1057,7 @@ MIXED: dict[str, type[Attention]] = {
     "grouped": GroupedInOperator,
     "merged": MergedHeads,
     "fused": InterleavedProjection,
+    "flat product": FlatProduct,
     "scaled queries": ScaledQueries,
     "wide values": WideValues,
     "soft-cap": SoftCapped,
