@@ -180,24 +180,33 @@ def test_t5_biases_of_keys_that_rotate_must_stay():
 
 
 @pytest.mark.parametrize(
-    "name", ["normed keys", "normed keys and values", "wide norm behind the rotation", "gains behind the rotation"]
+    ("name", "role"),
+    [
+        ("normed keys", "key"),
+        ("normed keys and values", "key"),
+        ("wide norm behind the rotation", "key"),
+        ("gains behind the rotation", "key"),
+        ("normed keys and values", "value"),
+        ("centred values", "value"),
+    ],
 )
-def test_t6_normed_keys_are_linear_but_for_one_number(mixed, name):
-    """Weights as read, times the inverse norm, are the keys that the model makes; the gain is part of the weights."""
+def test_t6_what_is_normed_is_linear_but_for_one_number(mixed, name, role):
+    """Weights as read, times the inverse norm, are the heads that the model makes: gain and centring are in them."""
     index = list(zoo.MIXED).index(name)
     site = mixed.sites[index]
     ids = torch.randint(0, zoo.VOCABULARY, (2, LENGTH), generator=torch.Generator().manual_seed(0))
-    seen, weights = mixed.look(ids)[index], read_site(mixed.program, site)
-    linear = torch.einsum("bsw,hdw->bshd", seen.source.double(), weights.key.weight) + weights.key.bias
-    number = (seen.key.double() * linear).sum(-1) / linear.square().sum(-1)
+    seen, weights = mixed.look(ids)[index], getattr(read_site(mixed.program, site), role)
+    linear = torch.einsum("bsw,hdw->bshd", seen.source.double(), weights.weight) + weights.bias
+    heads = getattr(seen, role).double() - weights.shift
+    number = (heads * linear).sum(-1) / linear.square().sum(-1)
     # Activations are float32.
-    assert difference(linear * number[..., None], seen.key.double()) < 1e-5
+    assert difference(linear * number[..., None], heads) < 1e-5
     assert (number > 0).all()
-    groups = len(site.key.norm.groups)
-    assert groups == (1 if name.startswith("wide") else site.kv_heads)
-    if groups == 1:
-        assert difference(number, number[..., :1].expand_as(number)) < 1e-5
     assert number.std() > 1e-3, "a constant would need no norm"
+    projection = getattr(site, role)
+    assert len(projection.norm.groups) == (1 if name.startswith("wide") else projection.heads)
+    if len(projection.norm.groups) == 1:
+        assert difference(number, number[..., :1].expand_as(number)) < 1e-5
 
 
 def test_t6_mixtures_of_heads_are_exact_behind_a_norm_of_all():

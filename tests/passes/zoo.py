@@ -854,6 +854,10 @@ class Sink(SpelledOut):
         return p[..., :-1] @ v
 
 
+class SoftCappedWithSink(SoftCapped, Sink):
+    """The sink is not capped."""
+
+
 class SinkAsFactor(Sink):
     """The same sink, as what is left of the output."""
 
@@ -1057,11 +1061,13 @@ MIXED: dict[str, type[Attention]] = {
     "grouped": GroupedInOperator,
     "merged": MergedHeads,
     "fused": InterleavedProjection,
+    "flat product": FlatProduct,
     "scaled queries": ScaledQueries,
     "wide values": WideValues,
     "soft-cap": SoftCapped,
     "slopes": LinearBias,
     "sink": Sink,
+    "soft-cap and sink": SoftCappedWithSink,
     "window": windowed(5, SpelledOut),
     "alternating groups": AlternatingGroups,
     "alternating groups with slopes and sinks": AlternatingGroupsWithSlopes,
