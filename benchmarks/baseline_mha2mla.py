@@ -26,7 +26,7 @@ from mla_compile.errors import UsageError
 from mla_compile.evaluate import original_scorer, perplexity
 from mla_compile.frontend import load_program
 from mla_compile.passes.calibrate import PairNorms, pair_norms
-from mla_compile.passes.factorise import METHODS
+from mla_compile.passes.factorise import factorise_mha2mla
 from mla_compile.passes.insert_latent import insert_latent
 from mla_compile.passes.lower_onnx import lower_to_onnx
 from mla_compile.passes.recognise import recognise
@@ -92,13 +92,12 @@ class Bench:
 
     def convert(self, config: CompileConfig, plans: Sequence[LatentPlan]) -> LatentModel:
         """Factorise and rewrite."""
-        method = METHODS[config.method]
         latent = [
-            method(site, weights, plan, config, norms)
+            factorise_mha2mla(site, weights, plan, config, norms)
             for site, weights, plan, norms in zip(self.sites, self.weights, plans, self.norms, strict=True)
         ]
         graph = insert_latent(self.program, self.sites, latent, torch.float32)
-        return LatentModel(graph, [p.elements_after for p in plans])
+        return LatentModel(graph.module, graph.rows)
 
     def torch_perplexities(self, model: LatentModel) -> list[float]:
         """Perplexity of every text in PyTorch."""

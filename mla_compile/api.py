@@ -20,11 +20,10 @@ from mla_compile.config import CompileConfig, make_config
 from mla_compile.encoders import CompiledEncoder, compile_encoder, is_encoder, require_encoder
 from mla_compile.errors import QualityGateError, RefusedError, UsageError
 from mla_compile.evaluate import longest_window, original_scorer, perplexity
-from mla_compile.passes.calibrate import PairNorms, pair_norms
-from mla_compile.passes.factorise import METHODS
-from mla_compile.passes.insert_latent import insert_latent
+from mla_compile.passes.methods import METHODS, nothing_left_out
 from mla_compile.passes.recognise import Recognition, recognise
-from mla_compile.passes.weights import input_width, read_site
+from mla_compile.passes.task import Task
+from mla_compile.passes.weights import input_width
 from mla_compile.plan import LatentPlan, plan_layers
 from mla_compile.program import AnyProgram, Assets, OtherProgram, Program
 from mla_compile.progress import Display, Stages
@@ -153,6 +152,7 @@ def compile(
     config = config or make_config(**settings)
     if calibration is None and config.selection == "2-norm":
         raise UsageError("The 2-norm selection needs text to measure on.", "Give some with --calibration FILE.")
+    _require_text(config, calibration)
     if max_perplexity_ratio is not None and not max_perplexity_ratio > 0:
         raise UsageError(f"--max-ppl-ratio {max_perplexity_ratio} is not a factor.", "Give a number above 0.")
     if calibration is None and max_perplexity_ratio is not None:
@@ -178,33 +178,33 @@ def compile(
         return compile_encoder(loaded, found, config, check=check, stages=stages)
     program = _require_causal(loaded, found)
     sites, kept = found.sites, found.rejections
-    plans = plan_layers(sites, [input_width(program, s) for s in sites], config)
     text = cut_windows(program, documents, tokenizer, config)
-    config, notes = _settle_selection(config, text is not None)
-    norms: Sequence[PairNorms | None] = [None] * len(sites)
-    if text is not None and config.selection == "2-norm" and any(p.rope_dims for p in plans):
-        batches = math.ceil(len(text.calibration) / 8)
-        norms = pair_norms(program, sites, text.calibration, progress=lambda b: stages.each("calibrate", b, batches))
-    converted = _convert(program, found, plans, config, norms, stages)
+    config, notes = _settle(config, text is not None)
+    task = Task(program, sites, kept, config, None if text is None else text.calibration, stages)
+    choice = nothing_left_out(task) if config.exact else METHODS[config.method](task)
+    plans = choice.plans
+    with stages.stage("rewrite"):
+        graph = task.rewrite(choice.weights)
+    converted = LatentModel(graph.module, graph.rows)
     verification = None
     ids = text.held_out[:4, :256] if text is not None else _random_ids(program, config)
     quality = _measure(program, converted, text, stages)
     if check:
         with stages.stage("verify"):
-            exact = converted if config.exact else _exact_twin(program, found)
+            exact = converted if config.exact else _exact_twin(task)
             verification = verify.check_module(original_scorer(program), exact, converted, ids, text is not None)
     report = Report(
         source=program.source,
         config=config.model_dump(),
         sites=tuple(sites),
         kept=kept,
-        plans=tuple(plans),
+        plans=plans,
         bytes_per_element=torch.float32.itemsize,
         selection=config.selection,
         stages=(),
         verification=verification,
         quality=quality,
-        warnings=(*notes, *_warnings(plans, kept, quality, config)),
+        warnings=(*notes, *choice.notes, *_warnings(plans, kept, quality, config)),
     )
     _gate(report.quality, max_perplexity_ratio)
     report = dataclasses.replace(report, stages=tuple(stages.timings))
@@ -236,9 +236,28 @@ def inspect(
 
 
 def plan(
-    model: str | Path, config: CompileConfig, *, attn_implementation: str = "auto", unsafe_load: bool = False
+    model: str | Path,
+    config: CompileConfig,
+    *,
+    calibration: Text | None = None,
+    tokenizer: str | None = None,
+    attn_implementation: str = "auto",
+    unsafe_load: bool = False,
+    display: Display | None = None,
 ) -> tuple[Recognition, tuple[LatentPlan, ...]]:
-    """Plan a conversion without computing any weights."""
+    """Plan a conversion; only methods that choose sizes by text compute weights for it.
+
+    Args:
+        model: An archive, a Hugging Face folder or a hub id.
+        config: What the user asked for.
+        calibration: Text for the methods that need it.
+        tokenizer: Folder of the tokenizer, if the model does not bring one.
+        attn_implementation: How a transformers model given by name spells its attention: auto, sdpa or eager.
+        unsafe_load: Allow unpickling a module from a file.
+        display: Shows progress.
+    """
+    _require_text(config, calibration)
+    documents = read_text(calibration)
     program = frontend.load_any(model, attention=attn_implementation, unsafe=unsafe_load)
     found = recognise(program)
     if config.encoders and is_seq2seq(found):
@@ -247,8 +266,14 @@ def plan(
     if config.encoders and (is_encoder(found) or not isinstance(program, Program)):
         sites, _ = require_encoder(program, found)
     else:
-        _require_causal(program, found)
+        program = _require_causal(program, found)
         sites = found.sites
+        method = config.chosen_method(documents is not None)
+        if not config.exact and method != "mha2mla":
+            text = cut_windows(program, documents, tokenizer, config)
+            windows = None if text is None else text.calibration
+            task = Task(program, sites, found.rejections, config, windows, Stages(display))
+            return found, METHODS[method](task).plans
     return found, plan_layers(sites, [input_width(program, s) for s in sites], config)
 
 
@@ -336,6 +361,19 @@ def _require_causal(program: AnyProgram, found: Recognition) -> Program:
     )
 
 
+def _require_text(config: CompileConfig, calibration: Text | None) -> None:
+    """Refuse a method that chooses by what the model does on text, without text.
+
+    Raises:
+        UsageError: The method needs text.
+    """
+    if calibration is None and not config.exact and config.method in ("fisher", "transmla"):
+        raise UsageError(
+            f"The method '{config.method}' chooses by what the model does on text, and none was given.",
+            "Give some with --calibration FILE, or use --method mha2mla, which can do without.",
+        )
+
+
 def _require_float32(program: AnyProgram) -> None:
     """Refuse weights of another type: the rewrite, its checks and the cache are float32 in this version."""
     for name, value in program.exported.state_dict.items():
@@ -368,11 +406,14 @@ def _require_some(program: AnyProgram, found: Recognition) -> Recognition:
     return found
 
 
-def _settle_selection(config: CompileConfig, text: bool) -> tuple[CompileConfig, tuple[str, ...]]:
+def _settle(config: CompileConfig, text: bool) -> tuple[CompileConfig, tuple[str, ...]]:
     """Resolve ``auto``, and say so when the choice was made for lack of text."""
     if config.exact:
-        return config.model_copy(update={"selection": "uniform"}), ()  # every component is kept
+        return config.model_copy(update={"method": "mha2mla", "selection": "uniform"}), ()  # every component is kept
     notes = () if text else ("without calibration text the quality of the conversion was not measured",)
+    config = config.model_copy(update={"method": config.chosen_method(text)})
+    if config.method != "mha2mla":
+        return config, notes
     if config.selection != "auto":
         return config, notes
     if text:
@@ -381,29 +422,10 @@ def _settle_selection(config: CompileConfig, text: bool) -> tuple[CompileConfig,
     return config.model_copy(update={"selection": "uniform"}), (note, *notes)
 
 
-def _convert(
-    program: Program,
-    found: Recognition,
-    plans: Sequence[LatentPlan],
-    config: CompileConfig,
-    norms: Sequence[PairNorms | None],
-    stages: Stages,
-) -> LatentModel:
-    factorise, sites = METHODS[config.method], found.sites
-    weights = [
-        factorise(site, read_site(program, site), plan, config, norm)
-        for site, plan, norm in stages.each("factorise", zip(sites, plans, norms, strict=True), len(sites))
-    ]
-    with stages.stage("rewrite"):
-        graph = insert_latent(program, sites, weights, torch.float32, found.rejections)
-    return LatentModel(graph.module, graph.rows)
-
-
-def _exact_twin(program: Program, found: Recognition) -> LatentModel:
+def _exact_twin(task: Task) -> LatentModel:
     """The same rewrite with nothing left out."""
-    config = make_config(exact=True, selection="uniform")
-    plans = plan_layers(found.sites, [input_width(program, s) for s in found.sites], config)
-    return _convert(program, found, plans, config, [None] * len(plans), Stages())
+    graph = task.rewrite(nothing_left_out(dataclasses.replace(task, stages=Stages())).weights)
+    return LatentModel(graph.module, graph.rows)
 
 
 def _random_ids(program: Program, config: CompileConfig) -> Tensor:

@@ -48,24 +48,34 @@ Exact = Annotated[
 RopeDims = Annotated[
     int | None,
     typer.Option(
-        help="Rotating channels kept per key/value head.", show_default="an eighth of the head", rich_help_panel=_METHOD
+        help="Rotating channels kept: of the one rope key of all heads, or of every key/value head in mha2mla.",
+        show_default="chosen; an eighth of the head in mha2mla",
+        rich_help_panel=_METHOD,
     ),
 ]
 Selection = Annotated[
     str,
     typer.Option(
-        help="Which rotary components keep rotating: high, low, uniform, 2-norm; auto is 2-norm with calibration text, "
-        "else uniform.",
+        help="Which rotary components keep rotating in mha2mla: high, low, uniform, 2-norm; auto is 2-norm with "
+        "calibration text, else uniform.",
         rich_help_panel=_METHOD,
     ),
 ]
 Svd = Annotated[
     str,
     typer.Option(
-        help="Factorise keys and values in one latent (joint) or two halves (split).", rich_help_panel=_METHOD
+        help="Factorise keys and values in one latent (joint) or two halves (split), in mha2mla.",
+        rich_help_panel=_METHOD,
     ),
 ]
-MethodName = Annotated[str, typer.Option(help="Factorisation method: mha2mla.", rich_help_panel=_METHOD)]
+MethodName = Annotated[
+    str,
+    typer.Option(
+        help="How sizes and weights are chosen: fisher, transmla or mha2mla; auto is mha2mla without text or "
+        "with a setting of its own, else fisher.",
+        rich_help_panel=_METHOD,
+    ),
+]
 Calibration = Annotated[
     Path | None,
     typer.Option(
@@ -134,7 +144,7 @@ def convert(
     kv_rank: KvRank = None,
     exact: Exact = False,
     encoders: Encoders = False,
-    method: MethodName = "mha2mla",
+    method: MethodName = "auto",
     selection: Selection = "auto",
     rope_dims: RopeDims = None,
     svd: Svd = "joint",
@@ -246,20 +256,46 @@ def plan(
     kv_rank: KvRank = None,
     exact: Exact = False,
     rope_dims: RopeDims = None,
+    method: MethodName = "auto",
     svd: Svd = "joint",
     encoders: Encoders = False,
+    calibration: Calibration = None,
+    calibration_tokens: CalibrationTokens = 65536,
+    seq_len: SeqLen = None,
+    tokenizer: Tokenizer = None,
     attn_implementation: AttnImplementation = "auto",
     unsafe_load: UnsafeLoad = False,
     as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Show ranks, rotating channels and cache bytes per token without computing weights."""
-    from mla_compile import api, display
+    """Show ranks, rotating channels and cache bytes per token without writing anything."""
+    from mla_compile import display
     from mla_compile.config import make_config
 
     config = make_config(
-        cache_ratio=cache_ratio, kv_rank=kv_rank, exact=exact, rope_dims=rope_dims, svd=svd, encoders=encoders
+        method=method,
+        cache_ratio=cache_ratio,
+        kv_rank=kv_rank,
+        exact=exact,
+        rope_dims=rope_dims,
+        svd=svd,
+        encoders=encoders,
+        calibration_tokens=calibration_tokens,
+        seq_len=seq_len,
     )
-    found, plans = api.plan(model, config, attn_implementation=attn_implementation, unsafe_load=unsafe_load)
+    shown = display.make_display(quiet or as_json)
+    with shown:
+        from mla_compile import api
+
+        found, plans = api.plan(
+            model,
+            config,
+            calibration=calibration,
+            tokenizer=tokenizer,
+            attn_implementation=attn_implementation,
+            unsafe_load=unsafe_load,
+            display=shown,
+        )
     if as_json:
         typer.echo(json.dumps(display.plan_rows(plans), indent=2))
     else:

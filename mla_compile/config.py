@@ -18,10 +18,14 @@ class CompileConfig(BaseModel):
     """Settings of one conversion.
 
     Attributes:
-        method: How weights are factorised.
-        selection: Which rotary pairs keep rotating; ``auto`` is ``2-norm`` with calibration text, else ``uniform``.
-        rope_dims: Rotating channels kept per key/value head (even); an eighth of the head by default, as in the paper.
-        svd: Factorise keys and values ``joint``-ly into one latent, or ``split`` into two halves of it.
+        method: How sizes and weights are chosen: ``fisher`` (by what errors do to the loss), ``transmla`` or
+            ``mha2mla`` (as these papers do). ``auto`` is ``mha2mla`` where one of its own settings is given or there
+            is no calibration text, else ``fisher``.
+        selection: Which rotary pairs keep rotating (``mha2mla``); ``auto`` is ``2-norm`` with calibration text, else
+            ``uniform``.
+        rope_dims: Rotating channels kept (even): of every key/value head in ``mha2mla``, where it is an eighth of the
+            head by default, as in the paper; of the one rope key of all heads in the other methods, which choose.
+        svd: Factorise keys and values ``joint``-ly into one latent, or ``split`` into two halves of it (``mha2mla``).
         cache_ratio: Cache numbers per token after conversion over before, at most.
         kv_rank: Latent rank per layer, instead of a ratio.
         exact: Keep every rotating channel and the full rank: the result must equal the original.
@@ -36,7 +40,7 @@ class CompileConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_version: Literal[1] = 1
-    method: Literal["mha2mla"] = "mha2mla"
+    method: Literal["auto", "fisher", "transmla", "mha2mla"] = "auto"
     selection: Literal["auto", "high", "low", "uniform", "2-norm"] = "auto"
     rope_dims: int | None = Field(default=None, ge=0)
     svd: Literal["joint", "split"] = "joint"
@@ -49,6 +53,23 @@ class CompileConfig(BaseModel):
     opset: Literal[23, 24] = 23
     inline: bool = False
     encoders: bool = False
+
+    def chosen_method(self, text: bool) -> str:
+        """The method, ``auto`` resolved.
+
+        Args:
+            text: Whether there is calibration text.
+        """
+        own = self.selection != "auto" or self.svd != "joint" or self.encoders
+        return self.method if self.method != "auto" else "mha2mla" if own or not text else "fisher"
+
+    @model_validator(mode="after")
+    def _settings_of_the_method(self) -> CompileConfig:
+        own = {"selection": self.selection != "auto", "svd": self.svd != "joint"}
+        foreign = [name for name, given in own.items() if given]
+        if foreign and self.method in ("fisher", "transmla"):
+            raise ValueError(f"{' and '.join(foreign)} belong to the method mha2mla, not to {self.method}")
+        return self
 
     @model_validator(mode="after")
     def _one_size(self) -> CompileConfig:

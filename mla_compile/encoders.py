@@ -17,7 +17,7 @@ from mla_compile.config import CompileConfig, make_config
 from mla_compile.encoder_report import EncoderReport, EncoderVerification, projection_multiplications
 from mla_compile.errors import RefusedError, UsageError
 from mla_compile.passes.evaluate import example_inputs
-from mla_compile.passes.factorise import METHODS
+from mla_compile.passes.factorise import factorise_mha2mla
 from mla_compile.passes.insert_low_rank import insert_low_rank
 from mla_compile.passes.layout import Sizes
 from mla_compile.passes.lower_onnx import EncoderFace
@@ -185,9 +185,8 @@ def _convert(
     config: CompileConfig,
     stages: Stages,
 ) -> LowRankModel:
-    factorise = METHODS[config.method]
     weights = [
-        factorise(site, read_site(program, site), plan, config, None)
+        factorise_mha2mla(site, read_site(program, site), plan, config, None)
         for site, plan in stages.each("factorise", zip(sites, plans, strict=True), len(sites))
     ]
     with stages.stage("rewrite"):

@@ -15,7 +15,7 @@ from mla_compile.artifacts import write_seq2seq_onnx
 from mla_compile.config import CompileConfig, make_config
 from mla_compile.encoders import inputs_to_compare
 from mla_compile.errors import RefusedError, UsageError
-from mla_compile.passes.factorise import METHODS, LatentWeights
+from mla_compile.passes.factorise import LatentWeights, factorise_mha2mla
 from mla_compile.passes.insert_latent import LatentGraph, insert_latent
 from mla_compile.passes.insert_low_rank import insert_rows
 from mla_compile.passes.lower_onnx import CROSS_NAME, EncoderFace
@@ -242,9 +242,8 @@ def _factorised(
     config: CompileConfig,
     stages: Stages,
 ) -> list[LatentWeights]:
-    factorise = METHODS[config.method]
     return [
-        factorise(site, read_site(program, site), plan, config, None)
+        factorise_mha2mla(site, read_site(program, site), plan, config, None)
         for site, plan in stages.each("factorise", zip(sites, plans, strict=True), len(sites))
     ]
 

@@ -12,9 +12,7 @@ always 1, which carries the bias.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -25,7 +23,7 @@ from mla_compile.passes.weights import SiteWeights
 from mla_compile.plan import LatentPlan
 from mla_compile.site import AttentionSite
 
-__all__ = ["METHODS", "LatentWeights", "Method", "factorise_mha2mla", "select_pairs", "truncated_svd"]
+__all__ = ["LatentWeights", "factorise_mha2mla", "select_pairs", "truncated_svd"]
 
 
 @dataclass(frozen=True)
@@ -59,21 +57,6 @@ class LatentWeights:
     def row_width(self, site: AttentionSite) -> int:
         """Numbers in one cache row: latent, rope keys, and the scales of keys and values where they have norms."""
         return self.row.shape[0] + site.key_scales(self.key_up.shape[1]) + site.value_scales
-
-
-class Method(Protocol):
-    """A way to choose latent weights for one site."""
-
-    def __call__(
-        self,
-        site: AttentionSite,
-        weights: SiteWeights,
-        plan: LatentPlan,
-        config: CompileConfig,
-        norms: PairNorms | None,
-    ) -> LatentWeights:
-        """Return the latent weights of one site."""
-        ...
 
 
 def select_pairs(site: AttentionSite, count: int, selection: str, norms: PairNorms | None) -> list[list[int]]:
@@ -202,7 +185,3 @@ def _split_rank(rank: int, key_limit: int, value_limit: int) -> tuple[int, int]:
     keys = min(rank // 2, key_limit)
     values = min(rank - keys, value_limit)
     return rank - values, values
-
-
-METHODS: Mapping[str, Method] = {"mha2mla": factorise_mha2mla}
-"""Factorisation methods by their configuration name."""

@@ -9,9 +9,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,11 +20,11 @@ from torch import Tensor
 from mla_compile.config import CompileConfig
 from mla_compile.errors import UsageError
 from mla_compile.passes.factorise import LatentWeights
-from mla_compile.passes.methods import BATCH, Choice, Task
 from mla_compile.passes.refit import refit_values
 from mla_compile.passes.rope_split import RopeSplit, RotaryChannels, rotary_channels, split_rope
 from mla_compile.passes.search import Divergence, Shares, global_ranks, search_shares
 from mla_compile.passes.statistics import SiteStatistics, collect_statistics
+from mla_compile.passes.task import BATCH, Choice, Task
 from mla_compile.passes.weights import SiteWeights
 from mla_compile.plan import latent_budget, shared_rope_plan
 from mla_compile.runtime.module import LatentModel
@@ -108,7 +106,7 @@ def from_rows(site: AttentionSite, loss: Tensor, up: Tensor, down: Tensor, mean:
 def _root(metrics: Tensor) -> tuple[Tensor, Tensor]:
     """Square roots of ``[n, D, D]`` metrics and their inverses."""
     values, vectors = torch.linalg.eigh((metrics + metrics.mT) / 2)
-    values = values.clamp(min=_FLOOR * float(values.max()))
+    values = values.clamp(min=_FLOOR * float(values.max()) or 1.0)  # where nobody looks, all is alike
     roots = [(vectors * values[:, None] ** power) @ vectors.mT for power in (0.5, -0.5)]
     return roots[0], roots[1]
 
@@ -158,7 +156,7 @@ def fisher(task: Task) -> Choice:
     windows = task.require_windows()
     batches = math.ceil(len(windows) / BATCH)
     statistics = collect_statistics(
-        task.program, task.sites, windows, batch=BATCH, progress=lambda b: task.track("statistics", b, batches)
+        task.program, task.sites, windows, batch=BATCH, progress=lambda b: task.stages.each("statistics", b, batches)
     )
     layers = [
         _Layer(site, weights, measured, rotary_channels(site, weights, measured))
@@ -180,16 +178,18 @@ def fisher(task: Task) -> Choice:
 
     @functools.cache
     def loss(sizes: tuple[_Sizes, ...]) -> float:
-        if any(s.rank < 1 for s in sizes):
+        if any(
+            s.rank < 1 + layer.site.needs_constant(layer.site.qk_dim) for layer, s in zip(layers, sizes, strict=True)
+        ):
             return math.inf
-        next(trials)
+        tried()
         return divergence(_model(task, weights_of(sizes)))
 
     def at(shares: Shares) -> tuple[_Sizes, ...]:
         return tuple(_sizes(layer.site, task.config, shares, len(layer.channels.moment), len(layer.statistics.mean))
                      for layer in layers)  # fmt: skip
 
-    with contextlib.closing(task.track("sizes", itertools.repeat(None))) as trials:
+    with task.stages.stage("sizes") as tried:
         sizes = at(search_shares(lambda shares: loss(at(shares))))
         if not math.isfinite(loss(sizes)):
             raise UsageError(
@@ -201,7 +201,7 @@ def fisher(task: Task) -> Choice:
     weights = weights_of(sizes)
     model = _model(task, weights)
     refitted = refit_values(
-        task.program, task.sites, weights, model, windows, progress=lambda b: task.track("refit", b, batches)
+        task.program, task.sites, weights, model, windows, progress=lambda b: task.stages.each("refit", b, batches)
     )
     if divergence(_model(task, refitted)) < divergence(model):
         weights = refitted
@@ -255,6 +255,6 @@ def _shared_ranks(sizes: tuple[_Sizes, ...], losses: Sequence[Tensor]) -> tuple[
     """The same cache, its latent entries shared among layers by what they are worth."""
     total = sum(s.rank for s in sizes)
     step = 8 if total // len(sizes) >= 64 else 1
-    least = [max(1, min(s.rank, s.rank // 3 // step * step)) for s in sizes]
+    least = [min(s.rank, max(step, s.rank // 3 // step * step)) for s in sizes]
     ranks = global_ranks(losses, total, least, step)
     return tuple(replace(s, rank=rank) for s, rank in zip(sizes, ranks, strict=True))

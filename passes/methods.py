@@ -1,110 +1,18 @@
-"""Ways to choose latent weights: what they are given, what they return, and their names.
-
-A method sees the whole model at once, because what one layer may keep is a question of what the others need.
-"""
+"""Ways to choose latent weights, by the names users know them by."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from collections.abc import Mapping, Sequence
 
-import torch
-from torch import Tensor
-
-from mla_compile.config import CompileConfig
-from mla_compile.errors import UsageError
 from mla_compile.passes.calibrate import PairNorms, pair_norms
-from mla_compile.passes.factorise import LatentWeights, factorise_mha2mla
-from mla_compile.passes.insert_latent import LatentGraph, insert_latent
-from mla_compile.passes.weights import SiteWeights, input_width, read_site
-from mla_compile.plan import LatentPlan, plan_layers
-from mla_compile.program import Program
-from mla_compile.site import AttentionSite, Rejection
+from mla_compile.passes.factorise import factorise_mha2mla
+from mla_compile.passes.fisher import fisher
+from mla_compile.passes.task import Choice, Method, Task
+from mla_compile.passes.transmla import transmla
+from mla_compile.passes.weights import read_site
+from mla_compile.plan import plan_layers
 
-__all__ = ["Choice", "Method", "Task", "Track", "mha2mla", "nothing_left_out"]
-
-_Item = TypeVar("_Item")
-BATCH = 4
-"""Windows per pass over calibration text."""
-
-
-class Track(Protocol):
-    """Shows progress of a loop: its name, its items, and how many there are."""
-
-    def __call__(self, name: str, items: Iterable[_Item], total: int | None = None) -> Generator[_Item]:
-        """Yield the items."""
-        ...
-
-
-@dataclass(frozen=True)
-class Task:
-    """A model to convert.
-
-    Attributes:
-        program: The original.
-        sites: The layers to convert.
-        kept: Its other attention layers.
-        config: What the user asked for.
-        windows: Calibration text ``[windows, length]``, or None.
-        track: Shows progress.
-    """
-
-    program: Program
-    sites: tuple[AttentionSite, ...]
-    kept: tuple[Rejection, ...]
-    config: CompileConfig
-    windows: Tensor | None
-    track: Track
-
-    @property
-    def widths(self) -> list[int]:
-        """Input width of every site's projections."""
-        return [input_width(self.program, site) for site in self.sites]
-
-    def read(self) -> list[SiteWeights]:
-        """Weights of every site."""
-        return [read_site(self.program, site) for site in self.sites]
-
-    def rewrite(self, weights: Sequence[LatentWeights]) -> LatentGraph:
-        """The converted model with some weights."""
-        return insert_latent(self.program, self.sites, weights, torch.float32, self.kept)
-
-    def require_windows(self) -> Tensor:
-        """Calibration text.
-
-        Raises:
-            UsageError: There is none.
-        """
-        if self.windows is None:
-            raise UsageError(
-                f"The method '{self.config.method}' chooses by what the model does on text, and none was given.",
-                "Give some with --calibration FILE, or use --method mha2mla, which can do without.",
-            )
-        return self.windows
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What a method chose.
-
-    Attributes:
-        plans: Shape of every site's cache.
-        weights: Latent weights of every site.
-        notes: What the user should know.
-    """
-
-    plans: tuple[LatentPlan, ...]
-    weights: tuple[LatentWeights, ...]
-    notes: tuple[str, ...] = ()
-
-
-class Method(Protocol):
-    """A way to choose latent weights."""
-
-    def __call__(self, task: Task) -> Choice:
-        """Choose sizes and weights of every site."""
-        ...
+__all__ = ["METHODS", "mha2mla", "nothing_left_out"]
 
 
 def mha2mla(task: Task) -> Choice:
@@ -114,10 +22,12 @@ def mha2mla(task: Task) -> Choice:
     if task.config.selection == "2-norm" and any(p.rope_dims for p in plans):
         windows = task.require_windows()
         batches = -(-len(windows) // 8)
-        norms = pair_norms(task.program, task.sites, windows, progress=lambda b: task.track("calibrate", b, batches))
+        norms = pair_norms(
+            task.program, task.sites, windows, progress=lambda b: task.stages.each("calibrate", b, batches)
+        )
     weights = [
         factorise_mha2mla(site, read_site(task.program, site), plan, task.config, norm)
-        for site, plan, norm in task.track("factorise", zip(task.sites, plans, norms, strict=True), len(plans))
+        for site, plan, norm in task.stages.each("factorise", zip(task.sites, plans, norms, strict=True), len(plans))
     ]
     return Choice(plans, tuple(weights))
 
@@ -129,6 +39,10 @@ def nothing_left_out(task: Task) -> Choice:
     plans = plan_layers(task.sites, task.widths, config)
     weights = [
         factorise_mha2mla(site, read_site(task.program, site), plan, config, None)
-        for site, plan in task.track("factorise", zip(task.sites, plans, strict=True), len(plans))
+        for site, plan in task.stages.each("factorise", zip(task.sites, plans, strict=True), len(plans))
     ]
     return Choice(plans, tuple(weights))
+
+
+METHODS: Mapping[str, Method] = {"fisher": fisher, "transmla": transmla, "mha2mla": mha2mla}
+"""Methods by their configuration name."""

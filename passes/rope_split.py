@@ -30,7 +30,7 @@ class RotaryChannels:
 
     Attributes:
         moment: ``[N, N]`` complex, ``E z z^H``.
-        energy: ``[H, P]``, Fisher-weighted ``E |q|^2`` of every query head's pairs.
+        energy: ``[H, P]``, Fisher-weighted ``E |q|^2`` of every query head's pairs, times ``scale^2 / 4``.
         kept_still: ``[H, P]`` complex, ``a``: what is left of a pair on average that does not rotate.
         kept_at: ``[H, P, P]`` complex, ``b[h, l, m]``: the same for pair ``l`` that rotates at frequency ``m``.
         frequencies: ``[P]`` radians per position.
@@ -73,7 +73,10 @@ def rotary_channels(site: AttentionSite, weights: SiteWeights, statistics: SiteS
     first, second = torch.tensor(site.rope.pairs, dtype=torch.long).reshape(-1, 2).unbind(1)
     key = weights.key.weight
     channels = torch.complex(key[:, first], key[:, second]).flatten(0, 1)
+    bias = torch.complex(weights.key.bias[:, first], weights.key.bias[:, second]).flatten()
+    middle = channels @ statistics.mean.to(channels.dtype)
     moment = channels @ statistics.moment.to(channels.dtype) @ channels.mH
+    moment = moment + torch.outer(middle, bias.conj()) + torch.outer(bias, (middle + bias).conj())
     squares = statistics.query.diagonal(dim1=1, dim2=2)
     frequencies = torch.tensor(site.rope.inv_freq, dtype=torch.float64)
     places = torch.arange(statistics.distance.shape[1], dtype=torch.float64)
@@ -85,7 +88,9 @@ def rotary_channels(site: AttentionSite, weights: SiteWeights, statistics: SiteS
 
     return RotaryChannels(
         moment=moment,
-        energy=squares[:, first] + squares[:, second],
+        # A logit's error is the real part of a product of complex numbers, half of whose square is lost; half again is
+        # the second-order term of the loss.
+        energy=(squares[:, first] + squares[:, second]) * site.scale**2 / 4,
         kept_still=expected(frequencies),
         kept_at=expected(frequencies[:, None] - frequencies[None]),
         frequencies=frequencies,
@@ -114,7 +119,7 @@ def split_rope(site: AttentionSite, found: RotaryChannels, components: int, own:
     moment, rest = found.moment, torch.eye(count, dtype=found.moment.dtype)
     encoders, decoders, targets, loss = [], [], [], 0.0
     for step in range(min(components, count)):
-        weight, target, vector = _best(moment, worth_own if step < own else worth)
+        weight, target, vector = _best(moment, worth_own if step < own else worth, step)
         scale = weight.sqrt()
         usable = scale > 1e-6 * scale.max()
         inverse = torch.where(usable, 1 / scale.clamp(min=1e-300), 0.0)
@@ -140,8 +145,8 @@ def _per_channel(per_head: Tensor, group: int) -> Tensor:
     return grouped
 
 
-def _best(moment: Tensor, worth: Tensor) -> tuple[Tensor, int, Tensor]:
-    """The target frequency whose leading component is worth most.
+def _best(moment: Tensor, worth: Tensor, step: int) -> tuple[Tensor, int, Tensor]:
+    """The target frequency whose leading component is worth most; one of them where nothing is worth anything.
 
     Returns:
         Weights of the channels ``[N]``, the target, and the leading eigenvector ``[N]``.
@@ -160,7 +165,11 @@ def _best(moment: Tensor, worth: Tensor) -> tuple[Tensor, int, Tensor]:
             vector = torch.zeros(len(worth), dtype=moment.dtype)
             vector[chosen] = vectors[:, -1]
             best = (float(values[-1]), target, vector)
-    assert best is not None
+    if best is None:
+        place = step % len(worth)
+        vector = torch.zeros(len(worth), dtype=moment.dtype)
+        vector[place] = 1
+        return vector.real, place % worth.shape[1], vector
     return worth[:, best[1]], best[1], best[2]
 
 

@@ -100,8 +100,11 @@ def global_ranks(losses: Sequence[Tensor], total: int, least: Sequence[int], ste
         for start in range(least[layer], len(loss), step)
     ]
     left = total - sum(ranks)
+    closed: set[int] = set()  # layers that had no room for a block: a later, shorter one must not jump the queue
     for _, layer, size in sorted(blocks, key=lambda block: -block[0]):
-        if size <= left:
+        if size > left:
+            closed.add(layer)
+        elif layer not in closed:
             ranks[layer] += size
             left -= size
     return ranks

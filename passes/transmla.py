@@ -7,8 +7,6 @@ latent of activations balanced by their norms. Queries and biases are placed exa
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,10 +17,10 @@ from mla_compile.config import CompileConfig
 from mla_compile.errors import UsageError
 from mla_compile.passes.factorise import LatentWeights
 from mla_compile.passes.fisher import JointFactors, assemble, from_rows, joint_rows
-from mla_compile.passes.methods import BATCH, Choice, Task
 from mla_compile.passes.rope_split import RopeSplit, RotaryChannels, real_split, rotary_channels, split_rope
 from mla_compile.passes.search import Divergence
 from mla_compile.passes.statistics import SiteStatistics, collect_statistics
+from mla_compile.passes.task import BATCH, Choice, Task
 from mla_compile.passes.weights import SiteWeights
 from mla_compile.plan import LatentPlan, latent_budget, shared_rope_plan
 from mla_compile.runtime.module import LatentModel
@@ -86,7 +84,7 @@ def transmla(task: Task) -> Choice:
     windows = task.require_windows()
     batches = math.ceil(len(windows) / BATCH)
     statistics = collect_statistics(
-        task.program, task.sites, windows, batch=BATCH, progress=lambda b: task.track("statistics", b, batches)
+        task.program, task.sites, windows, batch=BATCH, progress=lambda b: task.stages.each("statistics", b, batches)
     )
     divergence = Divergence(task.program, windows, task.program.vocabulary)
     layers = [
@@ -94,7 +92,7 @@ def transmla(task: Task) -> Choice:
         for site, weights, measured in zip(task.sites, task.read(), statistics, strict=True)
     ]
     best: tuple[float, tuple[LatentPlan, ...], tuple[LatentWeights, ...]] | None = None
-    with contextlib.closing(task.track("sizes", itertools.repeat(None))) as trials:
+    with task.stages.stage("sizes") as tried:
         for collapse in _collapses(layers, task.config):
             smallest = math.inf
             fold = collapse
@@ -102,7 +100,7 @@ def transmla(task: Task) -> Choice:
                 plans = tuple(_plan(layer, task.config, collapse) for layer in layers)
                 if any(plan.kv_rank < 1 for plan in plans):
                     break
-                next(trials)
+                tried()
                 weights = tuple(layer.convert(plan, fold) for layer, plan in zip(layers, plans, strict=True))
                 graph = task.rewrite(weights)
                 cost = divergence(LatentModel(graph.module, graph.rows))

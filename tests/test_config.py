@@ -19,7 +19,7 @@ def test_default_size_is_the_mildest_of_the_paper():
 def test_defaults_choose_no_size_themselves():
     config = make_config()
     assert (config.cache_ratio, config.kv_rank, config.rope_dims, config.exact) == (None, None, None, False)
-    assert (config.method, config.selection, config.svd) == ("mha2mla", "auto", "joint")
+    assert (config.method, config.selection, config.svd) == ("auto", "auto", "joint")
 
 
 ALLOWED = [

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import mla_compile
 from mla_compile import frontend
 from mla_compile.cli import main
-from mla_compile.passes.factorise import METHODS
+from mla_compile.passes.methods import METHODS
 from mla_compile.runtime.onnx_session import OnnxDecoder
 
 SHARED = Path(__file__).parents[1].parent / "shared"

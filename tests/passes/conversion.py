@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mla_compile.config import make_config
-from mla_compile.passes.factorise import METHODS, LatentWeights
+from mla_compile.passes.factorise import LatentWeights, factorise_mha2mla
 from mla_compile.passes.insert_latent import insert_latent
 from mla_compile.passes.weights import input_width, read_site
 from mla_compile.plan import plan_layers
@@ -22,7 +22,7 @@ def latent_weights(program: Program, sites: Sequence[AttentionSite], **settings:
     config = make_config(**{"exact": True, "selection": "uniform", **settings})
     plans = plan_layers(sites, [input_width(program, s) for s in sites], config)
     return [
-        METHODS[config.method](site, read_site(program, site), plan, config, None)
+        factorise_mha2mla(site, read_site(program, site), plan, config, None)
         for site, plan in zip(sites, plans, strict=True)
     ]
 

@@ -1,0 +1,200 @@
+"""Perplexity after conversion without training: every method at every cache size, on text it was not calibrated on.
+
+Run as::
+
+    python benchmarks/quality.py --models DIR... --text FILE --calibration FILE --json OUT [--markdown OUT]
+        [--ratios R...] [--methods M...] [--calibration-windows N] [--windows N]
+
+Every method is given the same calibration windows, and baselines their best setting: ``mha2mla`` the best of two
+selections and several rope dims, ``transmla`` the best of its rope dims and foldings, both by their divergence from the
+original on calibration text. Methods that find no place for a latent are left out at that size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mla_compile import frontend
+from mla_compile.config import make_config
+from mla_compile.corpus import load_tokenizer, read_documents, token_windows, tokenize
+from mla_compile.errors import UsageError
+from mla_compile.evaluate import original_scorer, perplexity
+from mla_compile.passes.methods import METHODS
+from mla_compile.passes.recognise import recognise
+from mla_compile.passes.search import Divergence
+from mla_compile.passes.task import Choice, Task
+from mla_compile.program import Program
+from mla_compile.report import environment
+from mla_compile.runtime.module import LatentModel
+
+_RATIOS = (0.625, 0.5, 0.375, 0.3125, 0.25, 0.125)
+_LENGTH = 256
+
+
+@dataclass(frozen=True)
+class Row:
+    """One conversion, measured."""
+
+    model: str
+    method: str
+    cache_kept: float
+    text: str
+    perplexity: float
+    base_perplexity: float
+    plan: list[dict[str, int]]
+    settings: dict[str, Any]
+    seconds: float
+
+    @property
+    def ratio(self) -> float:
+        """Perplexity over the original's."""
+        return self.perplexity / self.base_perplexity
+
+
+def settings_of(method: str, task: Task, ratio: float) -> Iterator[dict[str, Any]]:
+    """The settings a method is tried with."""
+    if method != "mha2mla":
+        yield {"method": method, "cache_ratio": ratio}
+        return
+    rotary = min(s.rope.rotary_dim for s in task.sites)
+    for selection in ("2-norm", "uniform"):
+        for dims in (2 * 2**k for k in range(max(rotary, 2).bit_length())):
+            if dims <= rotary:
+                yield {"method": method, "cache_ratio": ratio, "selection": selection, "rope_dims": dims}
+
+
+def converted(task: Task, choice: Choice) -> LatentModel:
+    """The model of a choice."""
+    graph = task.rewrite(choice.weights)
+    return LatentModel(graph.module, graph.rows)
+
+
+def best(method: str, task: Task, ratio: float, divergence: Divergence) -> tuple[dict[str, Any], Choice] | None:
+    """A method's best choice by calibration text, or None where none fits."""
+    found: list[tuple[float, dict[str, Any], Choice]] = []
+    for settings in settings_of(method, task, ratio):
+        given = Task(task.program, task.sites, task.kept, make_config(**settings), task.windows)
+        try:
+            choice = METHODS[method](given)
+        except UsageError:
+            continue
+        found.append((divergence(converted(task, choice)), settings, choice))
+    if not found:
+        return None
+    _, settings, choice = min(found, key=lambda f: f[0])
+    return settings, choice
+
+
+def measure(folder: Path, arguments: argparse.Namespace) -> Iterator[Row]:
+    """Convert one model in every way."""
+    program: Program = frontend.load_program(folder)
+    tokenizer = load_tokenizer(str(folder))
+
+    def windows(path: Path, most: int | None) -> Tensor:
+        cut = token_windows(tokenize(read_documents(path), tokenizer), _LENGTH)
+        return cut if most is None else cut[:most]
+
+    recognised = recognise(program)
+    calibration, text = (
+        windows(arguments.calibration, arguments.calibration_windows),
+        windows(arguments.text, arguments.windows),
+    )
+    task = Task(program, recognised.sites, recognised.rejections, make_config(), calibration)
+    divergence = Divergence(program, calibration, program.vocabulary)
+    base = perplexity(original_scorer(program), text).value
+    for ratio in arguments.ratios:
+        for method in arguments.methods:
+            begin = time.perf_counter()
+            chosen = best(method, task, ratio, divergence)
+            if chosen is None:
+                continue
+            settings, choice = chosen
+            seconds = time.perf_counter() - begin
+            model = converted(task, choice)
+            value = perplexity(lambda ids, model=model: model(ids).logits, text).value  # type: ignore[misc]
+            kept = sum(p.elements_after for p in choice.plans) / sum(p.elements_before for p in choice.plans)
+            plan = [{"rope_dims": p.rope_groups * p.rope_dims, "kv_rank": p.kv_rank} for p in choice.plans]
+            yield Row(folder.name, method, kept, arguments.text.name, value, base, plan, settings, seconds)
+
+
+def table(rows: Sequence[Row], ratios: Sequence[float]) -> list[str]:
+    """One Markdown row per model and method: perplexity over the original's."""
+    lines = ["| model | method | " + " | ".join(f"{r:.2%}" for r in ratios) + " |", "|---" * (2 + len(ratios)) + "|"]
+    for model in dict.fromkeys(r.model for r in rows):
+        base = next(r.base_perplexity for r in rows if r.model == model)
+        for method in dict.fromkeys(r.method for r in rows):
+            cells = []
+            for ratio in ratios:
+                found = [
+                    r for r in rows if (r.model, r.method) == (model, method) and r.settings["cache_ratio"] == ratio
+                ]
+                cells.append(f"{found[0].ratio:.4f}" if found else "-")
+            lines.append(f"| {model} ({base:.3f}) | {method} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def excess(rows: Sequence[Row], ratios: Sequence[float]) -> list[str]:
+    """What is left of the better baseline's log-perplexity excess."""
+    lines = ["| model | " + " | ".join(f"{r:.2%}" for r in ratios) + " |", "|---" * (1 + len(ratios)) + "|"]
+    for model in dict.fromkeys(r.model for r in rows):
+        cells = []
+        for ratio in ratios:
+            mine = {r.method: math.log(r.ratio) for r in rows
+                    if r.model == model and r.settings["cache_ratio"] == ratio}  # fmt: skip
+            others = [value for method, value in mine.items() if method != "fisher"]
+            cells.append(f"{mine['fisher'] / min(others):.2f}" if others and "fisher" in mine else "-")
+        lines.append(f"| {model} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", type=Path, nargs="+", required=True)
+    parser.add_argument("--ratios", type=float, nargs="+", default=list(_RATIOS))
+    parser.add_argument("--methods", nargs="+", choices=sorted(METHODS), default=["fisher", "transmla", "mha2mla"])
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--calibration", type=Path, required=True)
+    parser.add_argument("--calibration-windows", type=int, default=128)
+    parser.add_argument("--windows", type=int, help="measure on so many windows only")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--markdown", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    rows: list[Row] = []
+    for folder in arguments.models:
+        for row in measure(folder, arguments):
+            rows.append(row)
+            print(f"{row.model} {row.method} {row.cache_kept:.4f} x{row.ratio:.4f} {row.seconds:.0f} s", flush=True)
+            if arguments.json:
+                arguments.json.write_text(json.dumps([asdict(r) for r in rows], indent=1) + "\n", encoding="utf-8")
+    made = environment()
+    head = [
+        "# Quality right after conversion",
+        "",
+        f"Perplexity over the original's (which stands behind the model's name) on {arguments.text.name}, windows "
+        f"of {_LENGTH} tokens; calibrated on {arguments.calibration_windows} windows of {arguments.calibration.name}; "
+        "no training. Baselines at their best setting by calibration text.",
+        "",
+        ", ".join(f"{name} {made[name]}" for name in ("mla-compile", "torch", "transformers") if name in made) + ".",
+        "",
+    ]
+    lines = [*head, *table(rows, arguments.ratios), "", "What is left of the better baseline's log-perplexity excess:"]
+    lines += ["", *excess(rows, arguments.ratios), ""]
+    print("\n".join(lines))
+    if arguments.markdown:
+        arguments.markdown.write_text("\n".join(lines), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""What a way to choose latent weights is given, and what it returns.
+
+A method sees the whole model at once, because what one layer may keep is a question of what the others need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mla_compile.config import CompileConfig
+from mla_compile.passes.factorise import LatentWeights
+from mla_compile.passes.insert_latent import LatentGraph, insert_latent
+from mla_compile.passes.weights import SiteWeights, input_width, read_site
+from mla_compile.plan import LatentPlan
+from mla_compile.program import Program
+from mla_compile.progress import Stages
+from mla_compile.site import AttentionSite, Rejection
+
+__all__ = ["BATCH", "Choice", "Method", "Task"]
+
+BATCH = 4
+"""Windows per pass over calibration text."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model to convert.
+
+    Attributes:
+        program: The original.
+        sites: The layers to convert.
+        kept: Its other attention layers.
+        config: What the user asked for.
+        windows: Calibration text ``[windows, length]``, or None.
+        stages: Times and shows what runs.
+    """
+
+    program: Program
+    sites: tuple[AttentionSite, ...]
+    kept: tuple[Rejection, ...]
+    config: CompileConfig
+    windows: Tensor | None
+    stages: Stages = field(default_factory=Stages)
+
+    @property
+    def widths(self) -> list[int]:
+        """Input width of every site's projections."""
+        return [input_width(self.program, site) for site in self.sites]
+
+    def read(self) -> list[SiteWeights]:
+        """Weights of every site."""
+        return [read_site(self.program, site) for site in self.sites]
+
+    def rewrite(self, weights: Sequence[LatentWeights]) -> LatentGraph:
+        """The converted model with some weights."""
+        return insert_latent(self.program, self.sites, weights, torch.float32, self.kept)
+
+    def require_windows(self) -> Tensor:
+        """Calibration text, which the caller of a method that needs it has to give."""
+        if self.windows is None:
+            raise ValueError(f"the method '{self.config.method}' needs calibration text")
+        return self.windows
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a method chose.
+
+    Attributes:
+        plans: Shape of every site's cache.
+        weights: Latent weights of every site.
+        notes: What the user should know.
+    """
+
+    plans: tuple[LatentPlan, ...]
+    weights: tuple[LatentWeights, ...]
+    notes: tuple[str, ...] = ()
+
+
+class Method(Protocol):
+    """A way to choose latent weights."""
+
+    def __call__(self, task: Task) -> Choice:
+        """Choose sizes and weights of every site."""
+        ...
