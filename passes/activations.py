@@ -54,8 +54,8 @@ class SiteActivations:
         key: ``[B, S, n, D]``.
         value: ``[B, S, n', Dv]``; ``n'`` may be another divisor of ``H`` than ``n``.
         gradient: ``[B, S, H, Dv]`` derivative of the summed loss by the layer's attention outputs, or None.
-        key_scale: ``[B, S, m]`` inverse norms that the keys were multiplied with, one for each of them or one for all;
-            None where keys have no norm.
+        key_scale: ``[B, S, m]`` inverse norms that the keys were multiplied with: one for each of them or one for all,
+            or none (``m`` is 0) where they have no norm.
     """
 
     source: Tensor
@@ -63,7 +63,7 @@ class SiteActivations:
     key: Tensor
     value: Tensor
     gradient: Tensor | None
-    key_scale: Tensor | None = None
+    key_scale: Tensor
 
 
 def observe_sites(
@@ -170,7 +170,7 @@ def _of_site(site: AttentionSite, seen: Mapping[str, Tensor], slope: Tensor | No
         key=key.float(),
         value=value.float(),
         gradient=None if slope is None else _heads(site, slope, batch).float(),
-        key_scale=None if scale is None else scale.float(),
+        key_scale=key.new_zeros(*key.shape[:2], 0).float() if scale is None else scale.float(),
     )
 
 

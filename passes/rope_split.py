@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mla_compile.passes.statistics import SiteStatistics
+from mla_compile.passes.statistics import SiteStatistics, key_weighting
 from mla_compile.passes.weights import SiteWeights
 from mla_compile.site import AttentionSite
 
@@ -28,9 +28,12 @@ __all__ = ["RopeSplit", "RotaryChannels", "real_split", "rotary_channels", "spli
 class RotaryChannels:
     """The rotary pairs of all key heads as ``N = n * P`` complex channels, and what they are worth.
 
+    Keys are those in front of their norms. What the norms multiply them with is part of the weights of tokens in
+    ``moment``, and of heads in ``energy``: see :func:`~mla_compile.passes.statistics.key_weighting`.
+
     Attributes:
         moment: ``[N, N]`` complex, ``E z z^H``.
-        energy: ``[H, P]``, Fisher-weighted ``E |q|^2`` of every query head's pairs.
+        energy: ``[H, P]``, Fisher-weighted ``E |q|^2`` of every query head's pairs, times its key's mean squared scale.
         kept_still: ``[H, P]`` complex, ``a``: what is left of a pair on average that does not rotate.
         kept_at: ``[H, P, P]`` complex, ``b[h, l, m]``: the same for pair ``l`` that rotates at frequency ``m``.
         frequencies: ``[P]`` radians per position.
@@ -73,8 +76,10 @@ def rotary_channels(site: AttentionSite, weights: SiteWeights, statistics: SiteS
     first, second = torch.tensor(site.rope.pairs, dtype=torch.long).reshape(-1, 2).unbind(1)
     key = weights.key.weight
     channels = torch.complex(key[:, first], key[:, second]).flatten(0, 1)
-    moment = channels @ statistics.moment.to(channels.dtype) @ channels.mH
-    squares = statistics.query.diagonal(dim1=1, dim2=2)
+    factors, inputs = key_weighting(site, statistics)
+    moment = channels @ inputs.to(channels.dtype) @ channels.mH
+    factors = factors.repeat_interleave(site.heads // site.kv_heads)
+    squares = statistics.query.diagonal(dim1=1, dim2=2) * factors[:, None]
     frequencies = torch.tensor(site.rope.inv_freq, dtype=torch.float64)
     places = torch.arange(statistics.distance.shape[1], dtype=torch.float64)
 
