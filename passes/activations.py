@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from mla_compile.passes.layout import Layout, Sizes, per_token, token_axes
-from mla_compile.passes.operands import normalised
+from mla_compile.passes.operands import norm_scale, normalised
 from mla_compile.passes.turned import turn_back
 from mla_compile.program import Program
 from mla_compile.runtime import ops
@@ -54,6 +54,8 @@ class SiteActivations:
         key: ``[B, S, n, D]``.
         value: ``[B, S, n', Dv]``; ``n'`` may be another divisor of ``H`` than ``n``.
         gradient: ``[B, S, H, Dv]`` derivative of the summed loss by the layer's attention outputs, or None.
+        key_scale: ``[B, S, m]`` inverse norms that the keys were multiplied with: one for each of them or one for all,
+            or none (``m`` is 0) where they have no norm.
     """
 
     source: Tensor
@@ -61,6 +63,7 @@ class SiteActivations:
     key: Tensor
     value: Tensor
     gradient: Tensor | None
+    key_scale: Tensor
 
 
 def observe_sites(
@@ -160,12 +163,14 @@ def _of_site(site: AttentionSite, seen: Mapping[str, Tensor], slope: Tensor | No
     query, key, value = (normalised(p, seen[_printed(p)].double()) for p in (site.query, site.key, site.value))
     if site.query.turned is not None:
         query = turn_back(query, site.rope)
+    scale = norm_scale(site.key, seen[_printed(site.key)].double())
     return SiteActivations(
         source=seen[site.key.source].float(),
         query=query.float(),
         key=key.float(),
         value=value.float(),
         gradient=None if slope is None else _heads(site, slope, batch).float(),
+        key_scale=key.new_zeros(*key.shape[:2], 0).float() if scale is None else scale.float(),
     )
 
 

@@ -93,6 +93,8 @@ class Emitter:
                 site.scores.mask.window or 0,
                 float(site.scores.softcap),
                 site.value_scales,
+                True,
+                weights.scaled_rope,
             )
             return self._replace(site.output, site.output_axes, result, weight("output_bias"), site.path, site.order)
 
@@ -192,28 +194,39 @@ class Emitter:
         return self._call(_aten.index_select.default, self._call(_aten.cat.default, parts, -1), 3, back)
 
     def _row(self, site: AttentionSite, weights: LatentWeights, batch: Node, length: Node, weight: _Weights) -> Node:
-        """What a token writes to the cache: the latent, its rope keys (normed), and the scales of keys and values."""
+        """What a token writes to the cache: the latent, its rope keys, and the scales of keys and values.
+
+        Rope keys are normed, unless the scales that are cached belong to them too.
+        """
         row = self._call(_aten.linear.default, self._tokens(site.key.source), weight("row"), weight("row_bias"))
         width = weights.row.shape[0]
         row = self._call(_aten.reshape.default, row, [batch, length, width])
         parts = [row]
         if site.key.norm is not None:
-            rank = weights.key_up.shape[2]
-            groups, half = weights.inv_freq.shape
             scale = self._norm_scale(site.key, site.key.norm, batch, length)
-            parts = [self._call(_aten.slice.Tensor, row, 2, 0, rank)]
-            if half:
-                rope = self._call(_aten.slice.Tensor, row, 2, rank, width)
-                rope = self._call(_aten.reshape.default, rope, [batch, length, groups, 2 * half])
-                rope = self._call(_aten.mul.Tensor, rope, self._call(_aten.unsqueeze.default, scale, -1))
-                shift = weight("rope_shift")
-                rope = rope if shift is None else self._call(_aten.add.Tensor, rope, shift)
-                parts.append(self._call(_aten.reshape.default, rope, [batch, length, groups * 2 * half]))
-            if weights.key_up.shape[1]:
+            if not weights.scaled_rope:
+                parts = self._normed(row, scale, weights, batch, length, weight)
+            if weights.scaled_rope or weights.key_up.shape[1]:
                 parts.append(scale)
         if site.value.norm is not None:
             parts.append(self._norm_scale(site.value, site.value.norm, batch, length))
         return row if len(parts) == 1 else self._call(_aten.cat.default, parts, -1)
+
+    def _normed(
+        self, row: Node, scale: Node, weights: LatentWeights, batch: Node, length: Node, weight: _Weights
+    ) -> list[Node]:
+        """Latent and rope keys of a row ``[B, S, r + groups * rope_dim]``, the latter behind their norm."""
+        rank = weights.key_up.shape[2]
+        groups, half = weights.inv_freq.shape
+        parts = [self._call(_aten.slice.Tensor, row, 2, 0, rank)]
+        if half:
+            rope = self._call(_aten.slice.Tensor, row, 2, rank, weights.row.shape[0])
+            rope = self._call(_aten.reshape.default, rope, [batch, length, groups, 2 * half])
+            rope = self._call(_aten.mul.Tensor, rope, self._call(_aten.unsqueeze.default, scale, -1))
+            shift = weight("rope_shift")
+            rope = rope if shift is None else self._call(_aten.add.Tensor, rope, shift)
+            parts.append(self._call(_aten.reshape.default, rope, [batch, length, groups * 2 * half]))
+        return parts
 
     def _norm_scale(self, projection: Projection, norm: Norm, batch: Node, length: Node) -> Node:
         """``1 / sqrt(mean(y^2) + eps)`` of every group of a projection's outputs, ``[B, S, groups]``."""

@@ -110,6 +110,7 @@ class OpenEmitter(Emitter):
             float(site.scores.softcap),
             site.value_scales,
             False,
+            weights.scaled_rope,
         )
 
     def _batch_and_length(self) -> tuple[Any, Any]:

@@ -42,6 +42,8 @@ class LatentWeights:
         output_bias: ``[heads, v_dim]`` added to attention outputs, or None.
         inv_freq: ``[rope_groups, rope_dim / 2]`` radians per position.
         rope_shift: ``[rope_groups, rope_dim]`` added to the rope keys behind their norm, or None.
+        scaled_rope: Whether rope keys are cached in front of the norms of the keys they are made from, whose scales
+            then multiply whole logits. Nothing can be added behind the norms, so that ``rope_shift`` is None.
     """
 
     query: Tensor
@@ -53,10 +55,17 @@ class LatentWeights:
     output_bias: Tensor | None
     inv_freq: Tensor
     rope_shift: Tensor | None = None
+    scaled_rope: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse a shift that would be scaled with the rope keys."""
+        if self.scaled_rope and self.rope_shift is not None:
+            raise ValueError("Rope keys in front of their norms cannot have a shift behind them.")
 
     def row_width(self, site: AttentionSite) -> int:
         """Numbers in one cache row: latent, rope keys, and the scales of keys and values where they have norms."""
-        return self.row.shape[0] + site.key_scales(self.key_up.shape[1]) + site.value_scales
+        scaled = site.qk_dim if self.scaled_rope else self.key_up.shape[1]
+        return self.row.shape[0] + site.key_scales(scaled) + site.value_scales
 
 
 def select_pairs(site: AttentionSite, count: int, selection: str, norms: PairNorms | None) -> list[list[int]]:

@@ -18,19 +18,19 @@ import torch
 from torch import Tensor
 
 from mla_compile.config import CompileConfig
-from mla_compile.errors import UsageError
+from mla_compile.errors import RefusedError, UsageError
 from mla_compile.passes.factorise import LatentWeights
 from mla_compile.passes.refit import refit_values
 from mla_compile.passes.rope_split import RopeSplit, RotaryChannels, rotary_channels, split_rope
 from mla_compile.passes.search import Divergence, Shares, global_ranks, search_shares
-from mla_compile.passes.statistics import SiteStatistics, collect_statistics
+from mla_compile.passes.statistics import SiteStatistics, collect_statistics, key_weighting
 from mla_compile.passes.task import BATCH, Choice, Task
 from mla_compile.passes.weights import SiteWeights
 from mla_compile.plan import latent_budget, shared_rope_plan
 from mla_compile.runtime.module import LatentModel
 from mla_compile.site import AttentionSite
 
-__all__ = ["JointFactors", "assemble", "fisher", "from_rows", "joint_factors", "joint_rows"]
+__all__ = ["JointFactors", "assemble", "fisher", "from_rows", "joint_factors", "joint_rows", "require_scalable"]
 
 _FLOOR = 1e-7
 """Smallest eigenvalue of a metric, relative to its largest: directions nobody looked at cost a little."""
@@ -58,10 +58,16 @@ class JointFactors:
 def joint_factors(
     site: AttentionSite, weights: SiteWeights, statistics: SiteStatistics, split: RopeSplit
 ) -> JointFactors:
-    """Factorise the rest of the keys and the values together, in units of the loss."""
+    """Factorise the rest of the keys and the values together, in units of the loss.
+
+    Norms of keys weigh tokens and heads (:func:`~mla_compile.passes.statistics.key_weighting`): a head by its own mean
+    squared scale, exactly; tokens, for keys and values alike, halfway between how keys weigh them and how values do.
+    One moment for both keeps the factors exact at full rank, and nested. Norms of values weigh nothing.
+    """
     rows = joint_rows(site, weights, split)
     width, kv_heads = rows.shape[1], site.kv_heads
-    mean, moment = torch.zeros_like(statistics.mean), statistics.moment
+    factors, of_keys = key_weighting(site, statistics)
+    mean, moment = torch.zeros_like(statistics.mean), (statistics.moment + of_keys) / 2
     if not (site.key_bias_matters or site.value_bias_matters):
         mean, moment = statistics.mean, moment - torch.outer(statistics.mean, statistics.mean)
 
@@ -69,7 +75,8 @@ def joint_factors(
     output = statistics.output * statistics.attended[:, None, None]
     owners = torch.tensor(site.value_owners).repeat_interleave(site.heads // len(site.value_owners))
     values_metric = output.new_zeros(int(owners.max()) + 1, *output.shape[1:]).index_add_(0, owners, output)
-    metrics = [_root(query.unflatten(0, (kv_heads, -1)).sum(1)), _root(values_metric)]
+    keys_metric = query.unflatten(0, (kv_heads, -1)).sum(1) * factors[:, None, None]
+    metrics = [_root(keys_metric), _root(values_metric)]
     roots, inverses = (torch.block_diag(*metrics[0][i], *metrics[1][i]) for i in (0, 1))
     weighted = roots @ rows
     values, vectors = torch.linalg.eigh(weighted @ moment @ weighted.T)
@@ -117,8 +124,13 @@ def assemble(
     """Put rope components and the first ``rank`` latent entries into a layer's weights.
 
     Biases are placed as :mod:`~mla_compile.passes.factorise` explains; the constant latent entry, where there is one,
-    is the last of the ``rank``.
+    is the last of the ``rank``. Components are made from keys in front of their norms, and scaled with whole logits.
+
+    Raises:
+        ValueError: There are components, but the keys have a shift behind their norm: see :func:`require_scalable`.
     """
+    if split.inv_freq.numel() and _shifted(site, weights):
+        raise ValueError(f"Keys of {site.path} have a shift behind their norm, which no shared component can carry.")
     constant = int(site.needs_constant(site.qk_dim))
     count, rank = 2 * len(split.inv_freq), rank - constant
     query_map = torch.cat([split.query_rest, split.query_rope], 1)
@@ -144,7 +156,30 @@ def assemble(
         value_up=value_up.mT.contiguous(),
         output_bias=outside if outside.any() else None,
         inv_freq=split.inv_freq[None] if count else torch.zeros(1, 0, dtype=torch.float64),
+        scaled_rope=bool(count) and site.key.norm is not None,
     )
+
+
+def require_scalable(site: AttentionSite, weights: SiteWeights) -> None:
+    """Refuse a layer whose keys cannot be a scale times something linear, which shared components need.
+
+    Raises:
+        RefusedError: A shift behind the keys' norm is more than the same number for all logits of a query.
+    """
+    if _shifted(site, weights):
+        raise RefusedError(
+            f"The key norm of {site.path} adds a bias that rotates or is capped: one rope key for all heads cannot "
+            "carry it.",
+            "Use --method mha2mla, which keeps rope keys behind their norms.",
+        )
+
+
+def _shifted(site: AttentionSite, weights: SiteWeights) -> bool:
+    """Whether a shift of keys behind their norm matters: where it rotates, or where logits are bent or have a rival."""
+    shift = weights.key.shift
+    bent = site.softcap > 0 or site.scores.sinks is not None
+    rotating = sorted({channel for pair in site.rope.pairs for channel in pair})
+    return bool((shift if bent else shift[:, rotating]).any())
 
 
 def fisher(task: Task) -> Choice:
@@ -152,15 +187,18 @@ def fisher(task: Task) -> Choice:
 
     Raises:
         UsageError: There is no calibration text, or the sizes that were asked for do not fit.
+        RefusedError: A layer's keys have a shift behind their norm.
     """
-    windows = task.require_windows()
+    windows, originals = task.require_windows(), task.read()
+    for site, original in zip(task.sites, originals, strict=True):
+        require_scalable(site, original)
     batches = math.ceil(len(windows) / BATCH)
     statistics = collect_statistics(
         task.program, task.sites, windows, batch=BATCH, progress=lambda b: task.stages.each("statistics", b, batches)
     )
     layers = [
         _Layer(site, weights, measured, rotary_channels(site, weights, measured))
-        for site, weights, measured in zip(task.sites, task.read(), statistics, strict=True)
+        for site, weights, measured in zip(task.sites, originals, statistics, strict=True)
     ]
     divergence = Divergence(task.program, windows, task.program.vocabulary)
 

@@ -219,12 +219,14 @@ def _unfolded_attention(
     softcap: float,
     value_scales: int,
     causal: bool,
+    scaled_rope: bool,
 ) -> tuple[Tensor, Tensor]:
     """``mla::latent_attention`` of a sequence to itself in standard operators."""
     query, present = ops.rotate_and_append(query, row, past, cos, sin, key_up.shape[2])
     mask = ops.open_keys(attention_mask, query.shape[1]).unsqueeze(1)
     up = (key_up, value_up, cos.shape[2])
-    return ops.attend_unfolded(query, present, mask, *up, sinks, scale, softcap, value_scales), present
+    attended = ops.attend_unfolded(query, present, mask, *up, sinks, scale, softcap, value_scales, scaled_rope)
+    return attended, present
 
 
 def _exported_to_onnx(exported: ExportedProgram, inputs: Sequence[str], outputs: Sequence[str], opset: int) -> ir.Model:
@@ -304,6 +306,7 @@ def _symbolic_latent_attention(
     softcap: float,
     value_scales: int = 0,
     causal: bool = True,
+    scaled_rope: bool = False,
 ) -> Sequence[Tensor]:
     groups, rope_dim, rank = cos.shape[2], 2 * cos.shape[3], key_up.shape[2]
     key_scales = row.shape[2] - rank - groups * rope_dim - value_scales
@@ -319,6 +322,7 @@ def _symbolic_latent_attention(
             **({"key_scales": key_scales} if key_scales else {}),
             **({"value_scales": value_scales} if value_scales else {}),
             **({} if causal else {"bidirectional": 1}),
+            **({"scaled_rope": 1} if scaled_rope else {}),
         },
         sinks,
         slopes,
@@ -391,6 +395,7 @@ def _add_functions(model: ir.Model, opset: int) -> None:
             slopes="has_slopes" in node.attributes,
             value_scales="value_scales" in node.attributes,
             bidirectional="bidirectional" in node.attributes,
+            scaled_rope="scaled_rope" in node.attributes,
         )
         node.overload = variant.overload
         if node.op_identifier() not in model.functions:

@@ -18,7 +18,7 @@ from mla_compile.passes.trace import DataFlow, ProjectionNode, projections_behin
 from mla_compile.passes.turned import Unscaled, as_read, gains_turn, scaled_by_place
 from mla_compile.site import Norm, Projection, RejectCode, Rope
 
-__all__ = ["MOVES", "ReadOperand", "normalised", "read_operand", "read_query", "root", "with_gains"]
+__all__ = ["MOVES", "ReadOperand", "norm_scale", "normalised", "read_operand", "read_query", "root", "with_gains"]
 
 _aten = torch.ops.aten
 _RESHAPES = frozenset(
@@ -294,12 +294,26 @@ def normalised(projection: Projection, outputs: Tensor) -> Tensor:
     still so.
     """
     heads = outputs[..., torch.tensor(projection.rows)]
-    norm = projection.norm
-    if norm is not None and projection.activation is None:
-        groups = outputs[..., torch.tensor(norm.groups)]
-        if norm.kind == "layer":
-            mean = groups.mean(-1, keepdim=True)
-            heads, groups = heads - mean, groups - mean
-        heads = heads * (groups.square().mean(-1, keepdim=True) + norm.eps).rsqrt()
+    scale = norm_scale(projection, outputs)
+    if scale is not None:
+        assert projection.norm is not None
+        heads = (heads - _centre(projection.norm, outputs)) * scale[..., None]
     heads = heads * torch.tensor(projection.turned or projection.gain, dtype=torch.float64)
     return heads if projection.offset is None else heads + torch.tensor(projection.offset, dtype=torch.float64)
+
+
+def norm_scale(projection: Projection, outputs: Tensor) -> Tensor | None:
+    """What a projection's norm multiplies its groups with: ``[B, S, groups]`` inverse norms from outputs ``[B, S, N]``.
+
+    None where there is no norm between projection and heads, or an activation holds what stands behind it.
+    """
+    norm = projection.norm
+    if norm is None or projection.activation is not None:
+        return None
+    groups = outputs[..., torch.tensor(norm.groups)] - _centre(norm, outputs)
+    return (groups.square().mean(-1) + norm.eps).rsqrt()
+
+
+def _centre(norm: Norm, outputs: Tensor) -> Tensor | float:
+    """What a norm subtracts from its groups: their means ``[B, S, groups, 1]``, or nothing."""
+    return outputs[..., torch.tensor(norm.groups)].mean(-1, keepdim=True) if norm.kind == "layer" else 0.0

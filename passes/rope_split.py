@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mla_compile.passes.statistics import SiteStatistics
+from mla_compile.passes.statistics import SiteStatistics, key_weighting
 from mla_compile.passes.weights import SiteWeights
 from mla_compile.site import AttentionSite
 
@@ -28,9 +28,13 @@ __all__ = ["RopeSplit", "RotaryChannels", "real_split", "rotary_channels", "spli
 class RotaryChannels:
     """The rotary pairs of all key heads as ``N = n * P`` complex channels, and what they are worth.
 
+    Keys are those in front of their norms. What the norms multiply them with is part of the weights of tokens in
+    ``moment``, and of heads in ``energy``: see :func:`~mla_compile.passes.statistics.key_weighting`.
+
     Attributes:
         moment: ``[N, N]`` complex, ``E z z^H``.
-        energy: ``[H, P]``, Fisher-weighted ``E |q|^2`` of every query head's pairs, times ``scale^2 / 4``.
+        energy: ``[H, P]``, Fisher-weighted ``E |q|^2`` of every query head's pairs, times its key's mean squared scale
+            and ``scale^2 / 4``.
         kept_still: ``[H, P]`` complex, ``a``: what is left of a pair on average that does not rotate.
         kept_at: ``[H, P, P]`` complex, ``b[h, l, m]``: the same for pair ``l`` that rotates at frequency ``m``.
         frequencies: ``[P]`` radians per position.
@@ -74,10 +78,12 @@ def rotary_channels(site: AttentionSite, weights: SiteWeights, statistics: SiteS
     key = weights.key.weight
     channels = torch.complex(key[:, first], key[:, second]).flatten(0, 1)
     bias = torch.complex(weights.key.bias[:, first], weights.key.bias[:, second]).flatten()
+    factors, inputs = key_weighting(site, statistics)
     middle = channels @ statistics.mean.to(channels.dtype)
-    moment = channels @ statistics.moment.to(channels.dtype) @ channels.mH
+    moment = channels @ inputs.to(channels.dtype) @ channels.mH
     moment = moment + torch.outer(middle, bias.conj()) + torch.outer(bias, (middle + bias).conj())
-    squares = statistics.query.diagonal(dim1=1, dim2=2)
+    factors = factors.repeat_interleave(site.heads // site.kv_heads)
+    squares = statistics.query.diagonal(dim1=1, dim2=2) * factors[:, None]
     frequencies = torch.tensor(site.rope.inv_freq, dtype=torch.float64)
     places = torch.arange(statistics.distance.shape[1], dtype=torch.float64)
 

@@ -20,7 +20,7 @@ from mla_compile.passes.activations import Attended, SiteActivations, attend_sit
 from mla_compile.program import Program
 from mla_compile.site import AttentionSite
 
-__all__ = ["SiteStatistics", "collect_statistics", "logit_fisher"]
+__all__ = ["SiteStatistics", "collect_statistics", "key_weighting", "logit_fisher"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ class SiteStatistics:
         distance: ``[H, T]``, share of ``(dL/ds)^2`` at every distance between query and key; sums to 1.
         output: ``[H, Dv, Dv]``, ``E (dL/do)(dL/do)^T``.
         attended: ``[H]``, ``E |o|^2 / E |v|^2``: how much of the values' variance is left after averaging.
+        key_squares: ``[n]``, ``E s_g^2`` of what every key head's norm multiplies it with; None where keys have none.
+        key_moment: ``[width, width]``, ``E mean_g s_g^2 x x^T``; None where keys have no norm, and it is ``moment``.
     """
 
     tokens: int
@@ -44,6 +46,23 @@ class SiteStatistics:
     distance: Tensor
     output: Tensor
     attended: Tensor
+    key_squares: Tensor | None = None
+    key_moment: Tensor | None = None
+
+
+def key_weighting(site: AttentionSite, statistics: SiteStatistics) -> tuple[Tensor, Tensor]:
+    """What norms make of the cost of errors of un-normalised keys ``W_g x``.
+
+    An error of ``s_g W_g x`` costs ``E s_g^2 e x x^T e^T``. That moment per key head is written as ``E s_g^2`` of the
+    head times one moment for all: how the size of ``s_g`` depends on the token is taken to be alike in all heads.
+
+    Returns:
+        ``[n]`` factors of the heads, and the moment ``[width, width]`` in the units of ``statistics.moment``; ones and
+        that moment itself where keys have no norm.
+    """
+    if statistics.key_squares is None or statistics.key_moment is None:
+        return torch.ones(site.kv_heads, dtype=torch.float64), statistics.moment
+    return statistics.key_squares, statistics.key_moment / statistics.key_squares.mean()
 
 
 def collect_statistics(
@@ -100,6 +119,8 @@ class _Sums:
     output: Tensor
     attended: Tensor
     value: Tensor
+    key_squares: Tensor
+    key_moment: Tensor
 
     @classmethod
     def zeros(cls, site: AttentionSite, length: int) -> _Sums:
@@ -115,6 +136,8 @@ class _Sums:
             output=zeros(heads, site.v_dim, site.v_dim),
             attended=zeros(heads),
             value=zeros(site.value.heads),
+            key_squares=zeros(site.kv_heads),
+            key_moment=zeros(1),
         )
 
     def add(self, site: AttentionSite, seen: SiteActivations) -> None:
@@ -130,6 +153,10 @@ class _Sums:
         self.output += torch.einsum("bshd,bshe->hde", gradient.double(), gradient.double())
         self.attended += attended.output.double().square().sum((0, 1, 3))
         self.value += seen.value.double().square().sum((0, 1, 3))
+        if seen.key_scale.shape[-1]:
+            squares = seen.key_scale.double().square()
+            self.key_squares += squares.sum((0, 1))  # of one norm for all heads, every head's
+            self.key_moment = self.key_moment + torch.einsum("bs,bsd,bse->de", squares.mean(-1), source, source)
 
     def means(self, site: AttentionSite, tokens: int) -> SiteStatistics:
         return SiteStatistics(
@@ -140,6 +167,8 @@ class _Sums:
             distance=self.distance / self.distance.sum(1, keepdim=True).clamp(min=1e-300),
             output=self.output / tokens,
             attended=self.attended / self.value.repeat_interleave(site.heads // site.value.heads).clamp(min=1e-300),
+            key_squares=None if site.key.norm is None else self.key_squares / tokens,
+            key_moment=None if site.key.norm is None else self.key_moment / tokens,
         )
 
 

@@ -16,10 +16,10 @@ import torch
 from mla_compile.config import CompileConfig
 from mla_compile.errors import UsageError
 from mla_compile.passes.factorise import LatentWeights
-from mla_compile.passes.fisher import JointFactors, assemble, from_rows, joint_rows
+from mla_compile.passes.fisher import JointFactors, assemble, from_rows, joint_rows, require_scalable
 from mla_compile.passes.rope_split import RopeSplit, RotaryChannels, real_split, rotary_channels, split_rope
 from mla_compile.passes.search import Divergence
-from mla_compile.passes.statistics import SiteStatistics, collect_statistics
+from mla_compile.passes.statistics import SiteStatistics, collect_statistics, key_weighting
 from mla_compile.passes.task import BATCH, Choice, Task
 from mla_compile.passes.weights import SiteWeights
 from mla_compile.plan import LatentPlan, latent_budget, shared_rope_plan
@@ -59,19 +59,27 @@ def fold_frequencies(site: AttentionSite, found: RotaryChannels, components: int
 def balanced_factors(
     site: AttentionSite, weights: SiteWeights, statistics: SiteStatistics, split: RopeSplit
 ) -> JointFactors:
-    """Principal components of ``[K_rest / b; V]``, ``b`` making both equally long (TransMLA section 4, BKV)."""
+    """Principal components of ``[K_rest / b; V]``, ``b`` making both equally long (TransMLA section 4, BKV).
+
+    The paper's keys have no norms. Where they do, heads and tokens count as their norms weigh them, as in
+    :func:`~mla_compile.passes.fisher.joint_factors`.
+    """
     rows = joint_rows(site, weights, split)
     keys = site.kv_heads * site.qk_dim
-    lengths = (rows @ statistics.moment * rows).sum(1).clamp(min=0).sqrt()
-    balance = float(lengths[:keys].mean() / lengths[keys:].mean())
+    factors, of_keys = key_weighting(site, statistics)
     scale = torch.ones(len(rows), dtype=torch.float64)
-    scale[:keys] = balance if balance > 0 else 1.0
-    scaled = rows / scale[:, None]
-    values, vectors = torch.linalg.eigh(scaled @ statistics.moment @ scaled.T)
+    scale[:keys] = factors.sqrt().repeat_interleave(site.qk_dim)
+    scaled = rows * scale[:, None]
+    lengths = torch.cat([(x @ m * x).sum(1) for x, m in ((scaled[:keys], of_keys), (scaled[keys:], statistics.moment))])
+    lengths = lengths.clamp(min=0).sqrt()
+    balance = float(lengths[:keys].mean() / lengths[keys:].mean())
+    scale[:keys] /= balance if balance > 0 else 1.0
+    scaled = rows * scale[:, None]
+    values, vectors = torch.linalg.eigh(scaled @ ((statistics.moment + of_keys) / 2) @ scaled.T)
     count = min(rows.shape)
     vectors = vectors.flip(1)[:, :count]
     vectors = vectors * vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
-    up, down = scale[:, None] * vectors, vectors.T @ scaled
+    up, down = vectors / scale[:, None], vectors.T @ scaled
     return from_rows(site, values.flip(0)[:count], up, down, torch.zeros_like(statistics.mean))
 
 
@@ -80,8 +88,11 @@ def transmla(task: Task) -> Choice:
 
     Raises:
         UsageError: There is no calibration text, or no rope dims fit.
+        RefusedError: A layer's keys have a shift behind their norm.
     """
-    windows = task.require_windows()
+    windows, originals = task.require_windows(), task.read()
+    for site, original in zip(task.sites, originals, strict=True):
+        require_scalable(site, original)
     batches = math.ceil(len(windows) / BATCH)
     statistics = collect_statistics(
         task.program, task.sites, windows, batch=BATCH, progress=lambda b: task.stages.each("statistics", b, batches)
@@ -89,7 +100,7 @@ def transmla(task: Task) -> Choice:
     divergence = Divergence(task.program, windows, task.program.vocabulary)
     layers = [
         _Layer(site, weights, measured, rotary_channels(site, weights, measured))
-        for site, weights, measured in zip(task.sites, task.read(), statistics, strict=True)
+        for site, weights, measured in zip(task.sites, originals, statistics, strict=True)
     ]
     best: tuple[float, tuple[LatentPlan, ...], tuple[LatentWeights, ...]] | None = None
     with task.stages.stage("sizes") as tried:

@@ -39,6 +39,8 @@ class Variant:
         value_scales: Rows end in value scales (``LatentAttention`` only); attribute ``value_scales``, how many.
         bidirectional: Every real key is seen, and there may be more or fewer new rows than queries
             (``LatentAttention`` only, without slopes); attribute ``bidirectional``, 1.
+        scaled_rope: Key scales multiply the product of rope keys too (only beside ``key_scales``); attribute
+            ``scaled_rope``, 1.
     """
 
     key_scales: bool = False
@@ -48,6 +50,7 @@ class Variant:
     slopes: bool = False
     value_scales: bool = False
     bidirectional: bool = False
+    scaled_rope: bool = False
 
     @property
     def overload(self) -> str:
@@ -302,21 +305,46 @@ _LATENT_SCORES_KEY_SCALES = """
   scores_BSHT = Reshape (scores_BMT, scores_shape)
 """
 
-_LATENT_SCORES_VALUE_SCALES = """
-  # ---- attend to the rows: the cache is the left operand, read once for all heads; zeros meet the value scales
+_ROWS_AND_SCALES_PRODUCT = """
+  # ---- attend to the rows: the cache is the left operand, read once for all heads; zeros meet the scales
   nothing = CastLike (zero_scalar, query_BSHD)
-  unscaled_shape = Concat <axis = 0> (BS, H, w)
-  unscaled_BSHw = Expand (nothing, unscaled_shape)
-  rows_query_BSHR = Concat <axis = -1> (latent_query_BSHr, placed_BSHR, unscaled_BSHw)
-  row_width = Add (row_rest, w)
+  unscaled_shape = Concat <axis = 0> (BS, H, SCALES)
+  unscaled_BSHx = Expand (nothing, unscaled_shape)
+  rows_query_BSHR = Concat <axis = -1> (latent_query_BSHr, placed_BSHR, unscaled_BSHx)
+  row_width = Add (row_rest, SCALES)
   heads_shape = Concat <axis = 0> (B, SH, row_width)
   rows_query_BMR = Reshape (rows_query_BSHR, heads_shape)
   rows_query_BRM = Transpose <perm = [0, 2, 1]> (rows_query_BMR)
-  scores_BTM = MatMul (ROWS, rows_query_BRM)
-  scores_BMT = Transpose <perm = [0, 2, 1]> (scores_BTM)
+  product_BTM = MatMul (ROWS, rows_query_BRM)
+"""
+
+_LATENT_SCORES_VALUE_SCALES = (
+    _ROWS_AND_SCALES_PRODUCT
+    + """
+  scores_BMT = Transpose <perm = [0, 2, 1]> (product_BTM)
   scores_shape = Concat <axis = 0> (BS, H, T)
   scores_BSHT = Reshape (scores_BMT, scores_shape)
 """
+)
+
+_LATENT_SCORES_SCALED_ROPE = (
+    _ROWS_AND_SCALES_PRODUCT
+    + """
+  # ---- a key's scale belongs to its whole product
+  scales_end = Add (row_rest, m)
+  scales_BTm = Slice (ROWS, row_rest, scales_end, two)
+  scales_BmT = Transpose <perm = [0, 2, 1]> (scales_BTm)
+  scale_axes = Constant <value_ints = [1, 3]> ()
+  scales_B1m1T = Unsqueeze (scales_BmT, scale_axes)
+  per_scale = Div (H, m)
+  product_BMT = Transpose <perm = [0, 2, 1]> (product_BTM)
+  by_scale_shape = Concat <axis = 0> (BS, m, per_scale, T)
+  product_BSmhT = Reshape (product_BMT, by_scale_shape)
+  scores_BSmhT = Mul (product_BSmhT, scales_B1m1T)
+  scores_shape = Concat <axis = 0> (BS, H, T)
+  scores_BSHT = Reshape (scores_BSmhT, scores_shape)
+"""
+)
 
 _CACHED_SCORES = """
   # ---- attend to keys: heads that share a key are queries of one product
@@ -474,7 +502,12 @@ def attention_function(op_type: str, opset: int, variant: Variant = Variant()) -
 
     Returns:
         The function; its overload is the variant's.
+
+    Raises:
+        ValueError: The variant scales rope keys without key scales.
     """
+    if variant.scaled_rope and not variant.key_scales:
+        raise ValueError("scaled_rope needs key_scales: there is nothing to scale rope keys by.")
     # A flag for every optional input: which inputs a node has cannot be told from their number.
     attributes = {
         "key_scales": variant.key_scales,
@@ -484,6 +517,7 @@ def attention_function(op_type: str, opset: int, variant: Variant = Variant()) -
         "has_sinks": variant.sinks,
         "has_slopes": variant.slopes,
         "bidirectional": variant.bidirectional,
+        "scaled_rope": variant.scaled_rope,
     }
     inputs = {"sinks_H": variant.sinks, "slopes_H": variant.slopes}
     text = f"""
@@ -506,7 +540,10 @@ def _latent_body(variant: Variant) -> str:
     keys, values = variant.key_scales, variant.value_scales
     scores = _LATENT_SCORES_VALUE_SCALES if values else _LATENT_SCORES
     if keys:
-        scores = _LATENT_SCORES_KEY_SCALES.replace("SCALES", "scale_width" if values else "m")
+        scores = _LATENT_SCORES_SCALED_ROPE if variant.scaled_rope else _LATENT_SCORES_KEY_SCALES
+    if keys or values:
+        scores = scores.replace("SCALES", "scale_width" if keys and values else "m" if keys else "w")
+    whole = variant.scaled_rope or not keys
     return _over_rows(
         variant,
         [
@@ -520,7 +557,7 @@ def _latent_body(variant: Variant) -> str:
             scores,
             _weights(variant),
             _WEIGHTS_VALUE_SCALES if values else _WEIGHTS,
-            _LATENT_CONTEXT_KEY_SCALES if keys else _LATENT_CONTEXT,
+            _LATENT_CONTEXT if whole else _LATENT_CONTEXT_KEY_SCALES,
             _LATENT_OUTPUT,
         ],
     )

@@ -52,6 +52,7 @@ def latent_attention(
     softcap: float,
     value_scales: int = 0,
     causal: bool = True,
+    scaled_rope: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Attend with a latent cache (DeepSeek-V2 eq. 9-19; MHA2MLA eq. 8-11).
 
@@ -65,14 +66,18 @@ def latent_attention(
     linear in the latent but for one number per norm: that number is the scale. Values normalised after theirs are so
     too: a value is ``s' * value_up c`` with the value's scale ``s'`` for this head.
 
+    Rope keys that are one per norm are cached behind it, and ``s`` is not theirs. One rope key made from keys that have
+    several norms cannot be: with ``scaled_rope`` it is cached in front of them all, and the scale of a head's own norm
+    belongs to both products, ``cap(scale * s * (q_plain . key_up c + q_rope . k_rope)) - slope * distance``.
+
     Attention that is not causal (an encoder's, or a decoder's to an encoder) sees every real key, before or behind, of
     a sequence that may be another one: there are ``N`` new rows, not one per query. It has neither window nor slopes;
     keys of another sequence do not rotate.
 
     Args:
         query: ``[B, S, H, nope_dim + rope_dim]``, not rotated; rotating channels last, as ``[real | imaginary]``.
-        row: ``[B, S, R]``, the new tokens' ``[latent | rope keys | key scales | value scales]``, rope keys normed, not
-            rotated; ``[B, N, R]`` if not causal.
+        row: ``[B, S, R]``, the new tokens' ``[latent | rope keys | key scales | value scales]``, rope keys normed
+            unless ``scaled_rope``, not rotated; ``[B, N, R]`` if not causal.
         past: ``[B, P, R]``, earlier rows, rope keys rotated; with a window at most its last ``window - 1``.
         attention_mask: ``[B, T + S]``, non-zero for real tokens; ``T`` are all earlier tokens, cached or not. ``[B, P +
             N]`` if not causal.
@@ -87,6 +92,7 @@ def latent_attention(
         softcap: Bound of the logits before ``slopes``; 0 for none.
         value_scales: ``w``, how many of a row's last numbers are value scales.
         causal: Whether a query sees no key behind its own. If none of the keys is real, all are seen.
+        scaled_rope: Whether key scales multiply the whole product, and not only that of the latent.
 
     Returns:
         Attention outputs ``[B, S, H, v_dim]`` and the cache with the new rows ``[B, P + S, R]``, of which no more is
@@ -94,8 +100,8 @@ def latent_attention(
         it belongs to the left of all real tokens.)
 
     Raises:
-        ValueError: Sizes do not fit, ``window`` or ``softcap`` is negative, or there is a window or a slope although
-            attention is not causal.
+        ValueError: Sizes do not fit, ``window`` or ``softcap`` is negative, there is a window or a slope although
+            attention is not causal, or ``scaled_rope`` without key scales.
     """
     if value_scales < 0 or (value_scales and query.shape[2] % value_scales):
         raise ValueError(f"{value_scales} value scales do not divide {query.shape[2]} heads.")
@@ -105,6 +111,8 @@ def latent_attention(
             f"A row of {row.shape[2]} numbers leaves {scales} for key scales behind a latent of {key_up.shape[2]} and "
             f"{cos.shape[2]} rope keys of {2 * cos.shape[3]}. Pass none, or a number that divides {heads} heads."
         )
+    if scaled_rope and not scales:
+        raise ValueError("Rope keys cannot be scaled by key scales that the rows do not have. Pass scaled_rope=False.")
     _check_arguments(query, row, past, attention_mask, sinks, slopes, window, softcap)
     if causal and query.shape[1] != row.shape[1]:
         raise ValueError(f"There are {query.shape[1]} queries but {row.shape[1]} new rows. Pass one row per query.")
@@ -126,6 +134,7 @@ def latent_attention(
         softcap,
         value_scales,
         causal,
+        scaled_rope,
     )
 
 
@@ -146,6 +155,7 @@ def _(
     softcap: float,
     value_scales: int = 0,
     causal: bool = True,
+    scaled_rope: bool = False,
 ) -> tuple[Tensor, Tensor]:
     batch, new, heads, _ = query.shape
     present = row.new_empty(batch, kept_rows(past.shape[1] + row.shape[1], window), row.shape[2])
@@ -320,6 +330,7 @@ def attend_folded(
     scale: float,
     softcap: float,
     value_scales: int = 0,
+    scaled_rope: bool = False,
 ) -> Tensor:
     """Attend to the latent rows themselves: ``key_up`` folded into queries, ``value_up`` into outputs.
 
@@ -334,6 +345,7 @@ def attend_folded(
         scale: Factor of the dot products.
         softcap: Bound of the logits, or 0.
         value_scales: How many of a row's last numbers are value scales.
+        scaled_rope: Whether key scales multiply the whole product.
 
     Returns:
         ``[B, S, H, v_dim]``.
@@ -345,16 +357,18 @@ def attend_folded(
     latent, rope, scales = _split_row(present, rank, groups * turned.shape[-1])
     if softcap or scales.shape[-1]:
         of_keys, of_values = scales.split([scales.shape[-1] - value_scales, value_scales], -1)
-        logits = _scaled(_product(latent_query.transpose(1, 2), latent.mT.unsqueeze(1)), of_keys)
-        rope_key = rope.unflatten(2, (groups, turned.shape[-1])).permute(0, 2, 3, 1)
-        logits = logits + _product(turned.transpose(1, 2), rope_key)
+        if scaled_rope:
+            keys = present[..., : rank + rope.shape[-1]]
+            rows = torch.cat([latent_query, _placed(turned, groups)], -1)
+            logits = _scaled(_product(rows.transpose(1, 2), keys.mT.unsqueeze(1)), of_keys)
+        else:
+            logits = _scaled(_product(latent_query.transpose(1, 2), latent.mT.unsqueeze(1)), of_keys)
+            rope_key = rope.unflatten(2, (groups, turned.shape[-1])).permute(0, 2, 3, 1)
+            logits = logits + _product(turned.transpose(1, 2), rope_key)
         weights = _scaled(_weights(logits * scale, mask, sinks, softcap), of_values)
         context = _product(weights.to(latent.dtype), latent.unsqueeze(1)).transpose(1, 2)
     else:
-        # A head's rotating channels belong in its group's slot of the row; the other slots get zeros.
-        slots = torch.eye(groups, dtype=query.dtype, device=query.device)
-        turned = torch.einsum("bsghd,gk->bsghkd", turned.unflatten(2, (groups, -1)), slots).flatten(4).flatten(2, 3)
-        rows = torch.cat([latent_query, turned], -1).transpose(1, 2)  # [B, H, S, R]
+        rows = torch.cat([latent_query, _placed(turned, groups)], -1).transpose(1, 2)  # [B, H, S, R]
         # All heads attend to the same rows: as queries of one head they read them once.
         context = attend(
             rows.flatten(1, 2).unsqueeze(1),
@@ -380,6 +394,7 @@ def attend_unfolded(
     scale: float,
     softcap: float,
     value_scales: int = 0,
+    scaled_rope: bool = False,
 ) -> Tensor:
     """Attend to keys and values up-projected from the latent; arguments as in :func:`attend_folded`."""
     heads, rope_dim = query.shape[2], query.shape[3] - key_up.shape[1]
@@ -389,10 +404,12 @@ def attend_unfolded(
     rope = rope.unflatten(2, (groups, rope_dim)).transpose(1, 2)
     plain, rope, value = (x.repeat_interleave(heads // x.shape[1], 1) for x in (plain, rope, value))
     of_keys, of_values = scales.split([scales.shape[-1] - value_scales, value_scales], -1)
-    plain, value = (_scaled(x.mT, s).mT for x, s in ((plain, of_keys), (value, of_values)))
-    return attend(query.transpose(1, 2), torch.cat([plain, rope], -1), value, mask, sinks, scale, softcap).transpose(
-        1, 2
-    )
+    value = _scaled(value.mT, of_values).mT
+    if scaled_rope:
+        key = _scaled(torch.cat([plain, rope], -1).mT, of_keys).mT
+    else:
+        key = torch.cat([_scaled(plain.mT, of_keys).mT, rope], -1)
+    return attend(query.transpose(1, 2), key, value, mask, sinks, scale, softcap).transpose(1, 2)
 
 
 def _latent_attention(
@@ -411,15 +428,19 @@ def _latent_attention(
     softcap: float,
     value_scales: int = 0,
     causal: bool = True,
+    scaled_rope: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    folds = _folding_pays(query, row, past, cos, key_up, value_up, value_scales, capped=softcap != 0)
+    folds = _folding_pays(
+        query, row, past, cos, key_up, value_up, value_scales, capped=softcap != 0, scaled_rope=scaled_rope
+    )
     query, rows = rotate_and_append(query, row, past, cos, sin, key_up.shape[2])
     if causal:
         mask = score_mask(attention_mask[:, -rows.shape[1] :], query.shape[1], window, slopes, query.dtype)
     else:
         mask = open_keys(attention_mask, query.shape[1]).unsqueeze(1)
     form = attend_folded if folds else attend_unfolded
-    attended = form(query, rows, mask, key_up, value_up, cos.shape[2], sinks, scale, softcap, value_scales)
+    up = (key_up, value_up, cos.shape[2])
+    attended = form(query, rows, mask, *up, sinks, scale, softcap, value_scales, scaled_rope)
     return attended.contiguous(), _kept(rows, window)
 
 
@@ -488,6 +509,12 @@ def _split_row(row: Tensor, rank: int, rope_width: int) -> tuple[Tensor, Tensor,
     return latent, rope, scales
 
 
+def _placed(turned: Tensor, groups: int) -> Tensor:
+    """Rotating channels ``[B, S, H, rope_dim]`` in their group's slot of all rope keys, ``[B, S, H, n * rope_dim]``."""
+    slots = torch.eye(groups, dtype=turned.dtype, device=turned.device)
+    return torch.einsum("bsghd,gk->bsghkd", turned.unflatten(2, (groups, -1)), slots).flatten(4).flatten(2, 3)
+
+
 def _scaled(x: Tensor, scales: Tensor) -> Tensor:
     """``[B, H, S, T]`` times ``[B, T, m]``, one number per key and ``H / m`` heads; ``m`` of 0 changes nothing."""
     if not scales.shape[-1]:
@@ -542,22 +569,23 @@ def _folding_pays(
     value_scales: int,
     *,
     capped: bool,
+    scaled_rope: bool,
 ) -> bool:
     """Compare multiplications of the two forms for this many queries over this many keys."""
     new, heads, head_dim = query.shape[1:]
     total, width = past.shape[1] + row.shape[1], row.shape[2]
     nope, rank = key_up.shape[1:]
     v_dim, scales = value_up.shape[2], _scales(row, cos, key_up) - value_scales
-    if (
-        capped or scales or value_scales
-    ):  # logits of latent and rope keys are products of their own, not one over the whole row
-        width = rank + head_dim - nope + (scales > 0)
+    if capped or scales or value_scales:
+        # Logits of latent and rope keys are products of their own, unless both are scaled; nothing meets the scales.
+        rope = cos.shape[2] * (head_dim - nope) if scaled_rope else head_dim - nope
+        width = rank + rope + (scales > 0)
     folded = heads * new * (total * (width + rank) + rank * (nope + v_dim))
     unfolded = heads * new * total * (head_dim + v_dim) + total * rank * (
         key_up.shape[0] * nope + value_up.shape[0] * v_dim
     )
     if scales:
-        unfolded += heads * total * nope
+        unfolded += heads * total * (head_dim if scaled_rope else nope)
     if value_scales:
         folded += heads * new * total
         unfolded += heads * total * v_dim

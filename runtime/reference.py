@@ -139,6 +139,7 @@ def latent_attention(
     softcap: float = 0.0,
     value_scales: int = 0,
     causal: bool = True,
+    scaled_rope: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Multi-head latent attention with explicit keys and values (MHA2MLA eq. 8-11; DeepSeek-V2 eq. 9-19).
 
@@ -157,20 +158,20 @@ def latent_attention(
     rope_keys = rotate(rope_keys.unflatten(-1, (groups, 2 * half)), cos, sin).flatten(-2)
     rows = torch.cat([past, torch.cat([latent, rope_keys, scales], -1)], 1)
     latent, rope_keys, scales = rows.split(widths, -1)
-    rope_keys = rope_keys.unflatten(-1, (groups, 2 * half))
+    rope_keys = rope_keys.unflatten(-1, (groups, 2 * half)).repeat_interleave(heads // groups, 2)
     keys = torch.einsum("btr,gdr->btgd", latent, key_up).repeat_interleave(heads // key_up.shape[0], 2)
     of_keys, of_values = scales.split([widths[2] - value_scales, value_scales], -1)
     if widths[2] > value_scales:
-        keys = keys * of_keys.repeat_interleave(heads // of_keys.shape[-1], 2)[..., None]
-    keys = torch.cat([keys, rope_keys.repeat_interleave(heads // groups, 2)], -1)
+        of_keys = of_keys.repeat_interleave(heads // of_keys.shape[-1], 2)[..., None]
+        keys, rope_keys = keys * of_keys, rope_keys * of_keys if scaled_rope else rope_keys
+    keys = torch.cat([keys, rope_keys], -1)
     values = torch.einsum("btr,grd->btgd", latent, value_up).repeat_interleave(heads // value_up.shape[0], 2)
     if value_scales:
         values = values * of_values.repeat_interleave(heads // value_scales, 2)[..., None]
     per_head = [x.repeat_interleave(heads // groups, 2) for x in (cos, sin)]
     queries = torch.cat([query[..., :nope], rotate(query[..., nope:], *per_head)], -1)
     mask = attention_mask[:, -rows.shape[1] :]
-    attended = _attend(queries, keys, values, mask, scale, window, sinks, slopes, softcap, causal)
-    return attended, _kept(rows, window)
+    return _attend(queries, keys, values, mask, scale, window, sinks, slopes, softcap, causal), _kept(rows, window)
 
 
 def cached_attention(

@@ -79,6 +79,7 @@ class Case(_Problem):
     rank: int = 5
     key_scales: int = 0
     value_scales: int = 0
+    scaled_rope: bool = False
 
     PER_TOKEN: ClassVar[tuple[str, ...]] = ("query", "row", "cos", "sin")
 
@@ -87,7 +88,8 @@ class Case(_Problem):
         return self.rank + self.rope_groups * 2 * self.half + self.key_scales + self.value_scales
 
     def settings(self, implementation: str = "op") -> dict[str, Any]:
-        return super().settings(implementation) | {"value_scales": self.value_scales}
+        features = {"value_scales": self.value_scales, "scaled_rope": self.scaled_rope}
+        return super().settings(implementation) | features
 
     def shapes(self, new: int, past: int) -> dict[str, tuple[int, ...]]:
         angles = (self.batch, new, self.rope_groups, self.half)
@@ -121,6 +123,7 @@ class Case(_Problem):
         sinks: Tensor | None = None,
         slopes: Tensor | None = None,
         value_scales: int = 0,
+        scaled_rope: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """``mla::latent_attention``, which takes its tensors by position."""
         return ops.latent_attention(
@@ -138,6 +141,7 @@ class Case(_Problem):
             window,
             softcap,
             value_scales,
+            scaled_rope=scaled_rope,
         )
 
     def expected(self, x: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -210,7 +214,7 @@ def _problem(draw: st.DrawFn) -> tuple[dict[str, Any], st.SearchStrategy[int]]:
 def cases(draw: st.DrawFn) -> Case:
     """Any sizes a model may have, head channels present: rope or no rope, grouped or not, padded anywhere."""
     problem, divisors = _problem(draw)
-    nope = draw(st.integers(0, 4))
+    nope, key_scales = draw(st.integers(0, 4)), draw(st.just(0) | divisors)
     return Case(
         **problem,
         rope_groups=draw(divisors),
@@ -218,8 +222,9 @@ def cases(draw: st.DrawFn) -> Case:
         nope=nope,
         half=draw(st.integers(0 if nope else 1, 3)),
         rank=draw(st.integers(1, 6)),
-        key_scales=draw(st.just(0) | divisors),
+        key_scales=key_scales,
         value_scales=draw(st.just(0) | divisors),
+        scaled_rope=key_scales > 0 and draw(st.booleans()),
     )
 
 

@@ -21,7 +21,11 @@ from mla_compile.runtime.onnx_function import CACHED, DOMAIN, LATENT, VERSION, V
 # float32 rounds by 6e-8 of numbers up to about 30; two products and a softmax in between make some 1e-6 of that.
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 VARIANTS = {
-    LATENT: [Variant(*features) for features in product([False, True], repeat=6)],
+    LATENT: [
+        Variant(*features, scaled_rope=scaled)
+        for features in product([False, True], repeat=6)
+        for scaled in (False, True)[: 1 + features[0]]
+    ],
     CACHED: [Variant(False, *features) for features in product([False, True], repeat=4)],
 }
 EVERY_VARIANT = [
@@ -49,6 +53,14 @@ KINDS = {
     "value scales, no rope": Case(half=0, value_scales=4),
     "value scales, all rope": Case(nope=0, value_scales=2),
     "key and value scales": Case(key_scales=1, value_scales=2),
+    "scaled rope": Case(key_scales=2, rope_groups=1, scaled_rope=True),
+    "scaled rope, groups": Case(key_scales=4, scaled_rope=True),
+    "scaled rope, one key scale, value scales": Case(key_scales=1, rope_groups=1, value_scales=2, scaled_rope=True),
+    "scaled rope, no rope": Case(half=0, key_scales=2, scaled_rope=True),
+    "scaled rope, all rope": Case(nope=0, key_scales=2, scaled_rope=True),
+    "scaled rope and everything": Case(
+        key_scales=2, value_scales=4, softcap=1.5, sinks=True, slopes=True, window=3, scaled_rope=True
+    ),
     "everything": Case(key_scales=2, value_scales=4, softcap=1.5, sinks=True, slopes=True, window=3),
     "everything, no rope": Case(half=0, key_scales=2, value_scales=2, softcap=1.5, sinks=True, slopes=True, window=3),
     "cached": CachedCase(),
@@ -61,7 +73,8 @@ STEPS = {"prefill": (5, 0), "chunk": (3, 4), "decoding": (1, 6), "first token": 
 
 def variant_of(case) -> Variant:
     keys, values = (bool(getattr(case, name, 0)) for name in ("key_scales", "value_scales"))
-    return Variant(keys, bool(case.softcap), bool(case.window), case.sinks, case.slopes, values)
+    scaled = getattr(case, "scaled_rope", False)
+    return Variant(keys, bool(case.softcap), bool(case.window), case.sinks, case.slopes, values, scaled_rope=scaled)
 
 
 def case_of(op_type: str, variant: Variant):
@@ -70,7 +83,8 @@ def case_of(op_type: str, variant: Variant):
     features = numbers | {"sinks": variant.sinks, "slopes": variant.slopes}
     if op_type == CACHED:
         return CachedCase(**features)
-    return Case(**features, key_scales=2 * variant.key_scales, value_scales=4 * variant.value_scales)
+    scales = {"key_scales": 2 * variant.key_scales, "value_scales": 4 * variant.value_scales}
+    return Case(**features, **scales, scaled_rope=variant.scaled_rope)
 
 
 def make_node(case, inputs, outputs) -> onnx.NodeProto:
@@ -94,6 +108,7 @@ def make_node(case, inputs, outputs) -> onnx.NodeProto:
     if variant.window:
         sizes["window"] = case.window
     flags = {f"has_{name}": 1 for name in ("sinks", "slopes") if getattr(variant, name)}
+    flags |= {"scaled_rope": 1} if variant.scaled_rope else {}
     return helper.make_node(
         LATENT if latent else CACHED,
         inputs,
@@ -223,12 +238,18 @@ def test_a_variant_has_no_more_than_it_needs(op_type, variant):
     inputs = [name for name in ("sinks", "slopes") if getattr(variant, name)]
     assert [*function.input] == [*plain.input, *(f"{name}_H" for name in inputs)]
     numbers = [name for name in ("key_scales", "value_scales", "softcap", "window") if getattr(variant, name)]
-    assert [*function.attribute] == [*plain.attribute, *numbers, *(f"has_{name}" for name in inputs)]
+    flags = [*(f"has_{name}" for name in inputs), *(["scaled_rope"] if variant.scaled_rope else [])]
+    assert [*function.attribute] == [*plain.attribute, *numbers, *flags]
     assert len(function.node) > len(plain.node) or variant == Variant()
     # Every operation leads to a result: nothing of another variant is left.
     used = {name for node in function.node for name in node.input} | {*function.output}
     unused = {node.output[0] for node in function.node} - used
     assert not unused
+
+
+def test_there_is_no_scaling_without_scales():
+    with pytest.raises(ValueError, match="scaled_rope needs key_scales"):
+        attention_function(LATENT, 23, Variant(value_scales=True, scaled_rope=True))
 
 
 @pytest.mark.parametrize("opset", [23, 24])

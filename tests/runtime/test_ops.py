@@ -29,6 +29,10 @@ KINDS = {
     "one value scale": Case(value_scales=1),
     "value scales, decoding": Case(value_scales=4, new=1, past=6),
     "both scales, no rope": Case(key_scales=4, value_scales=2, half=0),
+    "scaled rope": Case(key_scales=2, rope_groups=1, scaled_rope=True),
+    "scaled rope, decoding": Case(key_scales=2, rope_groups=1, scaled_rope=True, new=1, past=6),
+    "scaled rope, groups": Case(key_scales=4, value_scales=1, scaled_rope=True),
+    "scaled rope, all rope": Case(key_scales=1, nope=0, scaled_rope=True),
     "softcap": Case(softcap=1.5),
     "slopes": Case(slopes=True),
     "sinks": Case(sinks=True),
@@ -37,12 +41,15 @@ KINDS = {
     "everything, decoding": Case(
         key_scales=2, value_scales=1, softcap=1.5, slopes=True, sinks=True, window=3, new=1, past=6
     ),
+    "scaled rope and everything": Case(
+        key_scales=2, value_scales=2, softcap=1.5, slopes=True, sinks=True, window=3, scaled_rope=True
+    ),
     "cached": CachedCase(),
     "cached, decoding": CachedCase(new=1, past=6, kv_heads=1),
     "cached, everything": CachedCase(softcap=1.5, slopes=True, sinks=True, window=3),
     "cached, sinks and slopes": CachedCase(slopes=True, sinks=True),
 }
-TRAINED = ("no rope", "window", "everything", "cached, everything")
+TRAINED = ("no rope", "window", "scaled rope", "everything", "cached, everything")
 
 
 def form(name):
@@ -61,13 +68,14 @@ def form(name):
         window,
         softcap,
         value_scales,
+        scaled_rope,
         sinks=None,
         slopes=None,
     ):
         query, rows = ops.rotate_and_append(query, row, past, cos, sin, key_up.shape[2])
         mask = ops.score_mask(attention_mask[:, -rows.shape[1] :], query.shape[1], window, slopes, query.dtype)
         return getattr(ops, name)(
-            query, rows, mask, key_up, value_up, cos.shape[2], sinks, scale, softcap, value_scales
+            query, rows, mask, key_up, value_up, cos.shape[2], sinks, scale, softcap, value_scales, scaled_rope
         )
 
     return attend
@@ -91,7 +99,15 @@ def test_both_forms_equal_the_reference(attend, case: Case):
 
 @pytest.mark.parametrize(("case", "folds"), [(Case(new=1, past=60), True), (Case(new=60, past=0, rank=30), False)])
 @pytest.mark.parametrize(
-    "features", [{}, {"key_scales": 2}, {"value_scales": 2}, {"softcap": 1.0}, {"sinks": True, "slopes": True}]
+    "features",
+    [
+        {},
+        {"key_scales": 2},
+        {"key_scales": 2, "scaled_rope": True},
+        {"value_scales": 2},
+        {"softcap": 1.0},
+        {"sinks": True, "slopes": True},
+    ],
 )
 def test_takes_the_cheaper_form(case, folds, features, monkeypatch):
     """One query over many keys must not expand them; many queries must not carry a wide latent."""
@@ -188,6 +204,8 @@ def test_misuse_is_an_error(case, changed, message):
         (Case(key_scales=-1), "leaves -1 for key scales"),
         (Case(value_scales=3), "3 value scales do not divide 4 heads"),
         (replace(Case(key_scales=-2), value_scales=2), "leaves -2 for key scales"),
+        (Case(scaled_rope=True), "key scales that the rows do not have"),
+        (Case(value_scales=2, scaled_rope=True), "key scales that the rows do not have"),
         (CachedCase(kv_heads=3), "3 key/value heads do not divide 4 query heads"),
         (CachedCase(v_dim=0), "A row of 10 numbers does not hold 2 keys of 5 and as many values"),
     ],

@@ -60,7 +60,7 @@ def test_attention_is_torchs_with_complex_rotations(heads, kv_heads, window):
 @given(cases())
 def test_latent_attention_is_attention_with_the_keys_it_stands_for(case: Case):
     """Without padding and past, expanding the latent gives ordinary attention over ``[no rope | rope]`` keys."""
-    case = replace(case, key_scales=0, value_scales=0)
+    case = replace(case, key_scales=0, value_scales=0, scaled_rope=False)
     x, heads = case.tensors(real=True, past=0), case.heads
     inv_freq = [0.8, 0.11, 0.02][: case.half]
     angle = torch.outer(torch.arange(case.new).double(), torch.tensor(inv_freq, dtype=torch.float64))
@@ -132,7 +132,7 @@ def test_features_that_say_nothing_change_nothing(implementation, case):
 @IMPLEMENTATIONS
 @given(cases(), st.integers(1, 4))
 def test_scales_of_one_change_nothing_but_the_row(implementation, case: Case, scales):
-    case = replace(case, key_scales=0, value_scales=0)
+    case = replace(case, key_scales=0, value_scales=0, scaled_rope=False)
     x = case.tensors()
     expected, cache = evaluate(implementation, case, x)
     scales = math.gcd(scales, case.heads)
@@ -152,7 +152,7 @@ def test_scales_of_one_change_nothing_but_the_row(implementation, case: Case, sc
 def test_scales_normalise_keys_and_values_after_their_projections(implementation, case: Case):
     """What scales are for: ``k / |k|`` and ``v / |v|`` per up-projection group, with the norms cached beside ``c``."""
     groups = case.up_groups
-    case = replace(case, half=0, nope=max(case.nope, 1), key_scales=groups, value_scales=groups)
+    case = replace(case, half=0, nope=max(case.nope, 1), key_scales=groups, value_scales=groups, scaled_rope=False)
     x = case.tensors()
     rows = torch.cat([x["past"], x["row"]], 1)
     key, value = (
@@ -166,10 +166,33 @@ def test_scales_normalise_keys_and_values_after_their_projections(implementation
     got, _ = evaluate(implementation, case, x | {"past": rows[:, :kept], "row": rows[:, kept:]})
     cached = torch.cat([y.repeat_interleave(case.heads // y.shape[2], 2).flatten(2) for y in unit], -1)
     extras = {name: x[name] for name in ("sinks", "slopes") if name in x}
-    settings = {n: s for n, s in case.settings("reference").items() if n != "value_scales"} | {"kv_heads": case.heads}
+    settings = {n: s for n, s in case.settings("reference").items() if n not in {"value_scales", "scaled_rope"}} | {
+        "kv_heads": case.heads
+    }
     past, row = cached.split([kept, case.new], 1)
     expected, _ = reference.cached_attention(x["query"], row, past, x["attention_mask"], **settings, **extras)
     torch.testing.assert_close(got, expected, **EXACT)
+
+
+@IMPLEMENTATIONS
+@given(cases(), st.data())
+def test_a_shared_rope_key_in_front_of_all_norms_is_one_behind_each(implementation, case: Case, data):
+    """``s (q . k)`` is ``q . (s k)``: a rope key cached once, or once per scale and behind it."""
+    scales = data.draw(st.sampled_from([d for d in range(1, case.heads + 1) if case.heads % d == 0]))
+    case = replace(case, rope_groups=1, key_scales=scales, scaled_rope=True)
+    x = case.tensors()
+    got, cache = evaluate(implementation, case, x)
+
+    def behind(row):
+        latent, rope, scale, rest = row.split([case.rank, 2 * case.half, scales, case.value_scales], -1)
+        normed = (rope[..., None, :] * scale[..., None]).flatten(2)
+        return torch.cat([latent, normed, scale, rest], -1)
+
+    each = replace(case, rope_groups=scales, scaled_rope=False)
+    angles = {name: x[name].expand(-1, -1, scales, -1) for name in ("cos", "sin")}
+    expected, longer = evaluate(implementation, each, x | angles | {name: behind(x[name]) for name in ("row", "past")})
+    torch.testing.assert_close(got, expected, **EXACT)
+    torch.testing.assert_close(behind(cache), longer, **EXACT)
 
 
 @IMPLEMENTATIONS
