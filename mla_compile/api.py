@@ -200,7 +200,7 @@ def compile(
         kept=kept,
         plans=plans,
         bytes_per_element=torch.float32.itemsize,
-        selection=config.selection,
+        selection=config.selection if config.method == "mha2mla" else config.method,
         stages=(),
         verification=verification,
         quality=quality,

@@ -192,11 +192,21 @@ def show_plan(plans: Sequence[LatentPlan], cached: bool = True) -> None:
     _print_table(title, ["#", "layer", "rope dims", "rank", "exact rank", counted, "after"], rows)
 
 
+def _method_row(report: Report) -> list[object]:
+    """How sizes were chosen, and what they are."""
+    method = report.config["method"]
+    if method == "mha2mla":
+        return ["selection", f"{report.selection}, {report.plans[0].rope_dims} rotating channels per head"]
+    dims, ranks = (sorted({getattr(p, name) for p in report.plans}) for name in ("rope_dims", "kv_rank"))
+    shown = [str(n[0]) if len(n) == 1 else f"{n[0]} to {n[-1]}" for n in (dims, ranks)]
+    return ["method", f"{method}: {shown[0]} rotating channels shared by all heads, ranks {shown[1]}"]
+
+
 def show_report(report: Report, out: Path) -> None:
     """What was done, in a few lines."""
     rows: list[list[object]] = [
         ["attention layers", f"{len(report.plans)} converted" + (f", {len(report.kept)} kept" if report.kept else "")],
-        ["selection", f"{report.selection}, {report.plans[0].rope_dims} rotating channels per head"],
+        _method_row(report),
         [
             "cache bytes per token",
             f"{report.cache_bytes_before} -> {report.cache_bytes_after} ({report.cache_ratio:.2%})",
