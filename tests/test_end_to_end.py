@@ -601,3 +601,55 @@ def test_a_module_that_is_not_float32_is_refused(dtype):
         mla_compile.compile(models.llama(num_hidden_layers=1).to(dtype), exact=True)
     assert str(dtype).removeprefix("torch.") in caught.value.message
     assert "model.float()" in caught.value.remedy
+
+
+# ---- methods that choose by text
+
+
+@pytest.fixture(scope="module")
+def chosen(tmp_path_factory, calibrated):
+    """A report by method, of a conversion at half of the cache."""
+
+    @functools.cache
+    def convert(method: str) -> dict:
+        path = tmp_path_factory.mktemp(method) / "tiny.onnx"
+        return json.loads(command(TINY, "--out", path, "--cache-ratio", 0.5, "--method", method, *calibrated, "--json"))
+
+    return convert
+
+
+@pytest.mark.parametrize("method", ["fisher", "transmla"])
+def test_methods_that_choose_by_text(chosen, method):
+    report = chosen(method)
+    assert report["config"]["method"] == report["selection"] == method
+    assert 0.9 * 1024 < report["cache"]["bytes_per_token_after"] <= 1024
+    assert report["verification"]["cache_bytes_per_token"] == report["cache"]["bytes_per_token_after"]
+    assert all(layer["rope_groups"] == 1 for layer in report["layers"])
+    assert {"statistics", "sizes"} <= {stage["name"] for stage in report["stages"]}
+    for link in ("rewrite_error", "decode_error", "lowering_error"):
+        assert 0 <= report["verification"][link] < ROUNDING
+
+
+def test_fisher_loses_the_least(chosen, converted):
+    """Of the log-perplexity that the better of the others costs, less than a third."""
+    others = [chosen("transmla"), json.loads((converted().parent / "report.json").read_text())]
+    least = min(math.log(report["quality"]["ratio"]) for report in others)
+    assert math.log(chosen("fisher")["quality"]["ratio"]) < least / 3
+
+
+def test_text_alone_chooses_fisher(chosen, calibrated, tmp_path):
+    report = json.loads(command(TINY, "--out", tmp_path / "a.onnx", "--cache-ratio", 0.5, *calibrated, "--json"))
+    assert report["layers"] == chosen("fisher")["layers"]
+
+
+def test_plan_by_text_says_what_convert_does(chosen, text):
+    given = ("--calibration", text, "--calibration-tokens", 1024, "--seq-len", 128, "--quiet")
+    found = json.loads(command("plan", TINY, "--cache-ratio", 0.5, "--json", *given))
+    for planned, done in zip(found["layers"], chosen("fisher")["layers"], strict=True):
+        assert planned.items() <= done.items()
+
+
+def test_the_user_may_pin_rope_and_rank(calibrated, tmp_path):
+    settings = ("--method", "fisher", "--rope-dims", 12, "--kv-rank", 20)
+    report = json.loads(command(TINY, "--out", tmp_path / "a.onnx", *settings, *calibrated, "--json"))
+    assert {(layer["rope_dims"], layer["kv_rank"]) for layer in report["layers"]} == {(12, 20)}
