@@ -164,22 +164,20 @@ def require_scalable(site: AttentionSite, weights: SiteWeights) -> None:
     """Refuse a layer whose keys cannot be a scale times something linear, which shared components need.
 
     Raises:
-        RefusedError: A shift behind the keys' norm is more than the same number for all logits of a query.
+        RefusedError: The keys have a shift behind their norm, and it rotates.
     """
     if _shifted(site, weights):
         raise RefusedError(
-            f"The key norm of {site.path} adds a bias that rotates or is capped: one rope key for all heads cannot "
+            f"The key norm of {site.path} has a bias, which rotates with the keys: one rope key for all heads cannot "
             "carry it.",
             "Use --method mha2mla, which keeps rope keys behind their norms.",
         )
 
 
 def _shifted(site: AttentionSite, weights: SiteWeights) -> bool:
-    """Whether a shift of keys behind their norm matters: where it rotates, or where logits are bent or have a rival."""
-    shift = weights.key.shift
-    bent = site.softcap > 0 or site.scores.sinks is not None
+    """Whether keys have a shift behind their norm that rotates; another is the same for all logits of a query."""
     rotating = sorted({channel for pair in site.rope.pairs for channel in pair})
-    return bool((shift if bent else shift[:, rotating]).any())
+    return bool(weights.key.shift[:, rotating].any())
 
 
 def fisher(task: Task) -> Choice:
@@ -187,7 +185,7 @@ def fisher(task: Task) -> Choice:
 
     Raises:
         UsageError: There is no calibration text, or the sizes that were asked for do not fit.
-        RefusedError: A layer's keys have a shift behind their norm.
+        RefusedError: A layer's keys have a shift behind their norm that rotates.
     """
     windows, originals = task.require_windows(), task.read()
     for site, original in zip(task.sites, originals, strict=True):

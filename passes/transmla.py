@@ -88,7 +88,7 @@ def transmla(task: Task) -> Choice:
 
     Raises:
         UsageError: There is no calibration text, or no rope dims fit.
-        RefusedError: A layer's keys have a shift behind their norm.
+        RefusedError: A layer's keys have a shift behind their norm that rotates.
     """
     windows, originals = task.require_windows(), task.read()
     for site, original in zip(task.sites, originals, strict=True):

@@ -37,9 +37,9 @@ from mla_compile.runtime.module import LatentModel
 from mla_compile.runtime.onnx_session import OnnxDecoder
 from mla_compile.site import AttentionSite
 
-# Weights of up to full rank and 24 components are multiplied in another order than the original's, in float32; what
-# the last components and latent entries hold is divided by its size first.
-LOGITS = 1e-4
+# Both sides are float32 models of two layers with other orders of products: 3e-7 was observed, and 5e-2 or more where
+# the scales do not reach the rope keys.
+LOGITS = 1e-5
 LENGTH = 12
 WINDOWS = torch.randint(0, zoo.VOCABULARY, (6, LENGTH), generator=torch.Generator().manual_seed(5))
 IDS = torch.randint(0, zoo.VOCABULARY, (2, LENGTH), generator=torch.Generator().manual_seed(1))
@@ -108,16 +108,6 @@ class Shifted(PerHead):
 
     def keys(self, k: Tensor) -> Tensor:
         return zoo.rotate(self.normed(k) + self.key_gain)
-
-
-class ShiftedAndCapped(Capped):
-    """Without rotation, and yet a bias counts where logits are bent."""
-
-    def queries(self, q: Tensor) -> Tensor:
-        return self.normed(q)
-
-    def keys(self, k: Tensor) -> Tensor:
-        return self.normed(k) + self.key_gain
 
 
 class ShiftedStill(zoo.Attention):
@@ -418,10 +408,9 @@ def test_truncated_models_decode_to_what_they_print_at_once(normed, kind, method
         assert 1e-3 < difference(whole, model.module(IDS)) < 0.5
 
 
-@pytest.mark.parametrize("kind", [Shifted, ShiftedAndCapped])
 @pytest.mark.parametrize("method", [fisher, transmla])
-def test_biases_behind_a_norm_are_refused(normed, kind, method):
-    model = normed[kind]
+def test_a_bias_behind_a_norm_that_rotates_is_refused(normed, method):
+    model = normed[Shifted]
     with pytest.raises(RefusedError, match=r"key norm of layers\.0") as refused:
         method(model.task(cache_ratio=0.75))
     assert "mha2mla" in refused.value.remedy
