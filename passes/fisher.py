@@ -66,7 +66,7 @@ def joint_factors(
     """
     rows = joint_rows(site, weights, split)
     width, kv_heads = rows.shape[1], site.kv_heads
-    factors, of_keys = key_weighting(site, statistics)
+    factors, _, of_keys = key_weighting(site, statistics)
     mean, moment = torch.zeros_like(statistics.mean), (statistics.moment + of_keys) / 2
     if not (site.key_bias_matters or site.value_bias_matters):
         mean, moment = statistics.mean, moment - torch.outer(statistics.mean, statistics.mean)

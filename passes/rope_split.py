@@ -78,8 +78,8 @@ def rotary_channels(site: AttentionSite, weights: SiteWeights, statistics: SiteS
     key = weights.key.weight
     channels = torch.complex(key[:, first], key[:, second]).flatten(0, 1)
     bias = torch.complex(weights.key.bias[:, first], weights.key.bias[:, second]).flatten()
-    factors, inputs = key_weighting(site, statistics)
-    middle = channels @ statistics.mean.to(channels.dtype)
+    factors, mean, inputs = key_weighting(site, statistics)
+    middle = channels @ mean.to(channels.dtype)
     moment = channels @ inputs.to(channels.dtype) @ channels.mH
     moment = moment + torch.outer(middle, bias.conj()) + torch.outer(bias, (middle + bias).conj())
     factors = factors.repeat_interleave(site.heads // site.kv_heads)

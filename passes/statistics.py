@@ -37,6 +37,7 @@ class SiteStatistics:
         attended: ``[H]``, ``E |o|^2 / E |v|^2``: how much of the values' variance is left after averaging.
         key_squares: ``[n]``, ``E s_g^2`` of what every key head's norm multiplies it with; None where keys have none.
         key_moment: ``[width, width]``, ``E mean_g s_g^2 x x^T``; None where keys have no norm, and it is ``moment``.
+        key_mean: ``[width]``, ``E mean_g s_g^2 x``; None where keys have no norm, and it is ``mean``.
     """
 
     tokens: int
@@ -48,21 +49,23 @@ class SiteStatistics:
     attended: Tensor
     key_squares: Tensor | None = None
     key_moment: Tensor | None = None
+    key_mean: Tensor | None = None
 
 
-def key_weighting(site: AttentionSite, statistics: SiteStatistics) -> tuple[Tensor, Tensor]:
+def key_weighting(site: AttentionSite, statistics: SiteStatistics) -> tuple[Tensor, Tensor, Tensor]:
     """What norms make of the cost of errors of un-normalised keys ``W_g x``.
 
     An error of ``s_g W_g x`` costs ``E s_g^2 e x x^T e^T``. That moment per key head is written as ``E s_g^2`` of the
     head times one moment for all: how the size of ``s_g`` depends on the token is taken to be alike in all heads.
 
     Returns:
-        ``[n]`` factors of the heads, and the moment ``[width, width]`` in the units of ``statistics.moment``; ones and
-        that moment itself where keys have no norm.
+        ``[n]`` factors of the heads, and mean ``[width]`` and moment ``[width, width]`` in the units of ``statistics``;
+        ones, and those of ``statistics``, where keys have no norm.
     """
-    if statistics.key_squares is None or statistics.key_moment is None:
-        return torch.ones(site.kv_heads, dtype=torch.float64), statistics.moment
-    return statistics.key_squares, statistics.key_moment / statistics.key_squares.mean()
+    squares, mean, moment = statistics.key_squares, statistics.key_mean, statistics.key_moment
+    if squares is None or mean is None or moment is None:
+        return torch.ones(site.kv_heads, dtype=torch.float64), statistics.mean, statistics.moment
+    return squares, mean / squares.mean(), moment / squares.mean()
 
 
 def collect_statistics(
@@ -121,6 +124,7 @@ class _Sums:
     value: Tensor
     key_squares: Tensor
     key_moment: Tensor
+    key_mean: Tensor
 
     @classmethod
     def zeros(cls, site: AttentionSite, length: int) -> _Sums:
@@ -138,6 +142,7 @@ class _Sums:
             value=zeros(site.value.heads),
             key_squares=zeros(site.kv_heads),
             key_moment=zeros(1),
+            key_mean=zeros(1),
         )
 
     def add(self, site: AttentionSite, seen: SiteActivations) -> None:
@@ -157,6 +162,7 @@ class _Sums:
             squares = seen.key_scale.double().square()
             self.key_squares += squares.sum((0, 1))  # of one norm for all heads, every head's
             self.key_moment = self.key_moment + torch.einsum("bs,bsd,bse->de", squares.mean(-1), source, source)
+            self.key_mean = self.key_mean + torch.einsum("bs,bsd->d", squares.mean(-1), source)
 
     def means(self, site: AttentionSite, tokens: int) -> SiteStatistics:
         return SiteStatistics(
@@ -169,6 +175,7 @@ class _Sums:
             attended=self.attended / self.value.repeat_interleave(site.heads // site.value.heads).clamp(min=1e-300),
             key_squares=None if site.key.norm is None else self.key_squares / tokens,
             key_moment=None if site.key.norm is None else self.key_moment / tokens,
+            key_mean=None if site.key.norm is None else self.key_mean / tokens,
         )
 
 

@@ -66,7 +66,7 @@ def balanced_factors(
     """
     rows = joint_rows(site, weights, split)
     keys = site.kv_heads * site.qk_dim
-    factors, of_keys = key_weighting(site, statistics)
+    factors, _, of_keys = key_weighting(site, statistics)
     scale = torch.ones(len(rows), dtype=torch.float64)
     scale[:keys] = factors.sqrt().repeat_interleave(site.qk_dim)
     scaled = rows * scale[:, None]

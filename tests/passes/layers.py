@@ -164,6 +164,7 @@ class Layer:
             sinks=None if site.scores.sinks is None else torch.tensor(site.scores.sinks, dtype=torch.float64),
             softcap=site.softcap,
             value_scales=site.value_scales,
+            scaled_rope=latent.scaled_rope,
         )
         return biased(output, latent.output_bias)
 
