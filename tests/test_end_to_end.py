@@ -492,10 +492,10 @@ def test_saved_module_is_read_back(compiled, tmp_path):
 
 def test_converted_module_can_be_trained(text, documents, tokenizer, tmp_path):
     """One step lowers the loss, reaches every latent weight, and what is written afterwards is the trained model."""
-    compiled = mla_compile.compile(TINY, cache_ratio=0.25, seq_len=64, calibration=documents)
+    compiled = mla_compile.compile(TINY, cache_ratio=0.25, method="mha2mla", seq_len=64, calibration=documents)
     module = compiled.module
     windows = token_windows(tokenize(documents, tokenizer), 64, 512)
-    optimiser = torch.optim.SGD(module.parameters(), lr=1e-3)
+    optimiser = torch.optim.SGD(module.parameters(), lr=0.05)
 
     def loss() -> torch.Tensor:
         logits = module(windows).logits[:, :-1]
