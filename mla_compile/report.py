@@ -80,7 +80,7 @@ class Report:
         plans: Their latent shapes.
         kept: Layers that were not converted, and why.
         bytes_per_element: Size of one cached number.
-        selection: The rotary selection used.
+        selection: The rotary selection used, or the method where that chooses components itself.
         stages: Times and memory peaks.
         verification: Checks, if they were run.
         quality: Perplexities, if there was text.
