@@ -35,7 +35,6 @@ from mla_compile.passes.search import Divergence
 from mla_compile.passes.task import Choice, Task
 from mla_compile.program import Program
 from mla_compile.report import environment
-from mla_compile.runtime.module import LatentModel
 
 _RATIOS = (0.625, 0.5, 0.375, 0.3125, 0.25, 0.125)
 _LENGTH = 256
@@ -73,12 +72,6 @@ def settings_of(method: str, task: Task, ratio: float) -> Iterator[dict[str, Any
                 yield {"method": method, "cache_ratio": ratio, "selection": selection, "rope_dims": dims}
 
 
-def converted(task: Task, choice: Choice) -> LatentModel:
-    """The model of a choice."""
-    graph = task.rewrite(choice.weights)
-    return LatentModel(graph.module, graph.rows)
-
-
 def best(method: str, task: Task, ratio: float, divergence: Divergence) -> tuple[dict[str, Any], Choice] | None:
     """A method's best choice by calibration text, or None where none fits."""
     found: list[tuple[float, dict[str, Any], Choice]] = []
@@ -88,7 +81,7 @@ def best(method: str, task: Task, ratio: float, divergence: Divergence) -> tuple
             choice = METHODS[method](given)
         except UsageError:
             continue
-        found.append((divergence(converted(task, choice)), settings, choice))
+        found.append((divergence(task.rewrite(choice.weights)), settings, choice))
     if not found:
         return None
     _, settings, choice = min(found, key=lambda f: f[0])
@@ -120,7 +113,7 @@ def measure(folder: Path, arguments: argparse.Namespace) -> Iterator[Row]:
                 continue
             settings, choice = chosen
             seconds = time.perf_counter() - begin
-            model = converted(task, choice)
+            model = task.rewrite(choice.weights)
             value = perplexity(lambda ids, model=model: model(ids).logits, text).value  # type: ignore[misc]
             kept = sum(p.elements_after for p in choice.plans) / sum(p.elements_before for p in choice.plans)
             plan = [{"rope_dims": p.rope_groups * p.rope_dims, "kv_rank": p.kv_rank} for p in choice.plans]

@@ -184,8 +184,7 @@ def compile(
     choice = nothing_left_out(task) if config.exact else METHODS[config.method](task)
     plans = choice.plans
     with stages.stage("rewrite"):
-        graph = task.rewrite(choice.weights)
-    converted = LatentModel(graph.module, graph.rows)
+        converted = task.rewrite(choice.weights)
     verification = None
     ids = text.held_out[:4, :256] if text is not None else _random_ids(program, config)
     quality = _measure(program, converted, text, stages)
@@ -424,8 +423,7 @@ def _settle(config: CompileConfig, text: bool) -> tuple[CompileConfig, tuple[str
 
 def _exact_twin(task: Task) -> LatentModel:
     """The same rewrite with nothing left out."""
-    graph = task.rewrite(nothing_left_out(dataclasses.replace(task, stages=Stages())).weights)
-    return LatentModel(graph.module, graph.rows)
+    return task.rewrite(nothing_left_out(dataclasses.replace(task, stages=Stages())).weights)
 
 
 def _random_ids(program: Program, config: CompileConfig) -> Tensor:

@@ -140,6 +140,18 @@ def check_neighbours(path: Path, source: str, assets: Assets, force: bool) -> No
         raise _belongs_to_another(report)
 
 
+def _check_onnx_target(path: Path, source: str, assets: Assets, force: bool) -> None:
+    """Refuse an ONNX file that cannot be written where it is to go.
+
+    Raises:
+        UsageError: As :func:`check_target` and :func:`check_neighbours`, or for another suffix.
+    """
+    check_target(path, force)
+    if path.suffix != ".onnx":
+        raise UsageError(f"'{path}' is not named like an ONNX file.", "Name it with the suffix .onnx.")
+    check_neighbours(path, source, assets, force)
+
+
 def _is_report(path: Path) -> bool:
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
@@ -172,10 +184,7 @@ def write_onnx(
     Returns:
         The completed report, also written as ``report.json`` beside the file.
     """
-    check_target(path, force)
-    if path.suffix != ".onnx":
-        raise UsageError(f"'{path}' is not named like an ONNX file.", "Name it with the suffix .onnx.")
-    check_neighbours(path, report.source, assets, force)
+    _check_onnx_target(path, report.source, assets, force)
     with _moved_into(path.parent) as folder:
         with stages.stage("lower to ONNX"):
             lower_to_onnx(
@@ -243,10 +252,7 @@ def write_encoder_onnx(
     Returns:
         The completed report, also written as ``report.json`` beside the file.
     """
-    check_target(path, force)
-    if path.suffix != ".onnx":
-        raise UsageError(f"'{path}' is not named like an ONNX file.", "Name it with the suffix .onnx.")
-    check_neighbours(path, report.source, assets, force)
+    _check_onnx_target(path, report.source, assets, force)
     with _moved_into(path.parent) as folder:
         with stages.stage("lower to ONNX"):
             lower_encoder_to_onnx(

@@ -17,13 +17,13 @@ from mla_compile.config import CompileConfig, make_config
 from mla_compile.encoder_report import EncoderReport, EncoderVerification, projection_multiplications
 from mla_compile.errors import RefusedError, UsageError
 from mla_compile.passes.evaluate import example_inputs
-from mla_compile.passes.factorise import factorise_mha2mla
+from mla_compile.passes.factorise import factorise_layers
 from mla_compile.passes.insert_low_rank import insert_low_rank
 from mla_compile.passes.layout import Sizes
 from mla_compile.passes.lower_onnx import EncoderFace
 from mla_compile.passes.recognise import Recognition
 from mla_compile.passes.scores import layer_sizes
-from mla_compile.passes.weights import input_width, read_site
+from mla_compile.passes.weights import input_width
 from mla_compile.plan import LatentPlan, plan_layers
 from mla_compile.program import AnyProgram, Assets, Role
 from mla_compile.progress import Display, Stages
@@ -185,10 +185,7 @@ def _convert(
     config: CompileConfig,
     stages: Stages,
 ) -> LowRankModel:
-    weights = [
-        factorise_mha2mla(site, read_site(program, site), plan, config, None)
-        for site, plan in stages.each("factorise", zip(sites, plans, strict=True), len(sites))
-    ]
+    weights = factorise_layers(program, sites, plans, config, stages)
     with stages.stage("rewrite"):
         graph = insert_low_rank(program, sites, weights, torch.float32)
     return LowRankModel(graph, list(program.user_inputs), list(program.outputs))

@@ -15,14 +15,14 @@ from mla_compile.artifacts import write_seq2seq_onnx
 from mla_compile.config import CompileConfig, make_config
 from mla_compile.encoders import inputs_to_compare
 from mla_compile.errors import RefusedError, UsageError
-from mla_compile.passes.factorise import LatentWeights, factorise_mha2mla
+from mla_compile.passes.factorise import factorise_layers
 from mla_compile.passes.insert_latent import LatentGraph, insert_latent
 from mla_compile.passes.insert_low_rank import insert_rows
 from mla_compile.passes.lower_onnx import CROSS_NAME, EncoderFace
 from mla_compile.passes.recognise import Recognition, recognise
 from mla_compile.passes.scores import layer_sizes
 from mla_compile.passes.split_decoder import encoder_inputs, encoder_layers, split_decoder
-from mla_compile.passes.weights import input_width, read_site
+from mla_compile.passes.weights import input_width
 from mla_compile.plan import LatentPlan, plan_layers
 from mla_compile.program import AnyProgram, Assets, DecoderProgram
 from mla_compile.progress import Display, Stages
@@ -222,8 +222,8 @@ def _convert(
     config: CompileConfig,
     stages: Stages,
 ) -> LatentSeq2Seq:
-    own = _factorised(parts.decoder, parts.inside.sites, plans, config, stages)
-    crossed = _factorised(parts.whole, parts.cross, cross_plans, config, stages)
+    own = factorise_layers(parts.decoder, parts.inside.sites, plans, config, stages)
+    crossed = factorise_layers(parts.whole, parts.cross, cross_plans, config, stages)
     kept = [r for r in parts.inside.rejections if r.site is None]
     inputs = encoder_inputs(parts.whole, parts.cross)
     with stages.stage("rewrite"):
@@ -233,19 +233,6 @@ def _convert(
     names = [CROSS_NAME.format(i) for i in range(len(crossed))]
     decoder = LatentModel(graph.module, graph.rows)
     return LatentSeq2Seq(LowRankModel(encoder, inputs, names), decoder, parts.decoder.encoder_mask)
-
-
-def _factorised(
-    program: AnyProgram,
-    sites: Sequence[AttentionSite],
-    plans: Sequence[LatentPlan],
-    config: CompileConfig,
-    stages: Stages,
-) -> list[LatentWeights]:
-    return [
-        factorise_mha2mla(site, read_site(program, site), plan, config, None)
-        for site, plan in stages.each("factorise", zip(sites, plans, strict=True), len(sites))
-    ]
 
 
 def _verified(

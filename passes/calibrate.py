@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
+from mla_compile.passes.activations import Watcher
 from mla_compile.passes.layout import Sizes, per_token, token_axes
 from mla_compile.passes.operands import normalised
 from mla_compile.program import Program
@@ -28,28 +28,6 @@ class PairNorms:
 
     query: Tensor
     key: Tensor
-
-
-class _Watcher(fx.Interpreter):
-    """Runs a graph, hands watched values to their observers, and frees every value after its last use."""
-
-    def __init__(
-        self, module: fx.GraphModule, watched: Mapping[str, Sequence[Callable[[Tensor, torch.Size], None]]]
-    ) -> None:
-        super().__init__(module)
-        self._watched = watched
-        self._shape = torch.Size()
-
-    def observe(self, shape: torch.Size, inputs: Sequence[Tensor]) -> None:
-        """Run on inputs of ``[batch, length]``, which observers are told."""
-        self._shape = shape
-        self.run(*inputs)
-
-    def run_node(self, n: fx.Node) -> Any:  # noqa: ANN401 - graph values
-        value = super().run_node(n)
-        for observe in self._watched.get(n.name, ()):
-            observe(value, self._shape)
-        return value
 
 
 def pair_norms(
@@ -74,7 +52,7 @@ def pair_norms(
     sums = [
         {role: torch.zeros(p.heads, len(s.rope.pairs), dtype=torch.float64) for role, p in _operands(s)} for s in sites
     ]
-    watched: dict[str, list[Callable[[Tensor, torch.Size], None]]] = {}
+    watched: dict[str, list[Callable[[Tensor, torch.Size], Tensor | None]]] = {}
     nodes, sizes = {n.name: n for n in program.exported.graph.nodes}, Sizes.of(program)
     for site, total in zip(sites, sums, strict=True):
         for role, projection in _operands(site):
@@ -93,7 +71,7 @@ def pair_norms(
 
             watched.setdefault(name, []).append(observe)
 
-    watcher = _Watcher(program.flat_module(), watched)
+    watcher = Watcher(program.flat_module(), watched)
     with torch.inference_mode():
         for ids in progress(windows.split(batch)):
             watcher.observe(ids.shape, program.inputs(ids))

@@ -12,6 +12,7 @@ always 1, which carries the bias.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,11 +20,13 @@ from torch import Tensor
 
 from mla_compile.config import CompileConfig
 from mla_compile.passes.calibrate import PairNorms
-from mla_compile.passes.weights import SiteWeights
+from mla_compile.passes.weights import SiteWeights, read_site
 from mla_compile.plan import LatentPlan
+from mla_compile.program import AnyProgram
+from mla_compile.progress import Stages
 from mla_compile.site import AttentionSite
 
-__all__ = ["LatentWeights", "factorise_mha2mla", "select_pairs", "truncated_svd"]
+__all__ = ["LatentWeights", "factorise_layers", "factorise_mha2mla", "select_pairs", "truncated_svd"]
 
 
 @dataclass(frozen=True)
@@ -180,6 +183,31 @@ def factorise_mha2mla(
         else torch.zeros(1, 0, dtype=torch.float64),
         rope_shift=rope_shift if rope_shift.any() else None,
     )
+
+
+def factorise_layers(
+    program: AnyProgram,
+    sites: Sequence[AttentionSite],
+    plans: Sequence[LatentPlan],
+    config: CompileConfig,
+    stages: Stages,
+    norms: Sequence[PairNorms | None] | None = None,
+) -> list[LatentWeights]:
+    """Factorise every layer by :func:`factorise_mha2mla`, as one stage.
+
+    Args:
+        program: The model that holds the weights.
+        sites: The layers.
+        plans: Shape of every layer's cache.
+        config: Settings.
+        stages: Times and shows what runs.
+        norms: Calibration norms of every layer, needed by the ``2-norm`` selection.
+    """
+    layers = zip(sites, plans, norms or [None] * len(plans), strict=True)
+    return [
+        factorise_mha2mla(site, read_site(program, site), plan, config, norm)
+        for site, plan, norm in stages.each("factorise", layers, len(plans))
+    ]
 
 
 def _channel_order(site: AttentionSite, kept: list[int]) -> list[int]:

@@ -27,7 +27,6 @@ from mla_compile.passes.statistics import SiteStatistics, collect_statistics, ke
 from mla_compile.passes.task import BATCH, Choice, Task
 from mla_compile.passes.weights import SiteWeights
 from mla_compile.plan import latent_budget, shared_rope_plan
-from mla_compile.runtime.module import LatentModel
 from mla_compile.site import AttentionSite
 
 __all__ = ["JointFactors", "assemble", "fisher", "from_rows", "joint_factors", "joint_rows", "require_scalable"]
@@ -219,7 +218,7 @@ def fisher(task: Task) -> Choice:
         ):
             return math.inf
         tried()
-        return divergence(_model(task, weights_of(sizes)))
+        return divergence(task.rewrite(weights_of(sizes)))
 
     def at(shares: Shares) -> tuple[_Sizes, ...]:
         return tuple(_sizes(layer.site, task.config, shares, len(layer.channels.moment), len(layer.statistics.mean))
@@ -235,22 +234,17 @@ def fisher(task: Task) -> Choice:
             losses = [parts(index, s.components, s.own)[1].loss for index, s in enumerate(sizes)]
             sizes = min(sizes, _shared_ranks(sizes, losses), key=loss)
     weights = weights_of(sizes)
-    model = _model(task, weights)
+    model = task.rewrite(weights)
     refitted = refit_values(
         task.program, task.sites, weights, model, windows, progress=lambda b: task.stages.each("refit", b, batches)
     )
-    if divergence(_model(task, refitted)) < divergence(model):
+    if divergence(task.rewrite(refitted)) < divergence(model):
         weights = refitted
     plans = tuple(
         shared_rope_plan(layer.site, len(layer.statistics.mean), s.components, s.rank)
         for layer, s in zip(layers, sizes, strict=True)
     )
     return Choice(plans, weights)
-
-
-def _model(task: Task, weights: Sequence[LatentWeights]) -> LatentModel:
-    graph = task.rewrite(weights)
-    return LatentModel(graph.module, graph.rows)
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from mla_compile.passes.calibrate import PairNorms, pair_norms
-from mla_compile.passes.factorise import factorise_mha2mla
+from mla_compile.passes.factorise import factorise_layers
 from mla_compile.passes.fisher import fisher
 from mla_compile.passes.task import Choice, Method, Task
 from mla_compile.passes.transmla import transmla
-from mla_compile.passes.weights import read_site
 from mla_compile.plan import plan_layers
 
 __all__ = ["METHODS", "mha2mla", "nothing_left_out"]
@@ -25,10 +24,7 @@ def mha2mla(task: Task) -> Choice:
         norms = pair_norms(
             task.program, task.sites, windows, progress=lambda b: task.stages.each("calibrate", b, batches)
         )
-    weights = [
-        factorise_mha2mla(site, read_site(task.program, site), plan, task.config, norm)
-        for site, plan, norm in task.stages.each("factorise", zip(task.sites, plans, norms, strict=True), len(plans))
-    ]
+    weights = factorise_layers(task.program, task.sites, plans, task.config, task.stages, norms)
     return Choice(plans, tuple(weights))
 
 
@@ -37,10 +33,7 @@ def nothing_left_out(task: Task) -> Choice:
     config = task.config.model_copy(update={"exact": True, "selection": "uniform", "rope_dims": None})
     config = config.model_copy(update={"cache_ratio": None, "kv_rank": None})
     plans = plan_layers(task.sites, task.widths, config)
-    weights = [
-        factorise_mha2mla(site, read_site(task.program, site), plan, config, None)
-        for site, plan in task.stages.each("factorise", zip(task.sites, plans, strict=True), len(plans))
-    ]
+    weights = factorise_layers(task.program, task.sites, plans, config, task.stages)
     return Choice(plans, tuple(weights))
 
 

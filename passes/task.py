@@ -14,11 +14,12 @@ from torch import Tensor
 
 from mla_compile.config import CompileConfig
 from mla_compile.passes.factorise import LatentWeights
-from mla_compile.passes.insert_latent import LatentGraph, insert_latent
+from mla_compile.passes.insert_latent import insert_latent
 from mla_compile.passes.weights import SiteWeights, input_width, read_site
 from mla_compile.plan import LatentPlan
 from mla_compile.program import Program
 from mla_compile.progress import Stages
+from mla_compile.runtime.module import LatentModel
 from mla_compile.site import AttentionSite, Rejection
 
 __all__ = ["BATCH", "Choice", "Method", "Task"]
@@ -56,9 +57,10 @@ class Task:
         """Weights of every site."""
         return [read_site(self.program, site) for site in self.sites]
 
-    def rewrite(self, weights: Sequence[LatentWeights]) -> LatentGraph:
+    def rewrite(self, weights: Sequence[LatentWeights]) -> LatentModel:
         """The converted model with some weights."""
-        return insert_latent(self.program, self.sites, weights, torch.float32, self.kept)
+        graph = insert_latent(self.program, self.sites, weights, torch.float32, self.kept)
+        return LatentModel(graph.module, graph.rows)
 
     def require_windows(self) -> Tensor:
         """Calibration text, which the caller of a method that needs it has to give."""

@@ -23,7 +23,6 @@ from mla_compile.passes.statistics import SiteStatistics, collect_statistics, ke
 from mla_compile.passes.task import BATCH, Choice, Task
 from mla_compile.passes.weights import SiteWeights
 from mla_compile.plan import LatentPlan, latent_budget, shared_rope_plan
-from mla_compile.runtime.module import LatentModel
 from mla_compile.site import AttentionSite
 
 __all__ = ["balanced_factors", "fold_frequencies", "transmla"]
@@ -113,8 +112,7 @@ def transmla(task: Task) -> Choice:
                     break
                 tried()
                 weights = tuple(layer.convert(plan, fold) for layer, plan in zip(layers, plans, strict=True))
-                graph = task.rewrite(weights)
-                cost = divergence(LatentModel(graph.module, graph.rows))
+                cost = divergence(task.rewrite(weights))
                 if best is None or cost < best[0]:
                     best = cost, plans, weights
                 if cost >= smallest:
