@@ -18,18 +18,19 @@ import torch
 from torch import Tensor
 
 from mla_compile.config import CompileConfig
-from mla_compile.errors import RefusedError, UsageError
+from mla_compile.errors import UsageError
 from mla_compile.passes.factorise import LatentWeights
+from mla_compile.passes.layers import MeasuredLayer, measure_layers, rope_is_shifted
 from mla_compile.passes.refit import refit_values
-from mla_compile.passes.rope_split import RopeSplit, RotaryChannels, rotary_channels, split_rope
+from mla_compile.passes.rope_split import RopeSplit, split_rope
 from mla_compile.passes.search import Divergence, Shares, global_ranks, search_shares
-from mla_compile.passes.statistics import SiteStatistics, collect_statistics, key_weighting
+from mla_compile.passes.statistics import SiteStatistics, key_weighting
 from mla_compile.passes.task import BATCH, Choice, Task
 from mla_compile.passes.weights import SiteWeights
 from mla_compile.plan import latent_budget, shared_rope_plan
 from mla_compile.site import AttentionSite
 
-__all__ = ["JointFactors", "assemble", "fisher", "from_rows", "joint_factors", "joint_rows", "require_scalable"]
+__all__ = ["JointFactors", "assemble", "fisher", "from_rows", "joint_factors", "joint_rows"]
 
 _FLOOR = 1e-7
 """Smallest eigenvalue of a metric, relative to its largest: directions nobody looked at cost a little."""
@@ -126,9 +127,10 @@ def assemble(
     is the last of the ``rank``. Components are made from keys in front of their norms, and scaled with whole logits.
 
     Raises:
-        ValueError: There are components, but the keys have a shift behind their norm: see :func:`require_scalable`.
+        ValueError: There are components, but the keys have a shift behind their norm: see
+            :func:`~mla_compile.passes.layers.require_scalable`.
     """
-    if split.inv_freq.numel() and _shifted(site, weights):
+    if split.inv_freq.numel() and rope_is_shifted(site, weights):
         raise ValueError(f"Keys of {site.path} have a shift behind their norm, which no shared component can carry.")
     constant = int(site.needs_constant(site.qk_dim))
     count, rank = 2 * len(split.inv_freq), rank - constant
@@ -159,26 +161,6 @@ def assemble(
     )
 
 
-def require_scalable(site: AttentionSite, weights: SiteWeights) -> None:
-    """Refuse a layer whose keys cannot be a scale times something linear, which shared components need.
-
-    Raises:
-        RefusedError: The keys have a shift behind their norm, and it rotates.
-    """
-    if _shifted(site, weights):
-        raise RefusedError(
-            f"The key norm of {site.path} has a bias, which rotates with the keys: one rope key for all heads cannot "
-            "carry it.",
-            "Use --method mha2mla, which keeps rope keys behind their norms.",
-        )
-
-
-def _shifted(site: AttentionSite, weights: SiteWeights) -> bool:
-    """Whether keys have a shift behind their norm that rotates; another is the same for all logits of a query."""
-    rotating = sorted({channel for pair in site.rope.pairs for channel in pair})
-    return bool(weights.key.shift[:, rotating].any())
-
-
 def fisher(task: Task) -> Choice:
     """Choose components, ranks and weights by what errors do to the loss.
 
@@ -186,17 +168,12 @@ def fisher(task: Task) -> Choice:
         UsageError: There is no calibration text, or the sizes that were asked for do not fit.
         RefusedError: A layer's keys have a shift behind their norm that rotates.
     """
-    windows, originals = task.require_windows(), task.read()
-    for site, original in zip(task.sites, originals, strict=True):
-        require_scalable(site, original)
-    batches = math.ceil(len(windows) / BATCH)
-    statistics = collect_statistics(
-        task.program, task.sites, windows, batch=BATCH, progress=lambda b: task.stages.each("statistics", b, batches)
-    )
-    layers = [
-        _Layer(site, weights, measured, rotary_channels(site, weights, measured))
-        for site, weights, measured in zip(task.sites, originals, statistics, strict=True)
-    ]
+    if (task.config.rope_dims or 0) % 2:
+        raise UsageError(
+            f"--rope-dims {task.config.rope_dims} is odd.", "Channels rotate in pairs: give an even number."
+        )
+    windows = task.require_windows()
+    layers = measure_layers(task)
     divergence = Divergence(task.program, windows, task.program.vocabulary)
 
     @functools.cache
@@ -213,16 +190,13 @@ def fisher(task: Task) -> Choice:
 
     @functools.cache
     def loss(sizes: tuple[_Sizes, ...]) -> float:
-        if any(
-            s.rank < 1 + layer.site.needs_constant(layer.site.qk_dim) for layer, s in zip(layers, sizes, strict=True)
-        ):
+        if any(s.rank < layer.least_rank for layer, s in zip(layers, sizes, strict=True)):
             return math.inf
         tried()
         return divergence(task.rewrite(weights_of(sizes)))
 
     def at(shares: Shares) -> tuple[_Sizes, ...]:
-        return tuple(_sizes(layer.site, task.config, shares, len(layer.channels.moment), len(layer.statistics.mean))
-                     for layer in layers)  # fmt: skip
+        return tuple(_sizes(layer, task.config, shares) for layer in layers)
 
     with task.stages.stage("sizes") as tried:
         sizes = at(search_shares(lambda shares: loss(at(shares))))
@@ -236,25 +210,19 @@ def fisher(task: Task) -> Choice:
     weights = weights_of(sizes)
     model = task.rewrite(weights)
     refitted = refit_values(
-        task.program, task.sites, weights, model, windows, progress=lambda b: task.stages.each("refit", b, batches)
+        task.program,
+        task.sites,
+        weights,
+        model,
+        windows,
+        progress=lambda b: task.stages.each("refit", b, math.ceil(len(windows) / BATCH)),
     )
     if divergence(task.rewrite(refitted)) < divergence(model):
         weights = refitted
     plans = tuple(
-        shared_rope_plan(layer.site, len(layer.statistics.mean), s.components, s.rank)
-        for layer, s in zip(layers, sizes, strict=True)
+        shared_rope_plan(layer.site, layer.width, s.components, s.rank) for layer, s in zip(layers, sizes, strict=True)
     )
     return Choice(plans, weights)
-
-
-@dataclass(frozen=True)
-class _Layer:
-    """Everything known of a layer before its sizes are chosen."""
-
-    site: AttentionSite
-    original: SiteWeights
-    statistics: SiteStatistics
-    channels: RotaryChannels
 
 
 @dataclass(frozen=True)
@@ -266,8 +234,9 @@ class _Sizes:
     rank: int
 
 
-def _sizes(site: AttentionSite, config: CompileConfig, shares: Shares, channels: int, width: int) -> _Sizes:
+def _sizes(layer: MeasuredLayer, config: CompileConfig, shares: Shares) -> _Sizes:
     """Split a layer's budget; the rank is below 1 where there is no room."""
+    site = layer.site
     budget = latent_budget(site, config)
     if config.rope_dims is not None:
         components = config.rope_dims // 2
@@ -275,9 +244,9 @@ def _sizes(site: AttentionSite, config: CompileConfig, shares: Shares, channels:
         components = site.qk_dim // 2
     else:
         components = max(1, round(shares.rope * budget / 2))
-    components = min(components, channels)
+    components = min(components, len(layer.channels.moment))
     rank = config.kv_rank if config.kv_rank is not None else budget - 2 * components
-    plan = shared_rope_plan(site, width, components, rank)
+    plan = shared_rope_plan(site, layer.width, components, rank)
     return _Sizes(components, round(shares.own * components), plan.kv_rank)
 
 

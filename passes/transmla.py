@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
 from mla_compile.config import CompileConfig
 from mla_compile.errors import UsageError
 from mla_compile.passes.factorise import LatentWeights
-from mla_compile.passes.fisher import JointFactors, assemble, from_rows, joint_rows, require_scalable
-from mla_compile.passes.rope_split import RopeSplit, RotaryChannels, real_split, rotary_channels, split_rope
+from mla_compile.passes.fisher import JointFactors, assemble, from_rows, joint_rows
+from mla_compile.passes.layers import MeasuredLayer, measure_layers
+from mla_compile.passes.rope_split import RopeSplit, RotaryChannels, real_split, split_rope
 from mla_compile.passes.search import Divergence
-from mla_compile.passes.statistics import SiteStatistics, collect_statistics, key_weighting
-from mla_compile.passes.task import BATCH, Choice, Task
+from mla_compile.passes.statistics import SiteStatistics, key_weighting
+from mla_compile.passes.task import Choice, Task
 from mla_compile.passes.weights import SiteWeights
 from mla_compile.plan import LatentPlan, latent_budget, shared_rope_plan
 from mla_compile.site import AttentionSite
@@ -89,18 +89,8 @@ def transmla(task: Task) -> Choice:
         UsageError: There is no calibration text, or no rope dims fit.
         RefusedError: A layer's keys have a shift behind their norm that rotates.
     """
-    windows, originals = task.require_windows(), task.read()
-    for site, original in zip(task.sites, originals, strict=True):
-        require_scalable(site, original)
-    batches = math.ceil(len(windows) / BATCH)
-    statistics = collect_statistics(
-        task.program, task.sites, windows, batch=BATCH, progress=lambda b: task.stages.each("statistics", b, batches)
-    )
-    divergence = Divergence(task.program, windows, task.program.vocabulary)
-    layers = [
-        _Layer(site, weights, measured, rotary_channels(site, weights, measured))
-        for site, weights, measured in zip(task.sites, originals, statistics, strict=True)
-    ]
+    layers = measure_layers(task)
+    divergence = Divergence(task.program, task.require_windows(), task.program.vocabulary)
     best: tuple[float, tuple[LatentPlan, ...], tuple[LatentWeights, ...]] | None = None
     with task.stages.stage("sizes") as tried:
         for collapse in _collapses(layers, task.config):
@@ -108,10 +98,10 @@ def transmla(task: Task) -> Choice:
             fold = collapse
             while all(len(layer.site.rope.pairs) % fold == 0 for layer in layers):  # double it while that helps
                 plans = tuple(_plan(layer, task.config, collapse) for layer in layers)
-                if any(plan.kv_rank < 1 for plan in plans):
+                if any(p.kv_rank < layer.least_rank for layer, p in zip(layers, plans, strict=True)):
                     break
                 tried()
-                weights = tuple(layer.convert(plan, fold) for layer, plan in zip(layers, plans, strict=True))
+                weights = tuple(_weights(layer, plan, fold) for layer, plan in zip(layers, plans, strict=True))
                 cost = divergence(task.rewrite(weights))
                 if best is None or cost < best[0]:
                     best = cost, plans, weights
@@ -126,26 +116,17 @@ def transmla(task: Task) -> Choice:
     return Choice(best[1], best[2])
 
 
-@dataclass(frozen=True)
-class _Layer:
-    """Everything known of a layer before its sizes are chosen."""
-
-    site: AttentionSite
-    original: SiteWeights
-    statistics: SiteStatistics
-    channels: RotaryChannels
-
-    def convert(self, plan: LatentPlan, fold: int) -> LatentWeights:
-        """The layer's latent weights."""
-        if plan.rope_dims:
-            split = fold_frequencies(self.site, self.channels, plan.rope_dims // 2, fold)
-        else:
-            split = split_rope(self.site, self.channels.unfolded(), 0, 0)
-        factors = balanced_factors(self.site, self.original, self.statistics, split)
-        return assemble(self.site, self.original, split, factors, plan.kv_rank)
+def _weights(layer: MeasuredLayer, plan: LatentPlan, fold: int) -> LatentWeights:
+    """A layer's latent weights."""
+    if plan.rope_dims:
+        split = fold_frequencies(layer.site, layer.channels, plan.rope_dims // 2, fold)
+    else:
+        split = split_rope(layer.site, layer.channels.unfolded(), 0, 0)
+    factors = balanced_factors(layer.site, layer.original, layer.statistics, split)
+    return assemble(layer.site, layer.original, split, factors, plan.kv_rank)
 
 
-def _collapses(layers: Sequence[_Layer], config: CompileConfig) -> list[int]:
+def _collapses(layers: Sequence[MeasuredLayer], config: CompileConfig) -> list[int]:
     """By how much a head's rotating channels may be divided, to be the shared rope head."""
     pairs = math.gcd(*(len(layer.site.rope.pairs) for layer in layers))
     if not pairs:
@@ -156,8 +137,8 @@ def _collapses(layers: Sequence[_Layer], config: CompileConfig) -> list[int]:
     return [c for c in divisors if all(len(layer.site.rope.pairs) == c * config.rope_dims // 2 for layer in layers)]
 
 
-def _plan(layer: _Layer, config: CompileConfig, collapse: int) -> LatentPlan:
+def _plan(layer: MeasuredLayer, config: CompileConfig, collapse: int) -> LatentPlan:
     site = layer.site
     components = len(site.rope.pairs) // collapse
     rank = config.kv_rank if config.kv_rank is not None else latent_budget(site, config) - 2 * components
-    return shared_rope_plan(site, len(layer.statistics.mean), components, rank)
+    return shared_rope_plan(site, layer.width, components, rank)

@@ -194,15 +194,15 @@ def test_layers_that_are_not_understood_stay_as_they_are():
 
 def test_a_wrong_rewrite_leaves_no_result(monkeypatch):
     """The check must notice weights that are off in one layer."""
-    from mla_compile import encoders
+    from mla_compile.passes import factorise
 
     def spoiled(program, site):
         weights = read(program, site)
         weights.value.weight.mul_(1.01)
         return weights
 
-    read = encoders.read_site
-    monkeypatch.setattr(encoders, "read_site", spoiled)
+    read = factorise.read_site
+    monkeypatch.setattr(factorise, "read_site", spoiled)
     with pytest.raises(VerificationError, match="differs from the original model"):
         convert(ENCODERS["vit"], ENCODERS["vit"].build(), exact=True)
 

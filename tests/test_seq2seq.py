@@ -194,7 +194,7 @@ def test_relative_biases_of_the_decoder_are_refused_with_their_reason():
 
 
 def test_a_wrong_rewrite_leaves_no_result(monkeypatch):
-    from mla_compile import seq2seq
+    from mla_compile.passes import factorise
 
     def spoiled(program, site):
         weights = read(program, site)
@@ -202,8 +202,8 @@ def test_a_wrong_rewrite_leaves_no_result(monkeypatch):
             weights.value.weight.mul_(1.01)
         return weights
 
-    read = seq2seq.read_site
-    monkeypatch.setattr(seq2seq, "read_site", spoiled)
+    read = factorise.read_site
+    monkeypatch.setattr(factorise, "read_site", spoiled)
     with pytest.raises(VerificationError, match="differs from the original model"):
         mla_compile.compile(ENCODERS["bart"].build(), encoders=True, exact=True)
 

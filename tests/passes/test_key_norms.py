@@ -22,8 +22,9 @@ from mla_compile.config import make_config
 from mla_compile.errors import RefusedError
 from mla_compile.passes.activations import observe_sites
 from mla_compile.passes.factorise import LatentWeights
-from mla_compile.passes.fisher import assemble, fisher, joint_factors, require_scalable
+from mla_compile.passes.fisher import assemble, fisher, joint_factors
 from mla_compile.passes.insert_latent import insert_latent
+from mla_compile.passes.layers import require_scalable
 from mla_compile.passes.lower_onnx import lower_to_onnx
 from mla_compile.passes.recognise import recognise
 from mla_compile.passes.rope_split import RopeSplit, rotary_channels, split_rope
