@@ -219,6 +219,8 @@ def compile(
         stages=(),
         verification=verification,
         quality=quality,
+        forecasts=choice.forecasts,
+        deepseek=choice.deepseek,
         layer_errors=errors,
         warnings=(*notes, *choice.notes, *_warnings(plans, kept, quality, config), *_hurt(plans, errors)),
     )
@@ -383,9 +385,10 @@ def _require_text(config: CompileConfig, calibration: Text | None) -> None:
     Raises:
         UsageError: The method needs text.
     """
-    if calibration is None and not config.exact and config.method in ("fisher", "transmla"):
+    method = config.chosen_method(calibration is not None)
+    if calibration is None and not config.exact and method in ("fisher", "transmla"):
         raise UsageError(
-            f"The method '{config.method}' chooses by what the model does on text, and none was given.",
+            f"The method '{method}' chooses by what the model does on text, and none was given.",
             "Give some with --calibration FILE, or use --method mha2mla, which can do without.",
         )
 

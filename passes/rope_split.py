@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from mla_compile.passes.lanczos import leading_vectors
 from mla_compile.passes.statistics import SiteStatistics, key_weighting
 from mla_compile.passes.weights import SiteWeights
 from mla_compile.site import AttentionSite
@@ -25,16 +26,14 @@ __all__ = ["RopeSplit", "RotaryChannels", "real_split", "rotary_channels", "spli
 
 _USABLE = 1e-6
 """Channels whose root of worth is smaller than this, relative to the largest, take no part in a component."""
-_SAME = 1e-9
-"""Relative difference of frequencies that are taken to be one."""
+_SAME = 1e-5
+"""Relative difference of frequencies that are taken to be one: models compute them in float32."""
 _BATCH = 8
 """Targets that are tried side by side: one pass over the moment serves them all."""
 _ROUGH, _FINE = 1e-3, 1e-10
 """Residuals of eigenvectors that are compared, and of the one that is used; eigenvalues' errors are their squares."""
-_KRYLOV, _RESTARTS, _LOOK = 64, 20, 4
-"""Lanczos steps before a restart, restarts, and steps between looks at the residuals."""
-_ROUNDING = 1e-13
-"""What is left of a step, relative to the largest eigenvalue, when there is nowhere else to go."""
+_NOISE = 0.1
+"""What is added to the eigenvectors that a search starts from: without it what has become of them is all it sees."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +83,7 @@ class RopeSplit:
         query_rope: ``[H, 2p, D]``: a query head's part that meets the components.
         query_rest: ``[H, D, D]``: its part that meets the rest of its own key head.
         loss: Expected loss of letting the rest stand still, in nats per token, to second order.
+        own: Whether each component carries pairs of its own frequency only.
     """
 
     inv_freq: Tensor
@@ -92,6 +92,7 @@ class RopeSplit:
     query_rope: Tensor
     query_rest: Tensor
     loss: float
+    own: tuple[bool, ...]
 
 
 def rotary_channels(site: AttentionSite, weights: SiteWeights, statistics: SiteStatistics) -> RotaryChannels:
@@ -128,9 +129,7 @@ def _expected_turn(distance: Tensor, frequencies: Tensor) -> Tensor:
     return kept
 
 
-def split_rope(
-    site: AttentionSite, found: RotaryChannels, components: int, own: int, once: bool = False
-) -> RopeSplit:
+def split_rope(site: AttentionSite, found: RotaryChannels, components: int, own: int, once: bool = False) -> RopeSplit:
     """Choose components greedily, each the best for what the earlier ones left.
 
     Args:
@@ -149,23 +148,20 @@ def split_rope(
     worth = _per_channel(found.energy[:, :, None] * (still[:, :, None] - moved).clamp(min=0), group)
     price = _per_channel(found.energy[:, :, None] * moved, group)
 
-    chosen = _own_components(found, worth, 1 if once else count)
-    chosen = chosen[: min(own, components) if worth.any() else components]
+    chosen = _own_components(found, worth, 1 if once else count, min(own, components) if worth.any() else components)
     rest, moment, loss = torch.eye(count, dtype=found.moment.dtype), found.moment, 0.0
     if chosen:
         encoders, decoders = torch.stack([c.encoder for c in chosen]), torch.stack([c.decoder for c in chosen], 1)
         rest, (moment, _, _) = rest - decoders @ encoders, _removed(moment, encoders, decoders)
-    riders = _Riders(worth.sqrt(), moment, {c.target for c in chosen} if once else set())
-    while len(chosen) < components and (rider := riders.best(moment)):
+    riders = _Riders(worth.sqrt(), moment)
+    while len(chosen) < components and (rider := riders.best(moment, {c.target for c in chosen} if once else set())):
         encoder, decoder = rider.encoder[None], rider.decoder[:, None]
         moment, reach, held = _removed(moment, encoder, decoder)
-        riders.after(rider.decoder, reach[:, 0])
+        riders.removed(rider.decoder, reach[:, 0])
         loss += float((price[:, rider.target] * rider.decoder.abs().square()).sum() * held.real)
         # The component is a combination of what is left, so that nothing is carried twice.
         chosen.append(replace(rider, encoder=rider.encoder @ rest))
         rest = rest - decoder * chosen[-1].encoder
-        if once:
-            riders.closed.add(rider.target)
     loss += float((_per_channel(found.energy * still, group) * moment.diagonal().real).sum())
     idle = {*range(components)} - {c.target for c in chosen} if once else [0] * (components - len(chosen))
     chosen += [_Component(t, *torch.zeros(2, count, dtype=moment.dtype)) for t in idle]
@@ -197,8 +193,8 @@ def _component(target: int, scale: Tensor, vector: Tensor) -> _Component:
     return _Component(target, vector.conj() * scale, vector * inverse)
 
 
-def _removed(moment: Tensor, encoders: Tensor, decoders: Tensor) -> tuple[Tensor, Tensor]:
-    """``(1 - D E) M (1 - D E)^H`` for encoders ``E`` and decoders ``D``, and ``E M E^H``."""
+def _removed(moment: Tensor, encoders: Tensor, decoders: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``(1 - D E) M (1 - D E)^H = M - D R^H - R D^H`` for encoders ``E`` and decoders ``D``; ``R``; and ``E M E^H``."""
     reach = moment @ encoders.mH
     held = encoders @ reach
     reach = reach - decoders @ held / 2
@@ -206,15 +202,15 @@ def _removed(moment: Tensor, encoders: Tensor, decoders: Tensor) -> tuple[Tensor
     return torch.addmm(moment, left, right.mH, alpha=-1), reach, held
 
 
-def _own_components(found: RotaryChannels, worth: Tensor, each: int) -> list[_Component]:
-    """Components of every target's own frequency, ``each`` at most, from the one that is worth most.
+def _own_components(found: RotaryChannels, worth: Tensor, each: int, most: int) -> list[_Component]:
+    """The ``most`` components of their own frequency that are worth most, at most ``each`` of every target.
 
     What one frequency's components hold leaves the moment among another frequency's channels as it is, so that the
     greedy order is that of all frequencies' eigenvalues.
     """
     pairs = len(found.frequencies)
-    same = (found.frequencies[:, None] - found.targets).abs() <= _SAME * found.targets
-    ranked: list[tuple[float, _Component]] = []
+    same = _alike(found)
+    ranked: list[tuple[float, int, Tensor, Tensor, Tensor]] = []
     for target in range(len(found.targets)):
         at = (same[:, target] & ~same[:, :target].any(1)).nonzero()[:, 0]
         rows = (torch.arange(0, len(found.moment), pairs)[:, None] + at).flatten()
@@ -222,11 +218,19 @@ def _own_components(found: RotaryChannels, worth: Tensor, each: int) -> list[_Co
         seen = bool(scale.any())
         scale = scale if seen else torch.ones_like(scale)  # where nobody looks, all is alike
         values, vectors = torch.linalg.eigh(scale[:, None] * found.moment[rows][:, rows] * scale)
-        for value, vector in list(zip(values.tolist(), vectors.T, strict=True))[::-1][:each]:
-            whole, weights = torch.zeros(len(worth), dtype=vectors.dtype), torch.zeros(len(worth), dtype=scale.dtype)
-            whole[rows], weights[rows] = vector, scale
-            ranked.append((value * seen, _component(target, weights, whole)))
-    return [component for _, component in sorted(ranked, key=lambda x: -x[0])]
+        best = list(zip(values.tolist(), vectors.T, strict=True))[::-1][:each]
+        ranked += [(value * seen, target, rows, scale, vector) for value, vector in best]
+    found_components = []
+    for _, target, rows, scale, vector in sorted(ranked, key=lambda x: -x[0])[:most]:
+        scales, vectors = torch.zeros(len(worth), dtype=scale.dtype), torch.zeros(len(worth), dtype=vector.dtype)
+        scales[rows], vectors[rows] = scale, vector
+        found_components.append(_component(target, scales, vectors))
+    return found_components
+
+
+def _alike(found: RotaryChannels) -> Tensor:
+    """Whether a target is a pair's own frequency, ``[P, T]``."""
+    return (found.frequencies[:, None] - found.targets).abs() <= _SAME * found.targets
 
 
 class _Riders:
@@ -234,80 +238,41 @@ class _Riders:
 
     Args:
         scale: ``[N, T]``, roots of what channels are worth at every target.
-        closed: Targets that are not to be used.
+        moment: ``[N, N]``, at the beginning.
     """
 
-    def __init__(self, scale: Tensor, moment: Tensor, closed: set[int]) -> None:
-        self.closed = closed
+    def __init__(self, scale: Tensor, moment: Tensor) -> None:
         self._scale = scale.T.contiguous()
         noise = torch.randn(2, *self._scale.shape, generator=torch.Generator().manual_seed(0), dtype=scale.dtype)
-        self._vectors = torch.complex(*noise)
+        self._noise = torch.nn.functional.normalize(torch.complex(*noise), dim=1) * _NOISE
+        self._vectors = torch.zeros_like(self._noise)
         squares = self._scale.square()
         # No eigenvalue exceeds the root of the sum of their squares.
         self._ceilings = (squares @ moment.abs().square() * squares).sum(1).clamp(min=0).sqrt()
 
-    def best(self, moment: Tensor) -> _Component | None:
-        """The component that holds most of what is left; None where nothing is worth anything."""
+    def best(self, moment: Tensor, closed: set[int]) -> _Component | None:
+        """The component that holds most of what is left, of no ``closed`` target; None where none is worth anything."""
         ceilings = self._ceilings.clone()
-        ceilings[[*self.closed]] = 0
+        ceilings[[*closed]] = 0
         floor, found = 0.0, None
         while batch := [t for t in ceilings.topk(min(_BATCH, len(ceilings))).indices.tolist() if ceilings[t] > floor]:
-            values, self._vectors[batch] = leading_vectors(moment, self._scale[batch], self._vectors[batch], _ROUGH)
+            start = self._vectors[batch] + self._noise[batch]
+            values, self._vectors[batch] = leading_vectors(moment, self._scale[batch], start, _ROUGH)
             ceilings[batch], self._ceilings[batch] = 0.0, (1 + _ROUGH) * values.clamp(min=0)
-            if found is None or float(values.max()) > floor:
-                floor, found = max(float(values.max()), 0.0), batch[int(values.argmax())]
+            if float(values.max()) > floor:
+                floor, found = float(values.max()), batch[int(values.argmax())]
         if found is None:
             return None
         _, vectors = leading_vectors(moment, self._scale[[found]], self._vectors[[found]], _FINE)
         self._vectors[found] = vectors[0]
         return _component(found, self._scale[found], vectors[0])
 
-
-    def after(self, decoder: Tensor, reach: Tensor) -> None:
+    def removed(self, decoder: Tensor, reach: Tensor) -> None:
+        """Take note that the moment has become ``M - d r^H - r d^H``: by how much an eigenvalue may have risen."""
         squares = self._scale.square()
         a, b = squares @ decoder.abs().square(), squares @ reach.abs().square()
         ab = squares.to(reach.dtype) @ (decoder.conj() * reach)
         self._ceilings += (a * b - ab.imag.square()).clamp(min=0).sqrt() - ab.real
-
-
-def leading_vectors(moment: Tensor, scale: Tensor, start: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
-    """Largest eigenvalues of ``diag(s) M diag(s)`` for many ``s``, by Lanczos iterations side by side.
-
-    Args:
-        moment: ``[N, N]``, Hermitian.
-        scale: ``[T, N]``, the ``s``.
-        start: ``[T, N]``, where to start: eigenvectors of something like it, or anything that is no eigenvector.
-        tolerance: Largest residual ``|A v - lambda v|`` relative to ``lambda``.
-
-    Returns:
-        Eigenvalues ``[T]`` and unit eigenvectors ``[T, N]``.
-    """
-    batch, size = scale.shape
-    longest, vector = min(_KRYLOV, size), start * (scale > 0)
-    for _ in range(_RESTARTS):
-        current = vector / vector.norm(dim=1, keepdim=True)
-        basis = current.new_zeros(batch, longest, size)
-        small = torch.zeros(batch, longest, longest, dtype=scale.dtype)
-        for step in range(longest):
-            basis[:, step] = current
-            known = basis[:, : step + 1]
-            image = scale * ((scale * current) @ moment.T)
-            small[:, step, step] = (current.conj() * image).sum(1).real
-            for _ in range(2):  # rounding errors of the first time are those of a long vector
-                image = image - (known.mT @ (known.conj() @ image[:, :, None]))[..., 0]
-            length = image.norm(dim=1)
-            if step % _LOOK == _LOOK - 1 or step == longest - 1:
-                values, vectors = torch.linalg.eigh(small[:, : step + 1, : step + 1])
-                done = bool((length * vectors[:, -1, -1].abs() <= tolerance * values[:, -1]).all())
-                if done:
-                    break
-            going = length > _ROUNDING * small.diagonal(dim1=1, dim2=2).amax(1)
-            current = torch.where(going, 1 / length.clamp(min=1e-300), 0.0)[:, None] * image
-            small[:, step + 1 : step + 2, step] = (length * going)[:, None]
-        vector = (known.mT @ vectors[:, :, -1:].to(known.dtype))[..., 0]
-        if done:
-            break
-    return values[:, -1], vector
 
 
 def real_split(
@@ -370,4 +335,5 @@ def real_split(
         query_rope=query_rope,
         query_rest=query_rest,
         loss=loss,
+        own=tuple((~(decoder.unflatten(1, (kv_heads, pairs)).any(1) & ~_alike(found)[:, places].T).any(1)).tolist()),
     )
