@@ -168,7 +168,7 @@ def fisher(task: Task) -> Choice:
 
     Raises:
         UsageError: There is no calibration text, or the sizes that were asked for do not fit.
-        RefusedError: A layer's keys have a shift behind their norm that rotates.
+        RefusedError: A layer's keys have a shift behind their norm that rotates, or the layout has no place for it.
     """
     config, even = task.config, task.config.layout == "deepseek"
     if (config.rope_dims or 0) % 2:

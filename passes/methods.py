@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from mla_compile.passes.calibrate import PairNorms, pair_norms
-from mla_compile.passes.factorise import LatentWeights, factorise_layers
+from mla_compile.passes.factorise import factorise_layers
 from mla_compile.passes.fisher import fisher
-from mla_compile.passes.task import Choice, Method, Task
+from mla_compile.passes.task import Choice, Method, Task, unpredicted
 from mla_compile.passes.transmla import transmla
 from mla_compile.plan import plan_layers
-from mla_compile.report import LayerForecast
 
 __all__ = ["METHODS", "mha2mla", "nothing_left_out"]
 
@@ -26,7 +25,7 @@ def mha2mla(task: Task) -> Choice:
             task.program, task.sites, windows, progress=lambda b: task.stages.each("calibrate", b, batches)
         )
     weights = factorise_layers(task.program, task.sites, plans, task.config, task.stages, norms)
-    return Choice(plans, tuple(weights), _forecasts(weights))
+    return Choice(plans, tuple(weights), unpredicted(weights, own=True))
 
 
 def nothing_left_out(task: Task) -> Choice:
@@ -35,13 +34,7 @@ def nothing_left_out(task: Task) -> Choice:
     config = config.model_copy(update={"cache_ratio": None, "kv_rank": None, "uniform_rank": False})
     plans = plan_layers(task.sites, task.widths, config)
     weights = factorise_layers(task.program, task.sites, plans, config, task.stages)
-    return Choice(plans, tuple(weights), _forecasts(weights))
-
-
-def _forecasts(weights: Sequence[LatentWeights]) -> tuple[LayerForecast, ...]:
-    """Pairs that go on rotating as they are; what that costs is not known."""
-    frequencies = [tuple(layer.inv_freq.flatten().tolist()) for layer in weights]
-    return tuple(LayerForecast(found, (True,) * len(found)) for found in frequencies)
+    return Choice(plans, tuple(weights), unpredicted(weights, own=True))
 
 
 METHODS: Mapping[str, Method] = {"fisher": fisher, "transmla": transmla, "mha2mla": mha2mla}

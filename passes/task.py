@@ -24,7 +24,7 @@ from mla_compile.report import LayerForecast
 from mla_compile.runtime.module import LatentModel
 from mla_compile.site import AttentionSite, Rejection
 
-__all__ = ["BATCH", "Choice", "Method", "Task"]
+__all__ = ["BATCH", "Choice", "Method", "Task", "unpredicted"]
 
 BATCH = 4
 """Windows per pass over calibration text."""
@@ -88,6 +88,17 @@ class Choice:
     forecasts: tuple[LayerForecast, ...]
     deepseek: DeepSeekShape | None = None
     notes: tuple[str, ...] = ()
+
+
+def unpredicted(weights: Sequence[LatentWeights], *, own: bool) -> tuple[LayerForecast, ...]:
+    """Forecasts of a method that does not count in units of the loss.
+
+    Args:
+        weights: Latent weights of every site.
+        own: Whether components carry pairs of their own frequency only.
+    """
+    frequencies = [tuple(layer.inv_freq.flatten().tolist()) for layer in weights]
+    return tuple(LayerForecast(found, (own,) * len(found)) for found in frequencies)
 
 
 class Method(Protocol):

@@ -21,10 +21,9 @@ from mla_compile.passes.layers import MeasuredLayer, measure_layers
 from mla_compile.passes.rope_split import RopeSplit, RotaryChannels, real_split, split_rope
 from mla_compile.passes.search import Divergence
 from mla_compile.passes.statistics import SiteStatistics, key_weighting
-from mla_compile.passes.task import Choice, Task
+from mla_compile.passes.task import Choice, Task, unpredicted
 from mla_compile.passes.weights import SiteWeights
 from mla_compile.plan import LatentPlan, latent_budget, one_rank, shared_rope_plan
-from mla_compile.report import LayerForecast
 from mla_compile.site import AttentionSite
 
 __all__ = ["balanced_factors", "fold_frequencies", "transmla"]
@@ -89,7 +88,7 @@ def transmla(task: Task) -> Choice:
 
     Raises:
         UsageError: There is no calibration text, or no rope dims fit.
-        RefusedError: A layer's keys have a shift behind their norm that rotates.
+        RefusedError: A layer's keys have a shift behind their norm that rotates, or the layout has no place for it.
     """
     even = task.config.layout == "deepseek"
     if even:
@@ -124,10 +123,8 @@ def transmla(task: Task) -> Choice:
             "Use a larger --cache-ratio, or --rope-dims that divide the rotating channels of a head.",
         )
     _, plans, weights, fold = best
-    frequencies = [tuple(layer.inv_freq.flatten().tolist()) for layer in weights]
-    forecasts = tuple(LayerForecast(found, (fold == 1,) * len(found)) for found in frequencies)
     shape = deepseek_shape(task.sites[0], plans[0].rope_dims, plans[0].kv_rank) if even else None
-    return Choice(plans, weights, forecasts, shape)
+    return Choice(plans, weights, unpredicted(weights, own=fold == 1), shape)
 
 
 def _weights(layer: MeasuredLayer, plan: LatentPlan, fold: int) -> LatentWeights:

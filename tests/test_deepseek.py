@@ -34,9 +34,9 @@ def table(theta: float, pairs: int) -> torch.Tensor:
 @pytest.mark.parametrize("theta", [10000.0, 500000.0, 1e6, 1234567.0])
 @pytest.mark.parametrize("pairs", [2, 8, 64])
 def test_base_is_found_again(theta, pairs):
-    """To six digits; float32 has seven, and a table of two pairs holds the base's root."""
+    """To six digits; float32 has seven."""
     shape = deepseek_shape(site(table(theta, pairs)), 6, 40)
-    assert shape == DeepSeekShape(6, pytest.approx(theta, rel=2e-6), 40)
+    assert shape == DeepSeekShape(6, pytest.approx(theta, rel=5e-6), 40)
 
 
 @pytest.mark.parametrize("dims", [2, 8, 10, 32])
@@ -53,9 +53,7 @@ def test_a_rope_key_as_long_as_the_model_has_its_own_frequencies():
     assert deepseek_shape(layer, 16, 8).rope_theta is None
 
 
-@pytest.mark.parametrize(
-    "scaled", [table(10000.0, 8) / 4, table(10000.0, 8) ** 2 * torch.linspace(1, 2, 8), table(1e4, 1)]
-)
+@pytest.mark.parametrize("scaled", [table(1e4, 8) / 4, table(1e4, 8) * torch.linspace(1, 2, 8), table(1e4, 1)])
 def test_scaled_frequencies_allow_no_other_length(scaled):
     layer = site(scaled)
     assert rope_table(layer, 8) is None
