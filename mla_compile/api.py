@@ -22,6 +22,7 @@ from mla_compile.errors import QualityGateError, RefusedError, UsageError
 from mla_compile.evaluate import longest_window, original_scorer, perplexity
 from mla_compile.passes.layer_errors import layer_errors
 from mla_compile.passes.methods import METHODS, nothing_left_out
+from mla_compile.passes.polish import polish
 from mla_compile.passes.recognise import Recognition, recognise
 from mla_compile.passes.task import BATCH, Task
 from mla_compile.passes.weights import input_width
@@ -187,9 +188,10 @@ def compile(
     config, notes = _settle(config, text is not None)
     task = Task(program, sites, kept, config, None if text is None else text.calibration, stages)
     choice = nothing_left_out(task) if config.exact else METHODS[config.method](task)
-    plans = choice.plans
+    polished = polish(task, choice.weights, config.polish_steps) if config.polish_steps else None
+    plans, weights = choice.plans, choice.weights if polished is None else polished.weights
     with stages.stage("rewrite"):
-        converted = task.rewrite(choice.weights)
+        converted = task.rewrite(weights)
     verification = None
     ids = text.held_out[:4, :256] if text is not None else _random_ids(program, config)
     quality = _measure(program, converted, text, stages)
@@ -199,7 +201,7 @@ def compile(
         errors = layer_errors(
             program,
             sites,
-            choice.weights,
+            weights,
             converted,
             text.held_out,
             progress=lambda b: stages.each("layers", b, batches),
@@ -220,7 +222,14 @@ def compile(
         verification=verification,
         quality=quality,
         layer_errors=errors,
-        warnings=(*notes, *choice.notes, *_warnings(plans, kept, quality, config), *_hurt(plans, errors)),
+        polish=None if polished is None else polished.report,
+        warnings=(
+            *notes,
+            *choice.notes,
+            *(() if polished is None else polished.notes),
+            *_warnings(plans, kept, quality, config),
+            *_hurt(plans, errors),
+        ),
     )
     _gate(report.quality, max_perplexity_ratio)
     report = dataclasses.replace(report, stages=tuple(stages.timings))
@@ -378,11 +387,13 @@ def _require_causal(program: AnyProgram, found: Recognition) -> Program:
 
 
 def _require_text(config: CompileConfig, calibration: Text | None) -> None:
-    """Refuse a method that chooses by what the model does on text, without text.
+    """Refuse what chooses or trains by what the model does on text, without text.
 
     Raises:
-        UsageError: The method needs text.
+        UsageError: The method or polishing needs text.
     """
+    if calibration is None and config.polish_steps:
+        raise UsageError("Polishing needs text to train on.", "Give some with --calibration FILE.")
     if calibration is None and not config.exact and config.method in ("fisher", "transmla"):
         raise UsageError(
             f"The method '{config.method}' chooses by what the model does on text, and none was given.",

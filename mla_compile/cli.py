@@ -84,6 +84,14 @@ Calibration = Annotated[
     ),
 ]
 CalibrationTokens = Annotated[int, typer.Option(help="Tokens of it to use.", rich_help_panel=_TEXT)]
+PolishSteps = Annotated[
+    int,
+    typer.Option(
+        help="Train the new matrices for so many steps on the calibration text, to predict what the original does; "
+        "100 to 500 help most in small caches.",
+        rich_help_panel=_METHOD,
+    ),
+]
 SeqLen = Annotated[
     int | None,
     typer.Option(
@@ -148,6 +156,7 @@ def convert(
     selection: Selection = "auto",
     rope_dims: RopeDims = None,
     svd: Svd = "joint",
+    polish_steps: PolishSteps = 0,
     calibration: Calibration = None,
     calibration_tokens: CalibrationTokens = 65536,
     seq_len: SeqLen = None,
@@ -184,6 +193,7 @@ def convert(
         kv_rank=kv_rank,
         exact=exact,
         calibration_tokens=calibration_tokens,
+        polish_steps=polish_steps,
         seq_len=seq_len,
         seed=seed,
         opset=opset,

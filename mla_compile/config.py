@@ -30,6 +30,7 @@ class CompileConfig(BaseModel):
         kv_rank: Latent rank per layer, instead of a ratio.
         exact: Keep every rotating channel and the full rank: the result must equal the original.
         calibration_tokens: Tokens of calibration text used.
+        polish_steps: Steps of training the new matrices on calibration text to predict what the original does.
         seq_len: Window length for calibration and evaluation; the model's limit, at most 512, by default.
         seed: Seed of random probes and samples.
         opset: ONNX operator set.
@@ -48,6 +49,7 @@ class CompileConfig(BaseModel):
     kv_rank: int | None = Field(default=None, ge=1)
     exact: bool = False
     calibration_tokens: int = Field(default=65536, ge=1)
+    polish_steps: int = Field(default=0, ge=0)
     seq_len: int | None = Field(default=None, ge=2)
     seed: int = Field(default=0, ge=0)
     opset: Literal[23, 24] = 23
@@ -86,6 +88,8 @@ class CompileConfig(BaseModel):
             raise ValueError(f"{' and '.join(chosen)} exclude each other")
         if self.exact and self.rope_dims is not None:
             raise ValueError("exact keeps every rotating channel, so rope_dims cannot be chosen")
+        if self.exact and self.polish_steps:
+            raise ValueError("exact leaves nothing out, so there is nothing to polish (polish_steps)")
         return self
 
 

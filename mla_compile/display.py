@@ -214,6 +214,9 @@ def show_report(report: Report, out: Path) -> None:
     ]
     for window, layers in report.windows.items():
         rows.append([f"{layers} layers with a window", f"cache the last {window - 1} tokens at most"])
+    if report.polish:
+        p = report.polish
+        rows.append([f"divergence, {p.steps} polish steps", f"{p.before:.4f} -> {p.after:.4f} nats per token"])
     if report.quality:
         quality = report.quality
         rows.append(

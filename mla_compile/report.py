@@ -15,7 +15,7 @@ from mla_compile.plan import LatentPlan, cache_elements
 from mla_compile.progress import StageTiming
 from mla_compile.site import AttentionSite, Kind, Rejection
 
-__all__ = ["LayerError", "Quality", "Report", "Verification", "environment", "summarise_site"]
+__all__ = ["LayerError", "Polish", "Quality", "Report", "Verification", "environment", "summarise_site"]
 
 _PACKAGES = ("mla-compile", "torch", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "numpy")
 
@@ -83,6 +83,21 @@ class LayerError:
     loss: float | None
 
 
+@dataclass(frozen=True, slots=True)
+class Polish:
+    """What training the new matrices did; divergences are KL(original || converted) in nats per token.
+
+    Attributes:
+        steps: Steps that were taken.
+        before: Divergence on calibration text kept out of training, before.
+        after: The same of the weights that were chosen in the end.
+    """
+
+    steps: int
+    before: float
+    after: float
+
+
 @dataclass(frozen=True)
 class Report:
     """Everything a conversion did.
@@ -99,6 +114,7 @@ class Report:
         verification: Checks, if they were run.
         quality: Perplexities, if there was text.
         layer_errors: What every converted layer costs by itself, if there was text.
+        polish: What training did, if there was any.
         warnings: What the user should know.
         artifacts: Written files and their sizes in bytes.
     """
@@ -113,6 +129,7 @@ class Report:
     verification: Verification | None = None
     quality: Quality | None = None
     layer_errors: tuple[LayerError, ...] = ()
+    polish: Polish | None = None
     warnings: tuple[str, ...] = ()
     artifacts: Mapping[str, int] = field(default_factory=dict)
     kept: tuple[Rejection, ...] = ()
@@ -166,6 +183,7 @@ class Report:
             ],
             "kept": [summarise_site(r) for r in self.kept],
             "quality": dataclasses.asdict(self.quality) | {"ratio": self.quality.ratio} if self.quality else None,
+            "polish": dataclasses.asdict(self.polish) if self.polish else None,
             "verification": dataclasses.asdict(self.verification) if self.verification else None,
             "stages": [dataclasses.asdict(s) for s in self.stages],
             "warnings": list(self.warnings),

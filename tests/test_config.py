@@ -33,6 +33,9 @@ ALLOWED = [
     {"exact": True},
     {"seq_len": 2},
     {"calibration_tokens": 1},
+    {"polish_steps": 0},
+    {"polish_steps": 200, "method": "fisher"},
+    {"exact": True, "polish_steps": 0},
     {"seed": 0},
     {"inline": True},
 ]
@@ -58,6 +61,8 @@ REFUSED = [
     ({"kv_rank": 2.5}, "kv_rank=2.5", "integer"),
     ({"rope_dims": -2}, "rope_dims=-2", "greater than or equal to 0"),
     ({"calibration_tokens": 0}, "calibration_tokens=0", "greater than or equal to 1"),
+    ({"polish_steps": -1}, "polish_steps=-1", "greater than or equal to 0"),
+    ({"exact": True, "polish_steps": 1}, "polish_steps", "nothing to polish"),
     ({"seq_len": 1}, "seq_len=1", "greater than or equal to 2"),
     ({"seed": -1}, "seed=-1", "greater than or equal to 0"),
     ({"cash_ratio": 0.5}, "cash_ratio", "not"),
