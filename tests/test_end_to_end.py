@@ -127,14 +127,10 @@ ONNX, FOLDER = ("tiny.onnx", {"tiny.onnx"}), ("tiny", {"model.pt2", "mla_config.
 @pytest.mark.parametrize(
     ("selection", "svd", "name", "files"),
     [
-        ("high", "joint", *ONNX),
         ("high", "split", *FOLDER),
-        ("low", "joint", *FOLDER),
         ("low", "split", *ONNX),
         ("uniform", "joint", *FOLDER),
-        ("uniform", "split", *FOLDER),
         ("2-norm", "joint", *ONNX),
-        ("2-norm", "split", *ONNX),
     ],
 )
 def test_conversion_with_every_selection_and_factorisation(converted, selection, svd, name, files):
