@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from mla_compile.measure import Measurement
 
-__all__ = ["check_plot", "curves", "draw"]
+__all__ = ["check_plot", "curves", "draw", "figure"]
 
 _SUFFIXES = (".svg", ".png")
 
@@ -64,15 +64,16 @@ def draw(result: Measurement, path: Path) -> None:
     # No date and no random names, so that the same figures give the same file.
     with matplotlib.rc_context({"svg.hashsalt": "mla-compile"}), moved_into(path.parent) as folder:
         metadata = {"Date": None} if path.suffix == ".svg" else {}
-        _figure(result).savefig(folder / path.name, dpi=150, metadata=metadata)
+        figure(result).savefig(folder / path.name, dpi=150, metadata=metadata)
 
 
-def _figure(result: Measurement) -> Figure:
+def figure(result: Measurement) -> Figure:
+    """Draw a measurement, in memory."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, PercentFormatter
 
-    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
-    axes = figure.add_subplot()
+    drawn = Figure(figsize=(6.4, 4.4), layout="constrained")
+    axes = drawn.add_subplot()
     axes.axhline(1.0, color="black", linewidth=1, linestyle="dashed", label="original")
     for name, points in curves(result).items():
         axes.plot([kept for kept, _ in points], [ratio for _, ratio in points], marker="o", label=name)
@@ -85,4 +86,4 @@ def _figure(result: Measurement) -> Figure:
     axes.set_ylabel("perplexity, times the original's")
     axes.grid(visible=True, which="both", alpha=0.3)
     axes.legend()
-    return figure
+    return drawn
