@@ -152,7 +152,8 @@ class MlaCompileLM(TemplateLM):
         """
         new = min(asked["max_gen_toks"], self.max_length // 2)
         prompt = (self.tok_encode(context) or [self.prefix_token_id])[new - self.max_length :]
-        sampling = Sampling(asked["temperature"], int(asked.get("top_k", 0)), float(asked.get("top_p", 1.0)))
+        temperature = float(asked.get("temperature", asked["do_sample"]))
+        sampling = Sampling(temperature, int(asked.get("top_k", 0)), float(asked.get("top_p", 1.0)))
         strings = [string for string in asked["until"] if string]
 
         def ends(_: int, ids: list[int]) -> bool:

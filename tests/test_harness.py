@@ -15,7 +15,7 @@ from mla_compile.errors import UsageError
 from mla_compile.runtime.generate import generate
 from mla_compile.runtime.onnx_session import OnnxDecoder
 
-BEGIN = 0
+BEGIN, END = 0, 1
 EXACT = 1e-4  # nats: float32 logits of a few dozen tokens, padded or not
 
 
@@ -49,9 +49,10 @@ def folder(tmp_path_factory):
     from transformers import PreTrainedTokenizerFast
 
     place = tmp_path_factory.mktemp("place")
-    inner = Tokenizer(WordLevel({f"w{i}": i for i in range(models.VOCABULARY)}, unk_token="w1"))
+    vocabulary = ["<s>", "</s>", *(f"w{i}" for i in range(2, models.VOCABULARY))]
+    inner = Tokenizer(WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="</s>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="w0", eos_token="w1")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
     model = models.llama(num_hidden_layers=1, max_position_embeddings=24)
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(8)  # so that some tokens are likelier than others
@@ -71,14 +72,14 @@ def decoder(folder):
     return OnnxDecoder(folder / "model.onnx")
 
 
-def direct(decoder, ids: list[int], scored: int) -> tuple[float, bool]:
-    """Oracle: one sequence, its last tokens."""
-    logits = decoder.logits(np.array([ids]))[0, -scored - 1 : -1].astype(np.float64)
-    chosen = np.take_along_axis(logits - np.log(np.exp(logits).sum(-1, keepdims=True)), np.array(ids[-scored:])[:, None], 1)
-    return chosen.sum(), logits.argmax(-1).tolist() == ids[-scored:]
+def direct(decoder, given: list[int], targets: list[int]) -> tuple[float, bool]:
+    """Oracle: the last predictions on one sequence."""
+    logits = decoder.logits(np.array([given]))[0, -len(targets) :].astype(np.float64)
+    predicted = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    return sum(predicted[place, token] for place, token in enumerate(targets)), logits.argmax(-1).tolist() == targets
 
 
-def words(ids) -> str:
+def words(ids: list[int]) -> str:
     return " ".join(f"w{i}" for i in ids)
 
 
@@ -93,36 +94,29 @@ def test_it_is_known_by_its_name(harness, folder):
 
 
 def test_pairs(lm, decoder):
-    """Also from nothing, and where the context is longer than the model."""
+    """Also without a context, and with one that is longer than the model."""
     assert lm.max_length == 24
-    long = [(7 * i) % 90 + 2 for i in range(40)]
-    greedy = generate(decoder, [[5, 9]], 2)[0]
-    cases = [([5, 9], [4, 3]), ([5, 9], greedy), ([], [8, 6, 4]), (long, [3, 2])]
-    got = lm.loglikelihood([Request((words(a), " " + words(b) if a else words(b))) for a, b in cases])
-    expected = [direct(decoder, ((a or [BEGIN]) + b)[-25:], len(b)) for a, b in cases[:3]]
-    expected.append(direct(decoder, [*long, 3, 2][-24:], 2))
-    for (value, flag), (reference, likely) in zip(got[:3], expected, strict=False):
-        assert value == pytest.approx(reference, abs=EXACT)
-        assert flag == likely
+    greedy, long = generate(decoder, [[5, 9]], 2)[0], [(7 * i) % 90 + 2 for i in range(40)]
+    pairs = [([5, 9], [4, 3]), ([5, 9], greedy), ([], [8, 6, 4]), (long, [3, 2])]
+    given = [[5, 9, 4], [5, 9, greedy[0]], [BEGIN, 8, 6], [*long[-23:], 3]]
+    got = lm.loglikelihood([Request((words(a), " " + words(b))) for a, b in pairs])
+    expected = [direct(decoder, ids, b) for ids, (_, b) in zip(given, pairs, strict=True)]
+    assert [value for value, _ in got] == pytest.approx([value for value, _ in expected], abs=EXACT)
+    assert [flag for _, flag in got] == [flag for _, flag in expected]
     assert got[1][1]
-    # The model is given 24 tokens, of which the last two predictions count: one more of the context than in `direct`.
-    logits = decoder.logits(np.array([[*long, 3][-24:]]))[0, -2:].astype(np.float64)
-    chosen = logits[[0, 1], [3, 2]] - np.log(np.exp(logits).sum(-1))
-    assert got[3][0] == pytest.approx(chosen.sum(), abs=EXACT)
 
 
 def test_whole_texts(lm, decoder):
+    """Also one that is longer than the model: as much context as fits."""
     short, long = [4, 8, 15], [(5 * i) % 90 + 2 for i in range(30)]
     got = lm.loglikelihood_rolling([Request((words(ids),)) for ids in (short, long)])
-    assert got[0] == pytest.approx(direct(decoder, [BEGIN, *short], 3)[0], abs=EXACT)
-    first, _ = direct(decoder, [BEGIN, *long[:23]], 23)
-    logits = decoder.logits(np.array([long[:23]]))  # what follows needs the windows of the test of log-likelihoods
-    assert logits.shape[1] == 23
-    assert got[1] < first
+    parts = direct(decoder, [BEGIN, *long[:23]], long[:24]), direct(decoder, long[5:29], long[24:])
+    assert got[0] == pytest.approx(direct(decoder, [BEGIN, *short[:2]], short)[0], abs=EXACT)
+    assert got[1] == pytest.approx(sum(value for value, _ in parts), abs=EXACT)
 
 
 def test_generation_stops_at_a_string(lm, decoder):
-    greedy = generate(decoder, [[5, 9]], 8)[0]
+    greedy = generate(decoder, [[5, 9]], 8, stop=[END])[0]
     asked = {"until": [f"w{greedy[3]}"], "max_gen_toks": 8, "do_sample": False}
     free = {"until": [], "max_gen_toks": 4}
     stopped, whole = lm.generate_until([Request((words([5, 9]), asked)), Request((words([5, 9]), free))])
