@@ -47,7 +47,7 @@ class MlaCompileLM(TemplateLM):
         max_length: Tokens given at once; what the model can run, at most 2048 if it does not say, by default.
         batch_size: Sequences run together; a number or ``auto``.
         max_batch_size: Ignored, as ``auto`` does not search.
-        device: Only ``cpu`` is possible.
+        device: Ignored, for the harness gives ``cuda:0`` where nothing was asked for.
 
     Raises:
         LoadError: The model or its tokenizer cannot be read.
@@ -64,8 +64,6 @@ class MlaCompileLM(TemplateLM):
         device: str | None = None,
     ) -> None:
         super().__init__()
-        if device not in (None, "cpu"):
-            raise UsageError(f"Converted models run on the CPU, not on '{device}'.", "Leave --device out.")
         model = open_model(path, tokenizer)
         if model.decoder is None:
             raise UsageError(
