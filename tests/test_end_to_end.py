@@ -127,14 +127,10 @@ ONNX, FOLDER = ("tiny.onnx", {"tiny.onnx"}), ("tiny", {"model.pt2", "mla_config.
 @pytest.mark.parametrize(
     ("selection", "svd", "name", "files"),
     [
-        ("high", "joint", *ONNX),
         ("high", "split", *FOLDER),
-        ("low", "joint", *FOLDER),
         ("low", "split", *ONNX),
         ("uniform", "joint", *FOLDER),
-        ("uniform", "split", *FOLDER),
         ("2-norm", "joint", *ONNX),
-        ("2-norm", "split", *ONNX),
     ],
 )
 def test_conversion_with_every_selection_and_factorisation(converted, selection, svd, name, files):
@@ -430,7 +426,13 @@ def test_inspect_describes_every_layer(original):
         assert layer["error"] < 1e-12
     lines = command("inspect", TINY).splitlines()
     assert len(lines) == 1 + config.num_hidden_layers
-    assert lines[1].split("\t")[1:6] == ["model.layers.0.self_attn", "yes", "6 q / 2 kv of 32", "half:32", "causal"]
+    assert lines[1].split("\t")[1:6] == [
+        "model.layers.0.self_attn",
+        "yes",
+        "6 q / 2 kv of 32",
+        "half:32, theta 10000",
+        "causal",
+    ]
 
 
 def test_plan_says_what_convert_does(converted):
