@@ -7,6 +7,9 @@ one before calling it from Python, or run its command line through this module::
 
 Besides ``path``, a file or folder made by this compiler, ``model_args`` may give ``tokenizer``, a folder of it, and
 ``max_length``, tokens given at once. ``--batch_size`` counts sequences, 8 for ``auto``.
+
+Figures are those of the harness's model ``hf`` on the same weights, but for whole texts where a tokenizer puts a begin
+token by itself: ``hf`` then scores that token too, unless it is given ``add_bos_token=False``.
 """
 
 from __future__ import annotations
