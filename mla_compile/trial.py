@@ -46,11 +46,12 @@ def read_trials(methods: str, cache_ratios: str, calibrated: bool, calibration_t
     for name in names:
         if name not in METHODS:
             raise UsageError(f"There is no method '{name}'.", f"Choose some of {','.join(METHODS)}.")
-        if name != "mha2mla" and not calibrated:
-            raise UsageError(
-                f"The method '{name}' chooses by what the model does on text, and none was given.",
-                "Give some with --calibration FILE.",
-            )
+    needy = [name for name in names if name != "mha2mla"]
+    if needy and not calibrated:
+        raise UsageError(
+            f"The method '{needy[0]}' chooses by what the model does on text, and none was given.",
+            "Give some with --calibration FILE.",
+        )
     selection = {"mha2mla": "2-norm" if calibrated else "uniform"}
     return [
         make_config(

@@ -279,7 +279,11 @@ OTHERS = {
     "eval one token": ("eval {good} --text {text} --max-tokens 1", 2, "--max-tokens"),
     "eval without tokenizer": ("eval {wide} --text {text} -q", 2, "Give one with --tokenizer FOLDER."),
     "eval original missing": ("eval {good} --text {text} --original {place}/none -q", 2, "There is no file or folder"),
-    "eval text short, tokens": ("eval {good} --text {place}/short.txt -q", 2, "has 4 tokens, fewer than one window"),
+    "eval text short, tokens": (
+        "eval {good} --text {place}/short.txt -q",
+        2,
+        "has 4 tokens, fewer than one window of 128",
+    ),
     "eval other vocabulary": ("eval {good} {nano} --text {text} --tokenizer {tiny} -q", 2, "(1024 and 97 tokens)"),
     "eval other original": (
         "eval {good} --original {nano} --text {text} --tokenizer {tiny} -q",
