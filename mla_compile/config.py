@@ -33,6 +33,7 @@ class CompileConfig(BaseModel):
             DeepSeek-V3 checkpoint can express: one rank, and one even table of frequencies with one component each.
         exact: Keep every rotating channel and the full rank: the result must equal the original.
         calibration_tokens: Tokens of calibration text used.
+        polish_steps: Steps of training the new matrices on calibration text to predict what the original does.
         seq_len: Window length for calibration and evaluation; the model's limit, at most 512, by default.
         seed: Seed of random probes and samples.
         opset: ONNX operator set.
@@ -53,6 +54,7 @@ class CompileConfig(BaseModel):
     layout: Literal["free", "deepseek"] = "free"
     exact: bool = False
     calibration_tokens: int = Field(default=65536, ge=1)
+    polish_steps: int = Field(default=0, ge=0)
     seq_len: int | None = Field(default=None, ge=2)
     seed: int = Field(default=0, ge=0)
     opset: Literal[23, 24] = 23
@@ -107,6 +109,8 @@ class CompileConfig(BaseModel):
             raise ValueError("exact keeps every rotating channel, so rope_dims cannot be chosen")
         if self.exact and self.uniform_rank:
             raise ValueError("exact keeps the full rank of every layer, so it cannot be the same in all")
+        if self.exact and self.polish_steps:
+            raise ValueError("exact leaves nothing out, so there is nothing to polish (polish_steps)")
         return self
 
 

@@ -16,7 +16,16 @@ from mla_compile.plan import LatentPlan, cache_elements
 from mla_compile.progress import StageTiming
 from mla_compile.site import AttentionSite, Kind, Rejection
 
-__all__ = ["LayerError", "LayerForecast", "Quality", "Report", "Verification", "environment", "summarise_site"]
+__all__ = [
+    "LayerError",
+    "LayerForecast",
+    "Polish",
+    "Quality",
+    "Report",
+    "Verification",
+    "environment",
+    "summarise_site",
+]
 
 _PACKAGES = ("mla-compile", "torch", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "numpy")
 
@@ -100,6 +109,21 @@ class LayerForecast:
     predicted_loss: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Polish:
+    """What training the new matrices did; divergences are KL(original || converted) in nats per token.
+
+    Attributes:
+        steps: Steps that were taken.
+        before: Divergence on calibration text kept out of training, before.
+        after: The same of the weights that were chosen in the end.
+    """
+
+    steps: int
+    before: float
+    after: float
+
+
 @dataclass(frozen=True)
 class Report:
     """Everything a conversion did.
@@ -118,6 +142,7 @@ class Report:
         forecasts: What rotates in every converted layer, and what that should cost.
         deepseek: What a DeepSeek checkpoint says of all layers, if that layout was asked for.
         layer_errors: What every converted layer costs by itself, if there was text.
+        polish: What training did, if there was any.
         warnings: What the user should know.
         artifacts: Written files and their sizes in bytes.
     """
@@ -134,6 +159,7 @@ class Report:
     forecasts: tuple[LayerForecast, ...] = ()
     deepseek: DeepSeekShape | None = None
     layer_errors: tuple[LayerError, ...] = ()
+    polish: Polish | None = None
     warnings: tuple[str, ...] = ()
     artifacts: Mapping[str, int] = field(default_factory=dict)
     kept: tuple[Rejection, ...] = ()
@@ -197,6 +223,7 @@ class Report:
             "deepseek": dataclasses.asdict(self.deepseek) if self.deepseek else None,
             "kept": [summarise_site(r) for r in self.kept],
             "quality": dataclasses.asdict(self.quality) | {"ratio": self.quality.ratio} if self.quality else None,
+            "polish": dataclasses.asdict(self.polish) if self.polish else None,
             "verification": dataclasses.asdict(self.verification) if self.verification else None,
             "stages": [dataclasses.asdict(s) for s in self.stages],
             "warnings": list(self.warnings),
@@ -249,7 +276,10 @@ def summarise_site(site: AttentionSite | Rejection) -> dict[str, Any]:
         "rotary_dim": site.rope.rotary_dim,
         "rope_max_freq": max(site.rope.inv_freq, default=0.0),
         "rope_min_freq": min(site.rope.inv_freq, default=0.0),
+        "rope_theta": site.rope.theta,
+        "rope_slowing": list(site.rope.slowing),
         "scale": site.scale,
+        "logit_scale": site.logit_scale,
         "mask": str(site.kind) if site.kind == Kind.CROSS else str(site.mask),
         "query_norm": None if site.query.norm is None else str(site.query.norm),
         "key_norm": None if site.key.norm is None else str(site.key.norm),

@@ -20,6 +20,7 @@ from torch import Tensor
 from mla_compile.deepseek import deepseek_shape, require_expressible, require_table, rope_table
 from mla_compile.errors import UsageError
 from mla_compile.passes.factorise import LatentWeights
+from mla_compile.passes.gauge import balanced
 from mla_compile.passes.layers import measure_layers, rope_is_shifted
 from mla_compile.passes.refit import refit_values
 from mla_compile.passes.rope_split import RopeSplit, split_rope
@@ -125,7 +126,8 @@ def assemble(
 ) -> LatentWeights:
     """Put rope components and the first ``rank`` latent entries into a layer's weights.
 
-    Biases are placed as :mod:`~mla_compile.passes.factorise` explains; the constant latent entry, where there is one,
+    Sizes are :func:`~mla_compile.passes.gauge.balanced`, for training. Biases are placed as
+    :mod:`~mla_compile.passes.factorise` explains; the constant latent entry, where there is one,
     is the last of the ``rank``. Components are made from keys in front of their norms, and scaled with whole logits.
 
     Raises:
@@ -150,7 +152,7 @@ def assemble(
     outside = (outside + weights.value.shift).repeat_interleave(site.heads // site.value.heads, 0)
     row_bias = torch.cat([latent_bias, split.key_rope @ key_bias])
     query_bias = torch.einsum("hed,hd->he", query_map, weights.query.bias)
-    return LatentWeights(
+    assembled = LatentWeights(
         query=query_map @ weights.query.weight,
         query_bias=query_bias if query_bias.any() else None,
         row=torch.cat([down, split.key_rope @ key_weight]),
@@ -161,6 +163,7 @@ def assemble(
         inv_freq=split.inv_freq[None] if count else torch.zeros(1, 0, dtype=torch.float64),
         scaled_rope=bool(count) and site.key.norm is not None,
     )
+    return balanced(assembled)
 
 
 def fisher(task: Task) -> Choice:
