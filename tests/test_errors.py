@@ -171,6 +171,11 @@ CONVERT = {
     "rank negative": ("{nano} --out {out} --kv-rank -3", 2, "greater than or equal to 1"),
     "rope dims negative": ("{nano} --out {out} --rope-dims -2", 2, "greater than or equal to 0"),
     "exact and rank": ("{nano} --out {out} --exact --kv-rank 3", 2, "exact and kv_rank exclude each other"),
+    "deepseek layout without text": (
+        "{nano} --out {out} --layout deepseek",
+        2,
+        "chooses by what the model does on text",
+    ),
     "fisher without text": ("{nano} --out {out} --method fisher", 2, "chooses by what the model does on text"),
     "transmla with a setting of mha2mla": (
         "{nano} --out {out} --method transmla --svd split",

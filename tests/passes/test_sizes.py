@@ -108,8 +108,9 @@ def test_deepseek_layout_is_one_table_and_one_rank(chosen, programs, method):
 
 
 def test_deepseek_layout_of_scaled_frequencies_is_the_models_own(programs):
-    captured = programs["llama-gqa"]
-    choice = choose(captured, method="fisher", layout="deepseek", kv_rank=8)
+    captured = programs["llama-llama3-rope"]
+    choice = choose(captured, method="fisher", layout="deepseek", cache_ratio=0.6)
+    assert choice.deepseek.rope_theta is None
     own = sorted(captured.sites[0].rope.inv_freq, reverse=True)
     assert choice.deepseek.rope_dims == len(own) * 2
     torch.testing.assert_close(choice.weights[0].inv_freq[0], torch.tensor(own).double(), rtol=1e-6, atol=0)
