@@ -42,6 +42,8 @@ __all__ = [
     "load",
     "lossless_elements",
     "plan",
+    "require_causal",
+    "require_float32",
     "would_be_refused",
 ]
 
@@ -169,7 +171,7 @@ def compile(
     stages = Stages(display)
     with stages.stage("load"):
         loaded = _load(model, example_inputs, tokenizer, attn_implementation, unsafe_load, any_kind=config.encoders)
-    _require_float32(loaded)
+    require_float32(loaded)
     if out is not None:
         check_neighbours(out, loaded.source, loaded.assets, force)
     with stages.stage("recognise"):
@@ -182,7 +184,7 @@ def compile(
                 check_pair(out, force)
             return compile_seq2seq(loaded, found, config, check=check, stages=stages)
         return compile_encoder(loaded, found, config, check=check, stages=stages)
-    program = _require_causal(loaded, found)
+    program = require_causal(loaded, found)
     sites, kept = found.sites, found.rejections
     text = cut_windows(program, documents, tokenizer, config)
     config, notes = _settle(config, text is not None)
@@ -291,7 +293,7 @@ def plan(
     if config.encoders and (is_encoder(found) or not isinstance(program, Program)):
         sites, _ = require_encoder(program, found)
     else:
-        program = _require_causal(program, found)
+        program = require_causal(program, found)
         sites = found.sites
         method = config.chosen_method(documents is not None)
         if not config.exact and method != "mha2mla":
@@ -365,7 +367,7 @@ def _load(
     return program
 
 
-def _require_causal(program: AnyProgram, found: Recognition) -> Program:
+def require_causal(program: AnyProgram, found: Recognition) -> Program:
     """Refuse what is no causal language model, or has a layer that is not understood.
 
     Raises:
@@ -401,7 +403,7 @@ def _require_text(config: CompileConfig, calibration: Text | None) -> None:
         )
 
 
-def _require_float32(program: AnyProgram) -> None:
+def require_float32(program: AnyProgram) -> None:
     """Refuse weights of another type: the rewrite, its checks and the cache are float32 in this version."""
     for name, value in program.exported.state_dict.items():
         if value.is_floating_point() and value.dtype != torch.float32:

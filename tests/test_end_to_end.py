@@ -243,10 +243,14 @@ def test_eval_prints_one_object_about_both_models(converted, text, original, tok
     printed = command("eval", converted(), "--original", TINY, *words)
     assert printed.count("\n") == 1
     found = json.loads(printed)
-    assert found.keys() == {"perplexity", "loss", "tokens", "seq_len", "cache_bytes_per_token", "original"}
+    figures = {"perplexity", "loss", "cache_bytes_per_token"}
+    assert found.keys() == {"text", "tokens", "seq_len", *figures, "original", "models", "warnings"}
     assert found["perplexity"] == pytest.approx(math.exp(found["loss"]))
     assert (found["tokens"], found["seq_len"], found["cache_bytes_per_token"]) == (8 * 127, 128, 1024)
-    assert found["original"].keys() == found.keys() - {"original"}
+    assert found["original"].keys() == {"model", "runtime", "seconds", *figures}
+    (row,) = found["models"]
+    assert {key: found[key] for key in figures} == {key: row[key] for key in figures}
+    assert (row["cache_kept"], row["method"], row["cache_ratio"]) == (0.5, "mha2mla", 0.5)
     assert found["original"]["cache_bytes_per_token"] == 2048
     windows = token_windows(tokenize(read_documents(text), tokenizer), 128, 1024)
     expected = perplexity(lambda ids: original(ids, use_cache=False).logits, windows)
@@ -270,10 +274,12 @@ def test_eval_reads_every_form_of_the_same_conversion(compiled, text, tmp_path, 
 
 def test_eval_prints_a_table(converted, text):
     words = ("--text", text, "--max-tokens", 256, "--seq-len", 128, "-q")
-    head, ours, theirs = command("eval", converted(), "--original", TINY, *words).splitlines()
-    assert head.split("\t") == ["", "perplexity", "tokens", "cache bytes/token"]
-    assert (ours.split("\t")[0], ours.split("\t")[2:]) == ("model", ["254", "1024"])
-    assert (theirs.split("\t")[0], theirs.split("\t")[2:]) == ("original", ["254", "2048"])
+    head, theirs, ours = (
+        line.split("\t") for line in command("eval", converted(), "--original", TINY, *words).splitlines()
+    )
+    assert head == ["", "runtime", "tokens", "cache bytes/token", "cache kept", "perplexity", "ratio", "KL", "top-1"]
+    assert theirs[:5] == ["original", "torch", "254", "2048", "100.00%"]
+    assert ours[:5] == [str(converted()), "onnxruntime", "254", "1024", "50.00%"]
 
 
 # ---- nothing left out
