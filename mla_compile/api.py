@@ -223,6 +223,8 @@ def compile(
         stages=(),
         verification=verification,
         quality=quality,
+        forecasts=choice.forecasts,
+        deepseek=choice.deepseek,
         layer_errors=errors,
         polish=None if polished is None else polished.report,
         warnings=(
@@ -396,9 +398,10 @@ def _require_text(config: CompileConfig, calibration: Text | None) -> None:
     """
     if calibration is None and config.polish_steps:
         raise UsageError("Polishing needs text to train on.", "Give some with --calibration FILE.")
-    if calibration is None and not config.exact and config.method in ("fisher", "transmla"):
+    method = config.chosen_method(calibration is not None)
+    if calibration is None and not config.exact and method in ("fisher", "transmla"):
         raise UsageError(
-            f"The method '{config.method}' chooses by what the model does on text, and none was given.",
+            f"The method '{method}' chooses by what the model does on text, and none was given.",
             "Give some with --calibration FILE, or use --method mha2mla, which can do without.",
         )
 

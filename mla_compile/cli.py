@@ -43,6 +43,22 @@ CacheRatio = Annotated[
     typer.Option(help="Cache size after over before, at most.", show_default="0.3125", rich_help_panel=_SIZE),
 ]
 KvRank = Annotated[int | None, typer.Option(help="Latent rank per layer, instead of a ratio.", rich_help_panel=_SIZE)]
+UniformRank = Annotated[
+    bool,
+    typer.Option(
+        "--uniform-rank",
+        help="The same rank in all layers, where ranks follow from a ratio: the smallest that any of them would have.",
+        rich_help_panel=_SIZE,
+    ),
+]
+Layout = Annotated[
+    str,
+    typer.Option(
+        help="What caches may look like, in fisher and transmla: free, or deepseek for what a stock DeepSeek-V3 "
+        "checkpoint can express (one rank, one even table of frequencies with one component each).",
+        rich_help_panel=_METHOD,
+    ),
+]
 Exact = Annotated[
     bool, typer.Option("--exact", help="Leave nothing out: the result must equal the original.", rich_help_panel=_SIZE)
 ]
@@ -151,9 +167,11 @@ def convert(
     ],
     cache_ratio: CacheRatio = None,
     kv_rank: KvRank = None,
+    uniform_rank: UniformRank = False,
     exact: Exact = False,
     encoders: Encoders = False,
     method: MethodName = "auto",
+    layout: Layout = "free",
     selection: Selection = "auto",
     rope_dims: RopeDims = None,
     svd: Svd = "joint",
@@ -187,11 +205,13 @@ def convert(
 
     config = make_config(
         method=method,
+        layout=layout,
         selection=selection,
         rope_dims=rope_dims,
         svd=svd,
         cache_ratio=cache_ratio,
         kv_rank=kv_rank,
+        uniform_rank=uniform_rank,
         exact=exact,
         calibration_tokens=calibration_tokens,
         polish_steps=polish_steps,
@@ -265,9 +285,11 @@ def plan(
     model: Model,
     cache_ratio: CacheRatio = None,
     kv_rank: KvRank = None,
+    uniform_rank: UniformRank = False,
     exact: Exact = False,
     rope_dims: RopeDims = None,
     method: MethodName = "auto",
+    layout: Layout = "free",
     svd: Svd = "joint",
     encoders: Encoders = False,
     calibration: Calibration = None,
@@ -285,8 +307,10 @@ def plan(
 
     config = make_config(
         method=method,
+        layout=layout,
         cache_ratio=cache_ratio,
         kv_rank=kv_rank,
+        uniform_rank=uniform_rank,
         exact=exact,
         rope_dims=rope_dims,
         svd=svd,

@@ -38,6 +38,9 @@ ALLOWED = [
     {"exact": True, "polish_steps": 0},
     {"seed": 0},
     {"inline": True},
+    {"uniform_rank": True},
+    {"layout": "deepseek"},
+    {"layout": "deepseek", "method": "transmla", "rope_dims": 8},
 ]
 
 
@@ -71,6 +74,12 @@ REFUSED = [
     ({"exact": True, "cache_ratio": 1.0}, "exact and cache_ratio", "exclude each other"),
     ({"cache_ratio": 0.5, "kv_rank": 3}, "cache_ratio and kv_rank", "exclude each other"),
     ({"exact": True, "cache_ratio": 0.5, "kv_rank": 3}, "exact and cache_ratio and kv_rank", "exclude each other"),
+    ({"layout": "flashmla"}, "layout='flashmla'", "'free' or 'deepseek'"),
+    ({"layout": "deepseek", "method": "mha2mla"}, "layout deepseek", "one rope key for all heads"),
+    ({"layout": "deepseek", "selection": "high"}, "layout deepseek", "mha2mla one for every head"),
+    ({"layout": "deepseek", "encoders": True}, "layout deepseek", "mha2mla one for every head"),
+    ({"layout": "deepseek", "exact": True}, "layout deepseek", "exact keeps a rope key for every head"),
+    ({"exact": True, "uniform_rank": True}, "exact", "full rank of every layer"),
     ({"exact": True, "rope_dims": 4}, "rope_dims", "exact keeps every rotating channel"),
 ]
 

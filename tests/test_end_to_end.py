@@ -665,6 +665,9 @@ def test_methods_that_choose_by_text(chosen, method):
     assert report["verification"]["cache_bytes_per_token"] == report["cache"]["bytes_per_token_after"]
     assert all(layer["rope_groups"] == 1 for layer in report["layers"])
     assert {"statistics", "sizes"} <= {stage["name"] for stage in report["stages"]}
+    for layer in report["layers"]:
+        assert 2 * len(layer["rope_frequencies"]) == 2 * len(layer["rope_own"]) == layer["rope_dims"]
+        assert (layer["predicted_loss"] is None) == (method == "transmla")
     for link in ("rewrite_error", "decode_error", "lowering_error"):
         assert 0 <= report["verification"][link] < ROUNDING
 
