@@ -71,19 +71,22 @@ Svd = Annotated[
 MethodName = Annotated[
     str,
     typer.Option(
-        help="How sizes and weights are chosen: fisher, transmla or mha2mla; auto is mha2mla without text or "
-        "with a setting of its own, else fisher.",
+        help="How sizes and weights are chosen: fisher or transmla by what the model does on text, mha2mla by its "
+        "weights; auto is mha2mla with a setting of its own (selection, svd, encoders), else fisher.",
         rich_help_panel=_METHOD,
     ),
 ]
 Calibration = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
-        help="Text to choose components by and to measure on: .txt (documents separated by <|endoftext|>) or .jsonl.",
+        help="Text to choose by and to measure on: a .txt (documents separated by <|endoftext|>) or .jsonl file, or a "
+        "dataset hf:NAME[:CONFIG][:SPLIT] (split train by default).",
         rich_help_panel=_TEXT,
     ),
 ]
-CalibrationTokens = Annotated[int, typer.Option(help="Tokens of it to use.", rich_help_panel=_TEXT)]
+CalibrationTokens = Annotated[
+    int, typer.Option(help="Tokens of it to calibrate on, from its beginning.", rich_help_panel=_TEXT)
+]
 SeqLen = Annotated[
     int | None,
     typer.Option(
@@ -92,6 +95,22 @@ SeqLen = Annotated[
 ]
 Tokenizer = Annotated[
     str | None, typer.Option(help="Folder or id of the tokenizer, if the model has none.", rich_help_panel=_TEXT)
+]
+NoGradients = Annotated[
+    bool,
+    typer.Option(
+        "--no-gradients",
+        help="Never run the model backward: less memory and time, and a little worse (fisher).",
+        rich_help_panel=_METHOD,
+    ),
+]
+NoCache = Annotated[
+    bool,
+    typer.Option(
+        "--no-cache",
+        help="Neither reuse nor save what is measured on the text (in $MLA_COMPILE_CACHE, else ~/.cache/mla-compile).",
+        rich_help_panel=_TEXT,
+    ),
 ]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of random ids and samples.", rich_help_panel=_CHECKS)]
 AttnImplementation = Annotated[
@@ -148,9 +167,11 @@ def convert(
     selection: Selection = "auto",
     rope_dims: RopeDims = None,
     svd: Svd = "joint",
+    no_gradients: NoGradients = False,
     calibration: Calibration = None,
     calibration_tokens: CalibrationTokens = 65536,
     seq_len: SeqLen = None,
+    no_cache: NoCache = False,
     tokenizer: Tokenizer = None,
     opset: Annotated[int, typer.Option(help="ONNX operator set: 23 or 24.", rich_help_panel=_OUTPUT)] = 23,
     inline: Annotated[
@@ -180,6 +201,7 @@ def convert(
         selection=selection,
         rope_dims=rope_dims,
         svd=svd,
+        gradients=not no_gradients,
         cache_ratio=cache_ratio,
         kv_rank=kv_rank,
         exact=exact,
@@ -201,6 +223,7 @@ def convert(
             calibration=calibration,
             tokenizer=tokenizer,
             config=config,
+            statistics_cache=not no_cache,
             check=not no_verify,
             max_perplexity_ratio=max_ppl_ratio,
             out=out,
@@ -258,10 +281,12 @@ def plan(
     rope_dims: RopeDims = None,
     method: MethodName = "auto",
     svd: Svd = "joint",
+    no_gradients: NoGradients = False,
     encoders: Encoders = False,
     calibration: Calibration = None,
     calibration_tokens: CalibrationTokens = 65536,
     seq_len: SeqLen = None,
+    no_cache: NoCache = False,
     tokenizer: Tokenizer = None,
     attn_implementation: AttnImplementation = "auto",
     unsafe_load: UnsafeLoad = False,
@@ -279,6 +304,7 @@ def plan(
         exact=exact,
         rope_dims=rope_dims,
         svd=svd,
+        gradients=not no_gradients,
         encoders=encoders,
         calibration_tokens=calibration_tokens,
         seq_len=seq_len,
@@ -292,6 +318,7 @@ def plan(
             config,
             calibration=calibration,
             tokenizer=tokenizer,
+            statistics_cache=not no_cache,
             attn_implementation=attn_implementation,
             unsafe_load=unsafe_load,
             display=shown,

@@ -19,8 +19,8 @@ class CompileConfig(BaseModel):
 
     Attributes:
         method: How sizes and weights are chosen: ``fisher`` (by what errors do to the loss), ``transmla`` or
-            ``mha2mla`` (as these papers do). ``auto`` is ``mha2mla`` where one of its own settings is given or there
-            is no calibration text, else ``fisher``.
+            ``mha2mla`` (as these papers do). ``auto`` is ``mha2mla`` where one of its own settings is given, else
+            ``fisher``. Only ``mha2mla`` does without calibration text.
         selection: Which rotary pairs keep rotating (``mha2mla``); ``auto`` is ``2-norm`` with calibration text, else
             ``uniform``.
         rope_dims: Rotating channels kept (even): of every key/value head in ``mha2mla``, where it is an eighth of the
@@ -29,9 +29,11 @@ class CompileConfig(BaseModel):
         cache_ratio: Cache numbers per token after conversion over before, at most.
         kv_rank: Latent rank per layer, instead of a ratio.
         exact: Keep every rotating channel and the full rank: the result must equal the original.
-        calibration_tokens: Tokens of calibration text used.
+        gradients: Whether ``fisher`` runs the model backward too; without, the output projection says what an error of
+            an attention output is worth.
+        calibration_tokens: Tokens of calibration text used, from its beginning.
         seq_len: Window length for calibration and evaluation; the model's limit, at most 512, by default.
-        seed: Seed of random probes and samples.
+        seed: Seed of random ids to verify on; it does not choose text.
         opset: ONNX operator set.
         inline: Emit standard operators only, without ``LatentAttention`` nodes.
         encoders: Convert bidirectional attention too, which has no cache: its projections become low-rank.
@@ -47,6 +49,7 @@ class CompileConfig(BaseModel):
     cache_ratio: float | None = Field(default=None, gt=0.0, le=1.0)
     kv_rank: int | None = Field(default=None, ge=1)
     exact: bool = False
+    gradients: bool = True
     calibration_tokens: int = Field(default=65536, ge=1)
     seq_len: int | None = Field(default=None, ge=2)
     seed: int = Field(default=0, ge=0)
@@ -54,14 +57,16 @@ class CompileConfig(BaseModel):
     inline: bool = False
     encoders: bool = False
 
-    def chosen_method(self, text: bool) -> str:
-        """The method, ``auto`` resolved.
-
-        Args:
-            text: Whether there is calibration text.
-        """
+    @property
+    def chosen_method(self) -> str:
+        """The method, ``auto`` resolved."""
         own = self.selection != "auto" or self.svd != "joint" or self.encoders
-        return self.method if self.method != "auto" else "mha2mla" if own or not text else "fisher"
+        return self.method if self.method != "auto" else "mha2mla" if own else "fisher"
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether what is kept is chosen by what the model does on text."""
+        return not self.exact and (self.chosen_method != "mha2mla" or self.selection == "2-norm")
 
     @model_validator(mode="after")
     def _settings_of_the_method(self) -> CompileConfig:

@@ -20,7 +20,7 @@ from torch import Tensor
 from mla_compile.config import CompileConfig
 from mla_compile.errors import UsageError
 from mla_compile.passes.factorise import LatentWeights
-from mla_compile.passes.layers import MeasuredLayer, measure_layers, rope_is_shifted
+from mla_compile.passes.layers import MeasuredLayer, measure_layers, no_room, rope_is_shifted
 from mla_compile.passes.refit import refit_values
 from mla_compile.passes.rope_split import RopeSplit, split_rope
 from mla_compile.passes.search import Divergence, Shares, global_ranks, search_shares
@@ -173,7 +173,8 @@ def fisher(task: Task) -> Choice:
             f"--rope-dims {task.config.rope_dims} is odd.", "Channels rotate in pairs: give an even number."
         )
     windows = task.require_windows()
-    layers = measure_layers(task)
+    measured = measure_layers(task)
+    layers = measured.layers
     divergence = Divergence(task.program, windows, task.program.vocabulary)
 
     @functools.cache
@@ -201,9 +202,8 @@ def fisher(task: Task) -> Choice:
     with task.stages.stage("sizes") as tried:
         sizes = at(search_shares(lambda shares: loss(at(shares))))
         if not math.isfinite(loss(sizes)):
-            raise UsageError(
-                "The cache ratio leaves no room for a latent.", "Use a larger --cache-ratio, or fewer --rope-dims."
-            )
+            fewest = [_sizes(layer, task.config, Shares(0.0)).components for layer in layers]
+            raise no_room(layers, fewest, task.config)
         if task.config.kv_rank is None and len(layers) > 1:
             losses = [parts(index, s.components, s.own)[1].loss for index, s in enumerate(sizes)]
             sizes = min(sizes, _shared_ranks(sizes, losses), key=loss)
@@ -222,7 +222,7 @@ def fisher(task: Task) -> Choice:
     plans = tuple(
         shared_rope_plan(layer.site, layer.width, s.components, s.rank) for layer, s in zip(layers, sizes, strict=True)
     )
-    return Choice(plans, weights)
+    return Choice(plans, weights, measured.notes)
 
 
 @dataclass(frozen=True)
