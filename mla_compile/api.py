@@ -20,14 +20,15 @@ from mla_compile.config import CompileConfig, make_config
 from mla_compile.encoders import CompiledEncoder, compile_encoder, is_encoder, require_encoder
 from mla_compile.errors import QualityGateError, RefusedError, UsageError
 from mla_compile.evaluate import longest_window, original_scorer, perplexity
+from mla_compile.passes.layer_errors import layer_errors
 from mla_compile.passes.methods import METHODS, nothing_left_out
 from mla_compile.passes.recognise import Recognition, recognise
-from mla_compile.passes.task import Task
+from mla_compile.passes.task import BATCH, Task
 from mla_compile.passes.weights import input_width
 from mla_compile.plan import LatentPlan, plan_layers
 from mla_compile.program import AnyProgram, Assets, OtherProgram, Program
 from mla_compile.progress import Display, Stages
-from mla_compile.report import Quality, Report
+from mla_compile.report import LayerError, Quality, Report
 from mla_compile.runtime.module import LatentModel
 from mla_compile.seq2seq import CompiledSeq2Seq, compile_seq2seq, is_seq2seq, plan_seq2seq, undecodable
 from mla_compile.site import AttentionSite, Kind, Rejection
@@ -48,6 +49,10 @@ _RANDOM_LENGTH = 64
 """Random tokens per sequence to verify on without text: half as a prompt, half to continue it by 32 tokens."""
 _MUCH_WORSE = 2.0
 """Perplexity ratio from which the user is warned."""
+_HURT = 0.1
+"""Loss of one layer by itself from which it is named, in nats per token: a tenth more perplexity."""
+_NAMED = 3
+"""Layers named, at most."""
 
 
 @dataclass(frozen=True)
@@ -192,6 +197,17 @@ def compile(
     verification = None
     ids = text.held_out[:4, :256] if text is not None else _random_ids(program, config)
     quality = _measure(program, converted, text, stages)
+    errors: tuple[LayerError, ...] = ()
+    if text is not None:
+        batches = math.ceil(len(text.held_out) / BATCH)
+        errors = layer_errors(
+            program,
+            sites,
+            choice.weights,
+            converted,
+            text.held_out,
+            progress=lambda b: stages.each("layers", b, batches),
+        )
     if check:
         with stages.stage("verify"):
             exact = converted if config.exact else _exact_twin(task)
@@ -207,7 +223,8 @@ def compile(
         stages=(),
         verification=verification,
         quality=quality,
-        warnings=(*notes, *choice.notes, *_warnings(plans, kept, quality, config)),
+        layer_errors=errors,
+        warnings=(*notes, *choice.notes, *_warnings(plans, kept, quality, config), *_hurt(plans, errors)),
     )
     _gate(report.quality, max_perplexity_ratio)
     report = dataclasses.replace(report, stages=tuple(stages.timings))
@@ -490,6 +507,19 @@ def _clamped(plans: Sequence[LatentPlan], config: CompileConfig) -> list[str]:
             path, count = next(iter(fewer.items()))
             found.append(f"--{name} {asked} is more than {len(fewer)} layers have, which keep all ({path}: {count})")
     return found
+
+
+def _hurt(plans: Sequence[LatentPlan], errors: Sequence[LayerError]) -> tuple[str, ...]:
+    """Name the layers that cost much by themselves, the worst first."""
+    worst = sorted(
+        ((e.loss or 0.0, plan.path) for plan, e in zip(plans, errors, strict=False) if (e.loss or 0.0) > _HURT),
+        reverse=True,
+    )
+    if not worst:
+        return ()
+    named = ", ".join(f"{path} ({loss:.2f})" for loss, path in worst[:_NAMED])
+    more = f" and {len(worst) - _NAMED} more" if len(worst) > _NAMED else ""
+    return (f"layers that cost more than {_HURT:g} nats per token each, by themselves: {named}{more}",)
 
 
 def _gate(quality: Quality | None, limit: float | None) -> None:

@@ -36,6 +36,12 @@ __all__ = [
 ]
 
 
+_SLOWED = 1.001
+"""From this on frequencies are called slowed."""
+_SCALED = 1e-4
+"""Relative difference from one over the root of the head's size from which a logit scale is shown."""
+
+
 class StageDisplay:
     """Shows stages on standard error: bars on a terminal, one line per finished stage otherwise.
 
@@ -123,7 +129,7 @@ def show_layers(rows: Sequence[Mapping[str, Any]]) -> None:
             verdict = f"kept: {row['rejected']}" if row["kept"] else f"no: {row['rejected']}"
             lines.append([row["index"], row["path"], verdict, row["reason"], "", "", "", cached, ""])
             continue
-        rope = f"{row['rope']}:{row['rotary_dim']}" if row["rotary_dim"] else "none"
+        rope = _rope_in_words(row)
         heads = f"{row['heads']} q / {row['kv_heads']} kv of {row['qk_dim']}"
         names = dict.fromkeys(str(row[r]).removeprefix(f"{row['path']}.") for r in ("query", "key", "value"))
         weights = ", ".join(names) + (" (biased)" if row["bias"] else "")
@@ -137,9 +143,24 @@ def show_layers(rows: Sequence[Mapping[str, Any]]) -> None:
     _print_table("Attention layers", columns, lines)
 
 
+def _rope_in_words(row: Mapping[str, Any]) -> str:
+    """Layout, channels, base, and how much slower the frequencies are than the base says."""
+    if not row["rotary_dim"]:
+        return "none"
+    words = f"{row['rope']}:{row['rotary_dim']}"
+    if row["rope_theta"] is None:
+        return words
+    least, most = row["rope_slowing"]
+    slowed = "" if most < _SLOWED else f", slowed {most:.3g}x" if least > _SLOWED else f", slowed up to {most:.3g}x"
+    return f"{words}, theta {row['rope_theta']:.6g}{slowed}"
+
+
 def _extras(row: Mapping[str, Any]) -> str:
     """What a layer has beyond plain attention, in a few words."""
     found = []
+    plain = row["qk_dim"] ** -0.5
+    if row["logit_scale"] is not None and abs(row["logit_scale"] / plain - 1) > _SCALED:
+        found.append(f"logits x{row['logit_scale'] / plain:.4g}")
     if row["query_norm"] or row["key_norm"]:
         found.append(f"qk-norm {row['key_norm'] or row['query_norm']}")
     if row["value_norm"]:

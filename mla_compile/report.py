@@ -15,7 +15,7 @@ from mla_compile.plan import LatentPlan, cache_elements
 from mla_compile.progress import StageTiming
 from mla_compile.site import AttentionSite, Kind, Rejection
 
-__all__ = ["Quality", "Report", "Verification", "environment", "summarise_site"]
+__all__ = ["LayerError", "Quality", "Report", "Verification", "environment", "summarise_site"]
 
 _PACKAGES = ("mla-compile", "torch", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "numpy")
 
@@ -69,6 +69,20 @@ class Quality:
         return self.converted / self.original
 
 
+@dataclass(frozen=True, slots=True)
+class LayerError:
+    """How far one converted layer is from the original's, all other layers being the original's.
+
+    Attributes:
+        output: Root of the mean squared error of its attention outputs, over the root of their mean square.
+        loss: What that does to the loss, in nats per token to second order: ``E (sum_h dL/do_h . error_h)^2 / 2``.
+            None where gradients were not wanted.
+    """
+
+    output: float
+    loss: float | None
+
+
 @dataclass(frozen=True)
 class Report:
     """Everything a conversion did.
@@ -84,6 +98,7 @@ class Report:
         stages: Times and memory peaks.
         verification: Checks, if they were run.
         quality: Perplexities, if there was text.
+        layer_errors: What every converted layer costs by itself, if there was text.
         warnings: What the user should know.
         artifacts: Written files and their sizes in bytes.
     """
@@ -97,6 +112,7 @@ class Report:
     stages: tuple[StageTiming, ...] = ()
     verification: Verification | None = None
     quality: Quality | None = None
+    layer_errors: tuple[LayerError, ...] = ()
     warnings: tuple[str, ...] = ()
     artifacts: Mapping[str, int] = field(default_factory=dict)
     kept: tuple[Rejection, ...] = ()
@@ -104,6 +120,10 @@ class Report:
     @property
     def _kept_elements(self) -> int:
         return sum(r.plain.elements_per_token for r in self.kept if r.plain is not None)
+
+    @property
+    def _measured_layers(self) -> list[dict[str, float | None] | None]:
+        return [dataclasses.asdict(e) for e in self.layer_errors] or [None] * len(self.sites)
 
     @property
     def cache_bytes_before(self) -> int:
@@ -141,8 +161,8 @@ class Report:
             },
             "selection": self.selection,
             "layers": [
-                {**summarise_site(s), **dataclasses.asdict(p), "elements_after": p.elements_after}
-                for s, p in zip(self.sites, self.plans, strict=True)
+                {**summarise_site(s), **dataclasses.asdict(p), "elements_after": p.elements_after, "measured": measured}
+                for s, p, measured in zip(self.sites, self.plans, self._measured_layers, strict=True)
             ],
             "kept": [summarise_site(r) for r in self.kept],
             "quality": dataclasses.asdict(self.quality) | {"ratio": self.quality.ratio} if self.quality else None,
@@ -198,7 +218,10 @@ def summarise_site(site: AttentionSite | Rejection) -> dict[str, Any]:
         "rotary_dim": site.rope.rotary_dim,
         "rope_max_freq": max(site.rope.inv_freq, default=0.0),
         "rope_min_freq": min(site.rope.inv_freq, default=0.0),
+        "rope_theta": site.rope.theta,
+        "rope_slowing": list(site.rope.slowing),
         "scale": site.scale,
+        "logit_scale": site.logit_scale,
         "mask": str(site.kind) if site.kind == Kind.CROSS else str(site.mask),
         "query_norm": None if site.query.norm is None else str(site.query.norm),
         "key_norm": None if site.key.norm is None else str(site.key.norm),

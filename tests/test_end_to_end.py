@@ -127,14 +127,10 @@ ONNX, FOLDER = ("tiny.onnx", {"tiny.onnx"}), ("tiny", {"model.pt2", "mla_config.
 @pytest.mark.parametrize(
     ("selection", "svd", "name", "files"),
     [
-        ("high", "joint", *ONNX),
         ("high", "split", *FOLDER),
-        ("low", "joint", *FOLDER),
         ("low", "split", *ONNX),
         ("uniform", "joint", *FOLDER),
-        ("uniform", "split", *FOLDER),
         ("2-norm", "joint", *ONNX),
-        ("2-norm", "split", *ONNX),
     ],
 )
 def test_conversion_with_every_selection_and_factorisation(converted, selection, svd, name, files):
@@ -424,7 +420,13 @@ def test_inspect_describes_every_layer(original):
         assert layer["error"] < 1e-12
     lines = command("inspect", TINY).splitlines()
     assert len(lines) == 1 + config.num_hidden_layers
-    assert lines[1].split("\t")[1:6] == ["model.layers.0.self_attn", "yes", "6 q / 2 kv of 32", "half:32", "causal"]
+    assert lines[1].split("\t")[1:6] == [
+        "model.layers.0.self_attn",
+        "yes",
+        "6 q / 2 kv of 32",
+        "half:32, theta 10000",
+        "causal",
+    ]
 
 
 def test_plan_says_what_convert_does(converted):
@@ -547,7 +549,8 @@ BAD_CALLS = {
     "no documents": ({"calibration": []}, "text"),
     "blank documents": ({"calibration": ["", " "]}, "text"),
     "missing file": ({"calibration": "Once upon a time"}, "There is no text file"),
-    "limit without text": ({"max_perplexity_ratio": 1.5}, "needs text"),
+    "no text": ({"cache_ratio": 0.5}, "--calibration FILE, or choose --method mha2mla"),
+    "limit without text": ({"method": "mha2mla", "max_perplexity_ratio": 1.5}, "needs text"),
 }
 
 
