@@ -239,7 +239,7 @@ def _try_lossy(model: nn.Module, sites: Sequence[Any]) -> str:
 
     rotating = 2 if all(s.rope.rotary_dim for s in sites) else 0
     try:
-        mla_compile.compile(model, cache_ratio=0.5, rope_dims=rotating, check=True)
+        mla_compile.compile(model, method="mha2mla", cache_ratio=0.5, rope_dims=rotating, check=True)
     except Exception as error:
         return f"{_code_of(error)}: {_first_line(error)}"
     return "ok"

@@ -33,6 +33,7 @@ from mla_compile.report import LayerError, Quality, Report
 from mla_compile.runtime.module import LatentModel
 from mla_compile.seq2seq import CompiledSeq2Seq, compile_seq2seq, is_seq2seq, plan_seq2seq, undecodable
 from mla_compile.site import AttentionSite, Kind, Rejection
+from mla_compile.statistics_cache import open_cache
 
 __all__ = [
     "CompiledModel",
@@ -114,6 +115,7 @@ def compile(
     calibration: Text | None = None,
     tokenizer: Any = None,  # noqa: ANN401 - a folder or any transformers tokenizer
     config: CompileConfig | None = None,
+    statistics_cache: bool | str | Path = True,
     check: bool = True,
     max_perplexity_ratio: float | None = None,
     out: Path | None = None,
@@ -131,9 +133,12 @@ def compile(
     Args:
         model: An ``nn.Module``, an ``ExportedProgram``, an archive, a Hugging Face folder or a hub id.
         example_inputs: Inputs to export an ``nn.Module`` with: token ids ``[batch, length]`` first; any for an encoder.
-        calibration: Text to choose rotary components by and to measure on; for causal language models only.
+        calibration: Text to choose by and to measure on, for causal language models only: a ``.txt`` or ``.jsonl``
+            file, ``hf:NAME[:CONFIG][:SPLIT]`` for a dataset, documents, or token windows ``[windows, length]``.
         tokenizer: Tokenizer for text, or the folder it is in, when the model does not bring one.
         config: All settings at once.
+        statistics_cache: Whether to keep what was measured on the text for the next conversion of the same model, or
+            the folder to keep it in.
         check: Verify the conversion against the original.
         max_perplexity_ratio: Fail when perplexity grows by more than this factor; needs calibration text.
         out: Where the result will be written; checked before any work is done.
@@ -158,8 +163,6 @@ def compile(
     if config is not None and settings:
         raise UsageError("Both config and single settings were given.", "Give one of them.")
     config = config or make_config(**settings)
-    if calibration is None and config.selection == "2-norm":
-        raise UsageError("The 2-norm selection needs text to measure on.", "Give some with --calibration FILE.")
     _require_text(config, calibration)
     if max_perplexity_ratio is not None and not max_perplexity_ratio > 0:
         raise UsageError(f"--max-ppl-ratio {max_perplexity_ratio} is not a factor.", "Give a number above 0.")
@@ -188,7 +191,8 @@ def compile(
     sites, kept = found.sites, found.rejections
     text = cut_windows(program, documents, tokenizer, config)
     config, notes = _settle(config, text is not None)
-    task = Task(program, sites, kept, config, None if text is None else text.calibration, stages)
+    windows = None if text is None else text.calibration
+    task = Task(program, sites, kept, config, windows, stages, open_cache(statistics_cache))
     choice = nothing_left_out(task) if config.exact else METHODS[config.method](task)
     polished = polish(task, choice.weights, config.polish_steps) if config.polish_steps else None
     plans, weights = choice.plans, choice.weights if polished is None else polished.weights
@@ -206,6 +210,7 @@ def compile(
             weights,
             converted,
             text.held_out,
+            gradients=config.gradients,
             progress=lambda b: stages.each("layers", b, batches),
         )
     if check:
@@ -270,6 +275,7 @@ def plan(
     *,
     calibration: Text | None = None,
     tokenizer: str | None = None,
+    statistics_cache: bool | str | Path = True,
     attn_implementation: str = "auto",
     unsafe_load: bool = False,
     display: Display | None = None,
@@ -279,11 +285,15 @@ def plan(
     Args:
         model: An archive, a Hugging Face folder or a hub id.
         config: What the user asked for.
-        calibration: Text for the methods that need it.
+        calibration: Text for the methods that need it, as in :func:`compile`.
         tokenizer: Folder of the tokenizer, if the model does not bring one.
+        statistics_cache: As in :func:`compile`.
         attn_implementation: How a transformers model given by name spells its attention: auto, sdpa or eager.
         unsafe_load: Allow unpickling a module from a file.
         display: Shows progress.
+
+    Raises:
+        UsageError: Sizes are chosen by text, and there is none; or settings do not fit the model.
     """
     _require_text(config, calibration)
     documents = read_text(calibration)
@@ -297,11 +307,13 @@ def plan(
     else:
         program = require_causal(program, found)
         sites = found.sites
-        method = config.chosen_method(documents is not None)
+        method = config.chosen_method
         if not config.exact and method != "mha2mla":
             text = cut_windows(program, documents, tokenizer, config)
             windows = None if text is None else text.calibration
-            task = Task(program, sites, found.rejections, config, windows, Stages(display))
+            task = Task(
+                program, sites, found.rejections, config, windows, Stages(display), open_cache(statistics_cache)
+            )
             return found, METHODS[method](task).plans
     return found, plan_layers(sites, [input_width(program, s) for s in sites], config)
 
@@ -396,14 +408,16 @@ def _require_text(config: CompileConfig, calibration: Text | None) -> None:
     Raises:
         UsageError: The method or polishing needs text.
     """
-    if calibration is None and config.polish_steps:
+    if calibration is not None or not config.needs_text:
+        return
+    if config.polish_steps:
         raise UsageError("Polishing needs text to train on.", "Give some with --calibration FILE.")
-    method = config.chosen_method(calibration is not None)
-    if calibration is None and not config.exact and method in ("fisher", "transmla"):
-        raise UsageError(
-            f"The method '{method}' chooses by what the model does on text, and none was given.",
-            "Give some with --calibration FILE, or use --method mha2mla, which can do without.",
-        )
+    if config.chosen_method == "mha2mla":
+        raise UsageError("The 2-norm selection needs text to measure on.", "Give some with --calibration FILE.")
+    raise UsageError(
+        f"The method '{config.chosen_method}' chooses by what the model does on text, and none was given.",
+        "Give some with --calibration FILE, or choose --method mha2mla, which does without and loses more.",
+    )
 
 
 def require_float32(program: AnyProgram) -> None:
@@ -443,7 +457,7 @@ def _settle(config: CompileConfig, text: bool) -> tuple[CompileConfig, tuple[str
     if config.exact:
         return config.model_copy(update={"method": "mha2mla", "selection": "uniform"}), ()  # every component is kept
     notes = () if text else ("without calibration text the quality of the conversion was not measured",)
-    config = config.model_copy(update={"method": config.chosen_method(text)})
+    config = config.model_copy(update={"method": config.chosen_method})
     if config.method != "mha2mla":
         return config, notes
     if config.selection != "auto":
@@ -470,15 +484,9 @@ def _measure(program: Program, converted: LatentModel, text: TextWindows | None,
     if text is None:
         return None
     steps = 2 * math.ceil(len(text.held_out) / 8)
-    with stages.stage("evaluate", steps) as advance:
-
-        def counted(batches: Any) -> Any:  # noqa: ANN401
-            for batch in batches:
-                yield batch
-                advance()
-
-        before = perplexity(original_scorer(program), text.held_out, progress=counted)
-        after = perplexity(lambda ids: converted(ids).logits, text.held_out, progress=counted)
+    with stages.stage("evaluate", steps) as stage:
+        before = perplexity(original_scorer(program), text.held_out, progress=stage.each)
+        after = perplexity(lambda ids: converted(ids).logits, text.held_out, progress=stage.each)
     return Quality(before.value, after.value, before.tokens, text.separate)
 
 
@@ -489,6 +497,7 @@ def _warnings(
     if kept:
         reasons = "; ".join(f"{r.path}: {r.reason} [{r.code.value}]" for r in kept)
         found.append(f"{len(kept)} attention layers were not converted and keep an ordinary cache ({reasons})")
+    found += _clamped(plans, config)
     grown = [p.path for p in plans if p.elements_after >= p.elements_before]
     if grown and not config.exact:
         found.append(f"the cache of {len(grown)} layers does not shrink at this setting")
@@ -500,6 +509,20 @@ def _warnings(
             "spend it differently with --rope-dims"
         )
     return tuple(found)
+
+
+def _clamped(plans: Sequence[LatentPlan], config: CompileConfig) -> list[str]:
+    """Settings that are more than there is to keep."""
+    found = []
+    for name, asked, kept in (
+        ("kv-rank", config.kv_rank, {p.path: p.kv_rank for p in plans}),
+        ("rope-dims", config.rope_dims, {p.path: p.rope_dims for p in plans}),
+    ):
+        fewer = {path: count for path, count in kept.items() if asked is not None and count < asked}
+        if fewer:
+            path, count = next(iter(fewer.items()))
+            found.append(f"--{name} {asked} is more than {len(fewer)} layers have, which keep all ({path}: {count})")
+    return found
 
 
 def _hurt(plans: Sequence[LatentPlan], errors: Sequence[LayerError]) -> tuple[str, ...]:

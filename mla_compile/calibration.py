@@ -1,8 +1,11 @@
-"""The user's text as token windows: most to calibrate on, the last part held out to measure on."""
+"""The user's text as token windows: most to calibrate on, the last part held out to measure on.
+
+Text is read as far as it is needed, so that it may be as long as it likes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ from torch import Tensor
 
 from mla_compile.config import CompileConfig
 from mla_compile.corpus import check_vocabulary, load_tokenizer, read_documents, token_windows, tokenize
+from mla_compile.dataset import is_dataset, stream_documents
 from mla_compile.errors import UsageError
 from mla_compile.evaluate import longest_window, original_scorer
 from mla_compile.program import Program
@@ -18,7 +22,7 @@ from mla_compile.program import Program
 __all__ = ["Text", "TextWindows", "cut_windows", "read_text"]
 
 Text = str | Path | Sequence[str] | Tensor
-"""Calibration text: a file, documents, or token windows ``[windows, length]``."""
+"""Calibration text: a file, ``hf:`` and a dataset, documents, or token windows ``[windows, length]``."""
 _HELD_OUT = 16
 """Windows kept for measuring, at most; a tenth of the text if that is less."""
 
@@ -38,13 +42,15 @@ class TextWindows:
     separate: bool
 
 
-def read_text(text: Text | None) -> Sequence[str] | Tensor | None:
-    """Read documents from a file; pass on what is not a file.
+def read_text(text: Text | None) -> Iterable[str] | Tensor | None:
+    """Read documents from a file or open a dataset; pass on what is neither.
 
     Raises:
-        LoadError: The file is missing or holds no text.
+        LoadError: The file or dataset is missing or holds no text.
         UsageError: Token windows are not an integer matrix.
     """
+    if isinstance(text, str) and is_dataset(text):
+        return stream_documents(text)
     if isinstance(text, str | Path):
         return read_documents(text)
     if isinstance(text, Tensor) and (
@@ -59,7 +65,7 @@ def read_text(text: Text | None) -> Sequence[str] | Tensor | None:
 
 def cut_windows(
     program: Program,
-    text: Sequence[str] | Tensor | None,
+    text: Iterable[str] | Tensor | None,
     tokenizer: Any,  # noqa: ANN401 - a folder or any transformers tokenizer
     config: CompileConfig,
 ) -> TextWindows | None:
@@ -83,7 +89,8 @@ def cut_windows(
         if tokenizer is None or isinstance(tokenizer, str | Path):
             tokenizer = load_tokenizer(program.assets.folder)
         length = config.seq_len or longest_window(original_scorer(program), program.max_positions)
-        windows = token_windows(tokenize(text, tokenizer), length)
+        enough = (_used(config, length) + _HELD_OUT) * length
+        windows = token_windows(tokenize(text, tokenizer, enough), length)
     check_vocabulary(int(windows.max()), program.vocabulary, program.source)
     length = windows.shape[1]
     longest = longest_window(original_scorer(program), program.max_positions, length)
@@ -93,5 +100,10 @@ def cut_windows(
             f"Use --seq-len {longest} or less.",
         )
     held_out = min(_HELD_OUT, max(1, len(windows) // 10))
-    used = max(1, config.calibration_tokens // length)
-    return TextWindows(windows[: max(1, len(windows) - held_out)][:used], windows[-held_out:], len(windows) > 1)
+    calibration = windows[: max(1, len(windows) - held_out)][: _used(config, length)]
+    return TextWindows(calibration, windows[-held_out:], len(windows) > 1)
+
+
+def _used(config: CompileConfig, length: int) -> int:
+    """Windows to calibrate on."""
+    return max(1, config.calibration_tokens // length)

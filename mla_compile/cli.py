@@ -88,19 +88,22 @@ Svd = Annotated[
 MethodName = Annotated[
     str,
     typer.Option(
-        help="How sizes and weights are chosen: fisher, transmla or mha2mla; auto is mha2mla without text or "
-        "with a setting of its own, else fisher.",
+        help="How sizes and weights are chosen: fisher or transmla by what the model does on text, mha2mla by its "
+        "weights; auto is mha2mla with a setting of its own (selection, svd, encoders), else fisher.",
         rich_help_panel=_METHOD,
     ),
 ]
 Calibration = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
-        help="Text to choose components by and to measure on: .txt (documents separated by <|endoftext|>) or .jsonl.",
+        help="Text to choose by and to measure on: a .txt (documents separated by <|endoftext|>) or .jsonl file, or a "
+        "dataset hf:NAME[:CONFIG][:SPLIT] (split train by default).",
         rich_help_panel=_TEXT,
     ),
 ]
-CalibrationTokens = Annotated[int, typer.Option(help="Tokens of it to use.", rich_help_panel=_TEXT)]
+CalibrationTokens = Annotated[
+    int, typer.Option(help="Tokens of it to calibrate on, from its beginning.", rich_help_panel=_TEXT)
+]
 PolishSteps = Annotated[
     int,
     typer.Option(
@@ -117,6 +120,22 @@ SeqLen = Annotated[
 ]
 Tokenizer = Annotated[
     str | None, typer.Option(help="Folder or id of the tokenizer, if the model has none.", rich_help_panel=_TEXT)
+]
+NoGradients = Annotated[
+    bool,
+    typer.Option(
+        "--no-gradients",
+        help="Never run the model backward: less memory and time, and a little worse (fisher).",
+        rich_help_panel=_METHOD,
+    ),
+]
+NoCache = Annotated[
+    bool,
+    typer.Option(
+        "--no-cache",
+        help="Neither reuse nor save what is measured on the text (in $MLA_COMPILE_CACHE, else ~/.cache/mla-compile).",
+        rich_help_panel=_TEXT,
+    ),
 ]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of random ids and samples.", rich_help_panel=_CHECKS)]
 AttnImplementation = Annotated[
@@ -176,9 +195,11 @@ def convert(
     rope_dims: RopeDims = None,
     svd: Svd = "joint",
     polish_steps: PolishSteps = 0,
+    no_gradients: NoGradients = False,
     calibration: Calibration = None,
     calibration_tokens: CalibrationTokens = 65536,
     seq_len: SeqLen = None,
+    no_cache: NoCache = False,
     tokenizer: Tokenizer = None,
     opset: Annotated[int, typer.Option(help="ONNX operator set: 23 or 24.", rich_help_panel=_OUTPUT)] = 23,
     inline: Annotated[
@@ -209,6 +230,7 @@ def convert(
         selection=selection,
         rope_dims=rope_dims,
         svd=svd,
+        gradients=not no_gradients,
         cache_ratio=cache_ratio,
         kv_rank=kv_rank,
         uniform_rank=uniform_rank,
@@ -232,6 +254,7 @@ def convert(
             calibration=calibration,
             tokenizer=tokenizer,
             config=config,
+            statistics_cache=not no_cache,
             check=not no_verify,
             max_perplexity_ratio=max_ppl_ratio,
             out=out,
@@ -291,10 +314,12 @@ def plan(
     method: MethodName = "auto",
     layout: Layout = "free",
     svd: Svd = "joint",
+    no_gradients: NoGradients = False,
     encoders: Encoders = False,
     calibration: Calibration = None,
     calibration_tokens: CalibrationTokens = 65536,
     seq_len: SeqLen = None,
+    no_cache: NoCache = False,
     tokenizer: Tokenizer = None,
     attn_implementation: AttnImplementation = "auto",
     unsafe_load: UnsafeLoad = False,
@@ -314,6 +339,7 @@ def plan(
         exact=exact,
         rope_dims=rope_dims,
         svd=svd,
+        gradients=not no_gradients,
         encoders=encoders,
         calibration_tokens=calibration_tokens,
         seq_len=seq_len,
@@ -327,6 +353,7 @@ def plan(
             config,
             calibration=calibration,
             tokenizer=tokenizer,
+            statistics_cache=not no_cache,
             attn_implementation=attn_implementation,
             unsafe_load=unsafe_load,
             display=shown,
@@ -399,7 +426,8 @@ def evaluate(
         ),
     ] = None,
     calibration: Annotated[
-        Path | None, typer.Option(help="Text to convert by; another than --text.", rich_help_panel=_TRIALS)
+        str | None,
+        typer.Option(help="Text to convert by, as for convert; another than --text.", rich_help_panel=_TRIALS),
     ] = None,
     calibration_tokens: Annotated[
         int, typer.Option(min=1, help="Tokens of it to use.", rich_help_panel=_TRIALS)
@@ -408,6 +436,7 @@ def evaluate(
         bool,
         typer.Option("--onnxruntime", help="Measure each conversion in ONNX Runtime too.", rich_help_panel=_TRIALS),
     ] = False,
+    no_cache: NoCache = False,
     seq_len: SeqLen = None,
     max_tokens: Annotated[int | None, typer.Option(min=2, help="Measure on at most this many tokens.")] = None,
     tokenizer: Tokenizer = None,
@@ -430,6 +459,7 @@ def evaluate(
     shown = display.make_display(quiet or as_json)
     with shown:
         from mla_compile.measure import Sample, measure
+        from mla_compile.statistics_cache import open_cache
         from mla_compile.trial import measure_conversions, read_trials
 
         sample = Sample(text, seq_len, max_tokens, tokenizer)
@@ -439,7 +469,13 @@ def evaluate(
             ratios = "0.5,0.3125,0.25" if cache_ratios is None else cache_ratios
             trials = read_trials(methods, ratios, calibration is not None, calibration_tokens)
             result = measure_conversions(
-                model[0], sample, trials, calibration=calibration, onnxruntime=onnxruntime, display=shown
+                model[0],
+                sample,
+                trials,
+                calibration=calibration,
+                onnxruntime=onnxruntime,
+                cache=open_cache(not no_cache),
+                display=shown,
             )
     if plot is not None:
         from mla_compile.plot import draw
@@ -456,7 +492,7 @@ def _check_eval(
     original: str | None,
     methods: str | None,
     cache_ratios: str | None,
-    calibration: Path | None,
+    calibration: str | None,
     onnxruntime: bool,
     plot: Path | None,
 ) -> None:

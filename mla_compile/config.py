@@ -19,8 +19,8 @@ class CompileConfig(BaseModel):
 
     Attributes:
         method: How sizes and weights are chosen: ``fisher`` (by what errors do to the loss), ``transmla`` or
-            ``mha2mla`` (as these papers do). ``auto`` is ``mha2mla`` where one of its own settings is given or there
-            is no calibration text, else ``fisher``.
+            ``mha2mla`` (as these papers do). ``auto`` is ``mha2mla`` where one of its own settings is given, else
+            ``fisher``. Only ``mha2mla`` does without calibration text.
         selection: Which rotary pairs keep rotating (``mha2mla``); ``auto`` is ``2-norm`` with calibration text, else
             ``uniform``.
         rope_dims: Rotating channels kept (even): of every key/value head in ``mha2mla``, where it is an eighth of the
@@ -32,10 +32,12 @@ class CompileConfig(BaseModel):
         layout: What caches may look like (``fisher``, ``transmla``): ``free``, or ``deepseek`` for what a stock
             DeepSeek-V3 checkpoint can express: one rank, and one even table of frequencies with one component each.
         exact: Keep every rotating channel and the full rank: the result must equal the original.
-        calibration_tokens: Tokens of calibration text used.
+        gradients: Whether ``fisher`` runs the model backward too; without, the output projection says what an error of
+            an attention output is worth.
+        calibration_tokens: Tokens of calibration text used, from its beginning.
         polish_steps: Steps of training the new matrices on calibration text to predict what the original does.
         seq_len: Window length for calibration and evaluation; the model's limit, at most 512, by default.
-        seed: Seed of random probes and samples.
+        seed: Seed of random ids to verify on; it does not choose text.
         opset: ONNX operator set.
         inline: Emit standard operators only, without ``LatentAttention`` nodes.
         encoders: Convert bidirectional attention too, which has no cache: its projections become low-rank.
@@ -53,6 +55,7 @@ class CompileConfig(BaseModel):
     uniform_rank: bool = False
     layout: Literal["free", "deepseek"] = "free"
     exact: bool = False
+    gradients: bool = True
     calibration_tokens: int = Field(default=65536, ge=1)
     polish_steps: int = Field(default=0, ge=0)
     seq_len: int | None = Field(default=None, ge=2)
@@ -61,15 +64,17 @@ class CompileConfig(BaseModel):
     inline: bool = False
     encoders: bool = False
 
-    def chosen_method(self, text: bool) -> str:
-        """The method, ``auto`` resolved.
-
-        Args:
-            text: Whether there is calibration text.
-        """
+    @property
+    def chosen_method(self) -> str:
+        """The method, ``auto`` resolved."""
         own = self.selection != "auto" or self.svd != "joint" or self.encoders
-        own = own or not (text or self.layout == "deepseek")
         return self.method if self.method != "auto" else "mha2mla" if own else "fisher"
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether something is chosen, or trained, by what the model does on text."""
+        measured = self.chosen_method != "mha2mla" or self.selection == "2-norm" or self.polish_steps > 0
+        return measured and not self.exact
 
     @model_validator(mode="after")
     def _settings_of_the_method(self) -> CompileConfig:
@@ -85,7 +90,7 @@ class CompileConfig(BaseModel):
             return self
         if self.exact:
             raise ValueError("exact keeps a rope key for every head, and the layout deepseek has one for all")
-        if self.chosen_method(text=True) == "mha2mla":
+        if self.chosen_method == "mha2mla":
             raise ValueError(
                 "the layout deepseek has one rope key for all heads, as fisher and transmla make it, and mha2mla one "
                 "for every head"

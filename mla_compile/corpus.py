@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,12 +90,20 @@ def read_documents(path: str | Path) -> list[str]:
     return documents
 
 
-def tokenize(documents: Sequence[str], tokenizer: Any) -> list[int]:  # noqa: ANN401 - see load_tokenizer
-    """Join documents into one stream of ids, each led by the begin token if the tokenizer has one."""
+def tokenize(documents: Iterable[str], tokenizer: Any, most: int | None = None) -> list[int]:  # noqa: ANN401 - see load_tokenizer
+    """Join documents into one stream of ids, each led by the begin token if the tokenizer has one.
+
+    Args:
+        documents: Read until there are enough tokens.
+        tokenizer: A tokenizer.
+        most: How many tokens are enough; the last document is not cut.
+    """
     begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     stream: list[int] = []
     for document in documents:
         stream += begin + list(tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"])
+        if most is not None and len(stream) >= most:
+            break
     return stream
 
 

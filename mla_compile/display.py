@@ -93,9 +93,8 @@ class StageDisplay:
         """A stage is done."""
         if self._bars:
             self._bars.remove_task(self._task)
-        self._console.print(
-            f"{timing.name:<16} {timing.seconds:7.1f} s   peak {timing.peak_mib:,.0f} MiB", highlight=False
-        )
+        line = f"{timing.name:<16} {timing.seconds:7.1f} s   peak {timing.peak_mib:,.0f} MiB   {timing.note}".rstrip()
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def make_display(quiet: bool) -> StageDisplay:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-__all__ = ["Display", "StageTiming", "Stages", "peak_memory_mib"]
+__all__ = ["Display", "Stage", "StageTiming", "Stages", "peak_memory_mib"]
 
 T = TypeVar("T")
 
@@ -29,11 +29,13 @@ class StageTiming:
         name: What was done.
         seconds: Wall-clock time.
         peak_mib: Peak resident memory of the process when it ended, in MiB.
+        note: What else there is to say of it.
     """
 
     name: str
     seconds: float
     peak_mib: float
+    note: str = ""
 
 
 class Display(Protocol):
@@ -49,6 +51,31 @@ class Display(Protocol):
         """The current stage is done."""
 
 
+class Stage:
+    """A stage that is running: call it after each of its steps.
+
+    Args:
+        advance: Shows that a step is done.
+
+    Attributes:
+        note: What will be told with its time.
+    """
+
+    def __init__(self, advance: Callable[[], None]) -> None:
+        self._advance = advance
+        self.note = ""
+
+    def __call__(self) -> None:
+        """One step is done."""
+        self._advance()
+
+    def each(self, items: Iterable[T]) -> Iterator[T]:
+        """Iterate over items with one step per item."""
+        for item in items:
+            yield item
+            self()
+
+
 class Stages:
     """Runs stages one after another, times them, and tells a display.
 
@@ -61,20 +88,19 @@ class Stages:
         self.timings: list[StageTiming] = []
 
     @contextmanager
-    def stage(self, name: str, total: int | None = None) -> Iterator[Callable[[], None]]:
-        """Run the body as a stage; the value is a function to call after each of ``total`` steps."""
+    def stage(self, name: str, total: int | None = None) -> Iterator[Stage]:
+        """Run the body as a stage of ``total`` steps."""
         if self._display:
             self._display.started(name, total)
         begin = time.perf_counter()
-        yield self._display.advanced if self._display else lambda: None
-        timing = StageTiming(name, time.perf_counter() - begin, peak_memory_mib())
+        stage = Stage(self._display.advanced if self._display else lambda: None)
+        yield stage
+        timing = StageTiming(name, time.perf_counter() - begin, peak_memory_mib(), stage.note)
         self.timings.append(timing)
         if self._display:
             self._display.finished(timing)
 
     def each(self, name: str, items: Iterable[T], total: int | None = None) -> Iterator[T]:
         """Iterate over items as a stage with one step per item."""
-        with self.stage(name, total) as advance:
-            for item in items:
-                yield item
-                advance()
+        with self.stage(name, total) as stage:
+            yield from stage.each(items)

@@ -14,6 +14,7 @@ from torch import fx
 
 from mla_compile import frontend
 from mla_compile.api import require_causal, require_float32
+from mla_compile.calibration import read_text
 from mla_compile.config import CompileConfig, make_config
 from mla_compile.corpus import load_tokenizer, read_documents, token_windows, tokenize
 from mla_compile.errors import RefusedError, UsageError
@@ -26,6 +27,7 @@ from mla_compile.passes.task import Task
 from mla_compile.progress import Display, Stages
 from mla_compile.runtime.module import LatentModel
 from mla_compile.runtime.onnx_session import OnnxDecoder
+from mla_compile.statistics_cache import StatisticsCache
 
 __all__ = ["measure_conversions", "read_trials"]
 
@@ -84,8 +86,9 @@ def measure_conversions(
     sample: Sample,
     trials: Sequence[CompileConfig],
     *,
-    calibration: Path | None = None,
+    calibration: str | None = None,
     onnxruntime: bool = False,
+    cache: StatisticsCache | None = None,
     display: Display | None = None,
 ) -> Measurement:
     """Convert a model in several ways, one at a time, and measure each beside the original.
@@ -97,8 +100,9 @@ def measure_conversions(
         original: An archive, a Hugging Face folder or a hub id.
         sample: What to measure on.
         trials: What to try; one that does not fit the model is left out with a warning.
-        calibration: The text file to choose by.
+        calibration: The text to choose by: a file, or ``hf:`` and a dataset.
         onnxruntime: Measure every conversion in ONNX Runtime as well.
+        cache: Where statistics are kept, if anywhere.
         display: Shows progress.
 
     Raises:
@@ -109,7 +113,7 @@ def measure_conversions(
     if onnxruntime and importlib.util.find_spec("onnxruntime") is None:
         raise UsageError("ONNX Runtime is not installed.", "Run: pip install 'mla-compile[cpu]'.")
     documents = read_documents(sample.text)
-    chosen_by = None if calibration is None else read_documents(calibration)
+    chosen_by = read_text(calibration)
     warnings = ["the conversions were calibrated on the text they are measured on"] if chosen_by == documents else []
     stages = Stages(display)
     with stages.stage("load"):
@@ -123,13 +127,14 @@ def measure_conversions(
     windows = sample.windows(documents, tokenizer, [base])
     examples = None
     if chosen_by is not None:
-        stream, limit = tokenize(chosen_by, tokenizer), trials[0].calibration_tokens
-        examples = token_windows(stream, windows.shape[1], limit, name="calibration text")
+        length, limit = windows.shape[1], trials[0].calibration_tokens
+        stream = tokenize(chosen_by, tokenizer, max(limit, length))
+        examples = token_windows(stream, length, limit, name="calibration text")
     beside: Measured | None = None
     measured: list[Measured] = []
     refused: UsageError | RefusedError | None = None
     for trial in trials:
-        task = Task(program, found.sites, found.rejections, trial, examples, stages)
+        task = Task(program, found.sites, found.rejections, trial, examples, stages, cache)
         try:
             choice = METHODS[trial.method](task)
         except (UsageError, RefusedError) as error:

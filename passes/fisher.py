@@ -21,7 +21,7 @@ from mla_compile.deepseek import deepseek_shape, require_expressible, require_ta
 from mla_compile.errors import UsageError
 from mla_compile.passes.factorise import LatentWeights
 from mla_compile.passes.gauge import balanced
-from mla_compile.passes.layers import measure_layers, rope_is_shifted
+from mla_compile.passes.layers import measure_layers, no_room, rope_is_shifted
 from mla_compile.passes.refit import refit_values
 from mla_compile.passes.rope_split import RopeSplit, split_rope
 from mla_compile.passes.search import Divergence, Shares, search_shares
@@ -180,7 +180,8 @@ def fisher(task: Task) -> Choice:
         require_expressible(task.sites, task.kept)
         require_table(task.sites[0], config.rope_dims)
     windows = task.require_windows()
-    layers = measure_layers(task)
+    measured = measure_layers(task)
+    layers = measured.layers
     divergence = Divergence(task.program, windows, task.program.vocabulary)
 
     @functools.cache
@@ -217,9 +218,8 @@ def fisher(task: Task) -> Choice:
     with task.stages.stage("sizes") as tried:
         sizes = at(search_shares(lambda shares: loss(at(shares))))
         if not math.isfinite(loss(sizes)):
-            raise UsageError(
-                "The cache ratio leaves no room for a latent.", "Use a larger --cache-ratio, or fewer --rope-dims."
-            )
+            fewest = [split_budget(layer, config, Shares(0.0)).components for layer in layers]
+            raise no_room(layers, fewest, config)
         if config.kv_rank is None and len(layers) > 1 and not (even or config.uniform_rank):
             sizes = min(sizes, shared_ranks(layers, config, sizes, costs(sizes)), key=loss)
     weights = weights_of(sizes)
@@ -243,4 +243,4 @@ def fisher(task: Task) -> Choice:
         for split, cost, s in zip(splits, costs(sizes), sizes, strict=True)
     )
     shape = deepseek_shape(task.sites[0], plans[0].rope_dims, plans[0].kv_rank) if even else None
-    return Choice(plans, weights, forecasts, shape)
+    return Choice(plans, weights, forecasts, shape, measured.notes)

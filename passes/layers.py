@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
-from mla_compile.errors import RefusedError
+import torch
+from torch import Tensor
+
+from mla_compile.config import DEFAULT_CACHE_RATIO, CompileConfig
+from mla_compile.errors import RefusedError, UsageError
+from mla_compile.passes.output_metric import output_metrics
 from mla_compile.passes.rope_split import RotaryChannels, rotary_channels
 from mla_compile.passes.statistics import SiteStatistics, collect_statistics
 from mla_compile.passes.task import BATCH, Task
 from mla_compile.passes.weights import SiteWeights
 from mla_compile.site import AttentionSite
+from mla_compile.statistics_cache import Found, statistics_key
 
-__all__ = ["MeasuredLayer", "measure_layers", "require_scalable", "rope_is_shifted"]
+__all__ = ["Measured", "MeasuredLayer", "measure_layers", "no_room", "require_scalable", "rope_is_shifted"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +49,20 @@ class MeasuredLayer:
         return 1 + int(self.site.needs_constant(self.site.qk_dim))
 
 
-def measure_layers(task: Task) -> list[MeasuredLayer]:
+@dataclass(frozen=True)
+class Measured:
+    """Every layer measured.
+
+    Attributes:
+        layers: In the order of the model.
+        notes: What the user should know of the measurement.
+    """
+
+    layers: tuple[MeasuredLayer, ...]
+    notes: tuple[str, ...]
+
+
+def measure_layers(task: Task) -> Measured:
     """Read every layer's weights and measure it on the calibration text, as one stage.
 
     Raises:
@@ -51,14 +71,98 @@ def measure_layers(task: Task) -> list[MeasuredLayer]:
     windows, originals = task.require_windows(), task.read()
     for site, original in zip(task.sites, originals, strict=True):
         require_scalable(site, original)
-    batches = math.ceil(len(windows) / BATCH)
-    statistics = collect_statistics(
-        task.program, task.sites, windows, batch=BATCH, progress=lambda b: task.stages.each("statistics", b, batches)
-    )
-    return [
+    metrics, notes = (None, ()) if task.config.gradients else _metrics(task)
+    with task.stages.stage("statistics", math.ceil(len(windows) / BATCH)) as stage:
+
+        def measure() -> tuple[SiteStatistics, ...]:
+            return collect_statistics(
+                task.program, task.sites, windows, metrics=metrics, batch=BATCH, progress=stage.each
+            )
+
+        if task.cache is None:
+            found = Found(measure(), "computed")
+        else:
+            key = statistics_key(task.program, task.sites, windows, gradients=task.config.gradients)
+            found = task.cache.recall(key, measure)
+        stage.note = f"{windows.numel()} tokens, {found.origin}"
+    layers = [
         MeasuredLayer(site, weights, measured, rotary_channels(site, weights, measured))
-        for site, weights, measured in zip(task.sites, originals, statistics, strict=True)
+        for site, weights, measured in zip(task.sites, originals, map(certain, found.statistics), strict=True)
     ]
+    return Measured(tuple(layers), (*found.warnings, *notes, *_too_few(layers)))
+
+
+def _metrics(task: Task) -> tuple[list[Tensor], tuple[str, ...]]:
+    """What errors of outputs cost where no gradient says it: all alike where what comes behind is not understood."""
+    found = output_metrics(task.program, task.sites)
+    alike = [
+        torch.eye(site.v_dim, dtype=torch.float64).expand(site.heads, -1, -1) if metric is None else metric
+        for site, metric in zip(task.sites, found, strict=True)
+    ]
+    unknown = [site.path for site, metric in zip(task.sites, found, strict=True) if metric is None]
+    note = f"without gradients, errors of attention outputs count alike in {', '.join(unknown)}: what follows them is "
+    return alike, (f"{note}not one linear map",) if unknown else ()
+
+
+def _too_few(layers: Sequence[MeasuredLayer]) -> tuple[str, ...]:
+    widest = max(layers, key=lambda layer: layer.width)
+    tokens = widest.statistics.tokens
+    if tokens >= widest.width:
+        return ()
+    return (
+        f"{tokens} tokens of calibration text are fewer than the {widest.width} inputs of {widest.site.path}, whose "
+        "covariance they cannot tell; give more text",
+    )
+
+
+def certain(statistics: SiteStatistics) -> SiteStatistics:
+    """Statistics of fewer tokens than inputs with moments shrunk towards a multiple of the identity.
+
+    Directions that no token took are not known to be empty: they get the share of the mean variance that the tokens
+    leave open.
+    """
+    width = len(statistics.mean)
+    open_share = max(0.0, 1 - statistics.tokens / width)
+    if not open_share:
+        return statistics
+
+    def shrunk(moment: Tensor) -> Tensor:
+        even = torch.eye(width, dtype=moment.dtype) * moment.diagonal().mean()
+        return (1 - open_share) * moment + open_share * even
+
+    key_moment = None if statistics.key_moment is None else shrunk(statistics.key_moment)
+    return replace(statistics, moment=shrunk(statistics.moment), key_moment=key_moment)
+
+
+def no_room(layers: Sequence[MeasuredLayer], components: Sequence[int], config: CompileConfig) -> UsageError:
+    """Say in which layer a cache is too small for a latent, and what would do.
+
+    Args:
+        layers: The layers.
+        components: Complex components that rotate in each, at least.
+        config: What the user asked for.
+    """
+    if config.kv_rank is not None:
+        rank, path = max((layer.least_rank, layer.site.path) for layer in layers)
+        return UsageError(
+            f"--kv-rank {config.kv_rank} leaves no room for a latent beside the constant entry that biases of {path} "
+            "need.",
+            f"Use --kv-rank {rank} or more.",
+        )
+
+    needs = []
+    for layer, count in zip(layers, components, strict=True):
+        site = layer.site
+        needed = 2 * count + layer.least_rank + site.key_scales(site.qk_dim) + site.value_scales
+        needs.append((needed / site.elements_per_token, site.path))
+    least, path = max(needs)
+    ratio = DEFAULT_CACHE_RATIO if config.cache_ratio is None else config.cache_ratio
+    ways = [f"--cache-ratio {math.ceil(10_000 * least) / 10_000:.4f} or more"] * (least <= 1)
+    ways += ["fewer --rope-dims"] * bool(config.rope_dims)
+    return UsageError(
+        f"A cache ratio of {ratio:g} leaves no room for a latent in {path}.",
+        f"Use {', or '.join(ways or ['--method mha2mla'])}.",
+    )
 
 
 def require_scalable(site: AttentionSite, weights: SiteWeights) -> None:

@@ -5,6 +5,10 @@ The empirical Fisher information weighs errors by what they do to the loss: an e
 and key ``j`` costs ``(dL/ds_mj e)^2``, an error ``e`` of an attention output ``(dL/do . e)^2``, to second order. Logit
 gradients are not stored but computed layer by layer from those of the outputs:
 ``dL/ds_mj = a_mj dL/do_m . (v_j - o_m)``.
+
+Without gradients a metric ``M`` of outputs (:mod:`~mla_compile.passes.output_metric`) takes the place of
+``E (dL/do)(dL/do)^T``, and ``(a_mj |v_j - o_m|_M)^2``, which is what would be expected of gradients with that second
+moment, the place of ``(dL/ds_mj)^2``. Losses then have no unit, but can be compared within a model.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ from mla_compile.passes.activations import Attended, SiteActivations, attend_sit
 from mla_compile.program import Program
 from mla_compile.site import AttentionSite
 
-__all__ = ["SiteStatistics", "collect_statistics", "key_weighting", "logit_fisher"]
+__all__ = ["SiteStatistics", "collect_statistics", "key_weighting", "logit_fisher", "logit_spread"]
 
 
 @dataclass(frozen=True)
@@ -73,26 +77,29 @@ def collect_statistics(
     sites: Sequence[AttentionSite],
     windows: Tensor,
     *,
+    metrics: Sequence[Tensor] | None = None,
     batch: int = 4,
     progress: Callable[[Iterable[Tensor]], Iterable[Tensor]] = iter,
 ) -> tuple[SiteStatistics, ...]:
-    """Run the model over text, forward and backward.
+    """Run the model over text: forward and backward, or forward only where metrics are given.
 
     Args:
         program: The original model.
         sites: Its attention sites.
         windows: Token ids ``[windows, length]``.
+        metrics: What errors of every site's outputs cost, ``[H, Dv, Dv]``; by default the loss's gradients say.
         batch: Windows per pass.
         progress: Wraps the batches to show progress.
 
     Raises:
         RefusedError: A layer's activations or gradients are not finite.
     """
-    look = observe_sites(program, sites, gradients=True)
+    look = observe_sites(program, sites, gradients=metrics is None)
+    costs: Sequence[Tensor | None] = [None] * len(sites) if metrics is None else metrics
     sums = [_Sums.zeros(site, windows.shape[1]) for site in sites]
     for ids in progress(windows.split(batch)):
-        for site, total, seen in zip(sites, sums, look(ids), strict=True):
-            total.add(site, seen)
+        for site, total, seen, metric in zip(sites, sums, look(ids), costs, strict=True):
+            total.add(site, seen, metric)
     found = tuple(total.means(site, windows.numel()) for site, total in zip(sites, sums, strict=True))
     _require_finite(sites, found)
     return found
@@ -145,17 +152,21 @@ class _Sums:
             key_mean=zeros(1),
         )
 
-    def add(self, site: AttentionSite, seen: SiteActivations) -> None:
+    def add(self, site: AttentionSite, seen: SiteActivations, metric: Tensor | None) -> None:
         attended = attend_site(site, seen.query, seen.key, seen.value)
-        fisher = logit_fisher(site, seen, attended)
-        gradient, source = seen.gradient, seen.source.double()
-        assert gradient is not None
+        source = seen.source.double()
+        if metric is None:
+            assert seen.gradient is not None
+            cost, gradient = logit_fisher(site, seen, attended), seen.gradient.double()
+            self.output += torch.einsum("bshd,bshe->hde", gradient, gradient)
+        else:
+            cost = logit_spread(site, seen, attended, metric)
+            self.output += metric * source.shape[:2].numel()
         self.mean = self.mean + source.sum((0, 1))
         self.moment = self.moment + torch.einsum("bsd,bse->de", source, source)
-        weighted = seen.query * fisher.sum(-1).transpose(1, 2)[..., None]
+        weighted = seen.query * cost.sum(-1).transpose(1, 2)[..., None]
         self.query += torch.einsum("bshd,bshe->hde", weighted.double(), seen.query.double())
-        self.distance += _by_distance(fisher)
-        self.output += torch.einsum("bshd,bshe->hde", gradient.double(), gradient.double())
+        self.distance += _by_distance(cost)
         self.attended += attended.output.double().square().sum((0, 1, 3))
         self.value += seen.value.double().square().sum((0, 1, 3))
         if seen.key_scale.shape[-1]:
@@ -187,6 +198,25 @@ def logit_fisher(site: AttentionSite, seen: SiteActivations, attended: Attended)
     along = gradient @ per_head(site, seen.value).mT - mean
     slope = attended.weights * along
     return (slope if attended.slope is None else slope * attended.slope).square()
+
+
+def logit_spread(site: AttentionSite, seen: SiteActivations, attended: Attended, metric: Tensor) -> Tensor:
+    """``(a_mj |v_j - o_m|_M)^2`` of every scaled logit, ``[B, H, S, S]``: how far its value is from the others'.
+
+    Args:
+        site: The layer.
+        seen: Its activations.
+        attended: What it attends to.
+        metric: ``[H, Dv, Dv]``, positive semidefinite.
+    """
+    metric = metric.to(attended.output.dtype)
+    value, output = per_head(site, seen.value), attended.output.transpose(1, 2)
+    from_value = ((value @ metric) * value).sum(-1)[..., None, :]
+    turned = output @ metric
+    from_output = (turned * output).sum(-1)[..., None]
+    apart = (from_value - 2 * turned @ value.mT + from_output).clamp(min=0)
+    slope = attended.weights if attended.slope is None else attended.weights * attended.slope
+    return slope.square() * apart
 
 
 def _by_distance(weights: Tensor) -> Tensor:

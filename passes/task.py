@@ -23,6 +23,7 @@ from mla_compile.progress import Stages
 from mla_compile.report import LayerForecast
 from mla_compile.runtime.module import LatentModel
 from mla_compile.site import AttentionSite, Rejection
+from mla_compile.statistics_cache import StatisticsCache
 
 __all__ = ["BATCH", "Choice", "Method", "Task", "unpredicted"]
 
@@ -41,6 +42,7 @@ class Task:
         config: What the user asked for.
         windows: Calibration text ``[windows, length]``, or None.
         stages: Times and shows what runs.
+        cache: Where statistics are kept for the next conversion, or None.
     """
 
     program: Program
@@ -49,6 +51,7 @@ class Task:
     config: CompileConfig
     windows: Tensor | None
     stages: Stages = field(default_factory=Stages)
+    cache: StatisticsCache | None = None
 
     @property
     def widths(self) -> list[int]:

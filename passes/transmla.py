@@ -17,7 +17,7 @@ from mla_compile.deepseek import deepseek_shape, require_expressible, require_ta
 from mla_compile.errors import UsageError
 from mla_compile.passes.factorise import LatentWeights
 from mla_compile.passes.fisher import JointFactors, assemble, from_rows, joint_rows
-from mla_compile.passes.layers import MeasuredLayer, measure_layers
+from mla_compile.passes.layers import MeasuredLayer, measure_layers, no_room
 from mla_compile.passes.rope_split import RopeSplit, RotaryChannels, real_split, split_rope
 from mla_compile.passes.search import Divergence
 from mla_compile.passes.statistics import SiteStatistics, key_weighting
@@ -94,11 +94,18 @@ def transmla(task: Task) -> Choice:
     if even:
         require_expressible(task.sites, task.kept)
         require_table(task.sites[0], task.config.rope_dims)
-    layers = measure_layers(task)
+    measured = measure_layers(task)
+    layers = measured.layers
     divergence = Divergence(task.program, task.require_windows(), task.program.vocabulary)
     best: tuple[float, tuple[LatentPlan, ...], tuple[LatentWeights, ...], int] | None = None
+    collapses = _collapses(layers, task.config)
+    if not collapses:
+        raise UsageError(
+            f"--rope-dims {task.config.rope_dims} does not divide the rotating channels of a head.",
+            "Give a divisor, or leave --rope-dims out.",
+        )
     with task.stages.stage("sizes") as tried:
-        for collapse in _collapses(layers, task.config):
+        for collapse in collapses:
             smallest = math.inf
             fold = collapse
             while all(len(layer.site.rope.pairs) % fold == 0 for layer in layers):  # double it while that helps
@@ -118,13 +125,11 @@ def transmla(task: Task) -> Choice:
                     break
                 smallest, fold = cost, 2 * fold
     if best is None:
-        raise UsageError(
-            "TransMLA's rope dims leave no room for a latent at this cache ratio.",
-            "Use a larger --cache-ratio, or --rope-dims that divide the rotating channels of a head.",
-        )
+        fewest = [len(layer.site.rope.pairs) // max(collapses) for layer in layers]
+        raise no_room(layers, fewest, task.config)
     _, plans, weights, fold = best
     shape = deepseek_shape(task.sites[0], plans[0].rope_dims, plans[0].kv_rank) if even else None
-    return Choice(plans, weights, unpredicted(weights, own=fold == 1), shape)
+    return Choice(plans, weights, unpredicted(weights, own=fold == 1), shape, measured.notes)
 
 
 def _weights(layer: MeasuredLayer, plan: LatentPlan, fold: int) -> LatentWeights:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -56,6 +56,14 @@ class Programs:
             module = self._factories[name]()
             self._captured[name] = Captured(module, capture(module, models.example(module)))
         return self._captured[name]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Statistics are kept away from the user's own, in subprocesses too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLA_COMPILE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

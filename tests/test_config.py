@@ -22,6 +22,25 @@ def test_defaults_choose_no_size_themselves():
     assert (config.method, config.selection, config.svd) == ("auto", "auto", "joint")
 
 
+@pytest.mark.parametrize(
+    ("settings", "method", "needs_text"),
+    [
+        ({}, "fisher", True),
+        ({"method": "transmla"}, "transmla", True),
+        ({"method": "mha2mla"}, "mha2mla", False),
+        ({"selection": "low"}, "mha2mla", False),
+        ({"selection": "2-norm"}, "mha2mla", True),
+        ({"svd": "split"}, "mha2mla", False),
+        ({"encoders": True}, "mha2mla", False),
+        ({"exact": True}, "fisher", False),
+    ],
+    ids=str,
+)
+def test_what_is_given_settles_the_method_and_whether_it_needs_text(settings, method, needs_text):
+    config = make_config(**settings)
+    assert (config.chosen_method, config.needs_text) == (method, needs_text)
+
+
 ALLOWED = [
     *({"selection": s} for s in ("auto", "high", "low", "uniform", "2-norm")),
     *({"svd": s} for s in ("joint", "split")),
@@ -41,6 +60,7 @@ ALLOWED = [
     {"uniform_rank": True},
     {"layout": "deepseek"},
     {"layout": "deepseek", "method": "transmla", "rope_dims": 8},
+    {"gradients": False},
 ]
 
 

@@ -224,7 +224,7 @@ def test_force_replaces_a_file(converted, tmp_path):
     """Without text and checks, so that the report says what was not measured."""
     path = tmp_path / "tiny.onnx"
     shutil.copytree(converted().parent, tmp_path, dirs_exist_ok=True)
-    printed = command(TINY, "--out", path, "--kv-rank", 8, "--force", "--no-verify", "--json")
+    printed = command(TINY, "--out", path, "--method", "mha2mla", "--kv-rank", 8, "--force", "--no-verify", "--json")
     report = json.loads(printed)
     assert OnnxDecoder(path).cache_bytes_per_token == 4 * 4 * (8 + 8)
     assert report == json.loads((tmp_path / "report.json").read_text())
@@ -438,19 +438,19 @@ def test_inspect_describes_every_layer(original):
 
 
 def test_plan_says_what_convert_does(converted):
-    found = json.loads(command("plan", TINY, "--cache-ratio", 0.5, "--json"))
+    found = json.loads(command("plan", TINY, "--method", "mha2mla", "--cache-ratio", 0.5, "--json"))
     assert (found["bytes_per_token_before"], found["bytes_per_token_after"]) == (2048, 1024)
     assert found["cache_ratio"] == 0.5
     report = json.loads((converted().parent / "report.json").read_text())
     for planned, done in zip(found["layers"], report["layers"], strict=True):
         assert planned.items() <= done.items()
-    lines = command("plan", TINY, "--cache-ratio", 0.5).splitlines()
+    lines = command("plan", TINY, "--method", "mha2mla", "--cache-ratio", 0.5).splitlines()
     assert len(lines) == 1 + 4 + 1
     assert lines[-1].split("\t")[1:] == ["all", "", "", "", "2048", "1024 (50.00%)"]
 
 
 def test_plan_at_the_default_ratio():
-    found = json.loads(command("plan", TINY, "--json"))
+    found = json.loads(command("plan", TINY, "--method", "mha2mla", "--json"))
     assert found["cache_ratio"] == 0.3125
     assert found["layers"][0]["kv_rank"] == 32
 
@@ -585,8 +585,9 @@ BAD_CALLS = {
     "no documents": ({"calibration": []}, "text"),
     "blank documents": ({"calibration": ["", " "]}, "text"),
     "missing file": ({"calibration": "Once upon a time"}, "There is no text file"),
-    "polish without text": ({"polish_steps": 5}, "Polishing needs text"),
-    "limit without text": ({"max_perplexity_ratio": 1.5}, "needs text"),
+    "polish without text": ({"polish_steps": 5, "method": "mha2mla"}, "Polishing needs text"),
+    "no text": ({"cache_ratio": 0.5}, "--calibration FILE, or choose --method mha2mla"),
+    "limit without text": ({"method": "mha2mla", "max_perplexity_ratio": 1.5}, "needs text"),
 }
 
 
@@ -677,6 +678,15 @@ def test_fisher_loses_the_least(chosen, converted):
     others = [chosen("transmla"), json.loads((converted().parent / "report.json").read_text())]
     least = min(math.log(report["quality"]["ratio"]) for report in others)
     assert math.log(chosen("fisher")["quality"]["ratio"]) < least / 3
+
+
+def test_without_gradients_the_loss_is_nearly_as_small(chosen, calibrated, tmp_path):
+    """Less than twice the log-perplexity that gradients leave; other methods leave more than three times as much."""
+    words = ("--cache-ratio", 0.5, "--no-gradients", *calibrated, "--json")
+    report = json.loads(command(TINY, "--out", tmp_path / "a.onnx", *words))
+    assert report["config"]["gradients"] is False
+    least = math.log(chosen("fisher")["quality"]["ratio"])
+    assert 0 < math.log(report["quality"]["ratio"]) < 2 * least
 
 
 def test_text_alone_chooses_fisher(chosen, calibrated, tmp_path):

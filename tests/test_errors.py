@@ -52,6 +52,11 @@ def command(*words: object) -> Done:
     return Done(code, out.getvalue(), err.getvalue())
 
 
+def convert(*words: object) -> Done:
+    """Convert by weights alone, which needs no text."""
+    return command(*words, "--method", "mha2mla")
+
+
 class Bag(nn.Module):
     """A language model without attention."""
 
@@ -108,7 +113,7 @@ def place(tmp_path_factory):
     (place / "others").mkdir()
     (place / "others" / "tokenizer.json").write_text("{}")
 
-    done = command(place / "wide.pt2", "--out", place / "good" / "wide.onnx", "--tokenizer", TINY)
+    done = convert(place / "wide.pt2", "--out", place / "good" / "wide.onnx", "--tokenizer", TINY)
     assert done.code == 0, done.err
     (place / "alone").mkdir()
     shutil.copy(place / "good" / "wide.onnx", place / "alone")
@@ -172,10 +177,12 @@ CONVERT = {
     "rope dims negative": ("{nano} --out {out} --rope-dims -2", 2, "greater than or equal to 0"),
     "exact and rank": ("{nano} --out {out} --exact --kv-rank 3", 2, "exact and kv_rank exclude each other"),
     "deepseek layout without text": (
-        "{nano} --out {out} --layout deepseek",
+        "{nano} --out {out} --method auto --layout deepseek",
         2,
         "chooses by what the model does on text",
     ),
+    "no text": ("{nano} --out {out} --method auto", 2, "--calibration FILE, or choose --method mha2mla"),
+    "no text, rank": ("{nano} --out {out} --kv-rank 4 --method auto", 2, "'fisher' chooses by what the model does"),
     "fisher without text": ("{nano} --out {out} --method fisher", 2, "chooses by what the model does on text"),
     "transmla with a setting of mha2mla": (
         "{nano} --out {out} --method transmla --svd split",
@@ -198,7 +205,7 @@ CONVERT = {
     "rope dims of nothing": ("{nano} --out {out} --rope-dims 2", 2, "whose heads rotate 0 channels"),
     "ratio too small": ("{rotary} --out {out} --cache-ratio 0.03", 2, "leaves no room for a latent in attentions.0"),
     # ---- the model
-    "model missing": ("{place}/none.pt2 --out {out}", 2, "There is no file or folder"),
+    "model missing": ("{place}/none.pt2 --out {out} --exact", 2, "There is no file or folder"),
     "model cut": ("{place}/cut.pt2 --out {out}", 2, "is truncated or not a torch.export archive"),
     "model is text": ("{text} --out {out}", 2, "is not a model"),
     "model is ONNX": ("{place}/plain.onnx --out {out}", 2, "is an ONNX file, which cannot be converted"),
@@ -249,12 +256,13 @@ OTHERS = {
     "inspect nothing": ("inspect", 2, "model"),
     "inspect missing": ("inspect {place}/none", 2, "There is no file or folder"),
     "inspect missing, json": ("inspect {place}/none --json", 2, "There is no file or folder"),
-    "plan missing": ("plan {place}/none.pt2", 2, "There is no file or folder"),
+    "plan missing": ("plan {place}/none.pt2 --method mha2mla", 2, "There is no file or folder"),
     "plan setting": ("plan {nano} --svd both", 2, "'joint' or 'split'"),
+    "plan without text": ("plan {nano}", 2, "Give some with --calibration FILE, or choose --method mha2mla"),
     "plan by text without text": ("plan {nano} --method fisher", 2, "Give some with --calibration FILE"),
-    "plan rank": ("plan {rotary} --kv-rank 61", 2, "above the exact rank 60"),
-    "plan not convertible": ("plan {place}/both-ways.pt2", 3, "2 of 2 attention layers"),
-    "plan no attention": ("plan {place}/bag.pt2 --json", 3, "No attention was found in"),
+    "plan rank": ("plan {rotary} --kv-rank 61 --method mha2mla", 2, "above the exact rank 60"),
+    "plan not convertible": ("plan {place}/both-ways.pt2 --exact", 3, "2 of 2 attention layers"),
+    "plan no attention": ("plan {place}/bag.pt2 --exact --json", 3, "No attention was found in"),
     "run nothing": ("run --prompt x", 2, "model"),
     "run without prompt": ("run {good}", 2, "--prompt"),
     "run no tokens": ("run {good} --prompt x --max-new-tokens 0", 2, "--max-new-tokens"),
@@ -367,7 +375,9 @@ def fill(words: str, place: Path, out: Path) -> list[str]:
 def test_conversion_that_fails(case, place, tmp_path):
     words, code, phrase = CONVERT[case]
     before = files(place)
-    done = command(*fill(words, place, tmp_path), "--quiet")
+    given = [*fill(words, place, tmp_path), "--quiet"]
+    by_text = {"--method", "--calibration", "--exact"} & {*given}
+    done = command(*given) if by_text else convert(*given)
     assert files(place) == before
     assert not list(tmp_path.iterdir())
     assert_one_sentence(done, code, phrase)
@@ -383,7 +393,7 @@ def test_other_command_that_fails(case, place, tmp_path):
 
 
 def test_every_layer_is_refused_with_its_reason(place, tmp_path):
-    done = command(place / "deepseek", "--out", tmp_path / "o.onnx")
+    done = convert(place / "deepseek", "--out", tmp_path / "o.onnx")
     assert_one_sentence(
         done, 3, f"2 of 2 attention layers of '{place / 'deepseek'}' cannot be converted: ", quiet=False
     )
@@ -426,19 +436,19 @@ def test_the_window_recommended_by_the_error_works(place, tmp_path):
 
 
 def test_errors_after_some_work_come_after_the_stages(place, tmp_path):
-    done = command(place / "both-ways.pt2", "--out", tmp_path / "o.onnx")
+    done = convert(place / "both-ways.pt2", "--out", tmp_path / "o.onnx")
     assert_one_sentence(done, 3, "2 of 2 attention layers", quiet=False)
 
 
 def test_json_changes_nothing_about_errors(place, tmp_path):
-    done = command(place / "both-ways.pt2", "--out", tmp_path / "o.onnx", "--json")
+    done = convert(place / "both-ways.pt2", "--out", tmp_path / "o.onnx", "--json")
     assert_one_sentence(done, 3, "2 of 2 attention layers")
 
 
 @pytest.mark.parametrize("name", ["o.onnx", "folder"])
 def test_verification_that_fails_leaves_nothing(place, tmp_path, name, monkeypatch):
     monkeypatch.setattr(verify, "TOLERANCE", 0.0)
-    done = command(place / "nano.pt2", "--out", tmp_path / "new" / name, "-q")
+    done = convert(place / "nano.pt2", "--out", tmp_path / "new" / name, "-q")
     assert_one_sentence(done, 5, "The rewritten graph at full rank differs from the original model by ")
     assert not list(tmp_path.iterdir())
 
@@ -451,7 +461,7 @@ def test_verification_of_the_file_that_fails_leaves_nothing(place, tmp_path, mon
         return logits + np.float32(1), cache
 
     monkeypatch.setattr(OnnxDecoder, "step", step)
-    done = command(place / "nano.pt2", "--out", tmp_path / "a" / "b" / "o.onnx", "-q")
+    done = convert(place / "nano.pt2", "--out", tmp_path / "a" / "b" / "o.onnx", "-q")
     assert_one_sentence(done, 5, "ONNX Runtime differs from the converted PyTorch module")
     assert not list(tmp_path.iterdir())
 
@@ -460,7 +470,7 @@ def test_a_failed_replacement_keeps_the_old_file(place, tmp_path, monkeypatch):
     monkeypatch.setattr(OnnxDecoder, "step", lambda self, *arguments: 1 / 0)
     (tmp_path / "o.onnx").write_text("old")
     with pytest.raises(ZeroDivisionError):  # a defect of ours, not an error of the user's
-        command(place / "nano.pt2", "--out", tmp_path / "o.onnx", "--force", "-q")
+        convert(place / "nano.pt2", "--out", tmp_path / "o.onnx", "--force", "-q")
     assert files(tmp_path) == {"o.onnx": b"old"}
 
 
@@ -471,7 +481,7 @@ def test_a_full_disk_leaves_nothing(place, tmp_path, name, monkeypatch):
 
     monkeypatch.setattr("mla_compile.artifacts.lower_to_onnx", full)
     monkeypatch.setattr("torch.export.save", full)
-    done = command(place / "nano.pt2", "--out", tmp_path / "new" / name, "-q")
+    done = convert(place / "nano.pt2", "--out", tmp_path / "new" / name, "-q")
     assert_one_sentence(done, 2, "No space left on device")
     assert not list(tmp_path.iterdir())
 
@@ -481,21 +491,21 @@ def test_an_interrupt_leaves_nothing(place, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("mla_compile.artifacts.lower_to_onnx", interrupt)
-    done = command(place / "nano.pt2", "--out", tmp_path / "new" / "o.onnx", "-q")
+    done = convert(place / "nano.pt2", "--out", tmp_path / "new" / "o.onnx", "-q")
     assert (done.code, done.err) == (130, "mla-compile: Interrupted.\n")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a file system that nobody can write to")
 def test_a_folder_nobody_can_write_to(place):
-    assert_one_sentence(command(place / "nano.pt2", "--out", "/proc/new/o.onnx", "-q"), 2, "cannot be written")
+    assert_one_sentence(convert(place / "nano.pt2", "--out", "/proc/new/o.onnx", "-q"), 2, "cannot be written")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root can write everywhere")
 @pytest.mark.parametrize("name", ["o.onnx", "folder"])
 def test_a_read_only_folder(place, tmp_path, name):
     tmp_path.chmod(0o500)
-    assert_one_sentence(command(place / "nano.pt2", "--out", tmp_path / name, "-q"), 2, "cannot be written")
+    assert_one_sentence(convert(place / "nano.pt2", "--out", tmp_path / name, "-q"), 2, "cannot be written")
 
 
 def test_an_empty_prompt_without_begin_token(place, tmp_path):

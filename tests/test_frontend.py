@@ -343,7 +343,7 @@ def test_folder_whose_weights_lack_a_layer(llama_folder, tmp_path):
 
 
 def test_converted_folder_is_not_converted_again(folder, nano):
-    compiled = api.compile(nano, (models.tokens(2, 5),), cache_ratio=0.5)
+    compiled = api.compile(nano, (models.tokens(2, 5),), method="mha2mla", cache_ratio=0.5)
     compiled.save(folder / "converted")
     error = refused(folder / "converted")
     assert error.message.endswith("is a model that was converted already.")

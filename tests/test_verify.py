@@ -36,7 +36,7 @@ def exact(program):
 
 @pytest.fixture(scope="module")
 def compiled(program):
-    return api.compile(program.exported, cache_ratio=0.5)
+    return api.compile(program.exported, method="mha2mla", cache_ratio=0.5)
 
 
 @pytest.fixture(scope="module")

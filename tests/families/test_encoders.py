@@ -111,7 +111,7 @@ def test_an_archive_of_an_encoder_is_inspected(tmp_path, capsys):
 @pytest.mark.parametrize("name", ["bert", "distilbert", "vit", "whisper", "bart"])
 def test_without_being_asked_nothing_but_causal_models_is_converted(name):
     with pytest.raises(RefusedError) as caught:
-        mla_compile.compile(ENCODERS[name].build())
+        mla_compile.compile(ENCODERS[name].build(), method="mha2mla")
     kinds = {layer.mask for layer in ENCODERS[name].layers} - {"causal"}
     assert all(kind in caught.value.message for kind in kinds)
 
@@ -119,4 +119,4 @@ def test_without_being_asked_nothing_but_causal_models_is_converted(name):
 def test_a_module_that_takes_no_ids_is_refused_in_a_sentence():
     family = ENCODERS["own-torch-encoder"]
     with pytest.raises(MlaCompileError, match="float32 of rank 3"):
-        mla_compile.compile(family.build(), family.inputs(2, 7))
+        mla_compile.compile(family.build(), family.inputs(2, 7), method="mha2mla")

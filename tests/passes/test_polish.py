@@ -18,7 +18,7 @@ from mla_compile.passes.recognise import recognise
 from mla_compile.passes.task import Task
 from mla_compile.progress import Stages
 
-LENGTH, STEPS = 16, 24
+LENGTH, STEPS = 16, 40
 TEXT, UNSEEN = models.tokens(256, LENGTH, seed=1), models.tokens(16, LENGTH, seed=2)
 
 

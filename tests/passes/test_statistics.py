@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import models
 import pytest
@@ -12,7 +13,7 @@ import zoo
 from mla_compile.errors import RefusedError
 from mla_compile.passes.activations import attend_site
 from mla_compile.passes.recognise import recognise
-from mla_compile.passes.statistics import SiteStatistics, collect_statistics, logit_fisher
+from mla_compile.passes.statistics import SiteStatistics, collect_statistics, logit_fisher, logit_spread
 
 # Products of float32 activations that were summed in another order: some tens of roundings of 6e-8.
 CLOSE = 1e-5
@@ -116,6 +117,48 @@ def test_statistics_are_their_definitions(mixed, mixed_seen, mixed_statistics, i
     for name in ("mean", "moment", "query", "distance", "output", "attended"):
         assert getattr(got, name).dtype == torch.float64
         assert relative(getattr(got, name), getattr(expected, name)) < 10 * CLOSE, name
+
+
+# ---- without gradients
+
+
+def metric_roots(site):
+    """Any square root of a metric per head, ``[H, Dv, Dv]``."""
+    shape = (site.heads, site.v_dim, site.v_dim)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("index", range(len(zoo.MIXED)), ids=zoo.MIXED)
+def test_logit_spread_is_what_gradients_of_the_metric_would_give(mixed, mixed_seen, index):
+    """Oracle: squared derivatives for every column of a root of the metric as the gradient, summed."""
+    site, seen = mixed.sites[index], mixed_seen[index]
+    roots, attended = metric_roots(site), attend_site(site, seen.query, seen.key, seen.value)
+    wanted = sum(
+        logit_fisher(site, replace(seen, gradient=column.float().expand_as(seen.gradient)), attended)
+        for column in roots.unbind(2)
+    )
+    got = logit_spread(site, seen, attended, roots @ roots.mT)
+    assert (got >= 0).all()
+    assert relative(got, wanted) < 10 * CLOSE
+
+
+def test_statistics_without_gradients_run_no_backward_pass(mixed, mixed_statistics, monkeypatch):
+    metrics = [metric_roots(site) @ metric_roots(site).mT for site in mixed.sites]
+
+    def refuse(*arguments, **keywords):
+        raise AssertionError("the model was differentiated")
+
+    monkeypatch.setattr(torch.autograd, "grad", refuse)
+    with pytest.raises(AssertionError, match="differentiated"):
+        collect_statistics(mixed.program, mixed.sites, IDS)
+    found = collect_statistics(mixed.program, mixed.sites, IDS, metrics=metrics)
+    for got, with_gradients, metric in zip(found, mixed_statistics, metrics, strict=True):
+        assert relative(got.output, metric) < CLOSE
+        assert (got.query.diagonal(dim1=1, dim2=2) > 0).any()
+        assert got.query.isfinite().all()
+        assert relative(got.distance.sum(1), torch.ones(len(got.distance)).double()) < CLOSE
+        for name in ("mean", "moment", "attended"):  # which no gradient enters
+            assert relative(getattr(got, name), getattr(with_gradients, name)) < CLOSE, name
 
 
 @pytest.mark.parametrize("batch", [1, 2, 100])

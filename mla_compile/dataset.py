@@ -1,0 +1,74 @@
+"""Text of a dataset, from the hub or a folder, read document by document as far as it is wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
+from typing import Any
+
+from mla_compile.errors import LoadError, UsageError
+
+__all__ = ["is_dataset", "stream_documents"]
+
+_PREFIX = "hf:"
+
+Row = Mapping[str, Any]
+
+
+def is_dataset(text: str) -> bool:
+    """Whether a source of text names a dataset rather than a file."""
+    return text.startswith(_PREFIX)
+
+
+def stream_documents(source: str) -> Iterator[str]:
+    """Open a dataset and read its first row; the others are read when they are asked for.
+
+    Args:
+        source: ``hf:NAME[:CONFIG][:SPLIT]``, the split ``train`` by default; a folder of data files is a name too.
+
+    Raises:
+        LoadError: ``datasets`` is not installed, or the dataset cannot be read, is empty or has no column of text.
+        UsageError: The source is not spelled like one.
+    """
+    name, *rest = source.removeprefix(_PREFIX).split(":")
+    if not name or len(rest) > 2 or not all(rest):
+        raise UsageError(
+            f"'{source}' does not name a dataset.", "Write hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT."
+        )
+    *config, split = rest or ["train"]
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise LoadError(
+            f"Reading '{source}' takes the package datasets, which is not installed.",
+            "Run pip install 'mla-compile[data]', or give a .txt or .jsonl file.",
+        ) from error
+    rows = _rows(source, lambda: load_dataset(name, *config, split=split, streaming=True))
+    first = next(rows, None)
+    if first is None:
+        raise LoadError(f"'{source}' holds no text.", "Give a dataset with at least one document.")
+    column = _text_column(source, first)
+    return (text for row in chain([first], rows) if isinstance(text := row[column], str) and text.strip())
+
+
+def _rows(source: str, load: Callable[[], Iterable[Row]]) -> Iterator[Row]:
+    """Iterate over a dataset; its library fails in as many ways as there are formats and networks."""
+    try:
+        yield from load()
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")
+        raise LoadError(
+            f"'{source}' cannot be read ({reason}).",
+            "Check its name, configuration and split (hf:NAME:CONFIG:SPLIT), or give a .txt or .jsonl file.",
+        ) from error
+
+
+def _text_column(source: str, row: Row) -> str:
+    """The column named ``text``, or else the one that holds strings."""
+    strings = ["text"] if "text" in row else [name for name, value in row.items() if isinstance(value, str)]
+    if len(strings) != 1:
+        raise LoadError(
+            f"Which column of '{source}' is the text is not clear; there are {', '.join(sorted(row))}.",
+            "Give a dataset with a column 'text', or a .jsonl file with a 'text' field.",
+        )
+    return strings[0]

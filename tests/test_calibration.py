@@ -1,0 +1,141 @@
+"""Conversions by little, odd or too much: what comes out is finite, and what was not done is told."""
+
+from __future__ import annotations
+
+import re
+
+import models
+import pytest
+import torch
+
+from mla_compile import api
+from mla_compile.config import make_config
+from mla_compile.errors import UsageError
+from mla_compile.passes.layers import certain, measure_layers
+from mla_compile.passes.statistics import SiteStatistics
+from mla_compile.passes.task import Task
+
+WINDOWS = models.tokens(12, 16)
+
+
+@pytest.fixture(scope="module")
+def llama(programs):
+    return programs["llama-gqa"]
+
+
+@pytest.fixture(scope="module")
+def convert(llama):
+    def convert(windows=WINDOWS, **settings):
+        settings = {"method": "fisher", "check": False, **settings}
+        return api.compile(llama.program.exported, calibration=windows, **settings)
+
+    return convert
+
+
+def assert_finite(compiled):
+    assert all(value.isfinite().all() for value in compiled.module.state_dict().values())
+    assert compiled.module(WINDOWS[:2]).logits.isfinite().all()
+
+
+# ---- too few tokens
+
+
+def test_fewer_tokens_than_inputs_are_told_and_do(convert):
+    compiled = convert(models.tokens(2, 9), cache_ratio=0.5)
+    (warning,) = (w for w in compiled.report.warnings if "covariance" in w)
+    assert warning.startswith(f"9 tokens of calibration text are fewer than the {models.WIDTH} inputs of ")
+    assert_finite(compiled)
+
+
+@pytest.mark.parametrize("method", ["fisher", "transmla"])
+def test_text_that_always_says_the_same_does(convert, method):
+    """Every input is one of few vectors: the covariance is nearly empty."""
+    compiled = convert(torch.full((8, 16), 5), cache_ratio=0.5, method=method)
+    assert not any("covariance" in w for w in compiled.report.warnings)  # there are tokens enough
+    assert_finite(compiled)
+
+
+def test_an_input_that_is_always_zero_does(llama, convert):
+    weight = llama.program.exported.state_dict["model.layers.0.input_layernorm.weight"]
+    kept = weight.detach().clone()
+    try:
+        with torch.no_grad():
+            weight[3] = 0
+        assert_finite(convert(cache_ratio=0.5))
+    finally:
+        with torch.no_grad():
+            weight.copy_(kept)
+
+
+def statistics(tokens: int) -> SiteStatistics:
+    inputs = torch.randn(tokens, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    moment, none = inputs.T @ inputs / tokens, torch.zeros(0)
+    return SiteStatistics(tokens, inputs.mean(0), moment, none, none, none, none, 2 * torch.ones(2), 2 * moment)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 7])
+def test_moments_of_few_tokens_are_positive_definite_and_as_large(tokens):
+    before, after = statistics(tokens), certain(statistics(tokens))
+    assert torch.linalg.eigvalsh(before.moment)[0] < 1e-12
+    assert torch.linalg.eigvalsh(after.moment)[0] > (1 - tokens / 8) * before.moment.trace() / 8 - 1e-12
+    assert after.moment.trace() == pytest.approx(float(before.moment.trace()), rel=1e-12)
+    torch.testing.assert_close(after.key_moment, 2 * after.moment, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("tokens", [8, 100])
+def test_moments_of_enough_tokens_stay_as_they_are(tokens):
+    before = statistics(tokens)
+    assert certain(before) is before
+
+
+# ---- sizes
+
+
+def test_more_than_there_is_is_kept_whole_and_told(convert):
+    compiled = convert(kv_rank=1000, rope_dims=500)
+    plan = compiled.report.plans[0]
+    told = "\n".join(compiled.report.warnings)
+    assert (
+        f"--kv-rank 1000 is more than {models.LAYERS} layers have, which keep all ({plan.path}: {plan.kv_rank})" in told
+    )
+    assert f"--rope-dims 500 is more than {models.LAYERS} layers have" in told
+    assert plan.kv_rank == plan.exact_rank < 1000
+    rotating = 2 * 16  # two key heads of 16 channels
+    assert plan.rope_dims == rotating
+
+
+@pytest.mark.parametrize("settings", [{}, {"rope_dims": 12}, {"method": "transmla"}], ids=str)
+def test_a_ratio_that_nothing_fits_in_names_a_layer_and_one_that_works(convert, settings):
+    with pytest.raises(UsageError, match=r"leaves no room for a latent in model\.layers\.\d") as caught:
+        convert(cache_ratio=0.02, **settings)
+    ratio = float(re.search(r"--cache-ratio (0\.\d+) or more", caught.value.remedy)[1])
+    compiled = convert(cache_ratio=ratio, **settings)
+    assert compiled.report.cache_ratio <= ratio
+    with pytest.raises(UsageError, match="leaves no room"):
+        convert(cache_ratio=ratio - 1 / 64, **settings)  # a layer caches 64 numbers: one less
+
+
+# ---- without gradients
+
+
+def test_a_model_that_cannot_be_differentiated_is_converted(convert, monkeypatch):
+    def refuse(*arguments, **keywords):
+        raise AssertionError("the model was differentiated")
+
+    monkeypatch.setattr(torch.autograd, "grad", refuse)
+    with pytest.raises(AssertionError, match="differentiated"):
+        convert(cache_ratio=0.5, statistics_cache=False)
+    compiled = convert(cache_ratio=0.5, gradients=False)
+    assert not any("gradients" in w for w in compiled.report.warnings)
+    assert_finite(compiled)
+
+
+def test_layers_whose_outputs_go_nowhere_linear_are_named(llama, monkeypatch):
+    monkeypatch.setattr("mla_compile.passes.layers.output_metrics", lambda program, sites: (None,) * len(sites))
+    task = Task(llama.program, llama.sites, (), make_config(gradients=False), WINDOWS)
+    measured = measure_layers(task)
+    (note,) = measured.notes
+    assert all(site.path in note for site in llama.sites)
+    for layer in measured.layers:
+        eye = torch.eye(layer.site.v_dim).double().expand(layer.site.heads, -1, -1)
+        torch.testing.assert_close(layer.statistics.output, eye, rtol=1e-12, atol=1e-12)
