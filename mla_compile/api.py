@@ -22,6 +22,7 @@ from mla_compile.errors import QualityGateError, RefusedError, UsageError
 from mla_compile.evaluate import longest_window, original_scorer, perplexity
 from mla_compile.passes.layer_errors import layer_errors
 from mla_compile.passes.methods import METHODS, nothing_left_out
+from mla_compile.passes.polish import polish
 from mla_compile.passes.recognise import Recognition, recognise
 from mla_compile.passes.task import BATCH, Task
 from mla_compile.passes.weights import input_width
@@ -42,6 +43,8 @@ __all__ = [
     "load",
     "lossless_elements",
     "plan",
+    "require_causal",
+    "require_float32",
     "would_be_refused",
 ]
 
@@ -171,7 +174,7 @@ def compile(
     stages = Stages(display)
     with stages.stage("load"):
         loaded = _load(model, example_inputs, tokenizer, attn_implementation, unsafe_load, any_kind=config.encoders)
-    _require_float32(loaded)
+    require_float32(loaded)
     if out is not None:
         check_neighbours(out, loaded.source, loaded.assets, force)
     with stages.stage("recognise"):
@@ -184,16 +187,17 @@ def compile(
                 check_pair(out, force)
             return compile_seq2seq(loaded, found, config, check=check, stages=stages)
         return compile_encoder(loaded, found, config, check=check, stages=stages)
-    program = _require_causal(loaded, found)
+    program = require_causal(loaded, found)
     sites, kept = found.sites, found.rejections
     text = cut_windows(program, documents, tokenizer, config)
     config, notes = _settle(config, text is not None)
     windows = None if text is None else text.calibration
     task = Task(program, sites, kept, config, windows, stages, open_cache(statistics_cache))
     choice = nothing_left_out(task) if config.exact else METHODS[config.method](task)
-    plans = choice.plans
+    polished = polish(task, choice.weights, config.polish_steps) if config.polish_steps else None
+    plans, weights = choice.plans, choice.weights if polished is None else polished.weights
     with stages.stage("rewrite"):
-        converted = task.rewrite(choice.weights)
+        converted = task.rewrite(weights)
     verification = None
     ids = text.held_out[:4, :256] if text is not None else _random_ids(program, config)
     quality = _measure(program, converted, text, stages)
@@ -203,9 +207,10 @@ def compile(
         errors = layer_errors(
             program,
             sites,
-            choice.weights,
+            weights,
             converted,
             text.held_out,
+            gradients=config.gradients,
             progress=lambda b: stages.each("layers", b, batches),
         )
     if check:
@@ -223,8 +228,17 @@ def compile(
         stages=(),
         verification=verification,
         quality=quality,
+        forecasts=choice.forecasts,
+        deepseek=choice.deepseek,
         layer_errors=errors,
-        warnings=(*notes, *choice.notes, *_warnings(plans, kept, quality, config), *_hurt(plans, errors)),
+        polish=None if polished is None else polished.report,
+        warnings=(
+            *notes,
+            *choice.notes,
+            *(() if polished is None else polished.notes),
+            *_warnings(plans, kept, quality, config),
+            *_hurt(plans, errors),
+        ),
     )
     _gate(report.quality, max_perplexity_ratio)
     report = dataclasses.replace(report, stages=tuple(stages.timings))
@@ -291,7 +305,7 @@ def plan(
     if config.encoders and (is_encoder(found) or not isinstance(program, Program)):
         sites, _ = require_encoder(program, found)
     else:
-        program = _require_causal(program, found)
+        program = require_causal(program, found)
         sites = found.sites
         method = config.chosen_method
         if not config.exact and method != "mha2mla":
@@ -367,7 +381,7 @@ def _load(
     return program
 
 
-def _require_causal(program: AnyProgram, found: Recognition) -> Program:
+def require_causal(program: AnyProgram, found: Recognition) -> Program:
     """Refuse what is no causal language model, or has a layer that is not understood.
 
     Raises:
@@ -389,13 +403,15 @@ def _require_causal(program: AnyProgram, found: Recognition) -> Program:
 
 
 def _require_text(config: CompileConfig, calibration: Text | None) -> None:
-    """Refuse a method that chooses by what the model does on text, without text.
+    """Refuse what chooses or trains by what the model does on text, without text.
 
     Raises:
-        UsageError: The method needs text.
+        UsageError: The method or polishing needs text.
     """
     if calibration is not None or not config.needs_text:
         return
+    if config.polish_steps:
+        raise UsageError("Polishing needs text to train on.", "Give some with --calibration FILE.")
     if config.chosen_method == "mha2mla":
         raise UsageError("The 2-norm selection needs text to measure on.", "Give some with --calibration FILE.")
     raise UsageError(
@@ -404,7 +420,7 @@ def _require_text(config: CompileConfig, calibration: Text | None) -> None:
     )
 
 
-def _require_float32(program: AnyProgram) -> None:
+def require_float32(program: AnyProgram) -> None:
     """Refuse weights of another type: the rewrite, its checks and the cache are float32 in this version."""
     for name, value in program.exported.state_dict.items():
         if value.is_floating_point() and value.dtype != torch.float32:

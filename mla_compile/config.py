@@ -28,10 +28,14 @@ class CompileConfig(BaseModel):
         svd: Factorise keys and values ``joint``-ly into one latent, or ``split`` into two halves of it (``mha2mla``).
         cache_ratio: Cache numbers per token after conversion over before, at most.
         kv_rank: Latent rank per layer, instead of a ratio.
+        uniform_rank: The same latent rank in all layers: the one that fits the smallest of them.
+        layout: What caches may look like (``fisher``, ``transmla``): ``free``, or ``deepseek`` for what a stock
+            DeepSeek-V3 checkpoint can express: one rank, and one even table of frequencies with one component each.
         exact: Keep every rotating channel and the full rank: the result must equal the original.
         gradients: Whether ``fisher`` runs the model backward too; without, the output projection says what an error of
             an attention output is worth.
         calibration_tokens: Tokens of calibration text used, from its beginning.
+        polish_steps: Steps of training the new matrices on calibration text to predict what the original does.
         seq_len: Window length for calibration and evaluation; the model's limit, at most 512, by default.
         seed: Seed of random ids to verify on; it does not choose text.
         opset: ONNX operator set.
@@ -48,9 +52,12 @@ class CompileConfig(BaseModel):
     svd: Literal["joint", "split"] = "joint"
     cache_ratio: float | None = Field(default=None, gt=0.0, le=1.0)
     kv_rank: int | None = Field(default=None, ge=1)
+    uniform_rank: bool = False
+    layout: Literal["free", "deepseek"] = "free"
     exact: bool = False
     gradients: bool = True
     calibration_tokens: int = Field(default=65536, ge=1)
+    polish_steps: int = Field(default=0, ge=0)
     seq_len: int | None = Field(default=None, ge=2)
     seed: int = Field(default=0, ge=0)
     opset: Literal[23, 24] = 23
@@ -65,8 +72,9 @@ class CompileConfig(BaseModel):
 
     @property
     def needs_text(self) -> bool:
-        """Whether what is kept is chosen by what the model does on text."""
-        return not self.exact and (self.chosen_method != "mha2mla" or self.selection == "2-norm")
+        """Whether something is chosen, or trained, by what the model does on text."""
+        measured = self.chosen_method != "mha2mla" or self.selection == "2-norm" or self.polish_steps > 0
+        return measured and not self.exact
 
     @model_validator(mode="after")
     def _settings_of_the_method(self) -> CompileConfig:
@@ -74,6 +82,19 @@ class CompileConfig(BaseModel):
         foreign = [name for name, given in own.items() if given]
         if foreign and self.method in ("fisher", "transmla"):
             raise ValueError(f"{' and '.join(foreign)} belong to the method mha2mla, not to {self.method}")
+        return self
+
+    @model_validator(mode="after")
+    def _settings_of_the_layout(self) -> CompileConfig:
+        if self.layout == "free":
+            return self
+        if self.exact:
+            raise ValueError("exact keeps a rope key for every head, and the layout deepseek has one for all")
+        if self.chosen_method == "mha2mla":
+            raise ValueError(
+                "the layout deepseek has one rope key for all heads, as fisher and transmla make it, and mha2mla one "
+                "for every head"
+            )
         return self
 
     @model_validator(mode="after")
@@ -91,6 +112,10 @@ class CompileConfig(BaseModel):
             raise ValueError(f"{' and '.join(chosen)} exclude each other")
         if self.exact and self.rope_dims is not None:
             raise ValueError("exact keeps every rotating channel, so rope_dims cannot be chosen")
+        if self.exact and self.uniform_rank:
+            raise ValueError("exact keeps the full rank of every layer, so it cannot be the same in all")
+        if self.exact and self.polish_steps:
+            raise ValueError("exact leaves nothing out, so there is nothing to polish (polish_steps)")
         return self
 
 

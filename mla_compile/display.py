@@ -14,6 +14,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from mla_compile.encoder_report import EncoderReport
+    from mla_compile.measure import Measurement
     from mla_compile.plan import LatentPlan
     from mla_compile.progress import StageTiming
     from mla_compile.report import Report
@@ -234,6 +235,9 @@ def show_report(report: Report, out: Path) -> None:
     ]
     for window, layers in report.windows.items():
         rows.append([f"{layers} layers with a window", f"cache the last {window - 1} tokens at most"])
+    if report.polish:
+        p = report.polish
+        rows.append([f"divergence, {p.steps} polish steps", f"{p.before:.4f} -> {p.after:.4f} nats per token"])
     if report.quality:
         quality = report.quality
         rows.append(
@@ -302,14 +306,32 @@ def show_seq2seq_report(report: Seq2SeqReport, out: Path) -> None:
         print(f"warning: {warning}", file=sys.stderr)  # noqa: T201
 
 
-def show_measurement(result: Mapping[str, Any]) -> None:
-    """Perplexity and cache, converted and original."""
+def show_measurement(result: Measurement) -> None:
+    """One row per model, the original first; columns that nothing is known of are left out."""
+    original = result.original
+    columns = ["", "runtime", "tokens", "cache bytes/token", "cache kept", "perplexity", "ratio", "KL", "top-1"]
     rows = [
-        [name, f"{r['perplexity']:.4f}", r["tokens"], "unknown" if (b := r["cache_bytes_per_token"]) is None else b]
-        for name, r in (("model", result), ("original", result.get("original")))
-        if r is not None
+        [
+            "original" if m is original else m.model.name,
+            m.model.runtime,
+            str(result.tokens),
+            "unknown" if (cached := m.model.cache_bytes) is None else str(cached),
+            _percent(m.kept(original)),
+            f"{m.found.perplexity.value:.4f}",
+            "" if (ratio := m.ratio(original)) is None else f"{ratio:.4f}",
+            "" if original in (None, m) else f"{m.found.kl:.5f}",
+            "" if original in (None, m) else _percent(m.found.top1),
+        ]
+        for m in ([] if original is None else [original]) + [*result.models]
     ]
-    _print_table(None, ["", "perplexity", "tokens", "cache bytes/token"], rows)
+    told = [place for place, cells in enumerate(zip(*rows, strict=True)) if any(cells)]
+    _print_table(None, [columns[place] for place in told], [[row[place] for place in told] for row in rows])
+    for warning in result.warnings:
+        print(f"warning: {warning}", file=sys.stderr)  # noqa: T201
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.2%}"
 
 
 def generation_row(result: Generation) -> dict[str, Any]:
