@@ -2,10 +2,11 @@
 
 Usage: python benchmarks/gpu.py [--quick] --json OUT
 
-In order: every kernel path against the CPU's form in float64 (which the tests hold to the reference), a captured CUDA graph against the plain launch, the speed of
-a copy, and a table of decode attention: bytes of cache read per second as a share of the copy's, and the speed-up over
-the fastest of torch's attentions on the original model's heads. Lengths are equal; caches are larger than the L2 cache
-or take turns so that nothing is found there; times are medians of replayed CUDA graphs.
+In order: every kernel path against the CPU's form in float64, which the tests hold to the reference; a captured CUDA
+graph against the plain launch; the speed of a copy; and a table of decode attention: bytes of cache read per second as
+a share of the copy's, and the speed-up over the fastest of torch's attentions on the original model's heads. Lengths
+are equal; caches are larger than the L2 cache or take turns so that nothing is found there; times are medians of
+replayed CUDA graphs.
 
 A wrong number ends the command with an error; a slow one is a row that misses its goal.
 """

@@ -8,7 +8,7 @@ import triton.language as tl
 __all__ = ["append_kernel"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["scales_page", "table_row", "new"])
 def append_kernel(
     row: tl.tensor,
     cos: tl.tensor,

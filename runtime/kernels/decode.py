@@ -31,6 +31,8 @@ __all__ = ["combine_kernel", "decode_kernel"]
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 _LOG2E = tl.constexpr(1.4426950408889634)
 _NOTHING = tl.constexpr(float("-inf"))
+# Else there would be kernels for one head, for 16 tokens and so on, which nobody compiled ahead of time.
+_SIZES = ("scales_page", "table_row", "new", "heads", "window", "splits", "least_tiles")
 
 
 # A name that is given a number inside a kernel holds a tensor from then on, so these stand where they are used.
@@ -123,7 +125,7 @@ def _capped(x: tl.tensor, cap: tl.tensor) -> tl.tensor:
     return tl.where(x < 0, -size, size)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def decode_kernel(
     q_latent: tl.tensor,
     q_rope: tl.tensor,
@@ -354,7 +356,7 @@ def decode_kernel(
     tl.store(lse + target, tl.where(some, (largest + tl.log2(divisor)) / _LOG2E, _NOTHING), mask=alive)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "splits"])
 def combine_kernel(
     partial: tl.tensor,
     partial_lse: tl.tensor,
