@@ -1,13 +1,14 @@
-"""Perplexity after conversion without training: every method at every cache size, on text it was not calibrated on.
+"""Perplexity after conversion: every method at every cache size, on text it was not calibrated on.
 
 Run as::
 
     python benchmarks/quality.py --models DIR... --text FILE --calibration FILE --json OUT [--markdown OUT]
-        [--ratios R...] [--methods M...] [--calibration-windows N] [--windows N]
+        [--ratios R...] [--methods M...] [--calibration-windows N] [--windows N] [--polish-steps N]
 
 Every method is given the same calibration windows, and baselines their best setting: ``mha2mla`` the best of two
 selections and several rope dims, ``transmla`` the best of its rope dims and foldings, both by their divergence from the
-original on calibration text. Methods that find no place for a latent are left out at that size.
+original on calibration text. Methods that find no place for a latent are left out at that size. With polish steps
+every result of ``fisher`` is trained on the calibration text too, and gets a row of its own. Nothing else is trained.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from mla_compile.corpus import load_tokenizer, read_documents, token_windows, to
 from mla_compile.errors import UsageError
 from mla_compile.evaluate import original_scorer, perplexity
 from mla_compile.passes.methods import METHODS
+from mla_compile.passes.polish import polish
 from mla_compile.passes.recognise import recognise
 from mla_compile.passes.search import Divergence
 from mla_compile.passes.task import Choice, Task
@@ -38,6 +40,7 @@ from mla_compile.report import environment
 
 _RATIOS = (0.625, 0.5, 0.375, 0.3125, 0.25, 0.125)
 _LENGTH = 256
+_POLISHED = "fisher+polish"
 
 
 @dataclass(frozen=True)
@@ -112,12 +115,17 @@ def measure(folder: Path, arguments: argparse.Namespace) -> Iterator[Row]:
             if chosen is None:
                 continue
             settings, choice = chosen
-            seconds = time.perf_counter() - begin
-            model = task.rewrite(choice.weights)
-            value = perplexity(lambda ids, model=model: model(ids).logits, text).value  # type: ignore[misc]
+            results = [(method, choice.weights, time.perf_counter() - begin)]
+            if method == "fisher" and arguments.polish_steps:
+                begin = time.perf_counter()
+                trained = polish(task, choice.weights, arguments.polish_steps).weights
+                results.append((_POLISHED, trained, time.perf_counter() - begin))
             kept = sum(p.elements_after for p in choice.plans) / sum(p.elements_before for p in choice.plans)
             plan = [{"rope_dims": p.rope_groups * p.rope_dims, "kv_rank": p.kv_rank} for p in choice.plans]
-            yield Row(folder.name, method, kept, arguments.text.name, value, base, plan, settings, seconds)
+            for name, weights, seconds in results:
+                model = task.rewrite(weights)
+                value = perplexity(lambda ids, model=model: model(ids).logits, text).value  # type: ignore[misc]
+                yield Row(folder.name, name, kept, arguments.text.name, value, base, plan, settings, seconds)
 
 
 def table(rows: Sequence[Row], ratios: Sequence[float]) -> list[str]:
@@ -144,7 +152,7 @@ def excess(rows: Sequence[Row], ratios: Sequence[float]) -> list[str]:
         for ratio in ratios:
             mine = {r.method: math.log(r.ratio) for r in rows
                     if r.model == model and r.settings["cache_ratio"] == ratio}  # fmt: skip
-            others = [value for method, value in mine.items() if method != "fisher"]
+            others = [value for method, value in mine.items() if method not in ("fisher", _POLISHED)]
             cells.append(f"{mine['fisher'] / min(others):.2f}" if others and "fisher" in mine else "-")
         lines.append(f"| {model} | " + " | ".join(cells) + " |")
     return lines
@@ -159,6 +167,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--calibration-windows", type=int, default=128)
+    parser.add_argument("--polish-steps", type=int, default=0, help="also train what fisher chose, for so many steps")
     parser.add_argument("--windows", type=int, help="measure on so many windows only")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
@@ -172,12 +181,13 @@ def main() -> None:
             if arguments.json:
                 arguments.json.write_text(json.dumps([asdict(r) for r in rows], indent=1) + "\n", encoding="utf-8")
     made = environment()
+    trained = f"no training but {arguments.polish_steps} polish steps" if arguments.polish_steps else "no training"
     head = [
         "# Quality right after conversion",
         "",
         f"Perplexity over the original's (which stands behind the model's name) on {arguments.text.name}, windows "
         f"of {_LENGTH} tokens; calibrated on {arguments.calibration_windows} windows of {arguments.calibration.name}; "
-        "no training. Baselines at their best setting by calibration text.",
+        f"{trained}. Baselines at their best setting by calibration text.",
         "",
         ", ".join(f"{name} {made[name]}" for name in ("mla-compile", "torch", "transformers") if name in made) + ".",
         "",

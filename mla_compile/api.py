@@ -20,14 +20,16 @@ from mla_compile.config import CompileConfig, make_config
 from mla_compile.encoders import CompiledEncoder, compile_encoder, is_encoder, require_encoder
 from mla_compile.errors import QualityGateError, RefusedError, UsageError
 from mla_compile.evaluate import longest_window, original_scorer, perplexity
+from mla_compile.passes.layer_errors import layer_errors
 from mla_compile.passes.methods import METHODS, nothing_left_out
+from mla_compile.passes.polish import polish
 from mla_compile.passes.recognise import Recognition, recognise
-from mla_compile.passes.task import Task
+from mla_compile.passes.task import BATCH, Task
 from mla_compile.passes.weights import input_width
 from mla_compile.plan import LatentPlan, plan_layers
 from mla_compile.program import AnyProgram, Assets, OtherProgram, Program
 from mla_compile.progress import Display, Stages
-from mla_compile.report import Quality, Report
+from mla_compile.report import LayerError, Quality, Report
 from mla_compile.runtime.module import LatentModel
 from mla_compile.seq2seq import CompiledSeq2Seq, compile_seq2seq, is_seq2seq, plan_seq2seq, undecodable
 from mla_compile.site import AttentionSite, Kind, Rejection
@@ -40,6 +42,8 @@ __all__ = [
     "load",
     "lossless_elements",
     "plan",
+    "require_causal",
+    "require_float32",
     "would_be_refused",
 ]
 
@@ -47,6 +51,10 @@ _RANDOM_LENGTH = 64
 """Random tokens per sequence to verify on without text: half as a prompt, half to continue it by 32 tokens."""
 _MUCH_WORSE = 2.0
 """Perplexity ratio from which the user is warned."""
+_HURT = 0.1
+"""Loss of one layer by itself from which it is named, in nats per token: a tenth more perplexity."""
+_NAMED = 3
+"""Layers named, at most."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +171,7 @@ def compile(
     stages = Stages(display)
     with stages.stage("load"):
         loaded = _load(model, example_inputs, tokenizer, attn_implementation, unsafe_load, any_kind=config.encoders)
-    _require_float32(loaded)
+    require_float32(loaded)
     if out is not None:
         check_neighbours(out, loaded.source, loaded.assets, force)
     with stages.stage("recognise"):
@@ -176,18 +184,30 @@ def compile(
                 check_pair(out, force)
             return compile_seq2seq(loaded, found, config, check=check, stages=stages)
         return compile_encoder(loaded, found, config, check=check, stages=stages)
-    program = _require_causal(loaded, found)
+    program = require_causal(loaded, found)
     sites, kept = found.sites, found.rejections
     text = cut_windows(program, documents, tokenizer, config)
     config, notes = _settle(config, text is not None)
     task = Task(program, sites, kept, config, None if text is None else text.calibration, stages)
     choice = nothing_left_out(task) if config.exact else METHODS[config.method](task)
-    plans = choice.plans
+    polished = polish(task, choice.weights, config.polish_steps) if config.polish_steps else None
+    plans, weights = choice.plans, choice.weights if polished is None else polished.weights
     with stages.stage("rewrite"):
-        converted = task.rewrite(choice.weights)
+        converted = task.rewrite(weights)
     verification = None
     ids = text.held_out[:4, :256] if text is not None else _random_ids(program, config)
     quality = _measure(program, converted, text, stages)
+    errors: tuple[LayerError, ...] = ()
+    if text is not None:
+        batches = math.ceil(len(text.held_out) / BATCH)
+        errors = layer_errors(
+            program,
+            sites,
+            weights,
+            converted,
+            text.held_out,
+            progress=lambda b: stages.each("layers", b, batches),
+        )
     if check:
         with stages.stage("verify"):
             exact = converted if config.exact else _exact_twin(task)
@@ -203,7 +223,17 @@ def compile(
         stages=(),
         verification=verification,
         quality=quality,
-        warnings=(*notes, *choice.notes, *_warnings(plans, kept, quality, config)),
+        forecasts=choice.forecasts,
+        deepseek=choice.deepseek,
+        layer_errors=errors,
+        polish=None if polished is None else polished.report,
+        warnings=(
+            *notes,
+            *choice.notes,
+            *(() if polished is None else polished.notes),
+            *_warnings(plans, kept, quality, config),
+            *_hurt(plans, errors),
+        ),
     )
     _gate(report.quality, max_perplexity_ratio)
     report = dataclasses.replace(report, stages=tuple(stages.timings))
@@ -265,7 +295,7 @@ def plan(
     if config.encoders and (is_encoder(found) or not isinstance(program, Program)):
         sites, _ = require_encoder(program, found)
     else:
-        program = _require_causal(program, found)
+        program = require_causal(program, found)
         sites = found.sites
         method = config.chosen_method(documents is not None)
         if not config.exact and method != "mha2mla":
@@ -339,7 +369,7 @@ def _load(
     return program
 
 
-def _require_causal(program: AnyProgram, found: Recognition) -> Program:
+def require_causal(program: AnyProgram, found: Recognition) -> Program:
     """Refuse what is no causal language model, or has a layer that is not understood.
 
     Raises:
@@ -361,19 +391,22 @@ def _require_causal(program: AnyProgram, found: Recognition) -> Program:
 
 
 def _require_text(config: CompileConfig, calibration: Text | None) -> None:
-    """Refuse a method that chooses by what the model does on text, without text.
+    """Refuse what chooses or trains by what the model does on text, without text.
 
     Raises:
-        UsageError: The method needs text.
+        UsageError: The method or polishing needs text.
     """
-    if calibration is None and not config.exact and config.method in ("fisher", "transmla"):
+    if calibration is None and config.polish_steps:
+        raise UsageError("Polishing needs text to train on.", "Give some with --calibration FILE.")
+    method = config.chosen_method(calibration is not None)
+    if calibration is None and not config.exact and method in ("fisher", "transmla"):
         raise UsageError(
-            f"The method '{config.method}' chooses by what the model does on text, and none was given.",
+            f"The method '{method}' chooses by what the model does on text, and none was given.",
             "Give some with --calibration FILE, or use --method mha2mla, which can do without.",
         )
 
 
-def _require_float32(program: AnyProgram) -> None:
+def require_float32(program: AnyProgram) -> None:
     """Refuse weights of another type: the rewrite, its checks and the cache are float32 in this version."""
     for name, value in program.exported.state_dict.items():
         if value.is_floating_point() and value.dtype != torch.float32:
@@ -467,6 +500,19 @@ def _warnings(
             "spend it differently with --rope-dims"
         )
     return tuple(found)
+
+
+def _hurt(plans: Sequence[LatentPlan], errors: Sequence[LayerError]) -> tuple[str, ...]:
+    """Name the layers that cost much by themselves, the worst first."""
+    worst = sorted(
+        ((e.loss or 0.0, plan.path) for plan, e in zip(plans, errors, strict=False) if (e.loss or 0.0) > _HURT),
+        reverse=True,
+    )
+    if not worst:
+        return ()
+    named = ", ".join(f"{path} ({loss:.2f})" for loss, path in worst[:_NAMED])
+    more = f" and {len(worst) - _NAMED} more" if len(worst) > _NAMED else ""
+    return (f"layers that cost more than {_HURT:g} nats per token each, by themselves: {named}{more}",)
 
 
 def _gate(quality: Quality | None, limit: float | None) -> None:

@@ -39,8 +39,10 @@ from mla_compile.seq2seq_report import Seq2SeqReport
 __all__ = [
     "check_neighbours",
     "check_pair",
+    "check_place",
     "check_target",
     "is_converted_folder",
+    "moved_into",
     "read_folder",
     "write_encoder_folder",
     "write_encoder_onnx",
@@ -87,10 +89,17 @@ def check_target(path: Path, force: bool) -> None:
         raise UsageError(f"'{path}' is a folder.", "Name a .onnx file.")
     if not path.suffix and path.is_file():
         raise UsageError(f"'{path}' is a file.", "Name a .onnx file, or a folder.")
-    for taken in (path, path.with_name(f"{path.name}.data")):
-        occupied = taken.is_file() or (taken.is_dir() and any(taken.iterdir()))
-        if occupied and not force:
-            raise UsageError(f"'{taken}' exists already.", "Choose another name, or pass --force to replace it.")
+    _check_free(path.with_name(f"{path.name}.data"), force)
+    check_place(path, force)
+
+
+def check_place(path: Path, force: bool) -> None:
+    """Refuse a file or folder that cannot be made.
+
+    Raises:
+        UsageError: Something exists there already, or its folder cannot be written.
+    """
+    _check_free(path, force)
     parent = path if path.is_dir() else path.parent
     existing = next((p for p in (parent, *parent.absolute().parents) if p.exists()), None)
     if existing is None or not existing.is_dir():
@@ -100,6 +109,12 @@ def check_target(path: Path, force: bool) -> None:
             pass
     except OSError as error:
         raise UsageError(f"'{existing}' cannot be written ({error.strerror}).", "Choose another folder.") from error
+
+
+def _check_free(path: Path, force: bool) -> None:
+    occupied = path.is_file() or (path.is_dir() and any(path.iterdir()))
+    if occupied and not force:
+        raise UsageError(f"'{path}' exists already.", "Choose another name, or pass --force to replace it.")
 
 
 def check_pair(path: Path, force: bool) -> None:
@@ -185,7 +200,7 @@ def write_onnx(
         The completed report, also written as ``report.json`` beside the file.
     """
     _check_onnx_target(path, report.source, assets, force)
-    with _moved_into(path.parent) as folder:
+    with moved_into(path.parent) as folder:
         with stages.stage("lower to ONNX"):
             lower_to_onnx(
                 module.graph,  # type: ignore[arg-type]
@@ -218,7 +233,7 @@ def write_folder(module: LatentModel, report: Report, assets: Assets, path: Path
     """Write the PyTorch module as a ``torch.export`` archive in a folder of its own."""
     check_target(path, force)
     check_neighbours(path, report.source, assets, force)
-    with _moved_into(path) as folder:
+    with moved_into(path) as folder:
         torch.export.save(export_rewritten(module.graph, module.rows), folder / "model.pt2")  # type: ignore[arg-type]
         _copy_assets(assets, folder)
         (folder / "mla_config.yaml").write_text(yaml.safe_dump(dict(report.config), sort_keys=False), encoding="utf-8")
@@ -253,7 +268,7 @@ def write_encoder_onnx(
         The completed report, also written as ``report.json`` beside the file.
     """
     _check_onnx_target(path, report.source, assets, force)
-    with _moved_into(path.parent) as folder:
+    with moved_into(path.parent) as folder:
         with stages.stage("lower to ONNX"):
             lower_encoder_to_onnx(
                 module.graph,  # type: ignore[arg-type]
@@ -304,7 +319,7 @@ def write_seq2seq_onnx(
     other = path.with_suffix(".encoder.onnx")
     check_neighbours(path, report.source, assets, force)
     facts = {"schema_version": 1, "source": Path(report.source).name, "config": dict(report.config)}
-    with _moved_into(path.parent) as folder:
+    with moved_into(path.parent) as folder:
         with stages.stage("lower to ONNX"):
             opset = report.config["opset"]
             encoder: fx.GraphModule = module.encoder.graph  # type: ignore[assignment]
@@ -342,7 +357,7 @@ def write_encoder_folder(
     """Write an encoder as a ``torch.export`` archive in a folder of its own."""
     check_target(path, force)
     check_neighbours(path, report.source, assets, force)
-    with _moved_into(path) as folder:
+    with moved_into(path) as folder:
         torch.export.save(export_encoder(module.graph, face), folder / "model.pt2")
         _copy_assets(assets, folder)
         (folder / "mla_config.yaml").write_text(yaml.safe_dump(dict(report.config), sort_keys=False), encoding="utf-8")
@@ -419,7 +434,7 @@ def _finish(report: _AnyReport, folder: Path, stages: Stages) -> _AnyReport:
 
 
 @contextmanager
-def _moved_into(target: Path) -> Iterator[Path]:
+def moved_into(target: Path) -> Iterator[Path]:
     """Give a hidden folder to write in; on success move its files into ``target``, on failure remove everything."""
     created = [p for p in (target, *target.absolute().parents) if not p.exists()]
     target.mkdir(parents=True, exist_ok=True)

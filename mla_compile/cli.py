@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mla_compile.errors import MlaCompileError
+from mla_compile.errors import MlaCompileError, UsageError
 
 if TYPE_CHECKING:
     from mla_compile.report import Report
@@ -28,6 +28,7 @@ app = typer.Typer(
 )
 
 _SIZE, _METHOD, _TEXT, _OUTPUT, _CHECKS = "Size", "Method", "Text", "Output", "Checks"
+_TRIALS = "Conversions on the spot"
 
 
 def _known_implementation(value: str) -> str:
@@ -42,6 +43,22 @@ CacheRatio = Annotated[
     typer.Option(help="Cache size after over before, at most.", show_default="0.3125", rich_help_panel=_SIZE),
 ]
 KvRank = Annotated[int | None, typer.Option(help="Latent rank per layer, instead of a ratio.", rich_help_panel=_SIZE)]
+UniformRank = Annotated[
+    bool,
+    typer.Option(
+        "--uniform-rank",
+        help="The same rank in all layers, where ranks follow from a ratio: the smallest that any of them would have.",
+        rich_help_panel=_SIZE,
+    ),
+]
+Layout = Annotated[
+    str,
+    typer.Option(
+        help="What caches may look like, in fisher and transmla: free, or deepseek for what a stock DeepSeek-V3 "
+        "checkpoint can express (one rank, one even table of frequencies with one component each).",
+        rich_help_panel=_METHOD,
+    ),
+]
 Exact = Annotated[
     bool, typer.Option("--exact", help="Leave nothing out: the result must equal the original.", rich_help_panel=_SIZE)
 ]
@@ -84,6 +101,14 @@ Calibration = Annotated[
     ),
 ]
 CalibrationTokens = Annotated[int, typer.Option(help="Tokens of it to use.", rich_help_panel=_TEXT)]
+PolishSteps = Annotated[
+    int,
+    typer.Option(
+        help="Train the new matrices for so many steps on the calibration text, to predict what the original does; "
+        "100 to 500 help most in small caches.",
+        rich_help_panel=_METHOD,
+    ),
+]
 SeqLen = Annotated[
     int | None,
     typer.Option(
@@ -142,12 +167,15 @@ def convert(
     ],
     cache_ratio: CacheRatio = None,
     kv_rank: KvRank = None,
+    uniform_rank: UniformRank = False,
     exact: Exact = False,
     encoders: Encoders = False,
     method: MethodName = "auto",
+    layout: Layout = "free",
     selection: Selection = "auto",
     rope_dims: RopeDims = None,
     svd: Svd = "joint",
+    polish_steps: PolishSteps = 0,
     calibration: Calibration = None,
     calibration_tokens: CalibrationTokens = 65536,
     seq_len: SeqLen = None,
@@ -177,13 +205,16 @@ def convert(
 
     config = make_config(
         method=method,
+        layout=layout,
         selection=selection,
         rope_dims=rope_dims,
         svd=svd,
         cache_ratio=cache_ratio,
         kv_rank=kv_rank,
+        uniform_rank=uniform_rank,
         exact=exact,
         calibration_tokens=calibration_tokens,
+        polish_steps=polish_steps,
         seq_len=seq_len,
         seed=seed,
         opset=opset,
@@ -254,9 +285,11 @@ def plan(
     model: Model,
     cache_ratio: CacheRatio = None,
     kv_rank: KvRank = None,
+    uniform_rank: UniformRank = False,
     exact: Exact = False,
     rope_dims: RopeDims = None,
     method: MethodName = "auto",
+    layout: Layout = "free",
     svd: Svd = "joint",
     encoders: Encoders = False,
     calibration: Calibration = None,
@@ -274,8 +307,10 @@ def plan(
 
     config = make_config(
         method=method,
+        layout=layout,
         cache_ratio=cache_ratio,
         kv_rank=kv_rank,
+        uniform_rank=uniform_rank,
         exact=exact,
         rope_dims=rope_dims,
         svd=svd,
@@ -338,27 +373,111 @@ def run(
 
 @app.command("eval")
 def evaluate(
-    model: Annotated[str, typer.Argument(help="An ONNX file made by mla-compile, or any model 'convert' takes.")],
+    model: Annotated[
+        list[str],
+        typer.Argument(
+            help="ONNX files or folders made by mla-compile, or any models 'convert' takes; one or several."
+        ),
+    ],
     text: Annotated[Path, typer.Option(help=".txt (documents separated by <|endoftext|>) or .jsonl.")],
-    original: Annotated[str | None, typer.Option(help="The unconverted model, measured beside it.")] = None,
+    original: Annotated[
+        str | None, typer.Option(help="The unconverted model, which the others are compared with.")
+    ] = None,
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            help="Convert MODEL by these methods, such as fisher,transmla,mha2mla, without writing anything.",
+            rich_help_panel=_TRIALS,
+        ),
+    ] = None,
+    cache_ratios: Annotated[
+        str | None,
+        typer.Option(
+            help="Every method at each of these cache sizes.",
+            show_default="0.5,0.3125,0.25",
+            rich_help_panel=_TRIALS,
+        ),
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Text to convert by; another than --text.", rich_help_panel=_TRIALS)
+    ] = None,
+    calibration_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens of it to use.", rich_help_panel=_TRIALS)
+    ] = 65536,
+    onnxruntime: Annotated[
+        bool,
+        typer.Option("--onnxruntime", help="Measure each conversion in ONNX Runtime too.", rich_help_panel=_TRIALS),
+    ] = False,
     seq_len: SeqLen = None,
     max_tokens: Annotated[int | None, typer.Option(min=2, help="Measure on at most this many tokens.")] = None,
     tokenizer: Tokenizer = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="Draw perplexity ratio against cache kept, to a .svg or .png file.", rich_help_panel=_OUTPUT),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing plot.", rich_help_panel=_OUTPUT)] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure perplexity and cache size on a text."""
-    from mla_compile import display, measure
+    """Measure quality and cache size on a text, of models or of conversions made on the spot."""
+    from mla_compile import display
 
+    _check_eval(model, original, methods, cache_ratios, calibration, onnxruntime, plot)
+    if plot is not None:
+        from mla_compile.plot import check_plot
+
+        check_plot(plot, force)
     shown = display.make_display(quiet or as_json)
     with shown:
-        result = measure.measure(
-            model, text, original=original, seq_len=seq_len, max_tokens=max_tokens, tokenizer=tokenizer, display=shown
-        )
+        from mla_compile.measure import Sample, measure
+        from mla_compile.trial import measure_conversions, read_trials
+
+        sample = Sample(text, seq_len, max_tokens, tokenizer)
+        if methods is None:
+            result = measure(model, sample, original=original, display=shown)
+        else:
+            ratios = "0.5,0.3125,0.25" if cache_ratios is None else cache_ratios
+            trials = read_trials(methods, ratios, calibration is not None, calibration_tokens)
+            result = measure_conversions(
+                model[0], sample, trials, calibration=calibration, onnxruntime=onnxruntime, display=shown
+            )
+    if plot is not None:
+        from mla_compile.plot import draw
+
+        draw(result, plot)
     if as_json:
-        typer.echo(json.dumps(result))
+        typer.echo(json.dumps(result.to_dict()))
     else:
         display.show_measurement(result)
+
+
+def _check_eval(
+    model: list[str],
+    original: str | None,
+    methods: str | None,
+    cache_ratios: str | None,
+    calibration: Path | None,
+    onnxruntime: bool,
+    plot: Path | None,
+) -> None:
+    """Refuse options of 'eval' that do not go together.
+
+    Raises:
+        UsageError: They do not.
+    """
+    given = {"--cache-ratios": cache_ratios, "--calibration": calibration, "--onnxruntime": onnxruntime}
+    idle = [flag for flag, value in given.items() if value]
+    if methods is None and idle:
+        raise UsageError(
+            f"{idle[0]} is about conversions made on the spot, and no --methods were given.",
+            "Add --methods fisher,transmla,mha2mla.",
+        )
+    if methods is not None and (original is not None or len(model) > 1):
+        raise UsageError(
+            "--methods converts one model, which is the original itself.", "Give that MODEL alone, without --original."
+        )
+    if methods is None and original is None and plot is not None:
+        raise UsageError("A plot shows models beside their original, and none was given.", "Add --original MODEL.")
 
 
 _COMMANDS = frozenset({"convert", "inspect", "plan", "run", "eval"})

@@ -28,8 +28,12 @@ class CompileConfig(BaseModel):
         svd: Factorise keys and values ``joint``-ly into one latent, or ``split`` into two halves of it (``mha2mla``).
         cache_ratio: Cache numbers per token after conversion over before, at most.
         kv_rank: Latent rank per layer, instead of a ratio.
+        uniform_rank: The same latent rank in all layers: the one that fits the smallest of them.
+        layout: What caches may look like (``fisher``, ``transmla``): ``free``, or ``deepseek`` for what a stock
+            DeepSeek-V3 checkpoint can express: one rank, and one even table of frequencies with one component each.
         exact: Keep every rotating channel and the full rank: the result must equal the original.
         calibration_tokens: Tokens of calibration text used.
+        polish_steps: Steps of training the new matrices on calibration text to predict what the original does.
         seq_len: Window length for calibration and evaluation; the model's limit, at most 512, by default.
         seed: Seed of random probes and samples.
         opset: ONNX operator set.
@@ -46,8 +50,11 @@ class CompileConfig(BaseModel):
     svd: Literal["joint", "split"] = "joint"
     cache_ratio: float | None = Field(default=None, gt=0.0, le=1.0)
     kv_rank: int | None = Field(default=None, ge=1)
+    uniform_rank: bool = False
+    layout: Literal["free", "deepseek"] = "free"
     exact: bool = False
     calibration_tokens: int = Field(default=65536, ge=1)
+    polish_steps: int = Field(default=0, ge=0)
     seq_len: int | None = Field(default=None, ge=2)
     seed: int = Field(default=0, ge=0)
     opset: Literal[23, 24] = 23
@@ -61,7 +68,8 @@ class CompileConfig(BaseModel):
             text: Whether there is calibration text.
         """
         own = self.selection != "auto" or self.svd != "joint" or self.encoders
-        return self.method if self.method != "auto" else "mha2mla" if own or not text else "fisher"
+        own = own or not (text or self.layout == "deepseek")
+        return self.method if self.method != "auto" else "mha2mla" if own else "fisher"
 
     @model_validator(mode="after")
     def _settings_of_the_method(self) -> CompileConfig:
@@ -69,6 +77,19 @@ class CompileConfig(BaseModel):
         foreign = [name for name, given in own.items() if given]
         if foreign and self.method in ("fisher", "transmla"):
             raise ValueError(f"{' and '.join(foreign)} belong to the method mha2mla, not to {self.method}")
+        return self
+
+    @model_validator(mode="after")
+    def _settings_of_the_layout(self) -> CompileConfig:
+        if self.layout == "free":
+            return self
+        if self.exact:
+            raise ValueError("exact keeps a rope key for every head, and the layout deepseek has one for all")
+        if self.chosen_method(text=True) == "mha2mla":
+            raise ValueError(
+                "the layout deepseek has one rope key for all heads, as fisher and transmla make it, and mha2mla one "
+                "for every head"
+            )
         return self
 
     @model_validator(mode="after")
@@ -86,6 +107,10 @@ class CompileConfig(BaseModel):
             raise ValueError(f"{' and '.join(chosen)} exclude each other")
         if self.exact and self.rope_dims is not None:
             raise ValueError("exact keeps every rotating channel, so rope_dims cannot be chosen")
+        if self.exact and self.uniform_rank:
+            raise ValueError("exact keeps the full rank of every layer, so it cannot be the same in all")
+        if self.exact and self.polish_steps:
+            raise ValueError("exact leaves nothing out, so there is nothing to polish (polish_steps)")
         return self
 
 

@@ -117,13 +117,14 @@ def check_vocabulary(largest: int, vocabulary: int, source: str) -> None:
         )
 
 
-def token_windows(ids: Sequence[int], length: int, limit: int | None = None) -> Tensor:
+def token_windows(ids: Sequence[int], length: int, limit: int | None = None, name: str = "text") -> Tensor:
     """Cut a stream into consecutive windows.
 
     Args:
         ids: Token ids.
         length: Tokens per window.
         limit: Use at most this many tokens, but at least one window.
+        name: What to call the text in an error.
 
     Returns:
         ``[windows, length]`` int64.
@@ -134,7 +135,7 @@ def token_windows(ids: Sequence[int], length: int, limit: int | None = None) -> 
     if len(ids) < length:
         shorter = f", or a shorter window with --seq-len {len(ids)}" if len(ids) > 1 else ""
         raise UsageError(
-            f"The text has {len(ids)} tokens, fewer than one window of {length}.", f"Give more text{shorter}."
+            f"The {name} has {len(ids)} tokens, fewer than one window of {length}.", f"Give more text{shorter}."
         )
     count = len(ids) // length
     if limit is not None:

@@ -14,6 +14,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from mla_compile.encoder_report import EncoderReport
+    from mla_compile.measure import Measurement
     from mla_compile.plan import LatentPlan
     from mla_compile.progress import StageTiming
     from mla_compile.report import Report
@@ -34,6 +35,12 @@ __all__ = [
     "show_seq2seq_report",
     "stream_text",
 ]
+
+
+_SLOWED = 1.001
+"""From this on frequencies are called slowed."""
+_SCALED = 1e-4
+"""Relative difference from one over the root of the head's size from which a logit scale is shown."""
 
 
 class StageDisplay:
@@ -124,7 +131,7 @@ def show_layers(rows: Sequence[Mapping[str, Any]]) -> None:
             verdict = f"kept: {row['rejected']}" if row["kept"] else f"no: {row['rejected']}"
             lines.append([row["index"], row["path"], verdict, row["reason"], "", "", "", cached, ""])
             continue
-        rope = f"{row['rope']}:{row['rotary_dim']}" if row["rotary_dim"] else "none"
+        rope = _rope_in_words(row)
         heads = f"{row['heads']} q / {row['kv_heads']} kv of {row['qk_dim']}"
         names = dict.fromkeys(str(row[r]).removeprefix(f"{row['path']}.") for r in ("query", "key", "value"))
         weights = ", ".join(names) + (" (biased)" if row["bias"] else "")
@@ -138,9 +145,24 @@ def show_layers(rows: Sequence[Mapping[str, Any]]) -> None:
     _print_table("Attention layers", columns, lines)
 
 
+def _rope_in_words(row: Mapping[str, Any]) -> str:
+    """Layout, channels, base, and how much slower the frequencies are than the base says."""
+    if not row["rotary_dim"]:
+        return "none"
+    words = f"{row['rope']}:{row['rotary_dim']}"
+    if row["rope_theta"] is None:
+        return words
+    least, most = row["rope_slowing"]
+    slowed = "" if most < _SLOWED else f", slowed {most:.3g}x" if least > _SLOWED else f", slowed up to {most:.3g}x"
+    return f"{words}, theta {row['rope_theta']:.6g}{slowed}"
+
+
 def _extras(row: Mapping[str, Any]) -> str:
     """What a layer has beyond plain attention, in a few words."""
     found = []
+    plain = row["qk_dim"] ** -0.5
+    if row["logit_scale"] is not None and abs(row["logit_scale"] / plain - 1) > _SCALED:
+        found.append(f"logits x{row['logit_scale'] / plain:.4g}")
     if row["query_norm"] or row["key_norm"]:
         found.append(f"qk-norm {row['key_norm'] or row['query_norm']}")
     if row["value_norm"]:
@@ -214,6 +236,9 @@ def show_report(report: Report, out: Path) -> None:
     ]
     for window, layers in report.windows.items():
         rows.append([f"{layers} layers with a window", f"cache the last {window - 1} tokens at most"])
+    if report.polish:
+        p = report.polish
+        rows.append([f"divergence, {p.steps} polish steps", f"{p.before:.4f} -> {p.after:.4f} nats per token"])
     if report.quality:
         quality = report.quality
         rows.append(
@@ -282,14 +307,32 @@ def show_seq2seq_report(report: Seq2SeqReport, out: Path) -> None:
         print(f"warning: {warning}", file=sys.stderr)  # noqa: T201
 
 
-def show_measurement(result: Mapping[str, Any]) -> None:
-    """Perplexity and cache, converted and original."""
+def show_measurement(result: Measurement) -> None:
+    """One row per model, the original first; columns that nothing is known of are left out."""
+    original = result.original
+    columns = ["", "runtime", "tokens", "cache bytes/token", "cache kept", "perplexity", "ratio", "KL", "top-1"]
     rows = [
-        [name, f"{r['perplexity']:.4f}", r["tokens"], "unknown" if (b := r["cache_bytes_per_token"]) is None else b]
-        for name, r in (("model", result), ("original", result.get("original")))
-        if r is not None
+        [
+            "original" if m is original else m.model.name,
+            m.model.runtime,
+            str(result.tokens),
+            "unknown" if (cached := m.model.cache_bytes) is None else str(cached),
+            _percent(m.kept(original)),
+            f"{m.found.perplexity.value:.4f}",
+            "" if (ratio := m.ratio(original)) is None else f"{ratio:.4f}",
+            "" if original in (None, m) else f"{m.found.kl:.5f}",
+            "" if original in (None, m) else _percent(m.found.top1),
+        ]
+        for m in ([] if original is None else [original]) + [*result.models]
     ]
-    _print_table(None, ["", "perplexity", "tokens", "cache bytes/token"], rows)
+    told = [place for place, cells in enumerate(zip(*rows, strict=True)) if any(cells)]
+    _print_table(None, [columns[place] for place in told], [[row[place] for place in told] for row in rows])
+    for warning in result.warnings:
+        print(f"warning: {warning}", file=sys.stderr)  # noqa: T201
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.2%}"
 
 
 def generation_row(result: Generation) -> dict[str, Any]:

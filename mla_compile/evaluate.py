@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mla_compile.errors import UsageError
@@ -15,8 +15,10 @@ from mla_compile.program import Program
 
 __all__ = [
     "DEFAULT_WINDOW",
+    "Comparison",
     "Perplexity",
     "Scorer",
+    "compare",
     "longest_window",
     "original_scorer",
     "perplexity",
@@ -45,6 +47,23 @@ class Perplexity:
     tokens: int
 
 
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """A model on text, beside the first of those it was compared with.
+
+    Attributes:
+        perplexity: Its perplexity.
+        kl: KL(first || this one) of the predicted distributions, in nats per scored token; 0 for the first.
+        top1: Share of scored tokens at which both think the same token the most likely; 1 for the first.
+        seconds: Wall-clock time it ran.
+    """
+
+    perplexity: Perplexity
+    kl: float
+    top1: float
+    seconds: float
+
+
 def perplexity(
     score: Scorer, windows: Tensor, batch: int = 8, progress: Callable[[Iterable[Tensor]], Iterable[Tensor]] = iter
 ) -> Perplexity:
@@ -56,15 +75,62 @@ def perplexity(
         batch: Windows scored together.
         progress: Wraps the batches to show progress.
     """
-    total, count = 0.0, 0
+    return compare([score], windows, batch, progress)[0].perplexity
+
+
+def compare(
+    scores: Sequence[Scorer],
+    windows: Tensor,
+    batch: int = 8,
+    progress: Callable[[Iterable[Tensor]], Iterable[Tensor]] = iter,
+) -> list[Comparison]:
+    """Run models beside each other, batch by batch, so that no more logits are held than of one batch.
+
+    Args:
+        scores: The models, of one vocabulary; all are compared with the first.
+        windows: ``[windows, length]`` token ids, of which all but the first of every window are scored.
+        batch: Windows scored together.
+        progress: Wraps the batches to show progress.
+
+    Returns:
+        One entry per model.
+    """
+    totals = torch.zeros(len(scores), 3, dtype=torch.float64)
+    seconds = [0.0] * len(scores)
     with torch.inference_mode():
         for ids in progress(windows.split(batch)):
-            logits = score(ids)[:, :-1].float()
-            target = ids[:, 1:].reshape(-1)
-            total += F.cross_entropy(logits.reshape(-1, logits.shape[-1]), target, reduction="sum").item()
-            count += target.numel()
-    loss = total / count
-    return Perplexity(math.exp(min(loss, 700.0)), loss, count)
+            first: Tensor | None = None
+            for model, score in enumerate(scores):
+                begin = time.perf_counter()
+                logits = score(ids)
+                seconds[model] += time.perf_counter() - begin
+                totals[model] += _sums(logits, ids, first)
+                first = logits if first is None else first
+    count = windows[:, 1:].numel()
+    found = []
+    for (loss, kl, same), taken in zip((totals / count).tolist(), seconds, strict=True):
+        value = math.exp(min(loss, 700.0))  # beyond that a float ends
+        found.append(Comparison(Perplexity(value, loss, count), kl, same, taken))
+    return found
+
+
+def _sums(logits: Tensor, ids: Tensor, first: Tensor | None) -> Tensor:
+    """Loss, divergence from the first model, and agreements with it, summed over the scored tokens of a batch.
+
+    In float64, so that a model that computes the same is at no distance, and window by window for the memory's sake.
+    """
+    total = torch.zeros(3, dtype=torch.float64)
+    for row, targets in enumerate(ids[:, 1:]):
+        got = logits[row, :-1].double().log_softmax(-1)
+        total[0] -= got.gather(-1, targets[:, None]).sum()
+        if first is None:
+            total[2] += len(targets)
+            continue
+        expected = first[row, :-1].double().log_softmax(-1)
+        weights = expected.exp()
+        total[1] += torch.where(weights > 0, weights * (expected - got), 0.0).sum()  # a token may be ruled out by -inf
+        total[2] += (got.argmax(-1) == expected.argmax(-1)).sum()
+    return total
 
 
 def longest_window(score: Scorer, limit: int | None, wanted: int = DEFAULT_WINDOW) -> int:

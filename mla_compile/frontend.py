@@ -343,7 +343,8 @@ def read_export(
     """
     try:
         with quiet_exporter():
-            exported = exported.run_decompositions(dict(patterns()))
+            if _has_compositions(exported):
+                exported = exported.run_decompositions(dict(patterns()))
     except Exception as error:
         raise LoadError(
             f"The graph of '{source}' could not be normalised ({_first_line(error)}).", _HOW_TO_EXPORT
@@ -425,6 +426,12 @@ def _logits(exported: ExportedProgram, tokens: Tensor, source: str) -> str:
         f"No output of '{source}' is shaped [batch, length, vocabulary].",
         "Export a causal language model that returns the logits of every position.",
     )
+
+
+def _has_compositions(exported: ExportedProgram) -> bool:
+    """Whether a graph was never decomposed, or calls an operator that a pattern was registered for."""
+    registered = patterns()
+    return exported.dialect != "ATEN" or any(n.target in registered for n in exported.graph.nodes)
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,135 +1,223 @@
-"""``mla-compile eval``: perplexity and cache size of any model the compiler reads or writes, on the user's text."""
+"""``mla-compile eval``: how models of any kind do on the user's text, beside their original."""
 
 from __future__ import annotations
 
-import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from mla_compile import frontend
-from mla_compile.artifacts import is_converted_folder, read_folder
 from mla_compile.corpus import check_vocabulary, load_tokenizer, read_documents, token_windows, tokenize
-from mla_compile.errors import UsageError
-from mla_compile.evaluate import Scorer, longest_window, original_scorer, perplexity
-from mla_compile.passes.recognise import recognise
+from mla_compile.errors import LoadError, UsageError
+from mla_compile.evaluate import Comparison, compare, longest_window
+from mla_compile.opened import Opened, open_model
 from mla_compile.progress import Display, Stages
-from mla_compile.runtime.onnx_session import OnnxDecoder
 
-__all__ = ["measure"]
+__all__ = ["Measured", "Measurement", "Sample", "measure", "run_beside"]
 
 _BATCH = 8
 
 
-def measure(
-    model: str,
-    text: Path,
-    *,
-    original: str | None = None,
-    seq_len: int | None = None,
-    max_tokens: int | None = None,
-    tokenizer: str | None = None,
-    display: Display | None = None,
-) -> dict[str, Any]:
-    """Measure a model, and optionally the original beside it, on the same windows.
+@dataclass(frozen=True)
+class Sample:
+    """What to measure on: a stream of documents, each led by the begin token, cut into consecutive windows.
 
-    The text is one stream of documents, each led by the begin token, cut into consecutive windows; every token of a
-    window but the first is scored once.
+    Every token of a window but the first is scored once.
 
-    Args:
-        model: An ONNX file, archive, Hugging Face folder or hub id.
+    Attributes:
         text: The text file.
-        original: The unconverted model.
-        seq_len: Tokens per window; the model's limit, at most 512, by default.
-        max_tokens: Measure on at most this many tokens.
-        tokenizer: Folder of the tokenizer, if the model has none.
-        display: Shows progress.
-
-    Returns:
-        ``perplexity``, ``loss``, ``tokens``, ``seq_len`` and ``cache_bytes_per_token`` (None where attention was not
-        recognised), and the same under ``original``.
+        seq_len: Tokens per window; what all of the models can run, at most 512, by default.
+        max_tokens: Use at most this many tokens.
+        tokenizer: Folder of the tokenizer, if the models have none.
     """
-    stages = Stages(display)
-    documents = read_documents(text)
-    with stages.stage("load"):
-        opened = _open(model, tokenizer)
-    length = seq_len or longest_window(opened.score, opened.longest)
-    windows = token_windows(tokenize(documents, load_tokenizer(tokenizer or opened.tokenizer)), length, max_tokens)
-    result = _score("evaluate", opened, windows, stages)
-    if original is not None:
-        with stages.stage("load original"):
-            unconverted = _open(original, tokenizer)
-        result["original"] = _score("evaluate original", unconverted, windows, stages)
-    return result
+
+    text: Path
+    seq_len: int | None = None
+    max_tokens: int | None = None
+    tokenizer: str | None = None
+
+    def windows(self, documents: Sequence[str], tokenizer: Any, models: Sequence[Opened]) -> Tensor:  # noqa: ANN401
+        """Cut documents into windows ``[windows, length]`` that all models can run.
+
+        Raises:
+            UsageError: The text is shorter than one window, or a model cannot run it.
+        """
+        length = self.seq_len or min(longest_window(m.score, m.longest) for m in models)
+        windows = token_windows(tokenize(documents, tokenizer), length, self.max_tokens)
+        for model in models:
+            _require_room(model, windows)
+        return windows
 
 
 @dataclass(frozen=True)
-class _Opened:
-    """A model to measure.
+class Measured:
+    """A model and what was found; the comparison with the first model counts only where that is the original."""
+
+    model: Opened
+    found: Comparison
+
+    def kept(self, original: Measured | None) -> float | None:
+        """Share of the original's cache that is kept; None where one of them is not known."""
+        if original is None or not original.model.cache_bytes or self.model.cache_bytes is None:
+            return None
+        return self.model.cache_bytes / original.model.cache_bytes
+
+    def ratio(self, original: Measured | None) -> float | None:
+        """Perplexity over the original's."""
+        return None if original is None else self.found.perplexity.value / original.found.perplexity.value
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is known without an original, as JSON-able data."""
+        return {
+            "model": self.model.name,
+            "perplexity": self.found.perplexity.value,
+            "loss": self.found.perplexity.loss,
+            "cache_bytes_per_token": self.model.cache_bytes,
+            "runtime": self.model.runtime,
+            "seconds": self.found.seconds,
+        }
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Models on one text.
 
     Attributes:
-        name: What the user called it.
-        score: Token ids to logits.
-        cache_bytes: Cache bytes per token; None where attention was not recognised.
-        longest: Longest sequence, if the model says.
-        vocabulary: How many token ids it knows.
-        tokenizer: Where its tokenizer is.
+        text: The text file.
+        tokens: Scored tokens.
+        seq_len: Tokens per window.
+        original: The model that the others are compared with, if there is one.
+        models: The others.
+        warnings: What the user should know.
     """
 
-    name: str
-    score: Scorer
-    cache_bytes: int | None
-    longest: int | None
-    vocabulary: int
-    tokenizer: str | None
+    text: str
+    tokens: int
+    seq_len: int
+    original: Measured | None
+    models: tuple[Measured, ...]
+    warnings: tuple[str, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        sample: Sample,
+        windows: Tensor,
+        original: Measured | None,
+        models: Sequence[Measured],
+        warnings: Sequence[str] = (),
+    ) -> Measurement:
+        """Models that were run on windows ``[windows, length]`` of a sample; a warning is told once."""
+        told = tuple(dict.fromkeys(warnings))
+        return cls(str(sample.text), windows[:, 1:].numel(), windows.shape[1], original, tuple(models), told)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The measurement as JSON-able data; of a single model, its figures stand at the top too."""
+        rows = [self._row(model) for model in self.models]
+        alone = ("perplexity", "loss", "cache_bytes_per_token") if len(rows) == 1 else ()
+        return {
+            "text": self.text,
+            "tokens": self.tokens,
+            "seq_len": self.seq_len,
+            **{key: rows[0][key] for key in alone},
+            "original": None if self.original is None else self.original.to_dict(),
+            "models": rows,
+            "warnings": list(self.warnings),
+        }
+
+    def _row(self, measured: Measured) -> dict[str, Any]:
+        compared = self.original is not None
+        return {
+            **measured.to_dict(),
+            "method": measured.model.method,
+            "cache_ratio": measured.model.cache_ratio,
+            "cache_kept": measured.kept(self.original),
+            "perplexity_ratio": measured.ratio(self.original),
+            "kl": measured.found.kl if compared else None,
+            "top1": measured.found.top1 if compared else None,
+        }
 
 
-def _open(name: str, tokenizer: str | None) -> _Opened:
-    path = Path(name)
-    if path.suffix == ".onnx":
-        decoder = OnnxDecoder(name)
-        return _Opened(
-            name,
-            lambda ids: torch.from_numpy(decoder.logits(ids.numpy())),
-            decoder.cache_bytes_per_token,
-            decoder.metadata.get("max_position_embeddings"),
-            decoder.vocabulary,
-            str(path.absolute().parent),
-        )
-    if is_converted_folder(path):
-        model = read_folder(path)
-        config = json.loads((path / "config.json").read_text("utf-8")) if (path / "config.json").is_file() else {}
-        longest = config.get("max_position_embeddings")
-        cache_bytes = sum(model.rows) * torch.float32.itemsize
-        with torch.inference_mode():
-            vocabulary = model(torch.zeros(1, 1, dtype=torch.long)).logits.shape[-1]
-        return _Opened(name, lambda ids: model(ids).logits, cache_bytes, longest, vocabulary, name)
-    program = frontend.load_program(name, tokenizer=tokenizer)
-    found = recognise(program)
-    known = found.sites and not found.rejections
-    original_bytes = sum(s.elements_per_token for s in found.sites) * torch.float32.itemsize if known else None
-    score, folder = original_scorer(program), program.assets.folder
-    return _Opened(name, score, original_bytes, program.max_positions, program.vocabulary, folder)
+def measure(
+    models: Sequence[str], sample: Sample, *, original: str | None = None, display: Display | None = None
+) -> Measurement:
+    """Measure models on the same windows of a text.
+
+    With an original all models are held in memory, for they run side by side.
+
+    Args:
+        models: ONNX files, converted folders, archives, Hugging Face folders or hub ids.
+        sample: What to measure on.
+        original: The model to compare them with.
+        display: Shows progress.
+
+    Raises:
+        LoadError: A model, the tokenizer or the text cannot be read.
+        UsageError: The models have different vocabularies, or the text or a model is too short for a window.
+    """
+    stages = Stages(display)
+    documents = read_documents(sample.text)
+    opened: list[Opened] = []
+    for name in (*models, *([] if original is None else [original])):
+        with stages.stage("load"):
+            opened.append(open_model(name, sample.tokenizer))
+    windows = sample.windows(documents, _one_tokenizer(opened, sample.tokenizer), opened)
+    if original is None:
+        return Measurement.of(sample, windows, None, [run_beside([m], windows, "evaluate", stages)[0] for m in opened])
+    base, *others = run_beside([opened[-1], *opened[:-1]], windows, "evaluate", stages)
+    return Measurement.of(sample, windows, base, others)
 
 
-def _score(stage: str, model: _Opened, windows: Tensor, stages: Stages) -> dict[str, Any]:
-    check_vocabulary(int(windows.max()), model.vocabulary, model.name)
+def run_beside(models: Sequence[Opened], windows: Tensor, stage: str, stages: Stages) -> list[Measured]:
+    """Compare models with the first of them on windows ``[windows, length]``, as a stage with one step per batch."""
+    steps = math.ceil(len(windows) / _BATCH)
+    found = compare([m.score for m in models], windows, _BATCH, lambda batches: stages.each(stage, batches, steps))
+    return [Measured(*pair) for pair in zip(models, found, strict=True)]
+
+
+def _one_tokenizer(opened: Sequence[Opened], given: str | None) -> Any:  # noqa: ANN401 - see load_tokenizer
+    """The tokenizer of all models, which must be one: figures per token of different ones cannot be compared.
+
+    Raises:
+        LoadError: There is no tokenizer.
+        UsageError: Two models have different vocabularies.
+    """
+    first, *others = opened
+    for other in others:
+        if other.vocabulary != first.vocabulary:
+            raise _different(first, other, f" ({first.vocabulary} and {other.vocabulary} tokens)")
+    tokenizer = load_tokenizer(given or first.tokenizer)
+    for other in others if given is None else ():
+        try:
+            same = load_tokenizer(other.tokenizer).get_vocab() == tokenizer.get_vocab()
+        except LoadError:  # it brings none to compare
+            continue
+        if not same:
+            raise _different(first, other, "")
+    return tokenizer
+
+
+def _different(one: Opened, other: Opened, sizes: str) -> UsageError:
+    return UsageError(
+        f"'{one.name}' and '{other.name}' have different vocabularies{sizes}, so that figures per token cannot be "
+        "compared.",
+        "Measure each by itself.",
+    )
+
+
+def _require_room(model: Opened, windows: Tensor) -> None:
+    """Refuse windows that a model cannot be run on.
+
+    Raises:
+        UsageError: They hold ids it does not know, or are too long.
+    """
+    check_vocabulary(int(windows.max()), model.known, model.name)
     length = windows.shape[1]
     longest = longest_window(model.score, model.longest, length)
     if longest < length:
         raise UsageError(
             f"Windows of {length} tokens are longer than '{model.name}' can run.", f"Use --seq-len {longest} or less."
         )
-    steps = math.ceil(len(windows) / _BATCH)
-    found = perplexity(model.score, windows, _BATCH, progress=lambda batches: stages.each(stage, batches, steps))
-    return {
-        "perplexity": found.value,
-        "loss": found.loss,
-        "tokens": found.tokens,
-        "seq_len": length,
-        "cache_bytes_per_token": model.cache_bytes,
-    }

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mla_compile.config import DEFAULT_CACHE_RATIO, CompileConfig
 from mla_compile.errors import UsageError
 from mla_compile.site import AttentionSite
 
-__all__ = ["LatentPlan", "cache_budget", "cache_elements", "latent_budget", "plan_layers", "shared_rope_plan"]
+__all__ = [
+    "LatentPlan",
+    "cache_budget",
+    "cache_elements",
+    "latent_budget",
+    "liked_ranks",
+    "one_rank",
+    "plan_layers",
+    "shared_rope_plan",
+]
+
+_LIKED_FROM = 128
+"""Ranks from here on have two set bits at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +73,26 @@ def latent_budget(site: AttentionSite, config: CompileConfig) -> int:
     return cache_budget(site, config) - site.key_scales(site.qk_dim) - site.value_scales
 
 
+def liked_ranks(most: int) -> list[int]:
+    """Ranks up to ``most`` that kernels like, from which a rank that nobody asked for is taken.
+
+    A kernel cuts the latent into two tiles whose lengths are powers of two: ranks from 128 on are multiples of 16 with
+    at most two set bits, which costs nothing that shows, as rope and other layers get what that leaves. From 64 on they
+    are multiples of 8. Coarser steps for small ones cost up to 7 % of the loss in log-perplexity (models of 4 million
+    parameters, ranks of 16 to 64), more than padding costs a kernel.
+    """
+    return [r for r in range(1, most + 1) if r % _step(r) == 0 and (r < _LIKED_FROM or r.bit_count() <= 2)]
+
+
+def _step(rank: int) -> int:
+    return 16 if rank >= _LIKED_FROM else 4 if rank >= 64 else 1
+
+
+def one_rank(plans: Sequence[LatentPlan]) -> tuple[LatentPlan, ...]:
+    """The same with the smallest rank of all layers in every layer."""
+    return tuple(replace(plan, kv_rank=min(p.kv_rank for p in plans)) for plan in plans)
+
+
 def shared_rope_plan(site: AttentionSite, width: int, components: int, rank: int) -> LatentPlan:
     """The shape of a cache with one rope key for all heads.
 
@@ -98,7 +130,8 @@ def plan_layers(sites: Sequence[AttentionSite], widths: Sequence[int], config: C
     Raises:
         UsageError: The rope dims, rank or ratio do not fit a layer.
     """
-    return tuple(_plan(site, width, config) for site, width in zip(sites, widths, strict=True))
+    plans = tuple(_plan(site, width, config) for site, width in zip(sites, widths, strict=True))
+    return one_rank(plans) if config.uniform_rank else plans
 
 
 def _plan(site: AttentionSite, width: int, config: CompileConfig) -> LatentPlan:

@@ -11,11 +11,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from mla_compile.deepseek import DeepSeekShape
 from mla_compile.plan import LatentPlan, cache_elements
 from mla_compile.progress import StageTiming
 from mla_compile.site import AttentionSite, Kind, Rejection
 
-__all__ = ["Quality", "Report", "Verification", "environment", "summarise_site"]
+__all__ = [
+    "LayerError",
+    "LayerForecast",
+    "Polish",
+    "Quality",
+    "Report",
+    "Verification",
+    "environment",
+    "summarise_site",
+]
 
 _PACKAGES = ("mla-compile", "torch", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "numpy")
 
@@ -69,6 +79,51 @@ class Quality:
         return self.converted / self.original
 
 
+@dataclass(frozen=True, slots=True)
+class LayerError:
+    """How far one converted layer is from the original's, all other layers being the original's.
+
+    Attributes:
+        output: Root of the mean squared error of its attention outputs, over the root of their mean square.
+        loss: What that does to the loss, in nats per token to second order: ``E (sum_h dL/do_h . error_h)^2 / 2``.
+            None where gradients were not wanted.
+    """
+
+    output: float
+    loss: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class LayerForecast:
+    """What rotates in a converted layer, and what the conversion should cost by the statistics it was chosen by.
+
+    Attributes:
+        rope_frequencies: Radians per position of the components of rope keys, one key after the other.
+        rope_own: Whether each carries pairs of that frequency only; others have pairs of other frequencies attached.
+        predicted_loss: Loss of rope and latent together, in nats per token to second order; None where the method does
+            not count in these units.
+    """
+
+    rope_frequencies: tuple[float, ...]
+    rope_own: tuple[bool, ...]
+    predicted_loss: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Polish:
+    """What training the new matrices did; divergences are KL(original || converted) in nats per token.
+
+    Attributes:
+        steps: Steps that were taken.
+        before: Divergence on calibration text kept out of training, before.
+        after: The same of the weights that were chosen in the end.
+    """
+
+    steps: int
+    before: float
+    after: float
+
+
 @dataclass(frozen=True)
 class Report:
     """Everything a conversion did.
@@ -84,6 +139,10 @@ class Report:
         stages: Times and memory peaks.
         verification: Checks, if they were run.
         quality: Perplexities, if there was text.
+        forecasts: What rotates in every converted layer, and what that should cost.
+        deepseek: What a DeepSeek checkpoint says of all layers, if that layout was asked for.
+        layer_errors: What every converted layer costs by itself, if there was text.
+        polish: What training did, if there was any.
         warnings: What the user should know.
         artifacts: Written files and their sizes in bytes.
     """
@@ -97,6 +156,10 @@ class Report:
     stages: tuple[StageTiming, ...] = ()
     verification: Verification | None = None
     quality: Quality | None = None
+    forecasts: tuple[LayerForecast, ...] = ()
+    deepseek: DeepSeekShape | None = None
+    layer_errors: tuple[LayerError, ...] = ()
+    polish: Polish | None = None
     warnings: tuple[str, ...] = ()
     artifacts: Mapping[str, int] = field(default_factory=dict)
     kept: tuple[Rejection, ...] = ()
@@ -104,6 +167,14 @@ class Report:
     @property
     def _kept_elements(self) -> int:
         return sum(r.plain.elements_per_token for r in self.kept if r.plain is not None)
+
+    @property
+    def _measured_layers(self) -> list[dict[str, float | None] | None]:
+        return [dataclasses.asdict(e) for e in self.layer_errors] or [None] * len(self.sites)
+
+    @property
+    def _forecast_layers(self) -> list[dict[str, Any]]:
+        return [dataclasses.asdict(f) for f in self.forecasts] or [{} for _ in self.sites]
 
     @property
     def cache_bytes_before(self) -> int:
@@ -141,11 +212,18 @@ class Report:
             },
             "selection": self.selection,
             "layers": [
-                {**summarise_site(s), **dataclasses.asdict(p), "elements_after": p.elements_after}
-                for s, p in zip(self.sites, self.plans, strict=True)
+                summarise_site(s)
+                | dataclasses.asdict(p)
+                | forecast
+                | {"elements_after": p.elements_after, "measured": measured}
+                for s, p, forecast, measured in zip(
+                    self.sites, self.plans, self._forecast_layers, self._measured_layers, strict=True
+                )
             ],
+            "deepseek": dataclasses.asdict(self.deepseek) if self.deepseek else None,
             "kept": [summarise_site(r) for r in self.kept],
             "quality": dataclasses.asdict(self.quality) | {"ratio": self.quality.ratio} if self.quality else None,
+            "polish": dataclasses.asdict(self.polish) if self.polish else None,
             "verification": dataclasses.asdict(self.verification) if self.verification else None,
             "stages": [dataclasses.asdict(s) for s in self.stages],
             "warnings": list(self.warnings),
@@ -198,7 +276,10 @@ def summarise_site(site: AttentionSite | Rejection) -> dict[str, Any]:
         "rotary_dim": site.rope.rotary_dim,
         "rope_max_freq": max(site.rope.inv_freq, default=0.0),
         "rope_min_freq": min(site.rope.inv_freq, default=0.0),
+        "rope_theta": site.rope.theta,
+        "rope_slowing": list(site.rope.slowing),
         "scale": site.scale,
+        "logit_scale": site.logit_scale,
         "mask": str(site.kind) if site.kind == Kind.CROSS else str(site.mask),
         "query_norm": None if site.query.norm is None else str(site.query.norm),
         "key_norm": None if site.key.norm is None else str(site.key.norm),

@@ -6,6 +6,7 @@ site can be printed, compared and stored, and so that recognition needs no weigh
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -160,6 +161,24 @@ class Rope:
             return "interleaved"
         return "custom"
 
+    @property
+    def theta(self) -> float | None:
+        """Base of the table ``theta^(-2i / rotary_dim)`` whose two fastest frequencies are this one's, or None."""
+        fastest = sorted(self.inv_freq, reverse=True)[:2]
+        if len(fastest) < 2 or not fastest[1]:
+            return None
+        return float((fastest[0] / fastest[1]) ** (self.rotary_dim / 2))
+
+    @property
+    def slowing(self) -> tuple[float, float]:
+        """How many times slower frequencies are than that table's, least and most: what context extension did."""
+        theta = self.theta
+        if theta is None:
+            return (1.0, 1.0)
+        table = [theta ** (-i / len(self.pairs)) for i in range(len(self.pairs))]
+        ratios = [t / f for t, f in zip(table, sorted(self.inv_freq, reverse=True), strict=True) if f]
+        return (min(ratios), max(ratios))
+
 
 class Kind(StrEnum):
     """What an attention layer attends to."""
@@ -263,6 +282,18 @@ class AttentionSite:
     def scale(self) -> float:
         """Factor between ``q . k`` and the softmax logits, beyond the gains."""
         return self.scores.scale
+
+    @property
+    def logit_scale(self) -> float | None:
+        """Factor of ``q . k`` with the gains (softmax scale, YaRN's attention factor); None where channels differ."""
+        group = self.heads // self.kv_heads
+        found = [
+            self.scale * q * k
+            for head, gains in enumerate(self.query.turned or self.query.gain)
+            for q, k in zip(gains, self.key.gain[head // group], strict=True)
+        ]
+        same = all(math.isclose(f, found[0], rel_tol=1e-5) for f in found)  # gains are measured in float32 graphs
+        return found[0] if same else None
 
     @property
     def mask(self) -> Mask:

@@ -13,7 +13,7 @@ from mla_compile.errors import UsageError
 from mla_compile.runtime.generate import Sampling
 from mla_compile.runtime.onnx_session import OnnxDecoder
 
-__all__ = ["Generation", "generate_text"]
+__all__ = ["Generation", "continuation", "generate_text"]
 
 
 @dataclass(frozen=True)
@@ -79,11 +79,11 @@ def generate_text(
     start = time.perf_counter()
     new = decoder.generate(ids, max_new_tokens, sampling=sampling, stop=stop, on_tokens=stream)
     seconds = time.perf_counter() - start
-    texts = [p + _continuation(words, before, after) for p, before, after in zip(prompts, ids, new, strict=True)]
+    texts = [p + continuation(words, before, after) for p, before, after in zip(prompts, ids, new, strict=True)]
     return Generation(tuple(texts), tuple(map(len, new)), seconds, decoder.cache_bytes_per_token)
 
 
-def _continuation(tokenizer: Any, prompt: list[int], new: list[int]) -> str:  # noqa: ANN401 - see load_tokenizer
+def continuation(tokenizer: Any, prompt: list[int], new: list[int]) -> str:  # noqa: ANN401 - see load_tokenizer
     """Text that new tokens add to a prompt; decoded by themselves they may lose their leading space."""
     before: str = tokenizer.decode(prompt, skip_special_tokens=True)
     after: str = tokenizer.decode([*prompt, *new], skip_special_tokens=True)
@@ -104,7 +104,7 @@ class _Stream:
         if tokens[0] is None:
             return
         self._ids.append(tokens[0])
-        text = _continuation(self._tokenizer, self._prompt, self._ids)
+        text = continuation(self._tokenizer, self._prompt, self._ids)
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # the character goes on in the next token
             self._on_text(text[self._shown :])
             self._shown = len(text)

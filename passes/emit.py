@@ -21,7 +21,7 @@ from mla_compile.program import AnyProgram, Program
 from mla_compile.runtime import ops  # noqa: F401 - registers mla::latent_attention and mla::cached_attention
 from mla_compile.site import AttentionSite, Norm, PlainSite, Projection, Scores
 
-__all__ = ["Emitter", "last_placeholder", "layer_parameters"]
+__all__ = ["Emitter", "holder_name", "last_placeholder", "layer_parameters"]
 
 _aten = torch.ops.aten
 _Weights = Callable[[str], Node | None]
@@ -174,7 +174,7 @@ class Emitter:
         if not site.rope.pairs:
             return query
         frequencies = torch.tensor([site.rope.inv_freq], dtype=torch.float64)
-        cos, sin = self._rotation(frequencies, _holder_name(site.path, site.index))
+        cos, sin = self._rotation(frequencies, holder_name(site.path, site.index))
         real, imaginary = ([pair[i] for pair in site.rope.pairs] for i in (0, 1))
         still = [c for c in range(site.qk_dim) if c not in {*real, *imaginary}]
         a, b, rest = (
@@ -335,7 +335,7 @@ class Emitter:
                 holder.register_buffer(name, stored)
             else:
                 holder.register_parameter(name, nn.Parameter(stored))
-        path = _holder_name(path, index)
+        path = holder_name(path, index)
         self.module.add_submodule(path, holder)
         return path
 
@@ -361,7 +361,8 @@ class Emitter:
         return self.rotations[key]
 
 
-def _holder_name(path: str, index: int) -> str:
+def holder_name(path: str, index: int) -> str:
+    """Sub-module that holds a layer's latent weights."""
     return f"{path.removeprefix('L__self___')}.latent_{index}"
 
 

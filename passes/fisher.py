@@ -12,22 +12,25 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mla_compile.config import CompileConfig
+from mla_compile.deepseek import deepseek_shape, require_expressible, require_table, rope_table
 from mla_compile.errors import UsageError
 from mla_compile.passes.factorise import LatentWeights
-from mla_compile.passes.layers import MeasuredLayer, measure_layers, rope_is_shifted
+from mla_compile.passes.gauge import balanced
+from mla_compile.passes.layers import measure_layers, rope_is_shifted
 from mla_compile.passes.refit import refit_values
 from mla_compile.passes.rope_split import RopeSplit, split_rope
-from mla_compile.passes.search import Divergence, Shares, global_ranks, search_shares
+from mla_compile.passes.search import Divergence, Shares, search_shares
+from mla_compile.passes.sizes import LayerSizes, same_ranks, shared_ranks, split_budget
 from mla_compile.passes.statistics import SiteStatistics, key_weighting
 from mla_compile.passes.task import BATCH, Choice, Task
 from mla_compile.passes.weights import SiteWeights
-from mla_compile.plan import latent_budget, shared_rope_plan
+from mla_compile.plan import shared_rope_plan
+from mla_compile.report import LayerForecast
 from mla_compile.site import AttentionSite
 
 __all__ = ["JointFactors", "assemble", "fisher", "from_rows", "joint_factors", "joint_rows"]
@@ -123,7 +126,8 @@ def assemble(
 ) -> LatentWeights:
     """Put rope components and the first ``rank`` latent entries into a layer's weights.
 
-    Biases are placed as :mod:`~mla_compile.passes.factorise` explains; the constant latent entry, where there is one,
+    Sizes are :func:`~mla_compile.passes.gauge.balanced`, for training. Biases are placed as
+    :mod:`~mla_compile.passes.factorise` explains; the constant latent entry, where there is one,
     is the last of the ``rank``. Components are made from keys in front of their norms, and scaled with whole logits.
 
     Raises:
@@ -148,7 +152,7 @@ def assemble(
     outside = (outside + weights.value.shift).repeat_interleave(site.heads // site.value.heads, 0)
     row_bias = torch.cat([latent_bias, split.key_rope @ key_bias])
     query_bias = torch.einsum("hed,hd->he", query_map, weights.query.bias)
-    return LatentWeights(
+    assembled = LatentWeights(
         query=query_map @ weights.query.weight,
         query_bias=query_bias if query_bias.any() else None,
         row=torch.cat([down, split.key_rope @ key_weight]),
@@ -159,6 +163,7 @@ def assemble(
         inv_freq=split.inv_freq[None] if count else torch.zeros(1, 0, dtype=torch.float64),
         scaled_rope=bool(count) and site.key.norm is not None,
     )
+    return balanced(assembled)
 
 
 def fisher(task: Task) -> Choice:
@@ -166,12 +171,14 @@ def fisher(task: Task) -> Choice:
 
     Raises:
         UsageError: There is no calibration text, or the sizes that were asked for do not fit.
-        RefusedError: A layer's keys have a shift behind their norm that rotates.
+        RefusedError: A layer's keys have a shift behind their norm that rotates, or the layout has no place for it.
     """
-    if (task.config.rope_dims or 0) % 2:
-        raise UsageError(
-            f"--rope-dims {task.config.rope_dims} is odd.", "Channels rotate in pairs: give an even number."
-        )
+    config, even = task.config, task.config.layout == "deepseek"
+    if (config.rope_dims or 0) % 2:
+        raise UsageError(f"--rope-dims {config.rope_dims} is odd.", "Channels rotate in pairs: give an even number.")
+    if even:
+        require_expressible(task.sites, task.kept)
+        require_table(task.sites[0], config.rope_dims)
     windows = task.require_windows()
     layers = measure_layers(task)
     divergence = Divergence(task.program, windows, task.program.vocabulary)
@@ -179,24 +186,33 @@ def fisher(task: Task) -> Choice:
     @functools.cache
     def parts(index: int, components: int, own: int) -> tuple[RopeSplit, JointFactors]:
         layer = layers[index]
-        split = split_rope(layer.site, layer.channels, components, own)
+        found, table = layer.channels, rope_table(layer.site, 2 * components) if even else None
+        if table is not None:
+            found = found.aimed_at(torch.tensor(table, dtype=torch.float64))
+        split = split_rope(layer.site, found, components, own, once=even)
         return split, joint_factors(layer.site, layer.original, layer.statistics, split)
 
-    def weights_of(sizes: Sequence[_Sizes]) -> tuple[LatentWeights, ...]:
+    def weights_of(sizes: Sequence[LayerSizes]) -> tuple[LatentWeights, ...]:
         return tuple(
             assemble(layer.site, layer.original, *parts(index, s.components, s.own), s.rank)
             for index, (layer, s) in enumerate(zip(layers, sizes, strict=True))
         )
 
     @functools.cache
-    def loss(sizes: tuple[_Sizes, ...]) -> float:
+    def loss(sizes: tuple[LayerSizes, ...]) -> float:
         if any(s.rank < layer.least_rank for layer, s in zip(layers, sizes, strict=True)):
             return math.inf
         tried()
         return divergence(task.rewrite(weights_of(sizes)))
 
-    def at(shares: Shares) -> tuple[_Sizes, ...]:
-        return tuple(_sizes(layer, task.config, shares) for layer in layers)
+    def at(shares: Shares) -> tuple[LayerSizes, ...]:
+        sizes = tuple(split_budget(layer, config, shares) for layer in layers)
+        return same_ranks(sizes) if even or config.uniform_rank else sizes
+
+    def costs(sizes: Sequence[LayerSizes]) -> list[Tensor]:
+        """What every latent entry of every layer is worth; a constant one comes first, and as much as any."""
+        found = [parts(index, s.components, s.own)[1].loss for index, s in enumerate(sizes)]
+        return [torch.cat([loss[: layer.least_rank - 1], loss]) for layer, loss in zip(layers, found, strict=True)]
 
     with task.stages.stage("sizes") as tried:
         sizes = at(search_shares(lambda shares: loss(at(shares))))
@@ -204,9 +220,8 @@ def fisher(task: Task) -> Choice:
             raise UsageError(
                 "The cache ratio leaves no room for a latent.", "Use a larger --cache-ratio, or fewer --rope-dims."
             )
-        if task.config.kv_rank is None and len(layers) > 1:
-            losses = [parts(index, s.components, s.own)[1].loss for index, s in enumerate(sizes)]
-            sizes = min(sizes, _shared_ranks(sizes, losses), key=loss)
+        if config.kv_rank is None and len(layers) > 1 and not (even or config.uniform_rank):
+            sizes = min(sizes, shared_ranks(layers, config, sizes, costs(sizes)), key=loss)
     weights = weights_of(sizes)
     model = task.rewrite(weights)
     refitted = refit_values(
@@ -222,38 +237,10 @@ def fisher(task: Task) -> Choice:
     plans = tuple(
         shared_rope_plan(layer.site, layer.width, s.components, s.rank) for layer, s in zip(layers, sizes, strict=True)
     )
-    return Choice(plans, weights)
-
-
-@dataclass(frozen=True)
-class _Sizes:
-    """Rope components of a layer, how many of them carry their own frequency only, and the latent's rank."""
-
-    components: int
-    own: int
-    rank: int
-
-
-def _sizes(layer: MeasuredLayer, config: CompileConfig, shares: Shares) -> _Sizes:
-    """Split a layer's budget; the rank is below 1 where there is no room."""
-    site = layer.site
-    budget = latent_budget(site, config)
-    if config.rope_dims is not None:
-        components = config.rope_dims // 2
-    elif config.kv_rank is not None:
-        components = site.qk_dim // 2
-    else:
-        components = max(1, round(shares.rope * budget / 2))
-    components = min(components, len(layer.channels.moment))
-    rank = config.kv_rank if config.kv_rank is not None else budget - 2 * components
-    plan = shared_rope_plan(site, layer.width, components, rank)
-    return _Sizes(components, round(shares.own * components), plan.kv_rank)
-
-
-def _shared_ranks(sizes: tuple[_Sizes, ...], losses: Sequence[Tensor]) -> tuple[_Sizes, ...]:
-    """The same cache, its latent entries shared among layers by what they are worth."""
-    total = sum(s.rank for s in sizes)
-    step = 8 if total // len(sizes) >= 64 else 1
-    least = [min(s.rank, max(step, s.rank // 3 // step * step)) for s in sizes]
-    ranks = global_ranks(losses, total, least, step)
-    return tuple(replace(s, rank=rank) for s, rank in zip(sizes, ranks, strict=True))
+    splits = [parts(index, s.components, s.own)[0] for index, s in enumerate(sizes)]
+    forecasts = tuple(
+        LayerForecast(tuple(split.inv_freq.tolist()), split.own, split.loss + float(cost[s.rank :].sum()))
+        for split, cost, s in zip(splits, costs(sizes), sizes, strict=True)
+    )
+    shape = deepseek_shape(task.sites[0], plans[0].rope_dims, plans[0].kv_rank) if even else None
+    return Choice(plans, weights, forecasts, shape)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from mla_compile.passes.calibrate import PairNorms, pair_norms
 from mla_compile.passes.factorise import factorise_layers
 from mla_compile.passes.fisher import fisher
-from mla_compile.passes.task import Choice, Method, Task
+from mla_compile.passes.task import Choice, Method, Task, unpredicted
 from mla_compile.passes.transmla import transmla
 from mla_compile.plan import plan_layers
 
@@ -25,16 +25,16 @@ def mha2mla(task: Task) -> Choice:
             task.program, task.sites, windows, progress=lambda b: task.stages.each("calibrate", b, batches)
         )
     weights = factorise_layers(task.program, task.sites, plans, task.config, task.stages, norms)
-    return Choice(plans, tuple(weights))
+    return Choice(plans, tuple(weights), unpredicted(weights, own=True))
 
 
 def nothing_left_out(task: Task) -> Choice:
     """Every rotation and the full rank: what comes out computes what the original does."""
     config = task.config.model_copy(update={"exact": True, "selection": "uniform", "rope_dims": None})
-    config = config.model_copy(update={"cache_ratio": None, "kv_rank": None})
+    config = config.model_copy(update={"cache_ratio": None, "kv_rank": None, "uniform_rank": False})
     plans = plan_layers(task.sites, task.widths, config)
     weights = factorise_layers(task.program, task.sites, plans, config, task.stages)
-    return Choice(plans, tuple(weights))
+    return Choice(plans, tuple(weights), unpredicted(weights, own=True))
 
 
 METHODS: Mapping[str, Method] = {"fisher": fisher, "transmla": transmla, "mha2mla": mha2mla}

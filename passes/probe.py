@@ -271,14 +271,14 @@ def _frequencies(operand: Operand, rows: Tensor, gain: Tensor, pairs: list[tuple
     real, imaginary = turned[:, first], turned[:, second]
     if exceeds(real.square() + imaginary.square() - 1, _TABLE):
         raise MismatchError(RejectCode.ROPE, f"channel pairs of the {operand.role} are not rotated but also scaled")
-    angles = torch.atan2(imaginary, real)
-    frequency = angles[1].clone()
-    unwrapped = angles.clone()
-    for position in range(2, long):
-        turns = torch.round((frequency * position - angles[position]) / (2 * math.pi))
-        unwrapped[position] = angles[position] + 2 * math.pi * turns
-        frequency = unwrapped[position] / position
+    unwrapped = torch.atan2(imaginary, real)
     positions = torch.arange(long, dtype=torch.float64)[:, None]
+    known = 2
+    while known < long:  # what is known up to a position tells the turns up to nearly twice that position
+        ahead = slice(known, 2 * known - 1)
+        expected = positions[ahead] * (unwrapped[known - 1] / (known - 1))
+        unwrapped[ahead] += 2 * math.pi * torch.round((expected - unwrapped[ahead]) / (2 * math.pi))
+        known = 2 * known - 1
     frequency = (positions * unwrapped).sum(0) / positions.square().sum()
     if exceeds(unwrapped - positions * frequency, _TABLE):
         raise MismatchError(

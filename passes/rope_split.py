@@ -17,11 +17,23 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from mla_compile.passes.lanczos import leading_vectors
 from mla_compile.passes.statistics import SiteStatistics, key_weighting
 from mla_compile.passes.weights import SiteWeights
 from mla_compile.site import AttentionSite
 
 __all__ = ["RopeSplit", "RotaryChannels", "real_split", "rotary_channels", "split_rope"]
+
+_USABLE = 1e-6
+"""Channels whose root of worth is smaller than this, relative to the largest, take no part in a component."""
+_SAME = 1e-5
+"""Relative difference of frequencies that are taken to be one: models compute them in float32."""
+_BATCH = 8
+"""Targets that are tried side by side: one pass over the moment serves them all."""
+_ROUGH, _FINE = 1e-3, 1e-10
+"""Residuals of eigenvectors that are compared, and of the one that is used; eigenvalues' errors are their squares."""
+_NOISE = 0.1
+"""What is added to the eigenvectors that a search starts from: without it what has become of them is all it sees."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +48,10 @@ class RotaryChannels:
         energy: ``[H, P]``, Fisher-weighted ``E |q|^2`` of every query head's pairs, times its key's mean squared scale
             and ``scale^2 / 4``.
         kept_still: ``[H, P]`` complex, ``a``: what is left of a pair on average that does not rotate.
-        kept_at: ``[H, P, P]`` complex, ``b[h, l, m]``: the same for pair ``l`` that rotates at frequency ``m``.
+        kept_at: ``[H, P, T]`` complex, ``b[h, l, m]``: the same for pair ``l`` that rotates at target ``m``.
         frequencies: ``[P]`` radians per position.
+        targets: ``[T]`` radians per position that components may rotate at; the pairs' own unless others are aimed at.
+        distance: ``[H, L]``, share of what a head's logits are worth at every distance; sums to 1.
     """
 
     moment: Tensor
@@ -45,6 +59,13 @@ class RotaryChannels:
     kept_still: Tensor
     kept_at: Tensor
     frequencies: Tensor
+    targets: Tensor
+    distance: Tensor
+
+    def aimed_at(self, targets: Tensor) -> RotaryChannels:
+        """The same for components that rotate at other frequencies ``[T]``."""
+        kept_at = _expected_turn(self.distance, self.frequencies[:, None] - targets)
+        return replace(self, targets=targets, kept_at=kept_at)
 
     def unfolded(self) -> RotaryChannels:
         """The same without expected rotations: what does not rotate enters queries as it is."""
@@ -62,6 +83,7 @@ class RopeSplit:
         query_rope: ``[H, 2p, D]``: a query head's part that meets the components.
         query_rest: ``[H, D, D]``: its part that meets the rest of its own key head.
         loss: Expected loss of letting the rest stand still, in nats per token, to second order.
+        own: Whether each component carries pairs of its own frequency only.
     """
 
     inv_freq: Tensor
@@ -70,6 +92,7 @@ class RopeSplit:
     query_rope: Tensor
     query_rest: Tensor
     loss: float
+    own: tuple[bool, ...]
 
 
 def rotary_channels(site: AttentionSite, weights: SiteWeights, statistics: SiteStatistics) -> RotaryChannels:
@@ -85,25 +108,28 @@ def rotary_channels(site: AttentionSite, weights: SiteWeights, statistics: SiteS
     factors = factors.repeat_interleave(site.heads // site.kv_heads)
     squares = statistics.query.diagonal(dim1=1, dim2=2) * factors[:, None]
     frequencies = torch.tensor(site.rope.inv_freq, dtype=torch.float64)
-    places = torch.arange(statistics.distance.shape[1], dtype=torch.float64)
-
-    def expected(differences: Tensor) -> Tensor:
-        turned = torch.polar(torch.ones(()).double(), -places[:, None] * differences.flatten())
-        kept: Tensor = (statistics.distance.to(turned.dtype) @ turned).unflatten(1, differences.shape)
-        return kept
-
     return RotaryChannels(
         moment=moment,
         # A logit's error is the real part of a product of complex numbers, half of whose square is lost; half again is
         # the second-order term of the loss.
         energy=(squares[:, first] + squares[:, second]) * site.scale**2 / 4,
-        kept_still=expected(frequencies),
-        kept_at=expected(frequencies[:, None] - frequencies[None]),
+        kept_still=_expected_turn(statistics.distance, frequencies),
+        kept_at=_expected_turn(statistics.distance, frequencies[:, None] - frequencies),
         frequencies=frequencies,
+        targets=frequencies,
+        distance=statistics.distance,
     )
 
 
-def split_rope(site: AttentionSite, found: RotaryChannels, components: int, own: int) -> RopeSplit:
+def _expected_turn(distance: Tensor, frequencies: Tensor) -> Tensor:
+    """``E exp(-i D f)`` over every head's distances ``[H, L]``, for frequencies of any shape behind the heads."""
+    places = torch.arange(distance.shape[1], dtype=torch.float64)
+    turned = torch.polar(torch.ones(()).double(), -places[:, None] * frequencies.flatten())
+    kept: Tensor = (distance.to(turned.dtype) @ turned).unflatten(1, frequencies.shape)
+    return kept
+
+
+def split_rope(site: AttentionSite, found: RotaryChannels, components: int, own: int, once: bool = False) -> RopeSplit:
     """Choose components greedily, each the best for what the earlier ones left.
 
     Args:
@@ -112,37 +138,38 @@ def split_rope(site: AttentionSite, found: RotaryChannels, components: int, own:
         components: How many complex components rotate, at most ``N``.
         own: How many of them carry pairs of their own frequency only; the others may take along pairs of other
             frequencies that would be lost.
+        once: Every target frequency gets exactly one of the ``components``, which are as many and in their order; one
+            that nothing gains from carries nothing.
     """
-    heads, pairs = found.energy.shape
-    kv_heads = site.kv_heads
-    group, count = heads // kv_heads, kv_heads * pairs
+    group, count = site.heads // site.kv_heads, len(found.moment)
+    components = components if once else min(components, count)
     still = 1 - found.kept_still.abs().square()
     moved = 1 - found.kept_at.abs().square()
-    gain = (still[:, :, None] - moved).clamp(min=0)
-    worth = _per_channel(found.energy[:, :, None] * gain, group)  # [N, P]
-    owners = torch.arange(count) % pairs
-    worth_own = torch.where(owners[:, None] == torch.arange(pairs), worth, 0.0)
-    moment, rest = found.moment, torch.eye(count, dtype=found.moment.dtype)
-    encoders, decoders, targets, loss = [], [], [], 0.0
-    for step in range(min(components, count)):
-        weight, target, vector = _best(moment, worth_own if step < own else worth, step)
-        scale = weight.sqrt()
-        usable = scale > 1e-6 * scale.max()
-        inverse = torch.where(usable, 1 / scale.clamp(min=1e-300), 0.0)
-        encoder = vector.conj() * scale
-        decoder = vector * inverse
+    worth = _per_channel(found.energy[:, :, None] * (still[:, :, None] - moved).clamp(min=0), group)
+    price = _per_channel(found.energy[:, :, None] * moved, group)
+
+    chosen = _own_components(found, worth, 1 if once else count, min(own, components) if worth.any() else components)
+    rest, moment, loss = torch.eye(count, dtype=found.moment.dtype), found.moment, 0.0
+    if chosen:
+        encoders, decoders = torch.stack([c.encoder for c in chosen]), torch.stack([c.decoder for c in chosen], 1)
+        rest, (moment, _, _) = rest - decoders @ encoders, _removed(moment, encoders, decoders)
+    riders = _Riders(worth.sqrt(), moment)
+    while len(chosen) < components and (rider := riders.best(moment, {c.target for c in chosen} if once else set())):
+        encoder, decoder = rider.encoder[None], rider.decoder[:, None]
+        moment, reach, held = _removed(moment, encoder, decoder)
+        riders.removed(rider.decoder, reach[:, 0])
+        loss += float((price[:, rider.target] * rider.decoder.abs().square()).sum() * held.real)
         # The component is a combination of what is left, so that nothing is carried twice.
-        encoders.append(encoder @ rest)
-        decoders.append(decoder)
-        targets.append(target)
-        price = _per_channel(found.energy * moved[:, :, target], group)
-        kept = (encoder @ moment @ encoder.conj()).real
-        loss += float((price * decoder.abs().square()).sum() * kept)
-        removal = torch.eye(count, dtype=moment.dtype) - torch.outer(decoder, encoder)
-        rest = removal @ rest
-        moment = removal @ moment @ removal.mH
+        chosen.append(replace(rider, encoder=rider.encoder @ rest))
+        rest = rest - decoder * chosen[-1].encoder
     loss += float((_per_channel(found.energy * still, group) * moment.diagonal().real).sum())
-    return real_split(site, found, encoders, decoders, targets, rest, loss)
+    idle = {*range(components)} - {c.target for c in chosen} if once else [0] * (components - len(chosen))
+    chosen += [_Component(t, *torch.zeros(2, count, dtype=moment.dtype)) for t in idle]
+    if once:
+        chosen.sort(key=lambda c: c.target)
+    return real_split(
+        site, found, [c.encoder for c in chosen], [c.decoder for c in chosen], [c.target for c in chosen], rest, loss
+    )
 
 
 def _per_channel(per_head: Tensor, group: int) -> Tensor:
@@ -151,32 +178,101 @@ def _per_channel(per_head: Tensor, group: int) -> Tensor:
     return grouped
 
 
-def _best(moment: Tensor, worth: Tensor, step: int) -> tuple[Tensor, int, Tensor]:
-    """The target frequency whose leading component is worth most; one of them where nothing is worth anything.
+@dataclass(frozen=True)
+class _Component:
+    """The target frequency a component rotates at, and ``[N]`` complex maps from key channels to it and back."""
 
-    Returns:
-        Weights of the channels ``[N]``, the target, and the leading eigenvector ``[N]``.
+    target: int
+    encoder: Tensor
+    decoder: Tensor
+
+
+def _component(target: int, scale: Tensor, vector: Tensor) -> _Component:
+    """A component from an eigenvector of the moment between ``scale``, the roots of what channels are worth."""
+    inverse = torch.where(scale > _USABLE * scale.max(), 1 / scale.clamp(min=1e-300), 0.0)
+    return _Component(target, vector.conj() * scale, vector * inverse)
+
+
+def _removed(moment: Tensor, encoders: Tensor, decoders: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``(1 - D E) M (1 - D E)^H = M - D R^H - R D^H`` for encoders ``E`` and decoders ``D``; ``R``; and ``E M E^H``."""
+    reach = moment @ encoders.mH
+    held = encoders @ reach
+    reach = reach - decoders @ held / 2
+    left, right = torch.cat([decoders, reach], 1), torch.cat([reach, decoders], 1)
+    return torch.addmm(moment, left, right.mH, alpha=-1), reach, held
+
+
+def _own_components(found: RotaryChannels, worth: Tensor, each: int, most: int) -> list[_Component]:
+    """The ``most`` components of their own frequency that are worth most, at most ``each`` of every target.
+
+    What one frequency's components hold leaves the moment among another frequency's channels as it is, so that the
+    greedy order is that of all frequencies' eigenvalues.
     """
-    best: tuple[float, int, Tensor] | None = None
-    for target in range(worth.shape[1]):
-        chosen = worth[:, target].nonzero()[:, 0]
-        if not len(chosen):
-            continue
-        scale = worth[chosen, target].sqrt()
-        if best is not None and float((scale.square() * moment.diagonal()[chosen].real).sum()) <= best[0]:
-            continue  # all of it together would be worth less
-        matrix = scale[:, None] * moment[chosen][:, chosen] * scale
-        values, vectors = torch.linalg.eigh(matrix)
-        if best is None or float(values[-1]) > best[0]:
-            vector = torch.zeros(len(worth), dtype=moment.dtype)
-            vector[chosen] = vectors[:, -1]
-            best = (float(values[-1]), target, vector)
-    if best is None:
-        place = step % len(worth)
-        vector = torch.zeros(len(worth), dtype=moment.dtype)
-        vector[place] = 1
-        return vector.real, place % worth.shape[1], vector
-    return worth[:, best[1]], best[1], best[2]
+    pairs = len(found.frequencies)
+    same = _alike(found)
+    ranked: list[tuple[float, int, Tensor, Tensor, Tensor]] = []
+    for target in range(len(found.targets)):
+        at = (same[:, target] & ~same[:, :target].any(1)).nonzero()[:, 0]
+        rows = (torch.arange(0, len(found.moment), pairs)[:, None] + at).flatten()
+        scale = worth[rows, target].sqrt()
+        seen = bool(scale.any())
+        scale = scale if seen else torch.ones_like(scale)  # where nobody looks, all is alike
+        values, vectors = torch.linalg.eigh(scale[:, None] * found.moment[rows][:, rows] * scale)
+        best = list(zip(values.tolist(), vectors.T, strict=True))[::-1][:each]
+        ranked += [(value * seen, target, rows, scale, vector) for value, vector in best]
+    found_components = []
+    for _, target, rows, scale, vector in sorted(ranked, key=lambda x: -x[0])[:most]:
+        scales, vectors = torch.zeros(len(worth), dtype=scale.dtype), torch.zeros(len(worth), dtype=vector.dtype)
+        scales[rows], vectors[rows] = scale, vector
+        found_components.append(_component(target, scales, vectors))
+    return found_components
+
+
+def _alike(found: RotaryChannels) -> Tensor:
+    """Whether a target is a pair's own frequency, ``[P, T]``."""
+    return (found.frequencies[:, None] - found.targets).abs() <= _SAME * found.targets
+
+
+class _Riders:
+    """Finds the target whose leading component is worth most, remembering where earlier searches ended.
+
+    Args:
+        scale: ``[N, T]``, roots of what channels are worth at every target.
+        moment: ``[N, N]``, at the beginning.
+    """
+
+    def __init__(self, scale: Tensor, moment: Tensor) -> None:
+        self._scale = scale.T.contiguous()
+        noise = torch.randn(2, *self._scale.shape, generator=torch.Generator().manual_seed(0), dtype=scale.dtype)
+        self._noise = torch.nn.functional.normalize(torch.complex(*noise), dim=1) * _NOISE
+        self._vectors = torch.zeros_like(self._noise)
+        squares = self._scale.square()
+        # No eigenvalue exceeds the root of the sum of their squares.
+        self._ceilings = (squares @ moment.abs().square() * squares).sum(1).clamp(min=0).sqrt()
+
+    def best(self, moment: Tensor, closed: set[int]) -> _Component | None:
+        """The component that holds most of what is left, of no ``closed`` target; None where none is worth anything."""
+        ceilings = self._ceilings.clone()
+        ceilings[[*closed]] = 0
+        floor, found = 0.0, None
+        while batch := [t for t in ceilings.topk(min(_BATCH, len(ceilings))).indices.tolist() if ceilings[t] > floor]:
+            start = self._vectors[batch] + self._noise[batch]
+            values, self._vectors[batch] = leading_vectors(moment, self._scale[batch], start, _ROUGH)
+            ceilings[batch], self._ceilings[batch] = 0.0, (1 + _ROUGH) * values.clamp(min=0)
+            if float(values.max()) > floor:
+                floor, found = float(values.max()), batch[int(values.argmax())]
+        if found is None:
+            return None
+        _, vectors = leading_vectors(moment, self._scale[[found]], self._vectors[[found]], _FINE)
+        self._vectors[found] = vectors[0]
+        return _component(found, self._scale[found], vectors[0])
+
+    def removed(self, decoder: Tensor, reach: Tensor) -> None:
+        """Take note that the moment has become ``M - d r^H - r d^H``: by how much an eigenvalue may have risen."""
+        squares = self._scale.square()
+        a, b = squares @ decoder.abs().square(), squares @ reach.abs().square()
+        ab = squares.to(reach.dtype) @ (decoder.conj() * reach)
+        self._ceilings += (a * b - ab.imag.square()).clamp(min=0).sqrt() - ab.real
 
 
 def real_split(
@@ -195,7 +291,7 @@ def real_split(
         found: Its rotary channels, for the expected rotations that are folded into queries.
         encoders: ``[N]`` complex per component, from key channels to the component.
         decoders: ``[N]`` complex per component, from the component back to key channels.
-        targets: Which pair's frequency each component rotates at.
+        targets: Which of the targets each component rotates at.
         rest: ``[N, N]`` complex, from key channels to what is left of them.
         loss: What the split costs.
     """
@@ -222,23 +318,22 @@ def real_split(
 
     query_rope = torch.zeros(heads, 2 * count, dim, dtype=torch.float64)
     query_rest = torch.eye(dim, dtype=torch.float64).repeat(heads, 1, 1)
-    kept_at = found.kept_at
-    for head in range(heads):
-        own = slice(head // group * pairs, (head // group + 1) * pairs)
-        for place, (decoder, target) in enumerate(zip(decoders, targets, strict=True)):
-            # conj(q') = conj(q) . decoder b, hence q' = q . conj(decoder b)
-            folded = (decoder[own] * kept_at[head, :, target]).conj()
-            query_rope[head, place, first], query_rope[head, place, second] = folded.real, -folded.imag
-            query_rope[head, count + place, first] = folded.imag
-            query_rope[head, count + place, second] = folded.real
-        still = found.kept_still[head].conj()
-        query_rest[head, first, first], query_rest[head, second, second] = still.real, still.real
-        query_rest[head, first, second], query_rest[head, second, first] = -still.imag, still.imag
+    # conj(q') = conj(q) . decoder b, hence q' = q . conj(decoder b)
+    places = torch.tensor(targets, dtype=torch.long)
+    decoder = torch.stack([*decoders]) if count else encoder
+    of_heads = decoder.unflatten(1, (kv_heads, pairs)).transpose(0, 1).repeat_interleave(group, 0)
+    folded = (of_heads * found.kept_at[:, :, places].mT).conj()
+    query_rope[:, :count, first], query_rope[:, :count, second] = folded.real, -folded.imag
+    query_rope[:, count:, first], query_rope[:, count:, second] = folded.imag, folded.real
+    still = found.kept_still.conj()
+    query_rest[:, first, first], query_rest[:, second, second] = still.real, still.real
+    query_rest[:, first, second], query_rest[:, second, first] = -still.imag, still.imag
     return RopeSplit(
-        inv_freq=found.frequencies[torch.tensor(targets, dtype=torch.long)],
+        inv_freq=found.targets[places],
         key_rope=key_rope,
         key_rest=key_rest,
         query_rope=query_rope,
         query_rest=query_rest,
         loss=loss,
+        own=tuple((~(decoder.unflatten(1, (kv_heads, pairs)).any(1) & ~_alike(found)[:, places].T).any(1)).tolist()),
     )

@@ -84,27 +84,26 @@ def search_shares(loss: Callable[[Shares], float]) -> Shares:
     return min((best, *(replace(best, own=own) for own in _OWN)), key=cost)
 
 
-def global_ranks(losses: Sequence[Tensor], total: int, least: Sequence[int], step: int) -> list[int]:
+def global_ranks(losses: Sequence[Tensor], total: int, ladders: Sequence[Sequence[int]]) -> list[int]:
     """Share ``total`` latent entries among layers so that what is left out costs least.
 
     Args:
-        losses: Per layer, what leaving out each entry costs, falling.
-        total: Entries of all layers together.
-        least: Entries every layer gets in any case.
-        step: Ranks are multiples of it, but for layers that run out of entries.
+        losses: Per layer, what leaving out each entry costs.
+        total: Entries of all layers together, at most; the first ranks of all ladders must fit.
+        ladders: Per layer, the ranks it may have, rising.
     """
-    ranks = list(least)
-    blocks = [
-        (float(loss[start : start + step].sum()), layer, len(loss[start : start + step]))
-        for layer, loss in enumerate(losses)
-        for start in range(least[layer], len(loss), step)
-    ]
-    left = total - sum(ranks)
-    closed: set[int] = set()  # layers that had no room for a block: a later, shorter one must not jump the queue
-    for _, layer, size in sorted(blocks, key=lambda block: -block[0]):
-        if size > left:
-            closed.add(layer)
-        elif layer not in closed:
-            ranks[layer] += size
-            left -= size
-    return ranks
+    least = torch.zeros(1, dtype=torch.float64)  # by how many entries the layers so far take
+    picks = []
+    for loss, ladder in zip(losses, ladders, strict=True):
+        left_out = torch.cat([loss.flip(0).cumsum(0).flip(0), loss.new_zeros(1)])
+        options = torch.full((len(ladder), total + 1), torch.inf, dtype=torch.float64)
+        for option, rank in zip(options, ladder, strict=True):
+            reached = least[: max(total + 1 - rank, 0)]
+            option[rank : rank + len(reached)] = reached + left_out[rank]
+        least, pick = options.min(0)
+        picks.append(pick)
+    taken, ranks = int(least.argmin()), []
+    for pick, ladder in zip(reversed(picks), reversed(ladders), strict=True):
+        ranks.append(ladder[int(pick[taken])])
+        taken -= ranks[-1]
+    return ranks[::-1]

@@ -13,16 +13,18 @@ import torch
 from torch import Tensor
 
 from mla_compile.config import CompileConfig
+from mla_compile.deepseek import DeepSeekShape
 from mla_compile.passes.factorise import LatentWeights
 from mla_compile.passes.insert_latent import insert_latent
 from mla_compile.passes.weights import SiteWeights, input_width, read_site
 from mla_compile.plan import LatentPlan
 from mla_compile.program import Program
 from mla_compile.progress import Stages
+from mla_compile.report import LayerForecast
 from mla_compile.runtime.module import LatentModel
 from mla_compile.site import AttentionSite, Rejection
 
-__all__ = ["BATCH", "Choice", "Method", "Task"]
+__all__ = ["BATCH", "Choice", "Method", "Task", "unpredicted"]
 
 BATCH = 4
 """Windows per pass over calibration text."""
@@ -76,12 +78,27 @@ class Choice:
     Attributes:
         plans: Shape of every site's cache.
         weights: Latent weights of every site.
+        forecasts: What rotates in every site, and what the conversion should cost.
+        deepseek: What all sites have in common, in the layout ``deepseek``.
         notes: What the user should know.
     """
 
     plans: tuple[LatentPlan, ...]
     weights: tuple[LatentWeights, ...]
+    forecasts: tuple[LayerForecast, ...]
+    deepseek: DeepSeekShape | None = None
     notes: tuple[str, ...] = ()
+
+
+def unpredicted(weights: Sequence[LatentWeights], *, own: bool) -> tuple[LayerForecast, ...]:
+    """Forecasts of a method that does not count in units of the loss.
+
+    Args:
+        weights: Latent weights of every site.
+        own: Whether components carry pairs of their own frequency only.
+    """
+    frequencies = [tuple(layer.inv_freq.flatten().tolist()) for layer in weights]
+    return tuple(LayerForecast(found, (own,) * len(found)) for found in frequencies)
 
 
 class Method(Protocol):

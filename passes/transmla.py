@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from mla_compile.config import CompileConfig
+from mla_compile.deepseek import deepseek_shape, require_expressible, require_table, rope_table
 from mla_compile.errors import UsageError
 from mla_compile.passes.factorise import LatentWeights
 from mla_compile.passes.fisher import JointFactors, assemble, from_rows, joint_rows
@@ -20,9 +21,9 @@ from mla_compile.passes.layers import MeasuredLayer, measure_layers
 from mla_compile.passes.rope_split import RopeSplit, RotaryChannels, real_split, split_rope
 from mla_compile.passes.search import Divergence
 from mla_compile.passes.statistics import SiteStatistics, key_weighting
-from mla_compile.passes.task import Choice, Task
+from mla_compile.passes.task import Choice, Task, unpredicted
 from mla_compile.passes.weights import SiteWeights
-from mla_compile.plan import LatentPlan, latent_budget, shared_rope_plan
+from mla_compile.plan import LatentPlan, latent_budget, one_rank, shared_rope_plan
 from mla_compile.site import AttentionSite
 
 __all__ = ["balanced_factors", "fold_frequencies", "transmla"]
@@ -87,24 +88,32 @@ def transmla(task: Task) -> Choice:
 
     Raises:
         UsageError: There is no calibration text, or no rope dims fit.
-        RefusedError: A layer's keys have a shift behind their norm that rotates.
+        RefusedError: A layer's keys have a shift behind their norm that rotates, or the layout has no place for it.
     """
+    even = task.config.layout == "deepseek"
+    if even:
+        require_expressible(task.sites, task.kept)
+        require_table(task.sites[0], task.config.rope_dims)
     layers = measure_layers(task)
     divergence = Divergence(task.program, task.require_windows(), task.program.vocabulary)
-    best: tuple[float, tuple[LatentPlan, ...], tuple[LatentWeights, ...]] | None = None
+    best: tuple[float, tuple[LatentPlan, ...], tuple[LatentWeights, ...], int] | None = None
     with task.stages.stage("sizes") as tried:
         for collapse in _collapses(layers, task.config):
             smallest = math.inf
             fold = collapse
             while all(len(layer.site.rope.pairs) % fold == 0 for layer in layers):  # double it while that helps
                 plans = tuple(_plan(layer, task.config, collapse) for layer in layers)
+                if even and rope_table(task.sites[0], plans[0].rope_dims) is None:
+                    break
+                if even or task.config.uniform_rank:
+                    plans = one_rank(plans)
                 if any(p.kv_rank < layer.least_rank for layer, p in zip(layers, plans, strict=True)):
                     break
                 tried()
                 weights = tuple(_weights(layer, plan, fold) for layer, plan in zip(layers, plans, strict=True))
                 cost = divergence(task.rewrite(weights))
                 if best is None or cost < best[0]:
-                    best = cost, plans, weights
+                    best = cost, plans, weights, fold
                 if cost >= smallest:
                     break
                 smallest, fold = cost, 2 * fold
@@ -113,7 +122,9 @@ def transmla(task: Task) -> Choice:
             "TransMLA's rope dims leave no room for a latent at this cache ratio.",
             "Use a larger --cache-ratio, or --rope-dims that divide the rotating channels of a head.",
         )
-    return Choice(best[1], best[2])
+    _, plans, weights, fold = best
+    shape = deepseek_shape(task.sites[0], plans[0].rope_dims, plans[0].kv_rank) if even else None
+    return Choice(plans, weights, unpredicted(weights, own=fold == 1), shape)
 
 
 def _weights(layer: MeasuredLayer, plan: LatentPlan, fold: int) -> LatentWeights:

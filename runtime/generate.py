@@ -54,6 +54,7 @@ def generate(
     *,
     sampling: Sampling | None = None,
     stop: Sequence[int] = (),
+    until: Callable[[int, list[int]], bool] | None = None,
     on_tokens: Callable[[list[int | None]], None] | None = None,
 ) -> list[list[int]]:
     """Continue prompts of any lengths together.
@@ -64,6 +65,7 @@ def generate(
         max_new_tokens: Tokens to add per sequence, at most.
         sampling: How tokens are chosen; greedily by default.
         stop: Token ids that end a sequence; they are not part of the result.
+        until: Asked after every token of a sequence, with its place and its new tokens, whether it ends there.
         on_tokens: Called after every step with each sequence's new token, None for those that have ended.
 
     Returns:
@@ -95,6 +97,7 @@ def generate(
             if running[row]:
                 results[row].append(token)
                 emitted[row] = token
+                running[row] = until is None or not until(row, results[row])
         if on_tokens:
             on_tokens(emitted)
         if not any(running):

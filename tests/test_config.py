@@ -33,8 +33,14 @@ ALLOWED = [
     {"exact": True},
     {"seq_len": 2},
     {"calibration_tokens": 1},
+    {"polish_steps": 0},
+    {"polish_steps": 200, "method": "fisher"},
+    {"exact": True, "polish_steps": 0},
     {"seed": 0},
     {"inline": True},
+    {"uniform_rank": True},
+    {"layout": "deepseek"},
+    {"layout": "deepseek", "method": "transmla", "rope_dims": 8},
 ]
 
 
@@ -58,6 +64,8 @@ REFUSED = [
     ({"kv_rank": 2.5}, "kv_rank=2.5", "integer"),
     ({"rope_dims": -2}, "rope_dims=-2", "greater than or equal to 0"),
     ({"calibration_tokens": 0}, "calibration_tokens=0", "greater than or equal to 1"),
+    ({"polish_steps": -1}, "polish_steps=-1", "greater than or equal to 0"),
+    ({"exact": True, "polish_steps": 1}, "polish_steps", "nothing to polish"),
     ({"seq_len": 1}, "seq_len=1", "greater than or equal to 2"),
     ({"seed": -1}, "seed=-1", "greater than or equal to 0"),
     ({"cash_ratio": 0.5}, "cash_ratio", "not"),
@@ -66,6 +74,12 @@ REFUSED = [
     ({"exact": True, "cache_ratio": 1.0}, "exact and cache_ratio", "exclude each other"),
     ({"cache_ratio": 0.5, "kv_rank": 3}, "cache_ratio and kv_rank", "exclude each other"),
     ({"exact": True, "cache_ratio": 0.5, "kv_rank": 3}, "exact and cache_ratio and kv_rank", "exclude each other"),
+    ({"layout": "flashmla"}, "layout='flashmla'", "'free' or 'deepseek'"),
+    ({"layout": "deepseek", "method": "mha2mla"}, "layout deepseek", "one rope key for all heads"),
+    ({"layout": "deepseek", "selection": "high"}, "layout deepseek", "mha2mla one for every head"),
+    ({"layout": "deepseek", "encoders": True}, "layout deepseek", "mha2mla one for every head"),
+    ({"layout": "deepseek", "exact": True}, "layout deepseek", "exact keeps a rope key for every head"),
+    ({"exact": True, "uniform_rank": True}, "exact", "full rank of every layer"),
     ({"exact": True, "rope_dims": 4}, "rope_dims", "exact keeps every rotating channel"),
 ]
 

@@ -101,6 +101,7 @@ def place(tmp_path_factory):
     onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=9), place / "plain.onnx")
     (place / "file").write_text("mine")
     (place / "taken.onnx").write_text("mine")
+    (place / "plot.svg").write_text("mine")
     (place / "folder.onnx").mkdir()
     (place / "full").mkdir()
     (place / "full" / "mine.txt").write_text("mine")
@@ -176,6 +177,9 @@ CONVERT = {
         2,
         "svd belong to the method mha2mla, not to transmla",
     ),
+    "polish without text": ("{nano} --out {out} --polish-steps 5", 2, "Polishing needs text to train on"),
+    "polish exact": ("{nano} --out {out} --exact --polish-steps 5", 2, "nothing to polish"),
+    "polish steps": ("{nano} --out {out} --polish-steps -1", 2, "polish_steps=-1"),
     "exact and ratio": ("{nano} --out {out} --exact --cache-ratio 1", 2, "exact and cache_ratio exclude each other"),
     "exact and rope": ("{nano} --out {out} --exact --rope-dims 2", 2, "exact keeps every rotating channel"),
     "ratio and rank": ("{nano} --out {out} --cache-ratio .5 --kv-rank 4", 2, "cache_ratio and kv_rank exclude"),
@@ -278,6 +282,60 @@ OTHERS = {
     "eval one token": ("eval {good} --text {text} --max-tokens 1", 2, "--max-tokens"),
     "eval without tokenizer": ("eval {wide} --text {text} -q", 2, "Give one with --tokenizer FOLDER."),
     "eval original missing": ("eval {good} --text {text} --original {place}/none -q", 2, "There is no file or folder"),
+    "eval text short, tokens": (
+        "eval {good} --text {place}/short.txt -q",
+        2,
+        "has 4 tokens, fewer than one window of 128",
+    ),
+    "eval other vocabulary": ("eval {good} {nano} --text {text} --tokenizer {tiny} -q", 2, "(1024 and 97 tokens)"),
+    "eval other original": (
+        "eval {good} --original {nano} --text {text} --tokenizer {tiny} -q",
+        2,
+        "have different vocabularies (1024 and 97 tokens), so that figures per token cannot be compared.",
+    ),
+    "eval method": ("eval {wide} --text {text} --methods palu", 2, "Choose some of fisher,transmla,mha2mla."),
+    "eval no method": ("eval {wide} --text {text} --methods fisher,", 2, "There is no method ''."),
+    "eval method without text": ("eval {wide} --text {text} --methods mha2mla,fisher", 2, "with --calibration FILE."),
+    "eval ratio no number": (
+        "eval {wide} --text {text} --methods mha2mla --cache-ratios 0.5,half",
+        2,
+        "'half' is not a cache ratio. Give numbers above 0 and up to 1, such as 0.5,0.25.",
+    ),
+    "eval ratio 0": ("eval {wide} --text {text} --methods mha2mla --cache-ratios 0", 2, "'0' is not a cache ratio"),
+    "eval ratio 1.5": ("eval {wide} --text {text} --methods mha2mla --cache-ratios 1.5", 2, "'1.5' is not a cache"),
+    "eval ratio nan": ("eval {wide} --text {text} --methods mha2mla --cache-ratios nan", 2, "'nan' is not a cache"),
+    "eval methods, converted file": ("eval {good} --text {text} --methods mha2mla -q", 2, "which cannot be converted"),
+    "eval methods, two models": ("eval {wide} {nano} --text {text} --methods mha2mla", 2, "Give that MODEL alone"),
+    "eval methods, original": (
+        "eval {wide} --original {wide} --text {text} --methods mha2mla",
+        2,
+        "--methods converts one model, which is the original itself.",
+    ),
+    "eval methods, not convertible": (
+        "eval {place}/both-ways.pt2 --text {text} --methods mha2mla -q",
+        3,
+        "2 of 2 attention layers",
+    ),
+    "eval calibration short": (
+        "eval {wide} --text {text} --methods fisher --calibration {place}/short.txt --tokenizer {tiny} -q",
+        2,
+        "The calibration text has 4 tokens, fewer than one window of 128.",
+    ),
+    "eval ratios without methods": ("eval {good} --text {text} --cache-ratios 0.5", 2, "no --methods were given"),
+    "eval calibration without methods": ("eval {good} --text {text} --calibration {text}", 2, "no --methods were"),
+    "eval runtime without methods": ("eval {good} --text {text} --onnxruntime", 2, "Add --methods fisher,transmla"),
+    "eval plot alone": ("eval {good} --text {text} --plot {place}/new.svg", 2, "Add --original MODEL."),
+    "eval plot suffix": (
+        "eval {good} --original {wide} --text {text} --plot {place}/new.pdf",
+        2,
+        "Name a .svg or .png file.",
+    ),
+    "eval plot taken": ("eval {wide} --methods mha2mla --text {text} --plot {place}/plot.svg", 2, "exists already"),
+    "eval plot below a file": (
+        "eval {wide} --methods mha2mla --text {text} --plot {place}/file/a.svg",
+        2,
+        "cannot be created",
+    ),
     "eval tokenizer of another": ("eval {nano} --text {text} --tokenizer {tiny} -q", 2, "97"),
 }
 

@@ -11,7 +11,7 @@ from hypothesis import assume, given
 
 from mla_compile.config import make_config
 from mla_compile.errors import UsageError
-from mla_compile.plan import LatentPlan, cache_elements, plan_layers
+from mla_compile.plan import LatentPlan, cache_elements, liked_ranks, plan_layers
 from mla_compile.site import AttentionSite, Projection, Rope, Scores
 
 
@@ -121,6 +121,26 @@ def test_layers_are_planned_one_by_one_and_summed():
 def test_every_layer_needs_its_width():
     with pytest.raises(ValueError, match="zip"):
         plan_layers([site(2, 16)], [], make_config())
+
+
+def test_one_rank_in_all_layers_is_the_smallest():
+    layers = [site(2, 16, group=2), site(4, 32, index=1)]
+    free, uniform = (
+        plan_layers(layers, [64, 128], make_config(cache_ratio=0.5, uniform_rank=u)) for u in (False, True)
+    )
+    assert len({p.kv_rank for p in free}) == 2
+    assert {p.kv_rank for p in uniform} == {min(p.kv_rank for p in free)}
+    assert [p.rope_dims for p in uniform] == [p.rope_dims for p in free]
+
+
+def test_ranks_that_kernels_like():
+    """From 128 on two tiles of 16 at least, whose lengths are powers of two; the largest gap is a third."""
+    tiles = [2**k for k in range(4, 10)]
+    expected = sorted({a + b for a in tiles for b in (0, *tiles) if a != b and 128 <= a + b <= 600})
+    assert [r for r in liked_ranks(600) if r >= 128] == expected
+    small = [r for r in liked_ranks(600) if r < 128]
+    assert small == [*range(1, 64), *range(64, 128, 4)]
+    assert liked_ranks(0) == []
 
 
 SITES = st.builds(

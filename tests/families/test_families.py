@@ -83,6 +83,7 @@ def assert_described(site: AttentionSite, layer: Layer, expected_frequencies: li
     if layer.slopes is not None:
         assert list(site.slopes) == pytest.approx(list(layer.slopes), **ROUNDED)
     if layer.key_norm is None:  # else gains are the weights of the norms
+        assert site.logit_scale == pytest.approx(layer.scale, **ROUNDED)
         torch.testing.assert_close(
             factors(site), torch.full((layer.heads, layer.qk_dim), layer.scale).double(), rtol=2e-6, atol=0
         )

@@ -200,6 +200,92 @@ def test_no_other_components_of_their_own_frequency_lose_less(layer, data):
     assert lost(layer, sum(shares), sum(shares)) <= other / everything + 1e-9
 
 
+# ---- the greedy choice, by brute force
+
+
+def greedy(found, group, components, own, once):
+    """Every step tries every target by a full eigendecomposition. Loss and targets, in the order of the choice."""
+
+    def per_channel(x):
+        return x.unflatten(0, (-1, group)).sum(1).flatten(0, 1)
+
+    pairs, (count, _) = len(found.frequencies), found.moment.shape
+    still, moved = 1 - found.kept_still.abs().square(), 1 - found.kept_at.abs().square()
+    worth = per_channel(found.energy[:, :, None] * (still[:, :, None] - moved).clamp(min=0))
+    home = (found.frequencies[torch.arange(count) % pairs][:, None] - found.targets).abs() < 1e-9
+    moment, loss, targets = found.moment, 0.0, []
+    for step in range(components):
+        tried = []
+        for target in range(len(found.targets)):
+            if once and target in targets:
+                continue
+            scale = (worth[:, target] * (home[:, target] if step < own else 1)).sqrt()
+            value, vector = (x[..., -1] for x in torch.linalg.eigh(scale[:, None] * moment * scale))
+            tried.append((float(value), target, vector, scale))
+        value, target, vector, scale = max(tried, key=lambda t: t[0])
+        inverse = torch.where(scale > 1e-6 * scale.max(), 1 / scale.clamp(min=1e-300), 0.0)
+        encoder, decoder = vector.conj() * scale, vector * inverse
+        price = per_channel(found.energy * moved[:, :, target])
+        loss += float((price * decoder.abs().square()).sum()) * value
+        removal = torch.eye(count) - torch.outer(decoder, encoder)
+        moment = removal @ moment @ removal.mH
+        targets.append(target)
+    return loss + float((per_channel(found.energy * still) * moment.diagonal().real).sum()), targets
+
+
+@given(rotating_layers, st.data())
+def test_choice_is_that_of_trying_everything(layer, data):
+    found = channels(layer)
+    components = data.draw(st.integers(1, max(1, len(found.moment) * 3 // 4)))
+    own = data.draw(st.integers(0, components))
+    split = split_rope(layer.site(), found, components, own)
+    loss, targets = greedy(found, layer.heads // layer.kv_heads, components, own, once=False)
+    # Eigenvectors are exact to 1e-10, and where two targets are worth the same to 1e-6 either may be taken.
+    assert split.loss == pytest.approx(loss, rel=1e-6)
+    torch.testing.assert_close(split.inv_freq, found.targets[targets], rtol=1e-12, atol=0)
+    assert all(split.own[:own])
+
+
+@given(rotating_layers, st.lists(st.floats(0.05, 1.5), max_size=3), st.data())
+def test_choice_of_one_component_per_target_is_that_of_trying_everything(layer, others, data):
+    """Targets of a table that has some of the layer's frequencies and some that are none of it, in any order."""
+    kept = data.draw(st.lists(st.sampled_from(layer.rope().inv_freq), max_size=3, unique=True))
+    table = data.draw(st.permutations([*kept, *others]).filter(bool))
+    found = channels(layer).aimed_at(torch.tensor(table, dtype=torch.float64))
+    own = data.draw(st.integers(0, len(kept)))
+    split = split_rope(layer.site(), found, len(table), own, once=True)
+    loss, _ = greedy(found, layer.heads // layer.kv_heads, len(table), own, once=True)
+    assert split.inv_freq.tolist() == table
+    assert split.loss == pytest.approx(loss, rel=1e-6, abs=1e-9 * split_of(layer, 0, 0).loss)
+
+
+def test_one_component_per_frequency_of_one_key_head_is_exact():
+    layer = LAYERS["one key head"]
+    table = sorted(layer.rope().inv_freq)
+    found = channels(layer).aimed_at(torch.tensor(table, dtype=torch.float64))
+    split = split_rope(layer.site(), found, len(table), len(table), once=True)
+    query, key = operands(layer)
+    places = torch.arange(LENGTH, dtype=torch.float64) * 11
+    expected = original_scores(layer, query, key, places)
+    torch.testing.assert_close(split_scores(layer, split, query, key, places), expected, **EXACT)
+    assert split.inv_freq.tolist() == table
+    assert all(split.own)
+
+
+def test_pairs_of_one_frequency_are_mixed_like_heads():
+    """Two pairs of a head that rotate alike are one isotypic component (T1): both fit one component if parallel."""
+
+    class Twice(Layer):
+        def rope(self):
+            rope = super().rope()
+            return type(rope)(rope.pairs, (0.5,) * len(rope.pairs))
+
+    layer = Twice(kv_heads=1, heads=1, dim=4, pairs=2)
+    found = channels(layer)
+    parallel = torch.ones(2, 2, dtype=found.moment.dtype)
+    assert split_rope(layer.site(), replace(found, moment=parallel), 1, 1).loss == pytest.approx(0.0, abs=1e-9)
+
+
 # ---- the expected loss
 
 
@@ -313,3 +399,15 @@ def test_a_layer_that_the_loss_does_not_see_can_be_split():
     split = split_rope(layer.site(), found, 2, 1)
     assert split.loss == 0
     assert all(x.isfinite().all() for x in (split.key_rope, split.key_rest, split.query_rope, split.query_rest))
+
+
+def test_a_layer_that_the_loss_does_not_see_rotates_as_it_did():
+    """Nothing tells components apart, but as many as there are keep every score."""
+    layer = Layer()
+    unseen = replace(layer.statistics(), query=0 * layer.statistics().query)
+    count = layer.kv_heads * layer.pairs
+    split = split_rope(layer.site(), rotary_channels(layer.site(), layer.weights(), unseen), count, count // 2)
+    assert all(split.own)
+    turning = torch.tensor(layer.rope().pairs).flatten()
+    rest = split.key_rest.unflatten(0, (layer.kv_heads, -1))
+    assert float(rest[:, turning].abs().max()) < 1e-9

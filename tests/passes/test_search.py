@@ -74,50 +74,36 @@ def test_search_comes_back_where_nothing_is_possible():
 
 
 @st.composite
-def falling_losses(draw: st.DrawFn, step: int = 1):
-    """Some layers' losses, falling, in multiples of the step."""
-    return [
-        torch.tensor(sorted(draw(st.lists(st.floats(0, 9), min_size=size, max_size=size)), reverse=True)).double()
-        for size in draw(st.lists(st.integers(1, 4).map(lambda k: k * step), min_size=1, max_size=3))
-    ]
+def ladders(draw: st.DrawFn):
+    """Some layers' losses, falling, and the ranks that each may have."""
+    losses, rungs = [], []
+    for size in draw(st.lists(st.integers(1, 7), min_size=1, max_size=3)):
+        losses.append(torch.tensor(sorted(draw(st.lists(st.floats(0, 9), min_size=size, max_size=size)), reverse=True)))
+        rungs.append(sorted(draw(st.sets(st.integers(0, size), min_size=1))))
+    return [loss.double() for loss in losses], rungs
 
 
 def left_out(losses, ranks):
     return sum(float(loss[rank:].sum()) for loss, rank in zip(losses, ranks, strict=True))
 
 
-@given(st.sampled_from([1, 2, 3]), st.data())
-def test_shared_ranks_leave_out_least(step, data):
+@given(ladders(), st.integers(0, 20))
+def test_shared_ranks_leave_out_least(given_layers, spare):
     """Against every possible choice."""
-    losses = data.draw(falling_losses(step))
-    least = [data.draw(st.integers(0, len(loss) // step)) * step for loss in losses]
-    total = sum(least) + data.draw(st.integers(0, sum(map(len, losses))))
-    ranks = global_ranks(losses, total, least, step)
+    losses, rungs = given_layers
+    total = sum(ladder[0] for ladder in rungs) + spare
+    ranks = global_ranks(losses, total, rungs)
     assert sum(ranks) <= total
-    assert all(low <= rank <= len(loss) for low, rank, loss in zip(least, ranks, losses, strict=True))
-    assert all(rank % step == 0 for rank in ranks)
-    choices = itertools.product(*(range(low, len(loss) + 1, step) for low, loss in zip(least, losses, strict=True)))
-    best = min(left_out(losses, choice) for choice in choices if sum(choice) <= total)
+    assert all(rank in ladder for rank, ladder in zip(ranks, rungs, strict=True))
+    best = min(left_out(losses, choice) for choice in itertools.product(*rungs) if sum(choice) <= total)
     assert left_out(losses, ranks) == pytest.approx(best, rel=1e-12, abs=1e-12)
 
 
-@given(st.data())
-def test_shared_ranks_use_up_the_total(data):
-    losses = data.draw(falling_losses())
-    least = [0 for _ in losses]
-    total = data.draw(st.integers(0, sum(map(len, losses))))
-    assert sum(global_ranks(losses, total, least, 1)) == total
-
-
-def test_layers_that_run_out_leave_their_share_to_others():
-    losses = [torch.tensor([9.0, 8.0, 7.0]), torch.ones(8)]
-    assert global_ranks(losses, 7, [0, 0], 2) == [3, 4]
-
-
-def test_ranks_are_multiples_of_the_step_where_layers_do_not_run_out():
-    """Four entries do not fit any more; three of the next four are no better aligned."""
-    losses = [torch.arange(11.0, 0.0, -1.0)]
-    assert global_ranks(losses, 7, [4], 4) == [4]
+def test_a_larger_rank_is_skipped_for_two_smaller_ones_that_are_worth_more():
+    """The next 16 entries of the first layer are worth most by themselves, but 8 more of both others together more."""
+    losses = [torch.full((48,), 1.0), torch.full((24,), 0.9), torch.full((24,), 0.9)]
+    assert global_ranks([x.double() for x in losses], 63, [[32, 48], [8, 16, 24], [8, 16, 24]]) == [32, 16, 8]
+    assert global_ranks([x.double() for x in losses], 64, [[32, 48], [8, 16, 24], [8, 16, 24]]) == [48, 8, 8]
 
 
 # ---- how far a converted model is from the original

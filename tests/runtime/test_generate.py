@@ -134,3 +134,16 @@ def test_equal_seeds_give_equal_texts():
 def test_large_logits_do_not_overflow():
     decoder = Scripted(lambda token: 1e4 * successor(token))
     assert generate(decoder, [[2]], 3, sampling=Sampling(0.1)) == [[3, 4, 5]]
+
+
+def test_a_sequence_ends_where_it_is_told_to():
+    """The last token counts, and the others go on."""
+    asked = []
+
+    def until(row, tokens):
+        asked.append((row, list(tokens)))
+        return tokens[-1] == 5
+
+    assert generate(Scripted(successor), [[3], [5]], 4, until=until) == [[4, 5], [6, 0, 1, 2]]
+    assert asked[:4] == [(0, [4]), (1, [6]), (0, [4, 5]), (1, [6, 0])]
+    assert all(row == 1 for row, _ in asked[4:])

@@ -1,0 +1,123 @@
+"""What a stock DeepSeek-V3 checkpoint can express, decided on sites alone.
+
+All layers have one rank and one rope key for all heads, of one length. It has one component for every frequency of one
+table: ``theta^(-2i / rope_dims)``, or the table that the model itself rotates by, whatever its scaling. A row of the
+cache is the latent and the rope key; logits are scaled and nothing else. Biases of queries are no obstacle: a query
+latent with one constant entry carries them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mla_compile.errors import RefusedError, UsageError
+from mla_compile.site import AttentionSite, Rejection
+
+__all__ = ["DeepSeekShape", "deepseek_shape", "require_expressible", "require_table", "rope_table"]
+
+_SAME = 1e-5
+"""Relative difference of frequencies that are taken to be one: models compute them in float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeepSeekShape:
+    """What the configuration of a checkpoint says of all layers.
+
+    Attributes:
+        rope_dims: Length of the rope key.
+        rope_theta: Base of its frequencies; None where they are scaled, and the model's own rope settings hold.
+        kv_rank: Length of the latent.
+    """
+
+    rope_dims: int
+    rope_theta: float | None
+    kv_rank: int
+
+
+def deepseek_shape(site: AttentionSite, rope_dims: int, kv_rank: int) -> DeepSeekShape:
+    """The shape of a conversion whose layers all rotate as ``site`` does."""
+    return DeepSeekShape(rope_dims, _theta(site), kv_rank)
+
+
+def require_expressible(sites: Sequence[AttentionSite], kept: Sequence[Rejection]) -> None:
+    """Refuse a model with layers that such a checkpoint has no place for.
+
+    Raises:
+        RefusedError: With every such layer and its reason.
+    """
+    found = [(site.path, _obstacle(site, sites[0])) for site in sites]
+    found += [(layer.path, f"it keeps an ordinary cache ({layer.code.value})") for layer in kept]
+    reasons = [f"{path}: {reason}" for path, reason in found if reason]
+    if reasons:
+        raise RefusedError(
+            f"A DeepSeek checkpoint has no place for {len(reasons)} of {len(found)} attention layers: "
+            f"{'; '.join(reasons)}.",
+            "Use --layout free.",
+        )
+
+
+def require_table(site: AttentionSite, rope_dims: int | None) -> None:
+    """Refuse a length of the rope key that was asked for, where there is no such table.
+
+    Raises:
+        UsageError: With the length that there is.
+    """
+    if rope_dims is not None and rope_table(site, rope_dims) is None:
+        raise UsageError(
+            f"The layout deepseek has no rope key of {rope_dims} channels for this model"
+            f"{', whose frequencies are scaled' if rope_dims else ''}.",
+            f"Give --rope-dims {site.rope.rotary_dim}, the rotating channels of its heads, or leave it out.",
+        )
+
+
+def rope_table(site: AttentionSite, rope_dims: int) -> tuple[float, ...] | None:
+    """Frequencies of a rope key of this length, from the fastest; None where the model's scaling allows no such table.
+
+    Args:
+        site: Any layer; all rotate alike.
+        rope_dims: Length of the rope key, even.
+    """
+    if rope_dims == site.rope.rotary_dim:
+        return tuple(sorted(site.rope.inv_freq, reverse=True))
+    theta = _theta(site)
+    return None if theta is None or not rope_dims else _geometric(theta, rope_dims // 2)
+
+
+def _theta(site: AttentionSite) -> float | None:
+    """The base of a layer's frequencies, to six digits; None where they are no unscaled geometric table."""
+    own = sorted(site.rope.inv_freq, reverse=True)
+    count = len(own)
+    if count < 2 or own[-1] <= 0:
+        return None
+    theta = float(f"{own[-1] ** (-count / (count - 1)):.6g}")
+    return theta if _alike(own, _geometric(theta, count)) else None
+
+
+def _geometric(theta: float, count: int) -> tuple[float, ...]:
+    return tuple(theta ** (-i / count) for i in range(count))
+
+
+def _alike(first: Sequence[float], second: Sequence[float]) -> bool:
+    return len(first) == len(second) and all(abs(a - b) <= _SAME * b for a, b in zip(first, second, strict=True))
+
+
+def _obstacle(site: AttentionSite, first: AttentionSite) -> str | None:
+    """Why a layer cannot be expressed beside ``first``, if it cannot."""
+    obstacles = {
+        "it has a sliding window": site.mask.window is not None,
+        "its logits have a soft-cap": site.softcap > 0,
+        "it has attention sinks": site.sinks is not None,
+        "it has ALiBi slopes": site.slopes is not None,
+        "its keys have a norm": site.key.norm is not None,
+        "its values have a norm": site.value.norm is not None,
+        "its queries are not a linear projection": site.query.norm is not None or site.query.activation is not None,
+        "nothing in it rotates": not site.rope.rotary_dim,
+        f"its heads are not those of {first.path}": _sizes(site) != _sizes(first),
+        f"it does not rotate like {first.path}": not _alike(sorted(site.rope.inv_freq), sorted(first.rope.inv_freq)),
+    }
+    return next((reason for reason, given in obstacles.items() if given), None)
+
+
+def _sizes(site: AttentionSite) -> tuple[int, ...]:
+    return site.heads, site.kv_heads, site.qk_dim, site.v_dim, site.value_rows

@@ -1,0 +1,89 @@
+"""Draw a measurement: what quality costs, over what is left of the cache."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mla_compile.artifacts import check_place, moved_into
+from mla_compile.errors import UsageError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from mla_compile.measure import Measurement
+
+__all__ = ["check_plot", "curves", "draw", "figure"]
+
+_SUFFIXES = (".svg", ".png")
+
+
+def check_plot(path: Path, force: bool) -> None:
+    """Refuse a plot that cannot be drawn, before any work is done.
+
+    Raises:
+        UsageError: The name does not say what to write or cannot be written, or matplotlib is not installed.
+    """
+    if path.suffix not in _SUFFIXES:
+        raise UsageError(f"'{path}' does not say what to draw.", "Name a .svg or .png file.")
+    if path.is_dir():
+        raise UsageError(f"'{path}' is a folder.", "Name a .svg or .png file.")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UsageError("matplotlib, which draws plots, is not installed.", "Run: pip install 'mla-compile[plot]'.")
+    check_place(path, force)
+
+
+def curves(result: Measurement) -> Mapping[str, Sequence[tuple[float, float]]]:
+    """Points of share of the cache and perplexity ratio, from the smallest cache, by what they are called.
+
+    There is one curve per method, or per method and runtime where models ran in several; a model that does not say how
+    it was converted is a curve of its own.
+    """
+    several = len({measured.model.runtime for measured in result.models}) > 1
+    found: dict[str, list[tuple[float, float]]] = {}
+    for measured in result.models:
+        kept, ratio = measured.kept(result.original), measured.ratio(result.original)
+        if kept is not None and ratio is not None:
+            model = measured.model
+            name = (model.method or model.name) + (f", {model.runtime}" if several else "")
+            found.setdefault(name, []).append((kept, ratio))
+    return {name: sorted(points) for name, points in found.items()}
+
+
+def draw(result: Measurement, path: Path) -> None:
+    """Write a plot; the file appears under its name only when it is whole.
+
+    Args:
+        result: Models that were measured beside their original.
+        path: A ``.svg`` or ``.png`` file; one that exists is replaced.
+    """
+    import matplotlib
+
+    # No date and no random names, so that the same figures give the same file.
+    with matplotlib.rc_context({"svg.hashsalt": "mla-compile"}), moved_into(path.parent) as folder:
+        metadata = {"Date": None} if path.suffix == ".svg" else {}
+        figure(result).savefig(folder / path.name, dpi=150, metadata=metadata)
+
+
+def figure(result: Measurement) -> Figure:
+    """Draw a measurement, in memory."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, PercentFormatter
+
+    drawn = Figure(figsize=(6.4, 4.4), layout="constrained")
+    axes = drawn.add_subplot()
+    axes.axhline(1.0, color="black", linewidth=1, linestyle="dashed", label="original")
+    for name, points in curves(result).items():
+        axes.plot([kept for kept, _ in points], [ratio for _, ratio in points], marker="o", label=name)
+    axes.set_yscale("log")
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.2, 1.5, 2.0, 3.0, 5.0, 7.0)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set_xlabel("cache kept")
+    axes.set_ylabel("perplexity, times the original's")
+    axes.grid(visible=True, which="both", alpha=0.3)
+    axes.legend()
+    return drawn
