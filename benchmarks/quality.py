@@ -4,7 +4,7 @@ Run as::
 
     python benchmarks/quality.py --models DIR... --text FILE --calibration FILE --json OUT [--markdown OUT]
         [--ratios R...] [--methods M...] [--calibration-windows N] [--windows N]
-        [--polish-steps N [--polish-windows N]]
+        [--polish-steps N [--polish-windows N]] [--add]
 
 Every method is given the same calibration windows, and baselines their best setting: ``mha2mla`` the best of two
 selections and several rope dims, ``transmla`` the best of its rope dims and foldings, both by their divergence from the
@@ -177,10 +177,13 @@ def main() -> None:
     parser.add_argument("--polish-windows", type=int, help="train on so many windows instead of the calibration's")
     parser.add_argument("--windows", type=int, help="measure on so many windows only")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--add", action="store_true", help="to the rows of other models that are in --json")
     parser.add_argument("--markdown", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     rows: list[Row] = []
+    if arguments.add:
+        rows = [Row(**row) for row in json.loads(arguments.json.read_text(encoding="utf-8"))]
     for folder in arguments.models:
         for row in measure(folder, arguments):
             rows.append(row)

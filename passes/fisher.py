@@ -238,9 +238,12 @@ def fisher(task: Task) -> Choice:
         shared_rope_plan(layer.site, layer.width, s.components, s.rank) for layer, s in zip(layers, sizes, strict=True)
     )
     splits = [parts(index, s.components, s.own)[0] for index, s in enumerate(sizes)]
-    forecasts = tuple(
-        LayerForecast(tuple(split.inv_freq.tolist()), split.own, split.loss + float(cost[s.rank :].sum()))
-        for split, cost, s in zip(splits, costs(sizes), sizes, strict=True)
+    losses = [
+        split.loss + float(cost[s.rank :].sum()) for split, cost, s in zip(splits, costs(sizes), sizes, strict=True)
+    ]
+    forecasts = tuple(  # without gradients losses have no unit
+        LayerForecast(tuple(split.inv_freq.tolist()), split.own, predicted if config.gradients else None)
+        for split, predicted in zip(splits, losses, strict=True)
     )
     shape = deepseek_shape(task.sites[0], plans[0].rope_dims, plans[0].kv_rank) if even else None
     return Choice(plans, weights, forecasts, shape, measured.notes)

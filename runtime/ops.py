@@ -29,6 +29,7 @@ __all__ = [
     "kept_rows",
     "latent_attention",
     "open_keys",
+    "register_gradient",
     "rotate_and_append",
     "score_mask",
     "visible_keys",
@@ -592,7 +593,7 @@ def _folding_pays(
     return folded <= unfolded
 
 
-def _register_gradient(op: CustomOpDef, compute: Callable[..., tuple[Tensor, Tensor]], tensors: int) -> None:
+def register_gradient(op: CustomOpDef, compute: Callable[..., tuple[Tensor, Tensor]], tensors: int) -> None:
     """Give an operator whose first ``tensors`` arguments are tensors or None the gradient of ``compute``.
 
     The forward pass is recomputed with gradients on: no intermediate of size ``S x T`` is kept between passes.
@@ -618,5 +619,5 @@ def _register_gradient(op: CustomOpDef, compute: Callable[..., tuple[Tensor, Ten
     op.register_autograd(backward, setup_context=remember)
 
 
-_register_gradient(latent_attention, _latent_attention, tensors=10)
-_register_gradient(cached_attention, _cached_attention, tensors=6)
+register_gradient(latent_attention, _latent_attention, tensors=10)
+register_gradient(cached_attention, _cached_attention, tensors=6)

@@ -1,0 +1,372 @@
+"""The decode kernels on a GPU: are they right, and how close to the memory's speed.
+
+Usage: python benchmarks/gpu.py [--quick] --json OUT
+
+In order: every kernel path against the CPU's form in float64, which the tests hold to the reference; a captured CUDA
+graph against the plain launch; the speed of a copy; and a table of decode attention: bytes of cache read per second as
+a share of the copy's, and the speed-up over the fastest of torch's attentions on the original model's heads. Lengths
+are equal; caches are larger than the L2 cache or take turns so that nothing is found there; times are medians of
+replayed CUDA graphs.
+
+A wrong number ends the command with an error; a slow one is a row that misses its goal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from mla_compile.runtime.kernels import LatentCache, RowLayout, append_latent, folded, latent_attention
+
+PAGE = 64
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 3e-3, torch.bfloat16: 2e-2}
+"""Relative to the largest result: weights and results are rounded to the type; float32 products come in three parts."""
+HALVES = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A conversion and what it replaces; ``goal`` is the share of the copy's speed at 128k cached tokens and more."""
+
+    name: str
+    layout: RowLayout
+    heads: int
+    goal: float
+    kv_heads: int = 0
+    head_dim: int = 128
+    quantised: bool = False
+
+
+SHAPES = (
+    Shape("Llama-2-7B 512+64", RowLayout(512, 1, 64), 32, 0.78, 32),
+    Shape("Llama-2-7B 256+32x8", RowLayout(256, 32, 8), 32, 0.72, 32),
+    Shape("Llama-3-8B 512+64", RowLayout(512, 1, 64), 32, 0.78, 8),
+    Shape("Llama-3-8B 512+8x16", RowLayout(512, 8, 16), 32, 0.72, 8),
+    Shape("512+64 int8", RowLayout(512, 1, 64), 32, 0.65, quantised=True),
+    Shape("SmolLM-135M 48+3x8", RowLayout(48, 3, 8), 9, 0.55, 3, 64),
+    Shape("SmolLM-135M 96+3x8", RowLayout(96, 3, 8), 9, 0.55, 3, 64),
+    Shape("SmolLM-360M 160+5x8", RowLayout(160, 5, 8), 15, 0.55, 5, 64),
+)
+SIZES = ((1, 4096), (1, 65536), (8, 16384), (32, 4096), (128, 4096))
+QUICK = ((1, 65536), (32, 4096))
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One correctness check."""
+
+    layout: RowLayout
+    heads: int = 8
+    new: int = 1
+    lengths: tuple[int, ...] = (700, 1, 0, 333)
+    page: int = PAGE
+    dtype: torch.dtype = HALVES
+    quantised: bool = False
+    window: int = 0
+    softcap: float = 0.0
+    sinks: bool = False
+    slopes: bool = False
+    causal: bool = True
+
+
+def problems() -> Iterator[Problem]:
+    """Every path of the kernels, and every type with every kind of row."""
+    shared, scaled = RowLayout(512, 1, 64), RowLayout(128, 8, 16, key_scales=8, value_scales=2)
+    layouts = [shape.layout for shape in SHAPES] + [RowLayout(576, 1, 64), RowLayout(100, 1, 32), RowLayout(64)]
+    for layout, dtype in itertools.product(layouts, TOLERANCE):
+        heads = layout.rope_groups if layout.rope_groups > 1 else 16
+        yield Problem(layout, heads, dtype=dtype)
+        yield Problem(layout, heads, dtype=dtype, new=4, page=0, lengths=(700, 5, 4, 333))
+    for dtype in (torch.float16, HALVES):
+        for layout in (shared, RowLayout(96, 1, 32), scaled):
+            yield Problem(layout, 32, dtype=dtype, quantised=True)
+    yield Problem(shared, 128, new=1)
+    yield Problem(shared, 32, new=64, lengths=(2000, 64, 100, 333))
+    yield Problem(shared, 32, lengths=(20_000, 1, 300, 0))
+    yield Problem(RowLayout(64, 1, 16, key_scales=1), 16)
+    yield Problem(scaled, 32, new=3, lengths=(700, 3, 9, 333))
+    yield Problem(RowLayout(128, 1, 16, key_scales=32, scaled_rope=True), 32)
+    for feature in ({"window": 100}, {"softcap": 5.0}, {"sinks": True}, {"slopes": True}, {"causal": False}):
+        yield Problem(RowLayout(256, 1, 64), 16, new=2, lengths=(700, 2, 9, 20_000), **feature)
+    everything = {"window": 250, "softcap": 5.0, "sinks": True, "slopes": True, "new": 4}
+    yield Problem(scaled, 16, lengths=(700, 4, 9, 5000), **everything)
+
+
+def random_cache(
+    layout: RowLayout, lengths: tuple[int, ...], page: int, dtype: torch.dtype, quantised: bool
+) -> LatentCache:
+    """A cache of NaN on the GPU, in shuffled pages or contiguous, that new rows are appended to."""
+    batch, longest = len(lengths), max(*lengths, 1)
+    pages = -(-longest // page) if page else 0
+    table = None
+    if page:
+        table = torch.randperm(batch * pages, device="cuda").to(torch.int32).view(batch, pages)
+    blocks, tokens = (batch * pages, page) if page else (batch, longest)
+    kinds = {"dtype": dtype, "device": "cuda", "quantised": quantised, "page_table": table}
+    cache = LatentCache.empty(layout, blocks, tokens, **kinds)
+    for part in (cache.latent, cache.rest, cache.token_scales):
+        if part is not None:
+            part.fill_(torch.nan if part.is_floating_point() else 127)
+    return cache
+
+
+def error_of(problem: Problem) -> tuple[float, float]:
+    """Append rows and attend; the largest error of the results relative to the largest, and of the logarithms."""
+    layout, batch = problem.layout, len(problem.lengths)
+    lengths = torch.tensor(problem.lengths, device="cuda", dtype=torch.int32)
+    cache = random_cache(layout, problem.lengths, problem.page, problem.dtype, problem.quantised)
+    rows = torch.randn(batch, max(problem.lengths), layout.rank + layout.rest_width, device="cuda")
+    angles = torch.randn(batch, rows.shape[1], layout.rope_groups, layout.rope_dim // 2, device="cuda")
+    append_latent(rows.to(problem.dtype), angles.cos(), angles.sin(), cache, lengths)
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.randn(*shape, device="cuda").to(problem.dtype)
+
+    shape = batch, problem.new, problem.heads
+    q_latent = numbers(*shape, layout.rank) / layout.rank**0.5
+    q_rope = numbers(*shape, layout.rope_dim) / max(layout.rope_dim, 1) ** 0.5
+    sinks = numbers(problem.heads) if problem.sinks else None
+    slopes = numbers(problem.heads).abs() / 8 if problem.slopes else None
+    settings = {"window": problem.window, "softcap": problem.softcap, "causal": problem.causal}
+    given = {"sinks": sinks, "slopes": slopes, "scale": 2.0, "return_lse": True, **settings}
+    context, lse = latent_attention(q_latent, q_rope, cache, lengths, **given)
+    torch.cuda.synchronize()
+
+    # On what the cache holds after rounding.
+    exact = [None if x is None else x.cpu().double() for x in (q_latent, q_rope, sinks, slopes)]
+    there = LatentCache(
+        layout,
+        cache.latent.cpu() if problem.quantised else cache.latent.cpu().double(),
+        cache.rest.cpu().double(),
+        None if cache.token_scales is None else cache.token_scales.cpu(),
+        None if cache.page_table is None else cache.page_table.cpu(),
+    )
+    given |= {"sinks": exact[2], "slopes": exact[3]}
+    wanted, wanted_lse = latent_attention(exact[0], exact[1], there, lengths.cpu(), **given)
+    seen = wanted_lse > -torch.inf
+    assert torch.equal(seen, lse.cpu() > -torch.inf)
+    off = (context.cpu().double() - wanted).abs().max() / wanted.abs().max().clamp(min=1)
+    return float(off), float((lse.cpu() - wanted_lse)[seen].abs().max())
+
+
+def appended_is_right() -> bool:
+    """Whether the append kernel writes what the CPU's form writes, to the last bit but one."""
+    good = True
+    for quantised, page in itertools.product((False, True), (0, PAGE)):
+        layout = RowLayout(100, 3, 8, key_scales=3)
+        cache = random_cache(layout, (70, 3), page, torch.float16, quantised)
+        copies = (cache.latent, cache.rest, cache.token_scales, cache.page_table)
+        other = LatentCache(layout, *(None if part is None else part.cpu() for part in copies))
+        row = torch.randn(2, 5, layout.rank + layout.rest_width, device="cuda").half()
+        angle = torch.randn(2, 5, 3, 4, device="cuda")
+        lengths = torch.tensor([70, 3], device="cuda", dtype=torch.int32)
+        append_latent(row, angle.cos(), angle.sin(), cache, lengths)
+        folded.append(row.cpu(), angle.cos().cpu(), angle.sin().cpu(), other, lengths.cpu())
+        for got, wanted in ((cache.latent, other.latent), (cache.rest, other.rest)):
+            good &= torch.allclose(got.cpu().float(), wanted.float(), rtol=2e-3, atol=1.0 * quantised, equal_nan=True)
+    return good
+
+
+def captured_is_right() -> bool:
+    """Whether a captured graph gives, for lengths changed after the capture, what a plain launch gives."""
+    layout = RowLayout(512, 1, 64)
+    cache = random_cache(layout, (3000, 3000), PAGE, HALVES, False)
+    cache.latent.normal_()
+    cache.rest.normal_()
+    lengths = torch.tensor([3000, 3000], device="cuda", dtype=torch.int32)
+    queries = (torch.randn(2, 1, 32, width, device="cuda", dtype=HALVES) for width in (512, 64))
+    q_latent, q_rope = queries
+
+    def attend() -> Tensor:
+        return latent_attention(q_latent, q_rope, cache, lengths, scale=0.05)[0]
+
+    attend()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = attend()
+    lengths.copy_(torch.tensor([17, 2222]))
+    graph.replay()
+    torch.cuda.synchronize()
+    return torch.equal(captured, attend())
+
+
+def microseconds(step: Callable[[int], object], turns: int) -> float:
+    """Median time of ``step(i)``, of which a captured graph makes one for every ``i`` below ``turns``."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step(0)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for i in range(turns):
+                step(i)
+        times = []
+        for _ in range(20):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(1e3 * begin.elapsed_time(end) / turns)
+    return statistics.median(times[5:])
+
+
+def copy_speed() -> float:
+    """Bytes per second that a copy of 1 GiB reads and writes."""
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / microseconds(lambda _: target.copy_(source), 2) * 1e6
+
+
+def turns_of(bytes_read: int) -> int:
+    """How many caches take turns, so that each is out of the L2 cache when its turn comes again."""
+    l2 = torch.cuda.get_device_properties(0).L2_cache_size
+    return max(1, min(16, -(-3 * l2 // bytes_read)))
+
+
+def latent_time(shape: Shape, batch: int, tokens: int) -> tuple[float, int]:
+    """Microseconds of latent attention, and bytes of cache that it reads."""
+    layout, dtype = shape.layout, torch.float16 if shape.quantised else HALVES
+    per_token = (layout.rank + 4 if shape.quantised else 2 * layout.rank) + 2 * layout.rest_width
+    size = per_token * batch * tokens
+    caches = [random_cache(layout, (tokens,) * batch, PAGE, dtype, shape.quantised) for _ in range(turns_of(size))]
+    for cache in caches:
+        for part in (cache.latent, cache.rest, cache.token_scales):
+            if part is not None and part.is_floating_point():
+                part.normal_()
+    lengths = torch.full((batch,), tokens, device="cuda", dtype=torch.int32)
+    q_latent = torch.randn(batch, 1, shape.heads, layout.rank, device="cuda", dtype=dtype)
+    q_rope = torch.randn(batch, 1, shape.heads, layout.rope_dim, device="cuda", dtype=dtype)
+    return (
+        microseconds(lambda i: latent_attention(q_latent, q_rope, caches[i], lengths, scale=0.05), len(caches)),
+        size,
+    )
+
+
+def original_time(shape: Shape, batch: int, tokens: int) -> tuple[float, str]:
+    """Microseconds of the fastest of torch's attentions on the original heads, and its name."""
+    size = 4 * shape.kv_heads * shape.head_dim * batch * tokens
+    memory = torch.cuda.get_device_properties(0).total_memory
+    turns = min(turns_of(size), max(1, int(0.5 * memory // size)))
+    if size > 0.8 * memory:
+        return float("nan"), "does not fit"
+    heads = (batch, shape.kv_heads, tokens, shape.head_dim)
+    caches = [[torch.randn(heads, device="cuda", dtype=HALVES) for _ in range(2)] for _ in range(turns)]
+    query = torch.randn(batch, shape.heads, 1, shape.head_dim, device="cuda", dtype=HALVES)
+    # Heads that share keys as queries of one head: the form in which fused kernels read those keys once.
+    grouped = query.view(batch, shape.kv_heads, -1, shape.head_dim)
+    found = {}
+    for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
+
+        def attend(i: int, backend: SDPBackend = backend) -> Tensor:
+            with sdpa_kernel([backend]):
+                return F.scaled_dot_product_attention(grouped, *caches[i])
+
+        try:
+            found[backend.name] = microseconds(attend, turns)
+        except RuntimeError as error:  # a backend that does not take the shape says so
+            print(f"  {backend.name}: {str(error).splitlines()[0]}")
+    try:
+        from torch.nn.attention.flex_attention import flex_attention
+
+        flex = torch.compile(flex_attention, dynamic=False)
+        enable = shape.kv_heads != shape.heads
+        found["FlexAttention"] = microseconds(lambda i: flex(query, *caches[i], enable_gqa=enable), turns)
+    except Exception as error:  # it is compiled here, and may fail in any of the compiler's ways
+        print(f"  FlexAttention: {str(error).splitlines()[0]}")
+    if not found:
+        return float("nan"), "none runs"
+    name = min(found, key=lambda name: found[name])
+    return found[name], name
+
+
+@dataclass(frozen=True)
+class Row:
+    """One shape and size.
+
+    Attributes:
+        shape: Of :data:`SHAPES`.
+        batch: Sequences.
+        tokens: Of each.
+        microseconds: Of latent attention.
+        share: Bytes of cache per second, relative to the copy's.
+        goal: What the share should be; 0 below 128k tokens, where launches take most of the time.
+        original_microseconds: Of the original attention.
+        original: Which it was.
+    """
+
+    shape: str
+    batch: int
+    tokens: int
+    microseconds: float
+    share: float
+    goal: float
+    original_microseconds: float
+    original: str
+
+    def line(self) -> str:
+        """As text."""
+        mark = "" if not self.goal else "  meets" if self.share >= self.goal else "  MISSES"
+        mark += f" {self.goal:.0%}" if self.goal else ""
+        ratio = self.original_microseconds / self.microseconds
+        return (
+            f"{self.shape:22} {self.batch:4} x {self.tokens:6} {self.microseconds:8.1f} us {self.share:6.1%} of copy"
+            f"{mark:13} {ratio:5.2f}x {self.original}"
+        )
+
+
+def main() -> None:
+    """Check, then measure, then write."""
+    parser = argparse.ArgumentParser(description="Correctness and speed of the decode kernels on a GPU.")
+    parser.add_argument("--quick", action="store_true", help="fewer sizes in the table")
+    parser.add_argument("--json", type=Path, required=True)
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("This measures a GPU, and torch finds none. Run it where torch.cuda.is_available().")
+    torch.manual_seed(0)
+    torch.cuda.manual_seed(0)
+    errors = []
+    for problem in problems():
+        error, lse_error = error_of(problem)
+        good = error <= TOLERANCE[problem.dtype] and lse_error <= 1e-2
+        errors.append({"problem": str(problem), "error": error, "lse_error": lse_error, "good": good})
+        if not good:
+            print(f"WRONG by {error:.1e}, denominators by {lse_error:.1e}: {problem}")
+    checks = {"append": appended_is_right(), "captured graph": captured_is_right()}
+    print(f"{sum(e['good'] for e in errors)} of {len(errors)} problems right; {checks}")
+    speed = copy_speed()
+    print(f"copy: {speed / 1e12:.2f} TB/s")
+    rows = []
+    for shape, (batch, tokens) in itertools.product(SHAPES, QUICK if arguments.quick else SIZES):
+        time, size = latent_time(shape, batch, tokens)
+        original = original_time(shape, batch, tokens) if shape.kv_heads else (float("nan"), "")
+        goal = shape.goal if batch * tokens >= 131_072 else 0.0
+        rows.append(Row(shape.name, batch, tokens, time, size / time * 1e6 / speed, goal, *original))
+        print(rows[-1].line(), flush=True)
+        torch.cuda.empty_cache()
+    device = torch.cuda.get_device_properties(0)
+    report = {
+        "device": device.name,
+        "torch": torch.__version__,
+        "copy_bytes_per_second": speed,
+        "correctness": errors,
+        "checks": checks,
+        "rows": [asdict(row) for row in rows],
+    }
+    arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+    if not (all(e["good"] for e in errors) and all(checks.values())):
+        sys.exit("Some results are wrong: see above.")
+
+
+if __name__ == "__main__":
+    main()

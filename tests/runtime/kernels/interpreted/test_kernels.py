@@ -1,0 +1,96 @@
+"""The Triton kernels, interpreted on the CPU, against the reference in float64."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from absorbed_cases import Problem, expected, problems
+from hypothesis import Phase, given, settings
+
+from mla_compile.runtime.kernels import RowLayout, folded, launch
+
+F16, BF16 = torch.float16, torch.bfloat16
+# Relative to the largest result or 1. Weights and results are each rounded to the type (fp16 5e-4, bf16 4e-3 at most);
+# in float32, sums of some hundred products and exponentials keep 5 digits.
+TOLERANCE = {torch.float32: 2e-5, F16: 1.5e-3, BF16: 1.2e-2}
+# Inputs are exact in every type, products of halves are exact in float32: logits are the same in all of them.
+LSE = 2e-5
+
+SHARED = RowLayout(64, 1, 16)
+GROUPS = RowLayout(48, 3, 8)
+SCALED = RowLayout(32, 2, 8, key_scales=2, value_scales=4)
+KINDS = {
+    "shared rope": Problem(SHARED, 8, lengths=(70, 9)),
+    "no rope": Problem(RowLayout(64), 8),
+    "rope per group": Problem(GROUPS, 9, dtype=F16),
+    "rope per head": Problem(RowLayout(32, 16, 8), 16, page=16),
+    "rank of three parts": Problem(RowLayout(576, 1, 16), 4, quantised=True, dtype=F16),
+    "rank of two parts": Problem(RowLayout(576, 1, 64), 16, page=64, dtype=BF16),
+    "one padded part": Problem(RowLayout(24, 1, 2), 3),
+    "128 heads": Problem(RowLayout(64, 1, 16), 128, dtype=F16),
+    "64 tokens": Problem(SHARED, 2, new=64, lengths=(64, 100, 30), splits=2),
+    "several row blocks and tokens": Problem(GROUPS, 6, new=25, lengths=(130, 26), page=32, dtype=F16),
+    "no keys": Problem(SHARED, 4, new=2, lengths=(0, 1, 40), splits=2),
+    "more splits than tiles": Problem(SHARED, 4, lengths=(3, 150), splits=5, page=16),
+    "one key scale": Problem(RowLayout(32, 1, 8, key_scales=1), 4, dtype=BF16),
+    "key and value scales": Problem(SCALED, 8, page=48, splits=2),
+    "scaled rope": Problem(replace(SCALED, scaled_rope=True), 8, dtype=F16),
+    "int8": Problem(SHARED, 8, quantised=True, page=64, dtype=F16, splits=3),
+    "int8 with scales in bfloat16": Problem(SCALED, 8, quantised=True, dtype=BF16),
+    "window": Problem(SHARED, 4, new=3, lengths=(100, 7, 2), window=20, splits=2),
+    "softcap and sinks": Problem(SHARED, 4, softcap=3.0, sinks=True, lengths=(60, 0), splits=2),
+    "sinks, one split": Problem(SHARED, 4, sinks=True, lengths=(60, 0), splits=1),
+    "slopes": Problem(SHARED, 4, new=4, slopes=True, window=30),
+    "not causal": Problem(SHARED, 4, new=20, lengths=(15, 33), causal=False),
+}
+
+
+def check(problem: Problem) -> None:
+    x = problem.arguments()
+    context, lse = launch.attend(**x, splits=problem.splits)
+    exact, exact_lse = expected(**x)
+    assert context.dtype == problem.dtype
+    bound = max(1.0, float(exact.abs().max()))
+    torch.testing.assert_close(context.double(), exact, rtol=0, atol=TOLERANCE[problem.dtype] * bound)
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=0, atol=LSE)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_decode_equals_the_reference(kind):
+    check(KINDS[kind])
+
+
+# Without shrinking: a smaller failure is not worth the minutes that the interpreter takes to find it.
+@settings(max_examples=30, phases=[Phase.generate])
+@given(problems(dtypes=(torch.float32, F16, BF16)))
+def test_decode_equals_the_reference_anywhere(problem):
+    check(problem)
+
+
+ROTATED = RowLayout(24, 3, 4, key_scales=3, value_scales=1)
+APPENDED = {
+    "contiguous": Problem(ROTATED, 3, new=3, lengths=(37, 5, 1)),
+    "pages, float16": Problem(ROTATED, 3, new=2, lengths=(37, 5), page=16, dtype=F16),
+    "int8, bfloat16": Problem(ROTATED, 3, new=2, lengths=(37, 5), page=16, dtype=BF16, quantised=True),
+    "no rope": Problem(RowLayout(40), 3, lengths=(37, 5)),
+}
+
+
+@pytest.mark.parametrize("kind", APPENDED)
+def test_append_writes_what_torch_writes(kind):
+    """The CPU's form is tested against the graph operator; numbers may differ in their last bit, by order or fusing."""
+    problem = APPENDED[kind]
+    cache, lengths = problem.cache(), torch.tensor(problem.lengths, dtype=torch.int32)
+    other = replace(problem).cache()
+    shape, layout = (len(problem.lengths), problem.new), problem.layout
+    row = problem.draw(*shape, layout.rank + layout.rest_width)
+    angle = problem.draw(*shape, layout.rope_groups, layout.rope_dim // 2).float()
+    launch.append(row, angle.cos(), angle.sin(), cache, lengths)
+    folded.append(row, angle.cos(), angle.sin(), other, lengths)
+    assert torch.equal(cache.latent.nan_to_num(7), other.latent.nan_to_num(7))
+    rounding = torch.finfo(problem.dtype).eps
+    torch.testing.assert_close(cache.rest, other.rest, rtol=rounding, atol=rounding, equal_nan=True)
+    if problem.quantised:
+        torch.testing.assert_close(cache.token_scales, other.token_scales, rtol=1e-6, atol=0, equal_nan=True)
