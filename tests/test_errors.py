@@ -541,7 +541,7 @@ def test_the_installed_program_fails_the_same_way(case, place, tmp_path):
 
 def test_a_module_that_cannot_be_exported_prints_nothing_of_torch(tmp_path):
     torch.save(nn.Linear(3, 3), tmp_path / "linear.pt")
-    words = (tmp_path / "linear.pt", "--unsafe-load", "--out", tmp_path / "o.onnx", "-q")
+    words = (tmp_path / "linear.pt", "--unsafe-load", "--method", "mha2mla", "--out", tmp_path / "o.onnx", "-q")
     done = subprocess.run([sys.executable, "-m", "mla_compile", *words], capture_output=True, text=True)
     assert_one_sentence(Done(done.returncode, done.stdout, done.stderr), 2, "linear.pt")
 
