@@ -26,7 +26,7 @@ from mla_compile.passes.polish import polish
 from mla_compile.passes.recognise import Recognition, recognise
 from mla_compile.passes.task import BATCH, Task
 from mla_compile.passes.weights import input_width
-from mla_compile.plan import LatentPlan, plan_layers
+from mla_compile.plan import LatentPlan, clamped, plan_layers
 from mla_compile.program import AnyProgram, Assets, OtherProgram, Program
 from mla_compile.progress import Display, Stages
 from mla_compile.report import LayerError, Quality, Report
@@ -497,7 +497,7 @@ def _warnings(
     if kept:
         reasons = "; ".join(f"{r.path}: {r.reason} [{r.code.value}]" for r in kept)
         found.append(f"{len(kept)} attention layers were not converted and keep an ordinary cache ({reasons})")
-    found += _clamped(plans, config)
+    found += clamped(plans, config)
     grown = [p.path for p in plans if p.elements_after >= p.elements_before]
     if grown and not config.exact:
         found.append(f"the cache of {len(grown)} layers does not shrink at this setting")
@@ -509,20 +509,6 @@ def _warnings(
             "spend it differently with --rope-dims"
         )
     return tuple(found)
-
-
-def _clamped(plans: Sequence[LatentPlan], config: CompileConfig) -> list[str]:
-    """Settings that are more than there is to keep."""
-    found = []
-    for name, asked, kept in (
-        ("kv-rank", config.kv_rank, {p.path: p.kv_rank for p in plans}),
-        ("rope-dims", config.rope_dims, {p.path: p.rope_dims for p in plans}),
-    ):
-        fewer = {path: count for path, count in kept.items() if asked is not None and count < asked}
-        if fewer:
-            path, count = next(iter(fewer.items()))
-            found.append(f"--{name} {asked} is more than {len(fewer)} layers have, which keep all ({path}: {count})")
-    return found
 
 
 def _hurt(plans: Sequence[LatentPlan], errors: Sequence[LayerError]) -> tuple[str, ...]:

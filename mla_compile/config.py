@@ -48,7 +48,7 @@ class CompileConfig(BaseModel):
     schema_version: Literal[1] = 1
     method: Literal["auto", "fisher", "transmla", "mha2mla"] = "auto"
     selection: Literal["auto", "high", "low", "uniform", "2-norm"] = "auto"
-    rope_dims: int | None = Field(default=None, ge=0)
+    rope_dims: int | None = Field(default=None, ge=0, multiple_of=2)
     svd: Literal["joint", "split"] = "joint"
     cache_ratio: float | None = Field(default=None, gt=0.0, le=1.0)
     kv_rank: int | None = Field(default=None, ge=1)

@@ -24,7 +24,7 @@ from mla_compile.passes.lower_onnx import EncoderFace
 from mla_compile.passes.recognise import Recognition
 from mla_compile.passes.scores import layer_sizes
 from mla_compile.passes.weights import input_width
-from mla_compile.plan import LatentPlan, plan_layers
+from mla_compile.plan import LatentPlan, clamped, plan_layers
 from mla_compile.program import AnyProgram, Assets, Role
 from mla_compile.progress import Display, Stages
 from mla_compile.runtime.module import LowRankModel
@@ -266,6 +266,7 @@ def _warnings(
     found = ["the quality of the conversion was not measured: perplexity is for causal language models"]
     if config.exact:
         found = []
+    found += clamped(plans, config)
     if kept:
         reasons = "; ".join(f"{r.path}: {r.reason} [{r.code.value}]" for r in kept)
         found.append(f"{len(kept)} attention layers stay as they are ({reasons})")

@@ -14,6 +14,7 @@ __all__ = [
     "LatentPlan",
     "cache_budget",
     "cache_elements",
+    "clamped",
     "latent_budget",
     "liked_ranks",
     "one_rank",
@@ -117,6 +118,22 @@ def shared_rope_plan(site: AttentionSite, width: int, components: int, rank: int
     )
 
 
+def clamped(plans: Sequence[LatentPlan], config: CompileConfig) -> list[str]:
+    """Settings that are more than there is to keep."""
+    found = []
+    for name, asked, kept in (
+        ("kv-rank", config.kv_rank, {p.path: p.kv_rank for p in plans}),
+        ("rope-dims", config.rope_dims, {p.path: p.rope_dims for p in plans}),
+    ):
+        fewer = {path: count for path, count in kept.items() if asked is not None and count < asked}
+        if fewer:
+            path, count = next(iter(fewer.items()))
+            found.append(
+                f"--{name} {asked} is more than there is in {len(fewer)} of {len(plans)} layers ({path}: {count})"
+            )
+    return found
+
+
 def plan_layers(sites: Sequence[AttentionSite], widths: Sequence[int], config: CompileConfig) -> tuple[LatentPlan, ...]:
     """Give every layer its rope dims and rank.
 
@@ -129,7 +146,7 @@ def plan_layers(sites: Sequence[AttentionSite], widths: Sequence[int], config: C
         One plan per site.
 
     Raises:
-        UsageError: The rope dims, rank or ratio do not fit a layer.
+        UsageError: The ratio leaves no room for a latent in a layer.
     """
     plans = tuple(_plan(site, width, config) for site, width in zip(sites, widths, strict=True))
     return one_rank(plans) if config.uniform_rank else plans
@@ -140,12 +157,7 @@ def _plan(site: AttentionSite, width: int, config: CompileConfig) -> LatentPlan:
     if config.exact:
         rope_dims = rotary
     elif config.rope_dims is not None:
-        rope_dims = config.rope_dims
-        if rope_dims % 2 or rope_dims > rotary:
-            raise UsageError(
-                f"--rope-dims {rope_dims} does not fit {site.path}, whose heads rotate {rotary} channels.",
-                f"Give an even number from 0 to {rotary}.",
-            )
+        rope_dims = min(config.rope_dims, rotary)
     else:
         rope_dims = min(rotary, max(2, site.qk_dim // 8 // 2 * 2))
     groups = site.kv_heads if rope_dims else 1
@@ -160,12 +172,7 @@ def _plan(site: AttentionSite, width: int, config: CompileConfig) -> LatentPlan:
     if config.exact:
         rank = exact_rank
     elif config.kv_rank is not None:
-        rank = config.kv_rank
-        if rank > exact_rank:
-            raise UsageError(
-                f"--kv-rank {rank} is above the exact rank {exact_rank} of {site.path}.",
-                f"Give a rank from 1 to {exact_rank}; more would only store zeros.",
-            )
+        rank = min(config.kv_rank, exact_rank)  # more would only store zeros
     else:
         budget = cache_budget(site, config)
         if budget - rope_share < 1 + constant:

@@ -23,7 +23,7 @@ from mla_compile.passes.recognise import Recognition, recognise
 from mla_compile.passes.scores import layer_sizes
 from mla_compile.passes.split_decoder import encoder_inputs, encoder_layers, split_decoder
 from mla_compile.passes.weights import input_width
-from mla_compile.plan import LatentPlan, plan_layers
+from mla_compile.plan import LatentPlan, clamped, plan_layers
 from mla_compile.program import AnyProgram, Assets, DecoderProgram
 from mla_compile.progress import Display, Stages
 from mla_compile.runtime.module import LatentModel, LatentSeq2Seq, LowRankModel
@@ -31,6 +31,8 @@ from mla_compile.seq2seq_report import Seq2SeqReport, Seq2SeqVerification
 from mla_compile.site import AttentionSite, Kind, Rejection
 
 __all__ = ["CompiledSeq2Seq", "compile_seq2seq", "is_seq2seq", "plan_seq2seq", "undecodable"]
+
+_UNMEASURED = "the quality of the conversion was not measured on text"
 
 
 @dataclass(frozen=True)
@@ -182,7 +184,7 @@ def compile_seq2seq(
         cross_plans=cross_plans,
         kept=tuple(r for r in found.rejections if r.index in encoder_layers(program, cross)),
         verification=verification,
-        warnings=() if config.exact else ("the quality of the conversion was not measured on text",),
+        warnings=() if config.exact else (*clamped((*plans, *cross_plans), config), _UNMEASURED),
     )
     report = dataclasses.replace(report, stages=tuple(stages.timings))
     rows = {CROSS_NAME.format(i): (sizes.batch, sizes.keys, p.elements_after) for i, p in enumerate(cross_plans)}

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from mla_compile.deepseek import deepseek_shape, require_expressible, require_table, rope_table
-from mla_compile.errors import UsageError
 from mla_compile.passes.factorise import LatentWeights
 from mla_compile.passes.gauge import balanced
 from mla_compile.passes.layers import measure_layers, no_room, rope_is_shifted
@@ -174,8 +173,6 @@ def fisher(task: Task) -> Choice:
         RefusedError: A layer's keys have a shift behind their norm that rotates, or the layout has no place for it.
     """
     config, even = task.config, task.config.layout == "deepseek"
-    if (config.rope_dims or 0) % 2:
-        raise UsageError(f"--rope-dims {config.rope_dims} is odd.", "Channels rotate in pairs: give an even number.")
     if even:
         require_expressible(task.sites, task.kept)
         require_table(task.sites[0], config.rope_dims)

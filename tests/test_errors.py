@@ -199,10 +199,11 @@ CONVERT = {
     "calibration tokens": ("{nano} --out {out} --calibration-tokens 0", 2, "calibration_tokens=0"),
     "window": ("{nano} --out {out} --seq-len 1", 2, "--seq-len"),
     # ---- settings that do not fit the model
-    "rank too big": ("{rotary} --out {out} --kv-rank 61", 2, "--kv-rank 61 is above the exact rank 60 of attentions.0"),
-    "rope dims odd": ("{rotary} --out {out} --rope-dims 3", 2, "Give an even number from 0 to 16."),
-    "rope dims too big": ("{rotary} --out {out} --rope-dims 18", 2, "whose heads rotate 16 channels"),
-    "rope dims of nothing": ("{nano} --out {out} --rope-dims 2", 2, "whose heads rotate 0 channels"),
+    "rope dims odd": (
+        "{rotary} --out {out} --rope-dims 3",
+        2,
+        "rope_dims=3 is not allowed: input should be a multiple",
+    ),
     "ratio too small": ("{rotary} --out {out} --cache-ratio 0.03", 2, "leaves no room for a latent in attentions.0"),
     # ---- the model
     "model missing": ("{place}/none.pt2 --out {out} --exact", 2, "There is no file or folder"),
@@ -260,7 +261,6 @@ OTHERS = {
     "plan setting": ("plan {nano} --svd both", 2, "'joint' or 'split'"),
     "plan without text": ("plan {nano}", 2, "Give some with --calibration FILE, or choose --method mha2mla"),
     "plan by text without text": ("plan {nano} --method fisher", 2, "Give some with --calibration FILE"),
-    "plan rank": ("plan {rotary} --kv-rank 61 --method mha2mla", 2, "above the exact rank 60"),
     "plan not convertible": ("plan {place}/both-ways.pt2 --exact", 3, "2 of 2 attention layers"),
     "plan no attention": ("plan {place}/bag.pt2 --exact --json", 3, "No attention was found in"),
     "run nothing": ("run --prompt x", 2, "model"),

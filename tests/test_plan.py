@@ -11,7 +11,7 @@ from hypothesis import assume, given
 
 from mla_compile.config import make_config
 from mla_compile.errors import UsageError
-from mla_compile.plan import LatentPlan, cache_elements, liked_ranks, plan_layers
+from mla_compile.plan import LatentPlan, cache_elements, clamped, liked_ranks, plan_layers
 from mla_compile.site import AttentionSite, Projection, Rope, Scores
 
 
@@ -181,24 +181,20 @@ def test_exact_rank_is_the_rank_of_random_weights(layer, svd, width, data):
     rank = sum(int(torch.linalg.matrix_rank(part)) if part.numel() else 0 for part in parts)
     assert plan(layer, width, kv_rank=1, rope_dims=rope_dims, svd=svd).exact_rank == rank
     assert plan(layer, width, kv_rank=rank, rope_dims=rope_dims, svd=svd).kv_rank == rank
-    with pytest.raises(UsageError, match=f"Give a rank from 1 to {rank}; more would only store zeros"):
-        plan(layer, width, kv_rank=rank + 1, rope_dims=rope_dims, svd=svd)
+    assert plan(layer, width, kv_rank=rank + 1, rope_dims=rope_dims, svd=svd).kv_rank == rank  # more would be zeros
 
 
-@pytest.mark.parametrize("rope_dims", [1, 3, 18, 40])
-def test_rope_dims_that_do_not_fit_are_refused(rope_dims):
-    with pytest.raises(UsageError) as caught:
-        plan(site(2, 16), rope_dims=rope_dims)
-    assert str(caught.value) == (
-        f"--rope-dims {rope_dims} does not fit layers.0.attention, whose heads rotate 16 channels. "
-        "Give an even number from 0 to 16."
-    )
-
-
-def test_rope_dims_are_refused_by_the_first_layer_that_does_not_fit():
+def test_what_is_more_than_there_is_is_clamped_and_told():
     layers = [site(2, 16), site(2, 16, rotary=4, index=1)]
-    with pytest.raises(UsageError, match=r"--rope-dims 8 does not fit layers\.1\.attention, whose heads rotate 4"):
-        plan_layers(layers, [64, 64], make_config(rope_dims=8))
+    config = make_config(rope_dims=8, kv_rank=44)
+    plans = plan_layers(layers, [64, 64], config)
+    assert [(p.rope_dims, p.kv_rank) for p in plans] == [(8, 44), (4, 44)]
+    (told,) = clamped(plans, config)
+    assert told == "--rope-dims 8 is more than there is in 1 of 2 layers (layers.1.attention: 4)"
+    config = make_config(rope_dims=4, kv_rank=99)
+    assert clamped(plan_layers(layers, [64, 64], config), config) == [
+        "--kv-rank 99 is more than there is in 2 of 2 layers (layers.0.attention: 56)"
+    ]
 
 
 @pytest.mark.parametrize("rope_dims", [None, 16])
