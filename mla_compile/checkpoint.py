@@ -58,7 +58,7 @@ class Checkpoint:
 
     Attributes:
         config: Content of ``config.json``.
-        shapes: Shape of every tensor, in the order they are written in.
+        shapes: Shape of every tensor, in the order they are written in, which is that of their names.
         outside: Tensors outside the blocks, by their names.
         block: Makes the tensors of a block, by their names inside it; nothing is made before.
         norm_error: Bound of the relative error that the norms of latents make, for any text.
@@ -264,7 +264,7 @@ def _stock(layers: Sequence[_Layer], weights: Mapping[str, Tensor], report: Repo
     config.rms_norm_eps = eps
     return _Stock(
         config=config,
-        shapes={name: value.shape for name, value in model.state_dict().items()},
+        shapes={name: value.shape for name, value in sorted(model.state_dict().items())},
         table=tuple(rotation.inv_freq.tolist()),
         rope_factor=float(rotation.attention_scaling),
         scale=float(attention.scaling),

@@ -111,16 +111,18 @@ def with_preset(config: CompileConfig, site: AttentionSite) -> CompileConfig:
     if config.preset == "none":
         return config
     rank, dims = FLASHMLA
-    rope = min(dims, site.rope.rotary_dim) if config.rope_dims is None else config.rope_dims
-    if (config.kv_rank or 0) > rank or (rope and dims % rope):
-        raise UsageError(
-            f"FlashMLA reads {rank} latent entries and {dims} rotating channels, and zeros fill them up.",
-            f"Give at most --kv-rank {rank}, and a divisor of {dims} as --rope-dims, or leave them out.",
-        )
-    if rope and rope_table(site, rope) is None:
+    rope = config.rope_dims
+    if rope is None:
+        rope = site.rope.rotary_dim if rope_table(site, dims) is None else dims
+    if config.rope_dims is None and dims % rope:
         raise RefusedError(
-            f"FlashMLA rotates {dims} channels, and the scaled frequencies of this model take {site.rope.rotary_dim}.",
+            f"FlashMLA rotates {dims} channels, and the scaled frequencies of this model take {rope}.",
             "Leave --preset out.",
+        )
+    if (config.kv_rank or 0) > rank or not rope or dims % rope:
+        raise UsageError(
+            f"FlashMLA reads {rank} latent entries and {dims} rotating channels, and zeros fill up what is missing.",
+            f"Give at most --kv-rank {rank}, and a divisor of {dims} as --rope-dims, or leave them out.",
         )
     sized = config.kv_rank is not None or config.cache_ratio is not None
     return config.model_copy(update={"rope_dims": rope, "kv_rank": config.kv_rank if sized else rank})
