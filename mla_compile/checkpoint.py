@@ -331,7 +331,7 @@ def _caveats(config: Any) -> tuple[str, ...]:  # noqa: ANN401 - transformers' ow
     """Why engines other than transformers would not compute the same."""
     scaling = config.rope_parameters["rope_type"]
     found = {
-        "attention has biases, which vLLM and SGLang leave out without a word": config.attention_bias,
+        "attention has biases, and vLLM and SGLang have no place for them": config.attention_bias,
         f"rotations are scaled by '{scaling}', for which vLLM and SGLang put DeepSeek's YaRN": scaling != "default",
         f"the activation is '{config.hidden_act}', and vLLM and SGLang have silu only": config.hidden_act != "silu",
     }

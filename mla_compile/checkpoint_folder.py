@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,9 +106,9 @@ def write_checkpoint(
     assets = dataclasses.replace(assets, config=checkpoint.config)
     check_neighbours(path, report.source, assets, force)
     with moved_into(path) as folder:
+        copy_assets(assets, folder)
         with stages.stage("write checkpoint"):
             _write_weights(checkpoint, folder, shard)
-        copy_assets(assets, folder)
         (folder / "mla_config.yaml").write_text(yaml.safe_dump(dict(report.config), sort_keys=False), encoding="utf-8")
         with stages.stage("verify checkpoint"):
             expected = _answers(module, checks, checkpoint)
@@ -169,6 +170,7 @@ def _write_weights(checkpoint: Checkpoint, folder: Path, limit: int) -> None:
     for number, names in enumerate(cuts, 1):
         file = _WEIGHTS if len(cuts) == 1 else f"model-{number:05d}-of-{len(cuts):05d}.safetensors"
         save_file(dict(itertools.islice(tensors, len(names))), folder / file, {"format": "pt"})
+        shutil.copymode(folder / "config.json", folder / file)  # safetensors lets nobody else read it
         index |= dict.fromkeys(names, file)
     if len(cuts) > 1:
         numbers = sum(shape.numel() for shape in checkpoint.shapes.values())

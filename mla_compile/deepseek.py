@@ -2,17 +2,19 @@
 
 All layers have one rank and one rope key for all heads, of one length. It has one component for every frequency of one
 table: ``theta^(-2i / rope_dims)``, or the table that the model itself rotates by, whatever its scaling. A row of the
-cache is the latent and the rope key; logits are scaled and nothing else. Biases of queries are no obstacle: a query
-latent with one constant entry carries them.
+cache is the latent and the rope key; logits are scaled and nothing else. Biases are no obstacle in transformers, where
+a query latent with one constant entry carries those of queries, but serving engines do not read them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mla_compile.config import CompileConfig
 from mla_compile.errors import RefusedError, UsageError
+from mla_compile.plan import latent_budget
 from mla_compile.site import AttentionSite, Rejection
 
 __all__ = [
@@ -112,8 +114,10 @@ def with_preset(config: CompileConfig, site: AttentionSite) -> CompileConfig:
         return config
     rank, dims = FLASHMLA
     rope = config.rope_dims
-    if rope is None:
-        rope = site.rope.rotary_dim if rope_table(site, dims) is None else dims
+    if rope is None and rope_table(site, dims) is None:
+        rope = site.rope.rotary_dim
+    elif rope is None:  # as many as may rotate, and zeros can fill up
+        rope = dims if 2 * latent_budget(site, config) >= dims else math.gcd(dims, site.rope.rotary_dim)
     if config.rope_dims is None and dims % rope:
         raise RefusedError(
             f"FlashMLA rotates {dims} channels, and the scaled frequencies of this model take {rope}.",
