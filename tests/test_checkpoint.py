@@ -212,7 +212,9 @@ def test_flashmla_sizes_are_asked_for(programs):
     site = programs["llama-gqa"].sites[0]
     settings = {"format": "deepseek", "layout": "deepseek", "preset": "flashmla"}
     asked = with_preset(make_config(**settings), site)
-    assert (asked.kv_rank, asked.rope_dims) == (512, 64)
+    assert (asked.kv_rank, asked.rope_dims) == (512, 16)  # 64 channels would be more than the cache: zeros fill up
+    roomy = with_preset(make_config(**settings, cache_ratio=1.0), site)
+    assert (roomy.kv_rank, roomy.rope_dims) == (None, 64)
     assert with_preset(make_config(**settings, cache_ratio=0.5, rope_dims=32), site).kv_rank is None
     assert with_preset(make_config(**settings), programs["llama-llama3-rope"].sites[0]).rope_dims == 16
     for wrong in ({"kv_rank": 513}, {"rope_dims": 24}, {"rope_dims": 128}):
