@@ -266,8 +266,32 @@ def show_report(report: Report, out: Path) -> None:
         ]
     rows.append(["written", f"{out} ({sum(report.artifacts.values()) / 2**20:.1f} MiB)"])
     _print_table(report.source, ["", "result"], rows)
+    _show_errors(report)
     for warning in report.warnings:
         print(f"warning: {warning}", file=sys.stderr)  # noqa: T201
+
+
+def _show_errors(report: Report) -> None:
+    """One row per converted layer, where there was text to measure on."""
+    rows = [
+        [
+            plan.site,
+            plan.path,
+            f"{plan.rope_groups} x {plan.rope_dims}",
+            plan.kv_rank,
+            _nats(forecast.predicted_loss),
+            _nats(error.loss),
+            f"{error.output:.1%}",
+        ]
+        for plan, forecast, error in zip(report.plans, report.forecasts, report.layer_errors, strict=False)
+    ]
+    if rows:
+        columns = ["#", "layer", "rope dims", "rank", "predicted loss", "measured loss", "output error"]
+        _print_table("Each layer by itself (losses in nats per token)", columns, rows)
+
+
+def _nats(loss: float | None) -> str:
+    return "" if loss is None else f"{loss:.4f}"
 
 
 def show_check(folder: Path, error: float, greedy: float) -> None:

@@ -109,6 +109,14 @@ class LayerForecast:
     rope_own: tuple[bool, ...]
     predicted_loss: float | None = None
 
+    def to_dict(self) -> dict[str, Any]:
+        """The forecast as JSON-able data."""
+        return {
+            "rope_frequencies": list(self.rope_frequencies),
+            "rope_own": list(self.rope_own),
+            "predicted_loss": self.predicted_loss,
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class Polish:
@@ -200,7 +208,7 @@ class Report:
 
     @property
     def _forecast_layers(self) -> list[dict[str, Any]]:
-        return [dataclasses.asdict(f) for f in self.forecasts] or [{} for _ in self.sites]
+        return [f.to_dict() for f in self.forecasts] or [{} for _ in self.sites]
 
     @property
     def cache_bytes_before(self) -> int:
