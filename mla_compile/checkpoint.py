@@ -59,15 +59,15 @@ class Checkpoint:
     Attributes:
         config: Content of ``config.json``.
         shapes: Shape of every tensor, in the order they are written in, which is that of their names.
-        outside: Tensors outside the blocks, by their names.
-        block: Makes the tensors of a block, by their names inside it; nothing is made before.
+        outside: Makes a tensor outside the blocks by its name; nothing is made before.
+        block: Makes the tensors of a block, by their names inside it.
         norm_error: Bound of the relative error that the norms of latents make, for any text.
         caveats: Why engines other than transformers would compute something else; empty where they should not.
     """
 
     config: Mapping[str, Any]
     shapes: Mapping[str, torch.Size]
-    outside: Mapping[str, Tensor]
+    outside: Callable[[str], Tensor]
     block: Callable[[int], Mapping[str, Tensor]]
     norm_error: float
     caveats: tuple[str, ...]
@@ -82,8 +82,8 @@ class Checkpoint:
         """Every tensor by its name, float32; those of one block are in memory at a time."""
         at, block = -1, {}
         for name, shape in self.shapes.items():
-            if name in self.outside:
-                value = self.outside[name]
+            if not name.startswith(_BLOCKS):
+                value = self.outside(name)
             else:
                 number, part = name.removeprefix(_BLOCKS).split(".", 1)
                 if int(number) != at:
@@ -119,10 +119,10 @@ class _Layer:
         """A latent weight in float64."""
         return self.latent[name].double()
 
-    def vector(self, name: str, like: str) -> Tensor:
-        """A bias in float64; zeros for the rows of ``like`` where there is none."""
-        found = self.latent.get(name)
-        return self.matrix(like)[:, 0] * 0 if found is None else found.double()
+    def bias(self, name: str) -> Tensor:
+        """The bias of a latent weight in float64; zeros where there is none."""
+        found = self.latent.get(f"{name}_bias")
+        return torch.zeros(len(self.latent[name]), dtype=torch.float64) if found is None else found.double()
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ def stock_checkpoint(module: LatentModel, report: Report, config: Mapping[str, A
     return Checkpoint(
         config=_written(stock.config),
         shapes=stock.shapes,
-        outside={name: weights[name] for name in _OUTSIDE} | {_EMBEDDING: weights[_EMBEDDING] * stock.residual},
+        outside=lambda name: weights[name] * (stock.residual if name == _EMBEDDING else 1.0),
         block=lambda number: _block(layers[number], stock),
         norm_error=_norm_error(layers, stock),
         caveats=_caveats(stock.config),
@@ -350,7 +350,7 @@ def _norm_error(layers: Sequence[_Layer], stock: _Stock) -> float:
     for layer in layers:
         gain = layer.rest["input_layernorm.weight"].double()
         length = (layer.matrix("row")[: layer.rank] * gain).norm() * math.sqrt(len(gain))
-        length = length + layer.vector("row_bias", "row")[: layer.rank].norm()
+        length = length + layer.bias("row")[: layer.rank].norm()
         squares += [float(length) ** 2 / layer.rank, float(gain.abs().max()) ** 2]
     error = (max(squares) + 1) * stock.small**2 / (2 * stock.eps)
     if not error <= _NORM_TOLERANCE:
@@ -368,7 +368,7 @@ def _block(layer: _Layer, stock: _Stock) -> dict[str, Tensor]:
     found = {"kv_a_proj_with_mqa.weight": row, "kv_b_proj.weight": _up(layer, stock), **_query(layer, stock)}
     found["kv_a_layernorm.weight"] = torch.full((stock.config.kv_lora_rank,), _GAIN)
     if stock.config.attention_bias:
-        found["kv_a_proj_with_mqa.bias"] = _row(layer, layer.vector("row_bias", "row")[:, None], stock)[:, 0]
+        found["kv_a_proj_with_mqa.bias"] = _row(layer, layer.bias("row")[:, None], stock)[:, 0]
         found["o_proj.bias"] = _output_bias(layer) * stock.residual
     return mlp | scaled | {f"self_attn.{name}": value for name, value in found.items()}
 
@@ -378,7 +378,7 @@ def _query(layer: _Layer, stock: _Stock) -> dict[str, Tensor]:
     weight = layer.matrix("query")
     width = weight.shape[1]
     if stock.config.q_lora_rank is not None:
-        weight = torch.cat([weight, layer.vector("query_bias", "query")[:, None]], 1)
+        weight = torch.cat([weight, layer.bias("query")[:, None]], 1)
     still = layer.latent["key_up"].shape[1]
     heads = weight.unflatten(0, (layer.site.heads, -1)) * (layer.site.scale / stock.scale)
     arranged = torch.cat([heads[:, :still], _arranged(heads[:, still:], layer, stock)], 1).flatten(0, 1)
@@ -412,7 +412,7 @@ def _up(layer: _Layer, stock: _Stock) -> Tensor:
 def _output_bias(layer: _Layer) -> Tensor:
     """The bias of the output projection, with what is added to attention outputs in front of it."""
     projection = layer.rest[f"{_OUTPUT}.weight"].double()
-    found = layer.rest.get(f"{_OUTPUT}.bias", projection[:, 0] * 0).double()
+    found = layer.rest.get(f"{_OUTPUT}.bias", projection.new_zeros(len(projection))).double()
     return found + projection @ layer.matrix("output_bias").flatten() if "output_bias" in layer.latent else found
 
 

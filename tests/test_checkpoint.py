@@ -132,6 +132,15 @@ def test_only_biases_and_scaled_rotations_are_for_transformers_only(conversions)
     assert "'llama3'" in found["llama-llama3-rope"][0]
 
 
+def test_a_model_without_biases_converts_to_one_without(programs):
+    """Centred latents would bring biases, which serving engines leave out."""
+    captured = programs["llama-mha"]
+    settings = {"layout": "deepseek", "kv_rank": 20, "rope_dims": 8, "gradients": False}
+    task = Task(captured.program, captured.sites, (), make_config(**settings), models.tokens(4, 24))
+    for layer in METHODS["fisher"](task).weights:
+        assert (layer.query_bias, layer.row_bias, layer.output_bias) == (None, None, None)
+
+
 def test_every_norm_has_the_epsilon_that_engines_read_from_the_configuration(conversions, tmp_path):
     """transformers gives norms of latents its own; engines that give them the model's must compute the same."""
     write(conversions("wide", **MODELS["wide"]), tmp_path / "out")
@@ -211,11 +220,9 @@ def test_flashmla_sizes_are_filled_up_with_zeros(conversions, tmp_path):
 def test_flashmla_sizes_are_asked_for(programs):
     site = programs["llama-gqa"].sites[0]
     settings = {"format": "deepseek", "layout": "deepseek", "preset": "flashmla"}
-    asked = with_preset(make_config(**settings), site)
-    assert (asked.kv_rank, asked.rope_dims) == (512, 16)  # 64 channels would be more than the cache: zeros fill up
-    roomy = with_preset(make_config(**settings, cache_ratio=1.0), site)
-    assert (roomy.kv_rank, roomy.rope_dims) == (None, 64)
-    assert with_preset(make_config(**settings, cache_ratio=0.5, rope_dims=32), site).kv_rank is None
+    for given, expected in (({}, (512, 16)), ({"cache_ratio": 1.0}, (None, 64)), ({"rope_dims": 32}, (512, 32))):
+        asked = with_preset(make_config(**settings, **given), site)
+        assert (asked.kv_rank, asked.rope_dims) == expected
     assert with_preset(make_config(**settings), programs["llama-llama3-rope"].sites[0]).rope_dims == 16
     for wrong in ({"kv_rank": 513}, {"rope_dims": 24}, {"rope_dims": 128}):
         with pytest.raises(UsageError, match="512 latent entries and 64 rotating channels"):
