@@ -383,7 +383,7 @@ def _symbolic_node(
 
 
 def _add_functions(model: ir.Model, opset: int) -> None:
-    """Give every node of ours its overload, and the model the functions that its nodes call."""
+    """Give every node of ours its variant's name, and the model the functions that its nodes call."""
     for node in model.graph:
         if node.domain != DOMAIN:
             continue
@@ -397,10 +397,9 @@ def _add_functions(model: ir.Model, opset: int) -> None:
             bidirectional="bidirectional" in node.attributes,
             scaled_rope="scaled_rope" in node.attributes,
         )
-        node.overload = variant.overload
-        if node.op_identifier() not in model.functions:
-            function = ir.serde.deserialize_function(attention_function(node.op_type, opset, variant))
-            model.functions[function.identifier()] = function
+        function = ir.serde.deserialize_function(attention_function(node.op_type, opset, variant))
+        node.op_type = function.name
+        model.functions.setdefault(function.identifier(), function)
     model.opset_imports[DOMAIN] = VERSION
 
 
