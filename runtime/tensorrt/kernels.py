@@ -68,14 +68,15 @@ class Partial:
     splits: int
 
     @property
-    def _spec(self) -> DecodeSpec:
+    def spec(self) -> DecodeSpec:
+        """What the decode kernel is compiled for."""
         layout = RowLayout(self.rank, self.rope_groups, self.rope_dim)
         itemsize = 4 if self.dtype == "fp32" else 2
         # Two tokens stand for any number: what is compiled for several computes one too.
         return DecodeSpec(layout, self.heads, self.new or 2, itemsize, windowed=self.window > 0)
 
     def tactics(self, architecture: int) -> tuple[Tiles, ...]:
-        """Tiles to choose among by time: those the schedule would take, and smaller ones within 48 KiB.
+        """Tiles to choose among by time: all of 48 KiB or less, or where none is so small the schedule's own.
 
         Args:
             architecture: Compute capability, as 90 for 9.0.
@@ -83,15 +84,15 @@ class Partial:
         Raises:
             ValueError: A row is too wide for any tile.
         """
-        spec = self._spec
+        spec = self.spec
         best = choose_tiles(spec, architecture)
         smaller = (replace(best, rows=16, keys=keys, warps=4, stages=stages) for keys in (32, 16) for stages in (3, 2))
-        fitting = [t for t in smaller if shared_bytes(spec, t) <= _SAFE_SHARED]
-        return tuple(dict.fromkeys((best, *fitting)))
+        fitting = [t for t in (best, *smaller) if shared_bytes(spec, t) <= _SAFE_SHARED]
+        return tuple(dict.fromkeys(fitting)) or (best,)
 
     def compile(self, tiles: Tiles, architecture: int) -> Compiled:
         """Compile for these tiles."""
-        spec = self._spec
+        spec = self.spec
         taken = ("RANK", "WIDTHS", "ROPE_GROUPS", "ROPE_DIM", "ROPE_WIDTH", "CAUSAL", "ROWS", "KEYS")
         made = spec.constants(tiles)
         constants = {name: made[name] for name in taken} | {
