@@ -90,19 +90,21 @@ class Partial:
         fitting = [t for t in (best, *smaller) if shared_bytes(spec, t) <= _SAFE_SHARED]
         return tuple(dict.fromkeys(fitting)) or (best,)
 
-    def compile(self, tiles: Tiles, architecture: int) -> Compiled:
-        """Compile for these tiles."""
-        spec = self.spec
+    def constants(self, tiles: Tiles) -> dict[str, object]:
+        """The kernel's compile-time arguments."""
         taken = ("RANK", "WIDTHS", "ROPE_GROUPS", "ROPE_DIM", "ROPE_WIDTH", "CAUSAL", "ROWS", "KEYS")
-        made = spec.constants(tiles)
-        constants = {name: made[name] for name in taken} | {
+        made = self.spec.constants(tiles)
+        return {name: made[name] for name in taken} | {
             "SCALE": self.scale,
             "WINDOW": self.window,
             "SPLITS": self.splits,
-            "LEAST_TILES": spec.least_tiles(tiles),
+            "LEAST_TILES": self.spec.least_tiles(tiles),
         }
+
+    def compile(self, tiles: Tiles, architecture: int) -> Compiled:
+        """Compile for these tiles."""
         types = dict.fromkeys(("q_latent", "q_rope", "rows"), f"*{self.dtype}")
-        return compile_kernel(partial_entry, types, constants, architecture, tiles.warps, tiles.stages)
+        return compile_kernel(partial_entry, types, self.constants(tiles), architecture, tiles.warps, tiles.stages)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,14 +122,18 @@ class Combine:
     dtype: str
 
     @property
-    def columns(self) -> int:
-        """How many columns of a row one block combines."""
-        return combine_constants(self.rank, self.splits)["COLUMNS"]
+    def constants(self) -> dict[str, int]:
+        """The kernel's compile-time arguments."""
+        return combine_constants(self.rank, self.splits) | {"PARTS": self.splits}
+
+    @property
+    def blocks_per_row(self) -> int:
+        """How many blocks share the columns of a row."""
+        return -(-self.rank // self.constants["COLUMNS"])
 
     def compile(self, architecture: int) -> Compiled:
         """Compile."""
-        constants: dict[str, object] = {**combine_constants(self.rank, self.splits), "PARTS": self.splits}
-        return compile_kernel(combine_entry, {"output": f"*{self.dtype}"}, constants, architecture, 4, 1)
+        return compile_kernel(combine_entry, {"output": f"*{self.dtype}"}, {**self.constants}, architecture, 4, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,13 +152,16 @@ class Append:
     rope_dim: int
     dtype: str
 
+    @property
+    def constants(self) -> dict[str, int]:
+        """The kernel's compile-time arguments."""
+        made = append_constants(RowLayout(self.rank, self.rope_groups, self.rope_dim), 0)
+        return {name: made[name] for name in ("RANK", "WIDTH", "ROPE_GROUPS", "GROUPS", "HALF", "HALF_WIDTH")}
+
     def compile(self, architecture: int) -> Compiled:
         """Compile."""
-        made = append_constants(RowLayout(self.rank, self.rope_groups, self.rope_dim), 0)
-        taken = ("RANK", "WIDTH", "ROPE_GROUPS", "GROUPS", "HALF", "HALF_WIDTH")
-        constants: dict[str, object] = {name: made[name] for name in taken}
         types = dict.fromkeys(("row", "rows", "output"), f"*{self.dtype}")
-        return compile_kernel(append_entry, types, constants, architecture, 4, 1)
+        return compile_kernel(append_entry, types, {**self.constants}, architecture, 4, 1)
 
 
 @functools.cache

@@ -181,7 +181,7 @@ def _register_combine(trt: Any, trtp: Any, architecture: int) -> None:  # noqa: 
     ) -> tuple[str | bytes, str | bytes, trtp.KernelLaunchParams, trtp.SymExprs]:
         batch, new, heads, splits, rank = partial.shape_expr
         made = Combine(_static(rank), _static(splits), _ONNX_TYPES[to].lower())
-        blocks = batch * new * heads, -(-made.rank // made.columns), 1
+        blocks = batch * new * heads, made.blocks_per_row, 1
         return _answer(trtp, launchable(made, architecture), blocks, ())
 
 

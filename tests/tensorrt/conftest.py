@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import onnx
@@ -10,6 +11,9 @@ from conversion import convert
 
 from mla_compile.passes.lower_tensorrt import lower_to_tensorrt_onnx
 from mla_compile.runtime.module import LatentModel
+
+# Triton's interpreter must be chosen before Triton is imported.
+collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
 
 
 class Lowered:
