@@ -19,6 +19,7 @@ from torch.export import Dim
 
 from mla_compile.errors import RefusedError
 from mla_compile.passes.fold import fold_numbers
+from mla_compile.passes.insert_latent import INPUT_NAMES
 from mla_compile.passes.lower_onnx import exported_to_onnx, name_dimensions, save
 from mla_compile.quiet import quiet_exporter
 from mla_compile.runtime import ops
@@ -107,7 +108,7 @@ def _with_nodes(module: fx.GraphModule, splits: int) -> fx.GraphModule:
     replaced = copy.copy(module)
     replaced.graph = copy.deepcopy(module.graph)
     fold_numbers(module, replaced.graph)
-    mask = next(n for n in replaced.graph.nodes if n.name == "attention_mask")
+    mask = [n for n in replaced.graph.nodes if n.op == "placeholder"][INPUT_NAMES.index("attention_mask")]
     if any(user.target not in (_LATENT, _CACHED) for user in mask.users):
         raise RefusedError(
             "Something other than attention reads the padding mask, for which a cache of fixed memory has no place.",

@@ -135,11 +135,11 @@ _PARTIAL = f"""
   # ---- logits of all heads to all rows
   query_BSHR = Concat <axis = -1> (latent_query_BSHr, placed_BSHR)
   merged = Concat <axis = 0> (B, SH, R)
-  query_BMR = Reshape (query_BSHR, merged)
+  query_BMR = Reshape <allowzero = 1> (query_BSHR, merged)
   rows_BRT = Transpose <perm = [0, 2, 1]> (rows_BTR)
   product_BMT = MatMul (query_BMR, rows_BRT)
   product_shape = Concat <axis = 0> (B, S, H, T)
-  product_BSHT = Reshape (product_BMT, product_shape)
+  product_BSHT = Reshape <allowzero = 1> (product_BMT, product_shape)
   exact_BSHT = Cast <to = 1> (product_BSHT)
   logits_BSHT = Mul (exact_BSHT, factor)
 
@@ -178,12 +178,12 @@ _PARTIAL = f"""
   # ---- the weighted sum of latents, as the only split
   share_like_BSHT = CastLike (share_BSHT, rows_BTR)
   weights_shape = Concat <axis = 0> (B, SH, T)
-  share_BMT = Reshape (share_like_BSHT, weights_shape)
+  share_BMT = Reshape <allowzero = 1> (share_like_BSHT, weights_shape)
   latent_BTr = Slice (rows_BTR, zero, r, two)
   context_BMr = MatMul (share_BMT, latent_BTr)
   context_wide_BMr = Cast <to = 1> (context_BMr)
   context_shape = Concat <axis = 0> (B, S, H, one, r)
-  partial_BSHPr = Reshape (context_wide_BMr, context_shape)
+  partial_BSHPr = Reshape <allowzero = 1> (context_wide_BMr, context_shape)
 }}
 """
 
