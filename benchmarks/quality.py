@@ -6,9 +6,9 @@ Run as::
         [--ratios R...] [--methods M...] [--calibration-windows N] [--windows N]
         [--polish-steps N [--polish-windows N]] [--add]
 
-Every method is given the same calibration windows, and baselines their best setting: ``mha2mla`` the best of two
-selections and several rope dims, ``transmla`` the best of its rope dims and foldings, both by their divergence from the
-original on calibration text. Methods that find no place for a latent are left out at that size. With polish steps
+Every method is given the same calibration windows, and baselines their best setting: ``mha2mla`` the best of four
+selections and up to 14 rope dims, ``transmla`` the best of its rope dims and foldings, both by their divergence from
+the original on calibration text. Methods that find no place for a latent are left out at that size. With polish steps
 every result of ``fisher`` is trained on the calibration text too, and gets a row of its own. Nothing else is trained.
 """
 
@@ -72,10 +72,9 @@ def settings_of(method: str, task: Task, ratio: float) -> Iterator[dict[str, Any
         yield {"method": method, "cache_ratio": ratio}
         return
     rotary = min(s.rope.rotary_dim for s in task.sites)
-    for selection in ("2-norm", "uniform"):
-        for dims in (2 * 2**k for k in range(max(rotary, 2).bit_length())):
-            if dims <= rotary:
-                yield {"method": method, "cache_ratio": ratio, "selection": selection, "rope_dims": dims}
+    for dims in (*range(2, min(rotary, 16) + 1, 2), *range(24, rotary + 1, 8)):
+        for selection in ("2-norm", "uniform", "high", "low"):
+            yield {"method": method, "cache_ratio": ratio, "selection": selection, "rope_dims": dims}
 
 
 def best(method: str, task: Task, ratio: float, divergence: Divergence) -> tuple[dict[str, Any], Choice] | None:
@@ -177,13 +176,16 @@ def main() -> None:
     parser.add_argument("--polish-windows", type=int, help="train on so many windows instead of the calibration's")
     parser.add_argument("--windows", type=int, help="measure on so many windows only")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--add", action="store_true", help="to the rows of other models that are in --json")
+    parser.add_argument("--add", action="store_true", help="to the rows of other models and methods in --json")
     parser.add_argument("--markdown", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     rows: list[Row] = []
     if arguments.add:
-        rows = [Row(**row) for row in json.loads(arguments.json.read_text(encoding="utf-8"))]
+        stored = [Row(**row) for row in json.loads(arguments.json.read_text(encoding="utf-8"))]
+        methods = {*arguments.methods, *([_POLISHED] if "fisher" in arguments.methods else [])}
+        anew = {(folder.name, method) for folder in arguments.models for method in methods}
+        rows = [row for row in stored if (row.model, row.method) not in anew]
     for folder in arguments.models:
         for row in measure(folder, arguments):
             rows.append(row)

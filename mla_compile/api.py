@@ -16,7 +16,10 @@ from torch.export import ExportedProgram
 from mla_compile import frontend, verify
 from mla_compile.artifacts import check_neighbours, check_pair, check_target, read_folder, write_folder, write_onnx
 from mla_compile.calibration import Text, TextWindows, cut_windows, read_text
+from mla_compile.checkpoint import require_blocks
+from mla_compile.checkpoint_folder import DEFAULT_SHARD, check_folder, write_checkpoint
 from mla_compile.config import CompileConfig, make_config
+from mla_compile.deepseek import require_expressible, with_preset
 from mla_compile.encoders import CompiledEncoder, compile_encoder, is_encoder, require_encoder
 from mla_compile.errors import QualityGateError, RefusedError, UsageError
 from mla_compile.evaluate import longest_window, original_scorer, perplexity
@@ -107,6 +110,42 @@ class CompiledModel:
         """
         return write_folder(self.module, self.report, self.assets, Path(folder), force)
 
+    def to_deepseek(
+        self,
+        folder: str | Path,
+        *,
+        shard_bytes: int = DEFAULT_SHARD,
+        force: bool = False,
+        display: Display | None = None,
+    ) -> Report:
+        """Write the model as a DeepSeek-V3 checkpoint, which stock transformers loads without any code of ours.
+
+        The model must have been converted with ``layout="deepseek"``. The folder appears under its name only after
+        stock transformers reproduced the PyTorch module with it.
+
+        Args:
+            folder: A folder that does not exist yet, or an empty one.
+            shard_bytes: Size of a file of weights, at most.
+            force: Replace existing files.
+            display: Shows progress.
+
+        Raises:
+            UsageError: The folder cannot be written, or is not empty, or the layout is another.
+            LoadError: The model has no configuration.
+            RefusedError: The model's blocks are not those of such a checkpoint.
+            VerificationError: Stock transformers computes something else.
+        """
+        return write_checkpoint(
+            self.module,
+            self.report,
+            self.assets,
+            Path(folder),
+            self.checks,
+            shard=shard_bytes,
+            force=force,
+            stages=Stages(display),
+        )
+
 
 def compile(
     model: nn.Module | ExportedProgram | str | Path,
@@ -169,7 +208,7 @@ def compile(
     if calibration is None and max_perplexity_ratio is not None:
         raise UsageError("A perplexity limit needs text to measure on.", "Give some with --calibration FILE.")
     if out is not None:
-        check_target(out, force)
+        (check_folder if config.format == "deepseek" else check_target)(out, force)
     documents = read_text(calibration)
     stages = Stages(display)
     with stages.stage("load"):
@@ -189,6 +228,10 @@ def compile(
         return compile_encoder(loaded, found, config, check=check, stages=stages)
     program = require_causal(loaded, found)
     sites, kept = found.sites, found.rejections
+    if config.format == "deepseek":
+        require_expressible(sites, kept)
+        require_blocks(program, sites)
+        config = with_preset(config, sites[0])
     text = cut_windows(program, documents, tokenizer, config)
     config, notes = _settle(config, text is not None)
     windows = None if text is None else text.calibration

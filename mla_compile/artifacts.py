@@ -41,6 +41,8 @@ __all__ = [
     "check_pair",
     "check_place",
     "check_target",
+    "copy_assets",
+    "finished",
     "is_converted_folder",
     "moved_into",
     "read_folder",
@@ -145,7 +147,7 @@ def check_neighbours(path: Path, source: str, assets: Assets, force: bool) -> No
     if force:
         return
     with tempfile.TemporaryDirectory() as scratch:
-        _copy_assets(assets, Path(scratch))
+        copy_assets(assets, Path(scratch))
         for new in sorted(Path(scratch).iterdir()):
             old = folder / new.name
             if old.is_file() and old.read_bytes() != new.read_bytes():
@@ -224,8 +226,8 @@ def write_onnx(
                         cache_bytes_per_token=measured,
                     ),
                 )
-        _copy_assets(assets, folder)
-        report = _finish(report, folder, stages)
+        copy_assets(assets, folder)
+        report = finished(report, folder, stages)
     return report
 
 
@@ -235,9 +237,9 @@ def write_folder(module: LatentModel, report: Report, assets: Assets, path: Path
     check_neighbours(path, report.source, assets, force)
     with moved_into(path) as folder:
         torch.export.save(export_rewritten(module.graph, module.rows), folder / "model.pt2")  # type: ignore[arg-type]
-        _copy_assets(assets, folder)
+        copy_assets(assets, folder)
         (folder / "mla_config.yaml").write_text(yaml.safe_dump(dict(report.config), sort_keys=False), encoding="utf-8")
-        report = _finish(report, folder, Stages())
+        report = finished(report, folder, Stages())
     return report
 
 
@@ -283,8 +285,8 @@ def write_encoder_onnx(
             if report.verification is not None:
                 checked = dataclasses.replace(report.verification, lowering_error=error)
                 report = dataclasses.replace(report, verification=checked)
-        _copy_assets(assets, folder)
-        return _finish(report, folder, stages)
+        copy_assets(assets, folder)
+        return finished(report, folder, stages)
 
 
 def write_seq2seq_onnx(
@@ -342,8 +344,8 @@ def write_seq2seq_onnx(
             if report.verification is not None:
                 checked = dataclasses.replace(report.verification, lowering_error=error)
                 report = dataclasses.replace(report, verification=checked)
-        _copy_assets(assets, folder)
-        return _finish(report, folder, stages)
+        copy_assets(assets, folder)
+        return finished(report, folder, stages)
 
 
 def write_encoder_folder(
@@ -359,9 +361,9 @@ def write_encoder_folder(
     check_neighbours(path, report.source, assets, force)
     with moved_into(path) as folder:
         torch.export.save(export_encoder(module.graph, face), folder / "model.pt2")
-        _copy_assets(assets, folder)
+        copy_assets(assets, folder)
         (folder / "mla_config.yaml").write_text(yaml.safe_dump(dict(report.config), sort_keys=False), encoding="utf-8")
-        return _finish(report, folder, Stages())
+        return finished(report, folder, Stages())
 
 
 def is_converted_folder(path: Path) -> bool:
@@ -407,7 +409,8 @@ def _metadata(report: Report, assets: Assets) -> dict[str, object]:
     }
 
 
-def _copy_assets(assets: Assets, folder: Path) -> None:
+def copy_assets(assets: Assets, folder: Path) -> None:
+    """Write configuration, generation settings and tokenizer into a folder."""
     for name, content in (("config.json", assets.config), ("generation_config.json", assets.generation)):
         if content:
             (folder / name).write_text(
@@ -426,7 +429,8 @@ def _copy_assets(assets: Assets, folder: Path) -> None:
         assets.tokenizer.save_pretrained(folder)
 
 
-def _finish(report: _AnyReport, folder: Path, stages: Stages) -> _AnyReport:
+def finished(report: _AnyReport, folder: Path, stages: Stages) -> _AnyReport:
+    """Complete a report with the sizes of what lies in its folder, and write it there."""
     sizes = {p.name: p.stat().st_size for p in sorted(folder.iterdir())}
     report = dataclasses.replace(report, artifacts=sizes, stages=(*report.stages, *stages.timings))
     (folder / "report.json").write_text(report.to_json(), encoding="utf-8")

@@ -157,6 +157,22 @@ Encoders = Annotated[
         rich_help_panel=_METHOD,
     ),
 ]
+Format = Annotated[
+    str,
+    typer.Option(
+        help="What to write: auto is what the name of --out says, deepseek a folder that stock transformers loads as "
+        "DeepSeek-V3 (and takes --layout deepseek).",
+        rich_help_panel=_OUTPUT,
+    ),
+]
+Preset = Annotated[
+    str,
+    typer.Option(
+        help="With --format deepseek: flashmla is 512 latent entries and 64 rotating channels, zeros included.",
+        show_default=False,
+        rich_help_panel=_OUTPUT,
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 
@@ -206,6 +222,11 @@ def convert(
         bool,
         typer.Option("--inline", help="Standard operators only, no LatentAttention nodes.", rich_help_panel=_OUTPUT),
     ] = False,
+    format: Format = "auto",
+    preset: Preset = "none",
+    shard_size: Annotated[
+        float, typer.Option(min=0.001, help="GB per file of weights, with --format deepseek.", rich_help_panel=_OUTPUT)
+    ] = 5.0,
     force: Annotated[bool, typer.Option("--force", help="Replace existing files.", rich_help_panel=_OUTPUT)] = False,
     max_ppl_ratio: Annotated[
         float | None,
@@ -226,7 +247,9 @@ def convert(
 
     config = make_config(
         method=method,
-        layout=layout,
+        layout="deepseek" if format == "deepseek" else layout,
+        format=format,
+        preset=preset,
         selection=selection,
         rope_dims=rope_dims,
         svd=svd,
@@ -263,8 +286,11 @@ def convert(
             unsafe_load=unsafe_load,
             display=shown,
         )
-        if out.suffix == ".onnx":
-            report: Report | EncoderReport | Seq2SeqReport = compiled.to_onnx(out, force=force, display=shown)
+        report: Report | EncoderReport | Seq2SeqReport
+        if config.format == "deepseek" and isinstance(compiled, api.CompiledModel):
+            report = compiled.to_deepseek(out, shard_bytes=int(shard_size * 1e9), force=force, display=shown)
+        elif out.suffix == ".onnx":
+            report = compiled.to_onnx(out, force=force, display=shown)
         else:
             report = compiled.save(out, force=force)
     if as_json:
@@ -534,7 +560,23 @@ def tensorrt(
     typer.echo(f"Build an engine of its standard operators with:\n{engine_command(out, rows, batch, prompt, room)}")
 
 
-_COMMANDS = frozenset({"convert", "inspect", "plan", "run", "eval", "tensorrt"})
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(help="A folder written with --format deepseek.")],
+    as_json: AsJson = False,
+) -> None:
+    """Check a DeepSeek checkpoint: stock transformers against what the converted module answered."""
+    from mla_compile import display
+    from mla_compile.checkpoint_folder import verify_folder
+
+    error, greedy = verify_folder(folder)
+    if as_json:
+        typer.echo(json.dumps({"error": error, "greedy": greedy}))
+    else:
+        display.show_check(folder, error, greedy)
+
+
+_COMMANDS = frozenset({"convert", "inspect", "plan", "run", "eval", "verify", "tensorrt"})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

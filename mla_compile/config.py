@@ -31,6 +31,10 @@ class CompileConfig(BaseModel):
         uniform_rank: The same latent rank in all layers: the one that fits the smallest of them.
         layout: What caches may look like (``fisher``, ``transmla``): ``free``, or ``deepseek`` for what a stock
             DeepSeek-V3 checkpoint can express: one rank, and one even table of frequencies with one component each.
+        format: What will be written: ``auto`` is what the name of the file or folder says, ``deepseek`` a folder with
+            such a checkpoint.
+        preset: ``flashmla`` fills such a checkpoint up with zeros to the sizes that FlashMLA is written for, and asks
+            for these sizes where no others are given.
         exact: Keep every rotating channel and the full rank: the result must equal the original.
         gradients: Whether ``fisher`` runs the model backward too; without, the output projection says what an error of
             an attention output is worth.
@@ -54,6 +58,8 @@ class CompileConfig(BaseModel):
     kv_rank: int | None = Field(default=None, ge=1)
     uniform_rank: bool = False
     layout: Literal["free", "deepseek"] = "free"
+    format: Literal["auto", "deepseek"] = "auto"
+    preset: Literal["none", "flashmla"] = "none"
     exact: bool = False
     gradients: bool = True
     calibration_tokens: int = Field(default=65536, ge=1)
@@ -86,6 +92,10 @@ class CompileConfig(BaseModel):
 
     @model_validator(mode="after")
     def _settings_of_the_layout(self) -> CompileConfig:
+        if self.format == "deepseek" and self.layout == "free":
+            raise ValueError("the format deepseek needs the layout deepseek")
+        if self.preset != "none" and self.format != "deepseek":
+            raise ValueError(f"the preset {self.preset} belongs to the format deepseek")
         if self.layout == "free":
             return self
         if self.exact:

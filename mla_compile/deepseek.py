@@ -2,19 +2,34 @@
 
 All layers have one rank and one rope key for all heads, of one length. It has one component for every frequency of one
 table: ``theta^(-2i / rope_dims)``, or the table that the model itself rotates by, whatever its scaling. A row of the
-cache is the latent and the rope key; logits are scaled and nothing else. Biases of queries are no obstacle: a query
-latent with one constant entry carries them.
+cache is the latent and the rope key; logits are scaled and nothing else. Biases are no obstacle in transformers, where
+a query latent with one constant entry carries those of queries, but serving engines do not read them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mla_compile.config import CompileConfig
 from mla_compile.errors import RefusedError, UsageError
+from mla_compile.plan import latent_budget
 from mla_compile.site import AttentionSite, Rejection
 
-__all__ = ["DeepSeekShape", "deepseek_shape", "require_expressible", "require_table", "rope_table"]
+__all__ = [
+    "FLASHMLA",
+    "DeepSeekShape",
+    "deepseek_shape",
+    "require_expressible",
+    "require_table",
+    "rope_table",
+    "same_frequency",
+    "with_preset",
+]
+
+FLASHMLA = (512, 64)
+"""Latent entries and rotating channels that FlashMLA's kernels are written for."""
 
 _SAME = 1e-5
 """Relative difference of frequencies that are taken to be one: models compute them in float32."""
@@ -84,6 +99,39 @@ def rope_table(site: AttentionSite, rope_dims: int) -> tuple[float, ...] | None:
     return None if theta is None or not rope_dims else _geometric(theta, rope_dims // 2)
 
 
+def with_preset(config: CompileConfig, site: AttentionSite) -> CompileConfig:
+    """The settings of a preset, where the user gave none.
+
+    Args:
+        config: What the user asked for.
+        site: Any layer; all are alike.
+
+    Raises:
+        UsageError: Sizes that were asked for do not fit it.
+        RefusedError: The model's frequencies do not fit it.
+    """
+    if config.preset == "none":
+        return config
+    rank, dims = FLASHMLA
+    rope = config.rope_dims
+    if rope is None and rope_table(site, dims) is None:
+        rope = site.rope.rotary_dim
+    elif rope is None:  # as many as may rotate, and zeros can fill up
+        rope = dims if 2 * latent_budget(site, config) >= dims else math.gcd(dims, site.rope.rotary_dim)
+    if config.rope_dims is None and dims % rope:
+        raise RefusedError(
+            f"FlashMLA rotates {dims} channels, and the scaled frequencies of this model take {rope}.",
+            "Leave --preset out.",
+        )
+    if (config.kv_rank or 0) > rank or not rope or dims % rope:
+        raise UsageError(
+            f"FlashMLA reads {rank} latent entries and {dims} rotating channels, and zeros fill up what is missing.",
+            f"Give at most --kv-rank {rank}, and a divisor of {dims} as --rope-dims, or leave them out.",
+        )
+    sized = config.kv_rank is not None or config.cache_ratio is not None
+    return config.model_copy(update={"rope_dims": rope, "kv_rank": config.kv_rank if sized else rank})
+
+
 def _theta(site: AttentionSite) -> float | None:
     """The base of a layer's frequencies, to six digits; None where they are no unscaled geometric table."""
     own = sorted(site.rope.inv_freq, reverse=True)
@@ -98,8 +146,13 @@ def _geometric(theta: float, count: int) -> tuple[float, ...]:
     return tuple(theta ** (-i / count) for i in range(count))
 
 
+def same_frequency(first: float, second: float) -> bool:
+    """Whether two frequencies are taken to be one."""
+    return abs(first - second) <= _SAME * second
+
+
 def _alike(first: Sequence[float], second: Sequence[float]) -> bool:
-    return len(first) == len(second) and all(abs(a - b) <= _SAME * b for a, b in zip(first, second, strict=True))
+    return len(first) == len(second) and all(map(same_frequency, first, second))
 
 
 def _obstacle(site: AttentionSite, first: AttentionSite) -> str | None:

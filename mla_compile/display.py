@@ -26,6 +26,7 @@ __all__ = [
     "generation_row",
     "make_display",
     "plan_rows",
+    "show_check",
     "show_encoder_report",
     "show_generation",
     "show_layers",
@@ -256,10 +257,47 @@ def show_report(report: Report, out: Path) -> None:
             rows.append(["ONNX Runtime vs PyTorch", f"{v.lowering_error:.1e}, greedy {v.lowering_greedy:.0%} equal"])
         rows.append(["converted vs original", f"{v.conversion_error:.1e}, greedy {v.conversion_greedy:.0%} equal"])
         rows.append(["measured cache bytes per token", v.cache_bytes_per_token])
+    if report.checkpoint:
+        c = report.checkpoint
+        rows += [
+            ["checkpoint", f"DeepSeek-V3, latent {c.latent}, rope {c.rope}: {c.cache_bytes_per_token} bytes per token"],
+            ["transformers vs PyTorch", f"{c.error:.1e}, greedy {c.greedy:.0%} equal"],
+            ["norm of the latent changes it by", f"{c.norm_error:.1e} at most"],
+        ]
     rows.append(["written", f"{out} ({sum(report.artifacts.values()) / 2**20:.1f} MiB)"])
     _print_table(report.source, ["", "result"], rows)
+    _show_errors(report)
     for warning in report.warnings:
         print(f"warning: {warning}", file=sys.stderr)  # noqa: T201
+
+
+def _show_errors(report: Report) -> None:
+    """One row per converted layer, where there was text to measure on."""
+    rows = [
+        [
+            plan.site,
+            plan.path,
+            f"{plan.rope_groups} x {plan.rope_dims}",
+            plan.kv_rank,
+            _nats(forecast.predicted_loss),
+            _nats(error.loss),
+            f"{error.output:.1%}",
+        ]
+        for plan, forecast, error in zip(report.plans, report.forecasts, report.layer_errors, strict=False)
+    ]
+    if rows:
+        columns = ["#", "layer", "rope dims", "rank", "predicted loss", "measured loss", "output error"]
+        _print_table("Each layer by itself (losses in nats per token)", columns, rows)
+
+
+def _nats(loss: float | None) -> str:
+    return "" if loss is None else f"{loss:.4f}"
+
+
+def show_check(folder: Path, error: float, greedy: float) -> None:
+    """How a checkpoint answers."""
+    rows = [["logits vs the converted module", f"{error:.1e}"], ["greedy tokens", f"{greedy:.0%} equal"]]
+    _print_table(str(folder), ["", "result"], rows)
 
 
 def show_encoder_report(report: EncoderReport, out: Path) -> None:

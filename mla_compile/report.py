@@ -17,6 +17,7 @@ from mla_compile.progress import StageTiming
 from mla_compile.site import AttentionSite, Kind, Rejection
 
 __all__ = [
+    "CheckpointFacts",
     "LayerError",
     "LayerForecast",
     "Polish",
@@ -108,6 +109,14 @@ class LayerForecast:
     rope_own: tuple[bool, ...]
     predicted_loss: float | None = None
 
+    def to_dict(self) -> dict[str, Any]:
+        """The forecast as JSON-able data."""
+        return {
+            "rope_frequencies": list(self.rope_frequencies),
+            "rope_own": list(self.rope_own),
+            "predicted_loss": self.predicted_loss,
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class Polish:
@@ -122,6 +131,29 @@ class Polish:
     steps: int
     before: float
     after: float
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointFacts:
+    """A stock DeepSeek-V3 checkpoint that was written.
+
+    Attributes:
+        latent: Length of its latent, with the zeros that fill it up.
+        rope: Length of its rope key, likewise.
+        cache_bytes_per_token: What stock code caches in float32.
+        norm_error: Bound of the relative error that the norm of the latent makes, for any text.
+        error: Stock transformers against the converted PyTorch module: ``max |difference| / max |logit|``.
+        greedy: Equal greedy tokens of the two, as a fraction.
+        caveats: Why engines other than transformers would compute something else.
+    """
+
+    latent: int
+    rope: int
+    cache_bytes_per_token: int
+    norm_error: float
+    error: float
+    greedy: float
+    caveats: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -141,6 +173,7 @@ class Report:
         quality: Perplexities, if there was text.
         forecasts: What rotates in every converted layer, and what that should cost.
         deepseek: What a DeepSeek checkpoint says of all layers, if that layout was asked for.
+        checkpoint: The DeepSeek checkpoint that was written, if one was.
         layer_errors: What every converted layer costs by itself, if there was text.
         polish: What training did, if there was any.
         warnings: What the user should know.
@@ -158,6 +191,7 @@ class Report:
     quality: Quality | None = None
     forecasts: tuple[LayerForecast, ...] = ()
     deepseek: DeepSeekShape | None = None
+    checkpoint: CheckpointFacts | None = None
     layer_errors: tuple[LayerError, ...] = ()
     polish: Polish | None = None
     warnings: tuple[str, ...] = ()
@@ -174,7 +208,7 @@ class Report:
 
     @property
     def _forecast_layers(self) -> list[dict[str, Any]]:
-        return [dataclasses.asdict(f) for f in self.forecasts] or [{} for _ in self.sites]
+        return [f.to_dict() for f in self.forecasts] or [{} for _ in self.sites]
 
     @property
     def cache_bytes_before(self) -> int:
@@ -221,6 +255,7 @@ class Report:
                 )
             ],
             "deepseek": dataclasses.asdict(self.deepseek) if self.deepseek else None,
+            "checkpoint": dataclasses.asdict(self.checkpoint) if self.checkpoint else None,
             "kept": [summarise_site(r) for r in self.kept],
             "quality": dataclasses.asdict(self.quality) | {"ratio": self.quality.ratio} if self.quality else None,
             "polish": dataclasses.asdict(self.polish) if self.polish else None,

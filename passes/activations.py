@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from mla_compile.errors import RefusedError
 from mla_compile.passes.layout import Layout, Sizes, per_token, token_axes
 from mla_compile.passes.operands import norm_scale, normalised
 from mla_compile.passes.turned import turn_back
@@ -111,8 +112,8 @@ def observe_sites(
         slopes: Sequence[Tensor | None] = [None] * len(sites)
         with torch.set_grad_enabled(gradients):
             logits = watcher.observe(ids.shape, program.inputs(ids))
-            if gradients:  # by the outputs only: the model's parameters are the user's
-                slopes = torch.autograd.grad(_next_token_loss(logits, ids), [attended[s.output] for s in sites])
+            if gradients:
+                slopes = _slopes(_next_token_loss(logits, ids), [attended[s.output] for s in sites])
         found = [_of_site(site, seen, slope, len(ids)) for site, slope in zip(sites, slopes, strict=True)]
         seen.clear()
         attended.clear()
@@ -151,6 +152,21 @@ def _printed(projection: Projection) -> str:
 def _next_token_loss(logits: Tensor, ids: Tensor) -> Tensor:
     scored = logits[:, :-1].float()
     return F.cross_entropy(scored.reshape(-1, scored.shape[-1]), ids[:, 1:].reshape(-1), reduction="sum")
+
+
+def _slopes(loss: Tensor, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Derivatives of the loss by attention outputs only: the model's parameters are the user's.
+
+    Raises:
+        RefusedError: Something in the model has no derivative.
+    """
+    try:
+        return torch.autograd.grad(loss, outputs)
+    except RuntimeError as error:  # NotImplementedError too
+        raise RefusedError(
+            f"The model cannot be run backward ({str(error).splitlines()[0].rstrip('.')}).",
+            "Pass --no-gradients (gradients=False in Python).",
+        ) from error
 
 
 def _heads(site: AttentionSite, output: Tensor, batch: int) -> Tensor:

@@ -58,9 +58,11 @@ class JointFactors:
 
 
 def joint_factors(
-    site: AttentionSite, weights: SiteWeights, statistics: SiteStatistics, split: RopeSplit
+    site: AttentionSite, weights: SiteWeights, statistics: SiteStatistics, split: RopeSplit, *, centred: bool = True
 ) -> JointFactors:
     """Factorise the rest of the keys and the values together, in units of the loss.
+
+    Latents are ``centred`` where biases allow it, and so bring biases with them.
 
     Norms of keys weigh tokens and heads (:func:`~mla_compile.passes.statistics.key_weighting`): a head by its own mean
     squared scale, exactly; tokens, for keys and values alike, halfway between how keys weigh them and how values do.
@@ -70,7 +72,7 @@ def joint_factors(
     width, kv_heads = rows.shape[1], site.kv_heads
     factors, _, of_keys = key_weighting(site, statistics)
     mean, moment = torch.zeros_like(statistics.mean), (statistics.moment + of_keys) / 2
-    if not (site.key_bias_matters or site.value_bias_matters):
+    if centred and not (site.key_bias_matters or site.value_bias_matters):
         mean, moment = statistics.mean, moment - torch.outer(statistics.mean, statistics.mean)
 
     query = split.query_rest @ statistics.query @ split.query_rest.mT * site.scale**2
@@ -188,7 +190,8 @@ def fisher(task: Task) -> Choice:
         if table is not None:
             found = found.aimed_at(torch.tensor(table, dtype=torch.float64))
         split = split_rope(layer.site, found, components, own, once=even)
-        return split, joint_factors(layer.site, layer.original, layer.statistics, split)
+        # Serving engines read no biases from such a checkpoint.
+        return split, joint_factors(layer.site, layer.original, layer.statistics, split, centred=not even)
 
     def weights_of(sizes: Sequence[LayerSizes]) -> tuple[LatentWeights, ...]:
         return tuple(

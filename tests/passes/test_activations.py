@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 import zoo
 
+from mla_compile.errors import RefusedError
 from mla_compile.passes.activations import attend_site, observe_outputs, observe_sites
+from mla_compile.passes.recognise import recognise
 
 # Both sides run in float32 and in another order of sums: some tens of roundings of 6e-8, relative to the largest.
 CLOSE = 1e-5
@@ -166,3 +168,17 @@ def test_every_batch_is_looked_at_anew(programs):
     look(second)
     for before, after in zip(alone, look(first), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(vars(before).values(), vars(after).values(), strict=True))
+
+
+class SilentLM(zoo.TinyLM):
+    """A model that lets no gradient through."""
+
+    def forward(self, ids):
+        return super().forward(ids).detach()
+
+
+def test_a_model_without_derivatives_is_refused():
+    program = zoo.program_of(zoo.model(zoo.HalfRope, kind=SilentLM))
+    look = observe_sites(program, recognise(program).sites, gradients=True)
+    with pytest.raises(RefusedError, match=r"cannot be run backward .*\. Pass --no-gradients"):
+        look(IDS)

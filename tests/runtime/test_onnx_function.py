@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import astuple, replace
 from itertools import product
 
 import onnx
@@ -212,9 +212,17 @@ def test_every_variant_equals_the_operator(op_type, variant, step):
 
 
 @pytest.mark.parametrize("inline", [None, onnx.inliner.inline_local_functions, InlinePass()])
-def test_all_variants_live_in_one_model(inline):
-    """Variants of one function are told apart by ONNX Runtime, by ONNX's inliner and by that of ``onnx_ir``."""
-    all_cases = [case_of(op_type, variant) for op_type, variants in VARIANTS.items() for variant in variants]
+def test_variants_live_in_one_model(inline):
+    """Variants of one function are told apart by ONNX Runtime, by ONNX's inliner and by that of ``onnx_ir``.
+
+    Those with one feature at most, and those with all: ONNX Runtime takes minutes for a model of every one.
+    """
+    all_cases = [
+        case_of(op_type, variant)
+        for op_type, variants in VARIANTS.items()
+        for variant in variants
+        if sum(astuple(variant)) <= 1 or variant == variants[-1]
+    ]
     nodes, functions, inputs, outputs, x, expected = [], [], {}, {}, {}, []
     for i, case in enumerate(all_cases):
         shapes, tensors = dimensions(case), case.tensors(torch.float32)

@@ -1,0 +1,284 @@
+"""Write a stock checkpoint as a Hugging Face folder, and check that stock transformers answers as the module does.
+
+What the converted module answered is kept in the folder, so that the folder can be checked where it is taken to.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mla_compile import huggingface
+from mla_compile.artifacts import check_neighbours, check_place, copy_assets, finished, moved_into
+from mla_compile.checkpoint import Checkpoint, stock_checkpoint
+from mla_compile.errors import LoadError, UsageError
+from mla_compile.evaluate import relative_error
+from mla_compile.program import Assets
+from mla_compile.progress import Stages
+from mla_compile.report import CheckpointFacts, Report
+from mla_compile.runtime.generate import generate
+from mla_compile.runtime.module import LatentModel
+from mla_compile.verify import TorchDecoder, require_equal
+
+__all__ = ["DEFAULT_SHARD", "check_folder", "verify_folder", "write_checkpoint"]
+
+DEFAULT_SHARD = 5 * 10**9
+"""Bytes per file of weights, at most."""
+_GREEDY = 64
+_PROMPT = 64
+_KEPT = 2**22
+"""Logits that are kept to compare with, at most."""
+_EXPECTED, _WEIGHTS = "expected.npz", "model.safetensors"
+
+
+@dataclass(frozen=True)
+class _Expected:
+    """What the converted module answered.
+
+    Attributes:
+        ids: ``[length]`` tokens, of which the last ``greedy`` were its own most likely ones.
+        greedy: How many.
+        logits: ``[positions, vocabulary]`` of the last positions.
+    """
+
+    ids: Tensor
+    greedy: int
+    logits: Tensor
+
+
+def check_folder(path: Path, force: bool) -> None:
+    """Refuse a folder that cannot be written, before any work is done.
+
+    Raises:
+        UsageError: It is a file, is not empty, or its own folder cannot be written.
+    """
+    if path.suffix in (".onnx", ".safetensors", ".json") or path.is_file():
+        raise UsageError(f"'{path}' names a file, and a checkpoint is a folder.", "Name a folder.")
+    check_place(path, force)
+
+
+def write_checkpoint(
+    module: LatentModel,
+    report: Report,
+    assets: Assets,
+    path: Path,
+    checks: Tensor | None,
+    *,
+    shard: int,
+    force: bool,
+    stages: Stages,
+) -> Report:
+    """Write a converted model as a stock DeepSeek-V3 checkpoint; the folder is there only when the check passed.
+
+    Args:
+        module: The converted model.
+        report: What was done so far.
+        assets: Configuration and tokenizer of the original.
+        path: The folder.
+        checks: Token ids ``[batch, length]`` to compare on; random ones when None.
+        shard: Bytes per file of weights, at most; a larger tensor has a file of its own.
+        force: Replace existing files.
+        stages: Times and shows what runs.
+
+    Returns:
+        The completed report, also written as ``report.json``.
+
+    Raises:
+        UsageError: The folder cannot be written, or the model was converted with another layout.
+        LoadError: The model has no configuration.
+        RefusedError: Its blocks are not those of such a checkpoint.
+        VerificationError: Stock transformers computes something else.
+    """
+    check_folder(path, force)
+    checkpoint = stock_checkpoint(module, report, assets.config)
+    assets = dataclasses.replace(assets, config=checkpoint.config)
+    check_neighbours(path, report.source, assets, force)
+    with moved_into(path) as folder:
+        copy_assets(assets, folder)
+        with stages.stage("write checkpoint"):
+            _write_weights(checkpoint, folder, shard)
+        (folder / "mla_config.yaml").write_text(yaml.safe_dump(dict(report.config), sort_keys=False), encoding="utf-8")
+        with stages.stage("verify checkpoint"):
+            expected = _answers(module, checks, checkpoint)
+            _keep(expected, folder)
+            error, greedy = _compare(folder, expected)
+        facts = CheckpointFacts(
+            latent=int(checkpoint.config["kv_lora_rank"]),
+            rope=int(checkpoint.config["qk_rope_head_dim"]),
+            cache_bytes_per_token=checkpoint.cached_elements * report.bytes_per_element,
+            norm_error=checkpoint.norm_error,
+            error=error,
+            greedy=greedy,
+            caveats=checkpoint.caveats,
+        )
+        report = dataclasses.replace(
+            report,
+            checkpoint=facts,
+            warnings=(*report.warnings, *(f"this checkpoint is for transformers only: {c}" for c in facts.caveats)),
+        )
+        (folder / "README.md").write_text(_card(report, facts), encoding="utf-8")
+        report = finished(report, folder, stages)
+        written = {file.name for file in folder.iterdir()}
+    for file in path.glob("model*.safetensors*"):
+        if file.name not in written:  # of an earlier checkpoint, which --force replaced
+            file.unlink()
+    return report
+
+
+def verify_folder(folder: Path) -> tuple[float, float]:
+    """Load a checkpoint in stock transformers, and compare it with what the converted module answered.
+
+    Args:
+        folder: A folder written by :func:`write_checkpoint`.
+
+    Returns:
+        The relative error of its logits, and the share of greedy tokens that are equal.
+
+    Raises:
+        LoadError: It is no such folder, or cannot be loaded.
+        VerificationError: It answers something else.
+    """
+    try:
+        with np.load(folder / _EXPECTED, allow_pickle=False) as kept:
+            ids, logits = (torch.from_numpy(kept[name]) for name in ("ids", "logits"))
+            expected = _Expected(ids, int(kept["greedy"]), logits)
+    except (OSError, ValueError, KeyError) as error:
+        raise LoadError(
+            f"'{folder}' holds no '{_EXPECTED}' with the answers to compare with.",
+            "Give a folder written by mla-compile with --format deepseek.",
+        ) from error
+    return _compare(folder, expected)
+
+
+def _write_weights(checkpoint: Checkpoint, folder: Path, limit: int) -> None:
+    """Write files of at most ``limit`` bytes, named and cut as transformers names and cuts them."""
+    cuts = list(_cut(checkpoint.shapes, limit))
+    tensors = checkpoint.tensors()
+    index: dict[str, str] = {}
+    for number, names in enumerate(cuts, 1):
+        file = _WEIGHTS if len(cuts) == 1 else f"model-{number:05d}-of-{len(cuts):05d}.safetensors"
+        save_file(dict(itertools.islice(tensors, len(names))), folder / file, {"format": "pt"})
+        shutil.copymode(folder / "config.json", folder / file)  # safetensors lets nobody else read it
+        index |= dict.fromkeys(names, file)
+    if len(cuts) > 1:
+        numbers = sum(shape.numel() for shape in checkpoint.shapes.values())
+        total = {"total_parameters": numbers, "total_size": numbers * torch.float32.itemsize}
+        content = {"metadata": total, "weight_map": index}
+        text = json.dumps(content, indent=2, sort_keys=True) + "\n"
+        (folder / f"{_WEIGHTS}.index.json").write_text(text, encoding="utf-8")
+
+
+def _cut(shapes: Mapping[str, torch.Size], limit: int) -> Iterator[list[str]]:
+    names: list[str] = []
+    held = 0
+    for name, shape in shapes.items():
+        size = shape.numel() * torch.float32.itemsize
+        if names and held + size > limit:
+            yield names
+            names, held = [], 0
+        names.append(name)
+        held += size
+    yield names
+
+
+def _answers(module: LatentModel, checks: Tensor | None, checkpoint: Checkpoint) -> _Expected:
+    """What the module says on some text, and how it goes on."""
+    if checks is None:
+        vocabulary = int(checkpoint.config["vocab_size"])
+        checks = torch.randint(0, vocabulary, (1, _PROMPT), generator=torch.Generator().manual_seed(0))
+    longest = int(checkpoint.config["max_position_embeddings"])
+    prompt = checks[0, : min(_PROMPT, max(1, longest - _GREEDY))].tolist()
+    count = max(1, min(_GREEDY, longest - len(prompt)))
+    ids = torch.tensor(prompt + generate(TorchDecoder(module), [prompt], count)[0])
+    with torch.inference_mode():
+        logits = module(ids[None]).logits[0].float()
+    return _Expected(ids, count, logits[-max(count + 1, _KEPT // logits.shape[1]) :].clone())
+
+
+def _keep(expected: _Expected, folder: Path) -> None:
+    values: dict[str, Any] = {"ids": expected.ids.numpy(), "greedy": expected.greedy, "logits": expected.logits.numpy()}
+    np.savez(folder / _EXPECTED, **values)
+
+
+def _compare(folder: Path, expected: _Expected) -> tuple[float, float]:
+    """Relative error of a folder's logits in stock transformers, and the share of equal greedy tokens.
+
+    Logits are those of the whole text at once, and of its last part token by token with a cache. Where they pass, other
+    tokens follow only where two were as likely.
+
+    Raises:
+        VerificationError: Logits differ by more than rounding.
+    """
+    model: Any = huggingface.read_checkpoint(str(folder), "sdpa")
+    ids, count = expected.ids[None], expected.greedy
+    with torch.inference_mode():
+        whole = model(ids, use_cache=False).logits[0, -len(expected.logits) :]
+        step = model(ids[:, :-count], use_cache=True)
+        steps = [step.logits[0, -1]]
+        for token in ids[0, -count:-1]:
+            step = model(token.view(1, 1), past_key_values=step.past_key_values, use_cache=True)
+            steps.append(step.logits[0, -1])
+    cached = torch.stack(steps)
+    error = max(relative_error(whole, expected.logits), relative_error(cached, expected.logits[-count - 1 : -1]))
+    require_equal("The checkpoint in stock transformers", "the converted PyTorch module", error)
+    return error, float((cached.argmax(-1) == expected.ids[-count:]).float().mean())
+
+
+def _card(report: Report, facts: CheckpointFacts) -> str:
+    """The model card."""
+    name = Path(report.source).name
+    lines = [
+        "---",
+        "library_name: transformers",
+        f"base_model: {name}",
+        "tags: [mla, deepseek_v3, mla-compile]",
+        "---",
+        "",
+        f"# {name} with multi-head latent attention",
+        "",
+        f"Converted from `{name}` by mla-compile; the attention of every layer caches one latent of {facts.latent} "
+        f"numbers and one rope key of {facts.rope} per token. The architecture is stock `DeepseekV3ForCausalLM`, "
+        "all layers dense: there is no remote code.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| cache bytes per token, float32 | {report.cache_bytes_before} -> {facts.cache_bytes_per_token} |",
+        *_quality(report),
+        f"| checkpoint in transformers against the converted module | {facts.error:.1e} of the largest logit |",
+        f"| greedy tokens of the two that are equal | {facts.greedy:.0%} |",
+        f"| norm of the latent, which is made to do nothing | changes it by less than {facts.norm_error:.1e} |",
+        "",
+        *_usage(facts.caveats),
+        "",
+        "`mla-compile verify FOLDER` repeats the check with what the converted module answered (`expected.npz`). "
+        "Settings are in `mla_config.yaml`, everything else in `report.json`.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _quality(report: Report) -> list[str]:
+    if report.quality is None:
+        return []
+    text = "held-out" if report.quality.held_out else "calibration"
+    change = f"{report.quality.original:.4f} -> {report.quality.converted:.4f}"
+    return [f"| perplexity, {report.quality.tokens} {text} tokens | {change} |"]
+
+
+def _usage(caveats: Sequence[str]) -> list[str]:
+    lines = ["Load it in float32 or bfloat16; float16 cannot hold the small latents in front of their norm."]
+    if caveats:
+        return [*lines, "", f"Only transformers computes this checkpoint: {'; '.join(caveats)}."]
+    return [*lines, "", "vLLM and SGLang have the same architecture, but neither was run on this checkpoint."]

@@ -1,0 +1,333 @@
+"""DeepSeek checkpoints: stock transformers computes what the converted module does, or the export refuses."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import io
+import json
+import math
+import shutil
+from pathlib import Path
+
+import models
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mla_compile import api
+from mla_compile.checkpoint import require_blocks, stock_checkpoint
+from mla_compile.checkpoint_folder import check_folder, verify_folder, write_checkpoint
+from mla_compile.cli import main
+from mla_compile.config import make_config
+from mla_compile.deepseek import with_preset
+from mla_compile.errors import LoadError, RefusedError, UsageError, VerificationError
+from mla_compile.frontend import capture
+from mla_compile.passes.methods import METHODS
+from mla_compile.passes.recognise import recognise
+from mla_compile.passes.task import Task
+from mla_compile.progress import Stages
+from mla_compile.report import Report
+from mla_compile.runtime.generate import generate
+from mla_compile.verify import TorchDecoder
+
+TOLERANCE = 1e-5
+"""Of the largest logit: float32 through two layers, with other matrices between the same numbers, stays below 1e-6."""
+SHARED = Path(__file__).parents[1].parent / "shared"
+
+
+def wide():
+    """Heads that are wider than the model, and an epsilon that is not the stock code's."""
+    return models.llama(num_key_value_heads=4, head_dim=24, rms_norm_eps=1e-5)
+
+
+@pytest.fixture(scope="session")
+def conversions(programs):
+    """Converted modules by the name of the original, made at first use."""
+    found = {}
+
+    def call(name, **settings):
+        if name not in found:
+            if name == "wide":
+                program = capture(wide(), None)
+                sites = recognise(program).sites
+            else:
+                program, sites = programs[name].program, programs[name].sites
+            config = make_config(
+                method="transmla", layout="deepseek", format="deepseek", kv_rank=20, gradients=False, **settings
+            )
+            task = Task(program, sites, (), config, models.tokens(4, 24))
+            choice = METHODS[config.method](task)
+            report = Report(
+                source=program.source,
+                config=config.model_dump(),
+                sites=sites,
+                plans=choice.plans,
+                bytes_per_element=4,
+                selection=config.method,
+                forecasts=choice.forecasts,
+                deepseek=choice.deepseek,
+            )
+            found[name] = task.rewrite(choice.weights), report, program.assets
+        return found[name]
+
+    return call
+
+
+def write(conversion, folder, *, shard=10**9, force=False, checks=None, **changes):
+    module, report, assets = conversion
+    report = dataclasses.replace(report, config={**report.config, **changes})
+    return write_checkpoint(module, report, assets, folder, checks, shard=shard, force=force, stages=Stages())
+
+
+def stock(folder):
+    """The folder as anybody reads it."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert type(model).__module__ == "transformers.models.deepseek_v3.modeling_deepseek_v3"
+    return model.eval()
+
+
+MODELS = {
+    "wide": {"rope_dims": 6},
+    "smollm": {"rope_dims": 8},
+    "llama-llama3-rope": {},
+    "llama-yarn": {},
+    "qwen2": {"rope_dims": 8},
+    "llama-attention-bias": {"rope_dims": 8},
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_stock_transformers_computes_the_same(conversions, name, tmp_path):
+    """All logits of a batch, and 64 tokens as it generates them with its own cache."""
+    module, _, _ = conversion = conversions(name, **MODELS[name])
+    report = write(conversion, tmp_path / "out")
+    model = stock(tmp_path / "out")
+    ids = models.tokens(3, 40, seed=7)
+    with torch.no_grad():
+        expected, got = module(ids).logits, model(ids).logits
+        assert (got - expected).abs().max() <= TOLERANCE * expected.abs().max()
+        prompt = ids[:1, :8]
+        written = model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), do_sample=False, min_new_tokens=64, max_new_tokens=64
+        )
+    ours = generate(TorchDecoder(module), [prompt[0].tolist()], 64)[0]
+    if 0 not in ours:  # the end of text, which generate suppresses to go on
+        assert written[0, 8:].tolist() == ours
+    assert report.checkpoint.error <= TOLERANCE
+    assert report.checkpoint.greedy == 1
+    assert model.config.head_dim == report.deepseek.rope_dims == 2 * len(report.forecasts[0].rope_frequencies)
+
+
+def test_only_biases_and_scaled_rotations_are_for_transformers_only(conversions):
+    found = {}
+    for name, settings in MODELS.items():
+        module, report, assets = conversions(name, **settings)
+        found[name] = stock_checkpoint(module, report, assets.config).caveats
+    assert [name for name, caveats in found.items() if not caveats] == ["wide", "smollm"]
+    assert "biases" in found["qwen2"][0]
+    assert "'llama3'" in found["llama-llama3-rope"][0]
+
+
+def test_every_norm_has_the_epsilon_that_engines_read_from_the_configuration(conversions, tmp_path):
+    """transformers gives norms of latents its own; engines that give them the model's must compute the same."""
+    write(conversions("wide", **MODELS["wide"]), tmp_path / "out")
+    model = stock(tmp_path / "out")
+    found = {m.variance_epsilon for m in model.modules() if hasattr(m, "variance_epsilon")}
+    assert found == {model.config.rms_norm_eps}
+
+
+@pytest.mark.parametrize("name", ["wide", "qwen2"])
+def test_norms_of_latents_do_nothing(conversions, name, tmp_path):
+    """The measured error of every latent norm is below the bound that is reported, but for rounding."""
+    report = write(conversions(name, **MODELS[name]), tmp_path / "out")
+    model = stock(tmp_path / "out").double()
+    worst = []
+
+    def compare(norm, inputs, output):
+        plain = norm.weight * inputs[0] / math.sqrt(norm.variance_epsilon)
+        worst.append(float(((output - plain).abs() / plain.abs().clamp(min=1e-300)).max()))
+
+    for path, part in model.named_modules():
+        if path.endswith("a_layernorm"):
+            part.register_forward_hook(compare)
+    with torch.no_grad():
+        model(models.tokens(2, 30))
+    assert len(worst) == (4 if name == "qwen2" else 2)
+    rounding = 3e-7  # the norm itself is computed in float32
+    assert max(worst) <= report.checkpoint.norm_error + rounding
+    assert report.checkpoint.norm_error < 1e-9
+
+
+def test_large_latents_are_refused(conversions):
+    module, report, assets = conversions("wide", **MODELS["wide"])
+    module = copy.deepcopy(module)
+    holder = module.graph.get_submodule(f"{report.sites[0].path}.latent_0")
+    with torch.no_grad():
+        holder.row.mul_(1e5)
+    with pytest.raises(RefusedError, match=r"might change them by 9.*e-02"):
+        stock_checkpoint(module, report, assets.config)
+
+
+def test_written_again_by_transformers_it_is_the_same(conversions, tmp_path):
+    """Files, names and bytes of the weights, in one file and in several; and our own bytes are reproducible."""
+    conversion = conversions("smollm", **MODELS["smollm"])
+    for shard in (10**9, 40_000):
+        write(conversion, tmp_path / "first", shard=shard, force=True)
+        write(conversion, tmp_path / "second", shard=shard, force=True)
+        stock(tmp_path / "first").save_pretrained(tmp_path / "again", max_shard_size=shard)
+        names = {f.name for f in (tmp_path / "first").glob("model*")}
+        assert names == {f.name for f in (tmp_path / "again").glob("model*")}
+        assert len(names) > 3 if shard == 40_000 else names == {"model.safetensors"}
+        for file in (tmp_path / "first").iterdir():
+            if file.name != "report.json":  # times
+                assert file.read_bytes() == (tmp_path / "second" / file.name).read_bytes()
+            if file.name in names:
+                assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
+        shutil.rmtree(tmp_path / "again")
+
+
+def test_an_earlier_checkpoint_leaves_nothing_behind(conversions, tmp_path):
+    conversion = conversions("smollm", **MODELS["smollm"])
+    write(conversion, tmp_path / "out", shard=40_000)
+    with pytest.raises(UsageError, match="exists already"):
+        write(conversion, tmp_path / "out")
+    write(conversion, tmp_path / "out", force=True)
+    assert [f.name for f in (tmp_path / "out").glob("model*")] == ["model.safetensors"]
+
+
+def test_flashmla_sizes_are_filled_up_with_zeros(conversions, tmp_path):
+    report = write(conversions("smollm", **MODELS["smollm"]), tmp_path / "out", preset="flashmla")
+    assert (report.checkpoint.latent, report.checkpoint.rope) == (512, 64)
+    assert report.checkpoint.cache_bytes_per_token == 2 * 576 * 4
+    weight = load_file(tmp_path / "out" / "model.safetensors")["model.layers.0.self_attn.kv_a_proj_with_mqa.weight"]
+    assert int(weight.any(1).sum()) == 20 + 8
+    assert report.checkpoint.error <= TOLERANCE
+
+
+def test_flashmla_sizes_are_asked_for(programs):
+    site = programs["llama-gqa"].sites[0]
+    settings = {"format": "deepseek", "layout": "deepseek", "preset": "flashmla"}
+    asked = with_preset(make_config(**settings), site)
+    assert (asked.kv_rank, asked.rope_dims) == (512, 64)
+    assert with_preset(make_config(**settings, cache_ratio=0.5, rope_dims=32), site).kv_rank is None
+    assert with_preset(make_config(**settings), programs["llama-llama3-rope"].sites[0]).rope_dims == 16
+    for wrong in ({"kv_rank": 513}, {"rope_dims": 24}, {"rope_dims": 128}):
+        with pytest.raises(UsageError, match="512 latent entries and 64 rotating channels"):
+            with_preset(make_config(**settings, **wrong), site)
+    with pytest.raises(UsageError, match="belongs to the format deepseek"):
+        make_config(preset="flashmla")
+
+
+def test_sizes_above_those_of_the_preset_are_refused(conversions):
+    module, report, assets = conversions("smollm", **MODELS["smollm"])
+    shape = dataclasses.replace(report.deepseek, kv_rank=513)
+    report = dataclasses.replace(report, deepseek=shape, config={**report.config, "preset": "flashmla"})
+    with pytest.raises(RefusedError, match="this model has 513 and 8"):
+        stock_checkpoint(module, report, assets.config)
+
+
+def test_a_wrong_tensor_is_found_and_leaves_no_folder(conversions, tmp_path, monkeypatch):
+    from mla_compile import checkpoint
+
+    monkeypatch.setattr(checkpoint, "_output_bias", lambda layer: layer.rest["self_attn.o_proj.weight"][:, 0] * 0)
+    with pytest.raises(VerificationError, match="differs from the converted PyTorch module"):
+        write(conversions("qwen2", **MODELS["qwen2"]), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_folder_is_found(conversions, tmp_path):
+    write(conversions("smollm", **MODELS["smollm"]), tmp_path / "out")
+    assert verify_folder(tmp_path / "out") == (pytest.approx(0, abs=TOLERANCE), 1)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    config["rope_parameters"]["rope_theta"] = 20000.0
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(VerificationError):
+        verify_folder(tmp_path / "out")
+    (tmp_path / "out" / "expected.npz").unlink()
+    with pytest.raises(LoadError, match=r"holds no 'expected.npz'"):
+        verify_folder(tmp_path / "out")
+
+
+def test_other_blocks_are_refused_with_the_first_reason(programs):
+    captured = programs["llama-gqa"]
+    require_blocks(captured.program, captured.sites)
+    weights, norm = captured.program.exported.state_dict, "model.layers.1.input_layernorm"
+
+    def refused(changed):
+        exported = dataclasses.make_dataclass("Exported", ["state_dict"])(changed)
+        with pytest.raises(RefusedError) as caught:
+            require_blocks(dataclasses.replace(captured.program, exported=exported), captured.sites)
+        return caught.value.message
+
+    assert f"has no place for '{norm}.bias'" in refused({**weights, f"{norm}.bias": weights[f"{norm}.weight"]})
+    lacking = {name: value for name, value in weights.items() if name != "model.layers.0.mlp.gate_proj.weight"}
+    assert "a 'model.layers.0.mlp.gate_proj.weight', which it lacks" in refused(lacking)
+    with pytest.raises(LoadError, match="has no rms_norm_eps"):
+        require_blocks(programs["complex-llama"].program, programs["complex-llama"].sites)
+    config = {**captured.program.assets.config, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}
+    assets = dataclasses.replace(captured.program.assets, config=config)
+    with pytest.raises(RefusedError, match="scaled by 'dynamic'"):
+        require_blocks(dataclasses.replace(captured.program, assets=assets), captured.sites)
+
+
+def test_another_layout_and_other_places_are_refused(conversions, tmp_path):
+    module, report, assets = conversions("smollm", **MODELS["smollm"])
+    with pytest.raises(UsageError, match="layout free"):
+        stock_checkpoint(module, dataclasses.replace(report, deepseek=None), assets.config)
+    with pytest.raises(UsageError, match="the format deepseek needs the layout deepseek"):
+        make_config(format="deepseek")
+    with pytest.raises(UsageError, match="names a file"):
+        check_folder(tmp_path / "model.onnx", force=False)
+    check_folder(tmp_path / "Llama-3.2-1B-mla", force=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("qwen3", "norm"), ("gemma2", "soft-cap|window|norm"), ("mistral-window", "window")]
+)
+def test_attention_without_a_place_is_refused_before_any_work(programs, name, reason, tmp_path):
+    captured = programs[name]
+    with pytest.raises(RefusedError, match=reason):
+        api.compile(
+            captured.program.exported,
+            calibration=models.tokens(4, 24),
+            layout="deepseek",
+            format="deepseek",
+            out=tmp_path / "out",
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def run(*words):
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        code = main([str(w) for w in words])
+    return code, out.getvalue(), err.getvalue()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["stories260k", "gqa4m"])
+def test_trained_model_through_the_command_line(name, tmp_path):
+    from transformers import AutoTokenizer
+
+    model, text = SHARED / "models" / name, SHARED / "text" / "tinystories_train_head.txt"
+    for needed in (model, text):
+        if not needed.exists():
+            pytest.skip(f"{needed} is not there")
+    (tmp_path / "text.txt").write_text(text.read_text(encoding="utf-8")[:30_000], encoding="utf-8")
+    sizes = ["--kv-rank", 32, "--rope-dims", 8, "--method", "transmla"]
+    words = [model, "--out", tmp_path / "out", "--format", "deepseek", "--calibration", tmp_path / "text.txt", *sizes]
+    code, out, err = run(*words, "--json", "--quiet")
+    assert code == 0, err
+    facts = json.loads(out)["checkpoint"]
+    assert facts["error"] <= TOLERANCE
+    assert facts["greedy"] == 1
+    assert not facts["caveats"]
+    code, out, err = run("verify", tmp_path / "out", "--json")
+    assert code == 0, err
+    assert json.loads(out)["error"] <= TOLERANCE
+    same = [AutoTokenizer.from_pretrained(folder)("Once upon a time").input_ids for folder in (model, tmp_path / "out")]
+    assert same[0] == same[1]
+    assert run(*words)[0] == 2  # it is there already
