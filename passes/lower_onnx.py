@@ -407,8 +407,8 @@ def _add_functions(model: ir.Model, opset: int) -> None:
     model.opset_imports[DOMAIN] = VERSION
 
 
-def name_dimensions(model: ir.Model, names: Mapping[str, tuple[str, str]]) -> None:
-    """Give inputs and outputs the dimension names users know."""
+def name_dimensions(model: ir.Model, names: Mapping[str, tuple[str, ...]]) -> None:
+    """Give the first two dimensions of inputs and outputs, or the only one, the names users know."""
     for value in (*model.graph.inputs, *model.graph.outputs):
         dimensions = names.get(value.name or "")
         if dimensions is not None and value.shape is not None:

@@ -82,17 +82,16 @@ def lower_to_tensorrt_onnx(
     outputs = ["logits", *(f"present.{i}.latent" for i in layers)]
     model = exported_to_onnx(exported, inputs, outputs, opset)
     batch, new, room = "batch_size", "sequence_length", "cache_length"
-    name_dimensions(model, dict.fromkeys(("input_ids", "position_ids", "logits"), (batch, new)))
+    name_dimensions(
+        model, {**dict.fromkeys(("input_ids", "position_ids", "logits"), (batch, new)), "lengths": (batch,)}
+    )
     name_dimensions(model, dict.fromkeys((*inputs[3:], *outputs[1:]), (batch, room)))
-    _complete(model, opset)
+    _add_functions(model, opset)
     save(model, path, metadata)
 
 
-def _complete(model: ir.Model, opset: int) -> None:
-    """Add the functions, and name what has one dimension."""
-    for value in model.graph.inputs:
-        if value.name == "lengths":
-            value.shape = ir.Shape(["batch_size"])
+def _add_functions(model: ir.Model, opset: int) -> None:
+    """Add the functions that the nodes call."""
     for op_type in (APPEND, PARTIAL, COMBINE):
         made = ir.serde.deserialize_function(function(op_type, opset))
         model.functions[made.identifier()] = made

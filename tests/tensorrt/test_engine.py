@@ -17,7 +17,10 @@ LOGITS = 5e-3
 def trt():
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    trt = pytest.importorskip("tensorrt", reason="TensorRT is not installed: .[tensorrt]", exc_type=ImportError)
+    # This folder has its name, and would be imported as a package of nothing: of a module within that cannot happen.
+    pytest.importorskip("tensorrt.plugin", reason="TensorRT is not installed: .[tensorrt]", exc_type=ImportError)
+    import tensorrt as trt
+
     from mla_compile.runtime.tensorrt.plugins import register
 
     major, minor = torch.cuda.get_device_capability()
