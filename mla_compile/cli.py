@@ -543,6 +543,24 @@ def _check_eval(
 
 
 @app.command()
+def tensorrt(
+    folder: Annotated[Path, typer.Argument(help="A folder written by 'mla-compile convert MODEL --out FOLDER'.")],
+    out: Annotated[Path, typer.Option(help="The .onnx file to write.", rich_help_panel=_OUTPUT)],
+    splits: Annotated[int, typer.Option(min=1, max=64, help="Pieces that kernels cut every cache into.")] = 16,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences at most, in the command that is printed.")] = 8,
+    prompt: Annotated[int, typer.Option(min=1, help="New tokens at most, likewise.")] = 64,
+    room: Annotated[int, typer.Option(min=1, help="Tokens a cache has room for, likewise.")] = 4096,
+    force: Annotated[bool, typer.Option("--force", help="Replace existing files.", rich_help_panel=_OUTPUT)] = False,
+) -> None:
+    """Write a converted model for TensorRT: caches of fixed memory, and nodes that plugins can take."""
+    from mla_compile.tensorrt import engine_command, write_tensorrt_onnx
+
+    rows, error = write_tensorrt_onnx(folder, out, splits=splits, force=force)
+    typer.echo(f"{out}: in ONNX Runtime it equals the PyTorch module (largest relative difference {error:.1e}).")
+    typer.echo(f"Build an engine of its standard operators with:\n{engine_command(out, rows, batch, prompt, room)}")
+
+
+@app.command()
 def verify(
     folder: Annotated[Path, typer.Argument(help="A folder written with --format deepseek.")],
     as_json: AsJson = False,
@@ -558,7 +576,7 @@ def verify(
         display.show_check(folder, error, greedy)
 
 
-_COMMANDS = frozenset({"convert", "inspect", "plan", "run", "eval", "verify"})
+_COMMANDS = frozenset({"convert", "inspect", "plan", "run", "eval", "verify", "tensorrt"})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

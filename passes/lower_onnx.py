@@ -39,8 +39,11 @@ __all__ = [
     "EncoderFace",
     "export_encoder",
     "export_rewritten",
+    "exported_to_onnx",
     "lower_encoder_to_onnx",
     "lower_to_onnx",
+    "name_dimensions",
+    "save",
 ]
 
 EXTERNAL_DATA_BYTES = 1_500_000_000
@@ -116,17 +119,21 @@ def lower_to_onnx(
     inputs = [*INPUT_NAMES, *(f"past_key_values.{i}.latent" for i in range(layers)), *crossed]
     inputs += [ENCODER_MASK] if masked else []
     outputs = ["logits", *(f"present.{i}.latent" for i in range(layers))]
-    model = _exported_to_onnx(exported, inputs, outputs, opset)
-    _name_dimensions(
+    model = exported_to_onnx(exported, inputs, outputs, opset)
+    name_dimensions(
         model, {**{"input_ids": (batch, new), "position_ids": (batch, new)}, "attention_mask": (batch, total)}
     )
     # The rows of a layer with a window stop growing in number, and have a dimension of their own.
     own = [f"_of_window_{w}" if w else "" for w in cache_windows(module)]
-    _name_dimensions(model, {f"past_key_values.{i}.latent": (batch, f"{past}{w}") for i, w in enumerate(own)})
+    name_dimensions(model, {f"past_key_values.{i}.latent": (batch, f"{past}{w}") for i, w in enumerate(own)})
     presents = {f"present.{i}.latent": (batch, f"{total}{w}") for i, w in enumerate(own)}
-    _name_dimensions(model, {"logits": (batch, new)} | presents)
-    _name_dimensions(model, dict.fromkeys([*crossed, ENCODER_MASK], (batch, _ENCODER_LENGTH)))
-    _save(model, path, opset=opset, inline=inline, metadata=metadata)
+    name_dimensions(model, {"logits": (batch, new)} | presents)
+    name_dimensions(model, dict.fromkeys([*crossed, ENCODER_MASK], (batch, _ENCODER_LENGTH)))
+    _add_functions(model, opset)
+    if inline:
+        InlinePass()(model)
+        del model.opset_imports[DOMAIN]
+    save(model, path, metadata)
 
 
 @dataclass(frozen=True)
@@ -196,11 +203,11 @@ def lower_encoder_to_onnx(
         if node.target is torch.ops.mla.latent_attention.default:
             node.target = _unfolded_attention
     unfolded.recompile()
-    model = _exported_to_onnx(export_encoder(unfolded, face), face.inputs, list(face.outputs), opset)
+    model = exported_to_onnx(export_encoder(unfolded, face), face.inputs, list(face.outputs), opset)
     shapes = {name: face.program.user_inputs[name][1].shape for name in face.inputs} | dict(face.outputs)
     for value in (*model.graph.inputs, *model.graph.outputs):
         value.shape = ir.Shape(face.dimensions(shapes[value.name or ""]))
-    _save(model, path, opset=opset, inline=False, metadata=metadata)
+    save(model, path, metadata)
 
 
 def _unfolded_attention(
@@ -229,7 +236,8 @@ def _unfolded_attention(
     return attended, present
 
 
-def _exported_to_onnx(exported: ExportedProgram, inputs: Sequence[str], outputs: Sequence[str], opset: int) -> ir.Model:
+def exported_to_onnx(exported: ExportedProgram, inputs: Sequence[str], outputs: Sequence[str], opset: int) -> ir.Model:
+    """Translate an exported program; inputs and outputs get these names."""
     with _explained(), quiet_exporter():
         program = torch.onnx.export(
             exported,
@@ -245,12 +253,8 @@ def _exported_to_onnx(exported: ExportedProgram, inputs: Sequence[str], outputs:
     return program.model  # type: ignore[union-attr]
 
 
-def _save(model: ir.Model, path: Path, *, opset: int, inline: bool, metadata: Mapping[str, object]) -> None:
-    """Complete a model with functions, names and metadata, and write it."""
-    _add_functions(model, opset)
-    if inline:
-        InlinePass()(model)
-        del model.opset_imports[DOMAIN]
+def save(model: ir.Model, path: Path, metadata: Mapping[str, object]) -> None:
+    """Complete a model with names and metadata, and write it; weights above 1.5 GB go to ``<path>.data``."""
     model.producer_name = "mla-compile"
     model.graph.name = "latent_attention_model"
     model.metadata_props[METADATA_KEY] = json.dumps(metadata, sort_keys=True)
@@ -383,7 +387,7 @@ def _symbolic_node(
 
 
 def _add_functions(model: ir.Model, opset: int) -> None:
-    """Give every node of ours its overload, and the model the functions that its nodes call."""
+    """Give every node of ours its variant's name, and the model the functions that its nodes call."""
     for node in model.graph:
         if node.domain != DOMAIN:
             continue
@@ -397,15 +401,14 @@ def _add_functions(model: ir.Model, opset: int) -> None:
             bidirectional="bidirectional" in node.attributes,
             scaled_rope="scaled_rope" in node.attributes,
         )
-        node.overload = variant.overload
-        if node.op_identifier() not in model.functions:
-            function = ir.serde.deserialize_function(attention_function(node.op_type, opset, variant))
-            model.functions[function.identifier()] = function
+        function = ir.serde.deserialize_function(attention_function(node.op_type, opset, variant))
+        node.op_type = function.name
+        model.functions.setdefault(function.identifier(), function)
     model.opset_imports[DOMAIN] = VERSION
 
 
-def _name_dimensions(model: ir.Model, names: Mapping[str, tuple[str, str]]) -> None:
-    """Give inputs and outputs the dimension names users know."""
+def name_dimensions(model: ir.Model, names: Mapping[str, tuple[str, ...]]) -> None:
+    """Give the first two dimensions of inputs and outputs, or the only one, the names users know."""
     for value in (*model.graph.inputs, *model.graph.outputs):
         dimensions = names.get(value.name or "")
         if dimensions is not None and value.shape is not None:

@@ -6,8 +6,9 @@ themselves are attended to, so that the cache is read twice per step and never e
 
 Inputs, outputs and their shapes are those of :func:`mla_compile.runtime.ops.latent_attention` and
 :func:`~mla_compile.runtime.ops.cached_attention`. A node names only what it has: without sinks and slopes it has no
-inputs for them, without a soft-cap no attribute, and only attention that is not causal says so. Each such variant is an
-overload of the function (ONNX IR version 10), so that what is not used costs nothing.
+inputs for them, without a soft-cap no attribute, and only attention that is not causal says so. Each such variant is a
+function with a name of its own, so that what is not used costs nothing. (Overloads of one name would say the same, but
+TensorRT's parser takes no notice of them: two nodes of equally many inputs get the same body, without a word.)
 """
 
 from __future__ import annotations
@@ -52,10 +53,9 @@ class Variant:
     bidirectional: bool = False
     scaled_rope: bool = False
 
-    @property
-    def overload(self) -> str:
-        """Name of the function's overload: the features it has, empty for none."""
-        return "_".join(field.name for field in fields(self) if getattr(self, field.name))
+    def named(self, op_type: str) -> str:
+        """Name of a function's variant: the function's own, and behind it the features that the variant has."""
+        return "_".join([op_type, *(field.name for field in fields(self) if getattr(self, field.name))])
 
 
 # Suffixes name the axes: B batch, S new tokens, N new rows (as many, if attention is causal), T all tokens, H query
@@ -501,7 +501,7 @@ def attention_function(op_type: str, opset: int, variant: Variant = Variant()) -
         variant: What the node has.
 
     Returns:
-        The function; its overload is the variant's.
+        The function; its name is the variant's.
 
     Raises:
         ValueError: The variant scales rope keys without key scales.
@@ -521,8 +521,8 @@ def attention_function(op_type: str, opset: int, variant: Variant = Variant()) -
     }
     inputs = {"sinks_H": variant.sinks, "slopes_H": variant.slopes}
     text = f"""
-<opset_import: ["" : {opset}], domain: "{DOMAIN}", overload: "{variant.overload}">
-{op_type}
+<opset_import: ["" : {opset}], domain: "{DOMAIN}">
+{variant.named(op_type)}
   <{_listing(_ATTRIBUTES[op_type], attributes)}>
   ({_listing(_INPUTS[op_type], inputs)})
   => (output_BSHV, present_BTR)

@@ -28,7 +28,7 @@ from mla_compile.runtime.kernels.schedule import (
     combine_constants,
 )
 
-__all__ = ["ARCHITECTURES", "Compiled", "compile_append", "compile_combine", "compile_decode"]
+__all__ = ["ARCHITECTURES", "Compiled", "compile_append", "compile_combine", "compile_decode", "compile_kernel"]
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 """A100; RTX 30; RTX 40 and L40; H100 and H200; B200; RTX 50."""
@@ -106,14 +106,14 @@ def compile_decode(
     types |= {} if one_split else {"output": "*fp32"}
     given = {"page_table": spec.page > 0, "token_scales": spec.quantised, "sinks": sinks, "slopes": slopes}
     constants = spec.constants(tiles) | {name: None for name, present in given.items() if not present}
-    return _compile(decode_kernel, types, constants, architecture, tiles.warps, tiles.stages)
+    return compile_kernel(decode_kernel, types, constants, architecture, tiles.warps, tiles.stages)
 
 
 def compile_combine(rank: int, splits: int, architecture: int, dtype: str, *, sinks: bool = False) -> Compiled:
     """Compile the kernel that combines up to so many splits."""
     constants: dict[str, object] = {**combine_constants(rank, splits)}
     constants |= {} if sinks else {"sinks": None}
-    return _compile(combine_kernel, {"output": f"*{dtype}"}, constants, architecture, 4, 1)
+    return compile_kernel(combine_kernel, {"output": f"*{dtype}"}, constants, architecture, 4, 1)
 
 
 def compile_append(spec: DecodeSpec, architecture: int, dtype: str) -> Compiled:
@@ -122,10 +122,10 @@ def compile_append(spec: DecodeSpec, architecture: int, dtype: str) -> Compiled:
     given = {"page_table": spec.page > 0, "token_scales": spec.quantised}
     constants: dict[str, object] = {**append_constants(spec.layout, spec.page)}
     constants |= {name: None for name, present in given.items() if not present}
-    return _compile(append_kernel, types, constants, architecture, 4, 1)
+    return compile_kernel(append_kernel, types, constants, architecture, 4, 1)
 
 
-def _compile(
+def compile_kernel(
     kernel: Any,  # noqa: ANN401 - Triton has no types
     types: Mapping[str, str],
     constants: dict[str, object],
@@ -133,7 +133,16 @@ def _compile(
     warps: int,
     stages: int,
 ) -> Compiled:
-    """Compile a kernel whose parameters have types by name; the others are 32-bit integers."""
+    """Compile any kernel whose parameters have the names of those of the kernels here.
+
+    Args:
+        kernel: A function of Triton.
+        types: Types by name; of the others, those that these names always have, or else 32-bit integers.
+        constants: Compile-time arguments by name.
+        architecture: Compute capability, as 90 for 9.0.
+        warps: Groups of 32 threads of a block.
+        stages: Depth of the load pipeline.
+    """
     known = {**dict.fromkeys(kernel.arg_names, "i32"), **_TYPES, **types, **dict.fromkeys(constants, "constexpr")}
     signature = {name: known[name] for name in kernel.arg_names}
     aligned = (n for n in kernel.arg_names if signature[n].startswith("*") or n in _ALIGNED)

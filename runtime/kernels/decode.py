@@ -376,7 +376,7 @@ def combine_kernel(
         partial_lse: ``[B * S * H, splits]``; minus infinity for a split that saw nothing, whose result is not read.
         sinks: ``[H]`` float32, or None.
         output: ``[B * S * H, r]``.
-        lse: ``[B * S * H]``.
+        lse: ``[B * S * H]``, or None.
         heads: ``H``.
         splits: How many there are.
         RANK: ``r``.
@@ -401,5 +401,5 @@ def combine_kernel(
     found = tl.load(pointers, mask=(parts > _NOTHING)[:, None] & (column < RANK)[None, :], other=0)
     result = tl.sum(found * weights[:, None], 0) / divisor
     tl.store(output + row * RANK + column, result.to(output.dtype.element_ty), mask=column < RANK)
-    if tl.program_id(1) == 0:
+    if lse is not None and tl.program_id(1) == 0:
         tl.store(lse + row, tl.where(some, origin + tl.log2(divisor) / _LOG2E, _NOTHING))

@@ -16,7 +16,7 @@ from mla_compile.passes import lower_onnx
 from mla_compile.passes.lower_onnx import METADATA_KEY, export_rewritten, lower_to_onnx
 from mla_compile.runtime import ops  # noqa: F401 - registers the operators
 from mla_compile.runtime.module import LatentModel
-from mla_compile.runtime.onnx_function import CACHED, DOMAIN, LATENT, VERSION
+from mla_compile.runtime.onnx_function import CACHED, DOMAIN, LATENT, VERSION, Variant
 from mla_compile.runtime.onnx_session import OnnxDecoder
 
 # Both runtimes compute in float32, in another order and with other kernels: 1e-6 was observed.
@@ -191,10 +191,10 @@ def test_one_node_per_layer_and_its_function(lowered, name):
     onnx.checker.check_model(case.path, full_check=True)
     model = onnx.load(case.path)
     assert {entry.domain: entry.version for entry in model.opset_import} == {"": 23, DOMAIN: VERSION}
-    overloads = sorted({"window" if site.mask.window else "" for site in case.sites})
-    assert sorted((f.domain, f.name, f.overload) for f in model.functions) == [(DOMAIN, LATENT, o) for o in overloads]
+    names = [Variant(window=bool(site.mask.window)).named(LATENT) for site in case.sites]
+    assert sorted((f.domain, f.name) for f in model.functions) == [(DOMAIN, name) for name in sorted({*names})]
     nodes = [n for n in model.graph.node if n.domain]
-    assert [(n.domain, n.op_type) for n in nodes] == [(DOMAIN, LATENT)] * len(case.sites)
+    assert [(n.domain, n.op_type) for n in nodes] == [(DOMAIN, name) for name in names]
     for node, site, row in zip(nodes, case.sites, case.model.rows, strict=True):
         found = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
         window = {"window"} if site.mask.window else set()
@@ -296,25 +296,25 @@ def test_every_feature_and_layers_that_are_not_converted(every_feature, tmp_path
     onnx.checker.check_model(path, full_check=True)
     check_logits(every_feature, path)
     model = onnx.load(path)
-    called = [(n.op_type, n.overload) for n in model.graph.node if n.domain == DOMAIN]
+    called = [n.op_type for n in model.graph.node if n.domain == DOMAIN]
     if inline:
         assert not called
         assert not model.functions
         return
     assert called == [
-        (LATENT, "key_scales_window_sinks"),
-        (LATENT, ""),
-        (LATENT, "key_scales_softcap_slopes"),
-        (LATENT, ""),
-        (CACHED, "softcap_window_sinks_slopes"),
-        (CACHED, ""),
+        f"{LATENT}_key_scales_window_sinks",
+        LATENT,
+        f"{LATENT}_key_scales_softcap_slopes",
+        LATENT,
+        f"{CACHED}_softcap_window_sinks_slopes",
+        CACHED,
     ]
-    assert {(f.name, f.overload) for f in model.functions} == {*called}
+    assert {f.name for f in model.functions} == {*called}
     assert len(model.functions) == 5
     shown = {
         a.name: onnx.helper.get_attribute_value(a)
         for n in model.graph.node[:]
-        if n.overload == "key_scales_window_sinks"
+        if n.op_type.endswith("key_scales_window_sinks")
         for a in n.attribute
     }
     assert shown.pop("scale") == pytest.approx(0.4)

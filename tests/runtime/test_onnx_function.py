@@ -29,7 +29,7 @@ VARIANTS = {
     CACHED: [Variant(False, *features) for features in product([False, True], repeat=4)],
 }
 EVERY_VARIANT = [
-    pytest.param(op_type, variant, id=f"{op_type}-{variant.overload or 'plain'}")
+    pytest.param(op_type, variant, id=variant.named(op_type))
     for op_type, variants in VARIANTS.items()
     for variant in variants
 ]
@@ -110,16 +110,19 @@ def make_node(case, inputs, outputs) -> onnx.NodeProto:
     flags = {f"has_{name}": 1 for name in ("sinks", "slopes") if getattr(variant, name)}
     flags |= {"scaled_rope": 1} if variant.scaled_rope else {}
     return helper.make_node(
-        LATENT if latent else CACHED,
+        variant.named(LATENT if latent else CACHED),
         inputs,
         outputs,
         domain=DOMAIN,
-        overload=variant.overload,
         num_heads=case.heads,
         scale=case.scale,
         **sizes,
         **flags,
     )
+
+
+def function_of(case, opset: int = 23) -> onnx.FunctionProto:
+    return attention_function(LATENT if isinstance(case, Case) else CACHED, opset, variant_of(case))
 
 
 def input_names(case) -> list[str]:
@@ -153,7 +156,7 @@ def make_model(nodes, functions, inputs, outputs, opset: int = 23) -> onnx.Model
         ),
         functions=functions,
         opset_imports=[helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, VERSION)],
-        ir_version=10,  # the first with overloads
+        ir_version=10,
     )
     onnx.checker.check_model(model, full_check=True)
     return model
@@ -162,7 +165,7 @@ def make_model(nodes, functions, inputs, outputs, opset: int = 23) -> onnx.Model
 def one_node_model(case, opset: int = 23, inline: bool = False) -> onnx.ModelProto:
     """A model that is nothing but the node and its function."""
     node = make_node(case, input_names(case), ["output", "present"])
-    function = attention_function(node.op_type, opset, variant_of(case))
+    function = function_of(case, opset)
     outputs = dict(zip(node.output, result_dimensions(case), strict=True))
     model = make_model([node], [function], dimensions(case), outputs, opset)
     return onnx.inliner.inline_local_functions(model) if inline else model
@@ -210,7 +213,7 @@ def test_every_variant_equals_the_operator(op_type, variant, step):
 
 @pytest.mark.parametrize("inline", [None, onnx.inliner.inline_local_functions, InlinePass()])
 def test_variants_live_in_one_model(inline):
-    """Overloads of one function are told apart by ONNX Runtime, by ONNX's inliner and by that of ``onnx_ir``.
+    """Variants of one function are told apart by ONNX Runtime, by ONNX's inliner and by that of ``onnx_ir``.
 
     Those with one feature at most, and those with all: ONNX Runtime takes minutes for a model of every one.
     """
@@ -225,7 +228,7 @@ def test_variants_live_in_one_model(inline):
         shapes, tensors = dimensions(case), case.tensors(torch.float32)
         node = make_node(case, [f"{name}_{i}" for name in shapes], [f"output_{i}", f"present_{i}"])
         nodes.append(node)
-        functions.append(attention_function(node.op_type, 23, variant_of(case)))
+        functions.append(function_of(case))
         inputs |= {f"{name}_{i}": shape for name, shape in shapes.items()}
         outputs |= dict(zip(node.output, result_dimensions(case), strict=True))
         x |= {f"{name}_{i}": tensors[name] for name in shapes}
@@ -274,7 +277,7 @@ def test_inlined_model_equals_the_reference_and_is_standard(kind, opset):
 @pytest.mark.parametrize(("op_type", "variant"), EVERY_VARIANT)
 def test_function_imports_the_wanted_operators(op_type, variant, opset):
     function = attention_function(op_type, opset, variant)
-    assert (function.domain, function.name, function.overload) == (DOMAIN, op_type, variant.overload)
+    assert (function.domain, function.name, function.overload) == (DOMAIN, variant.named(op_type), "")
     assert [(entry.domain, entry.version) for entry in function.opset_import] == [("", opset)]
     assert {node.domain for node in function.node} == {""}
 

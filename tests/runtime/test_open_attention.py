@@ -194,11 +194,10 @@ def onnx_results(problem: Problem, x: dict[str, Tensor]) -> list[Tensor]:
     names += ["sinks"] * problem.sinks
     fed = {name: x[name].float() if x[name].is_floating_point() else x[name] for name in names}
     node = helper.make_node(
-        LATENT,
+        variant.named(LATENT),
         names,
         ["output", "present"],
         domain=DOMAIN,
-        overload=variant.overload,
         num_heads=problem.heads,
         rope_groups=problem.rope_groups,
         rope_dim=2 * problem.half,

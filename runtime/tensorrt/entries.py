@@ -1,0 +1,198 @@
+"""The kernels with the parameters that TensorRT launches a plugin's kernel by: inputs, 32-bit integers, outputs.
+
+There are no floating-point parameters and no offsets into an input, so what a kernel takes of these is a constant here.
+The latent and what is behind it lie in the same rows ``[B, T, RANK + ROPE_GROUPS * ROPE_DIM]``, one behind another.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from mla_compile.runtime.kernels.append import append_kernel
+from mla_compile.runtime.kernels.decode import combine_kernel, decode_kernel
+
+__all__ = ["append_entry", "combine_entry", "partial_entry"]
+
+
+@triton.jit(do_not_specialize=["room", "new", "heads"])
+def partial_entry(
+    q_latent: tl.tensor,
+    q_rope: tl.tensor,
+    rows: tl.tensor,
+    lengths: tl.tensor,
+    room: tl.tensor,
+    new: tl.tensor,
+    heads: tl.tensor,
+    partial: tl.tensor,
+    partial_lse: tl.tensor,
+    SCALE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SPLITS: tl.constexpr,
+    LEAST_TILES: tl.constexpr,
+    RANK: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    ROPE_GROUPS: tl.constexpr,
+    ROPE_DIM: tl.constexpr,
+    ROPE_WIDTH: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+) -> None:
+    """Attend to one split of the keys: :func:`mla_compile.runtime.kernels.decode.decode_kernel`.
+
+    Args:
+        q_latent: ``[B, S, H, RANK]``.
+        q_rope: ``[B, S, H, ROPE_DIM]``, rotated.
+        rows: ``[B, T, RANK + ROPE_GROUPS * ROPE_DIM]``.
+        lengths: ``[B]`` int32.
+        room: ``T``.
+        new: ``S``.
+        heads: ``H``.
+        partial: ``[B, S, H, SPLITS, RANK]`` float32.
+        partial_lse: ``[B, S, H, SPLITS]`` float32.
+        SCALE: Factor of the dot products.
+        WINDOW: How many keys a query sees; 0 for all.
+        SPLITS: In how many pieces the keys are cut.
+        LEAST_TILES: See there; likewise all that follow.
+        RANK: See there.
+        WIDTHS: See there.
+        ROPE_GROUPS: See there.
+        ROPE_DIM: See there.
+        ROPE_WIDTH: See there.
+        CAUSAL: See there.
+        ROWS: See there.
+        KEYS: See there.
+    """
+    width: tl.constexpr = RANK + ROPE_GROUPS * ROPE_DIM
+    sequence = room * width
+    decode_kernel(
+        q_latent,
+        q_rope,
+        rows,
+        rows + RANK,
+        None,
+        None,
+        lengths,
+        sequence,
+        width,
+        sequence,
+        width,
+        0,
+        0,
+        None,
+        None,
+        partial,
+        partial_lse,
+        SCALE,
+        0.0,
+        new,
+        heads,
+        WINDOW,
+        SPLITS,
+        LEAST_TILES,
+        RANK,
+        WIDTHS,
+        ROPE_GROUPS,
+        ROPE_DIM,
+        ROPE_WIDTH,
+        0,
+        0,
+        16,
+        False,
+        0,
+        CAUSAL,
+        WINDOW > 0,
+        False,
+        ROWS,
+        KEYS,
+    )
+
+
+@triton.jit
+def combine_entry(
+    partial: tl.tensor,
+    partial_lse: tl.tensor,
+    output: tl.tensor,
+    RANK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr,
+    SPLITS: tl.constexpr,
+) -> None:
+    """Combine the splits of one row: :func:`mla_compile.runtime.kernels.decode.combine_kernel`.
+
+    Args:
+        partial: ``[B, S, H, PARTS, RANK]`` float32.
+        partial_lse: ``[B, S, H, PARTS]`` float32.
+        output: ``[B, S, H, RANK]``.
+        RANK: See there.
+        COLUMNS: See there.
+        PARTS: How many splits there are.
+        SPLITS: Power of two that holds ``PARTS``.
+    """
+    combine_kernel(partial, partial_lse, None, output, None, 1, PARTS, RANK, COLUMNS, SPLITS)
+
+
+@triton.jit(do_not_specialize=["room", "new"])
+def append_entry(
+    row: tl.tensor,
+    cos: tl.tensor,
+    sin: tl.tensor,
+    rows: tl.tensor,
+    lengths: tl.tensor,
+    room: tl.tensor,
+    new: tl.tensor,
+    output: tl.tensor,
+    RANK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROPE_GROUPS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    HALF: tl.constexpr,
+    HALF_WIDTH: tl.constexpr,
+) -> None:
+    """Write one new token's row: :func:`mla_compile.runtime.kernels.append.append_kernel`.
+
+    Args:
+        row: ``[B, S, RANK + ROPE_GROUPS * 2 * HALF]``, rope keys not rotated.
+        cos: ``[B, S, ROPE_GROUPS, HALF]`` float32.
+        sin: Like ``cos``.
+        rows: The cache, which ``output`` is too.
+        lengths: ``[B]`` int32.
+        room: Rows of the cache, ``T``.
+        new: ``S``.
+        output: ``[B, T, RANK + ROPE_GROUPS * 2 * HALF]``.
+        RANK: See there.
+        WIDTH: See there.
+        ROPE_GROUPS: See there.
+        GROUPS: See there.
+        HALF: See there.
+        HALF_WIDTH: See there.
+    """
+    width: tl.constexpr = RANK + ROPE_GROUPS * 2 * HALF
+    sequence = room * width
+    append_kernel(
+        row,
+        cos,
+        sin,
+        output,
+        output + RANK,
+        None,
+        None,
+        lengths,
+        sequence,
+        width,
+        sequence,
+        width,
+        0,
+        0,
+        new,
+        0,
+        RANK,
+        WIDTH,
+        ROPE_GROUPS,
+        GROUPS,
+        HALF,
+        HALF_WIDTH,
+        0,
+        16,
+    )

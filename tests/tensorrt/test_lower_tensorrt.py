@@ -1,0 +1,161 @@
+"""The file for TensorRT: the same numbers as the module in ONNX Runtime, and accepted by a TensorRT parser."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import models
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from conversion import difference
+
+from mla_compile.errors import RefusedError
+from mla_compile.passes.lower_tensorrt import lower_to_tensorrt_onnx
+from mla_compile.runtime.onnx_function import DOMAIN, VERSION
+from mla_compile.runtime.tensorrt.functions import APPEND, COMBINE, NAMESPACE, PARTIAL
+
+# Grouped keys; a window, whose cache keeps all rows here; no rope.
+NAMES = ("llama-gqa", "mistral-window", "nanogpt")
+# Both compute in float32 in another order: 1e-6 was observed.
+LOGITS = 1e-4
+LENGTH, ROOM = 14, 17
+
+
+class Session:
+    """Steps with caches of fixed memory."""
+
+    def __init__(self, path: Path, rows, batch: int) -> None:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        self._session = onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
+        self.caches = {
+            f"past_key_values.{i}.latent": np.zeros((batch, ROOM, row), np.float32) for i, row in enumerate(rows)
+        }
+
+    def step(self, ids, lengths, positions) -> torch.Tensor:
+        fed = {"input_ids": ids.numpy(), "lengths": np.asarray(lengths, np.int32), "position_ids": positions.numpy()}
+        known = {i.name for i in self._session.get_inputs()}  # a model that reads no positions has no input for them
+        logits, *presents = self._session.run(None, {n: x for n, x in (fed | self.caches).items() if n in known})
+        self.caches = dict(zip(self.caches, presents, strict=True))
+        return torch.from_numpy(logits)
+
+
+def in_steps(case, ids, sizes):
+    session, done, parts = Session(case.path, case.model.rows, len(ids)), 0, []
+    for part in ids.split(sizes, 1):
+        new = part.shape[1]
+        positions = torch.arange(done, done + new).expand(len(ids), new)
+        done += new
+        parts.append(session.step(part, [done] * len(ids), positions))
+    return torch.cat(parts, 1), session
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("sizes", [(LENGTH,), (5, 1, 3, 1, 4)], ids=["at once", "in chunks"])
+def test_logits_are_those_of_the_module(lowered, name, sizes):
+    case, ids = lowered(name), models.tokens(2, LENGTH)
+    with torch.no_grad():
+        expected = case.model(ids).logits
+    logits, _ = in_steps(case, ids, sizes)
+    assert difference(logits, expected) <= LOGITS
+
+
+def test_sequences_of_different_lengths_share_a_batch(lowered):
+    """Prompts are padded on the left, and the padding is not cached: a sequence's rows begin at 0."""
+    case, ids = lowered("llama-gqa"), models.tokens(2, LENGTH)
+    lengths, steps = torch.tensor([LENGTH, 9]), 3
+    prompt = ids.clone()
+    prompt[1, LENGTH - 9 :] = ids[1, :9]
+    more = models.tokens(2, LENGTH + steps)[:, LENGTH:]
+    session = Session(case.path, case.model.rows, 2)
+    positions = (torch.arange(LENGTH) - (LENGTH - lengths)[:, None]).clamp(min=0)
+    got = [session.step(prompt, lengths, positions)]
+    for i in range(steps):
+        lengths = lengths + 1
+        got.append(session.step(more[:, i : i + 1], lengths, lengths[:, None] - 1))
+    got = torch.cat(got, 1)
+    with torch.no_grad():
+        first = case.model(torch.cat([ids[:1], more[:1]], 1)).logits
+        second = case.model(torch.cat([ids[1:, :9], more[1:]], 1)).logits
+    assert difference(got[:1], first) <= LOGITS
+    assert difference(got[1:, LENGTH - 9 :], second) <= LOGITS
+    # Behind a sequence's last row nothing was written.
+    assert all(not cache[1, 9 + steps :].any() for cache in session.caches.values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nodes_ask_for_plugins_and_carry_bodies(lowered, name):
+    case = lowered(name)
+    onnx.checker.check_model(case.path, full_check=True)
+    assert {entry.domain: entry.version for entry in case.proto.opset_import} == {"": 23, DOMAIN: VERSION}
+    assert sorted(f.name for f in case.proto.functions) == sorted([APPEND, PARTIAL, COMBINE])
+    nodes = [n for n in case.proto.graph.node if n.domain]
+    assert [n.op_type for n in nodes] == [APPEND, PARTIAL, COMBINE] * len(case.model.rows)
+    for node in nodes:
+        found = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        assert found["plugin_namespace"] == NAMESPACE.encode()
+        assert found["plugin_version"] == b"1"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_interface(lowered, name):
+    graph = lowered(name).proto.graph
+    shapes = {
+        v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim]
+        for v in (*graph.input, *graph.output)
+    }
+    batch, new, room = "batch_size", "sequence_length", "cache_length"
+    caches = {
+        f"{kind}.{i}.latent": [batch, room, row]
+        for i, row in enumerate(lowered(name).model.rows)
+        for kind in ("past_key_values", "present")
+    }
+    assert shapes == {
+        "input_ids": [batch, new],
+        "lengths": [batch],
+        "position_ids": [batch, new],
+        "logits": [batch, new, models.VOCABULARY],
+        **caches,
+    }
+
+
+def extents(tensor):
+    """Least, usual and largest shape of an input."""
+    by_name = {"batch_size": (1, 2, 4), "sequence_length": (1, 3, 16), "cache_length": (16, 32, 64)}
+    free = ("batch_size", "cache_length" if tensor.name.startswith("past") else "sequence_length")
+    return [
+        tuple(by_name[free[axis]][i] if extent < 0 else extent for axis, extent in enumerate(tensor.shape))
+        for i in range(3)
+    ]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_tensorrt_parser_and_builder_take_the_bodies(lowered, parser, name):
+    """No plugin is registered, so every node becomes its body; batch, new length and room stay free."""
+    case = lowered(name)
+    network = parser.parse(case.path)
+    assert [network.get_input(i).name for i in range(3)] == ["input_ids", "lengths", "position_ids"]
+    assert tuple(network.get_input(0).shape) == (-1, -1)
+    shapes = [tuple(network.get_output(i).shape) for i in range(network.num_outputs)]
+    assert shapes == [(-1, -1, models.VOCABULARY), *((-1, -1, row) for row in case.model.rows)]
+    assert parser.build(network, extents) > 0
+
+
+@pytest.mark.parametrize(("feature", "reason"), [("sinks", "attention sinks"), ("softcap", "a soft-cap")])
+def test_what_has_no_kernel_is_refused(lowered, tmp_path, feature, reason):
+    model = lowered("llama-gqa").model
+    graph = copy.deepcopy(model.graph)
+    node = next(n for n in graph.graph.nodes if n.target is torch.ops.mla.latent_attention.default)
+    if feature == "softcap":
+        node.update_arg(12, 30.0)
+    else:
+        graph.sinks = torch.nn.Parameter(torch.zeros(models.HEADS))
+        with graph.graph.inserting_before(node):
+            node.update_arg(8, graph.graph.get_attr("sinks"))
+    with pytest.raises(RefusedError, match=f"Layer 0 has {reason}.* Give TensorRT the ordinary ONNX file"):
+        lower_to_tensorrt_onnx(graph, model.rows, tmp_path / "model.onnx", opset=23, metadata={})
+    assert not [*tmp_path.iterdir()]

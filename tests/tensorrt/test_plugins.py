@@ -1,0 +1,154 @@
+"""Quickly deployable plugins: registered in TensorRT's real registry, and asked what TensorRT would ask them."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import struct
+import sys
+
+import onnx
+import pytest
+
+from mla_compile.errors import UsageError
+from mla_compile.runtime.tensorrt.functions import APPEND, COMBINE, NAMESPACE, PARTIAL, function
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+import stand_in
+
+from mla_compile.runtime.tensorrt.plugins import register
+
+ARCHITECTURE = 90
+BATCH, NEW, HEADS, RANK, GROUPS, ROPE, ROOM, SPLITS = 5, 2, 9, 48, 3, 8, 1000, 6
+WIDTH = RANK + GROUPS * ROPE
+
+
+@pytest.fixture(scope="module")
+def trt():
+    """The stand-in, with the plugins registered; ``tensorrt`` is missing again afterwards."""
+    lean = stand_in.install()
+    register(ARCHITECTURE)
+    yield lean
+    for name in [n for n in sys.modules if n == "tensorrt" or n.startswith("tensorrt.")]:
+        del sys.modules[name]
+
+
+def attributes(op_type, given):
+    """Of a plugin: those of the node, but for those that name the plugin."""
+    own = {**given}
+    assert {*function(op_type, 23).attribute} == {*own, "plugin_namespace", "plugin_version"}
+    return own
+
+
+def ask_partial(trt, dtype=None, new_known=True):
+    dtype = dtype or trt.bfloat16
+    free, known = (BATCH, False), (NEW, new_known)
+    inputs = [
+        (dtype, [free, known, (HEADS, True), (RANK, True)]),
+        (dtype, [free, known, (HEADS, True), (ROPE, True)]),
+        (dtype, [free, (ROOM, False), (WIDTH, True)]),
+        (trt.int32, [free]),
+    ]
+    own = attributes(PARTIAL, {"rope_groups": GROUPS, "scale": 0.3, "window": 0, "splits": SPLITS})
+    return stand_in.build(f"{NAMESPACE}::{PARTIAL}", inputs, own)
+
+
+def parameters(launch):
+    """Widths of the kernel's parameters, in order."""
+    entry = re.search(rf"\.entry {launch.name}\((.*?)\n\)", launch.ptx, re.DOTALL)[1]
+    return re.findall(r"\.param \.u(\d+)", entry)
+
+
+@pytest.mark.parametrize("op_type", [APPEND, PARTIAL, COMBINE])
+def test_is_registered_under_the_name_the_file_asks_for(trt, op_type):
+    creator = trt.get_plugin_registry().get_creator(op_type, "1", NAMESPACE)
+    assert creator is not None
+    fields = {field.name for field in creator.field_names}
+    assert fields == {*function(op_type, 23).attribute} - {"plugin_namespace", "plugin_version"}
+
+
+@pytest.mark.parametrize("new_known", [True, False], ids=["one length", "any length"])
+def test_partial(trt, new_known):
+    outputs, combinations, launches = ask_partial(trt, new_known=new_known)
+    assert outputs == [
+        ((BATCH, NEW, HEADS, SPLITS, RANK), trt.float32, False),
+        ((BATCH, NEW, HEADS, SPLITS), trt.float32, False),
+    ]
+    assert {tuple(t.name for t in c.types) for c in combinations} == {
+        (kind, kind, kind, "INT32", "FLOAT", "FLOAT") for kind in ("FLOAT", "HALF", "BF16")
+    }
+    assert len(launches) > 1  # something to choose among
+    for launch in launches.values():
+        rows_per_block = 16 if launch.grid[0] == 2 else 32  # 18 rows
+        assert launch.grid == (-(-NEW * HEADS // rows_per_block), SPLITS, BATCH)
+        assert launch.block[0] % 32 == 0
+        assert launch.block[1:] == (1, 1)
+        assert launch.shared_bytes <= 48 * 1024
+        assert launch.integers == (ROOM, NEW, HEADS)
+        # Four inputs, three integers, two outputs.
+        assert parameters(launch) == ["64"] * 4 + ["32"] * 3 + ["64"] * 2
+        assert re.search(r"^\.version 8\.7$", launch.ptx, re.MULTILINE)
+
+
+def test_scale_is_a_constant_of_the_kernel(trt):
+    """There is no parameter for it; powers are those of 2, so it is divided by ln 2."""
+    _, _, launches = ask_partial(trt)
+    bits = struct.pack(">f", 0.3 / math.log(2)).hex().upper()
+    assert all(f"0f{bits}" in launch.ptx for launch in launches.values())
+
+
+def test_combine(trt):
+    free = (BATCH, False)
+    inputs = [
+        (trt.float32, [free, (NEW, False), (HEADS, True), (SPLITS, True), (RANK, True)]),
+        (trt.float32, [free, (NEW, False), (HEADS, True), (SPLITS, True)]),
+    ]
+    own = attributes(COMBINE, {"to": onnx.TensorProto.BFLOAT16})
+    outputs, combinations, launches = stand_in.build(f"{NAMESPACE}::{COMBINE}", inputs, own)
+    assert outputs == [((BATCH, NEW, HEADS, RANK), trt.bfloat16, False)]
+    assert [tuple(t.name for t in c.types) for c in combinations] == [("FLOAT", "FLOAT", "BF16")]
+    (launch,) = launches.values()
+    assert launch.grid == (BATCH * NEW * HEADS, 1, 1)  # a block's columns hold the rank
+    assert not launch.integers
+    assert parameters(launch) == ["64"] * 3
+
+
+def test_append_writes_into_the_cache_it_is_given(trt):
+    free, new = (BATCH, False), (NEW, False)
+    turns = (trt.float32, [free, new, (GROUPS, True), (ROPE // 2, True)])
+    cache = (trt.float16, [free, (ROOM, False), (WIDTH, True)])
+    inputs = [(trt.float16, [free, new, (WIDTH, True)]), turns, turns, cache, (trt.int32, [free])]
+    own = attributes(APPEND, {"latent_rank": RANK})
+    outputs, combinations, launches = stand_in.build(f"{NAMESPACE}::{APPEND}", inputs, own)
+    assert outputs == [((BATCH, ROOM, WIDTH), trt.float16, True)]
+    assert {tuple(t.name for t in c.types) for c in combinations} == {
+        (kind, "FLOAT", "FLOAT", kind, "INT32", kind) for kind in ("FLOAT", "HALF", "BF16")
+    }
+    (launch,) = launches.values()
+    assert launch.grid == (NEW, BATCH, 1)
+    assert launch.integers == (ROOM, NEW)
+    assert parameters(launch) == ["64"] * 5 + ["32"] * 2 + ["64"]
+
+
+def test_sizes_that_are_not_known_are_refused(trt):
+    inputs = [
+        (trt.float32, [(BATCH, False)] * 4 + [(RANK, False)]),
+        (trt.float32, [(BATCH, False)] * 4),
+    ]
+    with pytest.raises(ValueError, match="must be known when an engine is built"):
+        stand_in.build(f"{NAMESPACE}::{COMBINE}", inputs, {"to": onnx.TensorProto.FLOAT})
+
+
+def test_other_architectures_are_refused():
+    with pytest.raises(UsageError, match=r"no kernels for compute capability 7\.5\. Known are 8\.0, 8\.6"):
+        register(75)
+
+
+def test_without_tensorrt_there_is_one_sentence(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    with pytest.raises(UsageError, match=r"TensorRT cannot be imported .* pip install 'mla-compile\[tensorrt\]'"):
+        register(ARCHITECTURE)
