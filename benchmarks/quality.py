@@ -138,7 +138,7 @@ def table(rows: Sequence[Row], ratios: Sequence[float]) -> list[str]:
     lines = ["| model | method | " + " | ".join(f"{r:.2%}" for r in ratios) + " |", "|---" * (2 + len(ratios)) + "|"]
     for model in dict.fromkeys(r.model for r in rows):
         base = next(r.base_perplexity for r in rows if r.model == model)
-        for method in dict.fromkeys(r.method for r in rows):
+        for method in dict.fromkeys(r.method for r in rows if r.model == model):
             cells = []
             for ratio in ratios:
                 found = [
@@ -197,11 +197,12 @@ def main() -> None:
     if arguments.polish_steps:
         on = arguments.polish_windows or arguments.calibration_windows
         trained += f" but, for `{_POLISHED}`, {arguments.polish_steps} steps on {on} windows of the same text"
+    measured = f"{'all' if arguments.windows is None else f'the first {arguments.windows}'} windows of {_LENGTH} tokens"
     head = [
         "# Quality right after conversion",
         "",
-        f"Perplexity over the original's (which stands behind the model's name) on {arguments.text.name}, windows "
-        f"of {_LENGTH} tokens; calibrated on {arguments.calibration_windows} windows of {arguments.calibration.name}; "
+        f"Perplexity over the original's (which stands behind the model's name) on {measured} of "
+        f"{arguments.text.name}; calibrated on {arguments.calibration_windows} windows of {arguments.calibration.name}; "
         f"{trained}. Baselines at their best setting by calibration text.",
         "",
         ", ".join(f"{name} {made[name]}" for name in ("mla-compile", "torch", "transformers") if name in made) + ".",
