@@ -197,7 +197,8 @@ def main() -> None:
     if arguments.polish_steps:
         on = arguments.polish_windows or arguments.calibration_windows
         trained += f" but, for `{_POLISHED}`, {arguments.polish_steps} steps on {on} windows of the same text"
-    measured = f"{'all' if arguments.windows is None else f'the first {arguments.windows}'} windows of {_LENGTH} tokens"
+    first = "all" if arguments.windows is None else f"the first {arguments.windows}"
+    measured = f"{first} windows of {_LENGTH} tokens"
     head = [
         "# Quality right after conversion",
         "",
