@@ -203,8 +203,8 @@ def main() -> None:
         "# Quality right after conversion",
         "",
         f"Perplexity over the original's (which stands behind the model's name) on {measured} of "
-        f"{arguments.text.name}; calibrated on {arguments.calibration_windows} windows of {arguments.calibration.name}; "
-        f"{trained}. Baselines at their best setting by calibration text.",
+        f"{arguments.text.name}; calibrated on {arguments.calibration_windows} windows of "
+        f"{arguments.calibration.name}; {trained}. Baselines at their best setting by calibration text.",
         "",
         ", ".join(f"{name} {made[name]}" for name in ("mla-compile", "torch", "transformers") if name in made) + ".",
         "",
