@@ -206,7 +206,8 @@ def main() -> None:
         f"{arguments.text.name}; calibrated on {arguments.calibration_windows} windows of "
         f"{arguments.calibration.name}; {trained}. Baselines at their best setting by calibration text.",
         "",
-        ", ".join(f"{name} {made[name]}" for name in ("mla-compile", "torch", "transformers") if name in made) + ".",
+        ", ".join(f"{name} {made[name]}" for name in ("mla-compile", "torch", "transformers") if name in made)
+        + f"; seed {make_config().seed}.",
         "",
     ]
     lines = [*head, *table(rows, arguments.ratios), "", "What is left of the better baseline's log-perplexity excess:"]

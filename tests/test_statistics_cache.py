@@ -110,15 +110,15 @@ def test_a_folder_that_cannot_be_made_is_told_and_nothing_more(tmp_path):
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_the_folder_is_where_caches_are(monkeypatch):
+def test_the_folder_is_where_caches_are(monkeypatch, tmp_path):
     monkeypatch.setenv("MLA_COMPILE_CACHE", "/own")
     monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
     assert default_folder() == Path("/own")
     monkeypatch.delenv("MLA_COMPILE_CACHE")
     assert default_folder() == Path("/xdg/mla-compile")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", "/home/me")
-    assert default_folder() == Path("/home/me/.cache/mla-compile")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert default_folder() == tmp_path / ".cache" / "mla-compile"
     assert open_cache(True) == StatisticsCache(default_folder())
     assert open_cache(False) is None
     assert open_cache("/other") == StatisticsCache(Path("/other"))
