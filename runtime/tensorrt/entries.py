@@ -1,7 +1,8 @@
 """The kernels with the parameters that TensorRT launches a plugin's kernel by: inputs, 32-bit integers, outputs.
 
 There are no floating-point parameters and no offsets into an input, so what a kernel takes of these is a constant here.
-The latent and what is behind it lie in the same rows ``[B, T, RANK + ROPE_GROUPS * ROPE_DIM]``, one behind another.
+The latent and what is behind it lie in the same rows ``[B, 1, T, R]``, one behind another, where ``R`` is ``RANK +
+ROPE_GROUPS * ROPE_DIM + KEY_SCALES + VALUE_SCALES``.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ def partial_entry(
     q_rope: tl.tensor,
     rows: tl.tensor,
     lengths: tl.tensor,
+    slopes: tl.tensor,
     room: tl.tensor,
     new: tl.tensor,
     heads: tl.tensor,
     partial: tl.tensor,
     partial_lse: tl.tensor,
     SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr,
     SPLITS: tl.constexpr,
     LEAST_TILES: tl.constexpr,
@@ -35,6 +38,10 @@ def partial_entry(
     ROPE_GROUPS: tl.constexpr,
     ROPE_DIM: tl.constexpr,
     ROPE_WIDTH: tl.constexpr,
+    KEY_SCALES: tl.constexpr,
+    VALUE_SCALES: tl.constexpr,
+    SCALES_WIDTH: tl.constexpr,
+    SCALED_ROPE: tl.constexpr,
     CAUSAL: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
@@ -44,14 +51,16 @@ def partial_entry(
     Args:
         q_latent: ``[B, S, H, RANK]``.
         q_rope: ``[B, S, H, ROPE_DIM]``, rotated.
-        rows: ``[B, T, RANK + ROPE_GROUPS * ROPE_DIM]``.
+        rows: ``[B, 1, T, R]``.
         lengths: ``[B]`` int32.
+        slopes: ``[H]`` float32, or None.
         room: ``T``.
         new: ``S``.
         heads: ``H``.
         partial: ``[B, S, H, SPLITS, RANK]`` float32.
         partial_lse: ``[B, S, H, SPLITS]`` float32.
         SCALE: Factor of the dot products.
+        SOFTCAP: Bound of the logits; 0 for none.
         WINDOW: How many keys a query sees; 0 for all.
         SPLITS: In how many pieces the keys are cut.
         LEAST_TILES: See there; likewise all that follow.
@@ -60,11 +69,15 @@ def partial_entry(
         ROPE_GROUPS: See there.
         ROPE_DIM: See there.
         ROPE_WIDTH: See there.
+        KEY_SCALES: See there.
+        VALUE_SCALES: See there.
+        SCALES_WIDTH: See there.
+        SCALED_ROPE: See there.
         CAUSAL: See there.
         ROWS: See there.
         KEYS: See there.
     """
-    width: tl.constexpr = RANK + ROPE_GROUPS * ROPE_DIM
+    width: tl.constexpr = RANK + ROPE_GROUPS * ROPE_DIM + KEY_SCALES + VALUE_SCALES
     sequence = room * width
     decode_kernel(
         q_latent,
@@ -81,11 +94,11 @@ def partial_entry(
         0,
         0,
         None,
-        None,
+        slopes,
         partial,
         partial_lse,
         SCALE,
-        0.0,
+        SOFTCAP,
         new,
         heads,
         WINDOW,
@@ -96,23 +109,25 @@ def partial_entry(
         ROPE_GROUPS,
         ROPE_DIM,
         ROPE_WIDTH,
-        0,
-        0,
-        16,
-        False,
+        KEY_SCALES,
+        VALUE_SCALES,
+        SCALES_WIDTH,
+        SCALED_ROPE,
         0,
         CAUSAL,
         WINDOW > 0,
-        False,
+        SOFTCAP > 0,
         ROWS,
         KEYS,
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads"])
 def combine_entry(
     partial: tl.tensor,
     partial_lse: tl.tensor,
+    sinks: tl.tensor,
+    heads: tl.tensor,
     output: tl.tensor,
     RANK: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -124,13 +139,15 @@ def combine_entry(
     Args:
         partial: ``[B, S, H, PARTS, RANK]`` float32.
         partial_lse: ``[B, S, H, PARTS]`` float32.
+        sinks: ``[H]`` float32, or None.
+        heads: ``H``.
         output: ``[B, S, H, RANK]``.
         RANK: See there.
         COLUMNS: See there.
         PARTS: How many splits there are.
         SPLITS: Power of two that holds ``PARTS``.
     """
-    combine_kernel(partial, partial_lse, None, output, None, 1, PARTS, RANK, COLUMNS, SPLITS)
+    combine_kernel(partial, partial_lse, sinks, output, None, heads, PARTS, RANK, COLUMNS, SPLITS)
 
 
 @triton.jit(do_not_specialize=["room", "new"])
@@ -149,26 +166,30 @@ def append_entry(
     GROUPS: tl.constexpr,
     HALF: tl.constexpr,
     HALF_WIDTH: tl.constexpr,
+    SCALES: tl.constexpr,
+    SCALES_WIDTH: tl.constexpr,
 ) -> None:
     """Write one new token's row: :func:`mla_compile.runtime.kernels.append.append_kernel`.
 
     Args:
-        row: ``[B, S, RANK + ROPE_GROUPS * 2 * HALF]``, rope keys not rotated.
+        row: ``[B, S, R]``, rope keys not rotated.
         cos: ``[B, S, ROPE_GROUPS, HALF]`` float32.
         sin: Like ``cos``.
         rows: The cache, which ``output`` is too.
         lengths: ``[B]`` int32.
         room: Rows of the cache, ``T``.
         new: ``S``.
-        output: ``[B, T, RANK + ROPE_GROUPS * 2 * HALF]``.
+        output: ``[B, 1, T, R]``.
         RANK: See there.
         WIDTH: See there.
         ROPE_GROUPS: See there.
         GROUPS: See there.
         HALF: See there.
         HALF_WIDTH: See there.
+        SCALES: See there.
+        SCALES_WIDTH: See there.
     """
-    width: tl.constexpr = RANK + ROPE_GROUPS * 2 * HALF
+    width: tl.constexpr = RANK + ROPE_GROUPS * 2 * HALF + SCALES
     sequence = room * width
     append_kernel(
         row,
@@ -193,6 +214,6 @@ def append_entry(
         GROUPS,
         HALF,
         HALF_WIDTH,
-        0,
-        16,
+        SCALES,
+        SCALES_WIDTH,
     )

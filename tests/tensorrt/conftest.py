@@ -16,13 +16,16 @@ from mla_compile.runtime.module import LatentModel
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
 
 
+ROOM = 32
+
+
 class Lowered:
     """A converted model, and the file for TensorRT it was lowered to."""
 
     def __init__(self, captured, path: Path) -> None:
         self.path = path
         self.model: LatentModel = convert(captured.program, captured.sites, exact=False, cache_ratio=0.5)
-        lower_to_tensorrt_onnx(self.model.graph, self.model.rows, path, opset=23, metadata={"format": 1})
+        lower_to_tensorrt_onnx(self.model.graph, self.model.rows, path, room=ROOM, metadata={"format": 1})
         self.proto = onnx.load(path)
 
 
