@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from mla_compile.errors import LoadError, RefusedError
-from mla_compile.runtime.tensorrt.installed import architecture
+from mla_compile.runtime.tensorrt.installed import architecture, messages, start
 
-__all__ = ["DECODE", "PREFILL", "EngineSettings", "Messages", "build_engine", "messages", "use_plugins"]
+__all__ = ["DECODE", "PREFILL", "EngineSettings", "build_engine", "use_plugins"]
 
 DECODE, PREFILL = 0, 1
 """Optimisation profiles: one new token, and any number of them."""
@@ -40,36 +40,6 @@ class EngineSettings:
     plugins: bool = True
     version_compatible: bool = False
     timing_cache: Path | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Messages:
-    """What TensorRT said.
-
-    Attributes:
-        logger: Who it says it to.
-        errors: All errors, in order.
-    """
-
-    logger: Any
-    errors: list[str]
-
-    @property
-    def reason(self) -> str:
-        """The last error, short."""
-        return self.errors[-1].splitlines()[0][:300] if self.errors else "it does not say why"
-
-
-def messages(trt: Any) -> Messages:  # noqa: ANN401 - a module without types
-    """A logger that prints nothing and keeps errors."""
-    errors: list[str] = []
-
-    class Logger(trt.ILogger):  # type: ignore[misc]
-        def log(self, severity: Any, message: str) -> None:  # noqa: ANN401
-            if severity <= trt.ILogger.Severity.ERROR:
-                errors.append(message)
-
-    return Messages(Logger(), errors)
 
 
 @functools.cache
@@ -116,14 +86,15 @@ def build_engine(
     Raises:
         LoadError: The file of times is another TensorRT's or GPU's.
         RefusedError: TensorRT does not take the file.
+        UsageError: TensorRT does not start.
         KeyboardInterrupt: The user interrupted it.
     """
     said = messages(trt)
-    builder = trt.Builder(said.logger)
+    builder = start(trt.Builder, said)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, said.logger)
     if not parser.parse_from_file(str(path)):
-        reason = parser.get_error(0).desc() if parser.num_errors else said.reason
+        reason = " ".join(parser.get_error(0).desc().split())[:300].rstrip(".") if parser.num_errors else said.reason
         raise _refused(path, "read", reason)
     config = builder.create_builder_config()
     for most in (1, settings.prompt):
@@ -154,7 +125,7 @@ def build_engine(
 
 def _refused(path: Path, verb: str, reason: str) -> RefusedError:
     return RefusedError(
-        f"TensorRT cannot {verb} '{path.name}' ({' '.join(reason.split()).rstrip('.')}).",
+        f"TensorRT cannot {verb} '{path.name}' ({reason}).",
         "Give it less to hold with --max-batch, --max-prompt and --max-length, or use the file in ONNX Runtime.",
     )
 
