@@ -366,6 +366,10 @@ def convert(
         display.show_seq2seq_report(report, out)
     else:
         display.show_report(report, out)
+        if for_tensorrt and isinstance(compiled, api.CompiledModel):
+            from mla_compile.tensorrt import commands
+
+            display.show_commands(*commands(out.with_suffix(".onnx"), compiled.module.rows, max_length, engine))
 
 
 def _is_for_tensorrt(out: Path, target: str, format: str) -> bool:
@@ -645,7 +649,7 @@ def tensorrt(
     from mla_compile import display
     from mla_compile.progress import Stages
     from mla_compile.runtime.tensorrt.engine_builder import EngineSettings
-    from mla_compile.tensorrt import write_for_tensorrt
+    from mla_compile.tensorrt import commands, write_for_tensorrt
 
     settings = EngineSettings(
         max_batch, max_length, max_prompt, splits, not no_plugins, version_compatible, timing_cache
@@ -653,7 +657,8 @@ def tensorrt(
     shown = display.make_display(quiet)
     with shown:
         written = write_for_tensorrt(source, out, settings, force=force, stages=Stages(shown))
-    display.show_written(written, settings)
+    display.show_written(written)
+    display.show_commands(*commands(written.onnx, written.rows, written.room, settings))
 
 
 @app.command()

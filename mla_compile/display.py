@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from mla_compile.plan import LatentPlan
     from mla_compile.progress import StageTiming
     from mla_compile.report import Report
-    from mla_compile.runtime.tensorrt.engine_builder import EngineSettings
     from mla_compile.seq2seq_report import Seq2SeqReport
     from mla_compile.tensorrt import Written
     from mla_compile.textgen import Generation
@@ -29,6 +28,7 @@ __all__ = [
     "make_display",
     "plan_rows",
     "show_check",
+    "show_commands",
     "show_encoder_report",
     "show_generation",
     "show_layers",
@@ -306,10 +306,8 @@ def show_check(folder: Path, error: float, greedy: float) -> None:
     _print_table(str(folder), ["", "result"], rows)
 
 
-def show_written(written: Written, settings: EngineSettings) -> None:
-    """What was written for TensorRT, how it was checked, and what TensorRT's own tools make of it."""
-    from mla_compile.tensorrt import commands
-
+def show_written(written: Written) -> None:
+    """What was written for TensorRT, and how it was checked."""
     if written.error is not None:
         print(  # noqa: T201
             f"{written.onnx}: in ONNX Runtime it equals the PyTorch module (largest relative difference "
@@ -320,7 +318,10 @@ def show_written(written: Written, settings: EngineSettings) -> None:
             f"{written.plan}: it equals the file in ONNX Runtime (largest relative difference "
             f"{written.engine_error:.1e}); attention: {written.attention}."
         )
-    build, inspect = commands(written.onnx, written.rows, settings)
+
+
+def show_commands(build: str, inspect: str) -> None:
+    """What TensorRT's own tools make of a file for it."""
     print(f"Build an engine of its standard operators with:\n{build}")  # noqa: T201
     print(f"See what TensorRT takes with:\n{inspect}")  # noqa: T201
 

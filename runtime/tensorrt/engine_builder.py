@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,8 @@ class EngineSettings:
     Attributes:
         batch: Sequences at most.
         room: Rows that a cache has room for; a constant of the file.
-        prompt: New tokens at most that run together. Longer prompts come one part after another.
+        prompt: New tokens at most that run together, and no more than there is room for. Longer prompts come one part
+            after another.
         splits: Pieces that kernels cut every cache into; constants of the file.
         plugins: Whether plugins may be used.
         version_compatible: Whether other versions of TensorRT can run it too, at some cost.
@@ -97,8 +98,10 @@ def build_engine(
         reason = " ".join(parser.get_error(0).desc().split())[:300].rstrip(".") if parser.num_errors else said.reason
         raise _refused(path, "read", reason)
     config = builder.create_builder_config()
-    for most in (1, settings.prompt):
-        config.add_optimization_profile(_profile(builder, network, settings.batch, most))
+    inputs = [network.get_input(i) for i in range(network.num_inputs)]
+    room = min(tensor.shape[2] for tensor in inputs if len(tensor.shape) == 4)
+    for most in (1, min(settings.prompt, room)):
+        config.add_optimization_profile(_profile(builder, inputs, settings.batch, most))
     if plugins:
         config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
     if settings.version_compatible:
@@ -130,10 +133,10 @@ def _refused(path: Path, verb: str, reason: str) -> RefusedError:
     )
 
 
-def _profile(builder: Any, network: Any, batch: int, most: int) -> Any:  # noqa: ANN401
+def _profile(builder: Any, inputs: Sequence[Any], batch: int, most: int) -> Any:  # noqa: ANN401
     """Shapes from one sequence of one new token to all of ``most``, where they are free."""
     profile = builder.create_optimization_profile()
-    for tensor in (network.get_input(i) for i in range(network.num_inputs)):
+    for tensor in inputs:
         sizes = {0: batch, 1: most}
         largest = tuple(sizes[axis] if extent < 0 else extent for axis, extent in enumerate(tensor.shape))
         least = tuple(1 if extent < 0 else extent for extent in tensor.shape)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -15,14 +18,15 @@ from mla_compile import tensorrt as tensorrt_command
 from mla_compile.cli import main
 from mla_compile.corpus import load_tokenizer
 from mla_compile.runtime.tensorrt import engine
+from mla_compile.runtime.tensorrt.reference import OnnxFixedDecoder
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny-llama"
 PROMPTS = ("Once upon a time there was", "Lily")
 
 
 @pytest.fixture(scope="module")
-def plan(tmp_path_factory):
-    """The model as an engine, and the stand-in for whoever runs it."""
+def converted(tmp_path_factory):
+    """The model as an engine, and what was said of it; the stand-in stays for whoever runs it."""
     path = tmp_path_factory.mktemp("plan") / "tiny.plan"
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "tensorrt", stand_in_engine.module())
@@ -35,8 +39,25 @@ def plan(tmp_path_factory):
         patch.setattr(tensorrt_command.torch.cuda, "get_device_name", lambda: "NVIDIA H200")
         patch.setattr(tensorrt_command, "build_engine", lambda _, onnx, *__, **___: (onnx.read_bytes(), 0))
         words = ("--exact", "--max-length", "64", "--max-batch", "3", "--max-prompt", "6", "--quiet")
-        assert main([str(TINY), "--out", str(path), *words]) == 0
-        yield path
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            assert main([str(TINY), "--out", str(path), *words]) == 0
+        yield path, said.getvalue()
+
+
+@pytest.fixture(scope="module")
+def plan(converted):
+    return converted[0]
+
+
+def test_the_commands_of_other_tools_are_named(converted):
+    path, said = converted
+    onnx = path.with_suffix(".onnx")
+    assert f"polygraphy inspect capability {onnx}\n" in said
+    assert f"trtexec --onnx={onnx} --saveEngine={path.with_suffix('.trtexec.plan')} --skipInference" in said
+    row = OnnxFixedDecoder(onnx).rows[0]
+    assert re.search(
+        rf"--maxShapes=input_ids:3x6,lengths:3,position_ids:3x6,past_key_values.0.latent:3x1x64x{row},", said
+    )
 
 
 def test_an_engine_lies_beside_its_file_and_its_report(plan):
