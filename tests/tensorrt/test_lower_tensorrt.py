@@ -181,8 +181,6 @@ def altered(model, key_scales=0, value_scales=0, scaled_rope=False, softcap=0.0,
 @pytest.mark.parametrize(
     "features",
     [
-        {"softcap": 5.0, "sinks": True},
-        {"slopes": True},
         {"key_scales": models.HEADS},
         {"key_scales": 2, "value_scales": 1, "scaled_rope": True},
         {"value_scales": 4, "sinks": True, "softcap": 3.0},
