@@ -37,6 +37,12 @@ def _known_implementation(value: str) -> str:
     return value
 
 
+def _known_plugin(value: str) -> str:
+    if value not in ("quick", "cpp"):
+        raise typer.BadParameter(f"'{value}' is not one of quick, cpp")
+    return value
+
+
 Model = Annotated[str, typer.Argument(help="A torch.export archive (.pt2, .pt), a Hugging Face folder, or a hub id.")]
 CacheRatio = Annotated[
     float | None,
@@ -546,18 +552,82 @@ def _check_eval(
 def tensorrt(
     folder: Annotated[Path, typer.Argument(help="A folder written by 'mla-compile convert MODEL --out FOLDER'.")],
     out: Annotated[Path, typer.Option(help="The .onnx file to write.", rich_help_panel=_OUTPUT)],
-    splits: Annotated[int, typer.Option(min=1, max=64, help="Pieces that kernels cut every cache into.")] = 16,
+    plugin: Annotated[
+        str,
+        typer.Option(
+            help="Which plugins its nodes are for: quick, which Python registers, or cpp, a library by 'build-plugin'.",
+            callback=_known_plugin,
+        ),
+    ] = "quick",
+    splits: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=64,
+            help="Pieces that kernels cut every cache into; the plugins of a library choose that themselves.",
+            show_default="16",
+        ),
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Sequences at most, in the command that is printed.")] = 8,
     prompt: Annotated[int, typer.Option(min=1, help="New tokens at most, likewise.")] = 64,
     room: Annotated[int, typer.Option(min=1, help="Tokens a cache has room for, likewise.")] = 4096,
     force: Annotated[bool, typer.Option("--force", help="Replace existing files.", rich_help_panel=_OUTPUT)] = False,
 ) -> None:
     """Write a converted model for TensorRT: caches of fixed memory, and nodes that plugins can take."""
+    if plugin == "cpp" and splits is not None:
+        raise UsageError("--splits is for quick plugins; those of a library choose that themselves.", "Leave it out.")
+    from mla_compile.passes.lower_tensorrt import SPLITS
     from mla_compile.tensorrt import engine_command, write_tensorrt_onnx
 
-    rows, error = write_tensorrt_onnx(folder, out, splits=splits, force=force)
+    rows, error = write_tensorrt_onnx(folder, out, splits=None if plugin == "cpp" else splits or SPLITS, force=force)
     typer.echo(f"{out}: in ONNX Runtime it equals the PyTorch module (largest relative difference {error:.1e}).")
     typer.echo(f"Build an engine of its standard operators with:\n{engine_command(out, rows, batch, prompt, room)}")
+    if plugin == "cpp":
+        library = out.with_name("libmla_plugin.so")
+        command = engine_command(out, rows, batch, prompt, room, library)
+        typer.echo(f"Or build its plugins with:\nmla-compile build-plugin {out} --tensorrt-include DIR --out {library}")
+        typer.echo(f"and an engine with them with:\n{command}")
+
+
+@app.command("build-plugin")
+def build_plugin(
+    files: Annotated[
+        list[Path], typer.Argument(help="ONNX files by 'mla-compile tensorrt --plugin cpp'; one or several.")
+    ],
+    tensorrt_include: Annotated[Path, typer.Option(help="The folder of TensorRT's headers, 10.3 or later.")],
+    out: Annotated[Path, typer.Option(help="The .so file to write.", rich_help_panel=_OUTPUT)],
+    cuda_include: Annotated[
+        Path | None, typer.Option(help="The folder of CUDA's headers.", show_default="Triton's own")
+    ] = None,
+    architecture: Annotated[
+        list[int] | None,
+        typer.Option(help="A compute capability, as 90 for 9.0; several times for several.", show_default="all known"),
+    ] = None,
+    self_registering: Annotated[
+        bool, typer.Option("--self-registering", help="Register at load, as ONNX Runtime's provider expects.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace existing files.", rich_help_panel=_OUTPUT)] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compile the plugins of ONNX files for TensorRT to a library, for trtexec and ONNX Runtime."""
+    from mla_compile import display
+    from mla_compile.plugin_library import build_plugin_library
+
+    with display.make_display(quiet) as shown:
+        build_plugin_library(
+            files,
+            out,
+            tensorrt_include=tensorrt_include,
+            cuda_include=cuda_include,
+            architectures=architecture or (),
+            self_registering=self_registering,
+            force=force,
+            display=shown,
+        )
+    if self_registering:
+        typer.echo(f"{out}: give ONNX Runtime's provider trt_extra_plugin_lib_paths={out}.")
+    else:
+        typer.echo(f"{out}: give it to trtexec with --dynamicPlugins={out}, or load it with load_library().")
 
 
 @app.command()
@@ -576,7 +646,7 @@ def verify(
         display.show_check(folder, error, greedy)
 
 
-_COMMANDS = frozenset({"convert", "inspect", "plan", "run", "eval", "verify", "tensorrt"})
+_COMMANDS = frozenset({"convert", "inspect", "plan", "run", "eval", "verify", "tensorrt", "build-plugin"})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -23,13 +23,13 @@ _CHECKED = (5, 1, 1)
 """Tokens of the steps that are compared: a prompt, and decoding."""
 
 
-def write_tensorrt_onnx(folder: Path, path: Path, *, splits: int, force: bool) -> tuple[tuple[int, ...], float]:
+def write_tensorrt_onnx(folder: Path, path: Path, *, splits: int | None, force: bool) -> tuple[tuple[int, ...], float]:
     """Lower a converted model for TensorRT, compare it with the PyTorch module, and only then give the file its name.
 
     Args:
         folder: Written by ``mla-compile convert MODEL --out FOLDER``.
         path: The ``.onnx`` file.
-        splits: Pieces that kernels cut every cache into.
+        splits: Pieces that kernels cut every cache into; None for nodes whose plugin chooses that itself.
         force: Replace existing files.
 
     Returns:
@@ -74,8 +74,10 @@ def _difference(model: LatentModel, path: Path) -> float:
     return relative_error(torch.cat(parts, 1), expected)
 
 
-def engine_command(path: Path, rows: Sequence[int], batch: int, prompt: int, room: int) -> str:
-    """The command by which TensorRT builds an engine of the file's standard operators, without plugins.
+def engine_command(
+    path: Path, rows: Sequence[int], batch: int, prompt: int, room: int, library: Path | None = None
+) -> str:
+    """The command by which TensorRT builds an engine of the file.
 
     Args:
         path: The file.
@@ -83,6 +85,7 @@ def engine_command(path: Path, rows: Sequence[int], batch: int, prompt: int, roo
         batch: Sequences at most.
         prompt: New tokens at most.
         room: Tokens that a cache has room for, always.
+        library: Library of plugins; without one the engine has standard operators only.
     """
 
     def shapes(batch: int, new: int) -> str:
@@ -92,4 +95,5 @@ def engine_command(path: Path, rows: Sequence[int], batch: int, prompt: int, roo
     return (
         f"trtexec --onnx={path} --saveEngine={path.with_suffix('.plan')} --minShapes={shapes(1, 1)} "
         f"--optShapes={shapes(batch, 1)} --maxShapes={shapes(batch, prompt)}"
+        + (f" --dynamicPlugins={library}" if library else "")
     )

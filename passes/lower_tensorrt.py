@@ -1,7 +1,8 @@
 """Lower a rewritten graph to ONNX for TensorRT: caches of fixed memory and lengths, no growing caches and no mask.
 
-Attention to a latent is three nodes with standard operators around them: ``LatentAppend`` writes the new rows, and
-``LatentAttentionPartial`` and ``LatentAttentionCombine`` attend (:mod:`mla_compile.runtime.tensorrt.functions`).
+Attention to a latent is nodes with standard operators around them: ``LatentAppend`` writes the new rows, and
+``LatentAttentionPartial`` and ``LatentAttentionCombine``, or ``LatentAttentionDecode`` in place of both, attend
+(:mod:`mla_compile.runtime.tensorrt.functions`).
 Queries are rotated and folded with ``key_up`` before them, and contexts are multiplied with ``value_up`` behind them,
 by operators that TensorRT has kernels for itself.
 """
@@ -24,7 +25,7 @@ from mla_compile.passes.lower_onnx import exported_to_onnx, name_dimensions, sav
 from mla_compile.quiet import quiet_exporter
 from mla_compile.runtime import ops
 from mla_compile.runtime.onnx_function import DOMAIN, VERSION
-from mla_compile.runtime.tensorrt.functions import APPEND, COMBINE, PARTIAL, PLUGIN, function
+from mla_compile.runtime.tensorrt.functions import APPEND, COMBINE, DECODE, PARTIAL, PLUGIN, function
 
 __all__ = ["SPLITS", "lower_to_tensorrt_onnx"]
 
@@ -48,7 +49,7 @@ def lower_to_tensorrt_onnx(
     *,
     opset: int,
     metadata: Mapping[str, object],
-    splits: int = SPLITS,
+    splits: int | None = SPLITS,
 ) -> None:
     """Write the rewritten graph as an ONNX file for TensorRT, which any other runtime runs too.
 
@@ -62,7 +63,7 @@ def lower_to_tensorrt_onnx(
         path: File to write; weights above 1.5 GB go to ``<path>.data``.
         opset: Standard operator set, 23 or later.
         metadata: JSON-able facts stored in the model's metadata under ``mla_compile``.
-        splits: Pieces that kernels cut a cache into.
+        splits: Pieces that kernels cut a cache into; None for nodes whose plugin chooses that itself.
 
     Raises:
         RefusedError: A layer is not converted, or has more than latents, rope keys and a window; or something other
@@ -92,7 +93,8 @@ def lower_to_tensorrt_onnx(
 
 def _add_functions(model: ir.Model, opset: int) -> None:
     """Add the functions that the nodes call."""
-    for op_type in (APPEND, PARTIAL, COMBINE):
+    called = {node.op_type for node in model.graph if node.domain == DOMAIN}
+    for op_type in (x for x in (APPEND, PARTIAL, COMBINE, DECODE) if x in called):
         made = ir.serde.deserialize_function(function(op_type, opset))
         model.functions[made.identifier()] = made
     for node in model.graph:
@@ -102,7 +104,7 @@ def _add_functions(model: ir.Model, opset: int) -> None:
     model.opset_imports[DOMAIN] = VERSION
 
 
-def _with_nodes(module: fx.GraphModule, splits: int) -> fx.GraphModule:
+def _with_nodes(module: fx.GraphModule, splits: int | None) -> fx.GraphModule:
     """Copy the graph with every call of our operator replaced by nodes for TensorRT; weights are shared."""
     replaced = copy.copy(module)
     replaced.graph = copy.deepcopy(module.graph)
@@ -142,7 +144,7 @@ def _attention(
     softcap: float,
     *_others: object,
     layer: int,
-    splits: int,
+    splits: int | None,
 ) -> tuple[Tensor, Tensor]:
     """``mla::latent_attention`` with ``lengths`` for a mask and a cache ``[B, T, R]`` of fixed memory."""
     groups, rope_dim, rank = cos.shape[2], 2 * cos.shape[3], key_up.shape[2]
@@ -168,10 +170,22 @@ def _attention(
     plain, rope_query = rotated.split([head_dim - rope_dim, rope_dim], -1)
     grouped = plain.unflatten(2, (key_up.shape[0], -1))
     latent_query = torch.einsum("bsghd,gdr->bsghr", grouped, key_up).flatten(2, 3)
+    context_shape = batch, new, heads, rank
+    shared = {"rope_groups": groups, "scale": scale, "window": window, **PLUGIN}
+    if splits is None:
+        context = torch.onnx.ops.symbolic(
+            f"{DOMAIN}::{DECODE}",
+            (latent_query, rope_query, kept, lengths),
+            shared,
+            dtype=query.dtype,
+            shape=context_shape,
+            version=VERSION,
+        )
+        return _contracted(context, value_up), kept
     partial, lse = torch.onnx.ops.symbolic_multi_out(
         f"{DOMAIN}::{PARTIAL}",
         (latent_query, rope_query, kept, lengths),
-        {"rope_groups": groups, "scale": scale, "window": window, "splits": splits, **PLUGIN},
+        {**shared, "splits": splits},
         dtypes=(torch.float32, torch.float32),
         shapes=((batch, new, heads, splits, rank), (batch, new, heads, splits)),
         version=VERSION,
@@ -181,8 +195,13 @@ def _attention(
         (partial, lse),
         {"to": _ONNX_TYPES[query.dtype], **PLUGIN},
         dtype=query.dtype,
-        shape=(batch, new, heads, rank),
+        shape=context_shape,
         version=VERSION,
     )
+    return _contracted(context, value_up), kept
+
+
+def _contracted(context: Tensor, value_up: Tensor) -> Tensor:
+    """Contexts ``[B, S, H, r]`` as values of the heads, ``[B, S, H, d]``."""
     attended = torch.einsum("bsghr,grd->bsghd", context.unflatten(2, (value_up.shape[0], -1)), value_up)
-    return attended.flatten(2, 3), kept
+    return attended.flatten(2, 3)

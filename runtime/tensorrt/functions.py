@@ -20,7 +20,7 @@ import onnx.parser
 
 from mla_compile.runtime.onnx_function import DOMAIN
 
-__all__ = ["APPEND", "COMBINE", "NAMESPACE", "PARTIAL", "PLUGIN", "function"]
+__all__ = ["APPEND", "COMBINE", "DECODE", "NAMESPACE", "PARTIAL", "PLUGIN", "function"]
 
 NAMESPACE = DOMAIN
 """Where plugins register; ``mla_compile::LatentAttentionPartial`` and so on."""
@@ -29,6 +29,7 @@ PLUGIN = {"plugin_namespace": NAMESPACE, "plugin_version": "1"}
 APPEND = "LatentAppend"
 PARTIAL = "LatentAttentionPartial"
 COMBINE = "LatentAttentionCombine"
+DECODE = "LatentAttentionDecode"
 
 _PLUGIN = ", ".join(PLUGIN)
 
@@ -89,9 +90,7 @@ _APPEND = f"""
 }}
 """
 
-_PARTIAL = f"""
-{PARTIAL} <rope_groups, scale, window, splits, {_PLUGIN}>
-  (latent_query_BSHr, rope_query_BSHd, rows_BTR, lengths_B) => (partial_BSHPr, lse_BSHP) {{
+_ATTENTION = """
   zero = Constant <value_ints = [0]> ()
   one = Constant <value_ints = [1]> ()
   two = Constant <value_ints = [2]> ()
@@ -102,7 +101,6 @@ _PARTIAL = f"""
   lowest = Constant <value_float = -3.0e38> ()
   nothing = Constant <value_float = 0.0> ()
   unit = Constant <value_float = 1.0> ()
-  infinity = Constant <value_float = -inf> ()
   factor = Constant <value_float: float = @scale> ()
   groups = Constant <value_int: int = @rope_groups> ()
   reach = Constant <value_int: int = @window> ()
@@ -161,7 +159,7 @@ _PARTIAL = f"""
   seen_BST = And (behind_BST, within_BST)
   seen_BS1T = Unsqueeze (seen_BST, two)
 
-  # ---- softmax, its denominator kept
+  # ---- softmax
   masked_BSHT = Where (seen_BS1T, logits_BSHT, lowest)
   largest_BSH1 = ReduceMax <keepdims = 1> (masked_BSHT, axis3)
   below_BSHT = Sub (masked_BSHT, largest_BSH1)
@@ -171,19 +169,34 @@ _PARTIAL = f"""
   some_BSH1 = Greater (total_BSH1, nothing)
   divisor_BSH1 = Where (some_BSH1, total_BSH1, unit)
   share_BSHT = Div (weights_BSHT, divisor_BSH1)
-  log_BSH1 = Log (divisor_BSH1)
-  denominator_BSH1 = Add (log_BSH1, largest_BSH1)
-  lse_BSHP = Where (some_BSH1, denominator_BSH1, infinity)
 
-  # ---- the weighted sum of latents, as the only split
+  # ---- the weighted sum of latents
   share_like_BSHT = CastLike (share_BSHT, rows_BTR)
   weights_shape = Concat <axis = 0> (B, SH, T)
   share_BMT = Reshape <allowzero = 1> (share_like_BSHT, weights_shape)
   latent_BTr = Slice (rows_BTR, zero, r, two)
   context_BMr = MatMul (share_BMT, latent_BTr)
+"""
+
+_PARTIAL = f"""
+{PARTIAL} <rope_groups, scale, window, splits, {_PLUGIN}>
+  (latent_query_BSHr, rope_query_BSHd, rows_BTR, lengths_B) => (partial_BSHPr, lse_BSHP) {{{_ATTENTION}
+  # ---- the only split, and its denominator
+  infinity = Constant <value_float = -inf> ()
+  log_BSH1 = Log (divisor_BSH1)
+  denominator_BSH1 = Add (log_BSH1, largest_BSH1)
+  lse_BSHP = Where (some_BSH1, denominator_BSH1, infinity)
   context_wide_BMr = Cast <to = 1> (context_BMr)
   context_shape = Concat <axis = 0> (B, S, H, one, r)
   partial_BSHPr = Reshape <allowzero = 1> (context_wide_BMr, context_shape)
+}}
+"""
+
+_DECODE = f"""
+{DECODE} <rope_groups, scale, window, {_PLUGIN}>
+  (latent_query_BSHr, rope_query_BSHd, rows_BTR, lengths_B) => (context_BSHr) {{{_ATTENTION}
+  context_shape = Concat <axis = 0> (B, S, H, r)
+  context_BSHr = Reshape <allowzero = 1> (context_BMr, context_shape)
 }}
 """
 
@@ -213,7 +226,7 @@ _COMBINE = f"""
 }}
 """
 
-_TEXTS = {APPEND: _APPEND, PARTIAL: _PARTIAL, COMBINE: _COMBINE}
+_TEXTS = {APPEND: _APPEND, PARTIAL: _PARTIAL, COMBINE: _COMBINE, DECODE: _DECODE}
 
 
 @functools.cache
@@ -223,11 +236,12 @@ def function(op_type: str, opset: int) -> onnx.FunctionProto:
     ``LatentAppend`` is :func:`mla_compile.runtime.kernels.append_latent` on a contiguous cache.
     ``LatentAttentionPartial`` and ``LatentAttentionCombine`` in a row are
     :func:`mla_compile.runtime.kernels.latent_attention`, causal, with ``window`` 0 for none; of the ``splits`` that a
-    kernel cuts the keys into the body makes one. Unlike the kernels the body reads what lies behind a sequence's last
-    row, so that it must be numbers.
+    kernel cuts the keys into the body makes one. ``LatentAttentionDecode`` is both in one, for a plugin that launches two
+    kernels and cuts the keys as it sees fit. Unlike the kernels the body reads what lies behind a sequence's last row,
+    so that it must be numbers.
 
     Args:
-        op_type: ``APPEND``, ``PARTIAL`` or ``COMBINE``.
+        op_type: ``APPEND``, ``PARTIAL``, ``COMBINE`` or ``DECODE``.
         opset: Version of the standard operators, 23 or later.
     """
     text = f'<opset_import: ["" : {opset}], domain: "{DOMAIN}">{_TEXTS[op_type]}'

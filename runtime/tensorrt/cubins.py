@@ -1,0 +1,94 @@
+"""From the nodes of a file to the machine code that a library of plugins holds for them: no TensorRT, no GPU.
+
+Unlike quickly deployable plugins (:mod:`mla_compile.runtime.tensorrt.kernels`) a library chooses the number of splits
+when shapes are known, launches two kernels, and gives them floating-point arguments and all shared memory there is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from mla_compile.runtime.kernels.aot import Compiled, compile_kernel
+from mla_compile.runtime.kernels.cache import RowLayout
+from mla_compile.runtime.kernels.decode import combine_kernel
+from mla_compile.runtime.kernels.schedule import DecodeSpec, Tiles, choose_tiles, combine_constants, shared_bytes
+from mla_compile.runtime.tensorrt.entries import decode_entry
+
+__all__ = ["SPLITS", "Combination", "Decode"]
+
+SPLITS = (4, 16, 64, 256)
+"""Splits that there are kernels to combine; the next of them takes what lies between. No GPU has 256 processors."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Decode:
+    """One kind of ``LatentAttentionDecode``; axes are named as in :mod:`mla_compile.runtime.tensorrt.functions`.
+
+    Attributes:
+        rank: ``r``.
+        rope_groups: ``n``.
+        rope_dim: ``d``.
+        heads: ``H``.
+        windowed: Whether there is a window.
+        dtype: Triton's name for the type of queries and rows: ``fp16``, ``bf16`` or ``fp32``.
+    """
+
+    rank: int
+    rope_groups: int
+    rope_dim: int
+    heads: int
+    windowed: bool
+    dtype: str
+
+    def spec(self, new: int) -> DecodeSpec:
+        """What the decode kernel is compiled for; two new tokens stand for any number."""
+        layout = RowLayout(self.rank, self.rope_groups, self.rope_dim)
+        return DecodeSpec(layout, self.heads, new, 4 if self.dtype == "fp32" else 2, windowed=self.windowed)
+
+    def tactics(self, architecture: int) -> tuple[Tiles, ...]:
+        """Tiles for one new token to choose among by time: the schedule's own, and smaller ones.
+
+        Args:
+            architecture: Compute capability, as 90 for 9.0.
+
+        Raises:
+            ValueError: A row is too wide for any tile.
+        """
+        spec = self.spec(1)
+        best = choose_tiles(spec, architecture)
+        smaller = (replace(best, rows=16, keys=keys, warps=4, stages=stages) for keys in (32, 16) for stages in (3, 2))
+        room = shared_bytes(spec, best)
+        return tuple(dict.fromkeys((best, *(t for t in smaller if shared_bytes(spec, t) <= room))))
+
+    def compile(self, new: int, tiles: Tiles, architecture: int, *, direct: bool) -> Compiled:
+        """Compile the decode kernel.
+
+        Args:
+            new: New tokens: 1, or 2 for any number.
+            tiles: What one program works on.
+            architecture: Compute capability.
+            direct: Whether the result itself is written, by one split, and not parts of it.
+        """
+        types = dict.fromkeys(("q_latent", "q_rope", "rows"), f"*{self.dtype}")
+        types["output"] = f"*{self.dtype}" if direct else "*fp32"
+        made = self.spec(new).constants(tiles)
+        constants = {name: made[name] for name in decode_entry.arg_names if name in made}
+        return compile_kernel(decode_entry, types, constants, architecture, tiles.warps, tiles.stages)
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Combination:
+    """The combination of splits.
+
+    Attributes:
+        rank: ``r``.
+        dtype: Triton's name for the type of the result.
+    """
+
+    rank: int
+    dtype: str
+
+    def compile(self, splits: int, architecture: int) -> Compiled:
+        """Compile for up to so many splits."""
+        constants = {**combine_constants(self.rank, splits), "sinks": None, "lse": None}
+        return compile_kernel(combine_kernel, {"output": f"*{self.dtype}"}, constants, architecture, 4, 1)
