@@ -293,13 +293,16 @@ bool isAligned(void const* pointer)
 struct Attribute
 {
     char const* name;
-    PluginFieldType type; // kINT32 or kFLOAT32
-    int32_t integer{0};
-    float real{0};
+    PluginFieldType type;  // kINT32 or kFLOAT32
+    std::uint32_t bits{0}; // of the value
 
-    void* data()
+    template <class Value>
+    Value as() const
     {
-        return type == PluginFieldType::kINT32 ? static_cast<void*>(&integer) : static_cast<void*>(&real);
+        static_assert(sizeof(Value) == sizeof(bits));
+        Value value;
+        std::memcpy(&value, &bits, sizeof value);
+        return value;
     }
 };
 
@@ -342,7 +345,7 @@ public:
     {
         mTimingCacheId = kBUILD_ID;
         for (Attribute const& attribute : mAttributes)
-            mTimingCacheId += "_" + std::to_string(attribute.integer) + "_" + std::to_string(attribute.real);
+            mTimingCacheId += "_" + std::to_string(attribute.bits);
         return mTimingCacheId.c_str();
     }
 
@@ -363,8 +366,8 @@ public:
     PluginFieldCollection const* getFieldsToSerialize() noexcept override
     {
         mFields.clear();
-        for (Attribute& attribute : mAttributes)
-            mFields.emplace_back(attribute.name, attribute.data(), attribute.type, 1);
+        for (Attribute const& attribute : mAttributes)
+            mFields.emplace_back(attribute.name, &attribute.bits, attribute.type, 1);
         mCollection = {static_cast<int32_t>(mFields.size()), mFields.data()};
         return &mCollection;
     }
@@ -424,7 +427,7 @@ public:
                     + "'. Write the ONNX file again with this version of mla-compile.");
                 return nullptr;
             }
-            std::memcpy(attribute.data(), field->data, 4);
+            std::memcpy(&attribute.bits, field->data, sizeof attribute.bits);
         }
         return new Node(std::move(attributes));
     }
@@ -549,7 +552,7 @@ public:
 protected:
     bool findKernels(PluginTensorDesc const* in) noexcept override
     {
-        int32_t const rank = mAttributes[0].integer;
+        auto const rank = mAttributes[0].as<int32_t>();
         int64_t const groups = in[kCOS].dims.d[2], ropeDim = 2 * in[kCOS].dims.d[3];
         Device const device = Device::current();
         mKernel = lookUp(kAPPEND_KERNELS, device.architecture, [&](AppendKernel const& x) {
@@ -684,8 +687,9 @@ public:
             = static_cast<char*>(workspace) + (partsBytes + kALIGNMENT - 1) / kALIGNMENT * kALIGNMENT;
         int64_t const leastTiles = ceilDiv(kTOKENS_PER_ROW * rows, mTiles->keys);
         bool const attended = mAttend->launch({ceilDiv(rows, mTiles->rows), mSplits, mBatch}, stream, inputs[kQ_LATENT],
-            inputs[kQ_ROPE], inputs[kROWS], inputs[kLENGTHS], parts, denominators, mAttributes[kSCALE].real,
-            static_cast<int32_t>(mRoom), static_cast<int32_t>(mTokens), mKernels->heads, mAttributes[kWINDOW].integer,
+            inputs[kQ_ROPE], inputs[kROWS], inputs[kLENGTHS], parts, denominators, mAttributes[kSCALE].as<float>(),
+            static_cast<int32_t>(mRoom), static_cast<int32_t>(mTokens), mKernels->heads,
+            mAttributes[kWINDOW].as<int32_t>(),
             static_cast<int32_t>(mSplits), static_cast<int32_t>(leastTiles));
         if (!attended || mSplits == 1)
             return attended ? 0 : 1;
@@ -699,11 +703,11 @@ protected:
     {
         Dims const& queries = in[kQ_LATENT].dims;
         int64_t const heads = queries.d[2], rank = queries.d[3], ropeDim = in[kQ_ROPE].dims.d[3];
-        int32_t const groups = mAttributes[kGROUPS].integer;
+        auto const groups = mAttributes[kGROUPS].as<int32_t>();
         mDevice = Device::current();
         mKernels = lookUp(kDECODE_KERNELS, mDevice.architecture, [&](DecodeKernels const& x) {
             return x.type == in[kQ_LATENT].type && x.rank == rank && x.groups == groups && x.ropeDim == ropeDim
-                && x.heads == heads && x.windowed == (mAttributes[kWINDOW].integer > 0);
+                && x.heads == heads && x.windowed == (mAttributes[kWINDOW].as<int32_t>() > 0);
         });
         return mKernels
             || refuse(mDevice,

@@ -1,9 +1,8 @@
 // A stand-in for TensorRT's header of this name: what the plugins use of it, for tests.
 //
-// Written from TensorRT's public documentation of version 10. Order and number of virtual functions are what binaries
-// agree on; that they are right is tested where TensorRT's lean runtime is installed, whose registry and Python
-// bindings call plugins built with this file. The order within IPluginRegistry and of IExprBuilder's and
-// IDimensionExpr's insides is not tested by that.
+// Written from TensorRT's public documentation. Order and number of virtual functions are what binaries agree on; where
+// TensorRT's lean runtime is installed, plugins built with this file are called by its registry and its Python bindings,
+// up to getMetadataString() of what is asked while an engine is built. What is asked when it runs, nothing here can test.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -269,24 +268,17 @@ public:
 };
 
 class IErrorRecorder;
-class IPluginCreator;
 
-// Of which plugins use the last; the others are there for their places.
+// As in version 11. Of these plugins use the last; the others are there for their places.
 class IPluginRegistry
 {
 public:
-    virtual bool registerCreator(IPluginCreator& creator, AsciiChar const* pluginNamespace) noexcept = 0;
-    virtual IPluginCreator* const* getPluginCreatorList(int32_t* count) const noexcept = 0;
-    virtual IPluginCreator* getPluginCreator(
-        AsciiChar const* name, AsciiChar const* version, AsciiChar const* pluginNamespace) noexcept = 0;
-
 protected:
     virtual ~IPluginRegistry() noexcept = default;
 
 public:
     virtual void setErrorRecorder(IErrorRecorder* recorder) noexcept = 0;
     virtual IErrorRecorder* getErrorRecorder() const noexcept = 0;
-    virtual bool deregisterCreator(IPluginCreator const& creator) noexcept = 0;
     virtual bool isParentSearchEnabled() const = 0;
     virtual void setParentSearchEnabled(bool enabled) = 0;
     virtual void* loadLibrary(AsciiChar const* path) noexcept = 0;
