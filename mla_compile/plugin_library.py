@@ -52,8 +52,12 @@ def build_plugin_library(
     check_place(out, force)
     compiler = _compiler()
     if importlib.util.find_spec("triton") is None:
-        raise UsageError("Triton, which compiles the kernels, is not installed.", "Run: pip install 'mla-compile[cuda]'.")
-    _check_header(tensorrt_include, "NvInferRuntime.h", "--tensorrt-include", "the headers of TensorRT (its include folder)")
+        raise UsageError(
+            "Triton, which compiles the kernels, is not installed.", "Run: pip install 'mla-compile[cuda]'."
+        )
+    _check_header(
+        tensorrt_include, "NvInferRuntime.h", "--tensorrt-include", "the headers of TensorRT (its include folder)"
+    )
     cuda_include = cuda_include or _triton_headers()
     _check_header(cuda_include, "cuda_runtime_api.h", "--cuda-include", "the headers of CUDA's runtime")
 
@@ -81,7 +85,9 @@ def build_plugin_library(
         source.unlink()
         if done.returncode:
             said = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip())
-            raise UsageError(f"g++ could not compile the plugins ({said}).", "Use the headers of TensorRT 10.3 or later.")
+            raise UsageError(
+                f"g++ could not compile the plugins ({said}).", "Use the headers of TensorRT 10.3 or later."
+            )
 
 
 def _compiler() -> str:

@@ -60,6 +60,11 @@ class Decode:
         room = shared_bytes(spec, best)
         return tuple(dict.fromkeys((best, *(t for t in smaller if shared_bytes(spec, t) <= room))))
 
+    def constants(self, new: int, tiles: Tiles) -> dict[str, object]:
+        """The kernel's compile-time arguments."""
+        made = self.spec(new).constants(tiles)
+        return {name: made[name] for name in decode_entry.arg_names if name in made}
+
     def compile(self, new: int, tiles: Tiles, architecture: int, *, direct: bool) -> Compiled:
         """Compile the decode kernel.
 
@@ -71,8 +76,7 @@ class Decode:
         """
         types = dict.fromkeys(("q_latent", "q_rope", "rows"), f"*{self.dtype}")
         types["output"] = f"*{self.dtype}" if direct else "*fp32"
-        made = self.spec(new).constants(tiles)
-        constants = {name: made[name] for name in decode_entry.arg_names if name in made}
+        constants = self.constants(new, tiles)
         return compile_kernel(decode_entry, types, constants, architecture, tiles.warps, tiles.stages)
 
 

@@ -236,9 +236,9 @@ def function(op_type: str, opset: int) -> onnx.FunctionProto:
     ``LatentAppend`` is :func:`mla_compile.runtime.kernels.append_latent` on a contiguous cache.
     ``LatentAttentionPartial`` and ``LatentAttentionCombine`` in a row are
     :func:`mla_compile.runtime.kernels.latent_attention`, causal, with ``window`` 0 for none; of the ``splits`` that a
-    kernel cuts the keys into the body makes one. ``LatentAttentionDecode`` is both in one, for a plugin that launches two
-    kernels and cuts the keys as it sees fit. Unlike the kernels the body reads what lies behind a sequence's last row,
-    so that it must be numbers.
+    kernel cuts the keys into the body makes one. ``LatentAttentionDecode`` is both in one, for a plugin that
+    launches two kernels and cuts the keys as it sees fit. Unlike the kernels the body reads what lies behind a
+    sequence's last row, so that it must be numbers.
 
     Args:
         op_type: ``APPEND``, ``PARTIAL``, ``COMBINE`` or ``DECODE``.

@@ -704,16 +704,17 @@ protected:
         Dims const& queries = in[kQ_LATENT].dims;
         int64_t const heads = queries.d[2], rank = queries.d[3], ropeDim = in[kQ_ROPE].dims.d[3];
         auto const groups = mAttributes[kGROUPS].as<int32_t>();
+        bool const windowed = mAttributes[kWINDOW].as<int32_t>() > 0;
         mDevice = Device::current();
         mKernels = lookUp(kDECODE_KERNELS, mDevice.architecture, [&](DecodeKernels const& x) {
             return x.type == in[kQ_LATENT].type && x.rank == rank && x.groups == groups && x.ropeDim == ropeDim
-                && x.heads == heads && x.windowed == (mAttributes[kWINDOW].as<int32_t>() > 0);
+                && x.heads == heads && x.windowed == windowed;
         });
         return mKernels
             || refuse(mDevice,
                 std::string(nameOf(in[kQ_LATENT].type)) + " queries of " + std::to_string(heads) + " heads, rank "
                     + std::to_string(rank) + " and " + std::to_string(groups) + " rope keys of "
-                    + std::to_string(ropeDim));
+                    + std::to_string(ropeDim) + (windowed ? " in a window" : ""));
     }
 
 private:

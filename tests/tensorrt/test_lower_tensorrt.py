@@ -16,7 +16,7 @@ from conversion import difference
 from mla_compile.errors import RefusedError
 from mla_compile.passes.lower_tensorrt import lower_to_tensorrt_onnx
 from mla_compile.runtime.onnx_function import DOMAIN, VERSION
-from mla_compile.runtime.tensorrt.functions import APPEND, COMBINE, NAMESPACE, PARTIAL
+from mla_compile.runtime.tensorrt.functions import APPEND, COMBINE, DECODE, NAMESPACE, PARTIAL
 
 # Grouped keys; a window, whose cache keeps all rows here; no rope.
 NAMES = ("llama-gqa", "mistral-window", "nanogpt")
@@ -99,6 +99,19 @@ def test_nodes_ask_for_plugins_and_carry_bodies(lowered, name):
         found = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
         assert found["plugin_namespace"] == NAMESPACE.encode()
         assert found["plugin_version"] == b"1"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nodes_for_a_library_of_plugins(lowered, name):
+    """Attention is one node instead of two, and computes the same."""
+    case, ids = lowered(name, splits=None), models.tokens(2, LENGTH)
+    onnx.checker.check_model(case.path, full_check=True)
+    assert [n.op_type for n in case.proto.graph.node if n.domain] == [APPEND, DECODE] * len(case.model.rows)
+    assert sorted(f.name for f in case.proto.functions) == sorted([APPEND, DECODE])
+    with torch.no_grad():
+        expected = case.model(ids).logits
+    logits, _ = in_steps(case, ids, (5, 1, 3, 1, 4))
+    assert difference(logits, expected) <= LOGITS
 
 
 @pytest.mark.parametrize("name", NAMES)

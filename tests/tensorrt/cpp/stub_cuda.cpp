@@ -3,6 +3,7 @@
 // STUB_ARCHITECTURE and STUB_PROCESSORS say what the device is, STUB_PARAMETERS what parameters kernels have, such as
 // "append_entry=ppi decode_entry=pif": p a pointer, i a 32-bit integer, f a float. STUB_FAILING names a call that fails.
 
+#include <algorithm>
 #include <cinttypes>
 #include <cstdint>
 #include <cstdio>
@@ -25,15 +26,21 @@ int result(char const* call)
     return std::strcmp(setting("STUB_FAILING"), call) ? 0 : 999;
 }
 
-// Bytes of an ELF file in memory: its table of sections stands at the end.
+// End of a table of an ELF file: where it begins, and the size and number of its entries, stand at these places.
+size_t endOfTable(unsigned char const* image, size_t begin, size_t entry)
+{
+    uint64_t offset{};
+    uint16_t size{}, count{};
+    std::memcpy(&offset, image + begin, sizeof offset);
+    std::memcpy(&size, image + entry, sizeof size);
+    std::memcpy(&count, image + entry + sizeof size, sizeof count);
+    return offset + size * count;
+}
+
+// Bytes of an ELF file in memory: it ends with one of its two tables.
 size_t sizeOfElf(unsigned char const* image)
 {
-    uint64_t sections{};
-    uint16_t size{}, count{};
-    std::memcpy(&sections, image + 40, sizeof sections);
-    std::memcpy(&size, image + 58, sizeof size);
-    std::memcpy(&count, image + 60, sizeof count);
-    return sections + size * count;
+    return std::max(endOfTable(image, 32, 54), endOfTable(image, 40, 58));
 }
 
 // FNV-1a.

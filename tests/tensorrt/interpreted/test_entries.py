@@ -9,9 +9,12 @@ import pytest
 import torch
 from onnx import helper
 
+from mla_compile.runtime.kernels.decode import combine_kernel
+from mla_compile.runtime.kernels.schedule import combine_constants
 from mla_compile.runtime.onnx_function import DOMAIN, VERSION
-from mla_compile.runtime.tensorrt.entries import append_entry, combine_entry, partial_entry
-from mla_compile.runtime.tensorrt.functions import APPEND, COMBINE, PARTIAL, PLUGIN, function
+from mla_compile.runtime.tensorrt.cubins import Decode
+from mla_compile.runtime.tensorrt.entries import append_entry, combine_entry, decode_entry, partial_entry
+from mla_compile.runtime.tensorrt.functions import APPEND, COMBINE, DECODE, PARTIAL, PLUGIN, function
 from mla_compile.runtime.tensorrt.kernels import Append, Combine, Partial
 
 ROOM, SPLITS = 90, 3
@@ -76,6 +79,36 @@ def test_attention_in_two_parts(partial, new):
     combine_entry[batch * new * heads, combine.blocks_per_row](parts, lse, context, **combine.constants)
     torch.testing.assert_close(context, expected, **CLOSE)
     assert bool(context.any(-1).any(-1)[:2].all())
+
+
+@pytest.mark.parametrize(("new", "window", "splits"), [(1, 0, 1), (3, 0, 2), (2, 20, 3)])
+def test_attention_in_one_node(new, window, splits):
+    """As a library's plugin launches it: how many splits is known only then; one writes the result."""
+    decode, lengths = Decode(48, 3, 8, 9, window > 0, "fp32"), torch.tensor([ROOM, 33, 2, 0], dtype=torch.int32)
+    batch, heads, rank = len(lengths), decode.heads, decode.rank
+    rows = numbers(batch, ROOM, rank + decode.rope_groups * decode.rope_dim)
+    q_latent, q_rope = numbers(batch, new, heads, rank), numbers(batch, new, heads, decode.rope_dim)
+    inputs = {"q_latent": q_latent, "q_rope": q_rope, "rows": rows, "lengths": lengths}
+    settings = {"rope_groups": decode.rope_groups, "scale": 0.3, "window": window}
+    (expected,) = body([(DECODE, [*inputs], ["context"], settings)], inputs, ["context"])
+    pair = [
+        (PARTIAL, [*inputs], ["partial", "lse"], {**settings, "splits": splits}),
+        (COMBINE, ["partial", "lse"], ["context"], {"to": onnx.TensorProto.FLOAT}),
+    ]
+    torch.testing.assert_close(body(pair, inputs, ["context"])[0], expected, **CLOSE)
+
+    tiles = decode.tactics(90)[0]
+    context = torch.full((batch, new, heads, rank), torch.nan)
+    parts = context if splits == 1 else torch.full((batch, new, heads, splits, rank), torch.nan)
+    lse = torch.empty(batch, new, heads, splits)
+    blocks = -(-new * heads // tiles.rows), splits, batch
+    sizes = ROOM, new, heads, window, splits, 1
+    decode_entry[blocks](q_latent, q_rope, rows, lengths, parts, lse, 0.3, *sizes, **decode.constants(new, tiles))
+    if splits > 1:
+        constants = combine_constants(rank, 4)
+        grid = batch * new * heads, -(-rank // constants["COLUMNS"])
+        combine_kernel[grid](parts, lse, None, context, None, heads, splits, **constants)
+    torch.testing.assert_close(context, expected, **CLOSE)
 
 
 @pytest.mark.parametrize("append", [Append(24, 3, 4, "fp32"), Append(40, 1, 0, "fp32")], ids=["rope", "no rope"])
