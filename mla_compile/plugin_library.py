@@ -62,6 +62,8 @@ def build_plugin_library(
     _check_header(cuda_include, "cuda_runtime_api.h", "--cuda-include", "the headers of CUDA's runtime")
 
     from mla_compile.runtime.kernels.aot import ARCHITECTURES
+    from mla_compile.runtime.tensorrt.cubins import Decode
+    from mla_compile.runtime.tensorrt.kernels import Append
     from mla_compile.runtime.tensorrt.nodes import read_nodes
     from mla_compile.runtime.tensorrt.source import PLUGIN_SOURCE, TABLES, kernel_tables
 
@@ -69,7 +71,7 @@ def build_plugin_library(
     if unknown is not None:
         known = ", ".join(map(str, ARCHITECTURES))
         raise UsageError(f"There are no kernels for compute capability {unknown / 10}.", f"Known are {known}.")
-    nodes = frozenset[object]().union(*map(read_nodes, files))
+    nodes = frozenset[Append | Decode]().union(*map(read_nodes, files))
     stages, wanted = Stages(display), tuple(dict.fromkeys(architectures)) or ARCHITECTURES
     try:
         tables = kernel_tables(nodes, stages.each("compile kernels", wanted, len(wanted)))

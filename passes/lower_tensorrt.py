@@ -171,12 +171,12 @@ def _attention(
     grouped = plain.unflatten(2, (key_up.shape[0], -1))
     latent_query = torch.einsum("bsghd,gdr->bsghr", grouped, key_up).flatten(2, 3)
     context_shape = batch, new, heads, rank
-    shared = {"rope_groups": groups, "scale": scale, "window": window, **PLUGIN}
+    shared: dict[str, int | float | str] = {"rope_groups": groups, "scale": scale, "window": window, **PLUGIN}
     if splits is None:
         context = torch.onnx.ops.symbolic(
             f"{DOMAIN}::{DECODE}",
             (latent_query, rope_query, kept, lengths),
-            shared,
+            {**shared},
             dtype=query.dtype,
             shape=context_shape,
             version=VERSION,

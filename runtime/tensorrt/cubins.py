@@ -94,5 +94,5 @@ class Combination:
 
     def compile(self, splits: int, architecture: int) -> Compiled:
         """Compile for up to so many splits."""
-        constants = {**combine_constants(self.rank, splits), "sinks": None, "lse": None}
+        constants: dict[str, object] = {**combine_constants(self.rank, splits), "sinks": None, "lse": None}
         return compile_kernel(combine_kernel, {"output": f"*{self.dtype}"}, constants, architecture, 4, 1)

@@ -14,7 +14,11 @@ from mla_compile.runtime.tensorrt.kernels import Append
 
 __all__ = ["read_nodes"]
 
-_TYPES = {onnx.TensorProto.FLOAT: "fp32", onnx.TensorProto.FLOAT16: "fp16", onnx.TensorProto.BFLOAT16: "bf16"}
+_TYPES = {
+    int(onnx.TensorProto.FLOAT): "fp32",
+    int(onnx.TensorProto.FLOAT16): "fp16",
+    int(onnx.TensorProto.BFLOAT16): "bf16",
+}
 _REMEDY = "Write it with: mla-compile tensorrt FOLDER --out FILE.onnx --plugin cpp."
 
 

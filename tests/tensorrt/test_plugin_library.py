@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -92,8 +93,7 @@ def built(tmp_path_factory):
         for kind in (Decode, Combination, Append):
             patched.setattr(kind, "compile", functools.cache(kind.compile))
         patched.setattr(Decode, "tactics", lambda self, architecture: TACTICS)
-        # It is built to register itself, which it cannot do where there is no TensorRT: that must not matter.
-        assert build([write_nodes(folder / "nodes.onnx")], folder / "libmla_plugin.so", "--self-registering") == 0
+        assert build([write_nodes(folder / "nodes.onnx")], folder / "libmla_plugin.so") == 0
         for source, options, target in (
             ("stub_cuda.cpp", ("-shared", "-fPIC"), "libcuda.so.1"),
             ("harness.cpp", (), "harness"),
@@ -108,14 +108,14 @@ def letters(compiled):
     return "".join("p" if kind.startswith("*") else {"i32": "i", "fp32": "f"}[kind] for _, kind in compiled.parameters)
 
 
-def drive(folder, *scenarios, **stub):
-    """What the harness and the driver print for each scenario, and what is printed for people."""
+def drive(folder, *scenarios, library="libmla_plugin.so", **stub):
+    """What the harness and the driver print for each scenario and afterwards, and what is said on standard error."""
     parts, combined, appended = decode(1, 1, 1, False), combine(2), Append(RANK, GROUPS, ROPE, "bf16").compile(90)
     parameters = " ".join(f"{x.name}={letters(x)}" for x in (parts, combined, appended))
     device = {"STUB_ARCHITECTURE": str(ARCHITECTURE), "STUB_PROCESSORS": str(PROCESSORS), "STUB_PARAMETERS": parameters}
     environment = os.environ | {"LD_LIBRARY_PATH": str(folder)} | device | stub
     lines = "".join(" ".join(map(str, scenario)) + "\n" for scenario in scenarios)
-    command = [folder / "harness", folder / "libmla_plugin.so"]
+    command = [folder / "harness", folder / library]
     done = subprocess.run(command, input=lines, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     events = [json.loads(line) for line in done.stdout.splitlines()]
@@ -302,10 +302,25 @@ def test_much_shared_memory_is_asked_for(built):
     ],
 )
 def test_what_goes_wrong_is_said_and_reported_to_tensorrt(built, scenario, stub, sentence):
-    run = drive(built, scenario, **stub)
-    assert not run.lives[0][-1]["done"]
-    lines = [line for line in run.said.splitlines() if "no TensorRT 11" not in line]
-    assert re.search(f"^mla_compile: .*{sentence}", "\n".join(lines)), run.said
+    (life,) = drive(built, scenario, **stub).lives
+    assert not life[-1]["done"]
+    messages = [event["message"] for event in only(life, "log") if event["severity"] == 1]
+    assert re.search(f"^mla_compile: .*{sentence}", "\n".join(messages)), life
+
+
+def test_without_a_logger_it_speaks_to_standard_error_and_lives_on(registering):
+    """It says so while it is opened, where it finds no TensorRT to register with."""
+    run = drive(registering.parent, attend(), library=registering.name)
+    assert re.fullmatch("mla_compile: no TensorRT 11, for which this plugin library was built, is loaded.*\n", run.said)
+    assert run.lives[0][-1]["done"]
+
+
+@pytest.fixture(scope="module")
+def registering(built):
+    """A library that registers itself when it is opened."""
+    path = built / "libmla_registering.so"
+    assert build([built / "nodes.onnx"], path, "--self-registering") == 0
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -314,32 +329,46 @@ def lean():
     return pytest.importorskip("tensorrt_lean", reason="TensorRT's registry is not installed: .[tensorrt-test]")
 
 
-def test_tensorrt_finds_what_registers_itself(built, lean):
+def test_the_real_registry_loads_it(built, lean):
     """The interfaces are TensorRT's: its registry and bindings call the plugin."""
-    import ctypes
-
     registry = lean.get_plugin_registry()
-    ctypes.CDLL(str(built / "libmla_plugin.so"))
+    assert registry.load_library(str(built / "libmla_plugin.so"))
     creators = {op_type: registry.get_creator(op_type, "1", DOMAIN) for op_type in (APPEND, DECODE)}
     for op_type, creator in creators.items():
         fields = {field.name for field in creator.field_names}
         assert fields == {*function(op_type, 23).attribute} - {"plugin_namespace", "plugin_version"}
     kind = lean.PluginFieldType
-    values = {"rope_groups": (GROUPS, kind.INT32), "scale": (SCALE, kind.FLOAT32), "window": (0, kind.INT32)}
-    given = [
-        lean.PluginField(name, np.array([value], np.float32 if as_kind == kind.FLOAT32 else np.int32), as_kind)
-        for name, (value, as_kind) in values.items()
-    ]
-    plugin = creators[DECODE].create_plugin("x", lean.PluginFieldCollection(given), lean.TensorRTPhase.BUILD)
-    core, built_by, _ = (
-        plugin.get_capability_interface(getattr(lean.PluginCapabilityType, name))
-        for name in ("CORE", "BUILD", "RUNTIME")
-    )
+    values = {
+        "rope_groups": (np.array([GROUPS], np.int32), kind.INT32),
+        "scale": (np.array([SCALE], np.float32), kind.FLOAT32),
+        "window": (np.array([0], np.int32), kind.INT32),
+    }
+    given = lean.PluginFieldCollection([lean.PluginField(name, *value) for name, value in values.items()])
+    plugin = creators[DECODE].create_plugin("x", given, lean.TensorRTPhase.BUILD)
+    asked = plugin.get_capability_interface(lean.PluginCapabilityType.BUILD)
+    core = plugin.get_capability_interface(lean.PluginCapabilityType.CORE)
     assert (core.plugin_name, core.plugin_namespace, core.plugin_version) == (DECODE, DOMAIN, "1")
-    assert (built_by.interface_info.kind, built_by.interface_info.major) == ("PLUGIN_V3ONE_BUILD", 2)
-    # Early, middle and last but one of the functions it may write: their places are right.
-    assert (built_by.num_outputs, built_by.format_combination_limit, built_by.metadata_string) == (1, 100, None)
-    assert re.fullmatch(rf"[0-9a-f]{{16}}_{GROUPS}_{np.float32(SCALE).view(np.uint32)}_0", built_by.timing_cache_id)
+    assert (asked.interface_info.kind, asked.interface_info.major) == ("PLUGIN_V3ONE_BUILD", 2)
+    # The fifth, tenth and eleventh of the functions, and the ninth: their places are right.
+    assert (asked.num_outputs, asked.format_combination_limit, asked.metadata_string) == (1, 100, None)
+    assert re.fullmatch(rf"[0-9a-f]{{16}}_{GROUPS}_{np.float32(SCALE).view(np.uint32)}_0", asked.timing_cache_id)
+
+
+REGISTERED = """
+import ctypes, sys
+import tensorrt_lean
+
+registry = tensorrt_lean.get_plugin_registry()
+ctypes.CDLL(sys.argv[1])
+print(*(creator.name for creator in registry.all_creators if creator.plugin_namespace == sys.argv[2]))
+"""
+
+
+def test_it_registers_itself_in_the_real_registry(registering, lean):
+    """In a process where nothing else has."""
+    command = [sys.executable, "-c", REGISTERED, str(registering), DOMAIN]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert sorted(done.stdout.split()) == sorted([APPEND, DECODE])
 
 
 def test_kernels_that_serve_two_purposes_are_there_once(monkeypatch):

@@ -23,6 +23,19 @@ namespace
 {
 constexpr size_t kOUTPUT = 1 << 20, kWORKSPACE = 1 << 21, kSTREAM = 7;
 
+struct Log final : ILogger, ILoggerFinder
+{
+    void log(Severity severity, AsciiChar const* message) noexcept override
+    {
+        std::printf("{\"event\": \"log\", \"severity\": %d, \"message\": \"%s\"}\n", static_cast<int32_t>(severity), message);
+    }
+
+    ILogger* findLogger() override
+    {
+        return this;
+    }
+};
+
 struct Scenario
 {
     std::string kind;
@@ -219,6 +232,8 @@ int main(int, char** arguments)
     using GetCreators = IPluginCreatorInterface* const* (*) (int32_t&);
     int32_t count{};
     auto const* const creators = reinterpret_cast<GetCreators>(dlsym(library, "getCreators"))(count);
+    Log log;
+    reinterpret_cast<void (*)(ILoggerFinder*)>(dlsym(library, "setLoggerFinder"))(&log);
 
     std::vector<std::unique_ptr<IPluginV3>> alive; // contexts of one engine, until it ends
     for (std::string text; std::getline(std::cin, text);)
