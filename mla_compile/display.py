@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from mla_compile.plan import LatentPlan
     from mla_compile.progress import StageTiming
     from mla_compile.report import Report
+    from mla_compile.runtime.tensorrt.engine_builder import EngineSettings
     from mla_compile.seq2seq_report import Seq2SeqReport
+    from mla_compile.tensorrt import Written
     from mla_compile.textgen import Generation
 
 __all__ = [
@@ -34,6 +36,7 @@ __all__ = [
     "show_plan",
     "show_report",
     "show_seq2seq_report",
+    "show_written",
     "stream_text",
 ]
 
@@ -254,7 +257,10 @@ def show_report(report: Report, out: Path) -> None:
             ["decode vs whole sequence", f"{v.decode_error:.1e}"],
         ]
         if v.lowering_error is not None:
-            rows.append(["ONNX Runtime vs PyTorch", f"{v.lowering_error:.1e}, greedy {v.lowering_greedy:.0%} equal"])
+            greedy = "" if v.lowering_greedy is None else f", greedy {v.lowering_greedy:.0%} equal"
+            rows.append(["ONNX Runtime vs PyTorch", f"{v.lowering_error:.1e}{greedy}"])
+        if v.engine_error is not None:
+            rows.append(["TensorRT vs ONNX Runtime", f"{v.engine_error:.1e}"])
         rows.append(["converted vs original", f"{v.conversion_error:.1e}, greedy {v.conversion_greedy:.0%} equal"])
         rows.append(["measured cache bytes per token", v.cache_bytes_per_token])
     if report.checkpoint:
@@ -298,6 +304,30 @@ def show_check(folder: Path, error: float, greedy: float) -> None:
     """How a checkpoint answers."""
     rows = [["logits vs the converted module", f"{error:.1e}"], ["greedy tokens", f"{greedy:.0%} equal"]]
     _print_table(str(folder), ["", "result"], rows)
+
+
+def show_written(written: Written, settings: EngineSettings) -> None:
+    """What was written for TensorRT, how it was checked, and what TensorRT's own tools make of it."""
+    from mla_compile.tensorrt import commands
+
+    if written.error is not None:
+        print(  # noqa: T201
+            f"{written.onnx}: in ONNX Runtime it equals the PyTorch module (largest relative difference "
+            f"{written.error:.1e})."
+        )
+    if written.plan is not None:
+        print(  # noqa: T201
+            f"{written.plan}: it equals the file in ONNX Runtime (largest relative difference "
+            f"{written.engine_error:.1e}); attention: {written.attention}."
+        )
+    build, inspect = commands(written.onnx, written.rows, settings)
+    print(f"Build an engine of its standard operators with:\n{build}")  # noqa: T201
+    print(f"See what TensorRT takes with:\n{inspect}")  # noqa: T201
+    if settings.splits is None:
+        library = written.onnx.with_name("libmla_plugin.so")
+        build, _ = commands(written.onnx, written.rows, settings, library)
+        command = f"mla-compile build-plugin {written.onnx} --tensorrt-include DIR --out {library}"
+        print(f"Build its plugins with:\n{command}\nand an engine with them with:\n{build}")  # noqa: T201
 
 
 def show_encoder_report(report: EncoderReport, out: Path) -> None:

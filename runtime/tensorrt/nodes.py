@@ -7,6 +7,7 @@ from pathlib import Path
 import onnx
 
 from mla_compile.errors import LoadError, RefusedError
+from mla_compile.runtime.kernels.cache import RowLayout
 from mla_compile.runtime.onnx_function import DOMAIN
 from mla_compile.runtime.tensorrt.cubins import Decode
 from mla_compile.runtime.tensorrt.functions import APPEND, DECODE
@@ -39,8 +40,8 @@ def read_nodes(path: Path) -> frozenset[Append | Decode]:
     except Exception as error:  # the parser of protocol buffers has exceptions of its own
         raise LoadError(f"'{path}' cannot be read as ONNX.", _REMEDY) from error
     tensors = {v.name: v.type.tensor_type for v in (*graph.input, *graph.value_info, *graph.output)}
-    nodes = [n for n in graph.node if n.domain == DOMAIN and n.op_type in (APPEND, DECODE)]
-    if not any(n.op_type == DECODE for n in nodes):
+    nodes = [n for n in graph.node if n.domain == DOMAIN and n.op_type.startswith((APPEND, DECODE))]
+    if not any(n.op_type.startswith(DECODE) for n in nodes):
         raise RefusedError(f"'{path}' holds no {DECODE} nodes, which the plugins of a library are for.", _REMEDY)
     try:
         return frozenset(_kind(node, tensors) for node in nodes)
@@ -49,20 +50,25 @@ def read_nodes(path: Path) -> frozenset[Append | Decode]:
 
 
 def _kind(node: onnx.NodeProto, tensors: dict[str, onnx.TypeProto.Tensor]) -> Append | Decode:
-    attributes = {a.name: a.i for a in node.attribute}
+    own = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
     first = tensors[node.input[0]]
     dtype = _TYPES[first.elem_type]
     if node.op_type == APPEND:
-        _, _, groups, half = _extents(tensors[node.input[1]], 2)
-        return Append(attributes["latent_rank"], groups, 2 * half, dtype)
-    _, _, heads, rank = _extents(first, 2)
-    *_, rope_dim = _extents(tensors[node.input[1]], 2)
-    return Decode(rank, attributes["rope_groups"], rope_dim, heads, attributes["window"] > 0, dtype)
+        (width,) = _extents(first)[2:]
+        groups, half = _extents(tensors[node.input[1]])[2:]
+        scales = width - own["latent_rank"] - groups * 2 * half
+        return Append(RowLayout(own["latent_rank"], groups, 2 * half, scales), dtype)
+    heads, rank = _extents(first)[2:]
+    (rope_dim,) = _extents(tensors[node.input[1]])[3:]
+    scales = own["key_scales"], own["value_scales"], bool(own["scaled_rope"])
+    layout = RowLayout(rank, own["rope_groups"], rope_dim, *scales)
+    features = {"windowed": "window", "capped": "softcap", "slopes": "has_slopes", "sinks": "has_sinks"}
+    return Decode(layout, heads, dtype, **{feature: own[name] > 0 for feature, name in features.items()})
 
 
-def _extents(tensor: onnx.TypeProto.Tensor, free: int) -> tuple[int, ...]:
-    """Extents of a tensor of four axes, of which only the first ``free`` ones may be unknown."""
+def _extents(tensor: onnx.TypeProto.Tensor) -> tuple[int, ...]:
+    """Extents of a tensor, of which only those of batch and new tokens may be unknown."""
     extents = tensor.shape.dim
-    if len(extents) != 4 or not all(d.HasField("dim_value") for d in extents[free:]):
+    if not all(d.HasField("dim_value") for d in extents[2:]):
         raise ValueError("Extents are not known.")
     return tuple(d.dim_value for d in extents)

@@ -5,7 +5,7 @@
 // launches on TensorRT's stream, which a CUDA graph can capture.
 //
 // Axes: B sequences, S new tokens, H query heads, T rows that a cache has room for, n rope groups, d rope channels,
-// r rank, R numbers of a row [latent | rope keys].
+// r rank, R numbers of a row [latent | rope keys | key scales | value scales].
 
 #include <NvInferRuntime.h>
 #include <dlfcn.h>
@@ -17,6 +17,7 @@
 #include <cstdio>
 #include <cstring>
 #include <limits>
+#include <list>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -53,8 +54,8 @@ struct DecodeKernels
 {
     int32_t architecture;
     DataType type;
-    int32_t rank, groups, ropeDim, heads;
-    bool windowed;
+    int32_t rank, groups, ropeDim, keyScales, valueScales, heads;
+    bool scaledRope, windowed, capped, slopes, sinks;
     int32_t nbTactics;
     Tiles tactics[kMOST_TACTICS]; // for one new token; TensorRT takes the fastest
     Tiles several; // for any number of them
@@ -65,6 +66,7 @@ struct CombineKernel
     int32_t architecture;
     DataType type;
     int32_t rank;
+    bool sinks;
     int32_t splits; // at most
     int32_t columns;
     Kernel kernel;
@@ -74,7 +76,7 @@ struct AppendKernel
 {
     int32_t architecture;
     DataType type;
-    int32_t rank, groups, ropeDim;
+    int32_t rank, groups, ropeDim, scales;
     Kernel kernel;
 };
 
@@ -201,12 +203,19 @@ public:
     Loaded(Loaded const&) = delete;
     Loaded& operator=(Loaded const&) = delete;
 
-    // The arguments are the kernel's own; behind them Triton has two pointers to scratch memory, which is not used.
-    template <class... Arguments>
-    bool launch(std::array<int64_t, 3> grid, cudaStream_t stream, Arguments... values) const
+    // Arguments are addresses of the kernel's own, but for null, which stands for one that the kernel does not have.
+    // Behind them Triton has two pointers to scratch memory, which is not used.
+    template <size_t count>
+    bool launch(std::array<int64_t, 3> grid, cudaStream_t stream, void const* const (&values)[count]) const
     {
         void* scratch = nullptr;
-        void* arguments[] = {&values..., &scratch, &scratch};
+        void* arguments[count + 2];
+        size_t used = 0;
+        for (void const* const value : values)
+            if (value)
+                arguments[used++] = const_cast<void*>(value);
+        arguments[used++] = &scratch;
+        arguments[used++] = &scratch;
         auto const [x, y, z] = grid;
         int const error = Driver::get().cuLaunchKernel(mFunction, static_cast<unsigned>(x), static_cast<unsigned>(y),
             static_cast<unsigned>(z), static_cast<unsigned>(mThreads), 1, 1, static_cast<unsigned>(mSharedBytes),
@@ -309,8 +318,9 @@ struct Attribute
 class Plugin : public IPluginV3, public IPluginV3OneCore, public IPluginV3OneBuildV2, public IPluginV3OneRuntime
 {
 public:
-    explicit Plugin(std::vector<Attribute> attributes)
+    Plugin(char const* name, std::vector<Attribute> attributes)
         : mAttributes(std::move(attributes))
+        , mName(name)
     {
     }
 
@@ -323,6 +333,11 @@ public:
         case PluginCapabilityType::kRUNTIME: return static_cast<IPluginV3OneRuntime*>(this);
         }
         return nullptr;
+    }
+
+    AsciiChar const* getPluginName() const noexcept override
+    {
+        return mName;
     }
 
     AsciiChar const* getPluginVersion() const noexcept override
@@ -397,6 +412,7 @@ protected:
     std::vector<Attribute> mAttributes;
 
 private:
+    char const* mName;
     std::vector<PluginField> mFields;
     PluginFieldCollection mCollection{};
     std::string mTimingCacheId;
@@ -406,7 +422,8 @@ template <class Node>
 class Creator final : public IPluginCreatorV3One
 {
 public:
-    Creator()
+    explicit Creator(char const* name)
+        : mName(name)
     {
         for (Attribute const& attribute : Node::attributes())
             mFields.emplace_back(attribute.name, nullptr, attribute.type, 1);
@@ -423,13 +440,13 @@ public:
                 [&](PluginField const& x) { return !std::strcmp(x.name, attribute.name) && x.type == attribute.type; });
             if (field == end || !field->data || field->length < 1)
             {
-                report(std::string("mla_compile: ") + Node::kNAME + " has no attribute '" + attribute.name
+                report(std::string("mla_compile: ") + mName + " has no attribute '" + attribute.name
                     + "'. Write the ONNX file again with this version of mla-compile.");
                 return nullptr;
             }
             std::memcpy(&attribute.bits, field->data, sizeof attribute.bits);
         }
-        return new Node(std::move(attributes));
+        return new Node(mName, std::move(attributes));
     }
 
     PluginFieldCollection const* getFieldNames() noexcept override
@@ -439,7 +456,7 @@ public:
 
     AsciiChar const* getPluginName() const noexcept override
     {
-        return Node::kNAME;
+        return mName;
     }
 
     AsciiChar const* getPluginVersion() const noexcept override
@@ -453,27 +470,21 @@ public:
     }
 
 private:
+    char const* mName;
     std::vector<PluginField> mFields;
     PluginFieldCollection mCollection{};
 };
 
-// ---- LatentAppend: row [B, S, R], cos and sin [B, S, n, d/2], cache [B, T, R], lengths [B] -> the cache
+// ---- LatentAppend: row [B, S, R], cos and sin [B, S, n, d/2], cache [B, 1, T, R], lengths [B] -> the cache
 
 class LatentAppend final : public Plugin
 {
 public:
-    static constexpr char kNAME[] = "LatentAppend";
-
     using Plugin::Plugin;
 
     static std::vector<Attribute> attributes()
     {
         return {{"latent_rank", PluginFieldType::kINT32}};
-    }
-
-    AsciiChar const* getPluginName() const noexcept override
-    {
-        return kNAME;
     }
 
     IPluginV3* clone() noexcept override
@@ -530,7 +541,7 @@ public:
         void* const* outputs, void*, cudaStream_t stream) noexcept override
     {
         int64_t const batch = in[kROW].dims.d[0], tokens = in[kROW].dims.d[1];
-        int64_t const room = in[kCACHE].dims.d[1], width = in[kCACHE].dims.d[2];
+        int64_t const room = in[kCACHE].dims.d[2], width = in[kCACHE].dims.d[3];
         if (!std::all_of(inputs, inputs + kNB_INPUTS, isAligned) || !isAligned(outputs[0]))
         {
             report("mla_compile: a tensor of LatentAppend is not aligned to 16 bytes.");
@@ -544,8 +555,10 @@ public:
             return 1;
         if (batch * tokens == 0)
             return 0;
-        bool const launched = mLoaded->launch({tokens, batch, 1}, stream, inputs[kROW], inputs[kCOS], inputs[kSIN],
-            inputs[kCACHE], inputs[kLENGTHS], static_cast<int32_t>(room), static_cast<int32_t>(tokens), outputs[0]);
+        auto const roomArgument = static_cast<int32_t>(room), newArgument = static_cast<int32_t>(tokens);
+        bool const launched = mLoaded->launch({tokens, batch, 1}, stream,
+            {&inputs[kROW], &inputs[kCOS], &inputs[kSIN], &inputs[kCACHE], &inputs[kLENGTHS], &roomArgument,
+                &newArgument, &outputs[0]});
         return launched ? 0 : 1;
     }
 
@@ -554,14 +567,17 @@ protected:
     {
         auto const rank = mAttributes[0].as<int32_t>();
         int64_t const groups = in[kCOS].dims.d[2], ropeDim = 2 * in[kCOS].dims.d[3];
+        int64_t const scales = in[kROW].dims.d[2] - rank - groups * ropeDim;
         Device const device = Device::current();
         mKernel = lookUp(kAPPEND_KERNELS, device.architecture, [&](AppendKernel const& x) {
-            return x.type == in[kROW].type && x.rank == rank && x.groups == groups && x.ropeDim == ropeDim;
+            return x.type == in[kROW].type && x.rank == rank && x.groups == groups && x.ropeDim == ropeDim
+                && x.scales == scales;
         });
         return mKernel
             || refuse(device,
                 std::string(nameOf(in[kROW].type)) + " rows of rank " + std::to_string(rank) + " and "
-                    + std::to_string(groups) + " rope keys of " + std::to_string(ropeDim));
+                    + std::to_string(groups) + " rope keys of " + std::to_string(ropeDim) + " and "
+                    + std::to_string(scales) + " scales");
     }
 
 private:
@@ -579,24 +595,20 @@ private:
     std::shared_ptr<Loaded const> mLoaded;
 };
 
-// ---- LatentAttentionDecode: queries [B, S, H, r] and [B, S, H, d], rows [B, T, R], lengths [B] -> contexts [B, S, H, r]
+// ---- LatentAttentionDecode: queries [B, S, H, r] and [B, S, H, d], rows [B, 1, T, R], lengths [B], and where its name
+// says so slopes [H] and sinks [H] -> contexts [B, S, H, r]
 
 class LatentAttentionDecode final : public Plugin
 {
 public:
-    static constexpr char kNAME[] = "LatentAttentionDecode";
-
     using Plugin::Plugin;
 
     static std::vector<Attribute> attributes()
     {
-        return {{"rope_groups", PluginFieldType::kINT32}, {"scale", PluginFieldType::kFLOAT32},
-            {"window", PluginFieldType::kINT32}};
-    }
-
-    AsciiChar const* getPluginName() const noexcept override
-    {
-        return kNAME;
+        PluginFieldType const integer = PluginFieldType::kINT32, real = PluginFieldType::kFLOAT32;
+        return {{"rope_groups", integer}, {"scale", real}, {"softcap", real}, {"window", integer},
+            {"key_scales", integer}, {"value_scales", integer}, {"scaled_rope", integer}, {"has_slopes", integer},
+            {"has_sinks", integer}};
     }
 
     IPluginV3* clone() noexcept override
@@ -618,19 +630,18 @@ public:
     }
 
     bool supportsFormatCombination(
-        int32_t position, DynamicPluginTensorDesc const* tensors, int32_t, int32_t) noexcept override
+        int32_t position, DynamicPluginTensorDesc const* tensors, int32_t nbInputs, int32_t) noexcept override
     {
         DataType const type = tensors[position].desc.type;
         if (tensors[position].desc.format != TensorFormat::kLINEAR)
             return false;
-        switch (position)
-        {
-        case kQ_LATENT:
+        if (position == kQ_LATENT)
             return std::any_of(std::begin(kDECODE_KERNELS), std::end(kDECODE_KERNELS),
                 [=](DecodeKernels const& x) { return x.type == type; });
-        case kLENGTHS: return type == DataType::kINT32;
-        default: return type == tensors[kQ_LATENT].desc.type;
-        }
+        if (position == kLENGTHS)
+            return type == DataType::kINT32;
+        bool const isPerHead = position > kLENGTHS && position < nbInputs;
+        return type == (isPerHead ? DataType::kFLOAT : tensors[kQ_LATENT].desc.type);
     }
 
     // A split has at least kTOKENS_PER_ROW tokens per row of a block's queries, so that a sequence's rows times its
@@ -639,7 +650,7 @@ public:
         int32_t) const noexcept override
     {
         Dims const& queries = in[kQ_LATENT].max;
-        int64_t const parts = in[kROWS].max.d[1] / kTOKENS_PER_ROW * (queries.d[3] + 1);
+        int64_t const parts = in[kROWS].max.d[2] / kTOKENS_PER_ROW * (queries.d[3] + 1);
         int64_t const denominators = queries.d[1] * queries.d[2];
         return static_cast<size_t>(queries.d[0] * std::max(parts, denominators)) * sizeof(float) + kALIGNMENT;
     }
@@ -666,14 +677,18 @@ public:
     {
         mBatch = in[kQ_LATENT].dims.d[0];
         mTokens = in[kQ_LATENT].dims.d[1];
-        mRoom = in[kROWS].dims.d[1];
+        mRoom = in[kROWS].dims.d[2];
         return findKernels(in) && prepare() ? 0 : 1;
     }
 
     int32_t enqueue(PluginTensorDesc const*, PluginTensorDesc const*, void const* const* inputs, void* const* outputs,
         void* workspace, cudaStream_t stream) noexcept override
     {
-        if (!std::all_of(inputs, inputs + kNB_INPUTS, isAligned) || !isAligned(outputs[0]) || !isAligned(workspace))
+        bool const hasSlopes = mKernels->slopes, hasSinks = mKernels->sinks;
+        void const* const* const slopes = hasSlopes ? inputs + kLENGTHS + 1 : nullptr;
+        void const* const* const sinks = hasSinks ? inputs + kLENGTHS + 1 + hasSlopes : nullptr;
+        if (!std::all_of(inputs, inputs + kLENGTHS + 1 + hasSlopes + hasSinks, isAligned) || !isAligned(outputs[0])
+            || !isAligned(workspace))
         {
             report("mla_compile: a tensor of LatentAttentionDecode is not aligned to 16 bytes.");
             return 1;
@@ -685,16 +700,19 @@ public:
         void* const parts = mSplits > 1 ? workspace : outputs[0];
         void* const denominators
             = static_cast<char*>(workspace) + (partsBytes + kALIGNMENT - 1) / kALIGNMENT * kALIGNMENT;
-        int64_t const leastTiles = ceilDiv(kTOKENS_PER_ROW * rows, mTiles->keys);
-        bool const attended = mAttend->launch({ceilDiv(rows, mTiles->rows), mSplits, mBatch}, stream, inputs[kQ_LATENT],
-            inputs[kQ_ROPE], inputs[kROWS], inputs[kLENGTHS], parts, denominators, mAttributes[kSCALE].as<float>(),
-            static_cast<int32_t>(mRoom), static_cast<int32_t>(mTokens), mKernels->heads,
-            mAttributes[kWINDOW].as<int32_t>(),
-            static_cast<int32_t>(mSplits), static_cast<int32_t>(leastTiles));
+        auto const scale = mAttributes[kSCALE].as<float>(), softcap = mAttributes[kSOFTCAP].as<float>();
+        auto const window = mAttributes[kWINDOW].as<int32_t>();
+        auto const room = static_cast<int32_t>(mRoom), tokens = static_cast<int32_t>(mTokens);
+        auto const splits = static_cast<int32_t>(mSplits);
+        auto const leastTiles = static_cast<int32_t>(ceilDiv(kTOKENS_PER_ROW * rows, mTiles->keys));
+        bool const attended = mAttend->launch({ceilDiv(rows, mTiles->rows), mSplits, mBatch}, stream,
+            {&inputs[kQ_LATENT], &inputs[kQ_ROPE], &inputs[kROWS], &inputs[kLENGTHS], slopes, &parts, &denominators,
+                mSplits > 1 ? nullptr : sinks, &scale, &softcap, &room, &tokens, &mKernels->heads, &window, &splits,
+                &leastTiles});
         if (!attended || mSplits == 1)
             return attended ? 0 : 1;
-        bool const combined = mCombine->launch({mBatch * rows, ceilDiv(rank, mCombineColumns), 1}, stream, parts,
-            denominators, outputs[0], mKernels->heads, static_cast<int32_t>(mSplits));
+        bool const combined = mCombine->launch({mBatch * rows, ceilDiv(rank, mCombineColumns), 1}, stream,
+            {&parts, &denominators, sinks, &outputs[0], &mKernels->heads, &splits});
         return combined ? 0 : 1;
     }
 
@@ -704,17 +722,26 @@ protected:
         Dims const& queries = in[kQ_LATENT].dims;
         int64_t const heads = queries.d[2], rank = queries.d[3], ropeDim = in[kQ_ROPE].dims.d[3];
         auto const groups = mAttributes[kGROUPS].as<int32_t>();
+        auto const keyScales = mAttributes[kKEY_SCALES].as<int32_t>();
+        auto const valueScales = mAttributes[kVALUE_SCALES].as<int32_t>();
+        bool const scaledRope = mAttributes[kSCALED_ROPE].as<int32_t>() > 0;
         bool const windowed = mAttributes[kWINDOW].as<int32_t>() > 0;
+        bool const capped = mAttributes[kSOFTCAP].as<float>() > 0;
+        bool const slopes = mAttributes[kHAS_SLOPES].as<int32_t>() > 0;
+        bool const sinks = mAttributes[kHAS_SINKS].as<int32_t>() > 0;
         mDevice = Device::current();
         mKernels = lookUp(kDECODE_KERNELS, mDevice.architecture, [&](DecodeKernels const& x) {
             return x.type == in[kQ_LATENT].type && x.rank == rank && x.groups == groups && x.ropeDim == ropeDim
-                && x.heads == heads && x.windowed == windowed;
+                && x.keyScales == keyScales && x.valueScales == valueScales && x.heads == heads
+                && x.scaledRope == scaledRope && x.windowed == windowed && x.capped == capped && x.slopes == slopes
+                && x.sinks == sinks;
         });
         return mKernels
             || refuse(mDevice,
                 std::string(nameOf(in[kQ_LATENT].type)) + " queries of " + std::to_string(heads) + " heads, rank "
-                    + std::to_string(rank) + " and " + std::to_string(groups) + " rope keys of "
-                    + std::to_string(ropeDim) + (windowed ? " in a window" : ""));
+                    + std::to_string(rank) + ", " + std::to_string(groups) + " rope keys of " + std::to_string(ropeDim)
+                    + ", " + std::to_string(keyScales) + " key and " + std::to_string(valueScales) + " value scales"
+                    + (windowed ? " in a window" : ""));
     }
 
 private:
@@ -723,15 +750,20 @@ private:
         kQ_LATENT,
         kQ_ROPE,
         kROWS,
-        kLENGTHS,
-        kNB_INPUTS
+        kLENGTHS
     };
 
     enum AttributeIndex : int32_t
     {
         kGROUPS,
         kSCALE,
-        kWINDOW
+        kSOFTCAP,
+        kWINDOW,
+        kKEY_SCALES,
+        kVALUE_SCALES,
+        kSCALED_ROPE,
+        kHAS_SLOPES,
+        kHAS_SINKS
     };
 
     static constexpr size_t kALIGNMENT = 16;
@@ -749,7 +781,8 @@ private:
             return mAttend != nullptr;
         // The table is sorted: the first that holds so many is the smallest.
         CombineKernel const* const combine = lookUp(kCOMBINE_KERNELS, mDevice.architecture, [&](CombineKernel const& x) {
-            return x.type == mKernels->type && x.rank == mKernels->rank && x.splits >= mSplits;
+            return x.type == mKernels->type && x.rank == mKernels->rank && x.sinks == mKernels->sinks
+                && x.splits >= mSplits;
         });
         mCombineColumns = combine->columns;
         mCombine = Loaded::get(combine->kernel);
@@ -767,9 +800,19 @@ private:
     std::shared_ptr<Loaded const> mCombine;
 };
 
-Creator<LatentAppend> gAppendCreator;
-Creator<LatentAttentionDecode> gDecodeCreator;
-IPluginCreatorInterface* const gCreators[] = {&gAppendCreator, &gDecodeCreator};
+// One for every name, as a node's name says what inputs it has.
+std::vector<IPluginCreatorInterface*> const& creators()
+{
+    static std::vector<IPluginCreatorInterface*> const all = [] {
+        static Creator<LatentAppend> append("LatentAppend");
+        static std::list<Creator<LatentAttentionDecode>> decode(std::begin(kDECODE_NAMES), std::end(kDECODE_NAMES));
+        std::vector<IPluginCreatorInterface*> made{&append};
+        for (auto& creator : decode)
+            made.push_back(&creator);
+        return made;
+    }();
+    return all;
+}
 
 #ifdef MLA_SELF_REGISTERING
 // ONNX Runtime's provider only opens a library, which then has to register its plugins itself. TensorRT is in the
@@ -793,7 +836,7 @@ struct Registration
             return;
         }
         IPluginRegistry* const registry = reinterpret_cast<IPluginRegistry* (*) ()>(found)();
-        for (IPluginCreatorInterface* const creator : gCreators)
+        for (IPluginCreatorInterface* const creator : creators())
             registry->registerCreator(*creator, kNAMESPACE);
     }
 };
@@ -807,8 +850,8 @@ Registration const gRegistration;
 // Called by IPluginRegistry::loadLibrary().
 MLA_EXPORTED IPluginCreatorInterface* const* getCreators(int32_t& count)
 {
-    count = static_cast<int32_t>(std::size(gCreators));
-    return gCreators;
+    count = static_cast<int32_t>(creators().size());
+    return creators().data();
 }
 
 MLA_EXPORTED void setLoggerFinder(ILoggerFinder* finder)

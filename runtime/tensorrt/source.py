@@ -50,19 +50,22 @@ def kernel_tables(nodes: Collection[Append | Decode], architectures: Iterable[in
         ValueError: A row is too wide for any tile.
     """
     images = _Images()
-    decodes = sorted(n for n in nodes if isinstance(n, Decode))
-    combinations = sorted({Combination(n.rank, n.dtype) for n in decodes})
+    decodes = sorted((n for n in nodes if isinstance(n, Decode)), key=repr)
+    appends = sorted((n for n in nodes if isinstance(n, Append)), key=repr)
+    combinations = tuple(dict.fromkeys(n.combination for n in decodes))
     decode_rows, combine_rows, append_rows = list[str](), list[str](), list[str]()
     for architecture in architectures:
         decode_rows += (_decode_row(images, node, architecture) for node in decodes)
         combine_rows += (_combine_row(images, c, splits, architecture) for c in combinations for splits in SPLITS)
-        append_rows += (_append_row(images, node, architecture) for node in nodes if isinstance(node, Append))
+        append_rows += (_append_row(images, node, architecture) for node in appends)
+    names = ", ".join(f'"{name}"' for name in sorted({n.name for n in decodes}))
     build = hashlib.sha256(b"".join(images.names)).hexdigest()[:16]
     return f"""constexpr char kNAMESPACE[] = "{NAMESPACE}";
 constexpr char kVERSION[] = "{PLUGIN["plugin_version"]}";
 constexpr char kBUILD_ID[] = "{build}";
 constexpr int64_t kTOKENS_PER_ROW = {TOKENS_PER_ROW};
 constexpr int32_t kMOST_SPLITS = {max(SPLITS)};
+constexpr char const* kDECODE_NAMES[] = {{{names}}};
 {images.arrays()}
 {_table("DecodeKernels kDECODE_KERNELS", decode_rows)}
 {_table("CombineKernel kCOMBINE_KERNELS", combine_rows)}
@@ -74,26 +77,32 @@ def _decode_row(images: _Images, node: Decode, architecture: int) -> str:
     """A row of ``DecodeKernels``."""
     tactics = [_tiles(images, node, 1, tiles, architecture) for tiles in node.tactics(architecture)]
     several = _tiles(images, node, 2, choose_tiles(node.spec(2), architecture), architecture)
-    sizes = f"{node.rank}, {node.rope_groups}, {node.rope_dim}, {node.heads}, {str(node.windowed).lower()}"
-    return f"{architecture}, {_TYPES[node.dtype]}, {sizes}, {len(tactics)}, {{{', '.join(tactics)}}}, {several}"
+    layout = node.layout
+    sizes = f"{layout.rank}, {layout.rope_groups}, {layout.rope_dim}, {layout.key_scales}, {layout.value_scales}"
+    features = layout.scaled_rope, node.windowed, node.capped, node.slopes, node.sinks
+    kind = f"{node.heads}, {', '.join(str(present).lower() for present in features)}"
+    return f"{architecture}, {_TYPES[node.dtype]}, {sizes}, {kind}, {len(tactics)}, {{{', '.join(tactics)}}}, {several}"
 
 
 def _combine_row(images: _Images, combination: Combination, splits: int, architecture: int) -> str:
     """A row of ``CombineKernel``."""
     kernel = images.entry(combination.compile(splits, architecture))
     columns = combine_constants(combination.rank, splits)["COLUMNS"]
-    return f"{architecture}, {_TYPES[combination.dtype]}, {combination.rank}, {splits}, {columns}, {kernel}"
+    sinks = str(combination.sinks).lower()
+    return f"{architecture}, {_TYPES[combination.dtype]}, {combination.rank}, {sinks}, {splits}, {columns}, {kernel}"
 
 
 def _append_row(images: _Images, node: Append, architecture: int) -> str:
     """A row of ``AppendKernel``."""
     kernel = images.entry(node.compile(architecture))
-    return f"{architecture}, {_TYPES[node.dtype]}, {node.rank}, {node.rope_groups}, {node.rope_dim}, {kernel}"
+    layout = node.layout
+    sizes = f"{layout.rank}, {layout.rope_groups}, {layout.rope_dim}, {layout.key_scales}"
+    return f"{architecture}, {_TYPES[node.dtype]}, {sizes}, {kernel}"
 
 
 def _tiles(images: _Images, node: Decode, new: int, tiles: Tiles, architecture: int) -> str:
     parts = images.entry(node.compile(new, tiles, architecture, direct=False))
-    same = node.dtype == "fp32"
+    same = node.dtype == "fp32" and not node.sinks
     result = parts if same else images.entry(node.compile(new, tiles, architecture, direct=True))
     return f"{{{tiles.rows}, {tiles.keys}, {parts}, {result}}}"
 

@@ -16,12 +16,15 @@ from mla_compile.runtime.module import LatentModel
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
 
 
+ROOM = 32
+
+
 class Lowered:
     """A converted model, and the file for TensorRT it was lowered to."""
 
     def __init__(self, model: LatentModel, path: Path, splits: int | None) -> None:
         self.path, self.model = path, model
-        lower_to_tensorrt_onnx(model.graph, model.rows, path, opset=23, metadata={"format": 1}, splits=splits)
+        lower_to_tensorrt_onnx(model.graph, model.rows, path, room=ROOM, metadata={"format": 1}, splits=splits)
         self.proto = onnx.load(path)
 
 

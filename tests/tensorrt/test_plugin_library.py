@@ -22,9 +22,10 @@ import pytest
 from onnx import TensorProto, helper
 
 from mla_compile.cli import main
+from mla_compile.runtime.kernels.cache import RowLayout
 from mla_compile.runtime.kernels.schedule import Tiles, choose_splits, choose_tiles, combine_constants
-from mla_compile.runtime.onnx_function import DOMAIN, VERSION
-from mla_compile.runtime.tensorrt.functions import APPEND, DECODE, PLUGIN, function
+from mla_compile.runtime.onnx_function import DOMAIN, VERSION, Variant
+from mla_compile.runtime.tensorrt.functions import APPEND, DECODE, OPSET, PLUGIN, function
 
 pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -40,40 +41,49 @@ HEADERS = HERE / "headers"
 ARCHITECTURE, PROCESSORS = 90, 132
 HEADS, RANK, GROUPS, ROPE = 9, 32, 2, 8
 WIDTH = RANK + GROUPS * ROPE
-KIND = Decode(RANK, GROUPS, ROPE, HEADS, False, "bf16")
+LAYOUT = RowLayout(RANK, GROUPS, ROPE)
+KIND = Decode(LAYOUT, HEADS, "bf16")
+SINKS = Decode(LAYOUT, HEADS, "bf16", slopes=True, sinks=True)
+ATTRIBUTES = {"rope_groups": GROUPS, "softcap": 0.0, "key_scales": 0, "value_scales": 0, "scaled_rope": 0}
 # Quickly compiled; the first needs more than 48 KiB of shared memory, which a launch may have only if it asks for it.
 TACTICS = Tiles((32,), 16, 16, 256, 4, 3), Tiles((32,), 16, 16, 16, 4, 2)
 SCALE = 0.25
 FLOAT, HALF, INT32, BF16 = 0, 1, 3, 7
 """Of nvinfer1::DataType."""
 OUTPUT, WORKSPACE, STREAM = 1 << 20, 1 << 21, 7
-INPUTS = [4096 * i for i in range(1, 6)]
+INPUTS = [4096 * i for i in range(1, 7)]
 
 
-def write_nodes(path, dtype=TensorProto.BFLOAT16, *, windows=(0,), heads=HEADS, op_types=(APPEND, DECODE)):
+def write_nodes(path, dtype=TensorProto.BFLOAT16, *, windows=(0,), heads=HEADS, sinks=False, decodes=True):
     """A file whose graph is nodes alone."""
     shapes = {
         "row": (dtype, ["B", "S", WIDTH]),
         "cos": (TensorProto.FLOAT, ["B", "S", GROUPS, ROPE // 2]),
         "sin": (TensorProto.FLOAT, ["B", "S", GROUPS, ROPE // 2]),
-        "cache": (dtype, ["B", "T", WIDTH]),
+        "cache": (dtype, ["B", 1, "T", WIDTH]),
         "lengths": (TensorProto.INT32, ["B"]),
         "q_latent": (dtype, ["B", "S", heads, RANK]),
         "q_rope": (dtype, ["B", "S", heads, ROPE]),
+        "slopes": (TensorProto.FLOAT, [heads]),
+        "sinks": (TensorProto.FLOAT, [heads]),
     }
-    made = [(APPEND, ["row", "cos", "sin", "cache", "lengths"], ["kept"], {"latent_rank": RANK})]
-    for i, window in enumerate(windows):
-        own = {"rope_groups": GROUPS, "scale": SCALE, "window": window}
-        made.append((DECODE, ["q_latent", "q_rope", "kept", "lengths"], [f"context{i}"], own))
-    made = [node for node in made if node[0] in op_types]
+    made = [(APPEND, Variant(), ["row", "cos", "sin", "cache", "lengths"], ["kept"], {"latent_rank": RANK})]
+    queries = ["q_latent", "q_rope", "kept", "lengths"]
+    for i, window in enumerate(windows if decodes else ()):
+        own = {**ATTRIBUTES, "scale": SCALE, "window": window, "has_slopes": 0, "has_sinks": 0}
+        made.append((DECODE, Variant(), queries, [f"context{i}"], own))
+        if sinks:
+            own = own | {"has_slopes": 1, "has_sinks": 1}
+            variant = Variant(slopes=True, sinks=True)
+            made.append((DECODE, variant, [*queries, "slopes", "sinks"], [f"sink_context{i}"], own))
     graph = helper.make_graph(
-        [helper.make_node(op, i, o, domain=DOMAIN, **own, **PLUGIN) for op, i, o, own in made],
+        [helper.make_node(v.named(op), i, o, domain=DOMAIN, **own, **PLUGIN) for op, v, i, o, own in made],
         "nodes",
         [helper.make_tensor_value_info(name, *shape) for name, shape in shapes.items()],
         [helper.make_tensor_value_info(o, dtype, None) for *_, (o,), _ in made],
     )
-    functions = [function(op, 23) for op in op_types]
-    opsets = [helper.make_opsetid("", 23), helper.make_opsetid(DOMAIN, VERSION)]
+    functions = [function(op, variant) for op, variant in dict.fromkeys((op, v) for op, v, *_ in made)]
+    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)]
     onnx.save(helper.make_model(graph, functions=functions, opset_imports=opsets, ir_version=10), path)
     return path
 
@@ -81,6 +91,20 @@ def write_nodes(path, dtype=TensorProto.BFLOAT16, *, windows=(0,), heads=HEADS, 
 def build(files, out, *more):
     command = ["build-plugin", *map(str, files), "--tensorrt-include", str(HEADERS), "--out", str(out), "--quiet"]
     return main([*command, "--architecture", str(ARCHITECTURE), *more])
+
+
+COMPILED = []
+
+
+def remembering(compile):
+    """The same, but every kernel is compiled once, and known thereafter."""
+
+    @functools.cache
+    def compile_once(*arguments, **more):
+        COMPILED.append(compile(*arguments, **more))
+        return COMPILED[-1]
+
+    return compile_once
 
 
 @pytest.fixture(scope="module")
@@ -91,9 +115,9 @@ def built(tmp_path_factory):
     folder = tmp_path_factory.mktemp("library")
     with pytest.MonkeyPatch.context() as patched:
         for kind in (Decode, Combination, Append):
-            patched.setattr(kind, "compile", functools.cache(kind.compile))
+            patched.setattr(kind, "compile", remembering(kind.compile))
         patched.setattr(Decode, "tactics", lambda self, architecture: TACTICS)
-        assert build([write_nodes(folder / "nodes.onnx")], folder / "libmla_plugin.so") == 0
+        assert build([write_nodes(folder / "nodes.onnx", sinks=True)], folder / "libmla_plugin.so") == 0
         for source, options, target in (
             ("stub_cuda.cpp", ("-shared", "-fPIC"), "libcuda.so.1"),
             ("harness.cpp", (), "harness"),
@@ -110,8 +134,7 @@ def letters(compiled):
 
 def drive(folder, *scenarios, library="libmla_plugin.so", **stub):
     """What the harness and the driver print for each scenario and afterwards, and what is said on standard error."""
-    parts, combined, appended = decode(1, 1, 1, False), combine(2), Append(RANK, GROUPS, ROPE, "bf16").compile(90)
-    parameters = " ".join(f"{x.name}={letters(x)}" for x in (parts, combined, appended))
+    parameters = " ".join(f"{digest(x.cubin)}={letters(x)}" for x in COMPILED)
     device = {"STUB_ARCHITECTURE": str(ARCHITECTURE), "STUB_PROCESSORS": str(PROCESSORS), "STUB_PARAMETERS": parameters}
     environment = os.environ | {"LD_LIBRARY_PATH": str(folder)} | device | stub
     lines = "".join(" ".join(map(str, scenario)) + "\n" for scenario in scenarios)
@@ -125,15 +148,11 @@ def drive(folder, *scenarios, library="libmla_plugin.so", **stub):
     return SimpleNamespace(lives=lives, after=events[ends[-1] :], said=done.stderr)
 
 
-def decode(new, tactic, splits, direct=None):
+def decode(new, tactic, splits, kind=KIND):
     """The kernel that attends, as Python compiles it."""
     several = choose_tiles(KIND.spec(2), ARCHITECTURE)
     tiles = TACTICS[tactic - 1] if new == 1 else several
-    return KIND.compile(min(new, 2), tiles, ARCHITECTURE, direct=splits == 1 if direct is None else direct)
-
-
-def combine(splits):
-    return Combination(RANK, "bf16").compile(padded(splits), ARCHITECTURE)
+    return kind.compile(min(new, 2), tiles, ARCHITECTURE, direct=splits == 1)
 
 
 def padded(splits):
@@ -149,12 +168,12 @@ def digest(cubin):
     return found
 
 
-def attend(batch=2, new=1, room=4096, tactic=1, *, dtype=BF16, heads=HEADS, window=0, aligned=1):
-    return "decode", dtype, batch, new, room, heads, RANK, ROPE, GROUPS, SCALE, window, tactic, aligned
+def attend(batch=2, new=1, room=4096, tactic=1, *, kind=KIND, heads=HEADS, window=0, aligned=1):
+    return kind.name, BF16, batch, new, room, heads, RANK, ROPE, GROUPS, SCALE, window, tactic, aligned
 
 
 def append(batch=2, new=3, room=128, *, in_place=1, aligned=1):
-    return "append", BF16, batch, new, room, RANK, GROUPS, ROPE, in_place, aligned
+    return APPEND, BF16, batch, new, room, RANK, GROUPS, ROPE, in_place, aligned
 
 
 def only(events, kind):
@@ -175,7 +194,7 @@ def launched(compiled, grid, arguments):
     }
 
 
-def expected_attention(batch, new, room, tactic):
+def expected_attention(batch, new, room, tactic, kind=KIND):
     """Launches of one step, and bytes of workspace that they use."""
     rows = new * HEADS
     spec = KIND.spec(new)
@@ -184,27 +203,42 @@ def expected_attention(batch, new, room, tactic):
     splits = choose_splits(batch, blocks, rows, room, PROCESSORS)
     parts = 0 if splits == 1 else 4 * batch * rows * splits * RANK
     output, lse = OUTPUT if splits == 1 else WORKSPACE, WORKSPACE + -(-parts // 16) * 16
-    sizes = [room, new, HEADS, 0, splits, spec.least_tiles(tiles)]
-    first = launched(decode(new, tactic, splits), (blocks, splits, batch), [*INPUTS[:4], output, lse, SCALE, *sizes])
+    slopes, sinks = [INPUTS[4]] * kind.slopes, [INPUTS[5]] * kind.sinks
+    first = launched(
+        decode(new, tactic, splits, kind),
+        (blocks, splits, batch),
+        [*INPUTS[:4], *slopes, output, lse, *(sinks if splits == 1 else []), SCALE, 0]
+        + [room, new, HEADS, 0, splits, spec.least_tiles(tiles)],
+    )
     used = lse - WORKSPACE + 4 * batch * rows * splits
     if splits == 1:
         return [first], used
     columns = combine_constants(RANK, padded(splits))["COLUMNS"]
+    combination = kind.combination.compile(padded(splits), ARCHITECTURE)
     grid = batch * rows, -(-RANK // columns), 1
-    return [first, launched(combine(splits), grid, [output, lse, OUTPUT, HEADS, splits])], used
+    return [first, launched(combination, grid, [output, lse, *sinks, OUTPUT, HEADS, splits])], used
 
 
 def test_life_of_attention(built):
     life = drive(built, attend()).lives[0]
     creator, build, shape, formats, configured, fields = life[:6]
     assert creator["kind"] == "PLUGIN CREATOR_V3ONE"
-    assert (creator["namespace"], creator["version"], creator["attributes"]) == (DOMAIN, "1", 3)
+    assert (creator["namespace"], creator["version"], creator["attributes"]) == (DOMAIN, "1", len(ATTRIBUTES) + 4)
     assert (build["outputs"], build["type"], build["aliased"]) == (1, BF16, -1)
     assert shape["axes"] == [1, 2, 3, 4]  # those of the folded queries
     assert formats["types"] == [[BF16], [BF16], [BF16], [INT32], [BF16]]
     assert configured["tactics"] == [1, 2]
-    assert fields == {"event": "fields", "rope_groups": GROUPS, "scale": SCALE, "window": 0}
+    given = {"scale": SCALE, "window": 0, "has_slopes": 0, "has_sinks": 0}
+    assert fields == {"event": "fields", **ATTRIBUTES, **given}
     assert life[-1]["done"]
+
+
+@pytest.mark.parametrize("room", [100, 4096], ids=["one split", "several"])
+def test_slopes_and_sinks_are_two_more_inputs(built, room):
+    """Sinks count once: in the only split, or where splits are combined."""
+    (life,) = drive(built, attend(room=room, kind=SINKS)).lives
+    assert only(life, "formats")[0]["types"] == [[BF16], [BF16], [BF16], [INT32], [FLOAT], [FLOAT], [BF16]]
+    assert only(life, "launch") == expected_attention(2, 1, room, 1, SINKS)[0]
 
 
 def test_launches_are_those_of_the_schedule(built):
@@ -246,13 +280,13 @@ def test_life_of_appending(built):
     creator, build, shape, formats, configured, fields = life[:6]
     assert (creator["namespace"], creator["version"], creator["attributes"]) == (DOMAIN, "1", 1)
     assert (build["outputs"], build["type"], build["aliased"]) == (1, BF16, 3)
-    assert shape["axes"] == [31, 32, 33]  # the cache's
+    assert shape["axes"] == [31, 32, 33, 34]  # the cache's
     assert formats["types"] == [[BF16], [FLOAT], [FLOAT], [BF16], [INT32], [BF16]]
     assert (configured["workspace"], configured["tactics"]) == (0, [])
     assert fields == {"event": "fields", "latent_rank": RANK}
-    compiled = Append(RANK, GROUPS, ROPE, "bf16").compile(ARCHITECTURE)
+    compiled = Append(LAYOUT, "bf16").compile(ARCHITECTURE)
     assert life[-2:] == [
-        launched(compiled, (3, 2, 1), [*INPUTS, 128, 3, INPUTS[3]]),
+        launched(compiled, (3, 2, 1), [*INPUTS[:5], 128, 3, INPUTS[3]]),
         {"event": "end", "done": True},
     ]
 
@@ -286,7 +320,7 @@ def test_much_shared_memory_is_asked_for(built):
         (
             attend(window=20),
             {},
-            "no LatentAttentionDecode kernel for .* 9 heads, rank 32 and 2 rope keys of 8 in a window",
+            "no LatentAttentionDecode kernel for .* 9 heads, rank 32, 2 rope keys of 8, .* in a window",
         ),
         (
             append(),
@@ -333,15 +367,17 @@ def test_the_real_registry_loads_it(built, lean):
     """The interfaces are TensorRT's: its registry and bindings call the plugin."""
     registry = lean.get_plugin_registry()
     assert registry.load_library(str(built / "libmla_plugin.so"))
-    creators = {op_type: registry.get_creator(op_type, "1", DOMAIN) for op_type in (APPEND, DECODE)}
-    for op_type, creator in creators.items():
+    creators = {name: registry.get_creator(name, "1", DOMAIN) for name in (APPEND, DECODE, SINKS.name)}
+    for name, creator in creators.items():
         fields = {field.name for field in creator.field_names}
-        assert fields == {*function(op_type, 23).attribute} - {"plugin_namespace", "plugin_version"}
+        assert fields == {*function(name.split("_")[0]).attribute} - {"plugin_namespace", "plugin_version"}
     kind = lean.PluginFieldType
+    numbers = {**ATTRIBUTES, "scale": SCALE, "window": 0, "has_slopes": 0, "has_sinks": 0}
     values = {
-        "rope_groups": (np.array([GROUPS], np.int32), kind.INT32),
-        "scale": (np.array([SCALE], np.float32), kind.FLOAT32),
-        "window": (np.array([0], np.int32), kind.INT32),
+        name: (np.array([x], np.float32), kind.FLOAT32)
+        if isinstance(x, float)
+        else (np.array([x], np.int32), kind.INT32)
+        for name, x in numbers.items()
     }
     given = lean.PluginFieldCollection([lean.PluginField(name, *value) for name, value in values.items()])
     plugin = creators[DECODE].create_plugin("x", given, lean.TensorRTPhase.BUILD)
@@ -351,7 +387,7 @@ def test_the_real_registry_loads_it(built, lean):
     assert (asked.interface_info.kind, asked.interface_info.major) == ("PLUGIN_V3ONE_BUILD", 2)
     # The fifth, tenth and eleventh of the functions, and the ninth: their places are right.
     assert (asked.num_outputs, asked.format_combination_limit, asked.metadata_string) == (1, 100, None)
-    assert re.fullmatch(rf"[0-9a-f]{{16}}_{GROUPS}_{np.float32(SCALE).view(np.uint32)}_0", asked.timing_cache_id)
+    assert re.fullmatch(rf"[0-9a-f]{{16}}_{GROUPS}_{np.float32(SCALE).view(np.uint32)}(_0){{7}}", asked.timing_cache_id)
 
 
 REGISTERED = """
@@ -368,7 +404,7 @@ def test_it_registers_itself_in_the_real_registry(registering, lean):
     """In a process where nothing else has."""
     command = [sys.executable, "-c", REGISTERED, str(registering), DOMAIN]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert sorted(done.stdout.split()) == sorted([APPEND, DECODE])
+    assert sorted(done.stdout.split()) == sorted([APPEND, DECODE, SINKS.name])
 
 
 def test_kernels_that_serve_two_purposes_are_there_once(monkeypatch):
@@ -386,22 +422,23 @@ def test_kernels_that_serve_two_purposes_are_there_once(monkeypatch):
 
     for kind in (Decode, Combination, Append):
         monkeypatch.setattr(kind, "compile", fake(kind))
-    nodes = {Decode(48, 3, 8, 9, True, "fp32"), Append(48, 3, 8, "fp32")}
+    layout = RowLayout(48, 3, 8)
+    nodes = {Decode(layout, 9, "fp32", windowed=True), Append(layout, "fp32")}
     text = kernel_tables(nodes, [80, 90])
     assert len(re.findall(r"kIMAGE_\d+\[\]", text)) == len({*compiled}) == 2 * (2 + len(SPLITS) + 1)
-    assert "{80, DataType::kFLOAT, 48, 3, 8, 9, true, 1, {{16, 16, " in text
+    assert "{80, DataType::kFLOAT, 48, 3, 8, 0, 0, 9, false, true, false, false, false, 1, {{16, 16, " in text
 
 
 def test_nodes_of_a_file(tmp_path):
     path = write_nodes(tmp_path / "nodes.onnx", TensorProto.FLOAT16, windows=(0, 30, 40))
-    half = RANK, GROUPS, ROPE
-    decodes = {Decode(*half, HEADS, windowed, "fp16") for windowed in (False, True)}
-    assert read_nodes(path) == {Append(*half, "fp16"), *decodes}
+    decodes = {Decode(LAYOUT, HEADS, "fp16", windowed=windowed) for windowed in (False, True)}
+    assert read_nodes(path) == {Append(LAYOUT, "fp16"), *decodes}
+    assert read_nodes(write_nodes(path, sinks=True)) == {Append(LAYOUT, "bf16"), KIND, SINKS}
 
 
 def test_nodes_of_a_lowered_model(lowered):
     case = lowered("llama-gqa", splits=None)
-    assert {n.rank + n.rope_groups * n.rope_dim for n in read_nodes(case.path)} == {*case.model.rows}
+    assert {n.layout.rank + n.layout.rest_width for n in read_nodes(case.path)} == {*case.model.rows}
 
 
 def refused(capsys, code, sentence, *command):
@@ -411,7 +448,7 @@ def refused(capsys, code, sentence, *command):
 
 def test_files_that_it_cannot_be_built_from_are_refused(tmp_path, capsys):
     more = "--tensorrt-include", HEADERS, "--out", tmp_path / "x.so"
-    quick = write_nodes(tmp_path / "quick.onnx", op_types=(APPEND,))
+    quick = write_nodes(tmp_path / "quick.onnx", decodes=False)
     refused(capsys, 3, f"'{quick}' holds no LatentAttentionDecode nodes, .* --plugin cpp", quick, *more)
     refused(capsys, 2, "There is no file 'absent.onnx'. Write it with: mla-compile tensorrt", "absent.onnx", *more)
     (tmp_path / "text.onnx").write_text("text")

@@ -2,8 +2,8 @@
 //
 //     harness LIBRARY < scenarios
 //
-// A scenario is a line: "decode TYPE B S T H r d n SCALE WINDOW TACTIC ALIGNED" or
-// "append TYPE B S T r n d INPLACE ALIGNED"; TYPE is a number of nvinfer1::DataType. Inputs lie at 4096, 8192 and so
+// A scenario is a line, the node's name and "TYPE B S T H r d n SCALE WINDOW TACTIC ALIGNED" to attend, or
+// "TYPE B S T r n d INPLACE ALIGNED" to append; TYPE is a number of nvinfer1::DataType. Inputs lie at 4096, 8192 and so
 // on, the output at 1 << 20, the workspace at 1 << 21; the stream is 7.
 
 #include <NvInferRuntime.h>
@@ -38,7 +38,7 @@ struct Log final : ILogger, ILoggerFinder
 
 struct Scenario
 {
-    std::string kind;
+    std::string name;
     std::vector<PluginTensorDesc> inputs;
     PluginTensorDesc output;
     std::vector<PluginField> fields;
@@ -59,8 +59,8 @@ PluginTensorDesc tensor(DataType type, std::vector<int64_t> extents)
 // Numbers that fields point to, for as long as a scenario lasts.
 struct Values
 {
-    int32_t rank, groups, window;
-    float scale;
+    int32_t rank, groups, window, slopes, sinks, none;
+    float scale, softcap;
 };
 
 Scenario read(std::istringstream& line, Values& values)
@@ -68,26 +68,35 @@ Scenario read(std::istringstream& line, Values& values)
     Scenario made;
     int32_t type{};
     int64_t batch{}, tokens{}, room{}, heads{}, ropeDim{};
-    line >> made.kind >> type >> batch >> tokens >> room;
+    line >> made.name >> type >> batch >> tokens >> room;
     auto const number = static_cast<DataType>(type);
-    if (made.kind == "decode")
+    if (made.name != "LatentAppend")
     {
         line >> heads >> values.rank >> ropeDim >> values.groups >> values.scale >> values.window >> made.tactic
             >> made.aligned;
         int64_t const width = values.rank + values.groups * ropeDim;
         made.inputs = {tensor(number, {batch, tokens, heads, values.rank}), tensor(number, {batch, tokens, heads, ropeDim}),
-            tensor(number, {batch, room, width}), tensor(DataType::kINT32, {batch})};
+            tensor(number, {batch, 1, room, width}), tensor(DataType::kINT32, {batch})};
+        values.slopes = made.name.find("_slopes") != std::string::npos;
+        values.sinks = made.name.find("_sinks") != std::string::npos;
+        for (int32_t i = 0; i < values.slopes + values.sinks; ++i)
+            made.inputs.push_back(tensor(DataType::kFLOAT, {heads}));
         made.output = made.inputs[0];
         made.fields = {{"window", &values.window, PluginFieldType::kINT32, 1},
             {"rope_groups", &values.groups, PluginFieldType::kINT32, 1},
-            {"scale", &values.scale, PluginFieldType::kFLOAT32, 1}};
+            {"has_slopes", &values.slopes, PluginFieldType::kINT32, 1},
+            {"has_sinks", &values.sinks, PluginFieldType::kINT32, 1},
+            {"scale", &values.scale, PluginFieldType::kFLOAT32, 1},
+            {"softcap", &values.softcap, PluginFieldType::kFLOAT32, 1}};
+        for (char const* name : {"key_scales", "value_scales", "scaled_rope"})
+            made.fields.emplace_back(name, &values.none, PluginFieldType::kINT32, 1);
     }
     else
     {
         line >> values.rank >> values.groups >> ropeDim >> made.inPlace >> made.aligned;
         int64_t const width = values.rank + values.groups * ropeDim;
         auto const turns = tensor(DataType::kFLOAT, {batch, tokens, values.groups, ropeDim / 2});
-        made.inputs = {tensor(number, {batch, tokens, width}), turns, turns, tensor(number, {batch, room, width}),
+        made.inputs = {tensor(number, {batch, tokens, width}), turns, turns, tensor(number, {batch, 1, room, width}),
             tensor(DataType::kINT32, {batch})};
         made.output = made.inputs[3];
         made.fields = {{"latent_rank", &values.rank, PluginFieldType::kINT32, 1}};
@@ -241,11 +250,10 @@ int main(int, char** arguments)
         std::istringstream line(text);
         Values values{};
         Scenario const scenario = read(line, values);
-        char const* const name = scenario.kind == "decode" ? "LatentAttentionDecode" : "LatentAppend";
         for (int32_t i = 0; i < count; ++i)
         {
             auto& creator = static_cast<IPluginCreatorV3One&>(*creators[i]);
-            if (std::strcmp(creator.getPluginName(), name))
+            if (creator.getPluginName() != scenario.name)
                 continue;
             std::printf("{\"event\": \"creator\", \"kind\": \"%s\", \"version\": \"%s\", \"namespace\": \"%s\", "
                         "\"attributes\": %d}\n",

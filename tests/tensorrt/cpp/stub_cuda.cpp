@@ -1,7 +1,8 @@
 // A stand-in for libcuda.so.1 that does nothing and prints every call, as a line of JSON.
 //
-// STUB_ARCHITECTURE and STUB_PROCESSORS say what the device is, STUB_PARAMETERS what parameters kernels have, such as
-// "append_entry=ppi decode_entry=pif": p a pointer, i a 32-bit integer, f a float. STUB_FAILING names a call that fails.
+// STUB_ARCHITECTURE and STUB_PROCESSORS say what the device is, STUB_PARAMETERS what parameters kernels have by digests of
+// their machine code, such as "123=ppi 456=pif": p a pointer, i a 32-bit integer, f a float. STUB_FAILING names a call
+// that fails.
 
 #include <algorithm>
 #include <cinttypes>
@@ -54,17 +55,17 @@ uint64_t digest(unsigned char const* bytes, size_t size)
 
 struct Module
 {
-    unsigned char const* image;
+    uint64_t digest;
     std::string name;
 };
 
-std::string parametersOf(std::string const& kernel)
+std::string parametersOf(uint64_t kernel)
 {
-    std::string const all = " " + std::string(setting("STUB_PARAMETERS")) + " ";
-    size_t const found = all.find(" " + kernel + "=");
+    std::string const all = " " + std::string(setting("STUB_PARAMETERS")) + " ", key = " " + std::to_string(kernel) + "=";
+    size_t const found = all.find(key);
     if (found == std::string::npos)
         return "";
-    size_t const begin = found + kernel.size() + 2;
+    size_t const begin = found + key.size();
     return all.substr(begin, all.find(' ', begin) - begin);
 }
 } // namespace
@@ -94,8 +95,9 @@ API int cuDeviceGetAttribute(int* value, int attribute, int)
 API int cuModuleLoadData(void** module, void const* image)
 {
     auto const* const bytes = static_cast<unsigned char const*>(image);
-    *module = new Module{bytes, ""};
-    std::printf("{\"event\": \"load\", \"digest\": %" PRIu64 "}\n", digest(bytes, sizeOfElf(bytes)));
+    uint64_t const found = digest(bytes, sizeOfElf(bytes));
+    *module = new Module{found, ""};
+    std::printf("{\"event\": \"load\", \"digest\": %" PRIu64 "}\n", found);
     return result("cuModuleLoadData");
 }
 
@@ -125,9 +127,9 @@ API int cuLaunchKernel(void* function, unsigned gridX, unsigned gridY, unsigned 
     auto const& module = *static_cast<Module*>(function);
     std::printf("{\"event\": \"launch\", \"name\": \"%s\", \"digest\": %" PRIu64
                 ", \"grid\": [%u, %u, %u], \"block\": [%u, %u, %u], \"shared\": %u, \"stream\": %zu, \"arguments\": [",
-        module.name.c_str(), digest(module.image, sizeOfElf(module.image)), gridX, gridY, gridZ, blockX, blockY, blockZ,
+        module.name.c_str(), module.digest, gridX, gridY, gridZ, blockX, blockY, blockZ,
         sharedBytes, reinterpret_cast<size_t>(stream));
-    std::string const parameters = parametersOf(module.name);
+    std::string const parameters = parametersOf(module.digest);
     for (size_t i = 0; i < parameters.size(); ++i)
     {
         char const* const separator = i ? ", " : "";
