@@ -27,7 +27,7 @@ class EngineSettings:
         batch: Sequences at most.
         room: Rows that a cache has room for; a constant of the file.
         prompt: New tokens at most that run together. Longer prompts come one part after another.
-        splits: Pieces that kernels cut every cache into, a constant of the file; None where a plugin chooses that itself.
+        splits: Pieces that kernels cut every cache into; constants of the file. None where plugins choose that.
         plugins: Whether plugins may be used.
         version_compatible: Whether other versions of TensorRT can run it too, at some cost.
         timing_cache: File that measured times are kept in, for builds to come; None for none.

@@ -54,6 +54,11 @@ OUTPUT, WORKSPACE, STREAM = 1 << 20, 1 << 21, 7
 INPUTS = [4096 * i for i in range(1, 7)]
 
 
+def tactics(kind):
+    """Fewer for the kind that is there for its two inputs."""
+    return TACTICS[1:] if kind.sinks else TACTICS
+
+
 def write_nodes(path, dtype=TensorProto.BFLOAT16, *, windows=(0,), heads=HEADS, sinks=False, decodes=True):
     """A file whose graph is nodes alone."""
     shapes = {
@@ -116,7 +121,7 @@ def built(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patched:
         for kind in (Decode, Combination, Append):
             patched.setattr(kind, "compile", remembering(kind.compile))
-        patched.setattr(Decode, "tactics", lambda self, architecture: TACTICS)
+        patched.setattr(Decode, "tactics", lambda self, architecture: tactics(self))
         assert build([write_nodes(folder / "nodes.onnx", sinks=True)], folder / "libmla_plugin.so") == 0
         for source, options, target in (
             ("stub_cuda.cpp", ("-shared", "-fPIC"), "libcuda.so.1"),
@@ -151,7 +156,7 @@ def drive(folder, *scenarios, library="libmla_plugin.so", **stub):
 def decode(new, tactic, splits, kind=KIND):
     """The kernel that attends, as Python compiles it."""
     several = choose_tiles(KIND.spec(2), ARCHITECTURE)
-    tiles = TACTICS[tactic - 1] if new == 1 else several
+    tiles = tactics(kind)[tactic - 1] if new == 1 else several
     return kind.compile(min(new, 2), tiles, ARCHITECTURE, direct=splits == 1)
 
 
@@ -198,17 +203,17 @@ def expected_attention(batch, new, room, tactic, kind=KIND):
     """Launches of one step, and bytes of workspace that they use."""
     rows = new * HEADS
     spec = KIND.spec(new)
-    tiles = TACTICS[tactic - 1] if new == 1 else choose_tiles(KIND.spec(2), ARCHITECTURE)
+    tiles = tactics(kind)[tactic - 1] if new == 1 else choose_tiles(KIND.spec(2), ARCHITECTURE)
     blocks = -(-rows // tiles.rows)
     splits = choose_splits(batch, blocks, rows, room, PROCESSORS)
     parts = 0 if splits == 1 else 4 * batch * rows * splits * RANK
     output, lse = OUTPUT if splits == 1 else WORKSPACE, WORKSPACE + -(-parts // 16) * 16
     slopes, sinks = [INPUTS[4]] * kind.slopes, [INPUTS[5]] * kind.sinks
+    numbers = SCALE, 0, room, new, HEADS, 0, splits, spec.least_tiles(tiles)
     first = launched(
         decode(new, tactic, splits, kind),
         (blocks, splits, batch),
-        [*INPUTS[:4], *slopes, output, lse, *(sinks if splits == 1 else []), SCALE, 0]
-        + [room, new, HEADS, 0, splits, spec.least_tiles(tiles)],
+        [*INPUTS[:4], *slopes, output, lse, *(sinks if splits == 1 else []), *numbers],
     )
     used = lse - WORKSPACE + 4 * batch * rows * splits
     if splits == 1:
@@ -373,13 +378,12 @@ def test_the_real_registry_loads_it(built, lean):
         assert fields == {*function(name.split("_")[0]).attribute} - {"plugin_namespace", "plugin_version"}
     kind = lean.PluginFieldType
     numbers = {**ATTRIBUTES, "scale": SCALE, "window": 0, "has_slopes": 0, "has_sinks": 0}
-    values = {
-        name: (np.array([x], np.float32), kind.FLOAT32)
-        if isinstance(x, float)
-        else (np.array([x], np.int32), kind.INT32)
-        for name, x in numbers.items()
-    }
-    given = lean.PluginFieldCollection([lean.PluginField(name, *value) for name, value in values.items()])
+    types = {float: (np.float32, kind.FLOAT32), int: (np.int32, kind.INT32)}
+    fields = []
+    for name, number in numbers.items():
+        dtype, field_type = types[type(number)]
+        fields.append(lean.PluginField(name, np.array([number], dtype), field_type))
+    given = lean.PluginFieldCollection(fields)
     plugin = creators[DECODE].create_plugin("x", given, lean.TensorRTPhase.BUILD)
     asked = plugin.get_capability_interface(lean.PluginCapabilityType.BUILD)
     core = plugin.get_capability_interface(lean.PluginCapabilityType.CORE)
