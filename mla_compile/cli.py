@@ -303,6 +303,7 @@ def convert(
     from mla_compile import display
     from mla_compile.config import make_config
 
+    for_tensorrt = _is_for_tensorrt(out, target, format)
     config = make_config(
         method=method,
         layout="deepseek" if format == "deepseek" else layout,
@@ -324,7 +325,6 @@ def convert(
         inline=inline,
         encoders=encoders,
     )
-    for_tensorrt = _is_for_tensorrt(out, target, format)
     shown = display.make_display(quiet or as_json)
     with shown:
         from mla_compile import api

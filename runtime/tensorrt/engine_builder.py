@@ -114,7 +114,7 @@ def build_engine(
         The engine, and how many of its layers are plugins.
 
     Raises:
-        LoadError: The file of times cannot be read.
+        LoadError: The file of times is another TensorRT's or GPU's.
         RefusedError: TensorRT does not take the file.
         KeyboardInterrupt: The user interrupted it.
     """
@@ -137,7 +137,7 @@ def build_engine(
         config.set_compute_capability(trt.ComputeCapability.__members__[f"SM{target}"], 0)
     times = settings.timing_cache
     if times is not None:
-        config.set_timing_cache(_read_times(config, times), False)
+        _take_times(config, times)
     config.progress_monitor = monitor = _monitor(trt, advance)
     built = builder.build_serialized_network(network, config)
     if monitor.interrupted:
@@ -170,14 +170,13 @@ def _profile(builder: Any, network: Any, batch: int, most: int) -> Any:  # noqa:
     return profile
 
 
-def _read_times(config: Any, path: Path) -> Any:  # noqa: ANN401
-    try:
-        cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
-    except (OSError, RuntimeError) as error:
-        raise LoadError(f"'{path}' could not be read ({error}).", "Name another --timing-cache.") from error
-    if cache is None:
-        raise LoadError(f"'{path}' holds no times of this TensorRT.", "Remove it, or name another --timing-cache.")
-    return cache
+def _take_times(config: Any, path: Path) -> None:  # noqa: ANN401
+    """Let a build use a file of times, or begin one."""
+    cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
+    if cache is None or not config.set_timing_cache(cache, False):
+        raise LoadError(
+            f"'{path}' holds no times of this TensorRT on this GPU.", "Remove it, or name another --timing-cache."
+        )
 
 
 def _monitor(trt: Any, advance: Callable[[], None]) -> Any:  # noqa: ANN401
