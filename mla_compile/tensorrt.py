@@ -273,6 +273,6 @@ def commands(path: Path, rows: Sequence[int], settings: EngineSettings, library:
     return (
         f"trtexec --onnx={path} --saveEngine={path.with_suffix('.trtexec.plan')} --skipInference "
         f"--minShapes={shapes(1, 1)} --optShapes={shapes(batch, 1)} --maxShapes={shapes(batch, settings.prompt)}"
-        + (f" --dynamicPlugins={library}" if library else ""),
+        + (f" --dynamicPlugins={library} --preview=+aliasedPluginIO1003" if library else ""),
         f"polygraphy inspect capability {path}",
     )

@@ -86,7 +86,12 @@ def test_writes_an_engine_with_its_file_and_its_facts(folder, tmp_path, capsys, 
     said = capsys.readouterr().out
     assert "attention: standard operators (Triton is not installed)" in said
     assert tensorrt == [(EngineSettings(batch=3, prompt=6, room=32, timing_cache=times), False)]
-    assert {p.name for p in tmp_path.iterdir()} == {"model.plan", "model.plan.json", "model.onnx", "generation_config.json"}
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "model.plan",
+        "model.plan.json",
+        "model.onnx",
+        "generation_config.json",
+    }
     facts = json.loads((tmp_path / "model.plan.json").read_text())
     assert facts["tensorrt"] == stand_in_engine.VERSION
     assert facts["device"] == "NVIDIA H200"
