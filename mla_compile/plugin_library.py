@@ -44,8 +44,8 @@ def build_plugin_library(
     Raises:
         LoadError: A file could not be read.
         RefusedError: A file holds no nodes for these plugins, or rows that are too wide for a GPU.
-        UsageError: Headers, g++ or Triton are missing, there are no kernels for an architecture, or the library cannot
-            be written.
+        UsageError: Headers, g++, Triton or its assembler are missing, there are no kernels for an architecture, or the
+            library cannot be written.
     """
     if out.suffix != ".so":
         raise UsageError(f"'{out}' is not named like a shared library.", "Name it with the suffix .so.")
@@ -61,7 +61,7 @@ def build_plugin_library(
     cuda_include = cuda_include or _triton_headers()
     _check_header(cuda_include, "cuda_runtime_api.h", "--cuda-include", "the headers of CUDA's runtime")
 
-    from mla_compile.runtime.kernels.aot import ARCHITECTURES
+    from mla_compile.runtime.kernels.aot import ARCHITECTURES, assembler
     from mla_compile.runtime.tensorrt.cubins import Decode
     from mla_compile.runtime.tensorrt.kernels import Append
     from mla_compile.runtime.tensorrt.nodes import read_nodes
@@ -73,6 +73,8 @@ def build_plugin_library(
         raise UsageError(f"There are no kernels for compute capability {unknown / 10}.", f"Known are {known}.")
     nodes = frozenset[Append | Decode]().union(*map(read_nodes, files))
     stages, wanted = Stages(display), tuple(dict.fromkeys(architectures)) or ARCHITECTURES
+    for architecture in wanted:
+        assembler(architecture)
     try:
         tables = kernel_tables(nodes, stages.each("compile kernels", wanted, len(wanted)))
     except ValueError as error:

@@ -17,7 +17,6 @@
 #include <cstdio>
 #include <cstring>
 #include <limits>
-#include <list>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -780,7 +779,7 @@ private:
         if (!mAttend || mSplits == 1)
             return mAttend != nullptr;
         // The table is sorted: the first that holds so many is the smallest.
-        CombineKernel const* const combine = lookUp(kCOMBINE_KERNELS, mDevice.architecture, [&](CombineKernel const& x) {
+        auto const* const combine = lookUp(kCOMBINE_KERNELS, mDevice.architecture, [&](CombineKernel const& x) {
             return x.type == mKernels->type && x.rank == mKernels->rank && x.sinks == mKernels->sinks
                 && x.splits >= mSplits;
         });
@@ -803,15 +802,14 @@ private:
 // One for every name, as a node's name says what inputs it has.
 std::vector<IPluginCreatorInterface*> const& creators()
 {
-    static std::vector<IPluginCreatorInterface*> const all = [] {
-        static Creator<LatentAppend> append("LatentAppend");
-        static std::list<Creator<LatentAttentionDecode>> decode(std::begin(kDECODE_NAMES), std::end(kDECODE_NAMES));
-        std::vector<IPluginCreatorInterface*> made{&append};
-        for (auto& creator : decode)
-            made.push_back(&creator);
+    // Never deleted: a registry may outlive what is static here.
+    static auto const* const all = [] {
+        auto* const made = new std::vector<IPluginCreatorInterface*>{new Creator<LatentAppend>("LatentAppend")};
+        for (char const* const name : kDECODE_NAMES)
+            made->push_back(new Creator<LatentAttentionDecode>(name));
         return made;
     }();
-    return all;
+    return *all;
 }
 
 #ifdef MLA_SELF_REGISTERING
@@ -824,7 +822,9 @@ struct Registration
 #define MLA_TEXT(x) #x
 #define MLA_LIBRARY(name, major) name ".so." MLA_TEXT(major)
         void* found = dlsym(RTLD_DEFAULT, "getPluginRegistry");
-        for (char const* name : {MLA_LIBRARY("libnvinfer", NV_TENSORRT_MAJOR), MLA_LIBRARY("libnvinfer_lean", NV_TENSORRT_MAJOR)})
+        constexpr char const* kLIBRARIES[]
+            = {MLA_LIBRARY("libnvinfer", NV_TENSORRT_MAJOR), MLA_LIBRARY("libnvinfer_lean", NV_TENSORRT_MAJOR)};
+        for (char const* const name : kLIBRARIES)
             if (void* const library = found ? nullptr : dlopen(name, RTLD_NOW | RTLD_NOLOAD))
                 found = dlsym(library, "getPluginRegistry");
 #undef MLA_LIBRARY
@@ -832,7 +832,7 @@ struct Registration
         if (!found)
         {
             report("mla_compile: no TensorRT " + std::to_string(NV_TENSORRT_MAJOR)
-                + ", for which this plugin library was built, is loaded. Build it with the headers of the one you use.");
+                + ", for which this plugin library was built, is loaded. Build it with the headers of yours.");
             return;
         }
         IPluginRegistry* const registry = reinterpret_cast<IPluginRegistry* (*) ()>(found)();

@@ -96,7 +96,7 @@ def _append_row(images: _Images, node: Append, architecture: int) -> str:
     """A row of ``AppendKernel``."""
     kernel = images.entry(node.compile(architecture))
     layout = node.layout
-    sizes = f"{layout.rank}, {layout.rope_groups}, {layout.rope_dim}, {layout.key_scales}"
+    sizes = f"{layout.rank}, {layout.rope_groups}, {layout.rope_dim}, {layout.key_scales + layout.value_scales}"
     return f"{architecture}, {_TYPES[node.dtype]}, {sizes}, {kernel}"
 
 

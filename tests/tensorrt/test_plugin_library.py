@@ -31,6 +31,7 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
+from mla_compile.runtime.kernels import aot
 from mla_compile.runtime.tensorrt.cubins import SPLITS, Combination, Decode
 from mla_compile.runtime.tensorrt.kernels import Append
 from mla_compile.runtime.tensorrt.nodes import read_nodes
@@ -462,6 +463,14 @@ def test_files_that_it_cannot_be_built_from_are_refused(tmp_path, capsys):
     assert {path.name for path in tmp_path.iterdir()} == {"quick.onnx", "text.onnx", "nodes.onnx"}
 
 
+class WithoutAssembler:
+    """Settings of a Triton that is not from its wheel."""
+
+    @property
+    def ptxas(self):
+        raise RuntimeError("Cannot find ptxas")
+
+
 def test_what_is_missing_is_named(tmp_path, capsys, monkeypatch):
     path, out = write_nodes(tmp_path / "nodes.onnx"), tmp_path / "x.so"
     more = "--tensorrt-include", HEADERS, "--out", out
@@ -490,6 +499,9 @@ def test_what_is_missing_is_named(tmp_path, capsys, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr("importlib.util.find_spec", lambda name: None)
         refused(capsys, 2, r"Triton, which compiles the kernels, is not installed. Run: pip install", path, *more)
+    with monkeypatch.context() as patched:
+        patched.setattr(aot, "triton", SimpleNamespace(knobs=SimpleNamespace(nvidia=WithoutAssembler())))
+        refused(capsys, 2, "Triton's assembler, ptxas, was not found. Install Triton's own wheel", path, *more)
     with monkeypatch.context() as patched:
         patched.setattr("shutil.which", lambda name: None)
         refused(capsys, 2, r"g\+\+, which compiles the plugins, was not found. Install it", path, *more)

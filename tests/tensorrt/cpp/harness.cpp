@@ -9,8 +9,8 @@
 #include <NvInferRuntime.h>
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <cstdio>
-#include <cstring>
 #include <iostream>
 #include <memory>
 #include <sstream>
@@ -27,7 +27,8 @@ struct Log final : ILogger, ILoggerFinder
 {
     void log(Severity severity, AsciiChar const* message) noexcept override
     {
-        std::printf("{\"event\": \"log\", \"severity\": %d, \"message\": \"%s\"}\n", static_cast<int32_t>(severity), message);
+        auto const number = static_cast<int32_t>(severity);
+        std::printf("{\"event\": \"log\", \"severity\": %d, \"message\": \"%s\"}\n", number, message);
     }
 
     ILogger* findLogger() override
@@ -75,8 +76,9 @@ Scenario read(std::istringstream& line, Values& values)
         line >> heads >> values.rank >> ropeDim >> values.groups >> values.scale >> values.window >> made.tactic
             >> made.aligned;
         int64_t const width = values.rank + values.groups * ropeDim;
-        made.inputs = {tensor(number, {batch, tokens, heads, values.rank}), tensor(number, {batch, tokens, heads, ropeDim}),
-            tensor(number, {batch, 1, room, width}), tensor(DataType::kINT32, {batch})};
+        made.inputs = {tensor(number, {batch, tokens, heads, values.rank}),
+            tensor(number, {batch, tokens, heads, ropeDim}), tensor(number, {batch, 1, room, width}),
+            tensor(DataType::kINT32, {batch})};
         values.slopes = made.name.find("_slopes") != std::string::npos;
         values.sinks = made.name.find("_sinks") != std::string::npos;
         for (int32_t i = 0; i < values.slopes + values.sinks; ++i)

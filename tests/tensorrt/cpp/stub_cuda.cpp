@@ -1,8 +1,8 @@
 // A stand-in for libcuda.so.1 that does nothing and prints every call, as a line of JSON.
 //
-// STUB_ARCHITECTURE and STUB_PROCESSORS say what the device is, STUB_PARAMETERS what parameters kernels have by digests of
-// their machine code, such as "123=ppi 456=pif": p a pointer, i a 32-bit integer, f a float. STUB_FAILING names a call
-// that fails.
+// STUB_ARCHITECTURE and STUB_PROCESSORS say what the device is, STUB_PARAMETERS what parameters kernels have by digests
+// of their machine code, such as "123=ppi 456=pif": p a pointer, i a 32-bit integer, f a float. STUB_FAILING names a
+// call that fails.
 
 #include <algorithm>
 #include <cinttypes>
@@ -61,7 +61,8 @@ struct Module
 
 std::string parametersOf(uint64_t kernel)
 {
-    std::string const all = " " + std::string(setting("STUB_PARAMETERS")) + " ", key = " " + std::to_string(kernel) + "=";
+    std::string const all = " " + std::string(setting("STUB_PARAMETERS")) + " ";
+    std::string const key = " " + std::to_string(kernel) + "=";
     size_t const found = all.find(key);
     if (found == std::string::npos)
         return "";
@@ -146,7 +147,7 @@ API int cuLaunchKernel(void* function, unsigned gridX, unsigned gridY, unsigned 
 
 API int cuMemcpyDtoDAsync_v2(unsigned long long to, unsigned long long from, size_t bytes, void* stream)
 {
-    std::printf("{\"event\": \"copy\", \"to\": %llu, \"from\": %llu, \"bytes\": %zu, \"stream\": %zu}\n", to, from, bytes,
-        reinterpret_cast<size_t>(stream));
+    std::printf("{\"event\": \"copy\", \"to\": %llu, \"from\": %llu, \"bytes\": %zu, \"stream\": %zu}\n", to, from,
+        bytes, reinterpret_cast<size_t>(stream));
     return result("cuMemcpyDtoDAsync_v2");
 }

@@ -1,8 +1,9 @@
 // A stand-in for TensorRT's header of this name: what the plugins use of it, for tests.
 //
 // Written from TensorRT's public documentation. Order and number of virtual functions are what binaries agree on; where
-// TensorRT's lean runtime is installed, plugins built with this file are called by its registry and its Python bindings,
-// up to getMetadataString() of what is asked while an engine is built. What is asked when it runs, nothing here can test.
+// TensorRT's lean runtime is installed, plugins built with this file are called by its registry and its Python
+// bindings, up to getMetadataString() of what is asked while an engine is built. What is asked when it runs nothing
+// here can test.
 #pragma once
 
 #include <cuda_runtime_api.h>
