@@ -13,12 +13,12 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRe
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from mla_compile.cost import DecodeStep, LayerCost
     from mla_compile.encoder_report import EncoderReport
     from mla_compile.measure import Measurement
     from mla_compile.plan import LatentPlan
     from mla_compile.progress import StageTiming
     from mla_compile.report import Report
-    from mla_compile.runtime.tensorrt.engine_builder import EngineSettings
     from mla_compile.seq2seq_report import Seq2SeqReport
     from mla_compile.tensorrt import Written
     from mla_compile.textgen import Generation
@@ -29,9 +29,11 @@ __all__ = [
     "make_display",
     "plan_rows",
     "show_check",
+    "show_commands",
     "show_encoder_report",
     "show_generation",
     "show_layers",
+    "show_library_commands",
     "show_measurement",
     "show_plan",
     "show_report",
@@ -179,23 +181,29 @@ def _extras(row: Mapping[str, Any]) -> str:
     return ", ".join(found)
 
 
-def plan_rows(plans: Sequence[LatentPlan]) -> dict[str, Any]:
-    """A plan as data; bytes are for a float32 cache."""
+def plan_rows(plans: Sequence[LatentPlan], costs: Sequence[LayerCost], step: DecodeStep) -> dict[str, Any]:
+    """A plan as data; bytes are for a float32 cache, but those of ``costs``, which are the machine's."""
     import dataclasses
 
     from mla_compile.plan import cache_elements
 
     before, after = cache_elements(plans)
+    decode = {**dataclasses.asdict(step), "layers": [dataclasses.asdict(c) for c in costs]}
     return {
         "layers": [{**dataclasses.asdict(p), "elements_after": p.elements_after} for p in plans],
         "bytes_per_token_before": 4 * before,
         "bytes_per_token_after": 4 * after,
         "cache_ratio": after / before,
+        "decode_step": decode if costs else None,
     }
 
 
-def show_plan(plans: Sequence[LatentPlan], cached: bool = True) -> None:
-    """One row per layer and the sum; an encoder's keys and values are not ``cached``."""
+def show_plan(plans: Sequence[LatentPlan], costs: Sequence[LayerCost], step: DecodeStep, cached: bool = True) -> None:
+    """One row per layer and the sum; an encoder's keys and values are not ``cached``, and nothing in it is a step."""
+    from mla_compile.cost import slower_layers
+
+    columns = ["#", "layer", "rope dims", "rank", "exact rank"]
+    columns += ["bytes/token before" if cached else "key and value bytes", "after"]
     rows: list[list[object]] = [
         [
             p.site,
@@ -208,13 +216,20 @@ def show_plan(plans: Sequence[LatentPlan], cached: bool = True) -> None:
         ]
         for p in plans
     ]
-    total = plan_rows(plans)
+    total = plan_rows(plans, costs, step)
     before, after = total["bytes_per_token_before"], total["bytes_per_token_after"]
     rows.append(["", "all", "", "", "", before, f"{after} ({total['cache_ratio']:.2%})"])
-    title, counted = (
-        ("Plan (float32 cache)", "bytes/token before") if cached else ("Plan (no cache)", "key and value bytes")
-    )
-    _print_table(title, ["#", "layer", "rope dims", "rank", "exact rank", counted, "after"], rows)
+    title = "Plan (float32 cache)" if cached else "Plan (no cache)"
+    if costs:
+        title += f"; a step: {step.context} tokens, batch {step.batch}, {step.machine.name}, estimated"
+        columns += ["MFLOP/step before", "after", "speed"]
+        for row, cost in zip(rows, costs, strict=False):
+            row += [f"{part.attention_operations / 1e6:,.1f}" for part in (cost.before, cost.after)]
+            row.append(f"x{cost.speedup:.2f}")
+        rows[-1] += ["", "", ""]
+    _print_table(title, columns, rows)
+    if slower := slower_layers(costs, step):
+        print(f"warning: {slower}", file=sys.stderr)  # noqa: T201
 
 
 def _method_row(report: Report) -> list[object]:
@@ -306,10 +321,8 @@ def show_check(folder: Path, error: float, greedy: float) -> None:
     _print_table(str(folder), ["", "result"], rows)
 
 
-def show_written(written: Written, settings: EngineSettings) -> None:
-    """What was written for TensorRT, how it was checked, and what TensorRT's own tools make of it."""
-    from mla_compile.tensorrt import commands
-
+def show_written(written: Written) -> None:
+    """What was written for TensorRT, and how it was checked."""
     if written.error is not None:
         print(  # noqa: T201
             f"{written.onnx}: in ONNX Runtime it equals the PyTorch module (largest relative difference "
@@ -320,14 +333,18 @@ def show_written(written: Written, settings: EngineSettings) -> None:
             f"{written.plan}: it equals the file in ONNX Runtime (largest relative difference "
             f"{written.engine_error:.1e}); attention: {written.attention}."
         )
-    build, inspect = commands(written.onnx, written.rows, settings)
+
+
+def show_commands(build: str, inspect: str) -> None:
+    """What TensorRT's own tools make of a file for it."""
     print(f"Build an engine of its standard operators with:\n{build}")  # noqa: T201
     print(f"See what TensorRT takes with:\n{inspect}")  # noqa: T201
-    if settings.splits is None:
-        library = written.onnx.with_name("libmla_plugin.so")
-        build, _ = commands(written.onnx, written.rows, settings, library)
-        command = f"mla-compile build-plugin {written.onnx} --tensorrt-include DIR --out {library}"
-        print(f"Build its plugins with:\n{command}\nand an engine with them with:\n{build}")  # noqa: T201
+
+
+def show_library_commands(onnx: Path, library: Path, build: str) -> None:
+    """How to go on with a file for a library of plugins."""
+    command = f"mla-compile build-plugin {onnx} --tensorrt-include DIR --out {library}"
+    print(f"Build its plugins with:\n{command}\nand an engine with them with:\n{build}")  # noqa: T201
 
 
 def show_encoder_report(report: EncoderReport, out: Path) -> None:

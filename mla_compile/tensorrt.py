@@ -56,6 +56,7 @@ class Written:
         onnx: The file for TensorRT.
         plan: The engine, if one was asked for.
         rows: Cache row length per layer.
+        room: Rows that a cache has room for.
         error: Largest relative difference of logits between ONNX Runtime and PyTorch; None for a file given.
         engine_error: The same between the engine and ONNX Runtime; None without an engine.
         attention: What runs an engine's attention; empty without one.
@@ -64,6 +65,7 @@ class Written:
     onnx: Path
     plan: Path | None
     rows: tuple[int, ...]
+    room: int
     error: float | None
     engine_error: float | None = None
     attention: str = ""
@@ -73,17 +75,12 @@ def check_tensorrt(path: Path, settings: EngineSettings, force: bool) -> None:
     """Refuse what cannot be written or built here, before any work is done.
 
     Raises:
-        UsageError: The name is neither ``.onnx`` nor ``.plan``, something exists there already, the sizes do not fit
-            each other; or TensorRT or a GPU is missing and an engine was asked for.
+        UsageError: The name is neither ``.onnx`` nor ``.plan``, or something exists there already; or TensorRT or a GPU
+            is missing and an engine was asked for.
     """
     if path.suffix not in (".onnx", ".plan"):
         raise UsageError(
             f"'{path}' is neither named like an ONNX file nor like an engine.", "Name it with .onnx or .plan."
-        )
-    if settings.prompt > settings.room:
-        raise UsageError(
-            f"Prompts of {settings.prompt} tokens do not fit into caches with room for {settings.room}.",
-            "Give a --max-prompt that is no larger than --max-length.",
         )
     if path.suffix == ".plan":
         require_tensorrt()
@@ -121,7 +118,7 @@ def write_for_tensorrt(
         decoder = OnnxFixedDecoder(source)
         with moved_into(path.parent) as hidden:
             engine_error, attention = _build(source, hidden / path.name, settings, decoder.metadata, stages)
-        return Written(source, path, decoder.rows, None, engine_error, attention)
+        return Written(source, path, decoder.rows, decoder.limits.room, None, engine_error, attention)
     check_tensorrt(path, settings, force)
     model, assets = read_folder(source), read_assets(source)
     metadata = {"schema_version": 1, "source": source.name, "eos_token_id": assets.generation.get("eos_token_id")}
@@ -198,9 +195,9 @@ def _write(
         error = _difference(OnnxFixedDecoder(onnx), lambda ids: model(ids).logits.float())
         require_equal("ONNX Runtime", "the converted PyTorch module", error)
     if path.suffix != ".plan":
-        return Written(path, None, model.rows, error)
+        return Written(path, None, model.rows, settings.room, error)
     engine_error, attention = _build(onnx, hidden / path.name, settings, metadata, stages)
-    return Written(path.with_suffix(".onnx"), path, model.rows, error, engine_error, attention)
+    return Written(path.with_suffix(".onnx"), path, model.rows, settings.room, error, engine_error, attention)
 
 
 def _build(
@@ -251,13 +248,16 @@ def _difference(decoder: FixedCacheDecoder, reference: Callable[[torch.Tensor], 
         return relative_error(torch.cat(parts, 1), reference(ids))
 
 
-def commands(path: Path, rows: Sequence[int], settings: EngineSettings, library: Path | None = None) -> tuple[str, str]:
+def commands(
+    onnx: Path, rows: Sequence[int], room: int, settings: EngineSettings, library: Path | None = None
+) -> tuple[str, str]:
     """What TensorRT's own tools make of a file.
 
     Args:
-        path: The file.
+        onnx: The file.
         rows: Cache row length per layer.
-        settings: Sizes.
+        room: Rows that a cache has room for.
+        settings: Other sizes.
         library: A library of plugins; without one there are standard operators only.
 
     Returns:
@@ -266,13 +266,13 @@ def commands(path: Path, rows: Sequence[int], settings: EngineSettings, library:
 
     def shapes(batch: int, new: int) -> str:
         first = [f"input_ids:{batch}x{new}", f"lengths:{batch}", f"position_ids:{batch}x{new}"]
-        caches = [f"{PAST.format(i)}:{batch}x1x{settings.room}x{row}" for i, row in enumerate(rows)]
+        caches = [f"{PAST.format(i)}:{batch}x1x{room}x{row}" for i, row in enumerate(rows)]
         return ",".join(first + caches)
 
-    batch = settings.batch
+    batch, prompt = settings.batch, min(settings.prompt, room)
     return (
-        f"trtexec --onnx={path} --saveEngine={path.with_suffix('.trtexec.plan')} --skipInference "
-        f"--minShapes={shapes(1, 1)} --optShapes={shapes(batch, 1)} --maxShapes={shapes(batch, settings.prompt)}"
+        f"trtexec --onnx={onnx} --saveEngine={onnx.with_suffix('.trtexec.plan')} --skipInference "
+        f"--minShapes={shapes(1, 1)} --optShapes={shapes(batch, 1)} --maxShapes={shapes(batch, prompt)}"
         + (f" --dynamicPlugins={library} --preview=+aliasedPluginIO1003" if library else ""),
-        f"polygraphy inspect capability {path}",
+        f"polygraphy inspect capability {onnx}",
     )

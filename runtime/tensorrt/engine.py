@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ from torch import Tensor
 from mla_compile.errors import LoadError
 from mla_compile.runtime.fixed_cache import FixedCacheDecoder, Limits
 from mla_compile.runtime.generate import Ids
-from mla_compile.runtime.tensorrt.engine_builder import DECODE, PREFILL, messages
-from mla_compile.runtime.tensorrt.installed import require_device, require_tensorrt
+from mla_compile.runtime.tensorrt.engine_builder import DECODE, PREFILL
+from mla_compile.runtime.tensorrt.installed import messages, require_device, require_tensorrt, start
 from mla_compile.runtime.tensorrt.reference import PAST, PRESENT
 
 __all__ = ["EngineCache", "TensorRTDecoder", "facts_path"]
@@ -34,11 +34,11 @@ class EngineCache:
 
     Attributes:
         rows: Per layer ``[batch, 1, room, row]``.
-        steps: The step of one token, once there was one.
+        step: The step of one token, once there was one.
     """
 
     rows: tuple[Tensor, ...]
-    steps: list[_Step] = field(default_factory=list)
+    step: _Step | None = None
 
 
 class _Step:
@@ -52,8 +52,7 @@ class _Step:
     """
 
     def __init__(self, decoder: TensorRTDecoder, profile: int, shape: tuple[int, int], cache: EngineCache) -> None:
-        self._context = decoder.contexts[profile]
-        self._stream = decoder.stream
+        self._decoder, self._profile = decoder, profile
         sizes = {"input_ids": shape, "lengths": shape[:1], "position_ids": shape}
         self._given = {
             name: torch.zeros(size, dtype=_INPUTS[name], device=decoder.device)
@@ -68,34 +67,38 @@ class _Step:
 
     def __call__(self, given: Mapping[str, Ids], repeated: bool) -> NDArray[Any]:
         """Run on these inputs; a step that will be repeated is captured once it has run."""
-        with torch.cuda.stream(self._stream):
-            for name, tensor in self._given.items():
-                tensor.copy_(torch.from_numpy(np.ascontiguousarray(given[name])))  # to the tensor's own type
-            if self._graph is not None:
-                self._graph.replay()
-            else:
-                self._bind()
-                self._enqueue()
-            logits = self._logits.float().cpu().numpy()
-            if repeated and self._graph is None and self._stream is not None:
-                self._capture()
+        for name, tensor in self._given.items():
+            tensor.copy_(torch.from_numpy(np.ascontiguousarray(given[name])))  # to the tensor's own type
+        if self._decoder.bound.get(self._profile) is not self:
+            self._graph = None  # what another step did to the context, a graph that was captured before does not know
+            self._bind()
+        if self._graph is not None:
+            self._graph.replay()
+        else:
+            self._enqueue()
+        logits: NDArray[Any] = self._logits.float().cpu().numpy()
+        if repeated and self._graph is None and self._decoder.stream is not None:
+            self._capture(self._decoder.stream)
         return logits
 
     def _bind(self) -> None:
+        context = self._decoder.contexts[self._profile]
         for name, tensor in self._tensors.items():
             if name in self._given or name.startswith("past_"):
-                self._must(self._context.set_input_shape(name, tuple(tensor.shape)), f"takes no {name} of this shape")
-            self._must(self._context.set_tensor_address(name, tensor.data_ptr()), f"takes no memory for {name}")
+                self._must(context.set_input_shape(name, tuple(tensor.shape)), f"takes no {name} of this shape")
+            self._must(context.set_tensor_address(name, tensor.data_ptr()), f"takes no memory for {name}")
+        self._decoder.bound[self._profile] = self
 
     def _enqueue(self) -> None:
-        stream = 0 if self._stream is None else self._stream.cuda_stream
-        self._must(self._context.execute_async_v3(stream), "cannot be run")
+        stream = self._decoder.stream
+        handle = 0 if stream is None else stream.cuda_stream
+        self._must(self._decoder.contexts[self._profile].execute_async_v3(handle), "cannot be run")
 
-    def _capture(self) -> None:
+    def _capture(self, stream: torch.cuda.Stream) -> None:
         """Keep the launches of the step that has just run; capturing runs nothing."""
         graph = torch.cuda.CUDAGraph()
         # Only this thread's calls are watched: what TensorRT does elsewhere is none of the graph's business.
-        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             self._enqueue()
         self._graph = graph
 
@@ -114,6 +117,7 @@ class TensorRTDecoder(FixedCacheDecoder):
 
     Attributes:
         contexts: One for each profile, so that none is ever switched.
+        bound: Which step every context was last prepared for, by profile.
         stream: What everything runs in; None without CUDA.
         device: Where memory is.
         inputs: Names of the inputs it has.
@@ -131,13 +135,13 @@ class TensorRTDecoder(FixedCacheDecoder):
         if device == "cuda":
             require_device()
         said = messages(trt)
-        runtime = trt.Runtime(said.logger)
+        runtime = start(trt.Runtime, said)
         runtime.engine_host_code_allowed = bool(facts["version_compatible"])
-        engine = None if runtime is None else runtime.deserialize_cuda_engine(path.read_bytes())
+        engine = runtime.deserialize_cuda_engine(path.read_bytes())
         if engine is None:
             raise LoadError(
                 f"TensorRT {trt.__version__} cannot load '{path}', which TensorRT {facts['tensorrt']} built for "
-                f"{facts['device']} ({' '.join(said.reason.split()).rstrip('.')}).",
+                f"{facts['device']} ({said.reason}).",
                 f"Build it again here: mla-compile tensorrt {path.with_name(facts['onnx'])} --out {path} --force.",
             )
         self._runtime, self._engine = runtime, engine  # contexts refer to them
@@ -150,6 +154,7 @@ class TensorRTDecoder(FixedCacheDecoder):
         self.inputs = frozenset(names) & _INPUTS.keys()
         self.device = torch.device(device)
         self.stream = torch.cuda.Stream() if self.device.type == "cuda" else None
+        self.bound: dict[int, _Step] = {}
         self.contexts = [self._context(trt, profile) for profile in (DECODE, PREFILL)]
         batch, new = engine.get_tensor_profile_shape("input_ids", PREFILL)[2]
         super().__init__(
@@ -173,18 +178,19 @@ class TensorRTDecoder(FixedCacheDecoder):
 
     def empty_cache(self, batch: int) -> EngineCache:
         """Memory for ``batch`` sequences, of zeros."""
-        made = (torch.zeros(batch, *shape, dtype=self._cache_dtype, device=self.device) for shape in self._caches)
+        with torch.cuda.stream(self.stream):
+            made = [torch.zeros(batch, *shape, dtype=self._cache_dtype, device=self.device) for shape in self._caches]
         return EngineCache(tuple(made))
 
     def run(self, ids: Ids, lengths: Ids, positions: Ids, cache: EngineCache) -> NDArray[Any]:
         """Run new tokens; see :meth:`FixedCacheDecoder.run`."""
         batch, new = ids.shape
         given = {"input_ids": ids, "lengths": lengths, "position_ids": positions}
-        if new > 1:
-            return _Step(self, PREFILL, (batch, new), cache)(given, repeated=False)
-        if not cache.steps:
-            cache.steps.append(_Step(self, DECODE, (batch, 1), cache))
-        return cache.steps[0](given, repeated=True)
+        with torch.cuda.stream(self.stream):
+            if new > 1:
+                return _Step(self, PREFILL, (batch, new), cache)(given, repeated=False)
+            cache.step = cache.step or _Step(self, DECODE, (batch, 1), cache)
+            return cache.step(given, repeated=True)
 
     @staticmethod
     def measured_bytes(cache: EngineCache) -> int:

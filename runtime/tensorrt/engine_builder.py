@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mla_compile.errors import LoadError, RefusedError
-from mla_compile.runtime.tensorrt.installed import architecture
+from mla_compile.runtime.tensorrt.installed import architecture, messages, start
 
-__all__ = ["DECODE", "PREFILL", "EngineSettings", "Messages", "build_engine", "messages", "use_plugins"]
+__all__ = ["DECODE", "PREFILL", "EngineSettings", "build_engine", "use_plugins"]
 
 DECODE, PREFILL = 0, 1
 """Optimisation profiles: one new token, and any number of them."""
@@ -26,7 +26,8 @@ class EngineSettings:
     Attributes:
         batch: Sequences at most.
         room: Rows that a cache has room for; a constant of the file.
-        prompt: New tokens at most that run together. Longer prompts come one part after another.
+        prompt: New tokens at most that run together, and no more than there is room for. Longer prompts come one part
+            after another.
         splits: Pieces that kernels cut every cache into; constants of the file. None where plugins choose that.
         plugins: Whether plugins may be used.
         version_compatible: Whether other versions of TensorRT can run it too, at some cost.
@@ -40,36 +41,6 @@ class EngineSettings:
     plugins: bool = True
     version_compatible: bool = False
     timing_cache: Path | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Messages:
-    """What TensorRT said.
-
-    Attributes:
-        logger: Who it says it to.
-        errors: All errors, in order.
-    """
-
-    logger: Any
-    errors: list[str]
-
-    @property
-    def reason(self) -> str:
-        """The last error, short."""
-        return self.errors[-1].splitlines()[0][:300] if self.errors else "it does not say why"
-
-
-def messages(trt: Any) -> Messages:  # noqa: ANN401 - a module without types
-    """A logger that prints nothing and keeps errors."""
-    errors: list[str] = []
-
-    class Logger(trt.ILogger):  # type: ignore[misc]
-        def log(self, severity: Any, message: str) -> None:  # noqa: ANN401
-            if severity <= trt.ILogger.Severity.ERROR:
-                errors.append(message)
-
-    return Messages(Logger(), errors)
 
 
 @functools.cache
@@ -116,18 +87,21 @@ def build_engine(
     Raises:
         LoadError: The file of times is another TensorRT's or GPU's.
         RefusedError: TensorRT does not take the file.
+        UsageError: TensorRT does not start.
         KeyboardInterrupt: The user interrupted it.
     """
     said = messages(trt)
-    builder = trt.Builder(said.logger)
+    builder = start(trt.Builder, said)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, said.logger)
     if not parser.parse_from_file(str(path)):
-        reason = parser.get_error(0).desc() if parser.num_errors else said.reason
+        reason = " ".join(parser.get_error(0).desc().split())[:300].rstrip(".") if parser.num_errors else said.reason
         raise _refused(path, "read", reason)
     config = builder.create_builder_config()
-    for most in (1, settings.prompt):
-        config.add_optimization_profile(_profile(builder, network, settings.batch, most))
+    inputs = [network.get_input(i) for i in range(network.num_inputs)]
+    room = min(tensor.shape[2] for tensor in inputs if len(tensor.shape) == 4)
+    for most in (1, min(settings.prompt, room)):
+        config.add_optimization_profile(_profile(builder, inputs, settings.batch, most))
     if plugins:
         config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
     if settings.version_compatible:
@@ -154,15 +128,15 @@ def build_engine(
 
 def _refused(path: Path, verb: str, reason: str) -> RefusedError:
     return RefusedError(
-        f"TensorRT cannot {verb} '{path.name}' ({' '.join(reason.split()).rstrip('.')}).",
+        f"TensorRT cannot {verb} '{path.name}' ({reason}).",
         "Give it less to hold with --max-batch, --max-prompt and --max-length, or use the file in ONNX Runtime.",
     )
 
 
-def _profile(builder: Any, network: Any, batch: int, most: int) -> Any:  # noqa: ANN401
+def _profile(builder: Any, inputs: Sequence[Any], batch: int, most: int) -> Any:  # noqa: ANN401
     """Shapes from one sequence of one new token to all of ``most``, where they are free."""
     profile = builder.create_optimization_profile()
-    for tensor in (network.get_input(i) for i in range(network.num_inputs)):
+    for tensor in inputs:
         sizes = {0: batch, 1: most}
         largest = tuple(sizes[axis] if extent < 0 else extent for axis, extent in enumerate(tensor.shape))
         least = tuple(1 if extent < 0 else extent for extent in tensor.shape)

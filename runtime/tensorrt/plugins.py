@@ -10,7 +10,6 @@ signatures; :class:`_Plugin` says them once, and the functions that answer get t
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -83,8 +82,7 @@ def register(architecture: int) -> None:
     if architecture not in ARCHITECTURES:
         known = ", ".join(f"{a / 10}" for a in ARCHITECTURES)
         raise UsageError(f"There are no kernels for compute capability {architecture / 10}.", f"Known are {known}.")
-    trt = require_tensorrt()
-    trtp = importlib.import_module("tensorrt.plugin")
+    trt, trtp = require_tensorrt(), require_tensorrt("tensorrt.plugin")
     make = {APPEND: _append, PARTIAL: _partial, COMBINE: _combine}
     for op_type, variant in variants():
         _declare(trtp, f"{NAMESPACE}::{variant.named(op_type)}", make[op_type](trt, trtp, architecture, variant))

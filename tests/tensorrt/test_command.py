@@ -136,10 +136,6 @@ def test_without_tensorrt_nothing_is_begun(folder, tmp_path, capsys, monkeypatch
         (["--out", "x.plan", "--format", "deepseek"], "A DeepSeek checkpoint is not for TensorRT"),
         (["--out", "x.onnx", "--target", "tensorrt", "--encoders"], "Only a causal language model"),
         (["--out", "x", "--target", "tensorrt"], "Name it with .onnx or .plan"),
-        (
-            ["--out", "x.onnx", "--target", "tensorrt", "--max-prompt", "65", "--max-length", "64"],
-            "Prompts of 65 tokens do not fit into caches with room for 64",
-        ),
     ],
 )
 def test_options_that_do_not_go_together(words, sentence, capsys, tmp_path, monkeypatch):

@@ -116,7 +116,7 @@ def test_missing_and_damaged_files_are_one_sentence(plan, tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_there_is_one_sentence(plan):
-    with pytest.raises(UsageError, match="there is none here that torch can use"):
+    with pytest.raises(UsageError, match="none here that torch can use"):
         TensorRTDecoder(plan)
 
 
