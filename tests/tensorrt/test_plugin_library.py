@@ -49,7 +49,7 @@ ATTRIBUTES = {"rope_groups": GROUPS, "softcap": 0.0, "key_scales": 0, "value_sca
 # Quickly compiled; the first needs more than 48 KiB of shared memory, which a launch may have only if it asks for it.
 TACTICS = Tiles((32,), 16, 16, 256, 4, 3), Tiles((32,), 16, 16, 16, 4, 2)
 SCALE = 0.25
-FLOAT, HALF, INT32, BF16 = 0, 1, 3, 7
+FLOAT, INT32, BF16 = 0, 3, 7
 """Of nvinfer1::DataType."""
 OUTPUT, WORKSPACE, STREAM = 1 << 20, 1 << 21, 7
 INPUTS = [4096 * i for i in range(1, 7)]
