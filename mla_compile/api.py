@@ -261,7 +261,7 @@ def compile(
         raise UsageError("A perplexity limit needs text to measure on.", "Give some with --calibration FILE.")
     if out is not None:
         if engine is not None:
-            check_tensorrt(out, engine, force)
+            check_tensorrt(out, force)
         else:
             (check_folder if config.format == "deepseek" else check_target)(out, force)
     documents = read_text(calibration)

@@ -189,7 +189,12 @@ Target = Annotated[
 ]
 MaxBatch = Annotated[int, typer.Option(min=1, help="Sequences at most.", rich_help_panel=_TENSORRT)]
 MaxLength = Annotated[
-    int, typer.Option(min=16, help="Tokens that every sequence's cache has room for.", rich_help_panel=_TENSORRT)
+    int,
+    typer.Option(
+        min=16,
+        help="Tokens that every sequence's cache has room for; no more than the model's longest.",
+        rich_help_panel=_TENSORRT,
+    ),
 ]
 MaxPrompt = Annotated[
     int,
@@ -375,7 +380,7 @@ def convert(
         if for_tensorrt and isinstance(compiled, api.CompiledModel):
             from mla_compile.tensorrt import commands
 
-            display.show_commands(*commands(out.with_suffix(".onnx"), compiled.module.rows, max_length, engine))
+            display.show_commands(*commands(out.with_suffix(".onnx"), engine))
 
 
 def _is_for_tensorrt(out: Path, target: str, format: str) -> bool:
@@ -684,10 +689,10 @@ def tensorrt(
     with shown:
         written = write_for_tensorrt(source, out, settings, force=force, stages=Stages(shown))
     display.show_written(written)
-    display.show_commands(*commands(written.onnx, written.rows, written.room, settings))
+    display.show_commands(*commands(written.onnx, settings))
     if plugin == "cpp":
         library = out.with_name("libmla_plugin.so")
-        build, _ = commands(written.onnx, written.rows, written.room, settings, library)
+        build, _ = commands(written.onnx, settings, library)
         display.show_library_commands(written.onnx, library, build)
 
 

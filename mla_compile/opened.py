@@ -129,7 +129,7 @@ def module_scorer(model: LatentModel) -> Scorer:
 
 def _open_decoder(path: Path, name: str) -> Opened:
     if path.suffix == ".plan":
-        engine = TensorRTDecoder(path)
+        engine = TensorRTDecoder(path)  # whose room is no more than the model's longest sequence
         return dataclasses.replace(_opened(path, name, TENSORRT, engine), longest=engine.limits.room)
     return _opened(path, name, ONNX_RUNTIME, OnnxDecoder(path))
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
 from torch import fx
 
@@ -55,8 +57,6 @@ class Written:
     Attributes:
         onnx: The file for TensorRT.
         plan: The engine, if one was asked for.
-        rows: Cache row length per layer.
-        room: Rows that a cache has room for.
         error: Largest relative difference of logits between ONNX Runtime and PyTorch; None for a file given.
         engine_error: The same between the engine and ONNX Runtime; None without an engine.
         attention: What runs an engine's attention; empty without one.
@@ -64,14 +64,12 @@ class Written:
 
     onnx: Path
     plan: Path | None
-    rows: tuple[int, ...]
-    room: int
     error: float | None
     engine_error: float | None = None
     attention: str = ""
 
 
-def check_tensorrt(path: Path, settings: EngineSettings, force: bool) -> None:
+def check_tensorrt(path: Path, force: bool) -> None:
     """Refuse what cannot be written or built here, before any work is done.
 
     Raises:
@@ -113,19 +111,34 @@ def write_for_tensorrt(
     if source.suffix == ".onnx":
         if path.suffix != ".plan":
             raise UsageError(f"'{source}' is a file already.", "Name an engine, with the suffix .plan, to build of it.")
-        check_tensorrt(path, settings, force=True)  # the file is beside the engine already, as a rule
+        check_tensorrt(path, force=True)  # the file is beside the engine already, as a rule
         check_place(path, force)
-        decoder = OnnxFixedDecoder(source)
-        with moved_into(path.parent) as hidden:
-            engine_error, attention = _build(source, hidden / path.name, settings, decoder.metadata, stages)
-        return Written(source, path, decoder.rows, decoder.limits.room, None, engine_error, attention)
-    check_tensorrt(path, settings, force)
+        metadata = OnnxFixedDecoder(source).metadata
+        with _beside(path, source.parent, force) as hidden:
+            engine_error, attention = _build(source, hidden / path.name, settings, metadata, stages)
+        return Written(source, path, None, engine_error, attention)
+    check_tensorrt(path, force)
     model, assets = read_folder(source), read_assets(source)
-    metadata = {"schema_version": 1, "source": source.name, "eos_token_id": assets.generation.get("eos_token_id")}
+    facts = {"schema_version": 1, "source": source.name, "eos_token_id": assets.generation.get("eos_token_id")}
+    with _beside(path, source, force) as hidden:
+        return _write(model, facts, hidden, path, _within(settings, assets), stages)
+
+
+@contextmanager
+def _beside(path: Path, source: Path, force: bool) -> Iterator[Path]:
+    """Give a hidden folder for files at ``path``, to which what is beside ``source`` is added."""
+    assets = read_assets(source)
+    if not (path.parent.is_dir() and path.parent.samefile(source)):
+        check_neighbours(path, str(source), assets, force)
     with moved_into(path.parent) as hidden:
-        written = _write(model, metadata, hidden, path, settings, stages)
+        yield hidden
         copy_assets(assets, hidden)
-    return written
+
+
+def _within(settings: EngineSettings, assets: Assets) -> EngineSettings:
+    """No more room than a model's longest sequence takes, where its configuration says that."""
+    longest = assets.config.get("max_position_embeddings") or assets.config.get("n_positions") or settings.room
+    return dataclasses.replace(settings, room=min(settings.room, longest))
 
 
 def write_compiled(
@@ -151,10 +164,10 @@ def write_compiled(
     Returns:
         The completed report, also written as ``report.json`` beside the files.
     """
-    check_tensorrt(path, settings, force)
+    check_tensorrt(path, force)
     check_neighbours(path, report.source, assets, force)
     with moved_into(path.parent) as hidden:
-        written = _write(model, file_metadata(report, assets), hidden, path, settings, stages)
+        written = _write(model, file_metadata(report, assets), hidden, path, _within(settings, assets), stages)
         if report.verification is not None:
             checked = dataclasses.replace(
                 report.verification, lowering_error=written.error, engine_error=written.engine_error
@@ -186,28 +199,28 @@ def _write(
         RefusedError: A layer has something that this target does not cover, or TensorRT does not build an engine.
         VerificationError: ONNX Runtime or the engine computes something else.
     """
-    onnx = hidden / path.with_suffix(".onnx").name
+    file = hidden / path.with_suffix(".onnx").name
     graph: fx.GraphModule = model.graph  # type: ignore[assignment]
     with stages.stage("lower to ONNX"):
         facts = {**metadata, "target": "tensorrt"}
-        lower_to_tensorrt_onnx(graph, model.rows, onnx, room=settings.room, metadata=facts, splits=settings.splits)
+        lower_to_tensorrt_onnx(graph, model.rows, file, room=settings.room, metadata=facts, splits=settings.splits)
     with stages.stage("verify ONNX"):
-        error = _difference(OnnxFixedDecoder(onnx), lambda ids: model(ids).logits.float())
+        error = _difference(OnnxFixedDecoder(file), lambda ids: model(ids).logits.float())
         require_equal("ONNX Runtime", "the converted PyTorch module", error)
     if path.suffix != ".plan":
-        return Written(path, None, model.rows, settings.room, error)
-    engine_error, attention = _build(onnx, hidden / path.name, settings, metadata, stages)
-    return Written(path.with_suffix(".onnx"), path, model.rows, settings.room, error, engine_error, attention)
+        return Written(path, None, error)
+    engine_error, attention = _build(file, hidden / path.name, settings, metadata, stages)
+    return Written(path.with_suffix(".onnx"), path, error, engine_error, attention)
 
 
 def _build(
-    onnx: Path, plan: Path, settings: EngineSettings, metadata: Mapping[str, Any], stages: Stages
+    file: Path, plan: Path, settings: EngineSettings, metadata: Mapping[str, Any], stages: Stages
 ) -> tuple[float, str]:
     """Build an engine of a file, and compare it with the file in ONNX Runtime."""
     trt = require_tensorrt()
     absent = use_plugins() if settings.plugins else "as asked"
     with stages.stage("build engine", 100) as stage:
-        engine, layers = build_engine(trt, onnx, settings, plugins=not absent, advance=stage)
+        engine, layers = build_engine(trt, file, settings, plugins=not absent, advance=stage)
         attention = f"{layers} plugins" if layers else f"standard operators ({absent or 'TensorRT took no plugin'})"
         stage.note = f"attention: {attention}"
     plan.write_bytes(engine)
@@ -218,12 +231,12 @@ def _build(
         "compute_capability": architecture(),
         "version_compatible": settings.version_compatible,
         "plugin_layers": layers,
-        "onnx": onnx.name,
-        "onnx_sha256": hashlib.sha256(onnx.read_bytes()).hexdigest(),
+        "onnx": file.name,
+        "onnx_sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
     }
     facts_path(plan).write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     with stages.stage("verify engine"):
-        reference = OnnxFixedDecoder(onnx)
+        reference = OnnxFixedDecoder(file)
         error = _difference(TensorRTDecoder(plan), lambda ids: torch.from_numpy(reference.logits(ids.numpy())))
     if not error <= ENGINE_TOLERANCE:
         raise VerificationError(
@@ -248,31 +261,31 @@ def _difference(decoder: FixedCacheDecoder, reference: Callable[[torch.Tensor], 
         return relative_error(torch.cat(parts, 1), reference(ids))
 
 
-def commands(
-    onnx: Path, rows: Sequence[int], room: int, settings: EngineSettings, library: Path | None = None
-) -> tuple[str, str]:
+def commands(path: Path, settings: EngineSettings, library: Path | None = None) -> tuple[str, str]:
     """What TensorRT's own tools make of a file.
 
     Args:
-        onnx: The file.
-        rows: Cache row length per layer.
-        room: Rows that a cache has room for.
-        settings: Other sizes.
+        path: The file.
+        settings: Sizes.
         library: A library of plugins; without one there are standard operators only.
 
     Returns:
         How ``trtexec`` builds an engine of one profile, and how ``polygraphy`` lists what TensorRT takes.
     """
+    inputs = onnx.load(path, load_external_data=False).graph.input
+    extents = {i.name: [d.dim_value for d in i.type.tensor_type.shape.dim] for i in inputs}
+    prompt = min(settings.prompt, extents[PAST.format(0)][2])
 
-    def shapes(batch: int, new: int) -> str:
-        first = [f"input_ids:{batch}x{new}", f"lengths:{batch}", f"position_ids:{batch}x{new}"]
-        caches = [f"{PAST.format(i)}:{batch}x1x{room}x{row}" for i, row in enumerate(rows)]
-        return ",".join(first + caches)
+    def shapes(*free: int) -> str:
+        return ",".join(
+            f"{name}:{'x'.join(str(extent or free[axis]) for axis, extent in enumerate(shape))}"
+            for name, shape in extents.items()
+        )
 
-    batch, prompt = settings.batch, min(settings.prompt, room)
     return (
-        f"trtexec --onnx={onnx} --saveEngine={onnx.with_suffix('.trtexec.plan')} --skipInference "
-        f"--minShapes={shapes(1, 1)} --optShapes={shapes(batch, 1)} --maxShapes={shapes(batch, prompt)}"
+        f"trtexec --onnx={path} --saveEngine={path.with_suffix('.trtexec.plan')} --skipInference "
+        f"--minShapes={shapes(1, 1)} --optShapes={shapes(settings.batch, 1)} "
+        f"--maxShapes={shapes(settings.batch, prompt)}"
         + (f" --dynamicPlugins={library} --preview=+aliasedPluginIO1003" if library else ""),
-        f"polygraphy inspect capability {onnx}",
+        f"polygraphy inspect capability {path}",
     )

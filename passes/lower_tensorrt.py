@@ -25,16 +25,15 @@ from mla_compile.passes.lower_onnx import exported_to_onnx, name_dimensions, sav
 from mla_compile.quiet import quiet_exporter
 from mla_compile.runtime import ops
 from mla_compile.runtime.onnx_function import DOMAIN, VERSION, Variant
-from mla_compile.runtime.tensorrt.functions import APPEND, COMBINE, DECODE, OPSET, PARTIAL, PLUGIN, function
+from mla_compile.runtime.tensorrt.functions import APPEND, COMBINE, DECODE, OPSET, PARTIAL, PLUGIN, SPLITS, function
 
-__all__ = ["SPLITS", "lower_to_tensorrt_onnx"]
+__all__ = ["lower_to_tensorrt_onnx"]
 
-SPLITS = 16
-"""Pieces that kernels cut a cache into: with 8 sequences of one block of rows they keep an H200's processors busy."""
 _LATENT = torch.ops.mla.latent_attention.default
 _CACHED = torch.ops.mla.cached_attention.default
 _BATCH, _NEW, _ROOM = 2, 3, 11
 _FEATURES = ("key_scales", "value_scales", "scaled_rope", "softcap")
+"""Attributes of ``LatentAttentionPartial`` that are features where they are not 0."""
 _REMEDY = "Give TensorRT the ordinary ONNX file."
 _ONNX_TYPES = {
     torch.float32: int(ir.DataType.FLOAT),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mla_compile.errors import LoadError, RefusedError
+from mla_compile.runtime.tensorrt.functions import SPLITS
 from mla_compile.runtime.tensorrt.installed import architecture, messages, start
 
 __all__ = ["DECODE", "PREFILL", "EngineSettings", "build_engine", "use_plugins"]
@@ -37,7 +38,7 @@ class EngineSettings:
     batch: int = 8
     room: int = 4096
     prompt: int = 128
-    splits: int | None = 16
+    splits: int | None = SPLITS
     plugins: bool = True
     version_compatible: bool = False
     timing_cache: Path | None = None

@@ -35,7 +35,7 @@ from mla_compile.runtime.onnx_function import (
     scale_sizes,
 )
 
-__all__ = ["APPEND", "COMBINE", "DECODE", "NAMESPACE", "OPSET", "PARTIAL", "PLUGIN", "function", "variants"]
+__all__ = ["APPEND", "COMBINE", "DECODE", "NAMESPACE", "OPSET", "PARTIAL", "PLUGIN", "SPLITS", "function", "variants"]
 
 NAMESPACE = DOMAIN
 """Where plugins register; ``mla_compile::LatentAttentionPartial`` and so on."""
@@ -43,6 +43,8 @@ PLUGIN = {"plugin_namespace": NAMESPACE, "plugin_version": "1"}
 """Attributes by which TensorRT's parser looks for a plugin."""
 OPSET = 24
 """Standard operators that the bodies are written in: the first set with ``TensorScatter``."""
+SPLITS = 16
+"""Pieces that kernels cut a cache into: with 8 sequences of one block of rows they keep an H200's processors busy."""
 APPEND = "LatentAppend"
 PARTIAL = "LatentAttentionPartial"
 COMBINE = "LatentAttentionCombine"

@@ -9,8 +9,9 @@ import onnx
 import pytest
 from conversion import convert
 
-from mla_compile.passes.lower_tensorrt import SPLITS, lower_to_tensorrt_onnx
+from mla_compile.passes.lower_tensorrt import lower_to_tensorrt_onnx
 from mla_compile.runtime.module import LatentModel
+from mla_compile.runtime.tensorrt.functions import SPLITS
 
 # Triton's interpreter must be chosen before Triton is imported.
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]

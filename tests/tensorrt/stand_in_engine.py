@@ -6,8 +6,10 @@ right size lies at, a cache's input and output at one address, and a profile for
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import enum
+import functools
 import importlib.machinery
 import types
 
@@ -29,6 +31,27 @@ class Logger:
     Severity = Severity
 
 
+class Graph:
+    """In place of a CUDA graph: keeps launches with the shapes and addresses of their capture."""
+
+    capturing = None
+
+    def __init__(self):
+        self.launches, self.replays = [], 0
+
+    def replay(self):
+        self.replays += 1
+        for launch in self.launches:
+            launch()
+
+    @classmethod
+    @contextlib.contextmanager
+    def capture(cls, graph, stream, capture_error_mode):
+        cls.capturing = graph
+        yield
+        cls.capturing = None
+
+
 class Context:
     def __init__(self, engine):
         self._engine, self._shapes, self._addresses = engine, {}, {}
@@ -48,20 +71,28 @@ class Context:
         return True
 
     def execute_async_v3(self, stream):
+        launch = functools.partial(self._launch, {**self._shapes}, {**self._addresses})
+        if Graph.capturing is None:
+            launch()
+        else:
+            Graph.capturing.launches.append(launch)
+        return True
+
+    def _launch(self, shapes, addresses):
         engine = self._engine
-        engine.steps.append((self.profile, self._shapes["input_ids"]))
-        memory = {name: self._memory(name, shape) for name, shape in self._shapes.items()}
+        engine.steps.append((self.profile, shapes["input_ids"]))
+
+        def memory_of(name, shape):
+            kind = _TYPES[engine.types[name]][1]
+            size = int(np.prod(shape)) * np.dtype(kind).itemsize
+            return np.frombuffer((ctypes.c_char * size).from_address(addresses[name]), kind).reshape(shape)
+
+        memory = {name: memory_of(name, shape) for name, shape in shapes.items()}
         results = engine.session.run(None, {name: x.copy() for name, x in memory.items()})
         for value, result in zip(engine.session.get_outputs(), results, strict=True):
             past = value.name.replace("present.", "past_key_values.")
-            assert value.name == "logits" or self._addresses[value.name] == self._addresses[past]
-            self._memory(value.name, result.shape)[...] = result
-        return True
-
-    def _memory(self, name, shape):
-        kind = _TYPES[self._engine.types[name]][1]
-        size = int(np.prod(shape)) * np.dtype(kind).itemsize
-        return np.frombuffer((ctypes.c_char * size).from_address(self._addresses[name]), kind).reshape(shape)
+            assert value.name == "logits" or addresses[value.name] == addresses[past]
+            memory_of(value.name, result.shape)[...] = result
 
 
 class Engine:

@@ -43,6 +43,7 @@ def test_writes_a_checked_file_and_names_the_commands(folder, tmp_path, capsys):
     assert f"trtexec --onnx={out} --saveEngine={tmp_path / 'model.trtexec.plan'} --skipInference " in said
     assert "--minShapes=input_ids:1x1,lengths:1,position_ids:1x1,past_key_values.0.latent:1x1x90x32," in said
     assert "--maxShapes=input_ids:3x64,lengths:3,position_ids:3x64,past_key_values.0.latent:3x1x90x32," in said
+    assert "--optShapes=input_ids:3x1,lengths:3,position_ids:3x1,past_key_values.0.latent:3x1x90x32," in said
     assert f"polygraphy inspect capability {out}" in said
     (splits,) = {
         a.i for n in onnx.load(out).graph.node if n.op_type == PARTIAL for a in n.attribute if a.name == "splits"

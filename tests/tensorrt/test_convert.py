@@ -38,7 +38,7 @@ def converted(tmp_path_factory):
         patch.setattr(tensorrt_command, "use_plugins", lambda: "Triton is not installed")
         patch.setattr(tensorrt_command.torch.cuda, "get_device_name", lambda: "NVIDIA H200")
         patch.setattr(tensorrt_command, "build_engine", lambda _, onnx, *__, **___: (onnx.read_bytes(), 0))
-        words = ("--exact", "--max-length", "64", "--max-batch", "3", "--max-prompt", "6", "--quiet")
+        words = ("--exact", "--max-length", "4096", "--max-batch", "3", "--max-prompt", "6", "--quiet")
         with contextlib.redirect_stdout(io.StringIO()) as said:
             assert main([str(TINY), "--out", str(path), *words]) == 0
         yield path, said.getvalue()
@@ -56,7 +56,7 @@ def test_the_commands_of_other_tools_are_named(converted):
     assert f"trtexec --onnx={onnx} --saveEngine={path.with_suffix('.trtexec.plan')} --skipInference" in said
     row = OnnxFixedDecoder(onnx).rows[0]
     assert re.search(
-        rf"--maxShapes=input_ids:3x6,lengths:3,position_ids:3x6,past_key_values.0.latent:3x1x64x{row},", said
+        rf"--maxShapes=input_ids:3x6,lengths:3,position_ids:3x6,past_key_values.0.latent:3x1x512x{row},", said
     )
 
 
@@ -87,10 +87,15 @@ def test_run_says_what_the_original_says(plan, capsys):
     assert "which has no such threads" in capsys.readouterr().err
 
 
+def test_there_is_no_more_room_than_the_model_has_places(plan):
+    places = json.loads((TINY / "config.json").read_text())["max_position_embeddings"]
+    assert OnnxFixedDecoder(plan.with_suffix(".onnx")).limits.room == places < 4096
+
+
 def test_a_text_that_does_not_fit_is_one_sentence(plan, capsys):
-    assert main(["run", str(plan), "--prompt", "Lily had a dog. " * 30]) == 2
+    assert main(["run", str(plan), "--prompt", "Lily had a dog. " * 150]) == 2
     said = capsys.readouterr().err
-    assert "which have room for 64. Generate fewer tokens, or build it with a larger --max-length." in said
+    assert "which have room for 512. Generate fewer tokens, or build it with a larger --max-length." in said
 
 
 def test_eval_measures_an_engine(plan, tmp_path, capsys):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
+from types import SimpleNamespace
 
 import models
 import numpy as np
@@ -77,6 +79,45 @@ def test_two_caches_do_not_know_of_each_other(plan):
     decoder.step(np.array([[3]]), mask, position, second)
     again, _ = decoder.step(np.array([[7]]), mask, position, first)
     assert np.array_equal(once, again)
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Every captured graph, where a graph keeps the launches of the stand-in."""
+    made = []
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: made.append(stand_in_engine.Graph()) or made[-1])
+    monkeypatch.setattr(torch.cuda, "graph", stand_in_engine.Graph.capture)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    return made
+
+
+def with_stream(plan):
+    decoder = TensorRTDecoder(plan, device="cpu")
+    decoder.stream = SimpleNamespace(cuda_stream=0)
+    return decoder
+
+
+def test_steps_of_one_token_are_captured_once_and_replayed(lowered, plan, graphs):
+    expected = generate(TorchDecoder(lowered("llama-gqa").model), PROMPTS, 9)
+    decoder = with_stream(plan)
+    assert decoder.generate(PROMPTS, 9) == expected
+    assert [graph.replays for graph in graphs] == [7]  # the prompt, the step that is captured, and seven more
+    assert decoder._engine.steps.count((0, (2, 1))) == 8
+
+
+def test_a_graph_is_captured_anew_when_another_cache_had_the_context(lowered, plan, graphs):
+    decoder, model, ids = with_stream(plan), TorchDecoder(lowered("llama-gqa").model), models.tokens(3, 6).numpy()
+    batches = (ids[:1], ids[1:])
+    mine, theirs = ([x.empty_cache(len(part)) for part in batches] for x in (decoder, model))
+    for at in range(6):
+        mask = np.ones((2, at + 1), np.int64)
+        for i in (0, 1) if at < 3 else (0,):  # in turns, and then the first alone
+            part = batches[i][:, at : at + 1]
+            given = part, mask[: len(part)], np.full_like(part, at)
+            got, mine[i] = decoder.step(*given, mine[i])
+            expected, theirs[i] = model.step(*given, theirs[i])
+            assert difference(torch.from_numpy(got), torch.from_numpy(expected)) <= LOGITS
+    assert [graph.replays for graph in graphs] == [0, 0, 0, 0, 0, 0, 2]
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,8 @@ import sys
 import onnx
 import pytest
 
-from mla_compile.passes.lower_tensorrt import SPLITS
 from mla_compile.runtime.onnx_function import DOMAIN
-from mla_compile.runtime.tensorrt.functions import APPEND, COMBINE, DECODE, NAMESPACE, PARTIAL, function
+from mla_compile.runtime.tensorrt.functions import APPEND, COMBINE, DECODE, NAMESPACE, PARTIAL, SPLITS, function
 
 PARSE = """
 import json, sys
