@@ -37,6 +37,12 @@ def _known_implementation(value: str) -> str:
     return value
 
 
+def _known_plugin(value: str) -> str:
+    if value not in ("quick", "cpp"):
+        raise typer.BadParameter(f"'{value}' is not one of quick, cpp")
+    return value
+
+
 Model = Annotated[str, typer.Argument(help="A torch.export archive (.pt2, .pt), a Hugging Face folder, or a hub id.")]
 CacheRatio = Annotated[
     float | None,
@@ -649,6 +655,15 @@ def tensorrt(
     max_batch: MaxBatch = 8,
     max_length: MaxLength = 4096,
     max_prompt: MaxPrompt = 128,
+    plugin: Annotated[
+        str,
+        typer.Option(
+            help="Which plugins the file's nodes are for: quick, which engines of this command have, or cpp, a library "
+            "by 'build-plugin', which cuts caches into pieces itself.",
+            callback=_known_plugin,
+            rich_help_panel=_TENSORRT,
+        ),
+    ] = "quick",
     splits: Splits = 16,
     timing_cache: TimingCache = None,
     version_compatible: VersionCompatible = False,
@@ -662,14 +677,64 @@ def tensorrt(
     from mla_compile.runtime.tensorrt.engine_builder import EngineSettings
     from mla_compile.tensorrt import commands, write_for_tensorrt
 
+    if plugin == "cpp" and out.suffix == ".plan":
+        raise UsageError(
+            "Engines of this command have quick plugins.", "Name a .onnx file, and build its engine with trtexec."
+        )
+    pieces = None if plugin == "cpp" else splits
     settings = EngineSettings(
-        max_batch, max_length, max_prompt, splits, not no_plugins, version_compatible, timing_cache
+        max_batch, max_length, max_prompt, pieces, not no_plugins, version_compatible, timing_cache
     )
     shown = display.make_display(quiet)
     with shown:
         written = write_for_tensorrt(source, out, settings, force=force, stages=Stages(shown))
     display.show_written(written)
     display.show_commands(*commands(written.onnx, settings))
+    if plugin == "cpp":
+        library = out.with_name("libmla_plugin.so")
+        build, _ = commands(written.onnx, settings, library)
+        display.show_library_commands(written.onnx, library, build)
+
+
+@app.command("build-plugin")
+def build_plugin(
+    files: Annotated[
+        list[Path], typer.Argument(help="ONNX files by 'mla-compile tensorrt --plugin cpp'; one or several.")
+    ],
+    tensorrt_include: Annotated[Path, typer.Option(help="The folder of TensorRT's headers, 10.3 or later.")],
+    out: Annotated[Path, typer.Option(help="The .so file to write.", rich_help_panel=_OUTPUT)],
+    cuda_include: Annotated[
+        Path | None, typer.Option(help="The folder of CUDA's headers.", show_default="Triton's own")
+    ] = None,
+    architecture: Annotated[
+        list[int] | None,
+        typer.Option(help="A compute capability, as 90 for 9.0; several times for several.", show_default="all known"),
+    ] = None,
+    self_registering: Annotated[
+        bool, typer.Option("--self-registering", help="Register at load, as ONNX Runtime's provider expects.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace existing files.", rich_help_panel=_OUTPUT)] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compile the plugins of ONNX files for TensorRT to a library, for trtexec and ONNX Runtime."""
+    from mla_compile import display
+    from mla_compile.plugin_library import build_plugin_library
+
+    with display.make_display(quiet) as shown:
+        build_plugin_library(
+            files,
+            out,
+            tensorrt_include=tensorrt_include,
+            cuda_include=cuda_include,
+            architectures=architecture or (),
+            self_registering=self_registering,
+            force=force,
+            display=shown,
+        )
+    if self_registering:
+        typer.echo(f"{out}: give ONNX Runtime's provider trt_extra_plugin_lib_paths={out}.")
+    else:
+        typer.echo(f"{out}: give it to trtexec with --dynamicPlugins={out}, or load it with load_library().")
 
 
 @app.command()
@@ -688,7 +753,7 @@ def verify(
         display.show_check(folder, error, greedy)
 
 
-_COMMANDS = frozenset({"convert", "inspect", "plan", "run", "eval", "verify", "tensorrt"})
+_COMMANDS = frozenset({"convert", "inspect", "plan", "run", "eval", "verify", "tensorrt", "build-plugin"})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -33,6 +33,7 @@ __all__ = [
     "show_encoder_report",
     "show_generation",
     "show_layers",
+    "show_library_commands",
     "show_measurement",
     "show_plan",
     "show_report",
@@ -338,6 +339,12 @@ def show_commands(build: str, inspect: str) -> None:
     """What TensorRT's own tools make of a file for it."""
     print(f"Build an engine of its standard operators with:\n{build}")  # noqa: T201
     print(f"See what TensorRT takes with:\n{inspect}")  # noqa: T201
+
+
+def show_library_commands(onnx: Path, library: Path, build: str) -> None:
+    """How to go on with a file for a library of plugins."""
+    command = f"mla-compile build-plugin {onnx} --tensorrt-include DIR --out {library}"
+    print(f"Build its plugins with:\n{command}\nand an engine with them with:\n{build}")  # noqa: T201
 
 
 def show_encoder_report(report: EncoderReport, out: Path) -> None:

@@ -261,12 +261,13 @@ def _difference(decoder: FixedCacheDecoder, reference: Callable[[torch.Tensor], 
         return relative_error(torch.cat(parts, 1), reference(ids))
 
 
-def commands(path: Path, settings: EngineSettings) -> tuple[str, str]:
-    """What TensorRT's own tools make of a file's standard operators, without plugins.
+def commands(path: Path, settings: EngineSettings, library: Path | None = None) -> tuple[str, str]:
+    """What TensorRT's own tools make of a file.
 
     Args:
         path: The file.
         settings: Sizes.
+        library: A library of plugins; without one there are standard operators only.
 
     Returns:
         How ``trtexec`` builds an engine of one profile, and how ``polygraphy`` lists what TensorRT takes.
@@ -284,6 +285,7 @@ def commands(path: Path, settings: EngineSettings) -> tuple[str, str]:
     return (
         f"trtexec --onnx={path} --saveEngine={path.with_suffix('.trtexec.plan')} --skipInference "
         f"--minShapes={shapes(1, 1)} --optShapes={shapes(settings.batch, 1)} "
-        f"--maxShapes={shapes(settings.batch, prompt)}",
+        f"--maxShapes={shapes(settings.batch, prompt)}"
+        + (f" --dynamicPlugins={library} --preview=+aliasedPluginIO1003" if library else ""),
         f"polygraphy inspect capability {path}",
     )

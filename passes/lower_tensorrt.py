@@ -1,7 +1,8 @@
 """Lower a rewritten graph to ONNX for TensorRT: caches of fixed memory and lengths, no growing caches and no mask.
 
-Attention to a latent is three nodes with standard operators around them: ``LatentAppend`` writes the new rows, and
-``LatentAttentionPartial`` and ``LatentAttentionCombine`` attend (:mod:`mla_compile.runtime.tensorrt.functions`).
+Attention to a latent is nodes with standard operators around them: ``LatentAppend`` writes the new rows, and
+``LatentAttentionPartial`` and ``LatentAttentionCombine``, or ``LatentAttentionDecode`` in place of both, attend
+(:mod:`mla_compile.runtime.tensorrt.functions`).
 Queries are rotated and folded with ``key_up`` before them, and contexts are multiplied with ``value_up`` behind them,
 by operators that TensorRT has kernels for itself.
 """
@@ -24,7 +25,7 @@ from mla_compile.passes.lower_onnx import exported_to_onnx, name_dimensions, sav
 from mla_compile.quiet import quiet_exporter
 from mla_compile.runtime import ops
 from mla_compile.runtime.onnx_function import DOMAIN, VERSION, Variant
-from mla_compile.runtime.tensorrt.functions import APPEND, COMBINE, OPSET, PARTIAL, PLUGIN, SPLITS, function
+from mla_compile.runtime.tensorrt.functions import APPEND, COMBINE, DECODE, OPSET, PARTIAL, PLUGIN, SPLITS, function
 
 __all__ = ["lower_to_tensorrt_onnx"]
 
@@ -48,7 +49,7 @@ def lower_to_tensorrt_onnx(
     *,
     room: int,
     metadata: Mapping[str, object],
-    splits: int = SPLITS,
+    splits: int | None = SPLITS,
 ) -> None:
     """Write the rewritten graph as an ONNX file for TensorRT, which any other runtime runs too.
 
@@ -64,7 +65,7 @@ def lower_to_tensorrt_onnx(
         path: File to write; weights above 1.5 GB go to ``<path>.data``.
         room: Rows that a cache has room for.
         metadata: JSON-able facts stored in the model's metadata under ``mla_compile``.
-        splits: Pieces that kernels cut a cache into.
+        splits: Pieces that kernels cut a cache into; None for nodes whose plugin chooses that itself.
 
     Raises:
         RefusedError: A layer is not converted, or something other than attention reads the padding mask.
@@ -103,11 +104,11 @@ def _add_functions(model: ir.Model) -> None:
         if node.op_type == PARTIAL:
             for value in node.outputs:
                 value.shape = None  # how many splits there are is for the body or the plugin to say
-        own = {name: bool(node.attributes[name].value) for name in _FEATURES if name in node.attributes}
+        own = {name: _has(node, name) for name in _FEATURES}
         variant = Variant(
             **own,
-            slopes=node.op_type == PARTIAL and len(node.inputs) > 4,
-            sinks=node.op_type == COMBINE and len(node.inputs) > 2,
+            slopes=_has(node, "has_slopes") or (node.op_type == PARTIAL and len(node.inputs) > 4),
+            sinks=_has(node, "has_sinks") or (node.op_type == COMBINE and len(node.inputs) > 2),
         )
         made = ir.serde.deserialize_function(function(node.op_type, variant))
         node.op_type = made.name
@@ -115,7 +116,12 @@ def _add_functions(model: ir.Model) -> None:
     model.opset_imports[DOMAIN] = VERSION
 
 
-def _with_nodes(module: fx.GraphModule, splits: int) -> fx.GraphModule:
+def _has(node: ir.Node, attribute: str) -> bool:
+    """Whether a node has an attribute that is not 0."""
+    return attribute in node.attributes and bool(node.attributes[attribute].value)
+
+
+def _with_nodes(module: fx.GraphModule, splits: int | None) -> fx.GraphModule:
     """Copy the graph with every call of our operator replaced by nodes for TensorRT; weights are shared."""
     replaced = copy.copy(module)
     replaced.graph = copy.deepcopy(module.graph)
@@ -156,7 +162,7 @@ def _attention(
     causal: bool = True,
     scaled_rope: bool = False,
     *,
-    splits: int,
+    splits: int | None,
 ) -> tuple[Tensor, Tensor]:
     """``mla::latent_attention`` with ``lengths`` for a mask and a cache ``[B, 1, T, R]`` of fixed memory."""
     groups, rope_dim, rank = cos.shape[2], 2 * cos.shape[3], key_up.shape[2]
@@ -173,31 +179,49 @@ def _attention(
     plain, rope_query = rotated.split([head_dim - rope_dim, rope_dim], -1)
     grouped = plain.unflatten(2, (key_up.shape[0], -1))
     latent_query = torch.einsum("bsghd,gdr->bsghr", grouped, key_up).flatten(2, 3)
+    context_shape = batch, new, heads, rank
+    settings: dict[str, int | float | str] = {
+        "rope_groups": groups,
+        "scale": scale,
+        "softcap": softcap,
+        "window": window,
+        "key_scales": row.shape[2] - rank - groups * rope_dim - value_scales,
+        "value_scales": value_scales,
+        "scaled_rope": int(scaled_rope),
+        **PLUGIN,
+    }
+    inputs = (latent_query, rope_query, kept, lengths, *([] if slopes is None else [slopes.float()]))
+    last = () if sinks is None else (sinks.float(),)
+    if splits is None:
+        context = torch.onnx.ops.symbolic(
+            f"{DOMAIN}::{DECODE}",
+            (*inputs, *last),
+            {**settings, "has_slopes": int(slopes is not None), "has_sinks": int(sinks is not None)},
+            dtype=query.dtype,
+            shape=context_shape,
+            version=VERSION,
+        )
+        return _contracted(context, value_up), kept
     partial, lse = torch.onnx.ops.symbolic_multi_out(
         f"{DOMAIN}::{PARTIAL}",
-        (latent_query, rope_query, kept, lengths, *([] if slopes is None else [slopes.float()])),
-        {
-            "rope_groups": groups,
-            "scale": scale,
-            "softcap": softcap,
-            "window": window,
-            "key_scales": row.shape[2] - rank - groups * rope_dim - value_scales,
-            "value_scales": value_scales,
-            "scaled_rope": int(scaled_rope),
-            "splits": splits,
-            **PLUGIN,
-        },
+        inputs,
+        {**settings, "splits": splits},
         dtypes=(torch.float32, torch.float32),
         shapes=((batch, new, heads, splits, rank), (batch, new, heads, splits)),
         version=VERSION,
     )
     context = torch.onnx.ops.symbolic(
         f"{DOMAIN}::{COMBINE}",
-        (partial, lse, *([] if sinks is None else [sinks.float()])),
+        (partial, lse, *last),
         {"to": _ONNX_TYPES[query.dtype], **PLUGIN},
         dtype=query.dtype,
-        shape=(batch, new, heads, rank),
+        shape=context_shape,
         version=VERSION,
     )
+    return _contracted(context, value_up), kept
+
+
+def _contracted(context: Tensor, value_up: Tensor) -> Tensor:
+    """Contexts ``[B, S, H, r]`` as values of the heads, ``[B, S, H, d]``."""
     attended = torch.einsum("bsghr,grd->bsghd", context.unflatten(2, (value_up.shape[0], -1)), value_up)
-    return attended.flatten(2, 3), kept
+    return attended.flatten(2, 3)

@@ -29,7 +29,7 @@ class EngineSettings:
         room: Rows that a cache has room for; a constant of the file.
         prompt: New tokens at most that run together, and no more than there is room for. Longer prompts come one part
             after another.
-        splits: Pieces that kernels cut every cache into; constants of the file.
+        splits: Pieces that kernels cut every cache into; constants of the file. None where plugins choose that.
         plugins: Whether plugins may be used.
         version_compatible: Whether other versions of TensorRT can run it too, at some cost.
         timing_cache: File that measured times are kept in, for builds to come; None for none.
@@ -38,7 +38,7 @@ class EngineSettings:
     batch: int = 8
     room: int = 4096
     prompt: int = 128
-    splits: int = SPLITS
+    splits: int | None = SPLITS
     plugins: bool = True
     version_compatible: bool = False
     timing_cache: Path | None = None

@@ -1,6 +1,9 @@
-"""The kernels with the parameters that TensorRT launches a plugin's kernel by: inputs, 32-bit integers, outputs.
+"""The kernels with the parameters that a TensorRT plugin launches them by.
 
-There are no floating-point parameters and no offsets into an input, so what a kernel takes of these is a constant here.
+A quickly deployable plugin's kernel takes inputs, 32-bit integers and outputs, in this order: there are no
+floating-point parameters, so what a kernel takes of these is a constant here. Only ``decode_entry`` is launched by code
+of our own, with what it likes.
+
 The latent and what is behind it lie in the same rows ``[B, 1, T, R]``, one behind another, where ``R`` is ``RANK +
 ROPE_GROUPS * ROPE_DIM + KEY_SCALES + VALUE_SCALES``.
 """
@@ -13,7 +16,119 @@ import triton.language as tl
 from mla_compile.runtime.kernels.append import append_kernel
 from mla_compile.runtime.kernels.decode import combine_kernel, decode_kernel
 
-__all__ = ["append_entry", "combine_entry", "partial_entry"]
+__all__ = ["append_entry", "combine_entry", "decode_entry", "partial_entry"]
+
+
+@triton.jit(do_not_specialize=["room", "new", "heads", "window", "splits", "least_tiles"])
+def decode_entry(
+    q_latent: tl.tensor,
+    q_rope: tl.tensor,
+    rows: tl.tensor,
+    lengths: tl.tensor,
+    slopes: tl.tensor,
+    output: tl.tensor,
+    lse: tl.tensor,
+    sinks: tl.tensor,
+    scale: tl.tensor,
+    softcap: tl.tensor,
+    room: tl.tensor,
+    new: tl.tensor,
+    heads: tl.tensor,
+    window: tl.tensor,
+    splits: tl.tensor,
+    least_tiles: tl.tensor,
+    RANK: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    ROPE_GROUPS: tl.constexpr,
+    ROPE_DIM: tl.constexpr,
+    ROPE_WIDTH: tl.constexpr,
+    KEY_SCALES: tl.constexpr,
+    VALUE_SCALES: tl.constexpr,
+    SCALES_WIDTH: tl.constexpr,
+    SCALED_ROPE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    CAPPED: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+) -> None:
+    """Attend to one split of the keys: :func:`mla_compile.runtime.kernels.decode.decode_kernel`.
+
+    Args:
+        q_latent: ``[B, S, H, RANK]``.
+        q_rope: ``[B, S, H, ROPE_DIM]``, rotated.
+        rows: ``[B, 1, T, R]``.
+        lengths: ``[B]`` int32.
+        slopes: ``[H]`` float32, or None.
+        output: ``[B, S, H, splits, RANK]``, float32 if there are several splits.
+        lse: ``[B, S, H, splits]`` float32.
+        sinks: ``[H]`` float32, or None, as with several splits.
+        scale: Factor of the dot products.
+        softcap: Bound of the logits, if ``CAPPED``.
+        room: ``T``.
+        new: ``S``.
+        heads: ``H``.
+        window: See there; likewise all that follow.
+        splits: See there.
+        least_tiles: See there.
+        RANK: See there.
+        WIDTHS: See there.
+        ROPE_GROUPS: See there.
+        ROPE_DIM: See there.
+        ROPE_WIDTH: See there.
+        KEY_SCALES: See there.
+        VALUE_SCALES: See there.
+        SCALES_WIDTH: See there.
+        SCALED_ROPE: See there.
+        CAUSAL: See there.
+        WINDOWED: See there.
+        CAPPED: See there.
+        ROWS: See there.
+        KEYS: See there.
+    """
+    width: tl.constexpr = RANK + ROPE_GROUPS * ROPE_DIM + KEY_SCALES + VALUE_SCALES
+    sequence = room * width
+    decode_kernel(
+        q_latent,
+        q_rope,
+        rows,
+        rows + RANK,
+        None,
+        None,
+        lengths,
+        sequence,
+        width,
+        sequence,
+        width,
+        0,
+        0,
+        sinks,
+        slopes,
+        output,
+        lse,
+        scale,
+        softcap,
+        new,
+        heads,
+        window,
+        splits,
+        least_tiles,
+        RANK,
+        WIDTHS,
+        ROPE_GROUPS,
+        ROPE_DIM,
+        ROPE_WIDTH,
+        KEY_SCALES,
+        VALUE_SCALES,
+        SCALES_WIDTH,
+        SCALED_ROPE,
+        0,
+        CAUSAL,
+        WINDOWED,
+        CAPPED,
+        ROWS,
+        KEYS,
+    )
 
 
 @triton.jit(do_not_specialize=["room", "new", "heads"])
@@ -46,7 +161,7 @@ def partial_entry(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
 ) -> None:
-    """Attend to one split of the keys: :func:`mla_compile.runtime.kernels.decode.decode_kernel`.
+    """Attend to one split of the keys, as :func:`decode_entry`, of which many arguments are constants here.
 
     Args:
         q_latent: ``[B, S, H, RANK]``.
@@ -77,28 +192,18 @@ def partial_entry(
         ROWS: See there.
         KEYS: See there.
     """
-    width: tl.constexpr = RANK + ROPE_GROUPS * ROPE_DIM + KEY_SCALES + VALUE_SCALES
-    sequence = room * width
-    decode_kernel(
+    decode_entry(
         q_latent,
         q_rope,
         rows,
-        rows + RANK,
-        None,
-        None,
         lengths,
-        sequence,
-        width,
-        sequence,
-        width,
-        0,
-        0,
-        None,
         slopes,
         partial,
         partial_lse,
+        None,
         SCALE,
         SOFTCAP,
+        room,
         new,
         heads,
         WINDOW,
@@ -113,7 +218,6 @@ def partial_entry(
         VALUE_SCALES,
         SCALES_WIDTH,
         SCALED_ROPE,
-        0,
         CAUSAL,
         WINDOW > 0,
         SOFTCAP > 0,

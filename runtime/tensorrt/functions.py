@@ -35,7 +35,7 @@ from mla_compile.runtime.onnx_function import (
     scale_sizes,
 )
 
-__all__ = ["APPEND", "COMBINE", "NAMESPACE", "OPSET", "PARTIAL", "PLUGIN", "SPLITS", "function", "variants"]
+__all__ = ["APPEND", "COMBINE", "DECODE", "NAMESPACE", "OPSET", "PARTIAL", "PLUGIN", "SPLITS", "function", "variants"]
 
 NAMESPACE = DOMAIN
 """Where plugins register; ``mla_compile::LatentAttentionPartial`` and so on."""
@@ -48,6 +48,7 @@ SPLITS = 16
 APPEND = "LatentAppend"
 PARTIAL = "LatentAttentionPartial"
 COMBINE = "LatentAttentionCombine"
+DECODE = "LatentAttentionDecode"
 _PLAIN = Variant()
 
 _SIGNATURES = {
@@ -58,8 +59,14 @@ _SIGNATURES = {
         "partial_BSHPr, lse_BSHP",
     ),
     COMBINE: ("to", "partial_BSHPr, lse_BSHP", "context_BSHr"),
+    DECODE: (
+        "rope_groups, scale, softcap, window, key_scales, value_scales, scaled_rope, has_slopes, has_sinks",
+        "latent_query_BSHr, rope_query_BSHd, rows_B1TR, lengths_B",
+        "context_BSHr",
+    ),
 }
-"""Attributes, inputs and outputs; of ``PARTIAL`` with slopes and ``COMBINE`` with sinks these are one more input."""
+"""Attributes, inputs and outputs. Slopes are one more input of ``PARTIAL`` and ``DECODE``, and behind them sinks of
+``COMBINE`` and ``DECODE``, which says by attributes what it has."""
 
 _APPEND_SIZES = """
   zero = Constant <value_ints = [0]> ()
@@ -176,32 +183,44 @@ _LEVEL = """
   level_BSHT = Identity (logits_BSHT)
 """
 
-_SOFTMAX = """
-  # ---- softmax, its denominator kept
+_MASKED = """
+  # ---- softmax
   lowest = Constant <value_float = -3.0e38> ()
   none = Constant <value_float = 0.0> ()
   unit = Constant <value_float = 1.0> ()
-  infinity = Constant <value_float = -inf> ()
   masked_BSHT = Where (seen_BS1T, level_BSHT, lowest)
-  largest_BSH1 = ReduceMax <keepdims = 1> (masked_BSHT, axis3)
-  below_BSHT = Sub (masked_BSHT, largest_BSH1)
+  own_BSH1 = ReduceMax <keepdims = 1> (masked_BSHT, axis3)
+"""
+
+_POWERS = """
+  origin_BSH1 = Identity (largest_BSH1)
+  below_BSHT = Sub (masked_BSHT, origin_BSH1)
   power_BSHT = Exp (below_BSHT)
   kept_BSHT = Where (seen_BS1T, power_BSHT, none)
-  total_BSH1 = ReduceSum <keepdims = 1> (kept_BSHT, axis3)
+  sum_BSH1 = ReduceSum <keepdims = 1> (kept_BSHT, axis3)
+"""
+
+_WEIGHTS = """
   some_BSH1 = Greater (total_BSH1, none)
   divisor_BSH1 = Where (some_BSH1, total_BSH1, unit)
   share_BSHT = Div (kept_BSHT, divisor_BSH1)
-  log_BSH1 = Log (divisor_BSH1)
-  denominator_BSH1 = Add (log_BSH1, largest_BSH1)
-  lse_BSHP = Where (some_BSH1, denominator_BSH1, infinity)
   weights_BSHT = CastLike (share_BSHT, rows_BTR)
 """
 
 _ONE_SPLIT = """
-  # ---- the weighted sum of latents, as the only split
+  # ---- the only split, and its denominator
+  infinity = Constant <value_float = -inf> ()
+  log_BSH1 = Log (divisor_BSH1)
+  denominator_BSH1 = Add (log_BSH1, largest_BSH1)
+  lse_BSHP = Where (some_BSH1, denominator_BSH1, infinity)
   context_wide_BMr = Cast <to = 1> (context_BMr)
   partial_shape = Concat <axis = 0> (BS, H, one, r)
   partial_BSHPr = Reshape <allowzero = 1> (context_wide_BMr, partial_shape)
+"""
+
+_NO_SPLITS = """
+  decoded_shape = Concat <axis = 0> (BS, H, r)
+  context_BSHr = Reshape <allowzero = 1> (context_BMr, decoded_shape)
 """
 
 _LARGEST = """
@@ -214,8 +233,8 @@ _LARGEST = """
 """
 
 _LARGEST_SINKS = """
-  one = Constant <value_ints = [1]> ()
-  sinks_H1 = Unsqueeze (sinks_H, one)
+  sink_axis = Constant <value_ints = [1]> ()
+  sinks_H1 = Unsqueeze (sinks_H, sink_axis)
   largest_BSH1 = Max (own_BSH1, sinks_H1)
 """
 
@@ -256,7 +275,7 @@ _CONTEXT = """
 
 
 def variants() -> Iterator[tuple[str, Variant]]:
-    """Every operator with every combination of features that it can have."""
+    """Every operator of quickly deployable plugins with every combination of features that it can have."""
     yield APPEND, _PLAIN
     yield COMBINE, _PLAIN
     yield COMBINE, Variant(sinks=True)
@@ -276,11 +295,12 @@ def function(op_type: str, variant: Variant = _PLAIN) -> onnx.FunctionProto:
     ``LatentAppend`` is :func:`mla_compile.runtime.kernels.append_latent` on a contiguous cache, but for the memory
     right behind a sequence that is shorter than the new tokens, which it overwrites. ``LatentAttentionPartial`` and
     ``LatentAttentionCombine`` in a row are :func:`mla_compile.runtime.kernels.latent_attention`, causal, with
-    ``window`` 0 for none; of the ``splits`` that a kernel cuts the keys into the body makes one. Unlike the kernels the
-    body reads what lies behind a sequence's last row, so that it must be numbers.
+    ``window`` 0 for none; of the ``splits`` that a kernel cuts the keys into the body makes one.
+    ``LatentAttentionDecode`` is both in one, for a plugin that launches two kernels and cuts the keys as it sees fit.
+    Unlike the kernels the body reads what lies behind a sequence's last row, so that it must be numbers.
 
     Args:
-        op_type: ``APPEND``, ``PARTIAL`` or ``COMBINE``.
+        op_type: ``APPEND``, ``PARTIAL``, ``COMBINE`` or ``DECODE``.
         variant: What the node has; a window is no variant here. ``LatentAppend`` is one for all.
     """
     attributes, inputs, outputs = _SIGNATURES[op_type]
@@ -300,6 +320,15 @@ def _append_body(variant: Variant) -> str:
 
 
 def _partial_body(variant: Variant) -> str:
+    return _attention(variant) + _ONE_SPLIT
+
+
+def _decode_body(variant: Variant) -> str:
+    return _attention(variant) + _NO_SPLITS
+
+
+def _attention(variant: Variant) -> str:
+    """The contexts ``[B, S H, r]`` of all rows at once."""
     return "".join(
         [
             _PARTIAL_SIZES,
@@ -310,9 +339,12 @@ def _partial_body(variant: Variant) -> str:
             _LOGITS,
             _CAPPED if variant.softcap else _UNCAPPED,
             _SLOPED if variant.slopes else _LEVEL,
-            _SOFTMAX,
+            _MASKED,
+            _LARGEST_SINKS if variant.sinks else _LARGEST_OWN,
+            _POWERS,
+            _TOTAL_SINKS if variant.sinks else _TOTAL_OWN,
+            _WEIGHTS,
             latent_context(variant).replace("ROWS", "rows_BTR"),
-            _ONE_SPLIT,
         ]
     )
 
@@ -322,4 +354,4 @@ def _combine_body(variant: Variant) -> str:
     return _LARGEST + largest + _TOTAL + total + _CONTEXT
 
 
-_BODIES = {APPEND: _append_body, PARTIAL: _partial_body, COMBINE: _combine_body}
+_BODIES = {APPEND: _append_body, PARTIAL: _partial_body, COMBINE: _combine_body, DECODE: _decode_body}

@@ -18,7 +18,7 @@ from mla_compile.errors import RefusedError
 from mla_compile.passes.lower_tensorrt import lower_to_tensorrt_onnx
 from mla_compile.runtime.module import LatentModel
 from mla_compile.runtime.onnx_function import DOMAIN, VERSION
-from mla_compile.runtime.tensorrt.functions import APPEND, COMBINE, NAMESPACE, OPSET, PARTIAL
+from mla_compile.runtime.tensorrt.functions import APPEND, COMBINE, DECODE, NAMESPACE, OPSET, PARTIAL
 
 # Grouped keys; a window, whose cache keeps all rows here; no rope.
 NAMES = ("llama-gqa", "mistral-window", "nanogpt")
@@ -111,6 +111,19 @@ def test_nodes_ask_for_plugins_and_carry_bodies(lowered, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_nodes_for_a_library_of_plugins(lowered, name):
+    """Attention is one node instead of two, and computes the same."""
+    case, ids = lowered(name, splits=None), models.tokens(2, LENGTH)
+    onnx.checker.check_model(case.path, full_check=True)
+    assert [n.op_type for n in case.proto.graph.node if n.domain] == [APPEND, DECODE] * len(case.model.rows)
+    assert sorted(f.name for f in case.proto.functions) == sorted([APPEND, DECODE])
+    with torch.no_grad():
+        expected = case.model(ids).logits
+    logits, _ = in_steps(case, ids, (5, 1, 3, 1, 4))
+    assert difference(logits, expected) <= LOGITS
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_interface(lowered, name):
     graph = lowered(name).proto.graph
     shapes = {
@@ -200,6 +213,18 @@ def test_features_are_those_of_the_operator(lowered, parser, tmp_path, features)
     logits, _ = in_steps(Case(path, model), ids, (5, 1, 3, 1, 4))
     assert difference(logits, expected) <= LOGITS
     assert parser.build(parser.parse(path), extents) > 0
+
+
+def test_a_library_takes_all_features_in_one_node(lowered, tmp_path):
+    features = {"key_scales": 2, "value_scales": 1, "scaled_rope": True, "softcap": 4.0, "sinks": True, "slopes": True}
+    model, ids = altered(lowered("llama-gqa").model, **features), models.tokens(2, LENGTH)
+    path = tmp_path / "model.onnx"
+    lower_to_tensorrt_onnx(model.graph, model.rows, path, room=ROOM, metadata={}, splits=None)
+    onnx.checker.check_model(path, full_check=True)
+    with torch.no_grad():
+        expected = model(ids).logits
+    logits, _ = in_steps(Case(path, model), ids, (5, 1, 3, 1, 4))
+    assert difference(logits, expected) <= LOGITS
 
 
 def test_layers_with_an_ordinary_cache_are_refused(lowered, tmp_path):

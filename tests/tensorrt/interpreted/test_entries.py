@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -10,9 +12,12 @@ import torch
 from onnx import helper
 
 from mla_compile.runtime.kernels.cache import RowLayout
+from mla_compile.runtime.kernels.decode import combine_kernel
+from mla_compile.runtime.kernels.schedule import combine_constants
 from mla_compile.runtime.onnx_function import DOMAIN, VERSION, Variant
-from mla_compile.runtime.tensorrt.entries import append_entry, combine_entry, partial_entry
-from mla_compile.runtime.tensorrt.functions import APPEND, COMBINE, OPSET, PARTIAL, PLUGIN, function
+from mla_compile.runtime.tensorrt.cubins import Decode
+from mla_compile.runtime.tensorrt.entries import append_entry, combine_entry, decode_entry, partial_entry
+from mla_compile.runtime.tensorrt.functions import APPEND, COMBINE, DECODE, OPSET, PARTIAL, PLUGIN, function
 from mla_compile.runtime.tensorrt.kernels import Append, Combine, Partial
 
 ROOM, SPLITS = 90, 3
@@ -123,6 +128,74 @@ def test_attention_in_two_parts(partial, new, sinks):
     combine_entry[grid](parts, lse, sink.get("sinks"), heads, context, **combine.constants)
     torch.testing.assert_close(context, expected, **CLOSE)
     assert bool(context.any(-1).any(-1)[:2].all())
+
+
+@pytest.mark.parametrize(
+    ("decode", "new", "window", "splits"),
+    [
+        (Decode(ROWS, 9, "fp32"), 1, 0, 1),
+        (Decode(ROWS, 9, "fp32", sinks=True), 3, 0, 1),
+        (Decode(ROWS, 9, "fp32", capped=True, slopes=True, sinks=True), 3, 0, 3),
+        (Decode(RowLayout(32, 1, 8, 2, 4, scaled_rope=True), 4, "fp32", windowed=True, sinks=True), 2, 20, 2),
+    ],
+    ids=["one split", "sinks in one split", "softcap, slopes, sinks", "scales, window, sinks"],
+)
+def test_attention_in_one_node(decode, new, window, splits):
+    """As a library's plugin launches it: how many splits is known only then; one writes the result."""
+    lengths = torch.tensor([ROOM, 33, 2, 0], dtype=torch.int32)
+    layout, batch, heads, rank = decode.layout, len(lengths), decode.heads, decode.layout.rank
+    rows = numbers(batch, 1, ROOM, rank + layout.rest_width)
+    q_latent, q_rope = numbers(batch, new, heads, rank), numbers(batch, new, heads, layout.rope_dim)
+    inputs = {"q_latent": q_latent, "q_rope": q_rope, "rows": rows, "lengths": lengths}
+    slopes, sinks = numbers(heads).abs() / 8 if decode.slopes else None, numbers(heads) if decode.sinks else None
+    settings = {
+        "rope_groups": layout.rope_groups,
+        "scale": 0.3,
+        "softcap": 2.0 * decode.capped,
+        "window": window,
+        "key_scales": layout.key_scales,
+        "value_scales": layout.value_scales,
+        "scaled_rope": int(layout.scaled_rope),
+    }
+    variant = Variant(
+        key_scales=layout.key_scales > 0,
+        value_scales=layout.value_scales > 0,
+        scaled_rope=layout.scaled_rope,
+        softcap=decode.capped,
+        slopes=decode.slopes,
+    )
+    sloped = inputs | ({} if slopes is None else {"slopes": slopes})
+    sink = {} if sinks is None else {"sinks": sinks}
+    both = dataclasses.replace(variant, sinks=decode.sinks)
+    assert both.named(DECODE) == decode.name
+    own = settings | {"has_slopes": int(decode.slopes), "has_sinks": int(decode.sinks)}
+    (expected,) = body([(DECODE, both, [*sloped, *sink], ["context"], own)], sloped | sink, ["context"])
+    pair = [
+        (PARTIAL, variant, [*sloped], ["partial", "lse"], {**settings, "splits": splits}),
+        (COMBINE, Variant(sinks=decode.sinks), ["partial", "lse", *sink], ["context"], {"to": onnx.TensorProto.FLOAT}),
+    ]
+    torch.testing.assert_close(body(pair, sloped | sink, ["context"])[0], expected, **CLOSE)
+
+    tiles = decode.tactics(90)[0]
+    context = torch.full((batch, new, heads, rank), torch.nan)
+    parts = context if splits == 1 else torch.full((batch, new, heads, splits, rank), torch.nan)
+    lse = torch.empty(batch, new, heads, splits)
+    decode_entry[-(-new * heads // tiles.rows), splits, batch](
+        *inputs.values(),
+        slopes,
+        parts,
+        lse,
+        sinks if splits == 1 else None,
+        0.3,
+        settings["softcap"],
+        *(ROOM, new, heads, window, splits, 1),
+        **decode.constants(new, tiles),
+    )
+    if splits > 1:
+        constants = combine_constants(rank, 4)
+        grid = batch * new * heads, -(-rank // constants["COLUMNS"])
+        combine_kernel[grid](parts, lse, sinks, context, None, heads, splits, **constants)
+    torch.testing.assert_close(context, expected, **CLOSE)
 
 
 @pytest.mark.parametrize(
