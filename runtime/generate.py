@@ -17,8 +17,8 @@ Ids = NDArray[np.int64]
 class Decoder(Protocol):
     """A model with a cache, one step at a time."""
 
-    def empty_cache(self, batch: int) -> Any:  # noqa: ANN401 - each runtime has its own cache
-        """A cache of no tokens for ``batch`` sequences."""
+    def empty_cache(self, batch: int, tokens: int) -> Any:  # noqa: ANN401 - each runtime has its own cache
+        """A cache of no tokens for ``batch`` sequences, each of which will have so many at most."""
         ...
 
     def step(self, ids: Ids, attention_mask: Ids, position_ids: Ids, cache: Any) -> tuple[NDArray[Any], Any]:  # noqa: ANN401
@@ -85,7 +85,7 @@ def generate(
         ids[row, longest - len(prompt) :] = prompt
         mask[row, longest - len(prompt) :] = 1
     positions = np.maximum(mask.cumsum(1) - 1, 0)
-    cache = decoder.empty_cache(len(prompts))
+    cache = decoder.empty_cache(len(prompts), longest + max(max_new_tokens - 1, 0))  # the last new token is not run
     results: list[list[int]] = [[] for _ in prompts]
     running = [True] * len(prompts)
     for _ in range(max_new_tokens):

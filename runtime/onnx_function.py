@@ -9,6 +9,10 @@ Inputs, outputs and their shapes are those of :func:`mla_compile.runtime.ops.lat
 inputs for them, without a soft-cap no attribute, and only attention that is not causal says so. Each such variant is a
 function with a name of its own, so that what is not used costs nothing. (Overloads of one name would say the same, but
 TensorRT's parser takes no notice of them: two nodes of equally many inputs get the same body, without a word.)
+
+A cache either grows (``present`` is ``past`` and the new rows) or is static: both have as many rows as the caller makes
+room for, and new rows are written where those of earlier tokens end. A runtime that is given one memory for both writes
+nothing else.
 """
 
 from __future__ import annotations
@@ -42,6 +46,8 @@ class Variant:
             (``LatentAttention`` only, without slopes); attribute ``bidirectional``, 1.
         scaled_rope: Key scales multiply the product of rope keys too (only beside ``key_scales``); attribute
             ``scaled_rope``, 1.
+        static: The cache has the size that the caller gives it, of which a layer with a window makes a ring
+            (not beside ``bidirectional``, and from operator set 24 on); attribute ``static``, 1.
     """
 
     key_scales: bool = False
@@ -52,6 +58,7 @@ class Variant:
     value_scales: bool = False
     bidirectional: bool = False
     scaled_rope: bool = False
+    static: bool = False
 
     def named(self, op_type: str) -> str:
         """Name of a function's variant: the function's own, and behind it the features that the variant has."""
@@ -75,7 +82,10 @@ _SIZES = """
   S = Shape <start = 1, end = 2> (query_BSHD)
   N = Shape <start = 1, end = 2> (row_BNR)
   P = Shape <start = 1, end = 2> (past_BPR)
-  T = Add (P, N)
+
+  # ---- the factor before softmax, on the few numbers of the queries
+  factor_like = CastLike (factor, query_BSHD)
+  scaled_BSHD = Mul (query_BSHD, factor_like)
 """
 
 _LATENT_QUERIES = """
@@ -103,8 +113,8 @@ _LATENT_QUERIES = """
   M_per_value = Mul (M, per_value)
 
   # ---- rotate queries, per group: [B, S, n, h, d]
-  plain_BSHD = Slice (query_BSHD, zero, nope, axis3)
-  turning_own_BSHd = Slice (query_BSHD, nope, end, axis3)
+  plain_BSHD = Slice (scaled_BSHD, zero, nope, axis3)
+  turning_own_BSHd = Slice (scaled_BSHD, nope, end, axis3)
   turning_BSHd = CastLike (turning_own_BSHd, cos_BSn)
   grouped_shape = Concat <axis = 0> (BS, n, h, d)
   turning_BSnhd = Reshape <allowzero = 1> (turning_BSHd, grouped_shape)
@@ -189,17 +199,23 @@ _APPEND_SCALES = """
   new_BNR = Concat <axis = -1> (latent_BNr, key_turned_BNR, scales_BNx)
 """
 
-# Without a window all rows are the new cache: the name of the output is the only one they have.
+_SCALARS = """
+  zero_scalar = Constant <value_int = 0> ()
+  one_scalar = Constant <value_int = 1> ()
+"""
+
+# Every one says what the rows to attend to are, how many, and which mask is theirs. Without a window all rows are the
+# new cache: the name of the output is the only one they have.
 _ROWS = """
+  T = Add (P, N)
   present_BTR = Concat <axis = 1> (past_BPR, new_BNR)
   own_mask_BT = Identity (attention_mask_BT)
 """
 
 _ROWS_WINDOW = """
   # ---- all rows, those of them that later tokens can see, and the mask over them
+  T = Add (P, N)
   rows_BTR = Concat <axis = 1> (past_BPR, new_BNR)
-  reach = Constant <value_int: int = @window> ()
-  reach_1 = Reshape (reach, one)
   seen_later = Sub (reach_1, one)
   surplus = Sub (T, seen_later)
   first_kept = Max (surplus, zero)
@@ -208,13 +224,61 @@ _ROWS_WINDOW = """
   own_mask_BT = Slice (attention_mask_BT, minus_T, end, one)
 """
 
+_ROWS_STATIC = """
+  # ---- write the new rows behind those of all earlier tokens; nothing is real behind them
+  T = Identity (P)
+  total = Shape <start = 1, end = 2> (attention_mask_BT)
+  earlier = Sub (total, N)
+  earlier_B = Expand (earlier, B)
+  present_BTR = TensorScatter <axis = 1> (past_BPR, new_BNR, earlier_B)
+  room_left = Sub (P, total)
+  pads = Concat <axis = 0> (zero, zero, zero, room_left)
+  own_mask_BT = Pad (attention_mask_BT, pads)
+"""
+
+# What is written is read from the rows to attend to: it must not be written before they are.
+_ROWS_RING = """
+  # ---- the ring's rows and the new ones, and the ring with as many of these as it has room for
+  T = Add (P, N)
+  rows_BTR = Concat <axis = 1> (past_BPR, new_BNR)
+  written = Min (P, N)
+  first_written = Sub (T, written)
+  written_BNR = Slice (rows_BTR, first_written, end, one)
+  total = Shape <start = 1, end = 2> (attention_mask_BT)
+  before_written = Sub (total, written)
+  slot = Mod (before_written, P)
+  slot_B = Expand (slot, B)
+  present_BTR = TensorScatter <axis = 1, mode = "circular"> (past_BPR, written_BNR, slot_B)
+
+  # ---- the mask over them: slots are filled in order and then over again, the last token's behind the one before it
+  P_scalar = Squeeze (P)
+  N_scalar = Squeeze (N)
+  earlier = Sub (total, N)
+  last_earlier = Sub (earlier, one)
+  slot_P = Range (zero_scalar, P_scalar, one_scalar)
+  behind_P = Sub (last_earlier, slot_P)
+  ago_P = Mod (behind_P, P)
+  token_P = Sub (last_earlier, ago_P)
+  count_N = Range (zero_scalar, N_scalar, one_scalar)
+  token_N = Add (count_N, earlier)
+  token_T = Concat <axis = 0> (token_P, token_N)
+  filled_T = GreaterOrEqual (token_T, zero_scalar)
+  column_T = Max (token_T, zero)
+  any_mask_BT = Gather <axis = 1> (attention_mask_BT, column_T)
+  empty_mask = CastLike (zero_scalar, attention_mask_BT)
+  own_mask_BT = Where (filled_T, any_mask_BT, empty_mask)
+"""
+
+_REACH = """
+  reach = Constant <value_int: int = @window> ()
+  reach_1 = Reshape (reach, one)
+"""
+
 _SEEN = """
   # ---- which keys each query sees: real ones before it, and always itself
-  zero_scalar = Constant <value_int = 0> ()
-  one_scalar = Constant <value_int = 1> ()
   T_scalar = Squeeze (T)
   place_T = Range (zero_scalar, T_scalar, one_scalar)
-  own_S = Slice (place_T, P, end, zero)
+  own_S = Slice (place_T, OWN, zero)
   own_S1 = Unsqueeze (own_S, one)
   before_ST = LessOrEqual (place_T, own_S1)
   itself_ST = Equal (place_T, own_S1)
@@ -224,11 +288,23 @@ _SEEN = """
   real_before_BST = And (real_B1T, before_ST)
 """
 
-_DISTANCES = """
+_ORDER = """
   # ---- distances count real tokens
   real_int_BT = Cast <to = 7> (real_BT)
   order_BT = CumSum (real_int_BT, one_scalar)
-  own_order_BS = Slice (order_BT, P, end, one)
+"""
+
+_ORDER_RING = """
+  # ---- distances count real tokens, in the order in which they came
+  all_mask_int = Cast <to = 7> (attention_mask_BT)
+  all_real = Greater (all_mask_int, zero_scalar)
+  all_real_int = Cast <to = 7> (all_real)
+  all_order = CumSum (all_real_int, one_scalar)
+  order_BT = Gather <axis = 1> (all_order, column_T)
+"""
+
+_DISTANCES = """
+  own_order_BS = Slice (order_BT, OWN, one)
   own_order_BS1 = Unsqueeze (own_order_BS, two)
   order_B1T = Unsqueeze (order_BT, one)
   distance_BST = Sub (own_order_BS1, order_B1T)
@@ -359,7 +435,7 @@ _CACHED_SCORES = """
   key_BTnD = Reshape (key_BTR, key_shape)
   key_BnDT = Transpose <perm = [0, 2, 3, 1]> (key_BTnD)
   query_shape = Concat <axis = 0> (BS, n, h, D)
-  query_BSnhD = Reshape (query_BSHD, query_shape)
+  query_BSnhD = Reshape (scaled_BSHD, query_shape)
   query_BnShD = Transpose <perm = [0, 2, 1, 3, 4]> (query_BSnhD)
   query_merged = Concat <axis = 0> (B, n, Sh, D)
   query_BnMD = Reshape (query_BnShD, query_merged)
@@ -372,11 +448,6 @@ _CACHED_SCORES = """
 """
 
 # ---- from scores to weights: every part reads the logits of the part before it
-_SCALE = """
-  factor_like = CastLike (factor, query_BSHD)
-  scaled_BSHT = Mul (scores_BSHT, factor_like)
-"""
-
 _SOFTCAP = """
   bound = Constant <value_float: float = @softcap> ()
   bound_like = CastLike (bound, query_BSHD)
@@ -504,10 +575,13 @@ def attention_function(op_type: str, opset: int, variant: Variant = Variant()) -
         The function; its name is the variant's.
 
     Raises:
-        ValueError: The variant scales rope keys without key scales.
+        ValueError: The variant scales rope keys without key scales, or its cache is static where keys of another
+            sequence are seen or the operator that writes to one is missing.
     """
     if variant.scaled_rope and not variant.key_scales:
         raise ValueError("scaled_rope needs key_scales: there is nothing to scale rope keys by.")
+    if variant.static and (variant.bidirectional or opset < 24):
+        raise ValueError("A static cache needs causal attention and operator set 24.")
     # A flag for every optional input: which inputs a node has cannot be told from their number.
     attributes = {
         "key_scales": variant.key_scales,
@@ -518,6 +592,7 @@ def attention_function(op_type: str, opset: int, variant: Variant = Variant()) -
         "has_slopes": variant.slopes,
         "bidirectional": variant.bidirectional,
         "scaled_rope": variant.scaled_rope,
+        "static": variant.static,
     }
     inputs = {"sinks_H": variant.sinks, "slopes_H": variant.slopes}
     text = f"""
@@ -572,17 +647,23 @@ def _masks(variant: Variant) -> list[str]:
     """From ``new_BNR`` to the rows to attend to, the new cache, and which of the rows each query sees."""
     if variant.bidirectional:
         return [_ROWS, _SEEN_OPEN]
-    rows, allowed = (_ROWS_WINDOW, _ALLOWED_WINDOW) if variant.window else (_ROWS, _ALLOWED)
-    return [rows, _SEEN, *([_DISTANCES] if variant.window or variant.slopes else []), allowed]
+    distances = [_DISTANCES] if variant.window or variant.slopes else []
+    if not variant.window:
+        rows, order = (_ROWS_STATIC if variant.static else _ROWS), [_ORDER] if variant.slopes else []
+        return [_SCALARS, rows, _SEEN, *order, *distances, _ALLOWED]
+    rows, order = (_ROWS_RING, [_ORDER_RING]) if variant.static else (_ROWS_WINDOW, [_ORDER])
+    return [_SCALARS, _REACH, rows, _SEEN, *order, *distances, _ALLOWED_WINDOW]
 
 
 def _over_rows(variant: Variant, parts: list[str]) -> str:
-    return "".join(parts).replace("ROWS", "rows_BTR" if variant.window else "present_BTR")
+    """Fill in the names of the rows to attend to, and of where among them the new ones begin and end."""
+    own = "earlier, total" if variant.static and not variant.window else "P, T"
+    return "".join(parts).replace("ROWS", "rows_BTR" if variant.window else "present_BTR").replace("OWN", own)
 
 
 def _weights(variant: Variant) -> str:
     """From ``scores_BSHT`` to ``weights_BSHT``."""
-    parts, logits = [_SCALE], "scaled_BSHT"
+    parts, logits = [], "scores_BSHT"
     for wanted, part, result in (
         (variant.softcap, _SOFTCAP, "capped_BSHT"),
         (variant.slopes, _SLOPES, "sloped_BSHT"),
