@@ -2,11 +2,11 @@
 
 Usage: python benchmarks/decode_cpu.py [--quick] [--json OUT] [--markdown OUT]
 
-A step appends the new token's row and attends to all rows, for every sequence of a batch. Queries, keys, values and rows
-are given: projections, which are smaller in a converted layer, and the rotation of the original's keys are left out, so
-the original has the advantage. All forms of a case are measured in turns, in CPU time of one process; a figure is the
-median over rounds, and a ratio the median of the rounds' own ratios. Caches are as many as fill ``--memory`` and take
-turns, as those of a model's layers do: what one step leaves in the processor's cache is of no use to the next.
+A step appends the new token's row and attends to all rows, for every sequence of a batch. Queries, keys, values and
+rows are given: projections, which are smaller in a converted layer, and the rotation of the original's keys are left
+out, so the original has the advantage. All forms of a case are measured in turns, in CPU time of one process; a figure
+is the median over rounds, and a ratio the median of the rounds' own ratios. Caches are as many as fill ``--memory`` and
+take turns, as those of a model's layers do: what one step leaves in the processor's cache is of no use to the next.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import InlinePass
+from onnxscript.version_converter import convert_version
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
@@ -53,6 +54,8 @@ METADATA_KEY = "mla_compile"
 CROSS_NAME = "cross.{}.latent"
 """Rows of one cross attention layer: an output of the encoder's file and an input of the decoder's."""
 _ENCODER_LENGTH = "encoder_sequence_length"
+_EXPORTED = 23
+"""The exporter fuses norms for this operator set only; a later one is made from its result."""
 _BATCH, _NEW, _PAST, _ENCODED, _ROOM = 2, 3, 5, 7, 11
 
 
@@ -120,7 +123,16 @@ def lower_to_onnx(
         cross: Row length per cross attention layer of a decoder.
         masked: Whether the decoder reads a padding mask over them.
         static: Whether caches are static.
+
+    Raises:
+        RefusedError: There is no ONNX form of an operator, or no static cache for a layer.
     """
+    windows = cache_windows(module)
+    if static and 1 in windows:
+        raise RefusedError(
+            f"Layer {windows.index(1)} sees one token only and caches nothing, which a static cache cannot be.",
+            "Use a dynamic cache.",
+        )
     exported = export_rewritten(_with_symbolic_nodes(module, static), rows, cross=cross, masked=masked, static=static)
     layers = len(rows)
     batch, new, past, total = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
@@ -133,7 +145,7 @@ def lower_to_onnx(
         model, {**{"input_ids": (batch, new), "position_ids": (batch, new)}, "attention_mask": (batch, total)}
     )
     # The rows of a layer with a window stop growing in number, and have a dimension of their own.
-    own = [f"{WINDOW}{w}" if w else "" for w in cache_windows(module)]
+    own = [f"{WINDOW}{w}" if w else "" for w in windows]
     before, after = (ROOM, ROOM) if static else (past, total)
     name_dimensions(model, {f"past_key_values.{i}.latent": (batch, f"{before}{w}") for i, w in enumerate(own)})
     presents = {f"present.{i}.latent": (batch, f"{after}{w}") for i, w in enumerate(own)}
@@ -254,13 +266,15 @@ def exported_to_onnx(exported: ExportedProgram, inputs: Sequence[str], outputs: 
             (),
             input_names=list(inputs),
             output_names=list(outputs),
-            opset_version=opset,
+            opset_version=_EXPORTED,
             custom_translation_table=dict(translations()),
             dynamo=True,
             verbose=False,
             optimize=True,
         )
-    return program.model  # type: ignore[union-attr]
+    model: ir.Model = program.model  # type: ignore[union-attr]
+    convert_version(model, opset)
+    return model
 
 
 def save(model: ir.Model, path: Path, metadata: Mapping[str, object]) -> None:

@@ -174,7 +174,7 @@ class StaticCache:
         """
 
         def allocate(layer: CacheLayer) -> _Memory:
-            numbers = np.zeros(batch * layer.rows(capacity) * layer.row, dtype)
+            numbers: NDArray[Any] = np.zeros(batch * layer.rows(capacity) * layer.row, dtype)
             if device == "cpu":
                 return _Memory(numbers, numbers.ctypes.data, numbers)
             value = runtime.OrtValue.ortvalue_from_numpy(numbers, device, 0)

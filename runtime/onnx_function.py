@@ -216,6 +216,7 @@ _ROWS_WINDOW = """
   # ---- all rows, those of them that later tokens can see, and the mask over them
   T = Add (P, N)
   rows_BTR = Concat <axis = 1> (past_BPR, new_BNR)
+  reach_1 = Reshape (reach, one)
   seen_later = Sub (reach_1, one)
   surplus = Sub (T, seen_later)
   first_kept = Max (surplus, zero)
@@ -271,7 +272,6 @@ _ROWS_RING = """
 
 _REACH = """
   reach = Constant <value_int: int = @window> ()
-  reach_1 = Reshape (reach, one)
 """
 
 _SEEN = """

@@ -50,6 +50,11 @@ def open_session(path: str | Path, providers: Sequence[str] | None = None, threa
     try:
         session = onnxruntime.InferenceSession(str(path), options, wanted)
     except Exception as error:
+        data = Path(f"{path}.data")
+        if "External data" in str(error) and not data.exists():
+            raise LoadError(
+                f"The weights of '{path}' are in '{data.name}', which is not beside it.", "Keep both files together."
+            ) from error
         reason = str(error).strip().splitlines()[0][:200]
         raise LoadError(f"ONNX Runtime cannot load '{path}' ({reason}).", "Convert the model again.") from error
     _require_providers(wanted, session.get_providers(), "cannot start the")
@@ -57,13 +62,11 @@ def open_session(path: str | Path, providers: Sequence[str] | None = None, threa
 
 
 def _require_providers(wanted: Sequence[str], found: Sequence[str], verb: str) -> None:
-    missing = [name for name in wanted if name not in found]
-    if missing:
-        remedy = "Use the CPU, or install what it needs"
-        cuda = (
-            ": pip uninstall onnxruntime, then pip install 'mla-compile[gpu]'" if PROVIDERS["cuda"] in missing else ""
-        )
-        raise UsageError(f"ONNX Runtime {verb} {missing[0]}.", f"{remedy}{cuda}.")
+    missing = next((name for name in wanted if name not in found), None)
+    if missing is not None:
+        install = "pip uninstall onnxruntime, then pip install 'mla-compile[gpu]'"
+        remedy = f"For CUDA run: {install}." if missing == PROVIDERS["cuda"] else f"There are: {', '.join(found)}."
+        raise UsageError(f"ONNX Runtime {verb} {missing} here.", remedy)
 
 
 class OnnxDecoder:
@@ -166,8 +169,8 @@ class OnnxDecoder:
             Logits ``[batch, new, vocabulary]`` and the cache with the new rows; a static one that went in is spent.
 
         Raises:
-            UsageError: The model cannot run these tokens, the cache has no room for them, or earlier padding stands behind real tokens, where it takes
-                up room in a window's cache.
+            UsageError: The model cannot run these tokens, the cache has no room for them, or earlier padding stands
+                behind real tokens, where it takes up room in a window's cache.
         """
         earlier = attention_mask[:, : -ids.shape[1]] != 0
         if any(layer.window for layer in self._layers) and (earlier[:, :-1] & ~earlier[:, 1:]).any():
@@ -205,12 +208,21 @@ class OnnxDecoder:
         prompts: Sequence[Sequence[int]],
         max_new_tokens: int,
         *,
+        attention_mask: Ids | None = None,
         sampling: Sampling | None = None,
         stop: Sequence[int] = (),
         on_tokens: Callable[[list[int | None]], None] | None = None,
     ) -> list[list[int]]:
         """Continue prompts; see :func:`mla_compile.runtime.generate.generate`."""
-        return generate(self, prompts, max_new_tokens, sampling=sampling, stop=stop, on_tokens=on_tokens)
+        return generate(
+            self,
+            prompts,
+            max_new_tokens,
+            attention_mask=attention_mask,
+            sampling=sampling,
+            stop=stop,
+            on_tokens=on_tokens,
+        )
 
     @staticmethod
     def measured_bytes(cache: OnnxCache) -> int:
