@@ -1,8 +1,10 @@
 """``LatentAttention`` and ``CachedAttention`` as ONNX functions: our nodes, with bodies of standard operators.
 
 A runtime that has a kernel for the node (a TensorRT plugin) uses the node; any other inlines the body. The body of
-``LatentAttention`` is the folded form: up-projections are folded into queries and outputs, and the cached rows
-themselves are attended to, so that the cache is read twice per step and never expanded.
+``LatentAttention`` has two forms, of which the number of queries chooses one. The folded form is for few of them, as in
+decoding: up-projections are folded into queries and outputs, and the cached rows themselves are attended to, so that
+the cache is read twice per step and never expanded. The unfolded form is for many, as in prefill: keys and values are
+made from the rows, which are longer than both, and attended to.
 
 Inputs, outputs and their shapes are those of :func:`mla_compile.runtime.ops.latent_attention` and
 :func:`~mla_compile.runtime.ops.cached_attention`. A node names only what it has: without sinks and slopes it has no
@@ -22,6 +24,9 @@ from dataclasses import dataclass, fields
 
 import onnx
 import onnx.parser
+
+from mla_compile.runtime.onnx_rows import rows_and_masks
+from mla_compile.runtime.onnx_unfolded import MANY_QUERIES, unfolded_attention
 
 __all__ = ["CACHED", "DOMAIN", "LATENT", "VERSION", "Variant", "attention_function"]
 
@@ -109,6 +114,7 @@ _LATENT_QUERIES = """
   GV = Shape <start = 0, end = 1> (value_up_GrV)
   per_value = Div (H, GV)
   nope = Shape <start = 1, end = 2> (key_up_GDr)
+  v = Shape <start = 2, end = 3> (value_up_GrV)
   M_per_up = Mul (M, per_up)
   M_per_value = Mul (M, per_value)
 
@@ -131,6 +137,27 @@ _LATENT_QUERIES = """
   turned_wide_BSnhd = Concat <axis = -1> (q_new_real, q_new_imaginary)
   turned_BSnhd = CastLike (turned_wide_BSnhd, query_BSHD)
 
+  # ---- rotate the new rope keys and append the new rows
+  latent_BNr = Slice (row_BNR, zero, r, two)
+  key_own_BNR = Slice (row_BNR, r, row_rest, two)
+  key_BNR = CastLike (key_own_BNR, cos_BSn)
+  key_shape = Concat <axis = 0> (BN, n, d)
+  key_BNnd = Reshape <allowzero = 1> (key_BNR, key_shape)
+  k_real = Slice (key_BNnd, zero, half, axis3)
+  k_imaginary = Slice (key_BNnd, half, end, axis3)
+  k_rc = Mul (k_real, cos_BSn)
+  k_is = Mul (k_imaginary, sin_BSn)
+  k_ic = Mul (k_imaginary, cos_BSn)
+  k_rs = Mul (k_real, sin_BSn)
+  k_new_real = Sub (k_rc, k_is)
+  k_new_imaginary = Add (k_ic, k_rs)
+  key_turned_BNnd = Concat <axis = -1> (k_new_real, k_new_imaginary)
+  flat_shape = Concat <axis = 0> (BN, rope_width)
+  key_wide_BNR = Reshape <allowzero = 1> (key_turned_BNnd, flat_shape)
+  key_turned_BNR = CastLike (key_wide_BNR, row_BNR)
+"""
+
+_LATENT_FOLDED = """
   # ---- place every head's rotating channels in its group's slot of the row: [B, S, n, h, n, d] -> [B, S, H, n d]
   square = Concat <axis = 0> (n, n)
   blank = ConstantOfShape (square)
@@ -155,25 +182,6 @@ _LATENT_QUERIES = """
   folded_MGhr = Transpose <perm = [1, 0, 2, 3]> (folded_GMhr)
   latent_shape = Concat <axis = 0> (BS, H, r)
   latent_query_BSHr = Reshape (folded_MGhr, latent_shape)
-
-  # ---- rotate the new rope keys and append the new rows
-  latent_BNr = Slice (row_BNR, zero, r, two)
-  key_own_BNR = Slice (row_BNR, r, row_rest, two)
-  key_BNR = CastLike (key_own_BNR, cos_BSn)
-  key_shape = Concat <axis = 0> (BN, n, d)
-  key_BNnd = Reshape <allowzero = 1> (key_BNR, key_shape)
-  k_real = Slice (key_BNnd, zero, half, axis3)
-  k_imaginary = Slice (key_BNnd, half, end, axis3)
-  k_rc = Mul (k_real, cos_BSn)
-  k_is = Mul (k_imaginary, sin_BSn)
-  k_ic = Mul (k_imaginary, cos_BSn)
-  k_rs = Mul (k_real, sin_BSn)
-  k_new_real = Sub (k_rc, k_is)
-  k_new_imaginary = Add (k_ic, k_rs)
-  key_turned_BNnd = Concat <axis = -1> (k_new_real, k_new_imaginary)
-  flat_shape = Concat <axis = 0> (BN, rope_width)
-  key_wide_BNR = Reshape <allowzero = 1> (key_turned_BNnd, flat_shape)
-  key_turned_BNR = CastLike (key_wide_BNR, row_BNR)
 """
 
 _APPEND = """
@@ -197,142 +205,6 @@ _BOTH_SCALES = """
 _APPEND_SCALES = """
   scales_BNx = Slice (row_BNR, row_rest, end, two)
   new_BNR = Concat <axis = -1> (latent_BNr, key_turned_BNR, scales_BNx)
-"""
-
-_SCALARS = """
-  zero_scalar = Constant <value_int = 0> ()
-  one_scalar = Constant <value_int = 1> ()
-"""
-
-# Every one says what the rows to attend to are, how many, and which mask is theirs. Without a window all rows are the
-# new cache: the name of the output is the only one they have.
-_ROWS = """
-  T = Add (P, N)
-  present_BTR = Concat <axis = 1> (past_BPR, new_BNR)
-  own_mask_BT = Identity (attention_mask_BT)
-"""
-
-_ROWS_WINDOW = """
-  # ---- all rows, those of them that later tokens can see, and the mask over them
-  T = Add (P, N)
-  rows_BTR = Concat <axis = 1> (past_BPR, new_BNR)
-  reach_1 = Reshape (reach, one)
-  seen_later = Sub (reach_1, one)
-  surplus = Sub (T, seen_later)
-  first_kept = Max (surplus, zero)
-  present_BTR = Slice (rows_BTR, first_kept, end, one)
-  minus_T = Neg (T)
-  own_mask_BT = Slice (attention_mask_BT, minus_T, end, one)
-"""
-
-_ROWS_STATIC = """
-  # ---- write the new rows behind those of all earlier tokens; nothing is real behind them
-  T = Identity (P)
-  total = Shape <start = 1, end = 2> (attention_mask_BT)
-  earlier = Sub (total, N)
-  earlier_B = Expand (earlier, B)
-  present_BTR = TensorScatter <axis = 1> (past_BPR, new_BNR, earlier_B)
-  room_left = Sub (P, total)
-  pads = Concat <axis = 0> (zero, zero, zero, room_left)
-  own_mask_BT = Pad (attention_mask_BT, pads)
-"""
-
-# What is written is read from the rows to attend to: it must not be written before they are.
-_ROWS_RING = """
-  # ---- the ring's rows and the new ones, and the ring with as many of these as it has room for
-  T = Add (P, N)
-  rows_BTR = Concat <axis = 1> (past_BPR, new_BNR)
-  written = Min (P, N)
-  first_written = Sub (T, written)
-  written_BNR = Slice (rows_BTR, first_written, end, one)
-  total = Shape <start = 1, end = 2> (attention_mask_BT)
-  before_written = Sub (total, written)
-  slot = Mod (before_written, P)
-  slot_B = Expand (slot, B)
-  present_BTR = TensorScatter <axis = 1, mode = "circular"> (past_BPR, written_BNR, slot_B)
-
-  # ---- the mask over them: slots are filled in order and then over again, the last token's behind the one before it
-  P_scalar = Squeeze (P)
-  N_scalar = Squeeze (N)
-  earlier = Sub (total, N)
-  last_earlier = Sub (earlier, one)
-  slot_P = Range (zero_scalar, P_scalar, one_scalar)
-  behind_P = Sub (last_earlier, slot_P)
-  ago_P = Mod (behind_P, P)
-  token_P = Sub (last_earlier, ago_P)
-  count_N = Range (zero_scalar, N_scalar, one_scalar)
-  token_N = Add (count_N, earlier)
-  token_T = Concat <axis = 0> (token_P, token_N)
-  filled_T = GreaterOrEqual (token_T, zero_scalar)
-  column_T = Max (token_T, zero)
-  any_mask_BT = Gather <axis = 1> (attention_mask_BT, column_T)
-  empty_mask = CastLike (zero_scalar, attention_mask_BT)
-  own_mask_BT = Where (filled_T, any_mask_BT, empty_mask)
-"""
-
-_REACH = """
-  reach = Constant <value_int: int = @window> ()
-"""
-
-_SEEN = """
-  # ---- which keys each query sees: real ones before it, and always itself
-  T_scalar = Squeeze (T)
-  place_T = Range (zero_scalar, T_scalar, one_scalar)
-  own_S = Slice (place_T, OWN, zero)
-  own_S1 = Unsqueeze (own_S, one)
-  before_ST = LessOrEqual (place_T, own_S1)
-  itself_ST = Equal (place_T, own_S1)
-  mask_int = Cast <to = 7> (own_mask_BT)
-  real_BT = Greater (mask_int, zero_scalar)
-  real_B1T = Unsqueeze (real_BT, one)
-  real_before_BST = And (real_B1T, before_ST)
-"""
-
-_ORDER = """
-  # ---- distances count real tokens
-  real_int_BT = Cast <to = 7> (real_BT)
-  order_BT = CumSum (real_int_BT, one_scalar)
-"""
-
-_ORDER_RING = """
-  # ---- distances count real tokens, in the order in which they came
-  all_mask_int = Cast <to = 7> (attention_mask_BT)
-  all_real = Greater (all_mask_int, zero_scalar)
-  all_real_int = Cast <to = 7> (all_real)
-  all_order = CumSum (all_real_int, one_scalar)
-  order_BT = Gather <axis = 1> (all_order, column_T)
-"""
-
-_DISTANCES = """
-  own_order_BS = Slice (order_BT, OWN, one)
-  own_order_BS1 = Unsqueeze (own_order_BS, two)
-  order_B1T = Unsqueeze (order_BT, one)
-  distance_BST = Sub (own_order_BS1, order_B1T)
-"""
-
-_ALLOWED = """
-  seen_BST = Or (real_before_BST, itself_ST)
-  seen_BS1T = Unsqueeze (seen_BST, two)
-"""
-
-_ALLOWED_WINDOW = """
-  within_BST = Less (distance_BST, reach)
-  allowed_BST = And (real_before_BST, within_BST)
-  seen_BST = Or (allowed_BST, itself_ST)
-  seen_BS1T = Unsqueeze (seen_BST, two)
-"""
-
-_SEEN_OPEN = """
-  # ---- which keys every query sees: the real ones, or all if none is real
-  zero_scalar = Constant <value_int = 0> ()
-  mask_int = Cast <to = 7> (own_mask_BT)
-  real_BT = Greater (mask_int, zero_scalar)
-  real_int_BT = Cast <to = 7> (real_BT)
-  any_B1 = ReduceMax <keepdims = 1> (real_int_BT, one)
-  none_B1 = Equal (any_B1, zero_scalar)
-  seen_BT = Or (real_BT, none_B1)
-  seen_axes = Constant <value_ints = [1, 2]> ()
-  seen_BS1T = Unsqueeze (seen_BT, seen_axes)
 """
 
 _LATENT_SCORES = """
@@ -523,7 +395,6 @@ _LATENT_OUTPUT = """
   context_flat = Concat <axis = 0> (GV, M_per_value, r)
   context_GMr = Reshape (context_GMhr, context_flat)
   output_GMV = MatMul (context_GMr, value_up_GrV)
-  v = Shape <start = 2, end = 3> (value_up_GrV)
   output_shape = Concat <axis = 0> (GV, M, per_value, v)
   output_GMhV = Reshape (output_GMV, output_shape)
   output_MGhV = Transpose <perm = [1, 0, 2, 3]> (output_GMhV)
@@ -613,12 +484,10 @@ def _listing(always: str, sometimes: dict[str, bool]) -> str:
 
 def _latent_body(variant: Variant) -> str:
     keys, values = variant.key_scales, variant.value_scales
-    scores = _LATENT_SCORES_VALUE_SCALES if values else _LATENT_SCORES
-    if keys:
-        scores = _LATENT_SCORES_SCALED_ROPE if variant.scaled_rope else _LATENT_SCORES_KEY_SCALES
-    if keys or values:
-        scores = scores.replace("SCALES", "scale_width" if keys and values else "m" if keys else "w")
-    whole = variant.scaled_rope or not keys
+    attention = "".join([_LATENT_FOLDED, *_folded_attention(variant)])
+    if _has_two_forms(variant):
+        unfolded = unfolded_attention(key_scales=keys, value_scales=values, scaled_rope=variant.scaled_rope)
+        attention = MANY_QUERIES + _branches(unfolded, attention)
     return _over_rows(
         variant,
         [
@@ -626,16 +495,50 @@ def _latent_body(variant: Variant) -> str:
             _LATENT_QUERIES,
             _KEY_SCALES if keys else "",
             _VALUE_SCALES if values else "",
-            _BOTH_SCALES if keys and values else "",
             _APPEND_SCALES if keys or values else _APPEND,
             *_masks(variant),
-            scores,
-            _weights(variant),
-            _WEIGHTS_VALUE_SCALES if values else _WEIGHTS,
-            _LATENT_CONTEXT if whole else _LATENT_CONTEXT_KEY_SCALES,
-            _LATENT_OUTPUT,
+            attention,
         ],
     )
+
+
+def _has_two_forms(variant: Variant) -> bool:
+    """Whether there is an unfolded form: for the features that are rare there is none.
+
+    Nor for a cache that grows within a window: TensorRT 1.7 for RTX, which reads such a file, builds neither of its two
+    parts, a branch and a cumulative sum, when it has both.
+    """
+    rare = variant.softcap or variant.sinks or variant.slopes or variant.bidirectional
+    return not rare and (variant.static or not variant.window)
+
+
+def _branches(unfolded: str, folded: str) -> str:
+    """One result of two forms, of which only one is computed."""
+    folded = folded.replace("output_BSHV", "folded_BSHV")
+    return f"""
+  output_BSHV = If (many) <
+    then_branch = unfolded () => (unfolded_BSHV) {{{unfolded}}},
+    else_branch = folded () => (folded_BSHV) {{{folded}}}
+  >
+"""
+
+
+def _folded_attention(variant: Variant) -> list[str]:
+    keys, values = variant.key_scales, variant.value_scales
+    scores = _LATENT_SCORES_VALUE_SCALES if values else _LATENT_SCORES
+    if keys:
+        scores = _LATENT_SCORES_SCALED_ROPE if variant.scaled_rope else _LATENT_SCORES_KEY_SCALES
+    if keys or values:
+        scores = scores.replace("SCALES", "scale_width" if keys and values else "m" if keys else "w")
+    whole = variant.scaled_rope or not keys
+    return [
+        _BOTH_SCALES if keys and values else "",
+        scores,
+        _weights(variant),
+        _WEIGHTS_VALUE_SCALES if values else _WEIGHTS,
+        _LATENT_CONTEXT if whole else _LATENT_CONTEXT_KEY_SCALES,
+        _LATENT_OUTPUT,
+    ]
 
 
 def _cached_body(variant: Variant) -> str:
@@ -644,21 +547,12 @@ def _cached_body(variant: Variant) -> str:
 
 
 def _masks(variant: Variant) -> list[str]:
-    """From ``new_BNR`` to the rows to attend to, the new cache, and which of the rows each query sees."""
-    if variant.bidirectional:
-        return [_ROWS, _SEEN_OPEN]
-    distances = [_DISTANCES] if variant.window or variant.slopes else []
-    if not variant.window:
-        rows, order = (_ROWS_STATIC if variant.static else _ROWS), [_ORDER] if variant.slopes else []
-        return [_SCALARS, rows, _SEEN, *order, *distances, _ALLOWED]
-    rows, order = (_ROWS_RING, [_ORDER_RING]) if variant.static else (_ROWS_WINDOW, [_ORDER])
-    return [_SCALARS, _REACH, rows, _SEEN, *order, *distances, _ALLOWED_WINDOW]
+    features = {name: getattr(variant, name) for name in ("static", "window", "slopes", "bidirectional")}
+    return rows_and_masks(**features)
 
 
 def _over_rows(variant: Variant, parts: list[str]) -> str:
-    """Fill in the names of the rows to attend to, and of where among them the new ones begin and end."""
-    own = "earlier, total" if variant.static and not variant.window else "P, T"
-    return "".join(parts).replace("ROWS", "rows_BTR" if variant.window else "present_BTR").replace("OWN", own)
+    return "".join(parts).replace("ROWS", "rows_BTR" if variant.window else "present_BTR")
 
 
 def _weights(variant: Variant) -> str:

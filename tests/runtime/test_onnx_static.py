@@ -11,7 +11,17 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from latent_cases import Case, problems
-from test_onnx_function import CLOSE, KINDS, dimensions, input_names, make_model, make_node, variant_of
+from test_onnx_function import (
+    CLOSE,
+    KINDS,
+    assert_all_is_used,
+    dimensions,
+    forms_of,
+    input_names,
+    make_model,
+    make_node,
+    variant_of,
+)
 
 from mla_compile.runtime.onnx_function import CACHED, LATENT, Variant, attention_function
 
@@ -21,22 +31,28 @@ GARBAGE = 1e3
 """What unused rows hold: numbers, or a product with zero would not be zero."""
 
 
-def static_model(case) -> onnx.ModelProto:
+def static_function(case) -> onnx.FunctionProto:
+    op_type = LATENT if isinstance(case, Case) else CACHED
+    return attention_function(op_type, 24, replace(variant_of(case), static=True))
+
+
+def static_model(case, function: onnx.FunctionProto) -> onnx.ModelProto:
     """One node with a static cache."""
-    op_type, variant = LATENT if isinstance(case, Case) else CACHED, replace(variant_of(case), static=True)
     node = make_node(case, input_names(case), ["output", "present"])
-    node.op_type = variant.named(op_type)
+    node.op_type = function.name
     node.attribute.append(onnx.helper.make_attribute("static", 1))
     inputs = dimensions(case)
     shapes = {"output": ["B", "S", case.heads, case.v_dim], "present": inputs["past"]}
-    return make_model([node], [attention_function(op_type, 24, variant)], inputs, shapes, 24)
+    return make_model([node], [function], inputs, shapes, 24)
 
 
-def session_of(case) -> onnxruntime.InferenceSession:
+def session_of(case, function: onnx.FunctionProto) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 4
-    return onnxruntime.InferenceSession(static_model(case).SerializeToString(), options, ["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(
+        static_model(case, function).SerializeToString(), options, ["CPUExecutionProvider"]
+    )
 
 
 def slots_of(case, tokens: int, room: int) -> np.ndarray:
@@ -60,8 +76,13 @@ def static_inputs(case) -> dict[str, np.ndarray]:
 
 
 def check(case) -> None:
-    """The same outputs and rows as with a cache that grows, written in place."""
-    x, session = static_inputs(case), session_of(case)
+    """The same outputs and rows as with a cache that grows, written in place, in either form."""
+    for form in forms_of(static_function(case)):
+        check_form(case, session_of(case, form))
+
+
+def check_form(case, session: onnxruntime.InferenceSession) -> None:
+    x = static_inputs(case)
     binding = session.io_binding()
     for name, value in x.items():
         binding.bind_cpu_input(name, np.ascontiguousarray(value))
@@ -97,16 +118,14 @@ def test_equals_a_cache_that_grows_for_any_sizes(case):
 
 @pytest.mark.parametrize("kind", ["grouped", "cached", "everything"])
 def test_there_is_no_more_in_a_variant_than_it_needs(kind):
-    """Every operation leads to a result."""
-    (function,) = static_model(KINDS[kind]).functions
-    used = {name for node in function.node for name in node.input} | {*function.output}
-    assert not {node.output[0] for node in function.node} - used
+    assert_all_is_used(static_function(KINDS[kind]))
 
 
 @pytest.mark.parametrize("spare", [0, -1])
 def test_no_token_is_lost_for_want_of_room(spare):
     """ONNX Runtime itself refuses what does not fit, whoever calls it."""
-    case, session = KINDS["grouped"], session_of(KINDS["grouped"])
+    case = KINDS["grouped"]
+    session = session_of(case, static_function(case))
     x = static_inputs(case)
     x["past"] = np.zeros((case.batch, case.past + case.new + spare, case.width), np.float32)
     if spare == 0:
