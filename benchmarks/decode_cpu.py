@@ -158,7 +158,7 @@ _ORIGINAL_TEXTS = {
     }}""",
     "MatMul, in place": """
     (float[B, 1, {q}] query, float[B, 1, {kv}] key, float[B, 1, {kv}] value, float[B, {n}, T, {d}] past_key,
-     float[B, {n}, T, {d}] past_value, int64[B] index, bool[B, 1, 1, T] seen)
+     float[B, {n}, T, {d}] past_value, int64[B] index, bool[B, 1, {g}, T] seen)
     => (float[B, 1, {q}] output, float[B, {n}, T, {d}] present_key, float[B, {n}, T, {d}] present_value) {{
       grouped = Constant <value_ints = [0, {n}, {g}, {d}]> ()
       one_each = Constant <value_ints = [0, {n}, 1, {d}]> ()
@@ -181,7 +181,7 @@ _ORIGINAL_TEXTS = {
     }}""",
     "Attention, in place": """
     (float[B, 1, {q}] query, float[B, 1, {kv}] key, float[B, 1, {kv}] value, float[B, {n}, T, {d}] past_key,
-     float[B, {n}, T, {d}] past_value, int64[B] index, bool[B, 1, 1, T] seen)
+     float[B, {n}, T, {d}] past_value, int64[B] index, bool[B, 1, {g}, T] seen)
     => (float[B, 1, {q}] output, float[B, {n}, T, {d}] present_key, float[B, {n}, T, {d}] present_value) {{
       grouped = Constant <value_ints = [0, {n}, {g}, {d}]> ()
       one_each = Constant <value_ints = [0, {n}, 1, {d}]> ()
@@ -241,6 +241,8 @@ class Step:
         self._inputs = {name: value for name, value in inputs.items() if name in taken}
         self._bindings = [self._bind(caches, in_place) for _ in range(copies)]
         self._turn = 0
+        for _ in self._bindings:
+            self()  # memory is touched, and what a growing cache becomes is allocated
 
     def _bind(self, caches: Mapping[tuple[str, str], NDArray[np.float32]], in_place: bool) -> onnxruntime.IOBinding:
         binding = self._session.io_binding()
@@ -296,7 +298,7 @@ def make_steps(shape: Shape, batch: int, context: int, memory: float, threads: i
         "seqlens_k": np.full(batch, past, np.int32),
         "total": np.array(context, np.int32),
         "index": np.full(batch, past, np.int64),
-        "seen": np.broadcast_to(np.arange(room) < context, (batch, 1, 1, room)).copy(),
+        "seen": np.broadcast_to(np.arange(room) < context, (batch, 1, shape.heads // shape.kv_heads, room)).copy(),
     }
     held = {name: numbers(batch, shape.kv_heads, room, shape.head_dim) for name in ("key", "value")}
 

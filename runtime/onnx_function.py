@@ -95,7 +95,6 @@ _SIZES = """
 
 _LATENT_QUERIES = """
   BN = Shape <start = 0, end = 2> (row_BNR)
-  SH = Mul (S, H)
   axis3 = Constant <value_ints = [3]> ()
   axis4 = Constant <value_ints = [4]> ()
   groups = Constant <value_int: int = @rope_groups> ()
@@ -108,15 +107,10 @@ _LATENT_QUERIES = """
   h = Div (H, n)
   rope_width = Mul (n, d)
   row_rest = Add (r, rope_width)
-  M = Mul (B, S)
   G = Shape <start = 0, end = 1> (key_up_GDr)
-  per_up = Div (H, G)
   GV = Shape <start = 0, end = 1> (value_up_GrV)
-  per_value = Div (H, GV)
   nope = Shape <start = 1, end = 2> (key_up_GDr)
   v = Shape <start = 2, end = 3> (value_up_GrV)
-  M_per_up = Mul (M, per_up)
-  M_per_value = Mul (M, per_value)
 
   # ---- rotate queries, per group: [B, S, n, h, d]
   plain_BSHD = Slice (scaled_BSHD, zero, nope, axis3)
@@ -158,6 +152,13 @@ _LATENT_QUERIES = """
 """
 
 _LATENT_FOLDED = """
+  SH = Mul (S, H)
+  M = Mul (B, S)
+  per_up = Div (H, G)
+  per_value = Div (H, GV)
+  M_per_up = Mul (M, per_up)
+  M_per_value = Mul (M, per_value)
+
   # ---- place every head's rotating channels in its group's slot of the row: [B, S, n, h, n, d] -> [B, S, H, n d]
   square = Concat <axis = 0> (n, n)
   blank = ConstantOfShape (square)
