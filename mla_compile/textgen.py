@@ -76,6 +76,8 @@ def generate_text(
     if not all(ids):
         raise UsageError("A prompt is empty, and this tokenizer has no begin token.", "Give at least one word.")
     check_vocabulary(max(map(max, ids)), decoder.vocabulary, str(model))
+    longest = max(map(len, ids))
+    decoder.require_length(longest + max_new_tokens - 1)
     end = decoder.metadata.get("eos_token_id")
     stop = end if isinstance(end, list) else [] if end is None else [end]
     stream = None
@@ -87,7 +89,7 @@ def generate_text(
     seconds = time.perf_counter() - start
     texts = [p + continuation(words, before, after) for p, before, after in zip(prompts, ids, new, strict=True)]
     added = max_new_tokens if decoder.static else max(map(len, new))
-    held = decoder.cache_bytes(len(ids), max(map(len, ids)) + max(added - 1, 0))
+    held = decoder.cache_bytes(len(ids), longest + max(added - 1, 0))
     return Generation(tuple(texts), tuple(map(len, new)), seconds, decoder.cache_bytes_per_token, held)
 
 

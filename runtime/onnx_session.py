@@ -131,6 +131,19 @@ class OnnxDecoder:
         numbers = sum(layer.row * layer.rows(tokens) for layer in self._layers)
         return batch * numbers * np.dtype(self._dtype).itemsize
 
+    def require_length(self, tokens: int) -> None:
+        """Refuse sequences of which so many tokens would be cached.
+
+        Raises:
+            UsageError: These are more than ``max_length``.
+        """
+        if self._max_length is not None and tokens > self._max_length:
+            raise UsageError(
+                f"A prompt and its continuation take {tokens} tokens of cache, but the longest sequence allowed has "
+                f"{self._max_length}.",
+                "Raise --max-length, or ask for fewer tokens.",
+            )
+
     def empty_cache(self, batch: int, tokens: int | None = None) -> OnnxCache:
         """A cache of no tokens.
 
@@ -142,12 +155,8 @@ class OnnxDecoder:
         Raises:
             UsageError: These are more than ``max_length``, or more than there is memory for.
         """
-        if tokens is not None and self._max_length is not None and tokens > self._max_length:
-            raise UsageError(
-                f"A prompt and its continuation take {tokens} tokens of cache, but the longest sequence allowed has "
-                f"{self._max_length}.",
-                "Raise --max-length, or ask for fewer tokens.",
-            )
+        if tokens is not None:
+            self.require_length(tokens)
         if not self.static:
             return GrowingCache.empty(self._layers, batch, self._dtype, self._runtime, self._device)
         limit = min(self.metadata.get("max_position_embeddings") or _DEFAULT_ROOM, _DEFAULT_ROOM)
