@@ -42,9 +42,11 @@ __all__ = [
     "check_place",
     "check_target",
     "copy_assets",
+    "file_metadata",
     "finished",
     "is_converted_folder",
     "moved_into",
+    "read_assets",
     "read_folder",
     "write_encoder_folder",
     "write_encoder_onnx",
@@ -80,7 +82,7 @@ def check_target(path: Path, force: bool) -> None:
     if path.suffix and path.suffix != ".onnx":
         raise UsageError(
             f"'{path}' does not say what to write: '{path.suffix}' is not known.",
-            "Name a .onnx file, or a folder without a suffix.",
+            "Name a .onnx or .plan file, or a folder without a suffix.",
         )
     if path.suffix == ".onnx" and importlib.util.find_spec("onnxruntime") is None:
         raise UsageError(
@@ -141,7 +143,7 @@ def check_neighbours(path: Path, source: str, assets: Assets, force: bool) -> No
         UsageError: Configuration, tokenizer or report of something else lies where this model's would go, or it is the
             folder of the original, which is never written to.
     """
-    folder = path.parent if path.suffix == ".onnx" else path
+    folder = path.parent if path.suffix in (".onnx", ".plan") else path
     if Path(source).is_dir() and folder.exists() and folder.samefile(source):
         raise UsageError(f"'{folder}' is the folder of the original model.", "Choose another folder.")
     if force:
@@ -210,7 +212,7 @@ def write_onnx(
                 folder / path.name,
                 opset=report.config["opset"],
                 inline=report.config["inline"],
-                metadata=_metadata(report, assets),
+                metadata=file_metadata(report, assets),
                 static=report.config["cache"] == "static",
             )
         if checks is not None:
@@ -394,7 +396,7 @@ def read_folder(path: Path) -> LatentModel:
     return LatentModel(graph, [int(n.meta["val"].shape[-1]) for n in inputs])
 
 
-def _metadata(report: Report, assets: Assets) -> dict[str, object]:
+def file_metadata(report: Report, assets: Assets) -> dict[str, object]:
     """What the file says of itself: enough to run it and to know where it came from."""
     return {
         "schema_version": 1,
@@ -428,6 +430,15 @@ def copy_assets(assets: Assets, folder: Path) -> None:
         load_tokenizer(assets.folder).save_pretrained(folder)
     elif assets.tokenizer is not None:
         assets.tokenizer.save_pretrained(folder)
+
+
+def read_assets(folder: Path) -> Assets:
+    """Read back what :func:`copy_assets` wrote."""
+    stored = {}
+    for name in ("config.json", "generation_config.json"):
+        stored[name] = json.loads((folder / name).read_text("utf-8")) if (folder / name).is_file() else {}
+    tokenizer = any((folder / name).is_file() for name in _TOKENIZER_FILES)
+    return Assets(str(folder) if tokenizer else None, stored["config.json"], stored["generation_config.json"])
 
 
 def finished(report: _AnyReport, folder: Path, stages: Stages) -> _AnyReport:

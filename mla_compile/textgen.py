@@ -1,4 +1,4 @@
-"""``mla-compile run``: text in, text out, with a converted model in ONNX Runtime."""
+"""``mla-compile run``: text in, text out, with a converted model in ONNX Runtime or TensorRT."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mla_compile.corpus import check_vocabulary, load_tokenizer
 from mla_compile.errors import UsageError
 from mla_compile.runtime.generate import Sampling
 from mla_compile.runtime.onnx_session import PROVIDERS, OnnxDecoder
+
+if TYPE_CHECKING:
+    from mla_compile.runtime.tensorrt.engine import TensorRTDecoder
 
 __all__ = ["Generation", "continuation", "generate_text"]
 
@@ -55,7 +58,7 @@ def generate_text(
     """Continue texts.
 
     Args:
-        model: The ONNX file.
+        model: The ONNX file, or the engine.
         prompts: Texts to continue, together.
         max_new_tokens: Tokens to add to each, at most.
         sampling: How tokens are chosen.
@@ -69,7 +72,7 @@ def generate_text(
         LoadError: The file or its tokenizer cannot be read.
         UsageError: A prompt has no tokens, there would be more than ``max_length``, or the device is missing.
     """
-    decoder = OnnxDecoder(model, [PROVIDERS[provider]], threads, max_length)
+    decoder = _open(model, threads, provider, max_length)
     words = load_tokenizer(tokenizer or str(model.absolute().parent))
     begin = [] if words.bos_token_id is None else [words.bos_token_id]
     ids = [begin + list(words(prompt, add_special_tokens=False)["input_ids"]) for prompt in prompts]
@@ -88,9 +91,22 @@ def generate_text(
     new = decoder.generate(ids, max_new_tokens, sampling=sampling, stop=stop, on_tokens=stream)
     seconds = time.perf_counter() - start
     texts = [p + continuation(words, before, after) for p, before, after in zip(prompts, ids, new, strict=True)]
-    added = max_new_tokens if decoder.static else max(map(len, new))
+    grows = isinstance(decoder, OnnxDecoder) and not decoder.static
+    added = max(map(len, new)) if grows else max_new_tokens
     held = decoder.cache_bytes(len(ids), longest + max(added - 1, 0))
     return Generation(tuple(texts), tuple(map(len, new)), seconds, decoder.cache_bytes_per_token, held)
+
+
+def _open(model: Path, threads: int | None, provider: str, max_length: int | None) -> OnnxDecoder | TensorRTDecoder:
+    if model.suffix != ".plan":
+        return OnnxDecoder(model, [PROVIDERS[provider]], threads, max_length)
+    if max_length is not None:
+        raise UsageError("An engine's longest sequence was settled when it was built.", "Leave --max-length out.")
+    if threads is not None:
+        raise UsageError("An engine runs on a GPU, which has no such threads.", "Leave --threads out.")
+    from mla_compile.runtime.tensorrt.engine import TensorRTDecoder
+
+    return TensorRTDecoder(model)
 
 
 def continuation(tokenizer: Any, prompt: list[int], new: list[int]) -> str:  # noqa: ANN401 - see load_tokenizer
