@@ -52,7 +52,7 @@ class TorchDecoder:
     def __init__(self, model: LatentModel) -> None:
         self._model = model
 
-    def empty_cache(self, batch: int, tokens: int) -> tuple[Tensor, ...]:
+    def empty_cache(self, batch: int, tokens: int | None = None) -> tuple[Tensor, ...]:
         """A cache of no tokens, which grows by itself."""
         return self._model.empty_cache(batch)
 

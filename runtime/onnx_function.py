@@ -258,7 +258,7 @@ _LATENT_SCORES_KEY_SCALES = """
   merged_heads_shape = Concat <axis = 0> (B, T, SH)
   scaled_BTM = Reshape (scaled_BTSmh, merged_heads_shape)
   # Zeros meet the scales: without rope, a product over no channels at all would be undefined in ONNX Runtime 1.31.
-  nothing = CastLike (zero_scalar, query_BSHD)
+  nothing = CastLike (zero_scalar, latent_query_BSHr)
   unscaled_shape = Concat <axis = 0> (BS, H, SCALES)
   unscaled_BSHx = Expand (nothing, unscaled_shape)
   rest_query_BSHR = Concat <axis = -1> (placed_BSHR, unscaled_BSHx)
@@ -275,7 +275,7 @@ _LATENT_SCORES_KEY_SCALES = """
 
 _ROWS_AND_SCALES_PRODUCT = """
   # ---- attend to the rows: the cache is the left operand, read once for all heads; zeros meet the scales
-  nothing = CastLike (zero_scalar, query_BSHD)
+  nothing = CastLike (zero_scalar, latent_query_BSHr)
   unscaled_shape = Concat <axis = 0> (BS, H, SCALES)
   unscaled_BSHx = Expand (nothing, unscaled_shape)
   rows_query_BSHR = Concat <axis = -1> (latent_query_BSHr, placed_BSHR, unscaled_BSHx)
