@@ -276,6 +276,8 @@ def compile(
     if config.encoders and (is_encoder(found) or not isinstance(loaded, Program)):
         if calibration is not None:
             raise UsageError("Text cannot be used for an encoder.", "Leave --calibration out.")
+        if config.cache == "static":
+            raise UsageError("Only a causal language model can have a static cache.", "Leave --cache static out.")
         if is_seq2seq(found):
             if out is not None:
                 check_pair(out, force)

@@ -213,6 +213,7 @@ def write_onnx(
                 opset=report.config["opset"],
                 inline=report.config["inline"],
                 metadata=file_metadata(report, assets),
+                static=report.config["cache"] == "static",
             )
         if checks is not None:
             with stages.stage("verify ONNX"):

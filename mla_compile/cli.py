@@ -37,6 +37,12 @@ def _known_implementation(value: str) -> str:
     return value
 
 
+def _known_provider(value: str) -> str:
+    if value not in ("cpu", "cuda"):
+        raise typer.BadParameter(f"'{value}' is not one of cpu, cuda")
+    return value
+
+
 def _known_plugin(value: str) -> str:
     if value not in ("quick", "cpp"):
         raise typer.BadParameter(f"'{value}' is not one of quick, cpp")
@@ -272,7 +278,20 @@ def convert(
     seq_len: SeqLen = None,
     no_cache: NoCache = False,
     tokenizer: Tokenizer = None,
-    opset: Annotated[int, typer.Option(help="ONNX operator set: 23 or 24.", rich_help_panel=_OUTPUT)] = 23,
+    opset: Annotated[
+        int | None,
+        typer.Option(
+            help="ONNX operator set: 23 or 24.", show_default="23; 24 for a static cache", rich_help_panel=_OUTPUT
+        ),
+    ] = None,
+    cache: Annotated[
+        str,
+        typer.Option(
+            help="What an ONNX file's caches are: dynamic ones grow with every token, and any program can run them; "
+            "static ones are memory of a size that the program gives them, written in place.",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = "dynamic",
     inline: Annotated[
         bool,
         typer.Option("--inline", help="Standard operators only, no LatentAttention nodes.", rich_help_panel=_OUTPUT),
@@ -327,6 +346,7 @@ def convert(
         seq_len=seq_len,
         seed=seed,
         opset=opset,
+        cache=cache,
         inline=inline,
         encoders=encoders,
     )
@@ -500,6 +520,15 @@ def run(
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Choose among the fewest tokens of this mass.")] = 1.0,
     seed: Seed = 0,
     tokenizer: Tokenizer = None,
+    max_length: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Tokens of a sequence at most, prompt and continuation.",
+            show_default="as many as are asked for",
+        ),
+    ] = None,
+    provider: Annotated[str, typer.Option(help="Where to run: cpu or cuda.", callback=_known_provider)] = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="Threads per operator.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -516,6 +545,8 @@ def run(
         Sampling(temperature, top_k, top_p, seed),
         tokenizer=tokenizer,
         threads=threads,
+        provider=provider,
+        max_length=max_length,
         on_text=display.stream_text if streamed else None,
     )
     if as_json:

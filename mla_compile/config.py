@@ -42,7 +42,9 @@ class CompileConfig(BaseModel):
         polish_steps: Steps of training the new matrices on calibration text to predict what the original does.
         seq_len: Window length for calibration and evaluation; the model's limit, at most 512, by default.
         seed: Seed of random ids to verify on; it does not choose text.
-        opset: ONNX operator set.
+        opset: ONNX operator set: 23, or 24 for a static cache, where nothing is given.
+        cache: What the ONNX file's caches are: ``dynamic`` ones grow by a row per token, as any caller of ONNX Runtime
+            can make them do; a ``static`` one is memory of the size that the caller gives it, written in place.
         inline: Emit standard operators only, without ``LatentAttention`` nodes.
         encoders: Convert bidirectional attention too, which has no cache: its projections become low-rank.
     """
@@ -67,8 +69,15 @@ class CompileConfig(BaseModel):
     seq_len: int | None = Field(default=None, ge=2)
     seed: int = Field(default=0, ge=0)
     opset: Literal[23, 24] = 23
+    cache: Literal["dynamic", "static"] = "dynamic"
     inline: bool = False
     encoders: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _opset_of_the_cache(cls, given: dict[str, Any]) -> dict[str, Any]:
+        opset = given.get("opset") or (24 if given.get("cache") == "static" else 23)
+        return {**given, "opset": opset}
 
     @property
     def chosen_method(self) -> str:
@@ -105,6 +114,12 @@ class CompileConfig(BaseModel):
                 "the layout deepseek has one rope key for all heads, as fisher and transmla make it, and mha2mla one "
                 "for every head"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _settings_of_the_file(self) -> CompileConfig:
+        if self.cache == "static" and self.opset < 24:
+            raise ValueError("a static cache needs opset 24, whose TensorScatter writes it")
         return self
 
     @model_validator(mode="after")

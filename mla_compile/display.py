@@ -426,6 +426,7 @@ def generation_row(result: Generation) -> dict[str, Any]:
         "new_tokens": list(result.new_tokens),
         "tokens_per_second": result.tokens_per_second,
         "cache_bytes_per_token": result.cache_bytes_per_token,
+        "cache_bytes": result.cache_bytes,
     }
 
 
@@ -439,6 +440,6 @@ def show_generation(result: Generation, streamed: bool) -> None:
     print("" if streamed else "\n\n".join(result.texts))  # noqa: T201
     Console(stderr=True).print(
         f"{sum(result.new_tokens)} tokens, {result.tokens_per_second:.0f} tokens/s, "
-        f"{result.cache_bytes_per_token} cache bytes per token",
+        f"{result.cache_bytes_per_token} cache bytes per token, {result.cache_bytes} in all",
         highlight=False,
     )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mla_compile.corpus import check_vocabulary, load_tokenizer
 from mla_compile.errors import UsageError
 from mla_compile.runtime.generate import Sampling
-from mla_compile.runtime.onnx_session import OnnxDecoder
+from mla_compile.runtime.onnx_session import PROVIDERS, OnnxDecoder
 
 if TYPE_CHECKING:
     from mla_compile.runtime.tensorrt.engine import TensorRTDecoder
@@ -28,12 +28,14 @@ class Generation:
         new_tokens: Tokens added to each.
         seconds: Wall-clock time, prompts included.
         cache_bytes_per_token: Bytes one token of one sequence takes in the cache.
+        cache_bytes: Bytes of the whole cache in the end, or of the memory that was allocated for it.
     """
 
     texts: tuple[str, ...]
     new_tokens: tuple[int, ...]
     seconds: float
     cache_bytes_per_token: int
+    cache_bytes: int
 
     @property
     def tokens_per_second(self) -> float:
@@ -49,6 +51,8 @@ def generate_text(
     *,
     tokenizer: str | None = None,
     threads: int | None = None,
+    provider: str = "cpu",
+    max_length: int | None = None,
     on_text: Callable[[str], None] | None = None,
 ) -> Generation:
     """Continue texts.
@@ -60,19 +64,23 @@ def generate_text(
         sampling: How tokens are chosen.
         tokenizer: Folder of the tokenizer, if it is not beside the file.
         threads: Threads per operator.
+        provider: Where to run: ``cpu`` or ``cuda``.
+        max_length: Tokens of a sequence at most, prompt and continuation; as many as are asked for by default.
         on_text: Called with the first prompt and then each new piece of it, never half a character.
 
     Raises:
         LoadError: The file or its tokenizer cannot be read.
-        UsageError: A prompt has no tokens.
+        UsageError: A prompt has no tokens, there would be more than ``max_length``, or the device is missing.
     """
-    decoder = _open(model, threads)
+    decoder = _open(model, threads, provider, max_length)
     words = load_tokenizer(tokenizer or str(model.absolute().parent))
     begin = [] if words.bos_token_id is None else [words.bos_token_id]
     ids = [begin + list(words(prompt, add_special_tokens=False)["input_ids"]) for prompt in prompts]
     if not all(ids):
         raise UsageError("A prompt is empty, and this tokenizer has no begin token.", "Give at least one word.")
     check_vocabulary(max(map(max, ids)), decoder.vocabulary, str(model))
+    longest = max(map(len, ids))
+    decoder.require_length(longest + max_new_tokens - 1)
     end = decoder.metadata.get("eos_token_id")
     stop = end if isinstance(end, list) else [] if end is None else [end]
     stream = None
@@ -83,12 +91,17 @@ def generate_text(
     new = decoder.generate(ids, max_new_tokens, sampling=sampling, stop=stop, on_tokens=stream)
     seconds = time.perf_counter() - start
     texts = [p + continuation(words, before, after) for p, before, after in zip(prompts, ids, new, strict=True)]
-    return Generation(tuple(texts), tuple(map(len, new)), seconds, decoder.cache_bytes_per_token)
+    grows = isinstance(decoder, OnnxDecoder) and not decoder.static
+    added = max(map(len, new)) if grows else max_new_tokens
+    held = decoder.cache_bytes(len(ids), longest + max(added - 1, 0))
+    return Generation(tuple(texts), tuple(map(len, new)), seconds, decoder.cache_bytes_per_token, held)
 
 
-def _open(model: Path, threads: int | None) -> OnnxDecoder | TensorRTDecoder:
+def _open(model: Path, threads: int | None, provider: str, max_length: int | None) -> OnnxDecoder | TensorRTDecoder:
     if model.suffix != ".plan":
-        return OnnxDecoder(model, threads=threads)
+        return OnnxDecoder(model, [PROVIDERS[provider]], threads, max_length)
+    if max_length is not None:
+        raise UsageError("An engine's longest sequence was settled when it was built.", "Leave --max-length out.")
     if threads is not None:
         raise UsageError("An engine runs on a GPU, which has no such threads.", "Leave --threads out.")
     from mla_compile.runtime.tensorrt.engine import TensorRTDecoder

@@ -52,8 +52,8 @@ class TorchDecoder:
     def __init__(self, model: LatentModel) -> None:
         self._model = model
 
-    def empty_cache(self, batch: int) -> tuple[Tensor, ...]:
-        """A cache of no tokens."""
+    def empty_cache(self, batch: int, tokens: int | None = None) -> tuple[Tensor, ...]:
+        """A cache of no tokens, which grows by itself."""
         return self._model.empty_cache(batch)
 
     def step(
@@ -152,7 +152,7 @@ def check_onnx(
     held = []
     for part in (ids[:, :1].numpy(), ids.numpy()):
         ones = np.ones_like(part)
-        _, cache = decoder.step(part, ones, ones.cumsum(1) - 1, decoder.empty_cache(len(ids)))
+        _, cache = decoder.step(part, ones, ones.cumsum(1) - 1, decoder.empty_cache(*part.shape))
         held.append(decoder.measured_bytes(cache))
     if decoder.cache_bytes_per_token != planned_bytes:
         raise VerificationError(
@@ -296,7 +296,7 @@ def _in_chunks(model: LatentModel, ids: Tensor) -> Tensor:
 
 
 def _onnx_in_chunks(decoder: OnnxDecoder, ids: Ids) -> np.ndarray:
-    cache, parts, done = decoder.empty_cache(len(ids)), [], 0
+    cache, parts, done = decoder.empty_cache(*ids.shape), [], 0
     for size in _chunks(ids.shape[1]):
         part = ids[:, done : done + size]
         positions = np.broadcast_to(np.arange(done, done + size), part.shape)

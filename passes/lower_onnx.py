@@ -17,6 +17,7 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import InlinePass
+from onnxscript.version_converter import convert_version
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
@@ -30,6 +31,7 @@ from mla_compile.program import AnyProgram
 from mla_compile.quiet import quiet_exporter
 from mla_compile.runtime import ops
 from mla_compile.runtime.module import cache_windows
+from mla_compile.runtime.onnx_cache import ROOM, WINDOW
 from mla_compile.runtime.onnx_function import CACHED, DOMAIN, LATENT, VERSION, Variant, attention_function
 from mla_compile.runtime.ops import kept_rows
 
@@ -52,7 +54,9 @@ METADATA_KEY = "mla_compile"
 CROSS_NAME = "cross.{}.latent"
 """Rows of one cross attention layer: an output of the encoder's file and an input of the decoder's."""
 _ENCODER_LENGTH = "encoder_sequence_length"
-_BATCH, _NEW, _PAST, _ENCODED = 2, 3, 5, 7
+_EXPORTED = 23
+"""The exporter fuses norms for this operator set only; a later one is made from its result."""
+_BATCH, _NEW, _PAST, _ENCODED, _ROOM = 2, 3, 5, 7, 11
 
 
 def export_rewritten(
@@ -62,6 +66,7 @@ def export_rewritten(
     *,
     cross: Sequence[int] = (),
     masked: bool = False,
+    static: bool = False,
 ) -> ExportedProgram:
     """Export the rewritten graph with dynamic batch, new length and past length.
 
@@ -71,6 +76,7 @@ def export_rewritten(
         dtype: Type of the caches.
         cross: Row length per cross attention layer of a decoder.
         masked: Whether the decoder reads a padding mask over them.
+        static: Whether the graph's caches have a size of their own.
 
     Returns:
         The exported program; symbols and guards are torch's own.
@@ -80,7 +86,7 @@ def export_rewritten(
         ids,
         torch.ones(_BATCH, _PAST + _NEW, dtype=torch.long),
         torch.arange(_PAST, _PAST + _NEW).expand(_BATCH, _NEW).contiguous(),
-        *(torch.zeros(_BATCH, _PAST, row, dtype=dtype) for row in rows),
+        *(torch.zeros(_BATCH, _ROOM if static else _PAST, row, dtype=dtype) for row in rows),
         *(torch.zeros(_BATCH, _ENCODED, row, dtype=dtype) for row in cross),
         *([torch.ones(_BATCH, _ENCODED, dtype=torch.long)] if masked else []),
     )
@@ -99,20 +105,35 @@ def lower_to_onnx(
     metadata: Mapping[str, object],
     cross: Sequence[int] = (),
     masked: bool = False,
+    static: bool = False,
 ) -> None:
     """Write the rewritten graph as an ONNX file.
+
+    A growing cache goes in as ``[batch, past, row]`` and comes out as ``[batch, past + new, row]``. A static one has
+    room for as many tokens as the caller likes, going in and coming out: bind one memory to both. Padding is told from
+    tokens by ``attention_mask [batch, past + new]`` either way, and how many tokens there are by its length.
 
     Args:
         module: The rewritten graph.
         rows: Cache row length per layer.
         path: File to write; weights above 1.5 GB go to ``<path>.data``.
-        opset: Standard operator set, 23 or later.
+        opset: Standard operator set, 23 or later; 24 or later for a static cache.
         inline: Replace every ``LatentAttention`` and ``CachedAttention`` node by its body.
         metadata: JSON-able facts stored in the model's metadata under ``mla_compile``.
         cross: Row length per cross attention layer of a decoder.
         masked: Whether the decoder reads a padding mask over them.
+        static: Whether caches are static.
+
+    Raises:
+        RefusedError: There is no ONNX form of an operator, or no static cache for a layer.
     """
-    exported = export_rewritten(_with_symbolic_nodes(module), rows, cross=cross, masked=masked)
+    windows = cache_windows(module)
+    if static and 1 in windows:
+        raise RefusedError(
+            f"Layer {windows.index(1)} sees one token only and caches nothing, which a static cache cannot be.",
+            "Use a dynamic cache.",
+        )
+    exported = export_rewritten(_with_symbolic_nodes(module, static), rows, cross=cross, masked=masked, static=static)
     layers = len(rows)
     batch, new, past, total = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
     crossed = [CROSS_NAME.format(i) for i in range(len(cross))]
@@ -124,9 +145,10 @@ def lower_to_onnx(
         model, {**{"input_ids": (batch, new), "position_ids": (batch, new)}, "attention_mask": (batch, total)}
     )
     # The rows of a layer with a window stop growing in number, and have a dimension of their own.
-    own = [f"_of_window_{w}" if w else "" for w in cache_windows(module)]
-    name_dimensions(model, {f"past_key_values.{i}.latent": (batch, f"{past}{w}") for i, w in enumerate(own)})
-    presents = {f"present.{i}.latent": (batch, f"{total}{w}") for i, w in enumerate(own)}
+    own = [f"{WINDOW}{w}" if w else "" for w in windows]
+    before, after = (ROOM, ROOM) if static else (past, total)
+    name_dimensions(model, {f"past_key_values.{i}.latent": (batch, f"{before}{w}") for i, w in enumerate(own)})
+    presents = {f"present.{i}.latent": (batch, f"{after}{w}") for i, w in enumerate(own)}
     name_dimensions(model, {"logits": (batch, new)} | presents)
     name_dimensions(model, dict.fromkeys([*crossed, ENCODER_MASK], (batch, _ENCODER_LENGTH)))
     _add_functions(model, opset)
@@ -244,13 +266,15 @@ def exported_to_onnx(exported: ExportedProgram, inputs: Sequence[str], outputs: 
             (),
             input_names=list(inputs),
             output_names=list(outputs),
-            opset_version=opset,
+            opset_version=_EXPORTED,
             custom_translation_table=dict(translations()),
             dynamo=True,
             verbose=False,
             optimize=True,
         )
-    return program.model  # type: ignore[union-attr]
+    model: ir.Model = program.model  # type: ignore[union-attr]
+    convert_version(model, opset)
+    return model
 
 
 def save(model: ir.Model, path: Path, metadata: Mapping[str, object]) -> None:
@@ -280,16 +304,15 @@ def _explained() -> Iterator[None]:
         ) from error
 
 
-def _with_symbolic_nodes(module: fx.GraphModule) -> fx.GraphModule:
+def _with_symbolic_nodes(module: fx.GraphModule, static: bool) -> fx.GraphModule:
     """Copy the graph with every call of our operators replaced by a symbolic ONNX node; weights are shared."""
     replaced = copy.copy(module)
     replaced.graph = copy.deepcopy(module.graph)
     fold_numbers(module, replaced.graph)
     for node in replaced.graph.nodes:
-        if node.target is torch.ops.mla.latent_attention.default:
-            node.target = _symbolic_latent_attention
-        elif node.target is torch.ops.mla.cached_attention.default:
-            node.target = _symbolic_cached_attention
+        symbolic = _SYMBOLIC.get(node.target)
+        if symbolic is not None:
+            node.target, node.kwargs = symbolic, {**node.kwargs, "static": static}
     replaced.recompile()
     return replaced
 
@@ -311,6 +334,8 @@ def _symbolic_latent_attention(
     value_scales: int = 0,
     causal: bool = True,
     scaled_rope: bool = False,
+    *,
+    static: bool,
 ) -> Sequence[Tensor]:
     groups, rope_dim, rank = cos.shape[2], 2 * cos.shape[3], key_up.shape[2]
     key_scales = row.shape[2] - rank - groups * rope_dim - value_scales
@@ -333,6 +358,7 @@ def _symbolic_latent_attention(
         window,
         softcap,
         value_up.shape[2],
+        static,
     )
 
 
@@ -347,6 +373,8 @@ def _symbolic_cached_attention(
     scale: float,
     window: int,
     softcap: float,
+    *,
+    static: bool,
 ) -> Sequence[Tensor]:
     return _symbolic_node(
         CACHED,
@@ -357,7 +385,14 @@ def _symbolic_cached_attention(
         window,
         softcap,
         row.shape[2] // kv_heads - query.shape[3],
+        static,
     )
+
+
+_SYMBOLIC = {
+    torch.ops.mla.latent_attention.default: _symbolic_latent_attention,
+    torch.ops.mla.cached_attention.default: _symbolic_cached_attention,
+}
 
 
 def _symbolic_node(
@@ -369,19 +404,21 @@ def _symbolic_node(
     window: int,
     softcap: float,
     v_dim: int,
+    static: bool,
 ) -> Sequence[Tensor]:
     """A node with the inputs and attributes of what it has: see :class:`Variant`."""
     query, row, past, *_ = inputs
     batch, new, heads, _ = query.shape
+    kept = past.shape[1] if static else kept_rows(past.shape[1] + row.shape[1], window)
     optional = {"has_sinks": sinks, "has_slopes": slopes}
-    flags = {name: 1 for name, value in optional.items() if value is not None}
+    flags = {name: 1 for name, value in optional.items() if value is not None} | ({"static": 1} if static else {})
     numbers = {name: value for name, value in (("softcap", softcap), ("window", window)) if value}
     return torch.onnx.ops.symbolic_multi_out(
         f"{DOMAIN}::{op_type}",
         (*inputs, *(value for value in optional.values() if value is not None)),
         {**attributes, **numbers, **flags},
         dtypes=(query.dtype, row.dtype),
-        shapes=((batch, new, heads, v_dim), (batch, kept_rows(past.shape[1] + row.shape[1], window), row.shape[2])),
+        shapes=((batch, new, heads, v_dim), (batch, kept, row.shape[2])),
         version=VERSION,
     )
 
@@ -400,6 +437,7 @@ def _add_functions(model: ir.Model, opset: int) -> None:
             value_scales="value_scales" in node.attributes,
             bidirectional="bidirectional" in node.attributes,
             scaled_rope="scaled_rope" in node.attributes,
+            static="static" in node.attributes,
         )
         function = ir.serde.deserialize_function(attention_function(node.op_type, opset, variant))
         node.op_type = function.name

@@ -64,9 +64,26 @@ class FixedCacheDecoder(ABC):
         """Bytes that one token of one sequence takes in the cache."""
         return sum(self.rows) * self._itemsize
 
+    def cache_bytes(self, batch: int, tokens: int) -> int:
+        """Bytes that the cache of a batch takes, however many tokens there will be."""
+        return batch * self.limits.room * self.cache_bytes_per_token
+
+    def require_length(self, tokens: int) -> None:
+        """Refuse sequences of which so many tokens would be cached.
+
+        Raises:
+            UsageError: There is no room for them.
+        """
+        if tokens > self.limits.room:
+            raise UsageError(
+                f"A sequence of {tokens} tokens does not fit into the caches of '{self._name}', which have room for "
+                f"{self.limits.room}.",
+                "Generate fewer tokens, or build it with a larger --max-length.",
+            )
+
     @abstractmethod
-    def empty_cache(self, batch: int) -> Any:  # noqa: ANN401 - each runtime has its own cache
-        """Memory for ``batch`` sequences, of zeros."""
+    def empty_cache(self, batch: int, tokens: int | None = None) -> Any:  # noqa: ANN401 - each runtime has its own cache
+        """Memory for ``batch`` sequences, of zeros; how many tokens there will be changes nothing."""
 
     @abstractmethod
     def run(self, ids: Ids, lengths: Ids, positions: Ids, cache: Any) -> NDArray[Any]:  # noqa: ANN401
@@ -105,12 +122,7 @@ class FixedCacheDecoder(ABC):
                 "Give fewer, or build it with a larger --max-batch.",
             )
         counts = real.cumsum(1)[:, -new:]
-        if counts.max() > limits.room:
-            raise UsageError(
-                f"A sequence of {counts.max()} tokens does not fit into the caches of '{self._name}', which have room "
-                f"for {limits.room}.",
-                "Generate fewer tokens, or build it with a larger --max-length.",
-            )
+        self.require_length(int(counts.max()))
         if ids.min() < 0 or ids.max() >= self.vocabulary:
             raise UsageError(f"'{self._name}' knows {self.vocabulary} token ids.", "Use its own tokenizer.")
         together = limits.new or new

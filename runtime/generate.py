@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from mla_compile.errors import UsageError
+
 __all__ = ["Decoder", "Sampling", "generate"]
 
 Ids = NDArray[np.int64]
@@ -17,8 +19,8 @@ Ids = NDArray[np.int64]
 class Decoder(Protocol):
     """A model with a cache, one step at a time."""
 
-    def empty_cache(self, batch: int) -> Any:  # noqa: ANN401 - each runtime has its own cache
-        """A cache of no tokens for ``batch`` sequences."""
+    def empty_cache(self, batch: int, tokens: int) -> Any:  # noqa: ANN401 - each runtime has its own cache
+        """A cache of no tokens for ``batch`` sequences, each of which will have so many at most."""
         ...
 
     def step(self, ids: Ids, attention_mask: Ids, position_ids: Ids, cache: Any) -> tuple[NDArray[Any], Any]:  # noqa: ANN401
@@ -52,6 +54,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     *,
+    attention_mask: Ids | None = None,
     sampling: Sampling | None = None,
     stop: Sequence[int] = (),
     until: Callable[[int, list[int]], bool] | None = None,
@@ -63,6 +66,8 @@ def generate(
         decoder: The model.
         prompts: Token ids per sequence, at least one each; shorter ones are padded on the left.
         max_new_tokens: Tokens to add per sequence, at most.
+        attention_mask: ``[batch, length]`` where prompts are an array that is padded already, on whichever side:
+            non-zero for real tokens.
         sampling: How tokens are chosen; greedily by default.
         stop: Token ids that end a sequence; they are not part of the result.
         until: Asked after every token of a sequence, with its place and its new tokens, whether it ends there.
@@ -72,10 +77,13 @@ def generate(
         New token ids per sequence.
 
     Raises:
-        ValueError: A prompt is empty.
+        UsageError: There is no prompt, or an empty one.
     """
-    if any(not len(p) for p in prompts):
-        raise ValueError("every prompt needs at least one token")
+    if attention_mask is not None:
+        pairs = zip(prompts, attention_mask, strict=True)
+        prompts = [[token for token, real in zip(*pair, strict=True) if real] for pair in pairs]
+    if not len(prompts) or any(not len(p) for p in prompts):
+        raise UsageError("There is no prompt, or one of them is empty.", "Every prompt needs at least one token.")
     sampling = sampling or Sampling()
     random = np.random.default_rng(sampling.seed)
     longest = max(map(len, prompts))
@@ -85,7 +93,7 @@ def generate(
         ids[row, longest - len(prompt) :] = prompt
         mask[row, longest - len(prompt) :] = 1
     positions = np.maximum(mask.cumsum(1) - 1, 0)
-    cache = decoder.empty_cache(len(prompts))
+    cache = decoder.empty_cache(len(prompts), longest + max(max_new_tokens - 1, 0))  # the last new token is not run
     results: list[list[int]] = [[] for _ in prompts]
     running = [True] * len(prompts)
     for _ in range(max_new_tokens):

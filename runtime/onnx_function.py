@@ -1,14 +1,20 @@
 """``LatentAttention`` and ``CachedAttention`` as ONNX functions: our nodes, with bodies of standard operators.
 
 A runtime that has a kernel for the node (a TensorRT plugin) uses the node; any other inlines the body. The body of
-``LatentAttention`` is the folded form: up-projections are folded into queries and outputs, and the cached rows
-themselves are attended to, so that the cache is read twice per step and never expanded.
+``LatentAttention`` has two forms, of which the number of queries chooses one. The folded form is for few of them, as in
+decoding: up-projections are folded into queries and outputs, and the cached rows themselves are attended to, so that
+the cache is read twice per step and never expanded. The unfolded form is for many, as in prefill: keys and values are
+made from the rows, which are longer than both, and attended to.
 
 Inputs, outputs and their shapes are those of :func:`mla_compile.runtime.ops.latent_attention` and
 :func:`~mla_compile.runtime.ops.cached_attention`. A node names only what it has: without sinks and slopes it has no
 inputs for them, without a soft-cap no attribute, and only attention that is not causal says so. Each such variant is a
 function with a name of its own, so that what is not used costs nothing. (Overloads of one name would say the same, but
 TensorRT's parser takes no notice of them: two nodes of equally many inputs get the same body, without a word.)
+
+A cache either grows (``present`` is ``past`` and the new rows) or is static: both have as many rows as the caller makes
+room for, and new rows are written where those of earlier tokens end. A runtime that is given one memory for both writes
+nothing else.
 """
 
 from __future__ import annotations
@@ -18,6 +24,9 @@ from dataclasses import dataclass, fields
 
 import onnx
 import onnx.parser
+
+from mla_compile.runtime.onnx_rows import rows_and_masks
+from mla_compile.runtime.onnx_unfolded import MANY_QUERIES, unfolded_attention
 
 __all__ = [
     "APPENDED_SCALES",
@@ -55,6 +64,8 @@ class Variant:
             (``LatentAttention`` only, without slopes); attribute ``bidirectional``, 1.
         scaled_rope: Key scales multiply the product of rope keys too (only beside ``key_scales``); attribute
             ``scaled_rope``, 1.
+        static: The cache has the size that the caller gives it, of which a layer with a window makes a ring
+            (not beside ``bidirectional``, and from operator set 24 on); attribute ``static``, 1.
     """
 
     key_scales: bool = False
@@ -65,6 +76,7 @@ class Variant:
     value_scales: bool = False
     bidirectional: bool = False
     scaled_rope: bool = False
+    static: bool = False
 
     def named(self, op_type: str) -> str:
         """Name of a function's variant: the function's own, and behind it the features that the variant has."""
@@ -88,12 +100,14 @@ _SIZES = """
   S = Shape <start = 1, end = 2> (query_BSHD)
   N = Shape <start = 1, end = 2> (row_BNR)
   P = Shape <start = 1, end = 2> (past_BPR)
-  T = Add (P, N)
+
+  # ---- the factor before softmax, on the few numbers of the queries
+  factor_like = CastLike (factor, query_BSHD)
+  scaled_BSHD = Mul (query_BSHD, factor_like)
 """
 
 _TURNED_QUERIES = """
   BN = Shape <start = 0, end = 2> (row_BNR)
-  SH = Mul (S, H)
   axis3 = Constant <value_ints = [3]> ()
   axis4 = Constant <value_ints = [4]> ()
   groups = Constant <value_int: int = @rope_groups> ()
@@ -106,18 +120,14 @@ _TURNED_QUERIES = """
   h = Div (H, n)
   rope_width = Mul (n, d)
   row_rest = Add (r, rope_width)
-  M = Mul (B, S)
   G = Shape <start = 0, end = 1> (key_up_GDr)
-  per_up = Div (H, G)
   GV = Shape <start = 0, end = 1> (value_up_GrV)
-  per_value = Div (H, GV)
   nope = Shape <start = 1, end = 2> (key_up_GDr)
-  M_per_up = Mul (M, per_up)
-  M_per_value = Mul (M, per_value)
+  v = Shape <start = 2, end = 3> (value_up_GrV)
 
   # ---- rotate queries, per group: [B, S, n, h, d]
-  plain_BSHD = Slice (query_BSHD, zero, nope, axis3)
-  turning_own_BSHd = Slice (query_BSHD, nope, end, axis3)
+  plain_BSHD = Slice (scaled_BSHD, zero, nope, axis3)
+  turning_own_BSHd = Slice (scaled_BSHD, nope, end, axis3)
   turning_BSHd = CastLike (turning_own_BSHd, cos_BSn)
   grouped_shape = Concat <axis = 0> (BS, n, h, d)
   turning_BSnhd = Reshape <allowzero = 1> (turning_BSHd, grouped_shape)
@@ -133,6 +143,36 @@ _TURNED_QUERIES = """
   q_new_imaginary = Add (q_ic, q_rs)
   turned_wide_BSnhd = Concat <axis = -1> (q_new_real, q_new_imaginary)
   turned_BSnhd = CastLike (turned_wide_BSnhd, query_BSHD)
+"""
+
+TURNED_KEYS = """
+  # ---- rotate the new rope keys
+  latent_BNr = Slice (row_BNR, zero, r, two)
+  key_own_BNR = Slice (row_BNR, r, row_rest, two)
+  key_BNR = CastLike (key_own_BNR, cos_BSn)
+  key_shape = Concat <axis = 0> (BN, n, d)
+  key_BNnd = Reshape <allowzero = 1> (key_BNR, key_shape)
+  k_real = Slice (key_BNnd, zero, half, axis3)
+  k_imaginary = Slice (key_BNnd, half, end, axis3)
+  k_rc = Mul (k_real, cos_BSn)
+  k_is = Mul (k_imaginary, sin_BSn)
+  k_ic = Mul (k_imaginary, cos_BSn)
+  k_rs = Mul (k_real, sin_BSn)
+  k_new_real = Sub (k_rc, k_is)
+  k_new_imaginary = Add (k_ic, k_rs)
+  key_turned_BNnd = Concat <axis = -1> (k_new_real, k_new_imaginary)
+  flat_shape = Concat <axis = 0> (BN, rope_width)
+  key_wide_BNR = Reshape <allowzero = 1> (key_turned_BNnd, flat_shape)
+  key_turned_BNR = CastLike (key_wide_BNR, row_BNR)
+"""
+
+_FOLDED_SIZES = """
+  SH = Mul (S, H)
+  M = Mul (B, S)
+  per_up = Div (H, G)
+  per_value = Div (H, GV)
+  M_per_up = Mul (M, per_up)
+  M_per_value = Mul (M, per_value)
 """
 
 PLACED_QUERIES = """
@@ -164,27 +204,6 @@ _FOLDED_QUERIES = """
   latent_query_BSHr = Reshape (folded_MGhr, latent_shape)
 """
 
-TURNED_KEYS = """
-  # ---- rotate the new rope keys
-  latent_BNr = Slice (row_BNR, zero, r, two)
-  key_own_BNR = Slice (row_BNR, r, row_rest, two)
-  key_BNR = CastLike (key_own_BNR, cos_BSn)
-  key_shape = Concat <axis = 0> (BN, n, d)
-  key_BNnd = Reshape <allowzero = 1> (key_BNR, key_shape)
-  k_real = Slice (key_BNnd, zero, half, axis3)
-  k_imaginary = Slice (key_BNnd, half, end, axis3)
-  k_rc = Mul (k_real, cos_BSn)
-  k_is = Mul (k_imaginary, sin_BSn)
-  k_ic = Mul (k_imaginary, cos_BSn)
-  k_rs = Mul (k_real, sin_BSn)
-  k_new_real = Sub (k_rc, k_is)
-  k_new_imaginary = Add (k_ic, k_rs)
-  key_turned_BNnd = Concat <axis = -1> (k_new_real, k_new_imaginary)
-  flat_shape = Concat <axis = 0> (BN, rope_width)
-  key_wide_BNR = Reshape <allowzero = 1> (key_turned_BNnd, flat_shape)
-  key_turned_BNR = CastLike (key_wide_BNR, row_BNR)
-"""
-
 _APPEND = """
   new_BNR = Concat <axis = -1> (latent_BNr, key_turned_BNR)
 """
@@ -206,76 +225,6 @@ _BOTH_SCALES = """
 APPENDED_SCALES = """
   scales_BNx = Slice (row_BNR, row_rest, end, two)
   new_BNR = Concat <axis = -1> (latent_BNr, key_turned_BNR, scales_BNx)
-"""
-
-# Without a window all rows are the new cache: the name of the output is the only one they have.
-_ROWS = """
-  present_BTR = Concat <axis = 1> (past_BPR, new_BNR)
-  own_mask_BT = Identity (attention_mask_BT)
-"""
-
-_ROWS_WINDOW = """
-  # ---- all rows, those of them that later tokens can see, and the mask over them
-  rows_BTR = Concat <axis = 1> (past_BPR, new_BNR)
-  reach = Constant <value_int: int = @window> ()
-  reach_1 = Reshape (reach, one)
-  seen_later = Sub (reach_1, one)
-  surplus = Sub (T, seen_later)
-  first_kept = Max (surplus, zero)
-  present_BTR = Slice (rows_BTR, first_kept, end, one)
-  minus_T = Neg (T)
-  own_mask_BT = Slice (attention_mask_BT, minus_T, end, one)
-"""
-
-_SEEN = """
-  # ---- which keys each query sees: real ones before it, and always itself
-  zero_scalar = Constant <value_int = 0> ()
-  one_scalar = Constant <value_int = 1> ()
-  T_scalar = Squeeze (T)
-  place_T = Range (zero_scalar, T_scalar, one_scalar)
-  own_S = Slice (place_T, P, end, zero)
-  own_S1 = Unsqueeze (own_S, one)
-  before_ST = LessOrEqual (place_T, own_S1)
-  itself_ST = Equal (place_T, own_S1)
-  mask_int = Cast <to = 7> (own_mask_BT)
-  real_BT = Greater (mask_int, zero_scalar)
-  real_B1T = Unsqueeze (real_BT, one)
-  real_before_BST = And (real_B1T, before_ST)
-"""
-
-_DISTANCES = """
-  # ---- distances count real tokens
-  real_int_BT = Cast <to = 7> (real_BT)
-  order_BT = CumSum (real_int_BT, one_scalar)
-  own_order_BS = Slice (order_BT, P, end, one)
-  own_order_BS1 = Unsqueeze (own_order_BS, two)
-  order_B1T = Unsqueeze (order_BT, one)
-  distance_BST = Sub (own_order_BS1, order_B1T)
-"""
-
-_ALLOWED = """
-  seen_BST = Or (real_before_BST, itself_ST)
-  seen_BS1T = Unsqueeze (seen_BST, two)
-"""
-
-_ALLOWED_WINDOW = """
-  within_BST = Less (distance_BST, reach)
-  allowed_BST = And (real_before_BST, within_BST)
-  seen_BST = Or (allowed_BST, itself_ST)
-  seen_BS1T = Unsqueeze (seen_BST, two)
-"""
-
-_SEEN_OPEN = """
-  # ---- which keys every query sees: the real ones, or all if none is real
-  zero_scalar = Constant <value_int = 0> ()
-  mask_int = Cast <to = 7> (own_mask_BT)
-  real_BT = Greater (mask_int, zero_scalar)
-  real_int_BT = Cast <to = 7> (real_BT)
-  any_B1 = ReduceMax <keepdims = 1> (real_int_BT, one)
-  none_B1 = Equal (any_B1, zero_scalar)
-  seen_BT = Or (real_BT, none_B1)
-  seen_axes = Constant <value_ints = [1, 2]> ()
-  seen_BS1T = Unsqueeze (seen_BT, seen_axes)
 """
 
 _LATENT_SCORES = """
@@ -378,7 +327,7 @@ _CACHED_SCORES = """
   key_BTnD = Reshape (key_BTR, key_shape)
   key_BnDT = Transpose <perm = [0, 2, 3, 1]> (key_BTnD)
   query_shape = Concat <axis = 0> (BS, n, h, D)
-  query_BSnhD = Reshape (query_BSHD, query_shape)
+  query_BSnhD = Reshape (scaled_BSHD, query_shape)
   query_BnShD = Transpose <perm = [0, 2, 1, 3, 4]> (query_BSnhD)
   query_merged = Concat <axis = 0> (B, n, Sh, D)
   query_BnMD = Reshape (query_BnShD, query_merged)
@@ -391,11 +340,6 @@ _CACHED_SCORES = """
 """
 
 # ---- from scores to weights: every part reads the logits of the part before it
-_SCALE = """
-  factor_like = CastLike (factor, query_BSHD)
-  scaled_BSHT = Mul (scores_BSHT, factor_like)
-"""
-
 _SOFTCAP = """
   bound = Constant <value_float: float = @softcap> ()
   bound_like = CastLike (bound, query_BSHD)
@@ -471,7 +415,6 @@ _LATENT_OUTPUT = """
   context_flat = Concat <axis = 0> (GV, M_per_value, r)
   context_GMr = Reshape (context_GMhr, context_flat)
   output_GMV = MatMul (context_GMr, value_up_GrV)
-  v = Shape <start = 2, end = 3> (value_up_GrV)
   output_shape = Concat <axis = 0> (GV, M, per_value, v)
   output_GMhV = Reshape (output_GMV, output_shape)
   output_MGhV = Transpose <perm = [1, 0, 2, 3]> (output_GMhV)
@@ -523,10 +466,13 @@ def attention_function(op_type: str, opset: int, variant: Variant = Variant()) -
         The function; its name is the variant's.
 
     Raises:
-        ValueError: The variant scales rope keys without key scales.
+        ValueError: The variant scales rope keys without key scales, or its cache is static where keys of another
+            sequence are seen or the operator that writes to one is missing.
     """
     if variant.scaled_rope and not variant.key_scales:
         raise ValueError("scaled_rope needs key_scales: there is nothing to scale rope keys by.")
+    if variant.static and (variant.bidirectional or opset < 24):
+        raise ValueError("A static cache needs causal attention and operator set 24.")
     # A flag for every optional input: which inputs a node has cannot be told from their number.
     attributes = {
         "key_scales": variant.key_scales,
@@ -537,6 +483,7 @@ def attention_function(op_type: str, opset: int, variant: Variant = Variant()) -
         "has_slopes": variant.slopes,
         "bidirectional": variant.bidirectional,
         "scaled_rope": variant.scaled_rope,
+        "static": variant.static,
     }
     inputs = {"sinks_H": variant.sinks, "slopes_H": variant.slopes}
     text = f"""
@@ -557,22 +504,57 @@ def _listing(always: str, sometimes: dict[str, bool]) -> str:
 
 def _latent_body(variant: Variant) -> str:
     keys, values = variant.key_scales, variant.value_scales
+    attention = _folded_attention(variant)
+    if _has_two_forms(variant):
+        unfolded = unfolded_attention(key_scales=keys, value_scales=values, scaled_rope=variant.scaled_rope)
+        attention = MANY_QUERIES + _branches(unfolded, attention)
     return _over_rows(
         variant,
         [
             _SIZES,
             _TURNED_QUERIES,
-            PLACED_QUERIES,
-            _FOLDED_QUERIES,
             TURNED_KEYS,
             scale_sizes(variant),
             APPENDED_SCALES if keys or values else _APPEND,
             *_masks(variant),
+            attention,
+        ],
+    )
+
+
+def _has_two_forms(variant: Variant) -> bool:
+    """Whether there is an unfolded form: for the features that are rare there is none.
+
+    Nor for a cache that grows within a window: TensorRT 1.7 for RTX, which reads such a file, builds neither of its two
+    parts, a branch and a cumulative sum, when it has both.
+    """
+    rare = variant.softcap or variant.sinks or variant.slopes or variant.bidirectional
+    return not rare and (variant.static or not variant.window)
+
+
+def _branches(unfolded: str, folded: str) -> str:
+    """One result of two forms, of which only one is computed."""
+    folded = folded.replace("output_BSHV", "folded_BSHV")
+    return f"""
+  output_BSHV = If (many) <
+    then_branch = unfolded () => (unfolded_BSHV) {{{unfolded}}},
+    else_branch = folded () => (folded_BSHV) {{{folded}}}
+  >
+"""
+
+
+def _folded_attention(variant: Variant) -> str:
+    """From queries, rows and ``seen_BS1T`` to ``output_BSHV``."""
+    return "".join(
+        [
+            _FOLDED_SIZES,
+            PLACED_QUERIES,
+            _FOLDED_QUERIES,
             latent_scores(variant),
             _weights(variant),
             latent_context(variant),
             _LATENT_OUTPUT,
-        ],
+        ]
     )
 
 
@@ -606,11 +588,8 @@ def _cached_body(variant: Variant) -> str:
 
 
 def _masks(variant: Variant) -> list[str]:
-    """From ``new_BNR`` to the rows to attend to, the new cache, and which of the rows each query sees."""
-    if variant.bidirectional:
-        return [_ROWS, _SEEN_OPEN]
-    rows, allowed = (_ROWS_WINDOW, _ALLOWED_WINDOW) if variant.window else (_ROWS, _ALLOWED)
-    return [rows, _SEEN, *([_DISTANCES] if variant.window or variant.slopes else []), allowed]
+    features = {name: getattr(variant, name) for name in ("static", "window", "slopes", "bidirectional")}
+    return rows_and_masks(**features)
 
 
 def _over_rows(variant: Variant, parts: list[str]) -> str:
@@ -619,7 +598,7 @@ def _over_rows(variant: Variant, parts: list[str]) -> str:
 
 def _weights(variant: Variant) -> str:
     """From ``scores_BSHT`` to ``weights_BSHT``."""
-    parts, logits = [_SCALE], "scaled_BSHT"
+    parts, logits = [], "scores_BSHT"
     for wanted, part, result in (
         (variant.softcap, _SOFTCAP, "capped_BSHT"),
         (variant.slopes, _SLOPES, "sloped_BSHT"),

@@ -1,4 +1,4 @@
-"""Run a converted model in ONNX Runtime: cache stays in runtime-owned memory between steps."""
+"""Run a converted model in ONNX Runtime: the cache stays where it is between steps."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ from numpy.typing import NDArray
 
 from mla_compile.errors import LoadError, UsageError
 from mla_compile.runtime.generate import Ids, Sampling, generate
+from mla_compile.runtime.onnx_cache import PAST, CacheLayer, GrowingCache, OnnxCache, StaticCache
 
-__all__ = ["OnnxCache", "OnnxDecoder", "open_session"]
+__all__ = ["PROVIDERS", "OnnxDecoder", "open_session"]
 
-_PAST, _PRESENT = "past_key_values.{}.latent", "present.{}.latent"
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+"""ONNX Runtime's names of the devices that users name."""
 _NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
-OnnxCache = tuple[Any, ...]
-"""One ``OrtValue`` ``[batch, tokens, row]`` per layer."""
+_DEFAULT_ROOM = 2048
+"""Tokens that a static cache has room for where nobody says how many there will be."""
 
 
 def open_session(path: str | Path, providers: Sequence[str] | None = None, threads: int | None = None) -> Any:  # noqa: ANN401 - onnxruntime has no types
@@ -31,7 +33,7 @@ def open_session(path: str | Path, providers: Sequence[str] | None = None, threa
 
     Raises:
         LoadError: The file is missing or damaged.
-        UsageError: ONNX Runtime is not installed.
+        UsageError: ONNX Runtime is not installed, or a provider is missing or does not start: no other takes its place.
     """
     try:
         import onnxruntime
@@ -39,15 +41,32 @@ def open_session(path: str | Path, providers: Sequence[str] | None = None, threa
         raise UsageError("ONNX Runtime is not installed.", "Run: pip install 'mla-compile[cpu]'.") from error
     if not Path(path).is_file():
         raise LoadError(f"There is no file '{path}'.", "Convert a model first: mla-compile MODEL --out FILE.onnx.")
+    wanted = list(providers or [PROVIDERS["cpu"]])
+    _require_providers(wanted, onnxruntime.get_available_providers(), "has no")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what fails is raised, and told once
     if threads is not None:
         options.intra_op_num_threads = threads
     try:
-        return onnxruntime.InferenceSession(str(path), options, list(providers or ["CPUExecutionProvider"]))
+        session = onnxruntime.InferenceSession(str(path), options, wanted)
     except Exception as error:
+        data = Path(f"{path}.data")
+        if "External data" in str(error) and not data.exists():
+            raise LoadError(
+                f"The weights of '{path}' are in '{data.name}', which is not beside it.", "Keep both files together."
+            ) from error
         reason = str(error).strip().splitlines()[0][:200]
         raise LoadError(f"ONNX Runtime cannot load '{path}' ({reason}).", "Convert the model again.") from error
+    _require_providers(wanted, session.get_providers(), "cannot start the")
+    return session
+
+
+def _require_providers(wanted: Sequence[str], found: Sequence[str], verb: str) -> None:
+    missing = next((name for name in wanted if name not in found), None)
+    if missing is not None:
+        install = "pip uninstall onnxruntime, then pip install 'mla-compile[gpu]'"
+        remedy = f"For CUDA run: {install}." if missing == PROVIDERS["cuda"] else f"There are: {', '.join(found)}."
+        raise UsageError(f"ONNX Runtime {verb} {missing} here.", remedy)
 
 
 class OnnxDecoder:
@@ -57,18 +76,26 @@ class OnnxDecoder:
         path: The ``.onnx`` file.
         providers: Execution providers in order of preference; the CPU by default.
         threads: Threads per operator; ONNX Runtime's choice by default.
+        max_length: Tokens of a sequence, prompt and continuation, at most; by default as many as are asked for.
 
     Attributes:
         metadata: What the compiler stored in the file.
         rows: Numbers one token adds to the cache, per layer.
+        static: Whether the cache is one allocation, written in place.
         vocabulary: How many token ids the model knows.
 
     Raises:
         LoadError: The file is missing, damaged, or was not made by this compiler.
-        UsageError: ONNX Runtime is not installed.
+        UsageError: ONNX Runtime is not installed, or has no such provider.
     """
 
-    def __init__(self, path: str | Path, providers: Sequence[str] | None = None, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        providers: Sequence[str] | None = None,
+        threads: int | None = None,
+        max_length: int | None = None,
+    ) -> None:
         self._session = open_session(path, providers, threads)
         import onnxruntime
 
@@ -85,15 +112,18 @@ class OnnxDecoder:
                 f"'{path}' is a file for TensorRT, whose caches are fixed memory.",
                 f"Build an engine of it where there is a GPU: mla-compile tensorrt {path} --out FILE.plan.",
             )
-        caches = [inputs[name] for i in range(len(inputs)) if (name := _PAST.format(i)) in inputs]
+        caches = [inputs[name] for i in range(len(inputs)) if (name := PAST.format(i)) in inputs]
         stored = self._session.get_modelmeta().custom_metadata_map.get("mla_compile")
         if not caches or stored is None:
             raise LoadError(f"'{path}' has no latent cache inputs.", "Give a file made by mla-compile.")
         self.metadata: Mapping[str, Any] = json.loads(stored)
-        self.rows = tuple(int(c.shape[-1]) for c in caches)
+        self._layers = tuple(map(CacheLayer.of, caches))
+        self.rows = tuple(layer.row for layer in self._layers)
+        self.static = any(layer.static for layer in self._layers)
         self._dtype = _NUMPY_TYPES[caches[0].type]
         self._inputs = frozenset(inputs)
-        self._windows = any("window" in str(c.shape[1]) for c in caches)
+        self._device = "cuda" if self._session.get_providers()[0] == PROVIDERS["cuda"] else "cpu"
+        self._max_length = max_length
         self.vocabulary = int(self._session.get_outputs()[0].shape[-1])
 
     @property
@@ -101,10 +131,42 @@ class OnnxDecoder:
         """Bytes one token of one sequence adds to the cache."""
         return sum(self.rows) * np.dtype(self._dtype).itemsize
 
-    def empty_cache(self, batch: int) -> OnnxCache:
-        """A cache of no tokens for ``batch`` sequences."""
-        empty = self._runtime.OrtValue.ortvalue_from_numpy
-        return tuple(empty(np.zeros((batch, 0, row), self._dtype)) for row in self.rows)
+    def cache_bytes(self, batch: int, tokens: int) -> int:
+        """Bytes that the cache of so many tokens of each sequence takes: fewer per token beyond a layer's window."""
+        numbers = sum(layer.row * layer.rows(tokens) for layer in self._layers)
+        return batch * numbers * np.dtype(self._dtype).itemsize
+
+    def require_length(self, tokens: int) -> None:
+        """Refuse sequences of which so many tokens would be cached.
+
+        Raises:
+            UsageError: These are more than ``max_length``.
+        """
+        if self._max_length is not None and tokens > self._max_length:
+            raise UsageError(
+                f"A prompt and its continuation take {tokens} tokens of cache, but the longest sequence allowed has "
+                f"{self._max_length}.",
+                "Raise --max-length, or ask for fewer tokens.",
+            )
+
+    def empty_cache(self, batch: int, tokens: int | None = None) -> OnnxCache:
+        """A cache of no tokens.
+
+        Args:
+            batch: Sequences.
+            tokens: How many there will be of each at most; ``max_length`` by default, else the model's limit or 2048,
+                whichever is less. A cache that grows goes on behind it.
+
+        Raises:
+            UsageError: These are more than ``max_length``, or more than there is memory for.
+        """
+        if tokens is not None:
+            self.require_length(tokens)
+        if not self.static:
+            return GrowingCache.empty(self._layers, batch, self._dtype, self._runtime, self._device)
+        limit = min(self.metadata.get("max_position_embeddings") or _DEFAULT_ROOM, _DEFAULT_ROOM)
+        room = tokens or self._max_length or limit
+        return StaticCache.empty(self._layers, batch, room, self._dtype, self._runtime, self._device)
 
     def step(
         self, ids: Ids, attention_mask: Ids, position_ids: Ids, cache: OnnxCache
@@ -118,57 +180,65 @@ class OnnxDecoder:
             cache: From :meth:`empty_cache` or the previous step.
 
         Returns:
-            Logits ``[batch, new, vocabulary]`` and the grown cache.
+            Logits ``[batch, new, vocabulary]`` and the cache with the new rows; a static one that went in is spent.
 
         Raises:
-            UsageError: The model cannot run these tokens, or earlier padding stands behind real tokens, where it takes
-                up room in a window's cache.
+            UsageError: The model cannot run these tokens, the cache has no room for them, or earlier padding stands
+                behind real tokens, where it takes up room in a window's cache.
         """
         earlier = attention_mask[:, : -ids.shape[1]] != 0
-        if self._windows and (earlier[:, :-1] & ~earlier[:, 1:]).any():
+        if any(layer.window for layer in self._layers) and (earlier[:, :-1] & ~earlier[:, 1:]).any():
             raise UsageError(
                 f"'{self._path}' has sliding windows, and padding stands behind earlier tokens.",
                 "Pad prompts on the left.",
             )
+        new, total = ids.shape[1], attention_mask.shape[1]
+        cache = cache.extended(total - new, new)
         binding = self._session.io_binding()
         given = {"input_ids": ids, "attention_mask": attention_mask, "position_ids": position_ids}
         for name, value in given.items():
             if name in self._inputs:
                 binding.bind_cpu_input(name, np.ascontiguousarray(value, dtype=np.int64))
         binding.bind_output("logits")
-        for layer, past in enumerate(cache):
-            binding.bind_ortvalue_input(_PAST.format(layer), past)
-            binding.bind_output(_PRESENT.format(layer))
+        cache.bind(binding)
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:
             reason = str(error).strip().splitlines()[0].rpartition("Status Message: ")[2][:200]
-            new, total = ids.shape[1], attention_mask.shape[1]
             raise UsageError(
                 f"'{self._path}' cannot run {new} tokens after {total - new} ({reason}).",
                 "Stay within the model's longest sequence and its vocabulary.",
             ) from error
-        logits, *present = binding.get_outputs()
-        return logits.numpy(), tuple(present)
+        logits, *presents = binding.get_outputs()
+        return logits.numpy(), cache.after(presents)
 
     def logits(self, ids: Ids) -> NDArray[Any]:
         """Logits ``[batch, length, vocabulary]`` of whole, unpadded sequences."""
         positions = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
-        return self.step(ids, np.ones_like(ids), positions, self.empty_cache(len(ids)))[0]
+        return self.step(ids, np.ones_like(ids), positions, self.empty_cache(*ids.shape))[0]
 
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
         max_new_tokens: int,
         *,
+        attention_mask: Ids | None = None,
         sampling: Sampling | None = None,
         stop: Sequence[int] = (),
         on_tokens: Callable[[list[int | None]], None] | None = None,
     ) -> list[list[int]]:
         """Continue prompts; see :func:`mla_compile.runtime.generate.generate`."""
-        return generate(self, prompts, max_new_tokens, sampling=sampling, stop=stop, on_tokens=on_tokens)
+        return generate(
+            self,
+            prompts,
+            max_new_tokens,
+            attention_mask=attention_mask,
+            sampling=sampling,
+            stop=stop,
+            on_tokens=on_tokens,
+        )
 
     @staticmethod
     def measured_bytes(cache: OnnxCache) -> int:
-        """Bytes a cache really holds, from its tensors."""
-        return sum(value.numpy().nbytes for value in cache)
+        """Bytes a cache really holds, from its memory; all of it, if it is static."""
+        return cache.nbytes

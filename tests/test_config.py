@@ -57,6 +57,7 @@ ALLOWED = [
     {"exact": True, "polish_steps": 0},
     {"seed": 0},
     {"inline": True},
+    *({"cache": kind} for kind in ("dynamic", "static")),
     {"uniform_rank": True},
     {"layout": "deepseek"},
     {"layout": "deepseek", "method": "transmla", "rope_dims": 8},
@@ -75,6 +76,8 @@ REFUSED = [
     ({"selection": "best"}, "selection='best'", "'auto', 'high', 'low', 'uniform' or '2-norm'"),
     ({"svd": "both"}, "svd='both'", "'joint' or 'split'"),
     ({"opset": 22}, "opset=22", "23 or 24"),
+    ({"cache": "ring"}, "cache='ring'", "'dynamic' or 'static'"),
+    ({"cache": "static", "opset": 23}, "static cache", "opset 24"),
     ({"cache_ratio": 0.0}, "cache_ratio=0.0", "greater than 0"),
     ({"cache_ratio": -0.5}, "cache_ratio=-0.5", "greater than 0"),
     ({"cache_ratio": 1.5}, "cache_ratio=1.5", "less than or equal to 1"),
@@ -102,6 +105,11 @@ REFUSED = [
     ({"exact": True, "uniform_rank": True}, "exact", "full rank of every layer"),
     ({"exact": True, "rope_dims": 4}, "rope_dims", "exact keeps every rotating channel"),
 ]
+
+
+@pytest.mark.parametrize(("cache", "opset"), [("dynamic", 23), ("static", 24)])
+def test_the_cache_settles_the_operator_set(cache, opset):
+    assert make_config(cache=cache).opset == make_config(cache=cache, opset=None).opset == opset
 
 
 @pytest.mark.parametrize(("settings", "subject", "problem"), REFUSED, ids=str)

@@ -325,13 +325,27 @@ PROMPTS = ("Once upon a time, there was a little girl", "Tom", "One day, a big d
 
 def test_run_continues_the_prompt(converted):
     found = run(converted(), "--prompt", PROMPTS[0], "--max-new-tokens", 12)
-    assert found.keys() == {"texts", "new_tokens", "tokens_per_second", "cache_bytes_per_token"}
+    assert found.keys() == {"texts", "new_tokens", "tokens_per_second", "cache_bytes_per_token", "cache_bytes"}
     assert found["texts"][0].startswith(PROMPTS[0])
     assert len(found["texts"][0]) > len(PROMPTS[0])
     assert 0 < found["new_tokens"][0] <= 12
     assert found["cache_bytes_per_token"] == 1024
     streamed = command("run", converted(), "--prompt", PROMPTS[0], "--max-new-tokens", 12)
     assert streamed == found["texts"][0] + "\n"
+
+
+def test_run_with_a_static_cache_says_the_same(exact, tokenizer, tmp_path):
+    """The memory is that of the longest prompt, with its begin token, and all new tokens but the last."""
+    command(TINY, "--out", tmp_path / "static.onnx", "--exact", "--cache", "static", "--quiet")
+    words = [w for p in PROMPTS for w in ("--prompt", p)] + ["--max-new-tokens", 140]
+    static, dynamic = (run(path, *words, "--max-length", 200) for path in (tmp_path / "static.onnx", exact))
+    assert static["texts"] == dynamic["texts"]
+    begin = tokenizer.bos_token_id is not None
+    longest = max(begin + len(tokenizer(p, add_special_tokens=False).input_ids) for p in PROMPTS)
+    assert static["cache_bytes"] == 3 * (longest + 139) * static["cache_bytes_per_token"]
+    assert dynamic["cache_bytes"] == 3 * (longest + max(dynamic["new_tokens"]) - 1) * dynamic["cache_bytes_per_token"]
+    said = json.loads({p.key: p.value for p in onnx.load(tmp_path / "static.onnx").metadata_props}["mla_compile"])
+    assert (said["config"]["cache"], said["config"]["opset"]) == ("static", 24)
 
 
 def test_a_batch_of_prompts_equals_each_alone(converted):

@@ -176,8 +176,8 @@ class TensorRTDecoder(FixedCacheDecoder):
             )
         return context
 
-    def empty_cache(self, batch: int) -> EngineCache:
-        """Memory for ``batch`` sequences, of zeros."""
+    def empty_cache(self, batch: int, tokens: int | None = None) -> EngineCache:
+        """See :meth:`FixedCacheDecoder.empty_cache`."""
         with torch.cuda.stream(self.stream):
             made = [torch.zeros(batch, *shape, dtype=self._cache_dtype, device=self.device) for shape in self._caches]
         return EngineCache(tuple(made))

@@ -45,7 +45,7 @@ class OnnxFixedDecoder(FixedCacheDecoder):
         rows = [int(shape[-1]) for shape in caches]
         super().__init__(str(path), Limits(int(caches[0][2])), rows, 4, vocabulary, json.loads(stored))
 
-    def empty_cache(self, batch: int) -> list[NDArray[Any]]:
+    def empty_cache(self, batch: int, tokens: int | None = None) -> list[NDArray[Any]]:
         """Memory for ``batch`` sequences, of zeros."""
         return [np.zeros((batch, 1, self.limits.room, row), np.float32) for row in self.rows]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from mla_compile.errors import UsageError
 from mla_compile.runtime.generate import Sampling, generate
 
 VOCABULARY = 7
@@ -18,8 +19,8 @@ class Scripted:
         self.logits = logits
         self.calls = []
 
-    def empty_cache(self, batch):
-        return ("empty", batch)
+    def empty_cache(self, batch, tokens):
+        return ("empty", batch, tokens)
 
     def step(self, ids, attention_mask, position_ids, cache):
         assert ids.dtype == attention_mask.dtype == position_ids.dtype == np.int64
@@ -55,7 +56,7 @@ def test_prompts_are_padded_on_the_left_and_counted_from_their_own_start():
     decoder = Scripted(successor)
     generate(decoder, [[1, 2, 3], [4]], 3)
     assert decoder.calls == [
-        ([[1, 2, 3], [0, 0, 4]], [[1, 1, 1], [0, 0, 1]], [[0, 1, 2], [0, 0, 0]], ("empty", 2)),
+        ([[1, 2, 3], [0, 0, 4]], [[1, 1, 1], [0, 0, 1]], [[0, 1, 2], [0, 0, 0]], ("empty", 2, 5)),
         ([[4], [5]], [[1, 1, 1, 1], [0, 0, 1, 1]], [[3], [1]], 1),
         ([[5], [6]], [[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]], [[4], [2]], 2),
     ]
@@ -84,9 +85,20 @@ def test_no_new_tokens():
     assert not decoder.calls
 
 
-@pytest.mark.parametrize("prompts", [[[]], [[1], []]])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_an_array_with_a_mask_is_the_prompts_within_it(side):
+    rows, real = np.array([[1, 2, 3], [4, 6, 6]]), np.array([[1, 1, 1], [1, 0, 0]])
+    if side == "left":
+        rows[1], real[1] = rows[1, ::-1], real[1, ::-1]
+    masked, plain = Scripted(successor), Scripted(successor)
+    found = generate(masked, rows, 3, attention_mask=real)
+    assert found == generate(plain, [[1, 2, 3], [4]], 3)
+    assert masked.calls == plain.calls
+
+
+@pytest.mark.parametrize("prompts", [[], [[]], [[1], []]])
 def test_empty_prompt_is_an_error(prompts):
-    with pytest.raises(ValueError, match="at least one token"):
+    with pytest.raises(UsageError, match="at least one token"):
         generate(Scripted(successor), prompts, 1)
 
 

@@ -125,6 +125,30 @@ def function_of(case, opset: int = 23) -> onnx.FunctionProto:
     return attention_function(LATENT if isinstance(case, Case) else CACHED, opset, variant_of(case))
 
 
+def forms_of(function: onnx.FunctionProto) -> list[onnx.FunctionProto]:
+    """The function with each of its branches as its only one."""
+    choice = next((i for i, node in enumerate(function.node) if node.op_type == "If"), None)
+    if choice is None:
+        return [function]
+    forms = []
+    for branch in function.node[choice].attribute:
+        form = onnx.FunctionProto()
+        form.CopyFrom(function)
+        result = helper.make_node("Identity", [branch.g.output[0].name], list(function.node[choice].output))
+        del form.node[:]
+        form.node.extend([*function.node[:choice], *branch.g.node, result, *function.node[choice + 1 :]])
+        forms.append(form)
+    return forms
+
+
+def every_node(nodes):
+    """Nodes and those of their branches."""
+    for node in nodes:
+        yield node
+        for attribute in node.attribute:
+            yield from every_node(attribute.g.node)
+
+
 def input_names(case) -> list[str]:
     """In the order of the operator's arguments."""
     first = ["query", "row", "past", "attention_mask"]
@@ -162,10 +186,10 @@ def make_model(nodes, functions, inputs, outputs, opset: int = 23) -> onnx.Model
     return model
 
 
-def one_node_model(case, opset: int = 23, inline: bool = False) -> onnx.ModelProto:
-    """A model that is nothing but the node and its function."""
+def one_node_model(case, opset: int = 23, inline: bool = False, function=None) -> onnx.ModelProto:
+    """A model that is nothing but the node and its function, or a form of it."""
     node = make_node(case, input_names(case), ["output", "present"])
-    function = function_of(case, opset)
+    function = function or function_of(case, opset)
     outputs = dict(zip(node.output, result_dimensions(case), strict=True))
     model = make_model([node], [function], dimensions(case), outputs, opset)
     return onnx.inliner.inline_local_functions(model) if inline else model
@@ -179,11 +203,13 @@ def run(model: onnx.ModelProto, x) -> list[torch.Tensor]:
 
 
 def check(case, opset: int = 23, inline: bool = False) -> None:
+    """Either form, whichever the number of queries would choose."""
     x = case.tensors(torch.float32)
-    got, cache = run(one_node_model(case, opset, inline), x)
     expected, expected_cache = case.expected(x)
-    torch.testing.assert_close(got.double(), expected, **CLOSE)
-    torch.testing.assert_close(cache.double(), expected_cache, **CLOSE)
+    for form in forms_of(function_of(case, opset)):
+        got, cache = run(one_node_model(case, opset, inline, form), x)
+        torch.testing.assert_close(got.double(), expected, **CLOSE)
+        torch.testing.assert_close(cache.double(), expected_cache, **CLOSE)
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -251,11 +277,30 @@ def test_a_variant_has_no_more_than_it_needs(op_type, variant):
     numbers = [name for name in ("key_scales", "value_scales", "softcap", "window") if getattr(variant, name)]
     flags = [*(f"has_{name}" for name in inputs), *(["scaled_rope"] if variant.scaled_rope else [])]
     assert [*function.attribute] == [*plain.attribute, *numbers, *flags]
-    assert len(function.node) > len(plain.node) or variant == Variant()
-    # Every operation leads to a result: nothing of another variant is left.
-    used = {name for node in function.node for name in node.input} | {*function.output}
-    unused = {node.output[0] for node in function.node} - used
-    assert not unused
+    assert_all_is_used(function)
+
+
+def assert_all_is_used(function: onnx.FunctionProto) -> None:
+    """Every operation of either form leads to a result: nothing of another variant is left."""
+    nodes = list(every_node(function.node))
+    used = {name for node in nodes for name in node.input} | {*function.output}
+    branches = {a.g.output[0].name for node in nodes for a in node.attribute if a.g.output}
+    assert not {node.output[0] for node in nodes} - used - branches
+
+
+# A row of 28 numbers, keys of 7 and values of 3: (2 * 28 - 10) * 4 heads are saved per query, and 20 * 12 cost once.
+@pytest.mark.parametrize(("new", "branch"), [(1, "else_branch"), (2, "then_branch"), (5, "then_branch")])
+def test_the_number_of_queries_chooses_the_form(new, branch):
+    """Oracle: the form of which nothing but zeros is left gives zeros."""
+    case = Case(rank=20, new=new, past=4)
+    emptied = onnx.FunctionProto()
+    emptied.CopyFrom(function_of(case))
+    (choice,) = (node for node in emptied.node if node.op_type == "If")
+    (graph,) = (a.g for a in choice.attribute if a.name == branch)
+    graph.node[-1].output[0] = "full"
+    graph.node.append(helper.make_node("Sub", ["full", "full"], [graph.output[0].name]))
+    output, _ = run(one_node_model(case, function=emptied), case.tensors(torch.float32))
+    assert not output.any()
 
 
 def test_there_is_no_scaling_without_scales():

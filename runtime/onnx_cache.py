@@ -1,0 +1,235 @@
+"""Where the cache of an ONNX file lives between steps: in tensors that grow, or in memory that is written in place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mla_compile.errors import UsageError
+
+__all__ = ["PAST", "PRESENT", "ROOM", "WINDOW", "CacheLayer", "GrowingCache", "OnnxCache", "StaticCache"]
+
+PAST, PRESENT = "past_key_values.{}.latent", "present.{}.latent"
+"""A layer's cache as input and output of a file."""
+ROOM = "cache_length"
+"""The dimension of a static cache by which a file is known to have one."""
+WINDOW = "_of_window_"
+"""What stands between a dimension's name and the window of its layer, if that has one."""
+_BLOCK = 128
+"""Rows by which the part of a static cache that is shown to the model grows: it attends to all it is shown."""
+
+
+@dataclass(frozen=True)
+class CacheLayer:
+    """One layer's cache, as a file declares it.
+
+    Attributes:
+        row: Numbers a token adds.
+        window: Tokens its queries see, 0 for all.
+        static: Whether it has a size of its own.
+    """
+
+    row: int
+    window: int
+    static: bool
+
+    @classmethod
+    def of(cls, value: Any) -> CacheLayer:  # noqa: ANN401 - onnxruntime has no types
+        """Read from a session's input ``[batch, tokens, row]``."""
+        _, tokens, row = value.shape
+        kind, _, window = str(tokens).partition(WINDOW)
+        return cls(int(row), int(window or 0), kind == ROOM)
+
+    def rows(self, tokens: int) -> int:
+        """Rows kept of so many tokens: no more than later ones can see, of which a static cache makes a ring."""
+        return min(tokens, self.window - 1) if self.window else tokens
+
+
+class OnnxCache(Protocol):
+    """A cache between two steps."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it holds, from its memory."""
+        ...
+
+    def extended(self, past: int, new: int) -> OnnxCache:
+        """The same before a step of so many new tokens after so many earlier ones.
+
+        Raises:
+            UsageError: There is no room for them, or the cache is not of so many tokens.
+        """
+        ...
+
+    def bind(self, binding: Any) -> None:  # noqa: ANN401
+        """Make it the input and output of a step, as the last outputs."""
+        ...
+
+    def after(self, presents: Sequence[Any]) -> OnnxCache:
+        """The cache after the step, whose outputs these are."""
+        ...
+
+
+@dataclass(frozen=True)
+class GrowingCache:
+    """A cache that is made anew by every step.
+
+    Attributes:
+        values: One ``OrtValue`` ``[batch, tokens, row]`` per layer.
+        device: Where they are.
+    """
+
+    values: tuple[Any, ...]
+    device: str
+
+    @classmethod
+    def empty(cls, layers: Sequence[CacheLayer], batch: int, dtype: type, runtime: Any, device: str) -> GrowingCache:  # noqa: ANN401
+        """Of no tokens."""
+        empty = runtime.OrtValue.ortvalue_from_numpy
+        return cls(tuple(empty(np.zeros((batch, 0, layer.row), dtype), device, 0) for layer in layers), device)
+
+    @property
+    def nbytes(self) -> int:
+        """See :class:`OnnxCache`."""
+        return sum(value.numpy().nbytes for value in self.values)
+
+    def extended(self, past: int, new: int) -> GrowingCache:
+        """See :class:`OnnxCache`; ONNX Runtime itself compares the sizes."""
+        return self
+
+    def bind(self, binding: Any) -> None:  # noqa: ANN401
+        """See :class:`OnnxCache`."""
+        for layer, value in enumerate(self.values):
+            binding.bind_ortvalue_input(PAST.format(layer), value)
+            binding.bind_output(PRESENT.format(layer), self.device)
+
+    def after(self, presents: Sequence[Any]) -> GrowingCache:
+        """See :class:`OnnxCache`."""
+        return replace(self, values=tuple(presents))
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """One layer's memory.
+
+    Attributes:
+        owner: What keeps it alive.
+        pointer: Where it begins.
+        numbers: The same as an array of one dimension; None where the processor cannot reach it.
+    """
+
+    owner: Any
+    pointer: int
+    numbers: NDArray[Any] | None
+
+
+@dataclass(frozen=True)
+class StaticCache:
+    """A cache that is written in place: one allocation per layer, which is the input and the output of every step.
+
+    A step spends the cache it is given: what was written is seen through both, and only the new one knows of it.
+
+    Of the memory the model is shown the rows of every sequence up to the next multiple of 128, since it attends to all
+    it is shown. When they are more, those of the later sequences of a batch move up; a device of its own, where that
+    would take a kernel, is shown everything from the beginning.
+
+    Attributes:
+        layers: What the file says of them.
+        memory: Theirs.
+        batch: Sequences.
+        capacity: Tokens of each that there is room for.
+        dtype: Type of the numbers.
+        device: Where the memory is.
+        tokens: Tokens of each so far.
+        shown: Tokens of each that the model is shown the room of.
+    """
+
+    layers: tuple[CacheLayer, ...]
+    memory: tuple[_Memory, ...]
+    batch: int
+    capacity: int
+    dtype: type
+    device: str
+    tokens: int
+    shown: int
+
+    @classmethod
+    def empty(
+        cls,
+        layers: Sequence[CacheLayer],
+        batch: int,
+        capacity: int,
+        dtype: type,
+        runtime: Any,  # noqa: ANN401
+        device: str,
+    ) -> StaticCache:
+        """Of no tokens, filled with zeros: what is hidden from a query is multiplied with zero, and must be a number.
+
+        Raises:
+            UsageError: There is not as much memory.
+        """
+
+        def allocate(layer: CacheLayer) -> _Memory:
+            numbers: NDArray[Any] = np.zeros(batch * layer.rows(capacity) * layer.row, dtype)
+            if device == "cpu":
+                return _Memory(numbers, numbers.ctypes.data, numbers)
+            value = runtime.OrtValue.ortvalue_from_numpy(numbers, device, 0)
+            return _Memory(value, value.data_ptr(), None)
+
+        try:
+            memory = tuple(map(allocate, layers))
+        except (MemoryError, RuntimeError) as error:
+            raise UsageError(
+                f"There is no memory for the cache of {batch} sequences of {capacity} tokens.",
+                "Give a smaller --max-length or fewer prompts.",
+            ) from error
+        shown = 0 if device == "cpu" else capacity
+        return cls(tuple(layers), memory, batch, capacity, dtype, device, 0, shown)
+
+    @property
+    def nbytes(self) -> int:
+        """See :class:`OnnxCache`: all the memory, used or not."""
+        rows = sum(layer.rows(self.capacity) * layer.row for layer in self.layers)
+        return self.batch * rows * np.dtype(self.dtype).itemsize
+
+    def extended(self, past: int, new: int) -> StaticCache:
+        """See :class:`OnnxCache`."""
+        total = past + new
+        if past != self.tokens:
+            raise UsageError(
+                f"The mask is of {past} earlier tokens, but the cache of {self.tokens}.",
+                "Give a mask over all tokens so far, and the cache that the last step returned.",
+            )
+        if total > self.capacity:
+            raise UsageError(
+                f"The cache has room for {self.capacity} tokens, and these are {total}.", "Raise --max-length."
+            )
+        shown = max(self.shown, min(self.capacity, -(-total // _BLOCK) * _BLOCK))
+        for layer, memory in zip(self.layers, self.memory, strict=True):
+            if memory.numbers is not None:
+                _spread(memory.numbers, layer, self.batch, (layer.rows(self.shown), layer.rows(shown)))
+        return replace(self, tokens=total, shown=shown)
+
+    def bind(self, binding: Any) -> None:  # noqa: ANN401
+        """See :class:`OnnxCache`."""
+        for index, (layer, memory) in enumerate(zip(self.layers, self.memory, strict=True)):
+            shape = (self.batch, layer.rows(self.shown), layer.row)
+            for bind, name in ((binding.bind_input, PAST), (binding.bind_output, PRESENT)):
+                bind(name.format(index), self.device, 0, self.dtype, shape, memory.pointer)
+
+    def after(self, presents: Sequence[Any]) -> StaticCache:
+        """See :class:`OnnxCache`: the outputs are its own memory."""
+        return self
+
+
+def _spread(numbers: NDArray[Any], layer: CacheLayer, batch: int, rows: tuple[int, int]) -> None:
+    """Move the rows of every sequence to where they lie when each has room for more, from the last on."""
+    before, after = (count * layer.row for count in rows)
+    if before == after:
+        return
+    for place in range(batch - 1, 0, -1):
+        numbers[place * after : place * after + before] = numbers[place * before : (place + 1) * before]

@@ -1,0 +1,161 @@
+"""Parts of ``LatentAttention`` and ``CachedAttention``: the rows attended to, the new cache, and what each query sees.
+
+Text of ONNX operators over the names of :mod:`mla_compile.runtime.onnx_function`, which says what its suffixes are.
+"""
+
+from __future__ import annotations
+
+__all__ = ["rows_and_masks"]
+
+_SCALARS = """
+  zero_scalar = Constant <value_int = 0> ()
+  one_scalar = Constant <value_int = 1> ()
+"""
+
+# Every one says what the rows to attend to are, how many, and which mask is theirs. Without a window all rows are the
+# new cache: the name of the output is the only one they have.
+_ROWS = """
+  T = Add (P, N)
+  present_BTR = Concat <axis = 1> (past_BPR, new_BNR)
+  own_mask_BT = Identity (attention_mask_BT)
+"""
+
+_ROWS_WINDOW = """
+  # ---- all rows, those of them that later tokens can see, and the mask over them
+  T = Add (P, N)
+  rows_BTR = Concat <axis = 1> (past_BPR, new_BNR)
+  reach_1 = Reshape (reach, one)
+  seen_later = Sub (reach_1, one)
+  surplus = Sub (T, seen_later)
+  first_kept = Max (surplus, zero)
+  present_BTR = Slice (rows_BTR, first_kept, end, one)
+  minus_T = Neg (T)
+  own_mask_BT = Slice (attention_mask_BT, minus_T, end, one)
+"""
+
+_ROWS_STATIC = """
+  # ---- write the new rows behind those of all earlier tokens; nothing is real behind them
+  T = Identity (P)
+  total = Shape <start = 1, end = 2> (attention_mask_BT)
+  earlier = Sub (total, N)
+  earlier_B = Expand (earlier, B)
+  present_BTR = TensorScatter <axis = 1> (past_BPR, new_BNR, earlier_B)
+  room_left = Sub (P, total)
+  pads = Concat <axis = 0> (zero, zero, zero, room_left)
+  own_mask_BT = Pad (attention_mask_BT, pads)
+"""
+
+# What is written is read from the rows to attend to: it must not be written before they are.
+_ROWS_RING = """
+  # ---- the ring's rows and the new ones, and the ring with as many of these as it has room for
+  T = Add (P, N)
+  rows_BTR = Concat <axis = 1> (past_BPR, new_BNR)
+  written = Min (P, N)
+  first_written = Sub (T, written)
+  written_BNR = Slice (rows_BTR, first_written, end, one)
+  total = Shape <start = 1, end = 2> (attention_mask_BT)
+  before_written = Sub (total, written)
+  slot = Mod (before_written, P)
+  slot_B = Expand (slot, B)
+  present_BTR = TensorScatter <axis = 1, mode = "circular"> (past_BPR, written_BNR, slot_B)
+
+  # ---- the mask over them: slots are filled in order and then over again, the last token's behind the one before it
+  P_scalar = Squeeze (P)
+  N_scalar = Squeeze (N)
+  earlier = Sub (total, N)
+  last_earlier = Sub (earlier, one)
+  slot_P = Range (zero_scalar, P_scalar, one_scalar)
+  behind_P = Sub (last_earlier, slot_P)
+  ago_P = Mod (behind_P, P)
+  token_P = Sub (last_earlier, ago_P)
+  count_N = Range (zero_scalar, N_scalar, one_scalar)
+  token_N = Add (count_N, earlier)
+  token_T = Concat <axis = 0> (token_P, token_N)
+  filled_T = GreaterOrEqual (token_T, zero_scalar)
+  column_T = Max (token_T, zero)
+  any_mask_BT = Gather <axis = 1> (attention_mask_BT, column_T)
+  empty_mask = CastLike (zero_scalar, attention_mask_BT)
+  own_mask_BT = Where (filled_T, any_mask_BT, empty_mask)
+"""
+
+_REACH = """
+  reach = Constant <value_int: int = @window> ()
+"""
+
+_SEEN = """
+  # ---- which keys each query sees: real ones before it, and always itself
+  T_scalar = Squeeze (T)
+  place_T = Range (zero_scalar, T_scalar, one_scalar)
+  own_S = Slice (place_T, OWN, zero)
+  own_S1 = Unsqueeze (own_S, one)
+  before_ST = LessOrEqual (place_T, own_S1)
+  itself_ST = Equal (place_T, own_S1)
+  mask_int = Cast <to = 7> (own_mask_BT)
+  real_BT = Greater (mask_int, zero_scalar)
+  real_B1T = Unsqueeze (real_BT, one)
+  real_before_BST = And (real_B1T, before_ST)
+"""
+
+_ORDER = """
+  # ---- distances count real tokens
+  real_int_BT = Cast <to = 7> (real_BT)
+  order_BT = CumSum (real_int_BT, one_scalar)
+"""
+
+_ORDER_RING = """
+  # ---- distances count real tokens, in the order in which they came
+  all_mask_int = Cast <to = 7> (attention_mask_BT)
+  all_real = Greater (all_mask_int, zero_scalar)
+  all_real_int = Cast <to = 7> (all_real)
+  all_order = CumSum (all_real_int, one_scalar)
+  order_BT = Gather <axis = 1> (all_order, column_T)
+"""
+
+_DISTANCES = """
+  own_order_BS = Slice (order_BT, OWN, one)
+  own_order_BS1 = Unsqueeze (own_order_BS, two)
+  order_B1T = Unsqueeze (order_BT, one)
+  distance_BST = Sub (own_order_BS1, order_B1T)
+"""
+
+_ALLOWED = """
+  seen_BST = Or (real_before_BST, itself_ST)
+  seen_BS1T = Unsqueeze (seen_BST, two)
+"""
+
+_ALLOWED_WINDOW = """
+  within_BST = Less (distance_BST, reach)
+  allowed_BST = And (real_before_BST, within_BST)
+  seen_BST = Or (allowed_BST, itself_ST)
+  seen_BS1T = Unsqueeze (seen_BST, two)
+"""
+
+_SEEN_OPEN = """
+  # ---- which keys every query sees: the real ones, or all if none is real
+  zero_scalar = Constant <value_int = 0> ()
+  mask_int = Cast <to = 7> (own_mask_BT)
+  real_BT = Greater (mask_int, zero_scalar)
+  real_int_BT = Cast <to = 7> (real_BT)
+  any_B1 = ReduceMax <keepdims = 1> (real_int_BT, one)
+  none_B1 = Equal (any_B1, zero_scalar)
+  seen_BT = Or (real_BT, none_B1)
+  seen_axes = Constant <value_ints = [1, 2]> ()
+  seen_BS1T = Unsqueeze (seen_BT, seen_axes)
+"""
+
+
+def rows_and_masks(*, static: bool, window: bool, slopes: bool, bidirectional: bool) -> list[str]:
+    """From ``new_BNR`` to the rows to attend to, the new cache, and which of the rows each query sees.
+
+    Arguments are the features of :class:`~mla_compile.runtime.onnx_function.Variant`. ``ROWS`` is what the caller calls
+    the rows to attend to.
+    """
+    if bidirectional:
+        return [_ROWS, _SEEN_OPEN]
+    seen = _SEEN.replace("OWN", "earlier, total" if static and not window else "P, T")
+    distances = _DISTANCES.replace("OWN", "earlier, total" if static and not window else "P, T")
+    if window:
+        own = [_ROWS_RING, seen, _ORDER_RING] if static else [_ROWS_WINDOW, seen, _ORDER]
+        return [_SCALARS, _REACH, *own, distances, _ALLOWED_WINDOW]
+    counted = [_ORDER, distances] if slopes else []
+    return [_SCALARS, _ROWS_STATIC if static else _ROWS, seen, *counted, _ALLOWED]
