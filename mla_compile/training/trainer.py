@@ -166,7 +166,7 @@ class _Run:
         matching = recipe.match_steps > 0 or ATTENTION in recipe.weights
         if _is_sharded(accelerator) and (matching or has_constants(model)):
             raise RefusedError(
-                "Sharded weights can neither match attention outputs, nor be held constant, as an entry of this latent is.",
+                "Sharded weights can neither match attention outputs nor hold an entry of a latent constant.",
                 "Train without FSDP and DeepSpeed.",
             )
         own_copies(model, trained_names(model, recipe.train))
