@@ -602,14 +602,6 @@ def fine_tune(
             rich_help_panel=_TOWARDS,
         ),
     ] = "attention",
-    lora_rank: Annotated[
-        int,
-        typer.Option(
-            min=0,
-            help="Train low-rank adapters of this rank (peft) instead of matrices; 0 for none.",
-            rich_help_panel=_TOWARDS,
-        ),
-    ] = 0,
     tokens: TrainTokens = None,
     batch: Annotated[int, typer.Option(min=1, help="Windows per step, of all processes.", rich_help_panel=_PACE)] = 16,
     accumulate: Annotated[int, typer.Option(min=1, help="Pieces a step is computed in.", rich_help_panel=_PACE)] = 1,
@@ -660,7 +652,6 @@ def fine_tune(
         objective=objective,
         match_steps=match_steps,
         train=train,
-        lora_rank=lora_rank,
         tokens=tokens,
         batch=batch,
         accumulate=accumulate,

@@ -144,12 +144,14 @@ class TrainingPoint:
         tokens: Tokens trained on.
         loss: Mean training loss since the point before; None at step 0.
         held_out: Loss of the next token on text kept out of training.
+        objective: What is trained towards, on the same text; the same where that is the next token.
     """
 
     step: int
     tokens: int
     loss: float | None
     held_out: float
+    objective: float
 
 
 @dataclass(frozen=True, slots=True)

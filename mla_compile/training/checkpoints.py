@@ -37,8 +37,8 @@ class State:
 
     @property
     def best(self) -> TrainingPoint:
-        """Where the held-out loss was least."""
-        return min(self.curve, key=lambda point: point.held_out)
+        """Where what is trained towards was closest, on held-out text."""
+        return min(self.curve, key=lambda point: point.objective)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,6 @@ class Recipe(BaseModel):
             last layer, and no layer sees another's error.
         train: What is trained: the ``latent`` matrices, the ``attention`` (with its output projections, and all norms),
             or ``all`` weights.
-        lora_rank: Rank of low-rank adapters that are trained instead of matrices ``[outputs, inputs]``; 0 for none.
         tokens: Tokens to train on; the text once by default. Text that is shorter comes again in another order.
         batch: Windows per step, of all processes together.
         accumulate: Pieces that the windows of a step are computed in.
@@ -40,7 +39,7 @@ class Recipe(BaseModel):
         patience: Evaluations without improvement after which training ends; 0 for never.
         keep: How many checkpoints are kept, besides the best.
         eval_windows: Windows kept out of training to measure on, at most; a tenth of the text if that is less.
-        seed: Seed of the order of windows, and of adapters.
+        seed: Seed of the order of windows.
         mixed_precision: ``bf16`` computes products in bfloat16; weights stay float32.
         recompute: Keep activations of one layer at a time, and compute the others again on the way back.
         tracker: Where accelerate sends the curve, or ``none``.
@@ -52,7 +51,6 @@ class Recipe(BaseModel):
     objective: str = "auto"
     match_steps: int = Field(default=0, ge=0)
     train: Literal["latent", "attention", "all"] = "attention"
-    lora_rank: int = Field(default=0, ge=0)
     tokens: int | None = Field(default=None, ge=1)
     batch: int = Field(default=16, ge=1)
     accumulate: int = Field(default=1, ge=1)

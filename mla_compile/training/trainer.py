@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,7 +94,7 @@ def train(
     run = _Run.start(accelerator, model, teacher, text, recipe, checkpoints)
     state = checkpoints.last() if resume else None
     if state is None:
-        state = State(0, (TrainingPoint(0, 0, None, run.measure(0)),))
+        state = State(0, (TrainingPoint(0, 0, None, *run.measure(0)),))
         checkpoints.save(accelerator, state)
     else:
         checkpoints.load(accelerator, state.step)
@@ -201,23 +201,28 @@ class _Run:
             speed = len(losses) * per_step / (time.perf_counter() - begin)
             stage.note = f"loss {losses[-1]:.4f}, {speed:,.0f} tokens/s"
             stage()
-        point = TrainingPoint(end, end * per_step, sum(losses) / len(losses), self.measure(end))
+        point = TrainingPoint(end, end * per_step, sum(losses) / len(losses), *self.measure(end))
         self.accelerator.log({"loss": point.loss, "held_out": point.held_out, "tokens": point.tokens}, step=end)
         stage.tell(f"step {end}/{self.steps}: {stage.note}, held-out loss {point.held_out:.4f}")
         return State(end, (*state.curve, point))
 
-    def measure(self, step: int) -> float:
-        """Loss on held-out text after so many steps; every process measures all of it.
+    def measure(self, step: int) -> tuple[float, float]:
+        """Losses of next token and objective on held-out text after so many steps; every process measures all of it.
 
         Raises:
-            TrainingError: It is not finite.
+            TrainingError: They are not finite.
         """
-        total = 0.0
+        objectives = ({NEXT_TOKEN: 1.0}, self.recipe.weights)
+        totals = [0.0, 0.0]
         with torch.no_grad():
-            for ids in self.text.held_out.split(max(1, self.recipe.batch // self.recipe.accumulate)):
-                loss = self.student(ids.to(self.accelerator.device).long(), {NEXT_TOKEN: 1.0}, Wanted())
-                total += float(loss) * len(ids)
-        return self._finite(total / len(self.text.held_out), "loss on held-out text", step)
+            for piece in self.text.held_out.split(self.recipe.batch // self.recipe.accumulate):
+                ids = piece.to(self.accelerator.device).long()
+                for place, objective in enumerate(objectives):
+                    loss = self.student(ids, objective, self._wanted(ids, objective))
+                    totals[place] += float(loss) * len(ids)
+        held_out, towards = (total / len(self.text.held_out) for total in totals)
+        what = "loss on held-out text"
+        return self._finite(held_out, what, step), self._finite(towards, what, step)
 
     def is_over(self, state: State) -> bool:
         """Whether enough evaluations have passed since the best one."""
@@ -245,7 +250,7 @@ class _Run:
         total = torch.zeros((), device=self.accelerator.device)
         for _ in range(self.recipe.accumulate):
             ids = next(pieces).long()
-            wanted = Wanted() if self.teacher is None else self.teacher.answer(ids, objective)
+            wanted = self._wanted(ids, objective)
             with self.accelerator.accumulate(self.student):
                 loss = self.student(ids, objective, wanted)
                 self.accelerator.backward(loss)
@@ -257,6 +262,9 @@ class _Run:
                 self.optimiser.step()
                 self.optimiser.zero_grad()
         return found
+
+    def _wanted(self, ids: Tensor, objective: Mapping[str, float]) -> Wanted:
+        return Wanted() if self.teacher is None else self.teacher.answer(ids, objective)
 
     def _finite(self, value: float, what: str, step: int) -> float:
         if not math.isfinite(value):

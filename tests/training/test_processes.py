@@ -13,11 +13,10 @@ import pytest
 import mla_compile
 from training import assert_same
 
-ROOT_OF = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *command], env={**os.environ, **ROOT_OF}, capture_output=True, text=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=300)
 
 
 def test_a_training_killed_in_a_checkpoint_goes_on_to_the_same_curve(plain, train, worker, tmp_path):
@@ -34,7 +33,7 @@ def test_a_training_killed_in_a_checkpoint_goes_on_to_the_same_curve(plain, trai
 
 def test_two_processes_train_as_one(plain, worker, tmp_path):
     out = tmp_path / "model"
-    done = run("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", *worker(out))
+    done = run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *worker(out))
     assert done.returncode == 0, done.stderr
     # Means over halves of the batch; Adam divides by the gradient's size, which makes more of it where that is small.
     assert_same(mla_compile.load(out).state_dict(), plain.weights, 1e-3)

