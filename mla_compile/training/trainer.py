@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -38,10 +39,12 @@ def start_engine(recipe: Recipe, folder: Path) -> Accelerator:
         folder: Where the tracker writes.
 
     Raises:
-        UsageError: This process computes in another precision already, or the processes cannot share a batch.
+        UsageError: This process computes in another precision already, the device cannot do what is asked for, or the
+            processes cannot share a batch.
     """
     try:
         accelerator = Accelerator(
+            cpu=not torch.accelerator.is_available(),
             mixed_precision=recipe.mixed_precision,
             gradient_accumulation_steps=recipe.accumulate,
             dataloader_config=DataLoaderConfiguration(split_batches=True, dispatch_batches=False),
@@ -51,6 +54,8 @@ def start_engine(recipe: Recipe, folder: Path) -> Accelerator:
         )
     except ValueError as error:
         raise UsageError(f"accelerate cannot be set up so ({error}).", "Start a process of its own for it.") from error
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.distributed_type != DistributedType.FSDP:
+        raise UsageError("accelerate shards weights on accelerators only, and there is none.", "Train without FSDP.")
     piece = recipe.batch // recipe.accumulate
     if piece % accelerator.num_processes:
         raise UsageError(
