@@ -5,9 +5,10 @@ Run as::
     python benchmarks/finetune.py --models DIR... --text FILE --calibration FILE --json OUT
         [--ratios R...] [--tokens N...] [--methods M...] [--rate R] [--objective O] [--train T] [--quick]
 
-Both beginnings, ``fisher`` and ``mha2mla`` (its paper's settings: 2-norm selection, an eighth of the head rotating, joint
-factors), are calibrated on the same windows and trained on the same tokens of ``--calibration`` by the same recipe; every
-number of tokens is a training of its own, because the step size falls to zero at its end. Perplexity is of ``--text``.
+Both beginnings, ``fisher`` and ``mha2mla`` (its paper's settings: 2-norm selection, an eighth of the head rotating,
+joint factors), are calibrated on the same windows and trained on the same tokens of ``--calibration`` by the same
+recipe; every number of tokens is a training of its own, because the step size falls to zero at its end. Perplexity is
+of ``--text``.
 ``--quick`` is one size and one short training, to see that it runs.
 """
 
