@@ -43,6 +43,7 @@ from mla_compile.training.run import finetune_module, require_accelerate
 
 __all__ = [
     "CompiledModel",
+    "Planned",
     "compile",
     "convertible",
     "inspect",
@@ -62,6 +63,21 @@ _HURT = 0.1
 """Loss of one layer by itself from which it is named, in nats per token: a tenth more perplexity."""
 _NAMED = 3
 """Layers named, at most."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What a conversion would make of a model.
+
+    Attributes:
+        found: Its attention layers.
+        plans: Shape of each one's latent.
+        widths: Input width of each one's projections; empty where nothing is decoded with a cache of its own.
+    """
+
+    found: Recognition
+    plans: tuple[LatentPlan, ...]
+    widths: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -339,7 +355,7 @@ def plan(
     attn_implementation: str = "auto",
     unsafe_load: bool = False,
     display: Display | None = None,
-) -> tuple[Recognition, tuple[LatentPlan, ...]]:
+) -> Planned:
     """Plan a conversion; only methods that choose sizes by text compute weights for it.
 
     Args:
@@ -361,21 +377,19 @@ def plan(
     found = recognise(program)
     if config.encoders and is_seq2seq(found):
         own, crossed = plan_seq2seq(program, found, config)
-        return found, (*own, *crossed)
+        return Planned(found, (*own, *crossed))
     if config.encoders and (is_encoder(found) or not isinstance(program, Program)):
         sites, _ = require_encoder(program, found)
-    else:
-        program = require_causal(program, found)
-        sites = found.sites
-        method = config.chosen_method
-        if not config.exact and method != "mha2mla":
-            text = cut_windows(program, documents, tokenizer, config)
-            windows = None if text is None else text.calibration
-            task = Task(
-                program, sites, found.rejections, config, windows, Stages(display), open_cache(statistics_cache)
-            )
-            return found, METHODS[method](task).plans
-    return found, plan_layers(sites, [input_width(program, s) for s in sites], config)
+        return Planned(found, plan_layers(sites, [input_width(program, s) for s in sites], config))
+    program = require_causal(program, found)
+    sites, method = found.sites, config.chosen_method
+    widths = tuple(input_width(program, s) for s in sites)
+    if config.exact or method == "mha2mla":
+        return Planned(found, plan_layers(sites, widths, config), widths)
+    text = cut_windows(program, documents, tokenizer, config)
+    windows = None if text is None else text.calibration
+    task = Task(program, sites, found.rejections, config, windows, Stages(display), open_cache(statistics_cache))
+    return Planned(found, METHODS[method](task).plans, widths)
 
 
 def convertible(

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -366,15 +366,19 @@ def plan(
     calibration_tokens: CalibrationTokens = 65536,
     seq_len: SeqLen = None,
     no_cache: NoCache = False,
+    context: Annotated[int, typer.Option(min=1, help="Tokens in the cache when a step's time is estimated.")] = 4096,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences that are decoded together.")] = 1,
+    machine: Annotated[Literal["cpu", "gpu"], typer.Option(help="What to estimate the time on.")] = "cpu",
     tokenizer: Tokenizer = None,
     attn_implementation: AttnImplementation = "auto",
     unsafe_load: UnsafeLoad = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Show ranks, rotating channels and cache bytes per token without writing anything."""
+    """Show ranks, rotating channels, cache bytes per token and the time of a step without writing anything."""
     from mla_compile import display
     from mla_compile.config import make_config
+    from mla_compile.cost import MACHINES, DecodeStep, decode_costs
 
     config = make_config(
         method=method,
@@ -394,7 +398,7 @@ def plan(
     with shown:
         from mla_compile import api
 
-        found, plans = api.plan(
+        planned = api.plan(
             model,
             config,
             calibration=calibration,
@@ -404,10 +408,12 @@ def plan(
             unsafe_load=unsafe_load,
             display=shown,
         )
+    step = DecodeStep(MACHINES[machine], context, batch)
+    costs = decode_costs(planned.found.sites, planned.plans, planned.widths, step) if planned.widths else ()
     if as_json:
-        typer.echo(json.dumps(display.plan_rows(plans), indent=2))
+        typer.echo(json.dumps(display.plan_rows(planned.plans, costs, step), indent=2))
     else:
-        display.show_plan(plans, cached=bool(found.sites))
+        display.show_plan(planned.plans, costs, step, cached=bool(planned.found.sites))
 
 
 @app.command()

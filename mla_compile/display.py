@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRe
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from mla_compile.cost import DecodeStep, LayerCost
     from mla_compile.encoder_report import EncoderReport
     from mla_compile.measure import Measurement
     from mla_compile.plan import LatentPlan
@@ -183,23 +184,29 @@ def _extras(row: Mapping[str, Any]) -> str:
     return ", ".join(found)
 
 
-def plan_rows(plans: Sequence[LatentPlan]) -> dict[str, Any]:
-    """A plan as data; bytes are for a float32 cache."""
+def plan_rows(plans: Sequence[LatentPlan], costs: Sequence[LayerCost], step: DecodeStep) -> dict[str, Any]:
+    """A plan as data; bytes are for a float32 cache, but those of ``costs``, which are the machine's."""
     import dataclasses
 
     from mla_compile.plan import cache_elements
 
     before, after = cache_elements(plans)
+    decode = {**dataclasses.asdict(step), "layers": [dataclasses.asdict(c) for c in costs]}
     return {
         "layers": [{**dataclasses.asdict(p), "elements_after": p.elements_after} for p in plans],
         "bytes_per_token_before": 4 * before,
         "bytes_per_token_after": 4 * after,
         "cache_ratio": after / before,
+        "decode_step": decode if costs else None,
     }
 
 
-def show_plan(plans: Sequence[LatentPlan], cached: bool = True) -> None:
-    """One row per layer and the sum; an encoder's keys and values are not ``cached``."""
+def show_plan(plans: Sequence[LatentPlan], costs: Sequence[LayerCost], step: DecodeStep, cached: bool = True) -> None:
+    """One row per layer and the sum; an encoder's keys and values are not ``cached``, and nothing in it is a step."""
+    from mla_compile.cost import slower_layers
+
+    columns = ["#", "layer", "rope dims", "rank", "exact rank"]
+    columns += ["bytes/token before" if cached else "key and value bytes", "after"]
     rows: list[list[object]] = [
         [
             p.site,
@@ -212,13 +219,20 @@ def show_plan(plans: Sequence[LatentPlan], cached: bool = True) -> None:
         ]
         for p in plans
     ]
-    total = plan_rows(plans)
+    total = plan_rows(plans, costs, step)
     before, after = total["bytes_per_token_before"], total["bytes_per_token_after"]
     rows.append(["", "all", "", "", "", before, f"{after} ({total['cache_ratio']:.2%})"])
-    title, counted = (
-        ("Plan (float32 cache)", "bytes/token before") if cached else ("Plan (no cache)", "key and value bytes")
-    )
-    _print_table(title, ["#", "layer", "rope dims", "rank", "exact rank", counted, "after"], rows)
+    title = "Plan (float32 cache)" if cached else "Plan (no cache)"
+    if costs:
+        title += f"; a step: {step.context} tokens, batch {step.batch}, {step.machine.name}, estimated"
+        columns += ["MFLOP/step before", "after", "speed"]
+        for row, cost in zip(rows, costs, strict=False):
+            row += [f"{part.attention_operations / 1e6:,.1f}" for part in (cost.before, cost.after)]
+            row.append(f"x{cost.speedup:.2f}")
+        rows[-1] += ["", "", ""]
+    _print_table(title, columns, rows)
+    if slower := slower_layers(costs, step):
+        print(f"warning: {slower}", file=sys.stderr)  # noqa: T201
 
 
 def _method_row(report: Report) -> list[object]:

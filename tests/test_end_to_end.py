@@ -446,7 +446,19 @@ def test_plan_says_what_convert_does(converted):
         assert planned.items() <= done.items()
     lines = command("plan", TINY, "--method", "mha2mla", "--cache-ratio", 0.5).splitlines()
     assert len(lines) == 1 + 4 + 1
-    assert lines[-1].split("\t")[1:] == ["all", "", "", "", "2048", "1024 (50.00%)"]
+    assert lines[-1].split("\t")[1:] == ["all", "", "", "", "2048", "1024 (50.00%)", "", "", ""]
+
+
+def test_plan_estimates_a_decoding_step():
+    """Layers keep 2 x 64 numbers per token, of 2 bytes on this machine, and a quarter of that afterwards."""
+    step = ("--context", 1000, "--batch", 2, "--machine", "gpu")
+    given = ("plan", TINY, "--method", "mha2mla", "--cache-ratio", 0.25)
+    found = json.loads(command(*given, *step, "--json"))["decode_step"]
+    assert (found["context"], found["batch"], found["machine"]["itemsize"]) == (1000, 2, 2)
+    assert len(found["layers"]) == 4
+    assert [found["layers"][0][when]["cache_bytes"] for when in ("before", "after")] == [256_000, 64_000]
+    speeds = [line.split("\t")[-1] for line in command(*given, *step).splitlines()]
+    assert speeds == ["speed", *(f"x{layer['speedup']:.2f}" for layer in found["layers"]), ""]
 
 
 def test_plan_at_the_default_ratio():
