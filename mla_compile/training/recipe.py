@@ -82,6 +82,11 @@ class Recipe(BaseModel):
         """Whether some step asks a teacher."""
         return self.match_steps > 0 or self.weights.keys() != {NEXT_TOKEN}
 
+    @property
+    def skips_the_output(self) -> bool:
+        """Whether some step trains nothing behind the last attention layer."""
+        return self.match_steps > 0 or self.weights.keys() == {ATTENTION}
+
     def weights_at(self, step: int) -> dict[str, float]:
         """The objective of one step."""
         return {ATTENTION: 1.0} if step < self.match_steps else self.weights

@@ -49,8 +49,8 @@ def _stored(node: Node) -> Node | None:
 
 def _is_gain(node: Node, parameters: Mapping[str, Tensor]) -> bool:
     value = parameters.get(f"graph.{node.target}")
-    products = (torch.ops.aten.linear.default, torch.ops.aten.addmm.default, torch.ops.mla.latent_attention.default)
-    inside = _LATENT.search(f"graph.{node.target}") or ".latent_" in str(node.target)
+    products = (torch.ops.aten.linear.default, torch.ops.aten.addmm.default)
+    inside = ".latent_" in str(node.target)
     return value is not None and value.dim() == 1 and not inside and all(u.target not in products for u in node.users)
 
 
@@ -62,8 +62,8 @@ def own_copies(model: LatentModel, names: set[str]) -> None:
     """
     copies: dict[nn.Parameter, nn.Parameter] = {}
     for name, parameter in [*model.named_parameters(remove_duplicate=False)]:
-        wanted = name in names or parameter in copies
         if parameter not in copies:
+            wanted = name in names
             kept = parameter.detach().clone() if wanted else parameter.detach()
             copies[parameter] = nn.Parameter(kept, requires_grad=wanted)
         path, _, leaf = name.rpartition(".")

@@ -48,7 +48,7 @@ def start_engine(recipe: Recipe, folder: Path) -> Accelerator:
             mixed_precision=recipe.mixed_precision,
             gradient_accumulation_steps=recipe.accumulate,
             dataloader_config=DataLoaderConfiguration(split_batches=True, dispatch_batches=False),
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=recipe.match_steps > 0)],
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=recipe.skips_the_output)],
             log_with=None if recipe.tracker == "none" else recipe.tracker,
             project_dir=str(folder),
         )
