@@ -178,7 +178,7 @@ Preset = Annotated[
 TrainTokens = Annotated[
     int | None, typer.Option(min=1, help="Tokens to train on.", show_default="the text once", rich_help_panel=_TEXT)
 ]
-Opset = Annotated[int, typer.Option(min=23, max=24, help="ONNX operator set: 23 or 24.", rich_help_panel=_OUTPUT)]
+Opset = Annotated[int, typer.Option(help="ONNX operator set: 23 or 24.", rich_help_panel=_OUTPUT)]
 Inline = Annotated[
     bool, typer.Option("--inline", help="Standard operators only, no LatentAttention nodes.", rich_help_panel=_OUTPUT)
 ]
@@ -710,8 +710,10 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write a saved model as ONNX, compared in ONNX Runtime with the PyTorch module."""
+    from mla_compile.config import make_config
     from mla_compile.saved import open_saved, write_saved_onnx
 
+    make_config(opset=opset)  # refuses others before anything is read
     report = write_saved_onnx(open_saved(folder), out, opset=opset, inline=inline, force=force)
     if as_json:
         typer.echo(json.dumps(report, indent=2))
