@@ -3,7 +3,8 @@
 Usage: python benchmarks/gpu.py [--quick] --json OUT
 
 In order: every kernel path against the CPU's form in float64, which the tests hold to the reference; a captured CUDA
-graph against the plain launch; the speed of a copy; and a table of decode attention: bytes of cache read per second as
+graph against the plain launch; where TensorRT is installed, engines of the bundled model with our kernels and without,
+against ONNX Runtime; the speed of a copy; and a table of decode attention: bytes of cache read per second as
 a share of the copy's, and the speed-up over the fastest of torch's attentions on the original model's heads. Lengths
 are equal; caches are larger than the L2 cache or take turns so that nothing is found there; times are medians of
 replayed CUDA graphs.
@@ -14,10 +15,13 @@ A wrong number ends the command with an error; a slow one is a row that misses i
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import itertools
 import json
 import statistics
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,12 +31,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import mla_compile
 from mla_compile.runtime.kernels import LatentCache, RowLayout, append_latent, folded, latent_attention
+from mla_compile.runtime.tensorrt.engine import TensorRTDecoder, facts_path
+from mla_compile.runtime.tensorrt.engine_builder import EngineSettings
 
 PAGE = 64
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 """Relative to the largest result: weights and results are rounded to the type; float32 products come in three parts."""
 HALVES = torch.bfloat16
+BUNDLED = Path(__file__).parents[1] / "examples" / "tiny-llama"
 
 
 @dataclass(frozen=True)
@@ -201,6 +209,38 @@ def captured_is_right() -> bool:
     return torch.equal(captured, attend())
 
 
+def engines() -> list[dict[str, object]]:
+    """Engines of the bundled model, by plugins and by standard operators; none where TensorRT is missing.
+
+    Each is compared with its file in ONNX Runtime where it is built; what fails there is told, and is a wrong result.
+    """
+    if importlib.util.find_spec("tensorrt") is None:
+        print("TensorRT is not installed: no engines")
+        return []
+    model = mla_compile.compile(BUNDLED, exact=True)
+    assert isinstance(model, mla_compile.CompiledModel)
+    rows = []
+    for plugins in (True, False):
+        row: dict[str, object] = {"plugins": plugins, "good": False}
+        with tempfile.TemporaryDirectory() as folder:
+            plan = Path(folder, "tiny.plan")
+            try:
+                settings = EngineSettings(batch=8, room=128, prompt=32, plugins=plugins)
+                report = model.to_tensorrt(plan, settings)
+                layers = json.loads(facts_path(plan).read_text())["plugin_layers"]
+                decoder = TensorRTDecoder(plan)
+                begin = time.perf_counter()
+                decoder.generate([[1, 2, 3]] * 8, 100)
+                tokens = 800 / (time.perf_counter() - begin)
+                row |= {"error": report.verification and report.verification.engine_error, "plugin_layers": layers}
+                row |= {"tokens_per_second": tokens, "good": bool(layers) == plugins}
+            except Exception as error:  # TensorRT fails in any of its ways
+                row["reason"] = str(error).splitlines()[0]
+        rows.append(row)
+        print(f"engine: {row}", flush=True)
+    return rows
+
+
 def microseconds(step: Callable[[int], object], turns: int) -> float:
     """Median time of ``step(i)``, of which a captured graph makes one for every ``i`` below ``turns``."""
     stream = torch.cuda.Stream()
@@ -344,6 +384,7 @@ def main() -> None:
             print(f"WRONG by {error:.1e}, denominators by {lse_error:.1e}: {problem}")
     checks = {"append": appended_is_right(), "captured graph": captured_is_right()}
     print(f"{sum(e['good'] for e in errors)} of {len(errors)} problems right; {checks}")
+    built = engines()
     speed = copy_speed()
     print(f"copy: {speed / 1e12:.2f} TB/s")
     rows = []
@@ -361,10 +402,11 @@ def main() -> None:
         "copy_bytes_per_second": speed,
         "correctness": errors,
         "checks": checks,
+        "engines": built,
         "rows": [asdict(row) for row in rows],
     }
     arguments.json.write_text(json.dumps(report, indent=1) + "\n")
-    if not (all(e["good"] for e in errors) and all(checks.values())):
+    if not (all(e["good"] for e in (*errors, *built)) and all(checks.values())):
         sys.exit("Some results are wrong: see above.")
 
 

@@ -35,9 +35,11 @@ from mla_compile.program import AnyProgram, Assets, OtherProgram, Program
 from mla_compile.progress import Display, Stages
 from mla_compile.report import LayerError, Quality, Report
 from mla_compile.runtime.module import LatentModel
+from mla_compile.runtime.tensorrt.engine_builder import EngineSettings
 from mla_compile.seq2seq import CompiledSeq2Seq, compile_seq2seq, is_seq2seq, plan_seq2seq, undecodable
 from mla_compile.site import AttentionSite, Kind, Rejection
 from mla_compile.statistics_cache import open_cache
+from mla_compile.tensorrt import check_tensorrt, write_compiled
 from mla_compile.training.recipe import make_recipe
 from mla_compile.training.run import finetune_module, require_accelerate
 
@@ -129,6 +131,36 @@ class CompiledModel:
         """
         return write_folder(self.module, self.report, self.assets, Path(folder), force)
 
+    def to_tensorrt(
+        self,
+        path: str | Path,
+        settings: EngineSettings | None = None,
+        *,
+        force: bool = False,
+        display: Display | None = None,
+    ) -> Report:
+        """Write the model for TensorRT: an ONNX file whose caches are fixed memory, or an engine with that file beside.
+
+        The file appears under its name only after ONNX Runtime reproduced the PyTorch module with it, and the engine
+        only after it reproduced the file.
+
+        Args:
+            path: A ``.onnx`` or ``.plan`` file. For a ``.plan`` TensorRT and a GPU are needed.
+            settings: Sizes, and how an engine is built.
+            force: Replace existing files.
+            display: Shows progress.
+
+        Returns:
+            The report, completed with what was measured on the files.
+
+        Raises:
+            UsageError: Nothing can be written there, or TensorRT or a GPU is missing.
+            RefusedError: A layer has something that this target does not cover, or TensorRT does not build an engine.
+            VerificationError: ONNX Runtime or the engine computes something else.
+        """
+        given = settings or EngineSettings()
+        return write_compiled(self.module, self.report, self.assets, Path(path), given, force, Stages(display))
+
     def to_deepseek(
         self,
         folder: str | Path,
@@ -177,6 +209,7 @@ def compile(
     check: bool = True,
     max_perplexity_ratio: float | None = None,
     out: Path | None = None,
+    engine: EngineSettings | None = None,
     force: bool = False,
     attn_implementation: str = "auto",
     unsafe_load: bool = False,
@@ -202,6 +235,7 @@ def compile(
         check: Verify the conversion against the original.
         max_perplexity_ratio: Fail when perplexity grows by more than this factor; needs calibration text.
         out: Where the result will be written; checked before any work is done.
+        engine: What it will be built for, if it will be written for TensorRT; likewise.
         force: Whether ``out`` may replace existing files.
         attn_implementation: How a transformers model given by name spells its attention: auto, sdpa or eager.
         unsafe_load: Allow unpickling a module from a file.
@@ -227,6 +261,8 @@ def compile(
         raise UsageError("Both config and single settings were given.", "Give one of them.")
     config = config or make_config(**settings)
     _require_text(config, calibration)
+    if engine is not None and config.encoders:
+        raise UsageError("Only a causal language model is written for TensorRT.", "Leave --encoders out.")
     if max_perplexity_ratio is not None and not max_perplexity_ratio > 0:
         raise UsageError(f"--max-ppl-ratio {max_perplexity_ratio} is not a factor.", "Give a number above 0.")
     if calibration is None and max_perplexity_ratio is not None:
@@ -234,7 +270,10 @@ def compile(
     if finetune is not None:
         require_accelerate()
     if out is not None:
-        (check_folder if config.format == "deepseek" else check_target)(out, force)
+        if engine is not None:
+            check_tensorrt(out, force)
+        else:
+            (check_folder if config.format == "deepseek" else check_target)(out, force)
     documents = read_text(calibration)
     stages = Stages(display)
     with stages.stage("load"):

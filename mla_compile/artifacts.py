@@ -46,7 +46,9 @@ __all__ = [
     "finished",
     "is_converted_folder",
     "moved_into",
+    "read_assets",
     "read_folder",
+    "stored_metadata",
     "write_encoder_folder",
     "write_encoder_onnx",
     "write_folder",
@@ -81,7 +83,7 @@ def check_target(path: Path, force: bool) -> None:
     if path.suffix and path.suffix != ".onnx":
         raise UsageError(
             f"'{path}' does not say what to write: '{path.suffix}' is not known.",
-            "Name a .onnx file, or a folder without a suffix.",
+            "Name a .onnx or .plan file, or a folder without a suffix.",
         )
     if path.suffix == ".onnx" and importlib.util.find_spec("onnxruntime") is None:
         raise UsageError(
@@ -142,7 +144,7 @@ def check_neighbours(path: Path, source: str, assets: Assets, force: bool) -> No
         UsageError: Configuration, tokenizer or report of something else lies where this model's would go, or it is the
             folder of the original, which is never written to.
     """
-    folder = path.parent if path.suffix == ".onnx" else path
+    folder = path.parent if path.suffix in (".onnx", ".plan") else path
     if Path(source).is_dir() and folder.exists() and folder.samefile(source):
         raise UsageError(f"'{folder}' is the folder of the original model.", "Choose another folder.")
     if force:
@@ -211,7 +213,7 @@ def write_onnx(
                 folder / path.name,
                 opset=report.config["opset"],
                 inline=report.config["inline"],
-                metadata=_metadata(report, assets),
+                metadata=file_metadata(report, assets),
             )
         if checks is not None:
             with stages.stage("verify ONNX"):
@@ -394,14 +396,14 @@ def read_folder(path: Path) -> LatentModel:
     return LatentModel(graph, [int(n.meta["val"].shape[-1]) for n in inputs])
 
 
-def _metadata(report: Report, assets: Assets) -> dict[str, object]:
-    """What the file of a conversion says of itself."""
+def file_metadata(report: Report, assets: Assets) -> dict[str, object]:
+    """What the ONNX file of a conversion says of itself."""
     layers = [dataclasses.asdict(p) for p in report.plans]
     sizes = (report.cache_bytes_before, report.cache_bytes_after)
-    return file_metadata(report.source, report.config, layers, sizes, assets)
+    return stored_metadata(report.source, report.config, layers, sizes, assets)
 
 
-def file_metadata(
+def stored_metadata(
     source: str,
     config: Mapping[str, Any],
     layers: Sequence[Mapping[str, Any]],
@@ -450,6 +452,15 @@ def copy_assets(assets: Assets, folder: Path) -> None:
         load_tokenizer(assets.folder).save_pretrained(folder)
     elif assets.tokenizer is not None:
         assets.tokenizer.save_pretrained(folder)
+
+
+def read_assets(folder: Path) -> Assets:
+    """Read back what :func:`copy_assets` wrote."""
+    stored = {}
+    for name in ("config.json", "generation_config.json"):
+        stored[name] = json.loads((folder / name).read_text("utf-8")) if (folder / name).is_file() else {}
+    tokenizer = any((folder / name).is_file() for name in _TOKENIZER_FILES)
+    return Assets(str(folder) if tokenizer else None, stored["config.json"], stored["generation_config.json"])
 
 
 def finished(report: _AnyReport, folder: Path, stages: Stages) -> _AnyReport:

@@ -29,13 +29,19 @@ app = typer.Typer(
 )
 
 _SIZE, _METHOD, _TEXT, _OUTPUT, _CHECKS = "Size", "Method", "Text", "Output", "Checks"
-_TRIALS = "Conversions on the spot"
+_TRIALS, _TENSORRT = "Conversions on the spot", "TensorRT"
 _TOWARDS, _PACE = "What is trained towards what", "Pace"
 
 
 def _known_implementation(value: str) -> str:
     if value not in ("auto", "sdpa", "eager"):
         raise typer.BadParameter(f"'{value}' is not one of auto, sdpa, eager")
+    return value
+
+
+def _known_plugin(value: str) -> str:
+    if value not in ("quick", "cpp"):
+        raise typer.BadParameter(f"'{value}' is not one of quick, cpp")
     return value
 
 
@@ -182,6 +188,51 @@ Opset = Annotated[int, typer.Option(help="ONNX operator set: 23 or 24.", rich_he
 Inline = Annotated[
     bool, typer.Option("--inline", help="Standard operators only, no LatentAttention nodes.", rich_help_panel=_OUTPUT)
 ]
+Target = Annotated[
+    str,
+    typer.Option(
+        help="What to write for: auto is what the name of --out says (ONNX Runtime for .onnx, TensorRT for .plan), "
+        "tensorrt an engine, or with .onnx the file that engines are built of.",
+        rich_help_panel=_OUTPUT,
+    ),
+]
+MaxBatch = Annotated[int, typer.Option(min=1, help="Sequences at most.", rich_help_panel=_TENSORRT)]
+MaxLength = Annotated[
+    int,
+    typer.Option(
+        min=16,
+        help="Tokens that every sequence's cache has room for; no more than the model's longest.",
+        rich_help_panel=_TENSORRT,
+    ),
+]
+MaxPrompt = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        help="New tokens at most that run together; longer prompts come one part after another.",
+        rich_help_panel=_TENSORRT,
+    ),
+]
+Splits = Annotated[
+    int,
+    typer.Option(min=1, max=64, help="Pieces that kernels cut every cache into.", rich_help_panel=_TENSORRT),
+]
+TimingCache = Annotated[
+    Path | None,
+    typer.Option(help="File to keep measured times in, for builds to come.", rich_help_panel=_TENSORRT),
+]
+VersionCompatible = Annotated[
+    bool,
+    typer.Option(
+        "--version-compatible",
+        help="An engine that other versions of TensorRT run too, perhaps more slowly.",
+        rich_help_panel=_TENSORRT,
+    ),
+]
+NoPlugins = Annotated[
+    bool,
+    typer.Option("--no-plugins", help="Standard operators only, instead of our kernels.", rich_help_panel=_TENSORRT),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 
@@ -207,7 +258,11 @@ def _root(
 def convert(
     model: Model,
     out: Annotated[
-        Path, typer.Option(help="A .onnx file, or a folder for the PyTorch module.", rich_help_panel=_OUTPUT)
+        Path,
+        typer.Option(
+            help="A .onnx file, a folder for the PyTorch module, or a .plan file for a TensorRT engine.",
+            rich_help_panel=_OUTPUT,
+        ),
     ],
     cache_ratio: CacheRatio = None,
     kv_rank: KvRank = None,
@@ -233,7 +288,15 @@ def convert(
     shard_size: Annotated[
         float, typer.Option(min=0.001, help="GB per file of weights, with --format deepseek.", rich_help_panel=_OUTPUT)
     ] = 5.0,
+    target: Target = "auto",
     force: Annotated[bool, typer.Option("--force", help="Replace existing files.", rich_help_panel=_OUTPUT)] = False,
+    max_batch: MaxBatch = 8,
+    max_length: MaxLength = 4096,
+    max_prompt: MaxPrompt = 128,
+    splits: Splits = 16,
+    timing_cache: TimingCache = None,
+    version_compatible: VersionCompatible = False,
+    no_plugins: NoPlugins = False,
     max_ppl_ratio: Annotated[
         float | None,
         typer.Option(help="Fail (exit 4) if perplexity grows by more than this factor.", rich_help_panel=_CHECKS),
@@ -262,7 +325,7 @@ def convert(
 
     if finetune is None and finetune_tokens is not None:
         raise UsageError("--finetune-tokens counts tokens of --finetune TEXT, and none was given.", "Add --finetune.")
-
+    for_tensorrt = _is_for_tensorrt(out, target, format)
     config = make_config(
         method=method,
         layout="deepseek" if format == "deepseek" else layout,
@@ -288,8 +351,17 @@ def convert(
     with shown:
         from mla_compile import api
         from mla_compile.encoder_report import EncoderReport
+        from mla_compile.runtime.tensorrt.engine_builder import EngineSettings
         from mla_compile.seq2seq_report import Seq2SeqReport
 
+        engine = EngineSettings(
+            max_batch, max_length, max_prompt, splits, not no_plugins, version_compatible, timing_cache
+        )
+        if not for_tensorrt and engine != EngineSettings():
+            raise UsageError(
+                "Options of the panel TensorRT were given, and something else is written.",
+                "Add --target tensorrt, or leave them out.",
+            )
         compiled = api.compile(
             model,
             calibration=calibration,
@@ -299,6 +371,7 @@ def convert(
             check=not no_verify,
             max_perplexity_ratio=max_ppl_ratio,
             out=out,
+            engine=engine if for_tensorrt else None,
             force=force,
             attn_implementation=attn_implementation,
             unsafe_load=unsafe_load,
@@ -309,6 +382,8 @@ def convert(
         report: Report | EncoderReport | Seq2SeqReport
         if config.format == "deepseek" and isinstance(compiled, api.CompiledModel):
             report = compiled.to_deepseek(out, shard_bytes=int(shard_size * 1e9), force=force, display=shown)
+        elif for_tensorrt and isinstance(compiled, api.CompiledModel):
+            report = compiled.to_tensorrt(out, engine, force=force, display=shown)
         elif out.suffix == ".onnx":
             report = compiled.to_onnx(out, force=force, display=shown)
         else:
@@ -321,6 +396,24 @@ def convert(
         display.show_seq2seq_report(report, out)
     else:
         display.show_report(report, out)
+        if for_tensorrt and isinstance(compiled, api.CompiledModel):
+            from mla_compile.tensorrt import commands
+
+            display.show_commands(*commands(out.with_suffix(".onnx"), engine))
+
+
+def _is_for_tensorrt(out: Path, target: str, format: str) -> bool:
+    """Whether TensorRT is what a conversion is for.
+
+    Raises:
+        UsageError: The target is unknown, or something else is to be written.
+    """
+    if target not in ("auto", "tensorrt"):
+        raise UsageError(f"--target {target} is not one of auto, tensorrt.", "Give one of them.")
+    wanted = target == "tensorrt" or out.suffix == ".plan"
+    if wanted and format == "deepseek":
+        raise UsageError("A DeepSeek checkpoint is not for TensorRT.", "Leave --format or --target out.")
+    return wanted
 
 
 @app.command()
@@ -418,7 +511,7 @@ def plan(
 
 @app.command()
 def run(
-    model: Annotated[Path, typer.Argument(help="An ONNX file made by mla-compile.")],
+    model: Annotated[Path, typer.Argument(help="An ONNX file or a TensorRT engine made by mla-compile.")],
     prompt: Annotated[list[str], typer.Option(help="Text to continue; give it several times for a batch.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add.")] = 100,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")] = 0.0,
@@ -429,7 +522,7 @@ def run(
     threads: Annotated[int | None, typer.Option(min=1, help="Threads per operator.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Generate text with a converted model in ONNX Runtime."""
+    """Generate text with a converted model in ONNX Runtime or TensorRT."""
     from mla_compile import display
     from mla_compile.runtime.generate import Sampling
     from mla_compile.textgen import generate_text
@@ -724,20 +817,97 @@ def export(
 
 @app.command()
 def tensorrt(
-    folder: Annotated[Path, typer.Argument(help="A folder written by 'mla-compile convert MODEL --out FOLDER'.")],
-    out: Annotated[Path, typer.Option(help="The .onnx file to write.", rich_help_panel=_OUTPUT)],
-    splits: Annotated[int, typer.Option(min=1, max=64, help="Pieces that kernels cut every cache into.")] = 16,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences at most, in the command that is printed.")] = 8,
-    prompt: Annotated[int, typer.Option(min=1, help="New tokens at most, likewise.")] = 64,
-    room: Annotated[int, typer.Option(min=1, help="Tokens a cache has room for, likewise.")] = 4096,
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="A folder written by 'mla-compile convert MODEL --out FOLDER', or for an engine a file written by "
+            "this command, perhaps on another machine."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="The .onnx or .plan file to write.", rich_help_panel=_OUTPUT)],
+    max_batch: MaxBatch = 8,
+    max_length: MaxLength = 4096,
+    max_prompt: MaxPrompt = 128,
+    plugin: Annotated[
+        str,
+        typer.Option(
+            help="Which plugins the file's nodes are for: quick, which engines of this command have, or cpp, a library "
+            "by 'build-plugin', which cuts caches into pieces itself.",
+            callback=_known_plugin,
+            rich_help_panel=_TENSORRT,
+        ),
+    ] = "quick",
+    splits: Splits = 16,
+    timing_cache: TimingCache = None,
+    version_compatible: VersionCompatible = False,
+    no_plugins: NoPlugins = False,
     force: Annotated[bool, typer.Option("--force", help="Replace existing files.", rich_help_panel=_OUTPUT)] = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Write a converted model for TensorRT: caches of fixed memory, and nodes that plugins can take."""
-    from mla_compile.tensorrt import engine_command, write_tensorrt_onnx
+    """Write a converted model for TensorRT: caches of fixed memory, nodes that plugins can take; or build an engine."""
+    from mla_compile import display
+    from mla_compile.progress import Stages
+    from mla_compile.runtime.tensorrt.engine_builder import EngineSettings
+    from mla_compile.tensorrt import commands, write_for_tensorrt
 
-    rows, error = write_tensorrt_onnx(folder, out, splits=splits, force=force)
-    typer.echo(f"{out}: in ONNX Runtime it equals the PyTorch module (largest relative difference {error:.1e}).")
-    typer.echo(f"Build an engine of its standard operators with:\n{engine_command(out, rows, batch, prompt, room)}")
+    if plugin == "cpp" and out.suffix == ".plan":
+        raise UsageError(
+            "Engines of this command have quick plugins.", "Name a .onnx file, and build its engine with trtexec."
+        )
+    pieces = None if plugin == "cpp" else splits
+    settings = EngineSettings(
+        max_batch, max_length, max_prompt, pieces, not no_plugins, version_compatible, timing_cache
+    )
+    shown = display.make_display(quiet)
+    with shown:
+        written = write_for_tensorrt(source, out, settings, force=force, stages=Stages(shown))
+    display.show_written(written)
+    display.show_commands(*commands(written.onnx, settings))
+    if plugin == "cpp":
+        library = out.with_name("libmla_plugin.so")
+        build, _ = commands(written.onnx, settings, library)
+        display.show_library_commands(written.onnx, library, build)
+
+
+@app.command("build-plugin")
+def build_plugin(
+    files: Annotated[
+        list[Path], typer.Argument(help="ONNX files by 'mla-compile tensorrt --plugin cpp'; one or several.")
+    ],
+    tensorrt_include: Annotated[Path, typer.Option(help="The folder of TensorRT's headers, 10.3 or later.")],
+    out: Annotated[Path, typer.Option(help="The .so file to write.", rich_help_panel=_OUTPUT)],
+    cuda_include: Annotated[
+        Path | None, typer.Option(help="The folder of CUDA's headers.", show_default="Triton's own")
+    ] = None,
+    architecture: Annotated[
+        list[int] | None,
+        typer.Option(help="A compute capability, as 90 for 9.0; several times for several.", show_default="all known"),
+    ] = None,
+    self_registering: Annotated[
+        bool, typer.Option("--self-registering", help="Register at load, as ONNX Runtime's provider expects.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace existing files.", rich_help_panel=_OUTPUT)] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compile the plugins of ONNX files for TensorRT to a library, for trtexec and ONNX Runtime."""
+    from mla_compile import display
+    from mla_compile.plugin_library import build_plugin_library
+
+    with display.make_display(quiet) as shown:
+        build_plugin_library(
+            files,
+            out,
+            tensorrt_include=tensorrt_include,
+            cuda_include=cuda_include,
+            architectures=architecture or (),
+            self_registering=self_registering,
+            force=force,
+            display=shown,
+        )
+    if self_registering:
+        typer.echo(f"{out}: give ONNX Runtime's provider trt_extra_plugin_lib_paths={out}.")
+    else:
+        typer.echo(f"{out}: give it to trtexec with --dynamicPlugins={out}, or load it with load_library().")
 
 
 @app.command()
@@ -756,7 +926,9 @@ def verify(
         display.show_check(folder, error, greedy)
 
 
-_COMMANDS = frozenset({"convert", "inspect", "plan", "run", "eval", "verify", "tensorrt", "finetune", "export"})
+_COMMANDS = frozenset(
+    {"convert", "inspect", "plan", "run", "eval", "verify", "tensorrt", "build-plugin", "finetune", "export"}
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

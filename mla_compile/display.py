@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mla_compile.progress import StageTiming
     from mla_compile.report import Report
     from mla_compile.seq2seq_report import Seq2SeqReport
+    from mla_compile.tensorrt import Written
     from mla_compile.textgen import Generation
 
 __all__ = [
@@ -28,14 +29,17 @@ __all__ = [
     "make_display",
     "plan_rows",
     "show_check",
+    "show_commands",
     "show_encoder_report",
     "show_generation",
     "show_layers",
+    "show_library_commands",
     "show_measurement",
     "show_plan",
     "show_report",
     "show_seq2seq_report",
     "show_training",
+    "show_written",
     "stream_text",
 ]
 
@@ -280,7 +284,10 @@ def show_report(report: Report, out: Path) -> None:
             ["decode vs whole sequence", f"{v.decode_error:.1e}"],
         ]
         if v.lowering_error is not None:
-            rows.append(["ONNX Runtime vs PyTorch", f"{v.lowering_error:.1e}, greedy {v.lowering_greedy:.0%} equal"])
+            greedy = "" if v.lowering_greedy is None else f", greedy {v.lowering_greedy:.0%} equal"
+            rows.append(["ONNX Runtime vs PyTorch", f"{v.lowering_error:.1e}{greedy}"])
+        if v.engine_error is not None:
+            rows.append(["TensorRT vs ONNX Runtime", f"{v.engine_error:.1e}"])
         rows.append(["converted vs original", f"{v.conversion_error:.1e}, greedy {v.conversion_greedy:.0%} equal"])
         rows.append(["measured cache bytes per token", v.cache_bytes_per_token])
     if report.checkpoint:
@@ -341,6 +348,32 @@ def show_check(folder: Path, error: float, greedy: float) -> None:
     """How a checkpoint answers."""
     rows = [["logits vs the converted module", f"{error:.1e}"], ["greedy tokens", f"{greedy:.0%} equal"]]
     _print_table(str(folder), ["", "result"], rows)
+
+
+def show_written(written: Written) -> None:
+    """What was written for TensorRT, and how it was checked."""
+    if written.error is not None:
+        print(  # noqa: T201
+            f"{written.onnx}: in ONNX Runtime it equals the PyTorch module (largest relative difference "
+            f"{written.error:.1e})."
+        )
+    if written.plan is not None:
+        print(  # noqa: T201
+            f"{written.plan}: it equals the file in ONNX Runtime (largest relative difference "
+            f"{written.engine_error:.1e}); attention: {written.attention}."
+        )
+
+
+def show_commands(build: str, inspect: str) -> None:
+    """What TensorRT's own tools make of a file for it."""
+    print(f"Build an engine of its standard operators with:\n{build}")  # noqa: T201
+    print(f"See what TensorRT takes with:\n{inspect}")  # noqa: T201
+
+
+def show_library_commands(onnx: Path, library: Path, build: str) -> None:
+    """How to go on with a file for a library of plugins."""
+    command = f"mla-compile build-plugin {onnx} --tensorrt-include DIR --out {library}"
+    print(f"Build its plugins with:\n{command}\nand an engine with them with:\n{build}")  # noqa: T201
 
 
 def show_encoder_report(report: EncoderReport, out: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,10 +20,12 @@ from mla_compile.program import Program
 from mla_compile.runtime.generate import Decoder
 from mla_compile.runtime.module import LatentModel
 from mla_compile.runtime.onnx_session import OnnxDecoder
+from mla_compile.runtime.tensorrt.engine import TensorRTDecoder
 from mla_compile.verify import TorchDecoder
 
 __all__ = [
     "ONNX_RUNTIME",
+    "TENSORRT",
     "TORCH",
     "Opened",
     "latent_bytes",
@@ -32,7 +35,7 @@ __all__ = [
     "open_program",
 ]
 
-ONNX_RUNTIME, TORCH = "onnxruntime", "torch"
+ONNX_RUNTIME, TENSORRT, TORCH = "onnxruntime", "tensorrt", "torch"
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Opened:
 
     Attributes:
         name: What the user called it.
-        runtime: ``onnxruntime`` or ``torch``.
+        runtime: ``onnxruntime``, ``tensorrt`` or ``torch``.
         score: Token ids to logits.
         cache_bytes: Cache bytes per token; None where some attention was not understood.
         longest: Longest sequence, if the model says.
@@ -70,15 +73,15 @@ def open_model(name: str, tokenizer: str | None = None) -> Opened:
     """Open a model of any kind.
 
     Args:
-        name: An ONNX file or folder made by this compiler, an archive, a Hugging Face folder or a hub id.
+        name: An ONNX file, engine or folder made by this compiler, an archive, a Hugging Face folder or a hub id.
         tokenizer: Folder of the tokenizer, if the model does not bring one.
 
     Raises:
         LoadError: It cannot be read.
     """
     path = Path(name)
-    if path.suffix == ".onnx":
-        return _open_onnx(path, name)
+    if path.suffix in (".onnx", ".plan"):
+        return _open_decoder(path, name)
     if is_converted_folder(path):
         return _open_folder(path, name)
     program = frontend.load_program(name, tokenizer=tokenizer)
@@ -114,8 +117,8 @@ def _plain_bytes(found: Recognition) -> int | None:
     return elements * torch.float32.itemsize
 
 
-def onnx_scorer(decoder: OnnxDecoder) -> Scorer:
-    """A converted model in ONNX Runtime as a function of whole sequences."""
+def onnx_scorer(decoder: OnnxDecoder | TensorRTDecoder) -> Scorer:
+    """A converted model in ONNX Runtime or TensorRT as a function of whole sequences."""
     return lambda ids: torch.from_numpy(decoder.logits(ids.numpy()))
 
 
@@ -124,12 +127,18 @@ def module_scorer(model: LatentModel) -> Scorer:
     return lambda ids: model(ids).logits
 
 
-def _open_onnx(path: Path, name: str) -> Opened:
-    decoder = OnnxDecoder(path)
+def _open_decoder(path: Path, name: str) -> Opened:
+    if path.suffix == ".plan":
+        engine = TensorRTDecoder(path)  # whose room is no more than the model's longest sequence
+        return dataclasses.replace(_opened(path, name, TENSORRT, engine), longest=engine.limits.room)
+    return _opened(path, name, ONNX_RUNTIME, OnnxDecoder(path))
+
+
+def _opened(path: Path, name: str, runtime: str, decoder: OnnxDecoder | TensorRTDecoder) -> Opened:
     method, ratio = _asked_for(decoder.metadata.get("config", {}))
     return Opened(
         name=name,
-        runtime=ONNX_RUNTIME,
+        runtime=runtime,
         score=onnx_scorer(decoder),
         cache_bytes=decoder.cache_bytes_per_token,
         longest=decoder.metadata.get("max_position_embeddings"),

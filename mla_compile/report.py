@@ -47,6 +47,7 @@ class Verification:
         cache_bytes_per_token: Counted from the cache tensors of a real run.
         tokens: Tokens compared.
         text: Whether the tokens came from the user's text (else random ids).
+        engine_error: A TensorRT engine against ONNX Runtime; None without an engine.
     """
 
     rewrite_error: float
@@ -58,6 +59,7 @@ class Verification:
     cache_bytes_per_token: int
     tokens: int
     text: bool
+    engine_error: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

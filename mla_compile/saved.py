@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from mla_compile import verify
-from mla_compile.artifacts import check_target, copy_assets, file_metadata, moved_into, read_folder
+from mla_compile.artifacts import check_target, copy_assets, moved_into, read_folder, stored_metadata
 from mla_compile.errors import LoadError, UsageError
 from mla_compile.passes.lower_onnx import export_rewritten, lower_to_onnx
 from mla_compile.plan import LatentPlan
@@ -115,7 +115,7 @@ def write_saved_onnx(saved: Saved, path: Path, *, opset: int, inline: bool, forc
     names = [field.name for field in dataclasses.fields(LatentPlan)]
     layers = [{name: layer[name] for name in names} for layer in saved.report["layers"]]
     sizes = (cache["bytes_per_token_before"], cache["bytes_per_token_after"])
-    metadata = file_metadata(saved.report["source"], config, layers, sizes, saved.assets)
+    metadata = stored_metadata(saved.report["source"], config, layers, sizes, saved.assets)
     with moved_into(path.parent) as folder:
         file, graph = folder / path.name, saved.module.graph
         lower_to_onnx(graph, saved.module.rows, file, opset=opset, inline=inline, metadata=metadata)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""``mla-compile run``: text in, text out, with a converted model in ONNX Runtime."""
+"""``mla-compile run``: text in, text out, with a converted model in ONNX Runtime or TensorRT."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mla_compile.corpus import check_vocabulary, load_tokenizer
 from mla_compile.errors import UsageError
 from mla_compile.runtime.generate import Sampling
 from mla_compile.runtime.onnx_session import OnnxDecoder
+
+if TYPE_CHECKING:
+    from mla_compile.runtime.tensorrt.engine import TensorRTDecoder
 
 __all__ = ["Generation", "continuation", "generate_text"]
 
@@ -51,7 +54,7 @@ def generate_text(
     """Continue texts.
 
     Args:
-        model: The ONNX file.
+        model: The ONNX file, or the engine.
         prompts: Texts to continue, together.
         max_new_tokens: Tokens to add to each, at most.
         sampling: How tokens are chosen.
@@ -63,7 +66,7 @@ def generate_text(
         LoadError: The file or its tokenizer cannot be read.
         UsageError: A prompt has no tokens.
     """
-    decoder = OnnxDecoder(model, threads=threads)
+    decoder = _open(model, threads)
     words = load_tokenizer(tokenizer or str(model.absolute().parent))
     begin = [] if words.bos_token_id is None else [words.bos_token_id]
     ids = [begin + list(words(prompt, add_special_tokens=False)["input_ids"]) for prompt in prompts]
@@ -81,6 +84,16 @@ def generate_text(
     seconds = time.perf_counter() - start
     texts = [p + continuation(words, before, after) for p, before, after in zip(prompts, ids, new, strict=True)]
     return Generation(tuple(texts), tuple(map(len, new)), seconds, decoder.cache_bytes_per_token)
+
+
+def _open(model: Path, threads: int | None) -> OnnxDecoder | TensorRTDecoder:
+    if model.suffix != ".plan":
+        return OnnxDecoder(model, threads=threads)
+    if threads is not None:
+        raise UsageError("An engine runs on a GPU, which has no such threads.", "Leave --threads out.")
+    from mla_compile.runtime.tensorrt.engine import TensorRTDecoder
+
+    return TensorRTDecoder(model)
 
 
 def continuation(tokenizer: Any, prompt: list[int], new: list[int]) -> str:  # noqa: ANN401 - see load_tokenizer

@@ -19,7 +19,20 @@ from dataclasses import dataclass, fields
 import onnx
 import onnx.parser
 
-__all__ = ["CACHED", "DOMAIN", "LATENT", "VERSION", "Variant", "attention_function"]
+__all__ = [
+    "APPENDED_SCALES",
+    "CACHED",
+    "DOMAIN",
+    "LATENT",
+    "PLACED_QUERIES",
+    "TURNED_KEYS",
+    "VERSION",
+    "Variant",
+    "attention_function",
+    "latent_context",
+    "latent_scores",
+    "scale_sizes",
+]
 
 DOMAIN = "mla_compile"
 LATENT = "LatentAttention"
@@ -78,7 +91,7 @@ _SIZES = """
   T = Add (P, N)
 """
 
-_LATENT_QUERIES = """
+_TURNED_QUERIES = """
   BN = Shape <start = 0, end = 2> (row_BNR)
   SH = Mul (S, H)
   axis3 = Constant <value_ints = [3]> ()
@@ -120,19 +133,23 @@ _LATENT_QUERIES = """
   q_new_imaginary = Add (q_ic, q_rs)
   turned_wide_BSnhd = Concat <axis = -1> (q_new_real, q_new_imaginary)
   turned_BSnhd = CastLike (turned_wide_BSnhd, query_BSHD)
+"""
 
+PLACED_QUERIES = """
   # ---- place every head's rotating channels in its group's slot of the row: [B, S, n, h, n, d] -> [B, S, H, n d]
   square = Concat <axis = 0> (n, n)
   blank = ConstantOfShape (square)
   slots_float = EyeLike <dtype = 1> (blank)
-  slots_nn = CastLike (slots_float, query_BSHD)
+  slots_nn = CastLike (slots_float, turned_BSnhd)
   slot_axes = Constant <value_ints = [1, 3]> ()
   slots_n1n1 = Unsqueeze (slots_nn, slot_axes)
   turned_BSnh1d = Unsqueeze (turned_BSnhd, axis4)
   placed_BSnhnd = Mul (turned_BSnh1d, slots_n1n1)
   placed_shape = Concat <axis = 0> (BS, H, rope_width)
   placed_BSHR = Reshape <allowzero = 1> (placed_BSnhnd, placed_shape)
+"""
 
+_FOLDED_QUERIES = """
   # ---- fold the key up-projection into the queries, group by group
   plain_shape = Concat <axis = 0> (M, G, per_up, nope)
   plain_MGhD = Reshape <allowzero = 1> (plain_BSHD, plain_shape)
@@ -145,8 +162,10 @@ _LATENT_QUERIES = """
   folded_MGhr = Transpose <perm = [1, 0, 2, 3]> (folded_GMhr)
   latent_shape = Concat <axis = 0> (BS, H, r)
   latent_query_BSHr = Reshape (folded_MGhr, latent_shape)
+"""
 
-  # ---- rotate the new rope keys and append the new rows
+TURNED_KEYS = """
+  # ---- rotate the new rope keys
   latent_BNr = Slice (row_BNR, zero, r, two)
   key_own_BNR = Slice (row_BNR, r, row_rest, two)
   key_BNR = CastLike (key_own_BNR, cos_BSn)
@@ -184,7 +203,7 @@ _BOTH_SCALES = """
   scale_width = Add (m, w)
 """
 
-_APPEND_SCALES = """
+APPENDED_SCALES = """
   scales_BNx = Slice (row_BNR, row_rest, end, two)
   new_BNR = Concat <axis = -1> (latent_BNr, key_turned_BNR, scales_BNx)
 """
@@ -290,7 +309,7 @@ _LATENT_SCORES_KEY_SCALES = """
   merged_heads_shape = Concat <axis = 0> (B, T, SH)
   scaled_BTM = Reshape (scaled_BTSmh, merged_heads_shape)
   # Zeros meet the scales: without rope, a product over no channels at all would be undefined in ONNX Runtime 1.31.
-  nothing = CastLike (zero_scalar, query_BSHD)
+  nothing = CastLike (zero_scalar, latent_query_BSHr)
   unscaled_shape = Concat <axis = 0> (BS, H, SCALES)
   unscaled_BSHx = Expand (nothing, unscaled_shape)
   rest_query_BSHR = Concat <axis = -1> (placed_BSHR, unscaled_BSHx)
@@ -307,7 +326,7 @@ _LATENT_SCORES_KEY_SCALES = """
 
 _ROWS_AND_SCALES_PRODUCT = """
   # ---- attend to the rows: the cache is the left operand, read once for all heads; zeros meet the scales
-  nothing = CastLike (zero_scalar, query_BSHD)
+  nothing = CastLike (zero_scalar, latent_query_BSHr)
   unscaled_shape = Concat <axis = 0> (BS, H, SCALES)
   unscaled_BSHx = Expand (nothing, unscaled_shape)
   rows_query_BSHR = Concat <axis = -1> (latent_query_BSHr, placed_BSHR, unscaled_BSHx)
@@ -538,29 +557,47 @@ def _listing(always: str, sometimes: dict[str, bool]) -> str:
 
 def _latent_body(variant: Variant) -> str:
     keys, values = variant.key_scales, variant.value_scales
+    return _over_rows(
+        variant,
+        [
+            _SIZES,
+            _TURNED_QUERIES,
+            PLACED_QUERIES,
+            _FOLDED_QUERIES,
+            TURNED_KEYS,
+            scale_sizes(variant),
+            APPENDED_SCALES if keys or values else _APPEND,
+            *_masks(variant),
+            latent_scores(variant),
+            _weights(variant),
+            latent_context(variant),
+            _LATENT_OUTPUT,
+        ],
+    )
+
+
+def scale_sizes(variant: Variant) -> str:
+    """How many scales a row has, of those that the variant has: ``m``, ``w`` and ``scale_width``."""
+    keys, values = variant.key_scales, variant.value_scales
+    return "".join([_KEY_SCALES * keys, _VALUE_SCALES * values, _BOTH_SCALES * (keys and values)])
+
+
+def latent_scores(variant: Variant) -> str:
+    """From ``latent_query_BSHr`` and ``placed_BSHR`` to ``scores_BSHT``, their products with ``ROWS``, with scales."""
+    keys, values = variant.key_scales, variant.value_scales
     scores = _LATENT_SCORES_VALUE_SCALES if values else _LATENT_SCORES
     if keys:
         scores = _LATENT_SCORES_SCALED_ROPE if variant.scaled_rope else _LATENT_SCORES_KEY_SCALES
     if keys or values:
         scores = scores.replace("SCALES", "scale_width" if keys and values else "m" if keys else "w")
-    whole = variant.scaled_rope or not keys
-    return _over_rows(
-        variant,
-        [
-            _SIZES,
-            _LATENT_QUERIES,
-            _KEY_SCALES if keys else "",
-            _VALUE_SCALES if values else "",
-            _BOTH_SCALES if keys and values else "",
-            _APPEND_SCALES if keys or values else _APPEND,
-            *_masks(variant),
-            scores,
-            _weights(variant),
-            _WEIGHTS_VALUE_SCALES if values else _WEIGHTS,
-            _LATENT_CONTEXT if whole else _LATENT_CONTEXT_KEY_SCALES,
-            _LATENT_OUTPUT,
-        ],
-    )
+    return scores
+
+
+def latent_context(variant: Variant) -> str:
+    """From ``weights_BSHT`` to the weighted sums of latents ``context_BMr``, value scales included."""
+    weights = _WEIGHTS_VALUE_SCALES if variant.value_scales else _WEIGHTS
+    apart = variant.key_scales and not variant.scaled_rope
+    return weights + (_LATENT_CONTEXT_KEY_SCALES if apart else _LATENT_CONTEXT)
 
 
 def _cached_body(variant: Variant) -> str:

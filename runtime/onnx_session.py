@@ -80,6 +80,11 @@ class OnnxDecoder:
                 f"'{path}' is the decoder of an encoder-decoder, which needs its encoder's rows.",
                 "Run it with ONNX Runtime itself, together with the .encoder.onnx file beside it.",
             )
+        if "lengths" in inputs:
+            raise LoadError(
+                f"'{path}' is a file for TensorRT, whose caches are fixed memory.",
+                f"Build an engine of it where there is a GPU: mla-compile tensorrt {path} --out FILE.plan.",
+            )
         caches = [inputs[name] for i in range(len(inputs)) if (name := _PAST.format(i)) in inputs]
         stored = self._session.get_modelmeta().custom_metadata_map.get("mla_compile")
         if not caches or stored is None:

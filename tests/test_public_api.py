@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 import mla_compile
+from mla_compile import runtime
 
 
 @pytest.mark.parametrize("name", mla_compile.__all__)
@@ -33,6 +36,18 @@ def test_version_is_the_installed_one():
 
 def test_dir_lists_names_before_their_first_use():
     assert {*mla_compile.__all__, "__version__"} <= set(dir(mla_compile))
+
+
+def test_runtime_has_the_kernels_without_importing_them():
+    """A part of the runtime costs what it costs by itself: the kernels import torch."""
+    source = (
+        "import sys, mla_compile.runtime as r; assert 'torch' not in sys.modules; print(r.latent_attention.__module__)"
+    )
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True)
+    assert done.stdout == "mla_compile.runtime.kernels.op\n", done.stderr
+    assert {*runtime.__all__} <= {*dir(runtime)}
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = runtime.nonsense
 
 
 def test_unknown_name_is_an_attribute_error():

@@ -18,6 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from mla_compile.errors import UsageError
 from mla_compile.runtime.kernels.append import append_kernel
 from mla_compile.runtime.kernels.decode import combine_kernel, decode_kernel
 from mla_compile.runtime.kernels.schedule import (
@@ -28,7 +29,15 @@ from mla_compile.runtime.kernels.schedule import (
     combine_constants,
 )
 
-__all__ = ["ARCHITECTURES", "Compiled", "compile_append", "compile_combine", "compile_decode", "compile_kernel"]
+__all__ = [
+    "ARCHITECTURES",
+    "Compiled",
+    "assembler",
+    "compile_append",
+    "compile_combine",
+    "compile_decode",
+    "compile_kernel",
+]
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 """A100; RTX 30; RTX 40 and L40; H100 and H200; B200; RTX 50."""
@@ -166,16 +175,30 @@ def compile_kernel(
     )
 
 
+def assembler(architecture: int) -> str:
+    """Triton's assembler for a compute capability.
+
+    Raises:
+        UsageError: It is not there.
+    """
+    tools = triton.knobs.nvidia
+    try:
+        path: str = (tools.ptxas_blackwell if architecture >= 100 else tools.ptxas).path
+    except RuntimeError as error:
+        raise UsageError(
+            "Triton's assembler, ptxas, was not found.", "Install Triton's own wheel: pip install 'mla-compile[cuda]'."
+        ) from error
+    return path
+
+
 def _assemble(ptx: str, architecture: int) -> tuple[bytes, int, int]:
     """Machine code, registers and spilled bytes, by Triton's assembler, which tells the last two only to who asks."""
-    tools = triton.knobs.nvidia
-    assembler = (tools.ptxas_blackwell if architecture >= 100 else tools.ptxas).path
     name = re.search(r"\.target (\w+)", ptx)
     assert name is not None
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
         source.write_text(ptx)
-        command = [assembler, "-v", f"--gpu-name={name[1]}", str(source), "-o", str(target)]
+        command = [assembler(architecture), "-v", f"--gpu-name={name[1]}", str(source), "-o", str(target)]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
         used, spilled = re.search(r"Used (\d+) registers", said), re.search(r"(\d+) bytes spill stores", said)
         assert used is not None

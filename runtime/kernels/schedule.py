@@ -9,6 +9,7 @@ from itertools import product
 from mla_compile.runtime.kernels.cache import RowLayout
 
 __all__ = [
+    "TOKENS_PER_ROW",
     "DecodeSpec",
     "Tiles",
     "append_constants",
@@ -22,7 +23,7 @@ __all__ = [
 
 _LEAST = 16
 """Rows, columns and keys that a product of blocks has at least."""
-_TOKENS_PER_ROW = 16
+TOKENS_PER_ROW = 16
 """A split's tokens per row: at 32 rows and rank 512, partial results of 512 tokens' split are a fifth of its cache."""
 
 
@@ -63,7 +64,7 @@ class DecodeSpec:
 
     def least_tiles(self, tiles: Tiles) -> int:
         """Tiles of keys that a split has at least."""
-        return -(-_TOKENS_PER_ROW * self.rows // tiles.keys)
+        return -(-TOKENS_PER_ROW * self.rows // tiles.keys)
 
     def constants(self, tiles: Tiles) -> dict[str, object]:
         """The kernel's compile-time arguments."""
@@ -202,7 +203,7 @@ def choose_splits(batch: int, blocks: int, rows: int, tokens: int, processors: i
         tokens: Keys of the longest sequence.
         processors: Streaming multiprocessors.
     """
-    least = _TOKENS_PER_ROW * rows
+    least = TOKENS_PER_ROW * rows
     most = max(1, min(tokens // least, processors))
 
     def time(splits: int) -> int:

@@ -3,147 +3,138 @@
 Where a plugin of a node's name is registered in :data:`NAMESPACE` TensorRT takes it, elsewhere the body, and so does
 every other runtime. What TensorRT's parser (that of 11 and of RTX 1.7) does not do decides their form:
 
-* It knows a function by its name alone and takes no notice of overloads: one function per name.
+* It knows a function by its name alone and takes no notice of overloads: one function per name, so that a variant (see
+  :class:`~mla_compile.runtime.onnx_function.Variant`) has a name of its own.
 * An attribute that a function hands on to a function within is 0 there, without a word: no function calls another.
 * It takes a plugin for a node that has a function only if the node itself says so, by ``plugin_namespace``.
+* ``TensorScatter`` writes in place (a KV-cache update layer) if the cache is an input of the whole network with four
+  axes, of which that of the tokens has a fixed length; nothing may stand between.
 
-Suffixes name the axes: B sequences, S new tokens, H query heads, T rows that a cache has room for, n rope groups, h
-heads of a group, d rope channels, r rank, R numbers of a row ``[latent | rope keys]``, P splits of the keys.
+Suffixes name the axes: B sequences, S or N new tokens, H query heads, T rows that a cache has room for, n rope groups,
+h heads of a group, d rope channels, r rank, m key scales, w value scales, R numbers of a row ``[latent | rope keys |
+key scales | value scales]``, P splits of the keys, 1 the one "head" of rows that all heads share.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from itertools import product
 
 import onnx
 import onnx.parser
 
-from mla_compile.runtime.onnx_function import DOMAIN
+from mla_compile.runtime.onnx_function import (
+    APPENDED_SCALES,
+    DOMAIN,
+    PLACED_QUERIES,
+    TURNED_KEYS,
+    Variant,
+    latent_context,
+    latent_scores,
+    scale_sizes,
+)
 
-__all__ = ["APPEND", "COMBINE", "NAMESPACE", "PARTIAL", "PLUGIN", "function"]
+__all__ = ["APPEND", "COMBINE", "DECODE", "NAMESPACE", "OPSET", "PARTIAL", "PLUGIN", "SPLITS", "function", "variants"]
 
 NAMESPACE = DOMAIN
 """Where plugins register; ``mla_compile::LatentAttentionPartial`` and so on."""
 PLUGIN = {"plugin_namespace": NAMESPACE, "plugin_version": "1"}
 """Attributes by which TensorRT's parser looks for a plugin."""
+OPSET = 24
+"""Standard operators that the bodies are written in: the first set with ``TensorScatter``."""
+SPLITS = 16
+"""Pieces that kernels cut a cache into: with 8 sequences of one block of rows they keep an H200's processors busy."""
 APPEND = "LatentAppend"
 PARTIAL = "LatentAttentionPartial"
 COMBINE = "LatentAttentionCombine"
+DECODE = "LatentAttentionDecode"
+_PLAIN = Variant()
 
-_PLUGIN = ", ".join(PLUGIN)
+_SIGNATURES = {
+    APPEND: ("latent_rank", "row_BNR, cos_BSn, sin_BSn, cache_B1TR, lengths_B", "present_B1TR"),
+    PARTIAL: (
+        "rope_groups, scale, softcap, window, key_scales, value_scales, scaled_rope, splits",
+        "latent_query_BSHr, rope_query_BSHd, rows_B1TR, lengths_B",
+        "partial_BSHPr, lse_BSHP",
+    ),
+    COMBINE: ("to", "partial_BSHPr, lse_BSHP", "context_BSHr"),
+    DECODE: (
+        "rope_groups, scale, softcap, window, key_scales, value_scales, scaled_rope, has_slopes, has_sinks",
+        "latent_query_BSHr, rope_query_BSHd, rows_B1TR, lengths_B",
+        "context_BSHr",
+    ),
+}
+"""Attributes, inputs and outputs. Slopes are one more input of ``PARTIAL`` and ``DECODE``, and behind them sinks of
+``COMBINE`` and ``DECODE``, which says by attributes what it has."""
 
-_APPEND = f"""
-{APPEND} <latent_rank, {_PLUGIN}> (row_BSR, cos_BSnd, sin_BSnd, cache_BTR, lengths_B) => (present_BTR) {{
+_APPEND_SIZES = """
   zero = Constant <value_ints = [0]> ()
   one = Constant <value_ints = [1]> ()
   two = Constant <value_ints = [2]> ()
   axis3 = Constant <value_ints = [3]> ()
   end = Constant <value_ints = [9223372036854775807]> ()
-  zero_scalar = Constant <value_int = 0> ()
-  one_scalar = Constant <value_int = 1> ()
   rank = Constant <value_int: int = @latent_rank> ()
   r = Reshape (rank, one)
-  BS = Shape <start = 0, end = 2> (row_BSR)
-  S = Shape <start = 1, end = 2> (row_BSR)
-  T = Shape <start = 1, end = 2> (cache_BTR)
-  n = Shape <start = 2, end = 3> (cos_BSnd)
-  half = Shape <start = 3, end = 4> (cos_BSnd)
+  BN = Shape <start = 0, end = 2> (row_BNR)
+  N = Shape <start = 1, end = 2> (row_BNR)
+  n = Shape <start = 2, end = 3> (cos_BSn)
+  half = Shape <start = 3, end = 4> (cos_BSn)
   d = Mul (half, two)
   rope_width = Mul (n, d)
-
-  # ---- rotate the rope keys
-  latent_BSr = Slice (row_BSR, zero, r, two)
-  key_own_BSR = Slice (row_BSR, r, end, two)
-  key_BSR = CastLike (key_own_BSR, cos_BSnd)
-  key_shape = Concat <axis = 0> (BS, n, d)
-  key_BSnd = Reshape <allowzero = 1> (key_BSR, key_shape)
-  real = Slice (key_BSnd, zero, half, axis3)
-  imaginary = Slice (key_BSnd, half, end, axis3)
-  rc = Mul (real, cos_BSnd)
-  is = Mul (imaginary, sin_BSnd)
-  ic = Mul (imaginary, cos_BSnd)
-  rs = Mul (real, sin_BSnd)
-  new_real = Sub (rc, is)
-  new_imaginary = Add (ic, rs)
-  turned_BSnd = Concat <axis = -1> (new_real, new_imaginary)
-  flat_shape = Concat <axis = 0> (BS, rope_width)
-  turned_wide_BSR = Reshape <allowzero = 1> (turned_BSnd, flat_shape)
-  turned_BSR = CastLike (turned_wide_BSR, row_BSR)
-  new_BSR = Concat <axis = -1> (latent_BSr, turned_BSR)
-
-  # ---- each of the cache's rows is what it was, or the new token whose place it is
-  T_scalar = Squeeze (T, zero)
-  place_T = Range (zero_scalar, T_scalar, one_scalar)
-  lengths = Cast <to = 7> (lengths_B)
-  first_B = Sub (lengths, S)
-  first_B1 = Unsqueeze (first_B, one)
-  token_BT = Sub (place_T, first_B1)
-  behind_first_BT = GreaterOrEqual (token_BT, zero_scalar)
-  before_last_BT = Less (token_BT, S)
-  written_BT = And (behind_first_BT, before_last_BT)
-  any_BT = Where (written_BT, token_BT, zero_scalar)
-  index_BT1 = Unsqueeze (any_BT, two)
-  spread_BTR = GatherND <batch_dims = 1> (new_BSR, index_BT1)
-  written_BT1 = Unsqueeze (written_BT, two)
-  present_BTR = Where (written_BT1, spread_BTR, cache_BTR)
-}}
+  row_rest = Add (r, rope_width)
 """
 
-_PARTIAL = f"""
-{PARTIAL} <rope_groups, scale, window, splits, {_PLUGIN}>
-  (latent_query_BSHr, rope_query_BSHd, rows_BTR, lengths_B) => (partial_BSHPr, lse_BSHP) {{
+_WRITE = """
+  # ---- the first token that is no padding comes first, and the last one again for those that padding leaves
+  zero_scalar = Constant <value_int = 0> ()
+  one_scalar = Constant <value_int = 1> ()
+  N_scalar = Squeeze (N, zero)
+  lengths = Cast <to = 7> (lengths_B)
+  first_B = Sub (lengths, N)
+  start_B = Max (first_B, zero)
+  padding_B = Sub (start_B, first_B)
+  padding_B1 = Unsqueeze (padding_B, one)
+  token_N = Range (zero_scalar, N_scalar, one_scalar)
+  behind_BN = Add (token_N, padding_B1)
+  last = Sub (N, one)
+  token_BN = Min (behind_BN, last)
+  token_BN1 = Unsqueeze (token_BN, two)
+  moved_BNR = GatherND <batch_dims = 1> (new_BNR, token_BN1)
+  moved_B1NR = Unsqueeze (moved_BNR, one)
+  present_B1TR = TensorScatter <axis = -2, mode = "linear"> (cache_B1TR, moved_B1NR, start_B)
+"""
+
+_PARTIAL_SIZES = """
   zero = Constant <value_ints = [0]> ()
   one = Constant <value_ints = [1]> ()
   two = Constant <value_ints = [2]> ()
   axis3 = Constant <value_ints = [3]> ()
   axis4 = Constant <value_ints = [4]> ()
+  end = Constant <value_ints = [9223372036854775807]> ()
   zero_scalar = Constant <value_int = 0> ()
   one_scalar = Constant <value_int = 1> ()
-  lowest = Constant <value_float = -3.0e38> ()
-  nothing = Constant <value_float = 0.0> ()
-  unit = Constant <value_float = 1.0> ()
-  infinity = Constant <value_float = -inf> ()
-  factor = Constant <value_float: float = @scale> ()
   groups = Constant <value_int: int = @rope_groups> ()
-  reach = Constant <value_int: int = @window> ()
   n = Reshape (groups, one)
+  rows_BTR = Squeeze (rows_B1TR, one)
+  BS = Shape <start = 0, end = 2> (latent_query_BSHr)
   B = Shape <start = 0, end = 1> (latent_query_BSHr)
   S = Shape <start = 1, end = 2> (latent_query_BSHr)
   H = Shape <start = 2, end = 3> (latent_query_BSHr)
   r = Shape <start = 3, end = 4> (latent_query_BSHr)
   d = Shape <start = 3, end = 4> (rope_query_BSHd)
-  R = Shape <start = 2, end = 3> (rows_BTR)
   T = Shape <start = 1, end = 2> (rows_BTR)
   h = Div (H, n)
   SH = Mul (S, H)
   rope_width = Mul (n, d)
-
-  # ---- place every head's rotating channels in its group's slot of the row
-  by_group = Concat <axis = 0> (B, S, n, h, d)
+  row_rest = Add (r, rope_width)
+  by_group = Concat <axis = 0> (BS, n, h, d)
   turned_BSnhd = Reshape <allowzero = 1> (rope_query_BSHd, by_group)
-  square = Concat <axis = 0> (n, n)
-  blank = ConstantOfShape (square)
-  slots_float = EyeLike <dtype = 1> (blank)
-  slots_nn = CastLike (slots_float, latent_query_BSHr)
-  slot_axes = Constant <value_ints = [1, 3]> ()
-  slots_n1n1 = Unsqueeze (slots_nn, slot_axes)
-  turned_BSnh1d = Unsqueeze (turned_BSnhd, axis4)
-  placed_BSnhnd = Mul (turned_BSnh1d, slots_n1n1)
-  placed_shape = Concat <axis = 0> (B, S, H, rope_width)
-  placed_BSHR = Reshape <allowzero = 1> (placed_BSnhnd, placed_shape)
+"""
 
-  # ---- logits of all heads to all rows
-  query_BSHR = Concat <axis = -1> (latent_query_BSHr, placed_BSHR)
-  merged = Concat <axis = 0> (B, SH, R)
-  query_BMR = Reshape <allowzero = 1> (query_BSHR, merged)
-  rows_BRT = Transpose <perm = [0, 2, 1]> (rows_BTR)
-  product_BMT = MatMul (query_BMR, rows_BRT)
-  product_shape = Concat <axis = 0> (B, S, H, T)
-  product_BSHT = Reshape <allowzero = 1> (product_BMT, product_shape)
-  exact_BSHT = Cast <to = 1> (product_BSHT)
-  logits_BSHT = Mul (exact_BSHT, factor)
-
+_SEEN = """
   # ---- a query sees the rows up to its own; one before its sequence's first row sees none
+  reach = Constant <value_int: int = @window> ()
   S_scalar = Squeeze (S, zero)
   T_scalar = Squeeze (T, zero)
   token_S = Range (zero_scalar, S_scalar, one_scalar)
@@ -160,46 +151,116 @@ _PARTIAL = f"""
   within_BST = Or (near_BST, unbounded)
   seen_BST = And (behind_BST, within_BST)
   seen_BS1T = Unsqueeze (seen_BST, two)
+"""
 
-  # ---- softmax, its denominator kept
-  masked_BSHT = Where (seen_BS1T, logits_BSHT, lowest)
-  largest_BSH1 = ReduceMax <keepdims = 1> (masked_BSHT, axis3)
-  below_BSHT = Sub (masked_BSHT, largest_BSH1)
+_LOGITS = """
+  # ---- from scores to logits, in float32
+  factor = Constant <value_float: float = @scale> ()
+  exact_BSHT = Cast <to = 1> (scores_BSHT)
+  scaled_BSHT = Mul (exact_BSHT, factor)
+"""
+
+_CAPPED = """
+  bound = Constant <value_float: float = @softcap> ()
+  ratio_BSHT = Div (scaled_BSHT, bound)
+  within_one_BSHT = Tanh (ratio_BSHT)
+  logits_BSHT = Mul (within_one_BSHT, bound)
+"""
+
+_UNCAPPED = """
+  logits_BSHT = Identity (scaled_BSHT)
+"""
+
+_SLOPED = """
+  distance_BS1T = Unsqueeze (distance_BST, two)
+  distance_float_BS1T = Cast <to = 1> (distance_BS1T)
+  slopes_H1 = Unsqueeze (slopes_H, one)
+  loss_BSHT = Mul (distance_float_BS1T, slopes_H1)
+  level_BSHT = Sub (logits_BSHT, loss_BSHT)
+"""
+
+_LEVEL = """
+  level_BSHT = Identity (logits_BSHT)
+"""
+
+_MASKED = """
+  # ---- softmax
+  lowest = Constant <value_float = -3.0e38> ()
+  none = Constant <value_float = 0.0> ()
+  unit = Constant <value_float = 1.0> ()
+  masked_BSHT = Where (seen_BS1T, level_BSHT, lowest)
+  own_BSH1 = ReduceMax <keepdims = 1> (masked_BSHT, axis3)
+"""
+
+_POWERS = """
+  origin_BSH1 = Identity (largest_BSH1)
+  below_BSHT = Sub (masked_BSHT, origin_BSH1)
   power_BSHT = Exp (below_BSHT)
-  weights_BSHT = Where (seen_BS1T, power_BSHT, nothing)
-  total_BSH1 = ReduceSum <keepdims = 1> (weights_BSHT, axis3)
-  some_BSH1 = Greater (total_BSH1, nothing)
+  kept_BSHT = Where (seen_BS1T, power_BSHT, none)
+  sum_BSH1 = ReduceSum <keepdims = 1> (kept_BSHT, axis3)
+"""
+
+_WEIGHTS = """
+  some_BSH1 = Greater (total_BSH1, none)
   divisor_BSH1 = Where (some_BSH1, total_BSH1, unit)
-  share_BSHT = Div (weights_BSHT, divisor_BSH1)
+  share_BSHT = Div (kept_BSHT, divisor_BSH1)
+  weights_BSHT = CastLike (share_BSHT, rows_BTR)
+"""
+
+_ONE_SPLIT = """
+  # ---- the only split, and its denominator
+  infinity = Constant <value_float = -inf> ()
   log_BSH1 = Log (divisor_BSH1)
   denominator_BSH1 = Add (log_BSH1, largest_BSH1)
   lse_BSHP = Where (some_BSH1, denominator_BSH1, infinity)
-
-  # ---- the weighted sum of latents, as the only split
-  share_like_BSHT = CastLike (share_BSHT, rows_BTR)
-  weights_shape = Concat <axis = 0> (B, SH, T)
-  share_BMT = Reshape <allowzero = 1> (share_like_BSHT, weights_shape)
-  latent_BTr = Slice (rows_BTR, zero, r, two)
-  context_BMr = MatMul (share_BMT, latent_BTr)
   context_wide_BMr = Cast <to = 1> (context_BMr)
-  context_shape = Concat <axis = 0> (B, S, H, one, r)
-  partial_BSHPr = Reshape <allowzero = 1> (context_wide_BMr, context_shape)
-}}
+  partial_shape = Concat <axis = 0> (BS, H, one, r)
+  partial_BSHPr = Reshape <allowzero = 1> (context_wide_BMr, partial_shape)
 """
 
-_COMBINE = f"""
-{COMBINE} <to, {_PLUGIN}> (partial_BSHPr, lse_BSHP) => (context_BSHr) {{
+_NO_SPLITS = """
+  decoded_shape = Concat <axis = 0> (BS, H, r)
+  context_BSHr = Reshape <allowzero = 1> (context_BMr, decoded_shape)
+"""
+
+_LARGEST = """
   axis3 = Constant <value_ints = [3]> ()
   axis4 = Constant <value_ints = [4]> ()
   lowest = Constant <value_float = -3.0e38> ()
   nothing = Constant <value_float = 0.0> ()
   unit = Constant <value_float = 1.0> ()
-  largest_BSH1 = ReduceMax <keepdims = 1> (lse_BSHP, axis3)
+  own_BSH1 = ReduceMax <keepdims = 1> (lse_BSHP, axis3)
+"""
+
+_LARGEST_SINKS = """
+  sink_axis = Constant <value_ints = [1]> ()
+  sinks_H1 = Unsqueeze (sinks_H, sink_axis)
+  largest_BSH1 = Max (own_BSH1, sinks_H1)
+"""
+
+_LARGEST_OWN = """
+  largest_BSH1 = Identity (own_BSH1)
+"""
+
+_TOTAL = """
   found_BSH1 = Greater (largest_BSH1, lowest)
   origin_BSH1 = Where (found_BSH1, largest_BSH1, nothing)
   below_BSHP = Sub (lse_BSHP, origin_BSH1)
   weights_BSHP = Exp (below_BSHP)
-  total_BSH1 = ReduceSum <keepdims = 1> (weights_BSHP, axis3)
+  sum_BSH1 = ReduceSum <keepdims = 1> (weights_BSHP, axis3)
+"""
+
+_TOTAL_SINKS = """
+  sink_below_BSH1 = Sub (sinks_H1, origin_BSH1)
+  sink_BSH1 = Exp (sink_below_BSH1)
+  total_BSH1 = Add (sum_BSH1, sink_BSH1)
+"""
+
+_TOTAL_OWN = """
+  total_BSH1 = Identity (sum_BSH1)
+"""
+
+_CONTEXT = """
   divisor_BSH1 = Where (found_BSH1, total_BSH1, unit)
   share_BSHP = Div (weights_BSHP, divisor_BSH1)
   share_BSHP1 = Unsqueeze (share_BSHP, axis4)
@@ -210,26 +271,87 @@ _COMBINE = f"""
   kept_BSHPr = Where (counts_BSHP1, part_BSHPr, nothing)
   context_wide_BSHr = ReduceSum <keepdims = 0> (kept_BSHPr, axis3)
   context_BSHr = Cast <to: int = @to> (context_wide_BSHr)
-}}
 """
 
-_TEXTS = {APPEND: _APPEND, PARTIAL: _PARTIAL, COMBINE: _COMBINE}
+
+def variants() -> Iterator[tuple[str, Variant]]:
+    """Every operator of quickly deployable plugins with every combination of features that it can have."""
+    yield APPEND, _PLAIN
+    yield COMBINE, _PLAIN
+    yield COMBINE, Variant(sinks=True)
+    either = (False, True)
+    for keys, rope, values, softcap, slopes in product(either, either, either, either, either):
+        if keys or not rope:
+            yield (
+                PARTIAL,
+                Variant(key_scales=keys, scaled_rope=rope, value_scales=values, softcap=softcap, slopes=slopes),
+            )
 
 
 @functools.cache
-def function(op_type: str, opset: int) -> onnx.FunctionProto:
-    """Build the function of a node.
+def function(op_type: str, variant: Variant = _PLAIN) -> onnx.FunctionProto:
+    """Build the function of a node; its name is the variant's.
 
-    ``LatentAppend`` is :func:`mla_compile.runtime.kernels.append_latent` on a contiguous cache.
-    ``LatentAttentionPartial`` and ``LatentAttentionCombine`` in a row are
-    :func:`mla_compile.runtime.kernels.latent_attention`, causal, with ``window`` 0 for none; of the ``splits`` that a
-    kernel cuts the keys into the body makes one. Unlike the kernels the body reads what lies behind a sequence's last
-    row, so that it must be numbers.
+    ``LatentAppend`` is :func:`mla_compile.runtime.kernels.append_latent` on a contiguous cache, but for the memory
+    right behind a sequence that is shorter than the new tokens, which it overwrites. ``LatentAttentionPartial`` and
+    ``LatentAttentionCombine`` in a row are :func:`mla_compile.runtime.kernels.latent_attention`, causal, with
+    ``window`` 0 for none; of the ``splits`` that a kernel cuts the keys into the body makes one.
+    ``LatentAttentionDecode`` is both in one, for a plugin that launches two kernels and cuts the keys as it sees fit.
+    Unlike the kernels the body reads what lies behind a sequence's last row, so that it must be numbers.
 
     Args:
-        op_type: ``APPEND``, ``PARTIAL`` or ``COMBINE``.
-        opset: Version of the standard operators, 23 or later.
+        op_type: ``APPEND``, ``PARTIAL``, ``COMBINE`` or ``DECODE``.
+        variant: What the node has; a window is no variant here. ``LatentAppend`` is one for all.
     """
-    text = f'<opset_import: ["" : {opset}], domain: "{DOMAIN}">{_TEXTS[op_type]}'
+    attributes, inputs, outputs = _SIGNATURES[op_type]
+    inputs += ", slopes_H" * variant.slopes + ", sinks_H" * variant.sinks
+    text = f"""
+<opset_import: ["" : {OPSET}], domain: "{DOMAIN}">
+{variant.named(op_type)} <{attributes}, {", ".join(PLUGIN)}> ({inputs}) => ({outputs}) {{
+{_BODIES[op_type](variant)}
+}}
+"""
     lines = [line.split("#")[0].rstrip() for line in text.splitlines()]
     return onnx.parser.parse_function("\n".join(line for line in lines if line))
+
+
+def _append_body(variant: Variant) -> str:
+    return _APPEND_SIZES + TURNED_KEYS + APPENDED_SCALES + _WRITE
+
+
+def _partial_body(variant: Variant) -> str:
+    return _attention(variant) + _ONE_SPLIT
+
+
+def _decode_body(variant: Variant) -> str:
+    return _attention(variant) + _NO_SPLITS
+
+
+def _attention(variant: Variant) -> str:
+    """The contexts ``[B, S H, r]`` of all rows at once."""
+    return "".join(
+        [
+            _PARTIAL_SIZES,
+            PLACED_QUERIES,
+            scale_sizes(variant),
+            latent_scores(variant).replace("ROWS", "rows_BTR"),
+            _SEEN,
+            _LOGITS,
+            _CAPPED if variant.softcap else _UNCAPPED,
+            _SLOPED if variant.slopes else _LEVEL,
+            _MASKED,
+            _LARGEST_SINKS if variant.sinks else _LARGEST_OWN,
+            _POWERS,
+            _TOTAL_SINKS if variant.sinks else _TOTAL_OWN,
+            _WEIGHTS,
+            latent_context(variant).replace("ROWS", "rows_BTR"),
+        ]
+    )
+
+
+def _combine_body(variant: Variant) -> str:
+    largest, total = (_LARGEST_SINKS, _TOTAL_SINKS) if variant.sinks else (_LARGEST_OWN, _TOTAL_OWN)
+    return _LARGEST + largest + _TOTAL + total + _CONTEXT
+
+
+_BODIES = {APPEND: _append_body, PARTIAL: _partial_body, COMBINE: _combine_body, DECODE: _decode_body}

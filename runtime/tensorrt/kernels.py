@@ -46,34 +46,34 @@ class Partial:
     """One ``LatentAttentionPartial``; axes are named as in :mod:`mla_compile.runtime.tensorrt.functions`.
 
     Attributes:
-        rank: ``r``.
-        rope_groups: ``n``.
-        rope_dim: ``d``.
+        layout: What a row holds.
         heads: ``H``.
         new: ``S``, or 0 if it is not known before an engine runs.
         dtype: Triton's name for the type of queries and rows: ``fp16``, ``bf16`` or ``fp32``.
         scale: Factor of the dot products.
-        window: How many keys a query sees; 0 for all.
         splits: ``P``.
+        window: How many keys a query sees; 0 for all.
+        softcap: Bound of the logits; 0 for none.
+        slopes: Whether logits fall with distance.
     """
 
-    rank: int
-    rope_groups: int
-    rope_dim: int
+    layout: RowLayout
     heads: int
     new: int
     dtype: str
     scale: float
-    window: int
     splits: int
+    window: int = 0
+    softcap: float = 0.0
+    slopes: bool = False
 
     @property
     def spec(self) -> DecodeSpec:
         """What the decode kernel is compiled for."""
-        layout = RowLayout(self.rank, self.rope_groups, self.rope_dim)
         itemsize = 4 if self.dtype == "fp32" else 2
+        features = {"windowed": self.window > 0, "capped": self.softcap > 0}
         # Two tokens stand for any number: what is compiled for several computes one too.
-        return DecodeSpec(layout, self.heads, self.new or 2, itemsize, windowed=self.window > 0)
+        return DecodeSpec(self.layout, self.heads, self.new or 2, itemsize, **features)
 
     def tactics(self, architecture: int) -> tuple[Tiles, ...]:
         """Tiles to choose among by time: all of 48 KiB or less, or where none is so small the schedule's own.
@@ -92,19 +92,21 @@ class Partial:
 
     def constants(self, tiles: Tiles) -> dict[str, object]:
         """The kernel's compile-time arguments."""
-        taken = ("RANK", "WIDTHS", "ROPE_GROUPS", "ROPE_DIM", "ROPE_WIDTH", "CAUSAL", "ROWS", "KEYS")
         made = self.spec.constants(tiles)
-        return {name: made[name] for name in taken} | {
+        own = {
             "SCALE": self.scale,
+            "SOFTCAP": self.softcap,
             "WINDOW": self.window,
             "SPLITS": self.splits,
             "LEAST_TILES": self.spec.least_tiles(tiles),
         }
+        return {name: made[name] for name in partial_entry.arg_names if name in made} | own
 
     def compile(self, tiles: Tiles, architecture: int) -> Compiled:
         """Compile for these tiles."""
         types = dict.fromkeys(("q_latent", "q_rope", "rows"), f"*{self.dtype}")
-        return compile_kernel(partial_entry, types, self.constants(tiles), architecture, tiles.warps, tiles.stages)
+        constants = self.constants(tiles) | ({} if self.slopes else {"slopes": None})
+        return compile_kernel(partial_entry, types, constants, architecture, tiles.warps, tiles.stages)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,11 +117,13 @@ class Combine:
         rank: ``r``.
         splits: ``P``.
         dtype: Triton's name for the type of the result.
+        sinks: Whether the softmax has a further logit per head.
     """
 
     rank: int
     splits: int
     dtype: str
+    sinks: bool = False
 
     @property
     def constants(self) -> dict[str, int]:
@@ -133,7 +137,8 @@ class Combine:
 
     def compile(self, architecture: int) -> Compiled:
         """Compile."""
-        return compile_kernel(combine_entry, {"output": f"*{self.dtype}"}, {**self.constants}, architecture, 4, 1)
+        constants: dict[str, object] = {**self.constants, **({} if self.sinks else {"sinks": None})}
+        return compile_kernel(combine_entry, {"output": f"*{self.dtype}"}, constants, architecture, 4, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,22 +146,18 @@ class Append:
     """One ``LatentAppend``.
 
     Attributes:
-        rank: ``r``.
-        rope_groups: ``n``.
-        rope_dim: ``d``.
+        layout: What a row holds; how many of its scales are keys' is of no account.
         dtype: Triton's name for the type of rows.
     """
 
-    rank: int
-    rope_groups: int
-    rope_dim: int
+    layout: RowLayout
     dtype: str
 
     @property
     def constants(self) -> dict[str, int]:
         """The kernel's compile-time arguments."""
-        made = append_constants(RowLayout(self.rank, self.rope_groups, self.rope_dim), 0)
-        return {name: made[name] for name in ("RANK", "WIDTH", "ROPE_GROUPS", "GROUPS", "HALF", "HALF_WIDTH")}
+        made = append_constants(self.layout, 0)
+        return {name: made[name] for name in append_entry.arg_names if name in made}
 
     def compile(self, architecture: int) -> Compiled:
         """Compile."""

@@ -11,30 +11,36 @@ from conversion import convert
 
 from mla_compile.passes.lower_tensorrt import lower_to_tensorrt_onnx
 from mla_compile.runtime.module import LatentModel
+from mla_compile.runtime.tensorrt.functions import SPLITS
 
 # Triton's interpreter must be chosen before Triton is imported.
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
 
 
+ROOM = 32
+
+
 class Lowered:
     """A converted model, and the file for TensorRT it was lowered to."""
 
-    def __init__(self, captured, path: Path) -> None:
-        self.path = path
-        self.model: LatentModel = convert(captured.program, captured.sites, exact=False, cache_ratio=0.5)
-        lower_to_tensorrt_onnx(self.model.graph, self.model.rows, path, opset=23, metadata={"format": 1})
+    def __init__(self, model: LatentModel, path: Path, splits: int | None) -> None:
+        self.path, self.model = path, model
+        lower_to_tensorrt_onnx(model.graph, model.rows, path, room=ROOM, metadata={"format": 1}, splits=splits)
         self.proto = onnx.load(path)
 
 
 @pytest.fixture(scope="session")
 def lowered(programs, tmp_path_factory):
-    """By name of the model."""
-    written = {}
+    """By name of the model, and number of splits: None for nodes whose plugin chooses that itself."""
+    converted, written = {}, {}
 
-    def get(name: str) -> Lowered:
-        if name not in written:
-            written[name] = Lowered(programs[name], tmp_path_factory.mktemp("tensorrt") / "model.onnx")
-        return written[name]
+    def get(name: str, splits: int | None = SPLITS) -> Lowered:
+        if name not in converted:
+            converted[name] = convert(programs[name].program, programs[name].sites, exact=False, cache_ratio=0.5)
+        if (name, splits) not in written:
+            path = tmp_path_factory.mktemp("tensorrt") / "model.onnx"
+            written[name, splits] = Lowered(converted[name], path, splits)
+        return written[name, splits]
 
     return get
 

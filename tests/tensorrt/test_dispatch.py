@@ -13,7 +13,7 @@ import onnx
 import pytest
 
 from mla_compile.runtime.onnx_function import DOMAIN
-from mla_compile.runtime.tensorrt.functions import APPEND, COMBINE, NAMESPACE, PARTIAL, function
+from mla_compile.runtime.tensorrt.functions import APPEND, COMBINE, DECODE, NAMESPACE, PARTIAL, SPLITS, function
 
 PARSE = """
 import json, sys
@@ -43,16 +43,16 @@ print(json.dumps(parser.parse_from_file(path)), flush=True)
 
 def parse(path, op_type, namespace):
     """What the first plugin that was asked for would be made of, or whether all nodes got bodies."""
-    fields = [name for name in function(op_type, 23).attribute if not name.startswith("plugin_")]
+    fields = [name for name in function(op_type).attribute if not name.startswith("plugin_")]
     command = [sys.executable, "-c", PARSE, str(path), op_type, namespace, json.dumps(fields)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.stdout, done.stderr
     return json.loads(done.stdout.splitlines()[0])
 
 
-@pytest.mark.parametrize("op_type", [APPEND, PARTIAL, COMBINE])
+@pytest.mark.parametrize("op_type", [APPEND, PARTIAL, COMBINE, DECODE])
 def test_a_registered_plugin_is_asked_for(lowered, parser, op_type):
-    case = lowered("llama-gqa")
+    case = lowered("llama-gqa", splits=None if op_type == DECODE else SPLITS)
     node = next(n for n in case.proto.graph.node if n.domain == DOMAIN and n.op_type == op_type)
     found = parse(case.path, op_type, NAMESPACE)
     expected = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute if "plugin" not in a.name}

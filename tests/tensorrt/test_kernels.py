@@ -14,10 +14,13 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 import triton
 
+from mla_compile.runtime.kernels.cache import RowLayout
 from mla_compile.runtime.kernels.schedule import choose_tiles, shared_bytes
 from mla_compile.runtime.tensorrt.kernels import Append, Combine, Partial, launchable, launchable_ptx
 
-SMALL = Partial(48, 3, 8, 9, 1, "fp16", 0.3, 0, 4)
+LAYOUT = RowLayout(48, 3, 8)
+SMALL = Partial(LAYOUT, 9, 1, "fp16", 0.3, 4)
+SCALED = Partial(RowLayout(48, 3, 8, 3, 9), 9, 1, "fp16", 0.3, 4, softcap=30.0, slopes=True)
 TAKEN = """
 .visible .entry kernel(
 \t.param .u64 kernel_param_0,
@@ -30,7 +33,9 @@ TAKEN = """
 """
 
 
-@pytest.mark.parametrize("made", [SMALL, Combine(48, 4, "fp16"), Append(48, 3, 8, "fp16")])
+@pytest.mark.parametrize(
+    "made", [SMALL, SCALED, Combine(48, 4, "fp16"), Combine(48, 4, "fp16", True), Append(LAYOUT, "fp16")]
+)
 @pytest.mark.parametrize("architecture", [80, 90])
 def test_without_scratch_parameters_it_still_assembles(made, architecture, tmp_path):
     kernel = launchable(made, architecture)
@@ -53,7 +58,7 @@ def test_what_is_used_is_not_taken_away():
 @pytest.mark.parametrize("rank", [48, 128, 512])
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_tactics_need_no_more_shared_memory_than_any_launch_has(rank, dtype):
-    made = Partial(rank, 1, 64, 32, 1, dtype, 0.3, 0, 16)
+    made = Partial(RowLayout(rank, 1, 64), 32, 1, dtype, 0.3, 16)
     tactics = made.tactics(90)
     assert tactics
     assert all(shared_bytes(made.spec, tiles) <= 48 * 1024 for tiles in tactics)
@@ -61,5 +66,5 @@ def test_tactics_need_no_more_shared_memory_than_any_launch_has(rank, dtype):
 
 
 def test_where_nothing_is_so_small_there_is_what_fits():
-    made = Partial(512, 1, 64, 32, 1, "fp32", 0.3, 0, 16)
+    made = Partial(RowLayout(512, 1, 64), 32, 1, "fp32", 0.3, 16)
     assert made.tactics(90) == (choose_tiles(made.spec, 90),)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import NamedTuple
 
 import models
 import numpy as np
@@ -15,14 +16,22 @@ from conversion import difference
 
 from mla_compile.errors import RefusedError
 from mla_compile.passes.lower_tensorrt import lower_to_tensorrt_onnx
+from mla_compile.runtime.module import LatentModel
 from mla_compile.runtime.onnx_function import DOMAIN, VERSION
-from mla_compile.runtime.tensorrt.functions import APPEND, COMBINE, NAMESPACE, PARTIAL
+from mla_compile.runtime.tensorrt.functions import APPEND, COMBINE, DECODE, NAMESPACE, OPSET, PARTIAL
 
 # Grouped keys; a window, whose cache keeps all rows here; no rope.
 NAMES = ("llama-gqa", "mistral-window", "nanogpt")
 # Both compute in float32 in another order: 1e-6 was observed.
 LOGITS = 1e-4
-LENGTH, ROOM = 14, 17
+LENGTH, ROOM = 14, 32
+
+
+class Case(NamedTuple):
+    """A file and the module it was made of."""
+
+    path: Path
+    model: LatentModel
 
 
 class Session:
@@ -33,7 +42,7 @@ class Session:
         options.intra_op_num_threads = 1
         self._session = onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
         self.caches = {
-            f"past_key_values.{i}.latent": np.zeros((batch, ROOM, row), np.float32) for i, row in enumerate(rows)
+            f"past_key_values.{i}.latent": np.zeros((batch, 1, ROOM, row), np.float32) for i, row in enumerate(rows)
         }
 
     def step(self, ids, lengths, positions) -> torch.Tensor:
@@ -83,15 +92,15 @@ def test_sequences_of_different_lengths_share_a_batch(lowered):
         second = case.model(torch.cat([ids[1:, :9], more[1:]], 1)).logits
     assert difference(got[:1], first) <= LOGITS
     assert difference(got[1:, LENGTH - 9 :], second) <= LOGITS
-    # Behind a sequence's last row nothing was written.
-    assert all(not cache[1, 9 + steps :].any() for cache in session.caches.values())
+    # Behind what a prompt takes nothing was written.
+    assert all(not cache[1, 0, max(LENGTH, 9 + steps) :].any() for cache in session.caches.values())
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_nodes_ask_for_plugins_and_carry_bodies(lowered, name):
     case = lowered(name)
     onnx.checker.check_model(case.path, full_check=True)
-    assert {entry.domain: entry.version for entry in case.proto.opset_import} == {"": 23, DOMAIN: VERSION}
+    assert {entry.domain: entry.version for entry in case.proto.opset_import} == {"": OPSET, DOMAIN: VERSION}
     assert sorted(f.name for f in case.proto.functions) == sorted([APPEND, PARTIAL, COMBINE])
     nodes = [n for n in case.proto.graph.node if n.domain]
     assert [n.op_type for n in nodes] == [APPEND, PARTIAL, COMBINE] * len(case.model.rows)
@@ -102,15 +111,28 @@ def test_nodes_ask_for_plugins_and_carry_bodies(lowered, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_nodes_for_a_library_of_plugins(lowered, name):
+    """Attention is one node instead of two, and computes the same."""
+    case, ids = lowered(name, splits=None), models.tokens(2, LENGTH)
+    onnx.checker.check_model(case.path, full_check=True)
+    assert [n.op_type for n in case.proto.graph.node if n.domain] == [APPEND, DECODE] * len(case.model.rows)
+    assert sorted(f.name for f in case.proto.functions) == sorted([APPEND, DECODE])
+    with torch.no_grad():
+        expected = case.model(ids).logits
+    logits, _ = in_steps(case, ids, (5, 1, 3, 1, 4))
+    assert difference(logits, expected) <= LOGITS
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_interface(lowered, name):
     graph = lowered(name).proto.graph
     shapes = {
         v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim]
         for v in (*graph.input, *graph.output)
     }
-    batch, new, room = "batch_size", "sequence_length", "cache_length"
+    batch, new = "batch_size", "sequence_length"
     caches = {
-        f"{kind}.{i}.latent": [batch, room, row]
+        f"{kind}.{i}.latent": [batch, 1, ROOM, row]
         for i, row in enumerate(lowered(name).model.rows)
         for kind in ("past_key_values", "present")
     }
@@ -125,37 +147,90 @@ def test_interface(lowered, name):
 
 def extents(tensor):
     """Least, usual and largest shape of an input."""
-    by_name = {"batch_size": (1, 2, 4), "sequence_length": (1, 3, 16), "cache_length": (16, 32, 64)}
-    free = ("batch_size", "cache_length" if tensor.name.startswith("past") else "sequence_length")
+    free = {0: (1, 2, 4), 1: (1, 3, 16)}
     return [
-        tuple(by_name[free[axis]][i] if extent < 0 else extent for axis, extent in enumerate(tensor.shape))
-        for i in range(3)
+        tuple(free[axis][i] if extent < 0 else extent for axis, extent in enumerate(tensor.shape)) for i in range(3)
     ]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_tensorrt_parser_and_builder_take_the_bodies(lowered, parser, name):
-    """No plugin is registered, so every node becomes its body; batch, new length and room stay free."""
+    """No plugin is registered, so every node becomes its body; batch and new length stay free."""
     case = lowered(name)
     network = parser.parse(case.path)
     assert [network.get_input(i).name for i in range(3)] == ["input_ids", "lengths", "position_ids"]
     assert tuple(network.get_input(0).shape) == (-1, -1)
     shapes = [tuple(network.get_output(i).shape) for i in range(network.num_outputs)]
-    assert shapes == [(-1, -1, models.VOCABULARY), *((-1, -1, row) for row in case.model.rows)]
+    assert shapes == [(-1, -1, models.VOCABULARY), *((-1, 1, ROOM, row) for row in case.model.rows)]
+    kinds = [network.get_layer(i).type.name for i in range(network.num_layers)]
+    assert kinds.count("KV_CACHE_UPDATE") == len(case.model.rows)
     assert parser.build(network, extents) > 0
 
 
-@pytest.mark.parametrize(("feature", "reason"), [("sinks", "attention sinks"), ("softcap", "a soft-cap")])
-def test_what_has_no_kernel_is_refused(lowered, tmp_path, feature, reason):
-    model = lowered("llama-gqa").model
-    graph = copy.deepcopy(model.graph)
-    node = next(n for n in graph.graph.nodes if n.target is torch.ops.mla.latent_attention.default)
-    if feature == "softcap":
-        node.update_arg(12, 30.0)
-    else:
-        graph.sinks = torch.nn.Parameter(torch.zeros(models.HEADS))
-        with graph.graph.inserting_before(node):
-            node.update_arg(8, graph.graph.get_attr("sinks"))
-    with pytest.raises(RefusedError, match=f"Layer 0 has {reason}.* Give TensorRT the ordinary ONNX file"):
-        lower_to_tensorrt_onnx(graph, model.rows, tmp_path / "model.onnx", opset=23, metadata={})
+def with_scales(row, count):
+    """The same rows with scales behind them, any numbers around 1."""
+    return torch.cat([row, 1 + row[..., :count].tanh() / 2], -1)
+
+
+def altered(model, key_scales=0, value_scales=0, scaled_rope=False, softcap=0.0, sinks=False, slopes=False):
+    """A converted model whose layers have these features too: another model, of which nothing is known but its code."""
+    module = copy.copy(model.graph)
+    module.graph = copy.deepcopy(model.graph.graph)
+    numbers = torch.randn(2, models.HEADS, generator=torch.Generator().manual_seed(3))
+    module.sinks, module.slopes = (torch.nn.Parameter(x) for x in (numbers[0], numbers[1].abs() / 8))
+    for node in [n for n in module.graph.nodes if n.target is torch.ops.mla.latent_attention.default]:
+        with module.graph.inserting_before(node):
+            row = module.graph.call_function(with_scales, (node.args[1], key_scales + value_scales))
+            given = {8: sinks and "sinks", 9: slopes and "slopes"}
+            extra = {at: module.graph.get_attr(name) if name else None for at, name in given.items()}
+        settled = (
+            dict(enumerate(node.args)) | {1: row, 12: softcap, 13: value_scales, 14: True, 15: scaled_rope} | extra
+        )
+        node.args = tuple(settled[i] for i in range(16))
+    module.recompile()
+    return LatentModel(module, [row + key_scales + value_scales for row in model.rows])
+
+
+@pytest.mark.parametrize(
+    "features",
+    [
+        {"key_scales": models.HEADS},
+        {"key_scales": 2, "value_scales": 1, "scaled_rope": True},
+        {"value_scales": 4, "sinks": True, "softcap": 3.0},
+        {"key_scales": 1, "value_scales": 2, "softcap": 4.0, "sinks": True, "slopes": True},
+    ],
+    ids=lambda features: "-".join(features),
+)
+def test_features_are_those_of_the_operator(lowered, parser, tmp_path, features):
+    model, ids = altered(lowered("llama-gqa").model, **features), models.tokens(2, LENGTH)
+    path = tmp_path / "model.onnx"
+    lower_to_tensorrt_onnx(model.graph, model.rows, path, room=ROOM, metadata={})
+    onnx.checker.check_model(path, full_check=True)
+    with torch.no_grad():
+        expected = model(ids).logits
+        plain = lowered("llama-gqa").model(ids).logits
+    assert difference(plain, expected) > 10 * LOGITS  # the feature does something
+    logits, _ = in_steps(Case(path, model), ids, (5, 1, 3, 1, 4))
+    assert difference(logits, expected) <= LOGITS
+    assert parser.build(parser.parse(path), extents) > 0
+
+
+def test_a_library_takes_all_features_in_one_node(lowered, tmp_path):
+    features = {"key_scales": 2, "value_scales": 1, "scaled_rope": True, "softcap": 4.0, "sinks": True, "slopes": True}
+    model, ids = altered(lowered("llama-gqa").model, **features), models.tokens(2, LENGTH)
+    path = tmp_path / "model.onnx"
+    lower_to_tensorrt_onnx(model.graph, model.rows, path, room=ROOM, metadata={}, splits=None)
+    onnx.checker.check_model(path, full_check=True)
+    with torch.no_grad():
+        expected = model(ids).logits
+    logits, _ = in_steps(Case(path, model), ids, (5, 1, 3, 1, 4))
+    assert difference(logits, expected) <= LOGITS
+
+
+def test_layers_with_an_ordinary_cache_are_refused(lowered, tmp_path):
+    model = altered(lowered("llama-gqa").model)
+    last = [n for n in model.graph.graph.nodes if n.target is torch.ops.mla.latent_attention.default][-1]
+    last.target = torch.ops.mla.cached_attention.default
+    with pytest.raises(RefusedError, match=r"Layer 1 is not converted.* Give TensorRT the ordinary ONNX file"):
+        lower_to_tensorrt_onnx(model.graph, model.rows, tmp_path / "model.onnx", room=ROOM, metadata={})
     assert not [*tmp_path.iterdir()]

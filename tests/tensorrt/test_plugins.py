@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
 import re
@@ -12,7 +13,7 @@ import onnx
 import pytest
 
 from mla_compile.errors import UsageError
-from mla_compile.runtime.tensorrt.functions import APPEND, COMBINE, NAMESPACE, PARTIAL, function
+from mla_compile.runtime.tensorrt.functions import APPEND, COMBINE, NAMESPACE, PARTIAL, function, variants
 
 pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -25,6 +26,7 @@ from mla_compile.runtime.tensorrt.plugins import register
 ARCHITECTURE = 90
 BATCH, NEW, HEADS, RANK, GROUPS, ROPE, ROOM, SPLITS = 5, 2, 9, 48, 3, 8, 1000, 6
 WIDTH = RANK + GROUPS * ROPE
+SCALES = ("key_scales", "value_scales")
 
 
 @pytest.fixture(scope="module")
@@ -39,22 +41,25 @@ def trt():
 
 def attributes(op_type, given):
     """Of a plugin: those of the node, but for those that name the plugin."""
-    own = {**given}
-    assert {*function(op_type, 23).attribute} == {*own, "plugin_namespace", "plugin_version"}
-    return own
+    assert {*function(op_type).attribute} == {*given, "plugin_namespace", "plugin_version"}
+    return given
 
 
-def ask_partial(trt, dtype=None, new_known=True):
+PLAIN = {"softcap": 0.0, "window": 0, "key_scales": 0, "value_scales": 0, "scaled_rope": 0}
+
+
+def ask_partial(trt, dtype=None, new_known=True, name=PARTIAL, slopes=(), **features):
     dtype = dtype or trt.bfloat16
     free, known = (BATCH, False), (NEW, new_known)
     inputs = [
         (dtype, [free, known, (HEADS, True), (RANK, True)]),
         (dtype, [free, known, (HEADS, True), (ROPE, True)]),
-        (dtype, [free, (ROOM, False), (WIDTH, True)]),
+        (dtype, [free, (1, True), (ROOM, True), (WIDTH + sum(features.get(s, 0) for s in SCALES), True)]),
         (trt.int32, [free]),
+        *((trt.float32, [(HEADS, True)]) for _ in slopes),
     ]
-    own = attributes(PARTIAL, {"rope_groups": GROUPS, "scale": 0.3, "window": 0, "splits": SPLITS})
-    return stand_in.build(f"{NAMESPACE}::{PARTIAL}", inputs, own)
+    own = attributes(PARTIAL, {"rope_groups": GROUPS, "scale": 0.3, **PLAIN, **features, "splits": SPLITS})
+    return stand_in.build(f"{NAMESPACE}::{name}", inputs, own)
 
 
 def parameters(launch):
@@ -63,12 +68,16 @@ def parameters(launch):
     return re.findall(r"\.param \.u(\d+)", entry)
 
 
-@pytest.mark.parametrize("op_type", [APPEND, PARTIAL, COMBINE])
-def test_is_registered_under_the_name_the_file_asks_for(trt, op_type):
-    creator = trt.get_plugin_registry().get_creator(op_type, "1", NAMESPACE)
+@pytest.mark.parametrize(("op_type", "variant"), [*variants()])
+def test_is_registered_under_the_name_the_file_asks_for(trt, op_type, variant):
+    asked = function(op_type, variant)
+    creator = trt.get_plugin_registry().get_creator(asked.name, "1", NAMESPACE)
     assert creator is not None
     fields = {field.name for field in creator.field_names}
-    assert fields == {*function(op_type, 23).attribute} - {"plugin_namespace", "plugin_version"}
+    assert fields == {*asked.attribute} - {"plugin_namespace", "plugin_version"}
+    definition = importlib.import_module("tensorrt.plugin._lib").QDP_REGISTRY[f"{NAMESPACE}::{asked.name}"]
+    assert len(definition.input_tensor_names) == len(asked.input)
+    assert definition.num_outputs == len(asked.output)
 
 
 @pytest.mark.parametrize("new_known", [True, False], ids=["one length", "any length"])
@@ -113,18 +122,42 @@ def test_combine(trt):
     assert [tuple(t.name for t in c.types) for c in combinations] == [("FLOAT", "FLOAT", "BF16")]
     (launch,) = launches.values()
     assert launch.grid == (BATCH * NEW * HEADS, 1, 1)  # a block's columns hold the rank
-    assert not launch.integers
-    assert parameters(launch) == ["64"] * 3
+    assert launch.integers == (HEADS,)
+    assert parameters(launch) == ["64"] * 2 + ["32"] + ["64"]
+
+
+def test_combine_with_sinks(trt):
+    free = (BATCH, False)
+    shape = [free, (NEW, False), (HEADS, True), (SPLITS, True)]
+    inputs = [(trt.float32, [*shape, (RANK, True)]), (trt.float32, shape), (trt.float32, [(HEADS, True)])]
+    own = attributes(COMBINE, {"to": onnx.TensorProto.FLOAT})
+    outputs, combinations, launches = stand_in.build(f"{NAMESPACE}::{COMBINE}_sinks", inputs, own)
+    assert outputs == [((BATCH, NEW, HEADS, RANK), trt.float32, False)]
+    assert [tuple(t.name for t in c.types) for c in combinations] == [("FLOAT",) * 4]
+    assert parameters(launches[1]) == ["64"] * 3 + ["32"] + ["64"]
+
+
+def test_features_of_a_layer_are_their_own_kernels(trt):
+    """Scales widen the rows, slopes are one more input, and the cap is a constant of the kernel."""
+    features = {"softcap": 30.0, "key_scales": GROUPS, "value_scales": HEADS}
+    name = f"{PARTIAL}_key_scales_softcap_slopes_value_scales"
+    _, combinations, launches = ask_partial(trt, name=name, slopes=("slopes",), **features)
+    kinds = {tuple(t.name for t in c.types) for c in combinations}
+    assert kinds == {(kind, kind, kind, "INT32", *("FLOAT",) * 3) for kind in ("FLOAT", "HALF", "BF16")}
+    bits = struct.pack(">f", 30.0).hex().upper()
+    for launch in launches.values():
+        assert parameters(launch) == ["64"] * 5 + ["32"] * 3 + ["64"] * 2
+        assert f"0f{bits}" in launch.ptx
 
 
 def test_append_writes_into_the_cache_it_is_given(trt):
     free, new = (BATCH, False), (NEW, False)
     turns = (trt.float32, [free, new, (GROUPS, True), (ROPE // 2, True)])
-    cache = (trt.float16, [free, (ROOM, False), (WIDTH, True)])
+    cache = (trt.float16, [free, (1, True), (ROOM, True), (WIDTH, True)])
     inputs = [(trt.float16, [free, new, (WIDTH, True)]), turns, turns, cache, (trt.int32, [free])]
     own = attributes(APPEND, {"latent_rank": RANK})
     outputs, combinations, launches = stand_in.build(f"{NAMESPACE}::{APPEND}", inputs, own)
-    assert outputs == [((BATCH, ROOM, WIDTH), trt.float16, True)]
+    assert outputs == [((BATCH, 1, ROOM, WIDTH), trt.float16, True)]
     assert {tuple(t.name for t in c.types) for c in combinations} == {
         (kind, "FLOAT", "FLOAT", kind, "INT32", kind) for kind in ("FLOAT", "HALF", "BF16")
     }

@@ -1,0 +1,139 @@
+"""Decoders whose caches are fixed memory: how many rows a sequence has is told by lengths, not by a cache's size."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mla_compile.errors import UsageError
+from mla_compile.runtime.generate import Ids, Sampling, generate
+
+__all__ = ["FixedCacheDecoder", "Limits"]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a decoder takes.
+
+    Attributes:
+        room: Rows that a cache has room for.
+        batch: Sequences at most; None for any number.
+        new: New tokens at most that run together; None for any number. More come one part after another.
+    """
+
+    room: int
+    batch: int | None = None
+    new: int | None = None
+
+
+class FixedCacheDecoder(ABC):
+    """A :class:`~mla_compile.runtime.generate.Decoder` of a file for TensorRT, whatever runs it.
+
+    Args:
+        name: What the user calls it.
+        limits: What it takes.
+        rows: Numbers one token takes in the cache, per layer.
+        itemsize: Bytes of one of them.
+        vocabulary: How many token ids the model knows.
+        metadata: What the compiler stored with it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        limits: Limits,
+        rows: Sequence[int],
+        itemsize: int,
+        vocabulary: int,
+        metadata: Mapping[str, Any],
+    ) -> None:
+        self._name = name
+        self._itemsize = itemsize
+        self.limits = limits
+        self.rows = tuple(rows)
+        self.vocabulary = vocabulary
+        self.metadata = metadata
+
+    @property
+    def cache_bytes_per_token(self) -> int:
+        """Bytes that one token of one sequence takes in the cache."""
+        return sum(self.rows) * self._itemsize
+
+    @abstractmethod
+    def empty_cache(self, batch: int) -> Any:  # noqa: ANN401 - each runtime has its own cache
+        """Memory for ``batch`` sequences, of zeros."""
+
+    @abstractmethod
+    def run(self, ids: Ids, lengths: Ids, positions: Ids, cache: Any) -> NDArray[Any]:  # noqa: ANN401
+        """Run new tokens ``[batch, new]`` that are no more than the limits say, and write their rows into the cache.
+
+        Args:
+            ids: ``[batch, new]``.
+            lengths: ``[batch]``, rows of every sequence, those of the new tokens among them.
+            positions: ``[batch, new]``.
+            cache: From :meth:`empty_cache`.
+
+        Returns:
+            Logits ``[batch, new, vocabulary]``.
+        """
+
+    def step(
+        self,
+        ids: Ids,
+        attention_mask: Ids,
+        position_ids: Ids,
+        cache: Any,  # noqa: ANN401
+    ) -> tuple[NDArray[Any], Any]:
+        """Run new tokens; see :class:`~mla_compile.runtime.generate.Decoder`. The cache is written in place.
+
+        Raises:
+            UsageError: There are more sequences or tokens than the caches have room for, a token is unknown, or padding
+                stands behind real tokens.
+        """
+        (batch, new), limits = ids.shape, self.limits
+        real = attention_mask != 0
+        if (real[:, :-1] & ~real[:, 1:]).any():
+            raise UsageError("Padding stands behind earlier tokens.", "Pad prompts on the left.")
+        if limits.batch is not None and batch > limits.batch:
+            raise UsageError(
+                f"'{self._name}' takes {limits.batch} sequences at once, and these are {batch}.",
+                "Give fewer, or build it with a larger --max-batch.",
+            )
+        counts = real.cumsum(1)[:, -new:]
+        if counts.max() > limits.room:
+            raise UsageError(
+                f"A sequence of {counts.max()} tokens does not fit into the caches of '{self._name}', which have room "
+                f"for {limits.room}.",
+                "Generate fewer tokens, or build it with a larger --max-length.",
+            )
+        if ids.min() < 0 or ids.max() >= self.vocabulary:
+            raise UsageError(f"'{self._name}' knows {self.vocabulary} token ids.", "Use its own tokenizer.")
+        together = limits.new or new
+        parts = []
+        for begin in range(0, new, together):
+            end = min(begin + together, new)
+            part = slice(begin, end)
+            parts.append(self.run(ids[:, part], counts[:, end - 1], position_ids[:, part], cache))
+        return np.concatenate(parts, 1), cache
+
+    def logits(self, ids: Ids) -> NDArray[Any]:
+        """Logits ``[batch, length, vocabulary]`` of whole, unpadded sequences."""
+        positions = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
+        return self.step(ids, np.ones_like(ids), positions, self.empty_cache(len(ids)))[0]
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        *,
+        sampling: Sampling | None = None,
+        stop: Sequence[int] = (),
+        on_tokens: Callable[[list[int | None]], None] | None = None,
+    ) -> list[list[int]]:
+        """Continue prompts; see :func:`mla_compile.runtime.generate.generate`."""
+        return generate(self, prompts, max_new_tokens, sampling=sampling, stop=stop, on_tokens=on_tokens)
