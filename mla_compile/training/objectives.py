@@ -101,7 +101,7 @@ class Student(nn.Module):
                     logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
                 )
             if wanted.predictions is not None:
-                total = total + objective[DIVERGENCE] * divergence(logits, wanted.predictions.float())
+                total = total + objective[DIVERGENCE] * _divergence(logits, wanted.predictions.float())
         if ATTENTION in objective:
             pairs = zip(self._attended(ids, wanted.attended), wanted.attended, strict=True)
             errors = [(got.float() - want.float()).square().sum() / want.float().square().sum() for got, want in pairs]
@@ -118,7 +118,7 @@ class Student(nn.Module):
         return found
 
 
-def divergence(logits: Tensor, expected: Tensor) -> Tensor:
+def _divergence(logits: Tensor, expected: Tensor) -> Tensor:
     """KL(expected || logits) in nats per token."""
     got, wanted = logits.log_softmax(-1), expected.log_softmax(-1)
     weights = wanted.exp()
