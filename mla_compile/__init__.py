@@ -7,13 +7,25 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-__all__ = ["CompileConfig", "CompiledModel", "MlaCompileError", "compile", "inspect", "load", "register_pattern"]
+__all__ = [
+    "CompileConfig",
+    "CompiledModel",
+    "MlaCompileError",
+    "Recipe",
+    "compile",
+    "finetune",
+    "inspect",
+    "load",
+    "register_pattern",
+]
 
 if TYPE_CHECKING:
     from mla_compile.api import CompiledModel, compile, inspect, load
     from mla_compile.config import CompileConfig
     from mla_compile.errors import MlaCompileError
     from mla_compile.patterns import register_pattern
+    from mla_compile.training.recipe import Recipe
+    from mla_compile.training.run import finetune
 
     __version__: str
 else:  # hidden from type checkers, to whom a module __getattr__ would make every misspelt name valid
@@ -21,7 +33,9 @@ else:  # hidden from type checkers, to whom a module __getattr__ would make ever
         "CompileConfig": "mla_compile.config",
         "CompiledModel": "mla_compile.api",
         "MlaCompileError": "mla_compile.errors",
+        "Recipe": "mla_compile.training.recipe",
         "compile": "mla_compile.api",
+        "finetune": "mla_compile.training.run",
         "inspect": "mla_compile.api",
         "load": "mla_compile.api",
         "register_pattern": "mla_compile.patterns",

@@ -23,6 +23,7 @@ from mla_compile.deepseek import require_expressible, with_preset
 from mla_compile.encoders import CompiledEncoder, compile_encoder, is_encoder, require_encoder
 from mla_compile.errors import QualityGateError, RefusedError, UsageError
 from mla_compile.evaluate import longest_window, original_scorer, perplexity
+from mla_compile.passes.gauge import balanced
 from mla_compile.passes.layer_errors import layer_errors
 from mla_compile.passes.methods import METHODS, nothing_left_out
 from mla_compile.passes.polish import polish
@@ -39,6 +40,8 @@ from mla_compile.seq2seq import CompiledSeq2Seq, compile_seq2seq, is_seq2seq, pl
 from mla_compile.site import AttentionSite, Kind, Rejection
 from mla_compile.statistics_cache import open_cache
 from mla_compile.tensorrt import check_tensorrt, write_compiled
+from mla_compile.training.recipe import make_recipe
+from mla_compile.training.run import finetune_module, require_accelerate
 
 __all__ = [
     "CompiledModel",
@@ -210,6 +213,8 @@ def compile(
     force: bool = False,
     attn_implementation: str = "auto",
     unsafe_load: bool = False,
+    finetune: Text | None = None,
+    finetune_tokens: int | None = None,
     display: Display | None = None,
     **settings: Any,  # noqa: ANN401 - validated by CompileConfig
 ) -> CompiledModel | CompiledEncoder | CompiledSeq2Seq:
@@ -234,6 +239,9 @@ def compile(
         force: Whether ``out`` may replace existing files.
         attn_implementation: How a transformers model given by name spells its attention: auto, sdpa or eager.
         unsafe_load: Allow unpickling a module from a file.
+        finetune: Text to fine-tune the result on, towards what the original predicts, by the default
+            :class:`~mla_compile.training.recipe.Recipe`; for causal language models only.
+        finetune_tokens: Tokens of it to train on; all of it by default.
         display: Shows progress.
         **settings: Fields of :class:`~mla_compile.config.CompileConfig`, instead of ``config``.
 
@@ -259,6 +267,8 @@ def compile(
         raise UsageError(f"--max-ppl-ratio {max_perplexity_ratio} is not a factor.", "Give a number above 0.")
     if calibration is None and max_perplexity_ratio is not None:
         raise UsageError("A perplexity limit needs text to measure on.", "Give some with --calibration FILE.")
+    if finetune is not None:
+        require_accelerate()
     if out is not None:
         if engine is not None:
             check_tensorrt(out, force)
@@ -274,8 +284,8 @@ def compile(
     with stages.stage("recognise"):
         found = recognise(loaded)
     if config.encoders and (is_encoder(found) or not isinstance(loaded, Program)):
-        if calibration is not None:
-            raise UsageError("Text cannot be used for an encoder.", "Leave --calibration out.")
+        if calibration is not None or finetune is not None:
+            raise UsageError("Text cannot be used for an encoder.", "Leave --calibration and --finetune out.")
         if config.cache == "static":
             raise UsageError("Only a causal language model can have a static cache.", "Leave --cache static out.")
         if is_seq2seq(found):
@@ -295,12 +305,13 @@ def compile(
     task = Task(program, sites, kept, config, windows, stages, open_cache(statistics_cache))
     choice = nothing_left_out(task) if config.exact else METHODS[config.method](task)
     polished = polish(task, choice.weights, config.polish_steps) if config.polish_steps else None
-    plans, weights = choice.plans, choice.weights if polished is None else polished.weights
+    plans = choice.plans
+    # Nothing computes another result for it, but the module is to train well.
+    weights = tuple(map(balanced, choice.weights if polished is None else polished.weights))
     with stages.stage("rewrite"):
         converted = task.rewrite(weights)
     verification = None
     ids = text.held_out[:4, :256] if text is not None else _random_ids(program, config)
-    quality = _measure(program, converted, text, stages)
     errors: tuple[LayerError, ...] = ()
     if text is not None:
         batches = math.ceil(len(text.held_out) / BATCH)
@@ -317,6 +328,11 @@ def compile(
         with stages.stage("verify"):
             exact = converted if config.exact else _exact_twin(task)
             verification = verify.check_module(original_scorer(program), exact, converted, ids, text is not None)
+    training = None
+    if finetune is not None:
+        recipe = make_recipe(tokens=finetune_tokens, seed=config.seed)
+        training = finetune_module(converted, program, finetune, tokenizer, recipe, stages)
+    quality = _measure(program, converted, text, stages)
     report = Report(
         source=program.source,
         config=config.model_dump(),
@@ -332,6 +348,7 @@ def compile(
         deepseek=choice.deepseek,
         layer_errors=errors,
         polish=None if polished is None else polished.report,
+        training=training,
         warnings=(
             *notes,
             *choice.notes,
@@ -603,7 +620,7 @@ def _warnings(
         found.append("the text is too short to hold any back: perplexity was measured on the calibration text itself")
     if quality is not None and quality.ratio > _MUCH_WORSE:
         found.append(
-            f"perplexity grows {quality.ratio:.1f} times without training; keep more cache with --cache-ratio, or "
+            f"perplexity grows {quality.ratio:.1f} times; keep more cache with --cache-ratio, or "
             "spend it differently with --rope-dims"
         )
     return tuple(found)

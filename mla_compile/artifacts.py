@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import yaml
@@ -48,6 +48,7 @@ __all__ = [
     "moved_into",
     "read_assets",
     "read_folder",
+    "stored_metadata",
     "write_encoder_folder",
     "write_encoder_onnx",
     "write_folder",
@@ -397,15 +398,37 @@ def read_folder(path: Path) -> LatentModel:
 
 
 def file_metadata(report: Report, assets: Assets) -> dict[str, object]:
-    """What the file says of itself: enough to run it and to know where it came from."""
+    """What the ONNX file of a conversion says of itself."""
+    layers = [dataclasses.asdict(p) for p in report.plans]
+    sizes = (report.cache_bytes_before, report.cache_bytes_after)
+    return stored_metadata(report.source, report.config, layers, sizes, assets)
+
+
+def stored_metadata(
+    source: str,
+    config: Mapping[str, Any],
+    layers: Sequence[Mapping[str, Any]],
+    cache_bytes: tuple[int, int],
+    assets: Assets,
+) -> dict[str, object]:
+    """What an ONNX file says of itself: enough to run it and to know where it came from.
+
+    Args:
+        source: The model.
+        config: Settings of its conversion.
+        layers: The latent shape of every converted layer.
+        cache_bytes: Bytes per token before and after.
+        assets: Configuration and tokenizer.
+    """
+    before, after = cache_bytes
     return {
         "schema_version": 1,
-        "source": Path(report.source).name,
+        "source": Path(source).name,
         "environment": environment(),
-        "config": dict(report.config),
-        "layers": [dataclasses.asdict(p) for p in report.plans],
-        "cache_bytes_per_token": report.cache_bytes_after,
-        "original_cache_bytes_per_token": report.cache_bytes_before,
+        "config": dict(config),
+        "layers": list(layers),
+        "cache_bytes_per_token": after,
+        "original_cache_bytes_per_token": before,
         "bos_token_id": assets.generation.get("bos_token_id"),
         "eos_token_id": assets.generation.get("eos_token_id"),
         "max_position_embeddings": assets.config.get("max_position_embeddings"),

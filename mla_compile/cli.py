@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ app = typer.Typer(
 
 _SIZE, _METHOD, _TEXT, _OUTPUT, _CHECKS = "Size", "Method", "Text", "Output", "Checks"
 _TRIALS, _TENSORRT = "Conversions on the spot", "TensorRT"
+_TOWARDS, _PACE = "What is trained towards what", "Pace"
 
 
 def _known_implementation(value: str) -> str:
@@ -185,6 +187,27 @@ Preset = Annotated[
         rich_help_panel=_OUTPUT,
     ),
 ]
+TrainTokens = Annotated[
+    int | None, typer.Option(min=1, help="Tokens to train on.", show_default="the text once", rich_help_panel=_TEXT)
+]
+Opset = Annotated[
+    int | None,
+    typer.Option(
+        help="ONNX operator set: 23 or 24.", show_default="23; 24 for a static cache", rich_help_panel=_OUTPUT
+    ),
+]
+CacheKind = Annotated[
+    str,
+    typer.Option(
+        "--cache",
+        help="What an ONNX file's caches are: dynamic ones grow with every token, and any program can run them; "
+        "static ones are memory of a size that the program gives them, written in place.",
+        rich_help_panel=_OUTPUT,
+    ),
+]
+Inline = Annotated[
+    bool, typer.Option("--inline", help="Standard operators only, no LatentAttention nodes.", rich_help_panel=_OUTPUT)
+]
 Target = Annotated[
     str,
     typer.Option(
@@ -278,24 +301,9 @@ def convert(
     seq_len: SeqLen = None,
     no_cache: NoCache = False,
     tokenizer: Tokenizer = None,
-    opset: Annotated[
-        int | None,
-        typer.Option(
-            help="ONNX operator set: 23 or 24.", show_default="23; 24 for a static cache", rich_help_panel=_OUTPUT
-        ),
-    ] = None,
-    cache: Annotated[
-        str,
-        typer.Option(
-            help="What an ONNX file's caches are: dynamic ones grow with every token, and any program can run them; "
-            "static ones are memory of a size that the program gives them, written in place.",
-            rich_help_panel=_OUTPUT,
-        ),
-    ] = "dynamic",
-    inline: Annotated[
-        bool,
-        typer.Option("--inline", help="Standard operators only, no LatentAttention nodes.", rich_help_panel=_OUTPUT),
-    ] = False,
+    opset: Opset = None,
+    cache: CacheKind = "dynamic",
+    inline: Inline = False,
     format: Format = "auto",
     preset: Preset = "none",
     shard_size: Annotated[
@@ -317,6 +325,15 @@ def convert(
     no_verify: Annotated[
         bool, typer.Option("--no-verify", help="Skip the checks against the original.", rich_help_panel=_CHECKS)
     ] = False,
+    finetune: Annotated[
+        str | None,
+        typer.Option(
+            help="Text to fine-tune on after converting, to predict what the original does; the command finetune has "
+            "settings and checkpoints.",
+            rich_help_panel=_METHOD,
+        ),
+    ] = None,
+    finetune_tokens: TrainTokens = None,
     seed: Seed = 0,
     attn_implementation: AttnImplementation = "auto",
     unsafe_load: UnsafeLoad = False,
@@ -327,6 +344,8 @@ def convert(
     from mla_compile import display
     from mla_compile.config import make_config
 
+    if finetune is None and finetune_tokens is not None:
+        raise UsageError("--finetune-tokens counts tokens of --finetune TEXT, and none was given.", "Add --finetune.")
     for_tensorrt = _is_for_tensorrt(out, target, format)
     config = make_config(
         method=method,
@@ -378,6 +397,8 @@ def convert(
             force=force,
             attn_implementation=attn_implementation,
             unsafe_load=unsafe_load,
+            finetune=finetune,
+            finetune_tokens=finetune_tokens,
             display=shown,
         )
         report: Report | EncoderReport | Seq2SeqReport
@@ -673,6 +694,161 @@ def _check_eval(
         raise UsageError("A plot shows models beside their original, and none was given.", "Add --original MODEL.")
 
 
+@app.command("finetune")
+def fine_tune(
+    folder: Annotated[Path, typer.Argument(help="A folder written by 'mla-compile convert MODEL --out FOLDER'.")],
+    data: Annotated[
+        str,
+        typer.Option(
+            help="Text to train on: .txt (documents separated by <|endoftext|>), .jsonl, .parquet, or "
+            "hf:NAME[:CONFIG][:SPLIT].",
+            rich_help_panel=_TEXT,
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="The folder to write, with its checkpoints.", rich_help_panel=_OUTPUT)],
+    objective: Annotated[
+        str,
+        typer.Option(
+            help="next-token (the text), kl (a teacher's predictions), attention (the original's attention outputs), "
+            "or a mixture such as kl=0.9,next-token=0.1.",
+            show_default="kl with a teacher, else next-token",
+            rich_help_panel=_TOWARDS,
+        ),
+    ] = "auto",
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            help="The original, or a larger model with the same vocabulary, to learn from.", rich_help_panel=_TOWARDS
+        ),
+    ] = None,
+    match_steps: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Steps at the beginning that match attention outputs instead.", rich_help_panel=_TOWARDS
+        ),
+    ] = 0,
+    train: Annotated[
+        str,
+        typer.Option(
+            help="latent matrices, attention (with its output projections, and all norms) or all weights.",
+            rich_help_panel=_TOWARDS,
+        ),
+    ] = "attention",
+    tokens: TrainTokens = None,
+    batch: Annotated[int, typer.Option(min=1, help="Windows per step, of all processes.", rich_help_panel=_PACE)] = 16,
+    accumulate: Annotated[int, typer.Option(min=1, help="Pieces a step is computed in.", rich_help_panel=_PACE)] = 1,
+    seq_len: SeqLen = None,
+    rate: Annotated[
+        float,
+        typer.Option(help="Step size, relative to the root mean square of every weight.", rich_help_panel=_PACE),
+    ] = 0.01,
+    weight_decay: Annotated[float, typer.Option(min=0.0, help="AdamW's.", rich_help_panel=_PACE)] = 0.0,
+    warm_up: Annotated[float, typer.Option(help="Share of the steps to grow to it.", rich_help_panel=_PACE)] = 0.05,
+    decay: Annotated[float, typer.Option(help="Share of the steps to fall to zero.", rich_help_panel=_PACE)] = 0.2,
+    clip: Annotated[float, typer.Option(help="Longest gradient.", rich_help_panel=_PACE)] = 1.0,
+    every: Annotated[
+        int, typer.Option(min=1, help="Steps between evaluations, each with a checkpoint.", rich_help_panel=_CHECKS)
+    ] = 100,
+    patience: Annotated[
+        int, typer.Option(min=0, help="Evaluations without improvement to end after; 0 never.", rich_help_panel=_CHECKS)
+    ] = 0,
+    keep: Annotated[int, typer.Option(min=1, help="Checkpoints kept, besides the best.", rich_help_panel=_OUTPUT)] = 2,
+    eval_windows: Annotated[
+        int, typer.Option(min=1, help="Windows of the text kept out to measure on, at most.", rich_help_panel=_CHECKS)
+    ] = 32,
+    mixed_precision: Annotated[
+        str, typer.Option(help="no, or bf16 for products in bfloat16.", rich_help_panel=_PACE)
+    ] = "no",
+    recompute: Annotated[
+        bool, typer.Option("--recompute", help="Less memory, more time: activations twice.", rich_help_panel=_PACE)
+    ] = False,
+    tracker: Annotated[
+        str, typer.Option(help="Where accelerate sends the curve, or none.", rich_help_panel=_OUTPUT)
+    ] = "tensorboard",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.", rich_help_panel=_OUTPUT)
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Begin anew where --out holds something.", rich_help_panel=_OUTPUT)
+    ] = False,
+    tokenizer: Tokenizer = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the order of windows.", rich_help_panel=_PACE)] = 0,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Fine-tune a converted model. 'accelerate launch -m mla_compile finetune ...' runs it in several processes."""
+    from mla_compile import display
+    from mla_compile.training.recipe import make_recipe
+
+    recipe = make_recipe(
+        objective=objective,
+        match_steps=match_steps,
+        train=train,
+        tokens=tokens,
+        batch=batch,
+        accumulate=accumulate,
+        seq_len=seq_len,
+        rate=rate,
+        weight_decay=weight_decay,
+        clip=clip,
+        warm_up=warm_up,
+        decay=decay,
+        every=every,
+        patience=patience,
+        keep=keep,
+        eval_windows=eval_windows,
+        seed=seed,
+        mixed_precision=mixed_precision,
+        recompute=recompute,
+        tracker=tracker,
+    )
+    first = os.environ.get("RANK", "0") == "0"
+    shown = display.make_display(quiet or as_json or not first)
+    with shown:
+        from mla_compile.training.run import finetune
+
+        report = finetune(
+            folder,
+            data,
+            out,
+            recipe,
+            teacher=teacher,
+            tokenizer=tokenizer,
+            resume=resume,
+            force=force,
+            display=shown,
+        )
+    if report is None:
+        return
+    if as_json:
+        typer.echo(json.dumps(report, indent=2))
+    else:
+        display.show_training(report, out)
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="A folder written by 'convert' or 'finetune'.")],
+    out: Annotated[Path, typer.Option(help="The .onnx file to write.", rich_help_panel=_OUTPUT)],
+    opset: Opset = None,
+    cache: CacheKind = "dynamic",
+    inline: Inline = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace existing files.", rich_help_panel=_OUTPUT)] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a saved model as ONNX, compared in ONNX Runtime with the PyTorch module."""
+    from mla_compile.config import make_config
+    from mla_compile.saved import open_saved, write_saved_onnx
+
+    config = make_config(opset=opset, cache=cache, inline=inline)  # refuses others before anything is read
+    report = write_saved_onnx(open_saved(folder), out, config, force=force)
+    if as_json:
+        typer.echo(json.dumps(report, indent=2))
+    else:
+        error = report["verification"]["lowering_error"]
+        typer.echo(f"{out}: in ONNX Runtime it equals the PyTorch module (largest relative difference {error:.1e}).")
+
+
 @app.command()
 def tensorrt(
     source: Annotated[
@@ -784,7 +960,9 @@ def verify(
         display.show_check(folder, error, greedy)
 
 
-_COMMANDS = frozenset({"convert", "inspect", "plan", "run", "eval", "verify", "tensorrt", "build-plugin"})
+_COMMANDS = frozenset(
+    {"convert", "inspect", "plan", "run", "eval", "verify", "tensorrt", "build-plugin", "finetune", "export"}
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

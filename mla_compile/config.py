@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mla_compile.errors import UsageError
 
-__all__ = ["DEFAULT_CACHE_RATIO", "CompileConfig", "make_config"]
+__all__ = ["DEFAULT_CACHE_RATIO", "CompileConfig", "make_config", "validated"]
+
+_Settings = TypeVar("_Settings", bound=BaseModel)
 
 DEFAULT_CACHE_RATIO = 0.3125
 """Cache kept when nothing is asked for: the mildest setting of the MHA2MLA paper (its -68.75 %)."""
@@ -150,8 +153,17 @@ def make_config(**settings: Any) -> CompileConfig:  # noqa: ANN401 - validated b
     Raises:
         UsageError: A name is unknown or a value is out of range; the sentence names it.
     """
+    return validated(CompileConfig, "convert", settings)
+
+
+def validated(kind: type[_Settings], command: str, settings: Mapping[str, Any]) -> _Settings:
+    """Make a settings object, or say in a sentence which of the settings of a command cannot be.
+
+    Raises:
+        UsageError: A name is unknown or a value is out of range.
+    """
     try:
-        return CompileConfig(**settings)
+        return kind(**settings)
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
@@ -160,4 +172,4 @@ def make_config(**settings: Any) -> CompileConfig:  # noqa: ANN401 - validated b
         subject = (
             f"The setting {name}={first['input']!r} is not allowed: {problem}." if name else f"Settings: {problem}."
         )
-        raise UsageError(subject, "See 'mla-compile convert --help' for the allowed values.") from error
+        raise UsageError(subject, f"See 'mla-compile {command} --help' for the allowed values.") from error

@@ -10,27 +10,29 @@ from mla_compile.errors import LoadError, UsageError
 
 __all__ = ["is_dataset", "stream_documents"]
 
-_PREFIX = "hf:"
+_PREFIX, _PARQUET = "hf:", ".parquet"
 
 Row = Mapping[str, Any]
 
 
 def is_dataset(text: str) -> bool:
-    """Whether a source of text names a dataset rather than a file."""
-    return text.startswith(_PREFIX)
+    """Whether a source of text is read by the library of datasets: a name, or a parquet file."""
+    return text.startswith(_PREFIX) or text.endswith(_PARQUET)
 
 
 def stream_documents(source: str) -> Iterator[str]:
     """Open a dataset and read its first row; the others are read when they are asked for.
 
     Args:
-        source: ``hf:NAME[:CONFIG][:SPLIT]``, the split ``train`` by default; a folder of data files is a name too.
+        source: ``hf:NAME[:CONFIG][:SPLIT]``, the split ``train`` by default; a folder of data files is a name too. Or a
+            ``.parquet`` file.
 
     Raises:
         LoadError: ``datasets`` is not installed, or the dataset cannot be read, is empty or has no column of text.
         UsageError: The source is not spelled like one.
     """
-    name, *rest = source.removeprefix(_PREFIX).split(":")
+    files = {"data_files": source} if not source.startswith(_PREFIX) else {}
+    name, *rest = ["parquet"] if files else source.removeprefix(_PREFIX).split(":")
     if not name or len(rest) > 2 or not all(rest):
         raise UsageError(
             f"'{source}' does not name a dataset.", "Write hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT."
@@ -43,7 +45,7 @@ def stream_documents(source: str) -> Iterator[str]:
             f"Reading '{source}' takes the package datasets, which is not installed.",
             "Run pip install 'mla-compile[data]', or give a .txt or .jsonl file.",
         ) from error
-    rows = _rows(source, lambda: load_dataset(name, *config, split=split, streaming=True))
+    rows = _rows(source, lambda: load_dataset(name, *config, split=split, streaming=True, **files))
     first = next(rows, None)
     if first is None:
         raise LoadError(f"'{source}' holds no text.", "Give a dataset with at least one document.")

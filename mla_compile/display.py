@@ -38,6 +38,7 @@ __all__ = [
     "show_plan",
     "show_report",
     "show_seq2seq_report",
+    "show_training",
     "show_written",
     "stream_text",
 ]
@@ -65,6 +66,7 @@ class StageDisplay:
                 BarColumn(bar_width=30),
                 TextColumn("{task.fields[steps]:>9}"),
                 TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
                 console=self._console,
                 transient=True,
             )
@@ -87,13 +89,18 @@ class StageDisplay:
     def started(self, name: str, total: int | None) -> None:
         """A stage begins."""
         if self._bars:
-            self._task = self._bars.add_task(name, total=total, steps=f"0/{total}" if total else "")
+            self._task = self._bars.add_task(name, total=total, steps=f"0/{total}" if total else "", note="")
 
-    def advanced(self) -> None:
+    def advanced(self, note: str) -> None:
         """One step is done."""
         if self._bars:
             task = self._bars.tasks[-1]
-            self._bars.update(self._task, advance=1, steps=f"{int(task.completed) + 1}/{int(task.total or 0)}")
+            steps = f"{int(task.completed) + 1}/{int(task.total or 0)}"
+            self._bars.update(self._task, advance=1, steps=steps, note=note)
+
+    def told(self, line: str) -> None:
+        """Something is said while the stage goes on."""
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def finished(self, timing: StageTiming) -> None:
         """A stage is done."""
@@ -257,6 +264,11 @@ def show_report(report: Report, out: Path) -> None:
     if report.polish:
         p = report.polish
         rows.append([f"divergence, {p.steps} polish steps", f"{p.before:.4f} -> {p.after:.4f} nats per token"])
+    if report.training:
+        t = report.training
+        rows.append(
+            [f"held-out loss, {t.tokens:,} tokens of training", f"{t.before:.4f} -> {t.after:.4f} nats per token"]
+        )
     if report.quality:
         quality = report.quality
         rows.append(
@@ -290,6 +302,23 @@ def show_report(report: Report, out: Path) -> None:
     _show_errors(report)
     for warning in report.warnings:
         print(f"warning: {warning}", file=sys.stderr)  # noqa: T201
+
+
+def show_training(report: Mapping[str, Any], out: Path) -> None:
+    """What fine-tuning did, in a few lines and a curve."""
+    import math
+
+    t = report["training"]
+    before, after = (f"{t[key]:.4f} (perplexity {math.exp(min(t[key], 700.0)):.4f})" for key in ("before", "after"))
+    rows: list[list[object]] = [
+        ["trained", f"{t['train']}, towards {t['objective']}"],
+        ["tokens", f"{t['tokens']:,} in {t['steps']} steps; the weights of step {t['best_step']}"],
+        [f"held-out loss, {t['held_out_tokens']} tokens", f"{before} -> {after}"],
+        ["written", f"{out} ({sum(report['artifacts'].values()) / 2**20:.1f} MiB)"],
+    ]
+    _print_table(report["source"], ["", "result"], rows)
+    curve = [[p["step"], p["tokens"], _nats(p["loss"]), _nats(p["held_out"])] for p in t["curve"]]
+    _print_table("Curve (nats per token)", ["step", "tokens", "training loss", "held-out loss"], curve)
 
 
 def _show_errors(report: Report) -> None:

@@ -13,6 +13,7 @@ __all__ = [
     "MlaCompileError",
     "QualityGateError",
     "RefusedError",
+    "TrainingError",
     "UsageError",
     "VerificationError",
 ]
@@ -60,3 +61,9 @@ class VerificationError(MlaCompileError):
     """The converted model does not compute what it should; no output is left behind (exit code 5)."""
 
     exit_code = 5
+
+
+class TrainingError(MlaCompileError):
+    """Training cannot go on; the last good checkpoint is kept (exit code 6)."""
+
+    exit_code = 6

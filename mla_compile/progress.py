@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
@@ -44,8 +44,11 @@ class Display(Protocol):
     def started(self, name: str, total: int | None) -> None:
         """A stage of ``total`` steps begins."""
 
-    def advanced(self) -> None:
-        """One step of the current stage is done."""
+    def advanced(self, note: str) -> None:
+        """One step of the current stage is done, of which ``note`` tells."""
+
+    def told(self, line: str) -> None:
+        """There is something to say while the stage goes on."""
 
     def finished(self, timing: StageTiming) -> None:
         """The current stage is done."""
@@ -55,19 +58,25 @@ class Stage:
     """A stage that is running: call it after each of its steps.
 
     Args:
-        advance: Shows that a step is done.
+        display: Shows its steps, if given.
 
     Attributes:
-        note: What will be told with its time.
+        note: What is told beside its steps, and with its time.
     """
 
-    def __init__(self, advance: Callable[[], None]) -> None:
-        self._advance = advance
+    def __init__(self, display: Display | None) -> None:
+        self._display = display
         self.note = ""
 
     def __call__(self) -> None:
         """One step is done."""
-        self._advance()
+        if self._display:
+            self._display.advanced(self.note)
+
+    def tell(self, line: str) -> None:
+        """Say something while it goes on."""
+        if self._display:
+            self._display.told(line)
 
     def each(self, items: Iterable[T]) -> Iterator[T]:
         """Iterate over items with one step per item."""
@@ -93,7 +102,7 @@ class Stages:
         if self._display:
             self._display.started(name, total)
         begin = time.perf_counter()
-        stage = Stage(self._display.advanced if self._display else lambda: None)
+        stage = Stage(self._display)
         yield stage
         timing = StageTiming(name, time.perf_counter() - begin, peak_memory_mib(), stage.note)
         self.timings.append(timing)

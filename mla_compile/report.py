@@ -23,6 +23,8 @@ __all__ = [
     "Polish",
     "Quality",
     "Report",
+    "Training",
+    "TrainingPoint",
     "Verification",
     "environment",
     "summarise_site",
@@ -136,6 +138,52 @@ class Polish:
 
 
 @dataclass(frozen=True, slots=True)
+class TrainingPoint:
+    """A point of a training's curve; losses are in nats per token.
+
+    Attributes:
+        step: Steps that were taken.
+        tokens: Tokens trained on.
+        loss: Mean training loss since the point before; None at step 0.
+        held_out: Loss of the next token on text kept out of training.
+        objective: What is trained towards, on the same text; the same where that is the next token.
+    """
+
+    step: int
+    tokens: int
+    loss: float | None
+    held_out: float
+    objective: float
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """What fine-tuning did; losses are of the next token on text kept out of training, in nats.
+
+    Attributes:
+        objective: What was trained towards.
+        train: What was trained.
+        steps: Steps that were taken.
+        tokens: Tokens trained on.
+        best_step: The step whose weights were chosen.
+        before: Loss at step 0.
+        after: Loss at the chosen step.
+        held_out_tokens: Tokens these are means over.
+        curve: All that was measured.
+    """
+
+    objective: str
+    train: str
+    steps: int
+    tokens: int
+    best_step: int
+    before: float
+    after: float
+    held_out_tokens: int
+    curve: tuple[TrainingPoint, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class CheckpointFacts:
     """A stock DeepSeek-V3 checkpoint that was written.
 
@@ -177,7 +225,8 @@ class Report:
         deepseek: What a DeepSeek checkpoint says of all layers, if that layout was asked for.
         checkpoint: The DeepSeek checkpoint that was written, if one was.
         layer_errors: What every converted layer costs by itself, if there was text.
-        polish: What training did, if there was any.
+        polish: What polishing did, if there was any.
+        training: What fine-tuning did, if there was any; quality was measured behind it, everything else before.
         warnings: What the user should know.
         artifacts: Written files and their sizes in bytes.
     """
@@ -196,6 +245,7 @@ class Report:
     checkpoint: CheckpointFacts | None = None
     layer_errors: tuple[LayerError, ...] = ()
     polish: Polish | None = None
+    training: Training | None = None
     warnings: tuple[str, ...] = ()
     artifacts: Mapping[str, int] = field(default_factory=dict)
     kept: tuple[Rejection, ...] = ()
@@ -261,6 +311,7 @@ class Report:
             "kept": [summarise_site(r) for r in self.kept],
             "quality": dataclasses.asdict(self.quality) | {"ratio": self.quality.ratio} if self.quality else None,
             "polish": dataclasses.asdict(self.polish) if self.polish else None,
+            "training": dataclasses.asdict(self.training) if self.training else None,
             "verification": dataclasses.asdict(self.verification) if self.verification else None,
             "stages": [dataclasses.asdict(s) for s in self.stages],
             "warnings": list(self.warnings),

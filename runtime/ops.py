@@ -621,3 +621,6 @@ def register_gradient(op: CustomOpDef, compute: Callable[..., tuple[Tensor, Tens
 
 register_gradient(latent_attention, _latent_attention, tensors=10)
 register_gradient(cached_attention, _cached_attention, tensors=6)
+for _device in ("cpu", "cuda"):  # beside products in bfloat16, all that an operator reads is bfloat16 too
+    latent_attention.register_autocast(_device, torch.bfloat16)
+    cached_attention.register_autocast(_device, torch.bfloat16)

@@ -54,6 +54,18 @@ def test_a_source_names_dataset_configuration_and_split(library, source, names, 
     assert calls == [(names, {"split": split, "streaming": True})]
 
 
+def test_a_parquet_file_is_read_by_the_library(library):
+    calls = []
+
+    def load_dataset(*given, **settings):
+        calls.append((given, settings))
+        return [{"text": "one"}]
+
+    library(load_dataset)
+    assert [*read_text("folder/part-0.parquet")] == ["one"]
+    assert calls == [(("parquet",), {"data_files": "folder/part-0.parquet", "split": "train", "streaming": True})]
+
+
 @pytest.mark.parametrize("source", ["hf:", "hf::train", "hf:a:", "hf:a:b:c:d"])
 def test_a_source_that_names_nothing_is_refused(library, source):
     library([])

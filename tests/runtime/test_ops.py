@@ -293,3 +293,34 @@ def test_half_precision_keeps_its_type_with_float32_angles(dtype, kind):
     expected, _ = case.expected(x)
     # bfloat16 keeps 8 bits: 4e-3 per rounding, and logits of some 10 pass through the exponential.
     torch.testing.assert_close(output.double(), expected, rtol=0.05, atol=0.1)
+
+
+@pytest.mark.parametrize("kind", ["window", "sinks"])
+def test_gradient_by_differences(kind):
+    """The derivative itself, whatever the reference says of it."""
+    case = replace(KINDS[kind], new=3, past=0)
+    x = case.tensors()
+    names = [name for name in case.floats if x[name].numel()]
+    inputs = [x[name].requires_grad_() for name in names]
+
+    def attended(*values):
+        return case.operator(**{**x, **dict(zip(names, values, strict=True))}, **case.settings())
+
+    assert torch.autograd.gradcheck(attended, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("kind", ["prefill", "everything", "cached"])
+def test_autocast_computes_in_bfloat16(kind):
+    """Weights stay float32 beside activations in bfloat16; gradients come back in each tensor's own type."""
+    case = KINDS[kind]
+    x = case.tensors(torch.float32)
+    x["query"] = x["query"].bfloat16()
+    inputs = [x[name].requires_grad_() for name in case.floats if x[name].numel()]
+    with torch.autocast("cpu", torch.bfloat16):
+        output, cache = case.operator(**x, **case.settings())
+    assert (output.dtype, cache.dtype) == (torch.bfloat16, torch.bfloat16)
+    expected, _ = case.expected({name: value.double() for name, value in x.items()})
+    # bfloat16 keeps 8 bits: 4e-3 per rounding, and logits of some 10 pass through the exponential.
+    torch.testing.assert_close(output.double(), expected, rtol=0.05, atol=0.1)
+    output.float().square().sum().backward()
+    assert all(i.grad is not None and i.grad.dtype == i.dtype and i.grad.isfinite().all() for i in inputs)

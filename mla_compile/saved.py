@@ -1,0 +1,150 @@
+"""A converted model in a folder of its own: read back to be trained, written again, and lowered to ONNX."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from mla_compile import verify
+from mla_compile.artifacts import check_target, copy_assets, moved_into, read_folder, stored_metadata
+from mla_compile.config import CompileConfig
+from mla_compile.errors import LoadError, UsageError
+from mla_compile.passes.lower_onnx import export_rewritten, lower_to_onnx
+from mla_compile.plan import LatentPlan
+from mla_compile.program import Assets
+from mla_compile.report import Training
+from mla_compile.runtime.module import LatentModel
+from mla_compile.runtime.onnx_session import OnnxDecoder
+
+__all__ = ["Saved", "open_saved", "write_saved_onnx", "write_trained"]
+
+_CHECKED = 24
+"""Random tokens per sequence that an ONNX file is compared on."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a folder written by ``mla-compile convert`` holds.
+
+    Attributes:
+        folder: The folder.
+        module: The model.
+        assets: Configuration, and where the tokenizer is.
+        report: What its conversion did, as stored.
+    """
+
+    folder: Path
+    module: LatentModel
+    assets: Assets
+    report: Mapping[str, Any]
+
+    @property
+    def longest(self) -> int | None:
+        """Longest sequence, if the model says."""
+        return self.assets.config.get("max_position_embeddings")
+
+
+def open_saved(folder: Path) -> Saved:
+    """Read a folder.
+
+    Raises:
+        LoadError: It holds no converted model.
+    """
+    module = read_folder(folder)
+    report = _stored(folder / "report.json")
+    if "cache" not in report:
+        raise LoadError(f"'{folder}' has no report.json of its conversion.", "Convert the model again.")
+    config, generation = (_stored(folder / f"{name}.json") for name in ("config", "generation_config"))
+    return Saved(folder, module, Assets(str(folder), config, generation), report)
+
+
+def write_trained(
+    saved: Saved, module: LatentModel, training: Training, recipe: Mapping[str, Any], path: Path
+) -> dict[str, Any]:
+    """Write a model that was fine-tuned: a folder as the one it came from, with the training in its report.
+
+    Args:
+        saved: The model before.
+        module: The model now.
+        training: What was done.
+        recipe: The settings.
+        path: The folder; what it holds of the same name is replaced.
+
+    Returns:
+        The report.
+    """
+    report = {**saved.report, "training": dataclasses.asdict(training)}
+    with moved_into(path) as folder:
+        torch.export.save(export_rewritten(module.graph, module.rows), folder / "model.pt2")  # type: ignore[arg-type]
+        copy_assets(saved.assets, folder)
+        (folder / "mla_config.yaml").write_bytes((saved.folder / "mla_config.yaml").read_bytes())
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(dict(recipe), sort_keys=False), encoding="utf-8")
+        return _finished(report, folder)
+
+
+def write_saved_onnx(saved: Saved, path: Path, form: CompileConfig, *, force: bool) -> dict[str, Any]:
+    """Lower a saved model, verify it in ONNX Runtime, and only then give the file its name.
+
+    Args:
+        saved: The model.
+        path: The ``.onnx`` file.
+        form: What the file is to be: its operator set, its kind of cache, and whether it has nodes of ours.
+        force: Replace existing files.
+
+    Returns:
+        Its report, completed with what was measured on the file.
+
+    Raises:
+        UsageError: The path cannot be written.
+        VerificationError: ONNX Runtime computes something else.
+    """
+    if path.suffix != ".onnx":
+        raise UsageError(
+            f"'{path}' is not named like an ONNX file, and a saved model becomes nothing else.",
+            "Name it with the suffix .onnx. A DeepSeek checkpoint is written by convert --format deepseek --finetune.",
+        )
+    check_target(path, force)
+    cache = saved.report["cache"]
+    config = {**saved.report["config"], "opset": form.opset, "cache": form.cache, "inline": form.inline}
+    names = [field.name for field in dataclasses.fields(LatentPlan)]
+    layers = [{name: layer[name] for name in names} for layer in saved.report["layers"]]
+    sizes = (cache["bytes_per_token_before"], cache["bytes_per_token_after"])
+    metadata = stored_metadata(saved.report["source"], config, layers, sizes, saved.assets)
+    with moved_into(path.parent) as folder:
+        file, graph = folder / path.name, saved.module.graph
+        lower_to_onnx(
+            graph,  # type: ignore[arg-type]
+            saved.module.rows,
+            file,
+            opset=form.opset,
+            inline=form.inline,
+            metadata=metadata,
+            static=form.cache == "static",
+        )
+        decoder = OnnxDecoder(file)
+        ids = torch.randint(0, decoder.vocabulary, (2, _CHECKED), generator=torch.Generator().manual_seed(0))
+        error, greedy, measured = verify.check_onnx(saved.module, decoder, ids, sizes[1])
+        checked = {"lowering_error": error, "lowering_greedy": greedy, "cache_bytes_per_token": measured}
+        report = {**saved.report, "config": config, "verification": {**(saved.report["verification"] or {}), **checked}}
+        copy_assets(saved.assets, folder)
+        return _finished(report, folder)
+
+
+def _finished(report: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Complete a report with what lies in its folder, and write it there."""
+    report = {**report, "artifacts": {p.name: p.stat().st_size for p in sorted(folder.iterdir())}}
+    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return report
+
+
+def _stored(path: Path) -> dict[str, Any]:
+    """A JSON object, empty where there is no file."""
+    found: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    return found

@@ -1,0 +1,1 @@
+"""Fine-tuning of converted models: what is trained, towards what, and by which steps; engines are accelerate's."""

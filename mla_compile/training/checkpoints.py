@@ -1,0 +1,129 @@
+"""Checkpoints: whole or not there at all, some of them kept, and read back to go on from."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from accelerate import Accelerator
+from safetensors import SafetensorError
+
+from mla_compile.errors import TrainingError, UsageError
+from mla_compile.report import TrainingPoint
+from mla_compile.training.recipe import Recipe
+
+__all__ = ["Checkpoints", "State"]
+
+_FREE = ("keep", "patience", "tracker")
+"""Settings that may change from one run to the next: they do not change what a step does."""
+
+
+@dataclass(frozen=True)
+class State:
+    """Where training is.
+
+    Attributes:
+        step: Steps that were taken.
+        curve: What was measured, from step 0 on.
+    """
+
+    step: int
+    curve: tuple[TrainingPoint, ...]
+
+    @property
+    def best(self) -> TrainingPoint:
+        """Where what is trained towards was closest, on held-out text."""
+        return min(self.curve, key=lambda point: point.objective)
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """A folder of checkpoints of one training.
+
+    A checkpoint holds the weights (safetensors), the states of optimiser and random generators as accelerate writes
+    them, ``recipe.yaml`` and ``state.json``. It is written under a hidden name, and renamed when it is whole.
+
+    Attributes:
+        folder: Where they are.
+        recipe: The settings, all of them chosen.
+        text: Fingerprint of the text.
+    """
+
+    folder: Path
+    recipe: Recipe
+    text: str
+
+    def save(self, accelerator: Accelerator, state: State) -> None:
+        """Write a checkpoint, and remove those that are kept no longer; called by every process.
+
+        Raises:
+            TrainingError: It could not be written whole, and nothing of it is left.
+        """
+        hidden = self.folder / f".{_name(state.step)}"
+        if accelerator.is_main_process:
+            shutil.rmtree(hidden, ignore_errors=True)
+            hidden.mkdir(parents=True)
+        accelerator.wait_for_everyone()
+        try:
+            accelerator.save_state(str(hidden))
+            if accelerator.is_main_process:
+                (hidden / "recipe.yaml").write_text(yaml.safe_dump(self.recipe.model_dump(), sort_keys=False), "utf-8")
+                written = {"text": self.text, "step": state.step, "curve": [asdict(point) for point in state.curve]}
+                (hidden / "state.json").write_text(json.dumps(written, indent=1) + "\n", "utf-8")
+        except (OSError, RuntimeError, SafetensorError) as error:
+            shutil.rmtree(hidden, ignore_errors=True)
+            reason = str(error).strip().splitlines()[0][:200].rstrip(".")
+            raise TrainingError(
+                f"The checkpoint of step {state.step} could not be written to '{self.folder}' ({reason}); earlier ones "
+                "are whole.",
+                "Free some space, and go on with --resume.",
+            ) from error
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            hidden.rename(self.folder / _name(state.step))
+            kept = {*self._steps()[-self.recipe.keep :], state.best.step}
+            for step in self._steps():
+                if step not in kept:
+                    shutil.rmtree(self.folder / _name(step))
+        accelerator.wait_for_everyone()
+
+    def last(self) -> State | None:
+        """What the last checkpoint says of itself; None where there is none.
+
+        Raises:
+            UsageError: It belongs to a training with other settings or another text.
+        """
+        steps = self._steps()
+        if not steps:
+            return None
+        found = self.folder / _name(steps[-1])
+        state = json.loads((found / "state.json").read_text("utf-8"))
+        stored = yaml.safe_load((found / "recipe.yaml").read_text("utf-8"))
+        changed = _changes(stored, self.recipe.model_dump()) or ([] if state["text"] == self.text else ["text"])
+        if changed:
+            raise UsageError(
+                f"'{self.folder}' belongs to a training that is another by its {', '.join(changed)}.",
+                "Resume with the same settings and text, or pass --force to begin anew.",
+            )
+        return State(state["step"], tuple(TrainingPoint(**point) for point in state["curve"]))
+
+    def load(self, accelerator: Accelerator, step: int) -> None:
+        """Take weights and states of one checkpoint; called by every process."""
+        accelerator.load_state(str(self.folder / _name(step)))
+
+    def _steps(self) -> Sequence[int]:
+        """Steps of which there is a checkpoint, in order."""
+        return sorted(int(path.name.removeprefix("step-")) for path in self.folder.glob("step-*"))
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _changes(stored: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
+    return [name for name in present if name not in _FREE and stored.get(name) != present[name]]

@@ -1,0 +1,126 @@
+"""What training comes closer to: the text, a teacher's predictions, the original's attention outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from mla_compile.evaluate import Scorer
+from mla_compile.program import Program
+from mla_compile.runtime.module import LatentModel
+from mla_compile.training.graphs import matched, recomputed, with_attention_outputs
+from mla_compile.training.recipe import ATTENTION, DIVERGENCE, NEXT_TOKEN
+
+__all__ = ["Student", "Teacher", "Wanted"]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a teacher says of a batch.
+
+    Attributes:
+        predictions: Its logits ``[batch, length, vocabulary]``, if they are asked for.
+        attended: Its output projections of attention ``[batch, length, width]``, layer by layer, likewise.
+    """
+
+    predictions: Tensor | None = None
+    attended: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A model that is learned from.
+
+    Attributes:
+        score: Token ids to logits.
+        attend: Token ids to output projections of attention; None where they are not asked for.
+    """
+
+    score: Scorer
+    attend: Scorer | None = None
+
+    @classmethod
+    def of(cls, program: Program, device: torch.device, *, layers: bool) -> Teacher:
+        """Prepare a model on a device; its weights are never changed.
+
+        Args:
+            program: The model.
+            device: Where it runs.
+            layers: Whether attention outputs are asked for.
+
+        Raises:
+            RefusedError: They are, and cannot be found.
+        """
+        module = program.flat_module().to(device)
+        attending = with_attention_outputs(program).to(device) if layers else None
+        return cls(
+            lambda ids: module(*program.inputs(ids)),
+            None if attending is None else lambda ids: attending(*program.inputs(ids)),
+        )
+
+    @torch.no_grad()
+    def answer(self, ids: Tensor, objective: Mapping[str, float]) -> Wanted:
+        """What an objective needs to know of a batch ``[batch, length]``."""
+        return Wanted(
+            self.score(ids) if DIVERGENCE in objective else None,
+            tuple(self.attend(ids)) if ATTENTION in objective and self.attend is not None else (),
+        )
+
+
+class Student(nn.Module):
+    """A converted model whose result is its loss.
+
+    Args:
+        model: The model.
+        matching: Whether it will be asked to match attention outputs.
+        recompute: Whether to compute activations twice instead of keeping them.
+
+    Raises:
+        RefusedError: It will be asked to match attention outputs, and they cannot be found.
+    """
+
+    def __init__(self, model: LatentModel, *, matching: bool, recompute: bool) -> None:
+        super().__init__()
+        graph = model.graph
+        assert isinstance(graph, fx.GraphModule)
+        self.model = LatentModel(recomputed(graph), model.rows, model.windows) if recompute else model
+        # In a tuple, so that parameters have one name: both graphs share them.
+        self._matched: tuple[fx.GraphModule, ...] = (matched(graph),) if matching else ()
+
+    def forward(self, ids: Tensor, objective: Mapping[str, float], wanted: Wanted) -> Tensor:
+        """Loss of a batch ``[batch, length]``, in nats per token but for matching, which is relative."""
+        total = torch.zeros((), device=ids.device)
+        if objective.keys() & {NEXT_TOKEN, DIVERGENCE}:
+            logits = self.model(ids).logits.float()
+            if NEXT_TOKEN in objective:
+                total = total + objective[NEXT_TOKEN] * F.cross_entropy(
+                    logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+                )
+            if wanted.predictions is not None:
+                total = total + objective[DIVERGENCE] * _divergence(logits, wanted.predictions.float())
+        if ATTENTION in objective:
+            pairs = zip(self._attended(ids, wanted.attended), wanted.attended, strict=True)
+            errors = [(got.float() - want.float()).square().sum() / want.float().square().sum() for got, want in pairs]
+            total = total + objective[ATTENTION] * torch.stack(errors).mean()
+        return total
+
+    def _attended(self, ids: Tensor, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Output projections of attention where the layers before were the original's."""
+        (graph,) = self._matched
+        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        found: tuple[Tensor, ...] = graph(
+            ids, torch.ones_like(ids), positions, *self.model.empty_cache(len(ids)), *given
+        )
+        return found
+
+
+def _divergence(logits: Tensor, expected: Tensor) -> Tensor:
+    """KL(expected || logits) in nats per token."""
+    got, wanted = logits.log_softmax(-1), expected.log_softmax(-1)
+    weights = wanted.exp()
+    # A token may be ruled out by -inf.
+    return torch.where(weights > 0, weights * (wanted - got), 0.0).sum() / logits[..., 0].numel()

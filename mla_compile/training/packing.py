@@ -1,0 +1,105 @@
+"""Documents packed into windows of one length: the first to train on, the last held out to measure on."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from array import array
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mla_compile.corpus import token_windows
+from mla_compile.errors import UsageError
+
+__all__ = ["Packed", "order", "pack"]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Token windows ``[windows, length]``, int32.
+
+    A window begins where the one before ends, wherever that is in a document; every document is led by the begin token
+    if the tokenizer has one. Attention reaches across documents, as it did where most models were trained.
+
+    Attributes:
+        train: To train on.
+        held_out: To measure on.
+    """
+
+    train: Tensor
+    held_out: Tensor
+
+    @property
+    def length(self) -> int:
+        """Tokens per window."""
+        return self.train.shape[1]
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells texts apart."""
+        return hashlib.sha256(self.train.numpy().tobytes() + self.held_out.numpy().tobytes()).hexdigest()
+
+
+def pack(
+    text: Iterable[str] | Tensor,
+    tokenizer: Any,  # noqa: ANN401 - transformers' tokenizers share no public base
+    length: int,
+    tokens: int | None,
+    held_out: int,
+) -> Packed:
+    """Read as much text as is needed, and hold the last windows back.
+
+    Args:
+        text: Documents, or token windows as they are.
+        tokenizer: A tokenizer, for documents.
+        length: Tokens per window, for documents.
+        tokens: Tokens to train on; all of the text when None.
+        held_out: Windows held back, at most; a tenth of all if that is less.
+
+    Raises:
+        UsageError: There are fewer than two windows.
+    """
+    if isinstance(text, Tensor):
+        windows = text.int()
+    else:
+        most = None if tokens is None else (math.ceil(tokens / length) + held_out) * length
+        windows = _windows(_stream(text, tokenizer, most), length)
+    if len(windows) < 2:
+        raise UsageError(
+            f"The text makes one window of {windows.shape[1]} tokens; training takes one, and measuring another.",
+            "Give more text, or a shorter window with --seq-len.",
+        )
+    aside = min(held_out, max(1, len(windows) // 10))
+    train = windows[:-aside]
+    return Packed(train if tokens is None else train[: math.ceil(tokens / windows.shape[1])], windows[-aside:])
+
+
+def order(windows: int, wanted: int, seed: int) -> list[int]:
+    """Numbers of windows in random order, all of them once before any comes again."""
+    generator = torch.Generator().manual_seed(seed)
+    rounds = [torch.randperm(windows, generator=generator) for _ in range(math.ceil(wanted / windows))]
+    found: list[int] = torch.cat(rounds)[:wanted].tolist()
+    return found
+
+
+def _stream(documents: Iterable[str], tokenizer: Any, most: int | None) -> array[int]:  # noqa: ANN401
+    """Token ids of documents one after another; four bytes each, for texts may be long."""
+    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    stream = array("i")
+    for document in documents:
+        stream.extend(begin)
+        stream.extend(tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"])
+        if most is not None and len(stream) >= most:
+            break
+    return stream
+
+
+def _windows(stream: array[int], length: int) -> Tensor:
+    if len(stream) < length:
+        return token_windows(stream, length)  # refuses them
+    whole = torch.frombuffer(stream, dtype=torch.int32)[: len(stream) // length * length]
+    return whole.view(-1, length)

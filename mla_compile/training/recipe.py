@@ -1,0 +1,132 @@
+"""How a converted model is trained: one frozen, validated object, and the step sizes that follow from it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from mla_compile.config import validated
+
+__all__ = ["ATTENTION", "DIVERGENCE", "NEXT_TOKEN", "Recipe", "make_recipe"]
+
+NEXT_TOKEN, DIVERGENCE, ATTENTION = "next-token", "kl", "attention"
+_OBJECTIVES = (NEXT_TOKEN, DIVERGENCE, ATTENTION)
+
+
+class Recipe(BaseModel):
+    """Settings of one fine-tuning.
+
+    Attributes:
+        objective: What to come closer to: ``next-token`` (the text), ``kl`` (a teacher's predictions), ``attention``
+            (the original's attention outputs, layer by layer), or a mixture such as ``kl=0.9,next-token=0.1``.
+            ``auto`` is ``kl`` where there is a teacher, else ``next-token``.
+        match_steps: Steps at the beginning that have the objective ``attention`` instead: they skip what is behind the
+            last layer, and no layer sees another's error.
+        train: What is trained: the ``latent`` matrices, the ``attention`` (with its output projections, and all norms),
+            or ``all`` weights.
+        tokens: Tokens to train on; the text once by default. Text that is shorter comes again in another order.
+        batch: Windows per step, of all processes together.
+        accumulate: Pieces that the windows of a step are computed in.
+        seq_len: Tokens per window; the model's limit, at most 512, by default.
+        rate: Step size, relative to the root mean square of each weight tensor.
+        weight_decay: AdamW's, per step size.
+        clip: Longest gradient.
+        warm_up: Share of the steps in which the step size grows to its full size.
+        decay: Share of the steps in which it falls to zero, as one minus a square root.
+        every: Steps from one evaluation and checkpoint to the next.
+        patience: Evaluations without improvement after which training ends; 0 for never.
+        keep: How many checkpoints are kept, besides the best.
+        eval_windows: Windows kept out of training to measure on, at most; a tenth of the text if that is less.
+        seed: Seed of the order of windows.
+        mixed_precision: ``bf16`` computes products in bfloat16; weights stay float32.
+        recompute: Keep activations of one layer at a time, and compute the others again on the way back.
+        tracker: Where accelerate sends the curve, or ``none``.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: Literal[1] = 1
+    objective: str = "auto"
+    match_steps: int = Field(default=0, ge=0)
+    train: Literal["latent", "attention", "all"] = "attention"
+    tokens: int | None = Field(default=None, ge=1)
+    batch: int = Field(default=16, ge=1)
+    accumulate: int = Field(default=1, ge=1)
+    seq_len: int | None = Field(default=None, ge=2)
+    rate: float = Field(default=0.01, gt=0.0)
+    weight_decay: float = Field(default=0.0, ge=0.0)
+    clip: float = Field(default=1.0, gt=0.0)
+    warm_up: float = Field(default=0.05, ge=0.0, le=1.0)
+    decay: float = Field(default=0.2, ge=0.0, le=1.0)
+    every: int = Field(default=100, ge=1)
+    patience: int = Field(default=0, ge=0)
+    keep: int = Field(default=2, ge=1)
+    eval_windows: int = Field(default=32, ge=1)
+    seed: int = Field(default=0, ge=0)
+    mixed_precision: Literal["no", "bf16"] = "no"
+    recompute: bool = False
+    tracker: str = "tensorboard"
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weight of every part of the objective, ``auto`` being the text alone."""
+        if self.objective == "auto":
+            return {NEXT_TOKEN: 1.0}
+        parts = (part.split("=") for part in self.objective.split(","))
+        return {name.strip(): float(*(weight or ["1"])) for name, *weight in parts}
+
+    @property
+    def learns_from_another(self) -> bool:
+        """Whether some step asks a teacher."""
+        return self.match_steps > 0 or self.weights.keys() != {NEXT_TOKEN}
+
+    @property
+    def skips_the_output(self) -> bool:
+        """Whether some step trains nothing behind the last attention layer."""
+        return self.match_steps > 0 or self.weights.keys() == {ATTENTION}
+
+    def weights_at(self, step: int) -> dict[str, float]:
+        """The objective of one step."""
+        return {ATTENTION: 1.0} if step < self.match_steps else self.weights
+
+    def share(self, step: int, steps: int) -> float:
+        """What step number ``step`` of ``steps`` takes of the full step size (MHA2MLA, appendix C)."""
+        warm_up, decay = round(self.warm_up * steps), round(self.decay * steps)
+        if step < warm_up:
+            return (step + 1) / warm_up
+        into = step - (steps - decay)
+        return 1.0 if into <= 0 else 1 - math.sqrt(into / decay)
+
+    @model_validator(mode="after")
+    def _objective_is_known(self) -> Recipe:
+        try:
+            weights = self.weights
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"the objective '{self.objective}' is not spelled name=weight,name=weight") from error
+        unknown = weights.keys() - {*_OBJECTIVES}
+        if unknown:
+            raise ValueError(f"the objective '{min(unknown)}' is not one of {', '.join(_OBJECTIVES)}")
+        if not all(w > 0 and math.isfinite(w) for w in weights.values()):
+            raise ValueError(f"a weight of the objective '{self.objective}' is not a number above 0")
+        return self
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> Recipe:
+        if self.batch % self.accumulate:
+            raise ValueError(
+                f"a batch of {self.batch} windows cannot be cut into {self.accumulate} pieces (accumulate)"
+            )
+        if self.warm_up + self.decay > 1:
+            raise ValueError("warm_up and decay are shares of the same steps, and more than all together")
+        return self
+
+
+def make_recipe(**settings: Any) -> Recipe:  # noqa: ANN401 - validated by pydantic
+    """Validate settings.
+
+    Raises:
+        UsageError: A name is unknown or a value is out of range; the sentence names it.
+    """
+    return validated(Recipe, "finetune", settings)

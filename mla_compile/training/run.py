@@ -1,0 +1,276 @@
+"""``mla-compile finetune``: from a converted model, text and settings to a trained one."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mla_compile import frontend
+from mla_compile.artifacts import check_place
+from mla_compile.calibration import Text, read_text
+from mla_compile.corpus import check_vocabulary, load_tokenizer
+from mla_compile.errors import LoadError, UsageError
+from mla_compile.evaluate import longest_window
+from mla_compile.opened import module_scorer
+from mla_compile.program import Program
+from mla_compile.progress import Display, Stages
+from mla_compile.report import Training
+from mla_compile.runtime.module import LatentModel
+from mla_compile.saved import open_saved, write_trained
+from mla_compile.training.packing import Packed, pack
+from mla_compile.training.recipe import DIVERGENCE, NEXT_TOKEN, Recipe
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+__all__ = ["finetune", "finetune_module", "require_accelerate"]
+
+_CHECKPOINTS = "checkpoints"
+
+
+@dataclass(frozen=True)
+class _Task:
+    """Everything that is known before processes join.
+
+    Attributes:
+        model: The converted model.
+        teacher: What it learns from, if the objective asks for one.
+        text: Windows.
+        recipe: The settings, all of them chosen.
+    """
+
+    model: LatentModel
+    teacher: Program | None
+    text: Packed
+    recipe: Recipe
+
+    @classmethod
+    def of(
+        cls,
+        model: LatentModel,
+        source: str,
+        longest: int | None,
+        teacher: Program | None,
+        text: Iterable[str] | Tensor,
+        tokenizer: Any,  # noqa: ANN401 - transformers' tokenizers share no public base
+        recipe: Recipe,
+    ) -> _Task:
+        """Choose what was left open, and cut the text.
+
+        Args:
+            model: The converted model.
+            source: Its name.
+            longest: Longest sequence it says it can run, if it says so.
+            teacher: What there is to learn from.
+            text: Documents or windows.
+            tokenizer: A tokenizer, for documents.
+            recipe: The settings.
+
+        Raises:
+            UsageError: Objective, teacher, text, tokenizer and model do not fit together.
+        """
+        if recipe.objective == "auto":
+            recipe = recipe.model_copy(update={"objective": NEXT_TOKEN if teacher is None else DIVERGENCE})
+        if recipe.learns_from_another and teacher is None:
+            raise UsageError(
+                f"The objective '{recipe.objective}' with {recipe.match_steps} steps of matching learns from another "
+                "model, and none was given.",
+                "Give the original, or a larger model with the same vocabulary, with --teacher MODEL.",
+            )
+        score = module_scorer(model)
+        wanted = text.shape[1] if isinstance(text, Tensor) else recipe.seq_len
+        limit = longest_window(score, longest, wanted) if wanted else longest_window(score, longest)
+        if wanted and limit < wanted:
+            raise UsageError(
+                f"Windows of {wanted} tokens are longer than '{source}' can run.", f"Use --seq-len {limit} or less."
+            )
+        known = _vocabulary(model, source, teacher)
+        packed = pack(text, tokenizer, limit, recipe.tokens, recipe.eval_windows)
+        check_vocabulary(max(int(packed.train.max()), int(packed.held_out.max())), known, source)
+        tokens = recipe.tokens or packed.train.numel()
+        recipe = recipe.model_copy(update={"seq_len": limit, "tokens": tokens})
+        return cls(model, teacher if recipe.learns_from_another else None, packed, recipe)
+
+    def train(self, engine: Accelerator, folder: Path, stages: Stages, *, resume: bool) -> Training:
+        """Train; checkpoints go to a folder."""
+        from mla_compile.training.checkpoints import Checkpoints
+        from mla_compile.training.trainer import train
+
+        checkpoints = Checkpoints(folder / _CHECKPOINTS, self.recipe, self.text.fingerprint)
+        return train(engine, self.model, self.teacher, self.text, self.recipe, checkpoints, stages, resume=resume)
+
+
+def finetune(
+    folder: str | Path,
+    data: Text,
+    out: str | Path,
+    recipe: Recipe,
+    *,
+    teacher: str | Path | None = None,
+    tokenizer: str | None = None,
+    resume: bool = False,
+    force: bool = False,
+    display: Display | None = None,
+) -> dict[str, Any] | None:
+    """Fine-tune a converted model that was saved, and save it again.
+
+    Every process of several calls it; they share the work, and the first of them writes.
+
+    Args:
+        folder: Written by :meth:`~mla_compile.api.CompiledModel.save`.
+        data: Text to train on, as for :func:`mla_compile.compile`.
+        out: The folder to write, with checkpoints in it while and after training.
+        recipe: The settings.
+        teacher: The original, or a larger model with the same vocabulary, for objectives that learn from one.
+        tokenizer: Folder of the tokenizer, if the converted model has none.
+        resume: Go on from the last checkpoint in ``out``.
+        force: Begin anew where ``out`` holds something.
+        display: Shows progress.
+
+    Returns:
+        The report of the model, with the training in it; None in processes that wrote nothing.
+
+    Raises:
+        LoadError: Model, teacher, tokenizer or text cannot be read, or accelerate is not installed.
+        UsageError: They do not fit together, or ``out`` cannot be written.
+        RefusedError: The model cannot be trained so.
+        TrainingError: The loss became not finite, or a checkpoint could not be written.
+    """
+    folder, out = Path(folder), Path(out)
+    require_accelerate()
+    _check_out(folder, out, resume=resume, force=force)
+    stages = Stages(display)
+    text = read_text(data)
+    with stages.stage("load"):
+        saved = open_saved(folder)
+        program = None if teacher is None else frontend.load_program(teacher, tokenizer=tokenizer)
+        words = None if isinstance(text, Tensor) else load_tokenizer(tokenizer or str(folder))
+        if program is not None and words is not None and tokenizer is None:
+            _require_same_words(program, words, str(folder))
+        task = _Task.of(saved.module, str(folder), saved.longest, program, text, words, recipe)  # type: ignore[arg-type]
+    from mla_compile.training.trainer import start_engine
+
+    engine = start_engine(task.recipe, out)  # all processes have checked the folder when this returns
+    if engine.is_main_process and not resume and out.is_dir():
+        shutil.rmtree(out / _CHECKPOINTS, ignore_errors=True)
+    engine.wait_for_everyone()
+    training = task.train(engine, out, stages, resume=resume)
+    if not engine.is_main_process:
+        return None
+    with stages.stage("write"):
+        return write_trained(saved, saved.module, training, task.recipe.model_dump(), out)
+
+
+def finetune_module(
+    model: LatentModel,
+    original: Program,
+    data: Text,
+    tokenizer: Any,  # noqa: ANN401 - a folder or any transformers tokenizer
+    recipe: Recipe,
+    stages: Stages,
+) -> Training:
+    """Fine-tune a converted model in place, with its original as the teacher; checkpoints are temporary.
+
+    Args:
+        model: The model. Weights that are trained become its own, so that the original keeps its.
+        original: What it was converted from.
+        data: Text to train on.
+        tokenizer: A tokenizer, if the original brings none.
+        recipe: The settings.
+        stages: Times and shows what runs.
+
+    Raises:
+        LoadError: Text or tokenizer cannot be read, or accelerate is not installed.
+        UsageError: Settings do not fit.
+        RefusedError: The model cannot be trained so.
+        TrainingError: The loss became not finite, or a checkpoint could not be written.
+    """
+    require_accelerate()
+    text = read_text(data)
+    if not isinstance(text, Tensor) and (tokenizer is None or isinstance(tokenizer, str | Path)):
+        tokenizer = load_tokenizer(original.assets.folder)
+    recipe = recipe.model_copy(update={"tracker": "none"})
+    task = _Task.of(model, original.source, original.max_positions, original, text, tokenizer, recipe)  # type: ignore[arg-type]
+    from mla_compile.training.trainer import start_engine
+
+    with tempfile.TemporaryDirectory() as folder:
+        return task.train(start_engine(task.recipe, Path(folder)), Path(folder), stages, resume=False)
+
+
+def require_accelerate() -> None:
+    """Refuse to train without the engine, before any work is done.
+
+    Raises:
+        LoadError: It is not installed.
+    """
+    if importlib.util.find_spec("accelerate") is None:
+        raise LoadError(
+            "Fine-tuning takes the package accelerate, which is not installed.",
+            "Run: pip install 'mla-compile[train]'.",
+        )
+
+
+def _check_out(folder: Path, out: Path, *, resume: bool, force: bool) -> None:
+    """Refuse a folder that cannot be written, before any work is done.
+
+    Raises:
+        UsageError: It is that of the converted model, or holds something and neither ``resume`` nor ``force`` is given.
+    """
+    if resume and force:
+        raise UsageError("--resume goes on and --force begins anew.", "Give one of them.")
+    if out.suffix:
+        raise UsageError(
+            f"'{out}' is not named like a folder.", "Name a folder, and write ONNX from it with mla-compile export."
+        )
+    if out.exists() and folder.exists() and out.samefile(folder):
+        raise UsageError(f"'{out}' is the folder of the converted model.", "Choose another folder.")
+    occupied = out.is_dir() and any(out.iterdir())
+    if occupied and not resume and not force:
+        raise UsageError(f"'{out}' exists already.", "Go on with --resume, or begin anew with --force.")
+    if occupied and resume and not (out / _CHECKPOINTS).is_dir():
+        raise UsageError(f"'{out}' holds no checkpoints to go on from.", "Choose another folder, or pass --force.")
+    check_place(out, force=True)
+
+
+def _require_same_words(teacher: Program, words: Any, source: str) -> None:  # noqa: ANN401
+    """Refuse a teacher whose tokens mean something else.
+
+    Raises:
+        UsageError: Its tokenizer is another.
+    """
+    try:
+        theirs = load_tokenizer(teacher.assets.folder)
+    except LoadError:  # it brings none to compare
+        return
+    if theirs.get_vocab() != words.get_vocab():
+        raise UsageError(
+            f"'{teacher.source}' has another vocabulary than '{source}'.", "Choose a teacher with the same tokenizer."
+        )
+
+
+def _vocabulary(model: LatentModel, source: str, teacher: Program | None) -> int:
+    """How many token ids the model, and its teacher, can be given and predict.
+
+    Raises:
+        UsageError: They predict different numbers of tokens.
+    """
+    with torch.inference_mode():
+        ids = torch.zeros(1, 1, dtype=torch.long)
+        own = model(ids).logits.shape[-1]
+        if teacher is None:
+            return int(own)
+        theirs = teacher.flat_module()(*teacher.inputs(ids)).shape[-1]
+    if own != theirs:
+        raise UsageError(
+            f"'{teacher.source}' predicts {theirs} tokens and '{source}' {own}: they have different vocabularies.",
+            "Choose a teacher with the same vocabulary.",
+        )
+    return min(int(own), teacher.vocabulary)

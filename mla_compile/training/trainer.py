@@ -1,0 +1,285 @@
+"""The loop: steps, evaluations and checkpoints. Devices, precision and processes are accelerate's."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs, skip_first_batches
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from mla_compile.errors import RefusedError, TrainingError, UsageError
+from mla_compile.program import Program
+from mla_compile.progress import Stage, Stages
+from mla_compile.report import Training, TrainingPoint
+from mla_compile.runtime.module import LatentModel
+from mla_compile.training.checkpoints import Checkpoints, State
+from mla_compile.training.objectives import Student, Teacher, Wanted
+from mla_compile.training.packing import Packed, order
+from mla_compile.training.recipe import ATTENTION, NEXT_TOKEN, Recipe
+from mla_compile.training.trained import has_constants, hold_constants, own_copies, parameter_groups, trained_names
+
+__all__ = ["start_engine", "train"]
+
+_BETAS = (0.9, 0.95)
+
+
+def start_engine(recipe: Recipe, folder: Path) -> Accelerator:
+    """Join the processes that were started together, and find the device.
+
+    Args:
+        recipe: The settings.
+        folder: Where the tracker writes.
+
+    Raises:
+        UsageError: This process computes in another precision already, the device cannot do what is asked for, or the
+            processes cannot share a batch.
+    """
+    try:
+        accelerator = Accelerator(
+            cpu=not torch.accelerator.is_available(),
+            mixed_precision=recipe.mixed_precision,
+            gradient_accumulation_steps=recipe.accumulate,
+            dataloader_config=DataLoaderConfiguration(split_batches=True, dispatch_batches=False),
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=recipe.skips_the_output)],
+            log_with=None if recipe.tracker == "none" else recipe.tracker,
+            project_dir=str(folder),
+        )
+    except ValueError as error:
+        raise UsageError(f"accelerate cannot be set up so ({error}).", "Start a process of its own for it.") from error
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.distributed_type != DistributedType.FSDP:
+        raise UsageError("accelerate shards weights on accelerators only, and there is none.", "Train without FSDP.")
+    piece = recipe.batch // recipe.accumulate
+    if piece % accelerator.num_processes:
+        raise UsageError(
+            f"{piece} windows cannot be shared by {accelerator.num_processes} processes.",
+            "Make --batch over --accumulate a multiple of them.",
+        )
+    return accelerator
+
+
+def train(
+    accelerator: Accelerator,
+    model: LatentModel,
+    teacher: Program | None,
+    text: Packed,
+    recipe: Recipe,
+    checkpoints: Checkpoints,
+    stages: Stages,
+    *,
+    resume: bool = False,
+) -> Training:
+    """Train a model in place, and leave it with the weights that did best on held-out text.
+
+    Args:
+        accelerator: From :func:`start_engine`.
+        model: The converted model; parameters that are trained become its own.
+        teacher: What it learns from, if the objective asks for one.
+        text: Windows.
+        recipe: The settings, all of them chosen.
+        checkpoints: Where checkpoints go.
+        stages: Times and shows what runs.
+        resume: Whether to go on from the last checkpoint, if there is one.
+
+    Returns:
+        What was done.
+
+    Raises:
+        TrainingError: The loss became not finite, or a checkpoint could not be written.
+        UsageError: The last checkpoint is of another training.
+        RefusedError: The model cannot be trained so.
+    """
+    run = _Run.start(accelerator, model, teacher, text, recipe, checkpoints)
+    state = checkpoints.last() if resume else None
+    if state is None:
+        state = State(0, (TrainingPoint(0, 0, None, *run.measure(0)),))
+        checkpoints.save(accelerator, state)
+    else:
+        checkpoints.load(accelerator, state.step)
+    if recipe.tracker != "none":
+        accelerator.init_trackers("finetune", {k: v for k, v in recipe.model_dump().items() if v is not None})
+    pieces = iter(skip_first_batches(run.loader, state.step * recipe.accumulate))
+    with stages.stage("train", run.steps) as stage:
+        for _ in range(state.step):
+            stage()
+        while state.step < run.steps and not run.is_over(state):
+            state = run.advance(state, pieces, stage)
+            checkpoints.save(accelerator, state)
+    accelerator.end_training()
+    if state.best.step != state.step:
+        checkpoints.load(accelerator, state.best.step)
+    run.hand_back()
+    return Training(
+        objective=recipe.objective,
+        train=recipe.train,
+        steps=state.step,
+        tokens=state.curve[-1].tokens,
+        best_step=state.best.step,
+        before=state.curve[0].held_out,
+        after=state.best.held_out,
+        held_out_tokens=text.held_out[:, 1:].numel(),
+        curve=state.curve,
+    )
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Everything that stays the same from step to step.
+
+    Attributes:
+        accelerator: The engine.
+        model: The model that is trained.
+        student: It with its loss, as the engine prepared it.
+        optimiser: As the engine prepared it.
+        loader: Pieces of steps, as the engine prepared it: every process sees its share.
+        teacher: What is learned from.
+        text: Windows.
+        recipe: The settings.
+        folder: Where checkpoints are.
+        steps: Steps in all.
+    """
+
+    accelerator: Accelerator
+    model: LatentModel
+    student: nn.Module
+    optimiser: torch.optim.Optimizer
+    loader: DataLoader[Tensor]
+    teacher: Teacher | None
+    text: Packed
+    recipe: Recipe
+    folder: Path
+    steps: int
+
+    @classmethod
+    def start(
+        cls,
+        accelerator: Accelerator,
+        model: LatentModel,
+        teacher: Program | None,
+        text: Packed,
+        recipe: Recipe,
+        checkpoints: Checkpoints,
+    ) -> _Run:
+        """Choose what is trained, and prepare everything."""
+        matching = recipe.match_steps > 0 or ATTENTION in recipe.weights
+        if _is_sharded(accelerator) and (matching or has_constants(model)):
+            raise RefusedError(
+                "Sharded weights can neither match attention outputs nor hold an entry of a latent constant.",
+                "Train without FSDP and DeepSpeed.",
+            )
+        own_copies(model, trained_names(model, recipe.train))
+        hold_constants(model)
+        model.to(accelerator.device)
+        steps = math.ceil((recipe.tokens or text.train.numel()) / (recipe.batch * text.length))
+        if recipe.match_steps >= steps:
+            raise UsageError(
+                f"All {steps} steps would match attention outputs (--match-steps {recipe.match_steps}).",
+                "Match in fewer steps, or give more --tokens.",
+            )
+        numbers = order(len(text.train), steps * recipe.batch, recipe.seed)
+        student, optimiser, loader = accelerator.prepare(
+            Student(model, matching=matching, recompute=recipe.recompute),
+            torch.optim.AdamW(parameter_groups(model, recipe.rate), betas=_BETAS, weight_decay=recipe.weight_decay),
+            DataLoader(text.train, batch_size=recipe.batch // recipe.accumulate, sampler=numbers),  # type: ignore[arg-type]
+        )
+        answers = None if teacher is None else Teacher.of(teacher, accelerator.device, layers=matching)
+        return cls(accelerator, model, student, optimiser, loader, answers, text, recipe, checkpoints.folder, steps)
+
+    def advance(self, state: State, pieces: Iterator[Tensor], stage: Stage) -> State:
+        """Train up to the next evaluation.
+
+        Raises:
+            TrainingError: The loss, or its gradient, is not finite.
+        """
+        begin, losses = time.perf_counter(), []
+        end = min(self.steps, (state.step // self.recipe.every + 1) * self.recipe.every)
+        per_step = self.recipe.batch * self.text.length
+        for step in range(state.step, end):
+            losses.append(self._step(step, pieces))
+            speed = len(losses) * per_step / (time.perf_counter() - begin)
+            stage.note = f"loss {losses[-1]:.4f}, {speed:,.0f} tokens/s"
+            stage()
+        point = TrainingPoint(end, end * per_step, sum(losses) / len(losses), *self.measure(end))
+        self.accelerator.log({"loss": point.loss, "held_out": point.held_out, "tokens": point.tokens}, step=end)
+        stage.tell(f"step {end}/{self.steps}: {stage.note}, held-out loss {point.held_out:.4f}")
+        return State(end, (*state.curve, point))
+
+    def measure(self, step: int) -> tuple[float, float]:
+        """Losses of next token and objective on held-out text after so many steps; every process measures all of it.
+
+        Raises:
+            TrainingError: They are not finite.
+        """
+        objectives = ({NEXT_TOKEN: 1.0}, self.recipe.weights)
+        totals = [0.0, 0.0]
+        with torch.no_grad():
+            for piece in self.text.held_out.split(self.recipe.batch // self.recipe.accumulate):
+                ids = piece.to(self.accelerator.device).long()
+                for place, objective in enumerate(objectives):
+                    loss = self.student(ids, objective, self._wanted(ids, objective))
+                    totals[place] += float(loss) * len(ids)
+        held_out, towards = (total / len(self.text.held_out) for total in totals)
+        what = "loss on held-out text"
+        return self._finite(held_out, what, step), self._finite(towards, what, step)
+
+    def is_over(self, state: State) -> bool:
+        """Whether enough evaluations have passed since the best one."""
+        measured = [point.step for point in state.curve]
+        return 0 < self.recipe.patience <= len(measured) - 1 - measured.index(state.best.step)
+
+    def hand_back(self) -> None:
+        """Leave the model on the CPU, whole and trainable as it was given; of sharded weights, in the main process."""
+        if _is_sharded(self.accelerator):
+            whole = self.accelerator.get_state_dict(self.student)
+            gathered: dict[nn.Parameter, nn.Parameter] = {}
+            for name, parameter in [*self.model.named_parameters(remove_duplicate=False)]:
+                if f"model.{name}" in whole:
+                    path, _, leaf = name.rpartition(".")
+                    gathered.setdefault(parameter, nn.Parameter(whole[f"model.{name}"]))
+                    setattr(self.model.get_submodule(path), leaf, gathered[parameter])
+        self.model.to("cpu").requires_grad_(True).zero_grad()
+
+    def _step(self, step: int, pieces: Iterator[Tensor]) -> float:
+        """One step; its loss."""
+        objective = self.recipe.weights_at(step)
+        share = self.recipe.share(step, self.steps)
+        for group in self.optimiser.param_groups:
+            group["lr"] = group["base"] * share
+        total = torch.zeros((), device=self.accelerator.device)
+        for _ in range(self.recipe.accumulate):
+            ids = next(pieces).long()
+            wanted = self._wanted(ids, objective)
+            with self.accelerator.accumulate(self.student):
+                loss = self.student(ids, objective, wanted)
+                self.accelerator.backward(loss)
+                total += loss.detach() / self.recipe.accumulate
+                if self.accelerator.sync_gradients:
+                    length = self.accelerator.clip_grad_norm_(self.student.parameters(), self.recipe.clip)
+                    found = self._finite(float(self.accelerator.reduce(total, "mean")), "loss", step + 1)
+                    self._finite(float(length), "gradient", step + 1)
+                self.optimiser.step()
+                self.optimiser.zero_grad()
+        return found
+
+    def _wanted(self, ids: Tensor, objective: Mapping[str, float]) -> Wanted:
+        return Wanted() if self.teacher is None else self.teacher.answer(ids, objective)
+
+    def _finite(self, value: float, what: str, step: int) -> float:
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"The {what} is not finite at step {step}; training ended, and checkpoints of earlier steps are in "
+                f"'{self.folder}'.",
+                "Begin anew with a smaller --rate or a longer --warm-up.",
+            )
+        return value
+
+
+def _is_sharded(accelerator: Accelerator) -> bool:
+    return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)

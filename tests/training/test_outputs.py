@@ -1,0 +1,60 @@
+"""Where a fine-tuned model goes: ONNX, DeepSeek checkpoints, and in one go with its conversion."""
+
+from __future__ import annotations
+
+import json
+
+import models
+import pytest
+import torch
+
+import mla_compile
+from mla_compile.cli import main
+from mla_compile.config import make_config
+from mla_compile.errors import UsageError
+from mla_compile.runtime.onnx_session import OnnxDecoder
+from mla_compile.saved import open_saved, write_saved_onnx
+from training import LENGTH, counting
+
+ROUNDING = 1e-5  # of the largest logit; float32 in another order of operations
+
+
+def logits(folder, ids):
+    with torch.no_grad():
+        return mla_compile.load(folder)(ids).logits
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_a_trained_folder_becomes_onnx(plain, cache, tmp_path):
+    file, ids = tmp_path / "onnx" / "model.onnx", models.tokens(2, LENGTH)
+    assert main(["export", str(plain.folder), "--out", str(file), "--cache", cache]) == 0
+    decoder, expected = OnnxDecoder(file), logits(plain.folder, ids)
+    error = (torch.from_numpy(decoder.logits(ids.numpy())) - expected).abs().max() / expected.abs().max()
+    assert float(error) < ROUNDING
+    report = json.loads((file.parent / "report.json").read_text())
+    assert report["training"] == json.loads((plain.folder / "report.json").read_text())["training"]
+    assert decoder.cache_bytes_per_token == report["cache"]["bytes_per_token_after"]
+    assert [layer["kv_rank"] for layer in decoder.metadata["layers"]] == [8, 8]
+
+
+def test_a_saved_folder_becomes_nothing_but_onnx(plain, tmp_path):
+    with pytest.raises(UsageError, match="--finetune"):
+        write_saved_onnx(open_saved(plain.folder), tmp_path / "checkpoint", make_config(), force=False)
+
+
+def test_conversion_and_training_in_one_go(tmp_path):
+    """The result is a DeepSeek checkpoint that stock transformers agrees with; the original keeps its weights."""
+    original, text = models.llama(), counting(44)
+    before = {name: value.clone() for name, value in original.state_dict().items()}
+    settings = {"format": "deepseek", "layout": "deepseek", "method": "transmla", "kv_rank": 16, "rope_dims": 8}
+    compiled = mla_compile.compile(
+        original, calibration=text, finetune=text, finetune_tokens=640, check=False, **settings
+    )
+    training = compiled.report.training
+    assert (training.objective, training.steps) == ("kl", 3)  # of 16 windows, which 640 tokens begin the third of
+    assert training.curve[-1].objective < training.curve[0].objective
+    assert all(torch.equal(value, before[name]) for name, value in original.state_dict().items())
+    report = compiled.to_deepseek(tmp_path / "checkpoint")
+    assert report.checkpoint.error < ROUNDING
+    written = json.loads((tmp_path / "checkpoint" / "report.json").read_text())
+    assert written["training"]["best_step"] == training.best_step

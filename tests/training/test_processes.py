@@ -1,0 +1,42 @@
+"""Training in processes of its own: killed and resumed, and shared by two."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+import mla_compile
+from training import assert_same
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_a_training_killed_in_a_checkpoint_goes_on_to_the_same_curve(plain, train, worker, tmp_path):
+    out = tmp_path / "model"
+    done = run(*worker(out, "--kill", "4"))
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert not (out / "model.pt2").exists()
+    assert {p.name for p in (out / "checkpoints").iterdir()} == {"step-00000000", "step-00000002", ".step-00000004"}
+    found = train(out, resume=True)
+    assert found.curve == plain.curve
+    assert_same(found.weights, plain.weights, 0)
+    assert not [*(out / "checkpoints").glob(".*")]
+
+
+def test_two_processes_train_as_one(plain, worker, tmp_path):
+    out = tmp_path / "model"
+    done = run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *worker(out))
+    assert done.returncode == 0, done.stderr
+    # Means over halves of the batch; Adam divides by the gradient's size, which makes more of it where that is small.
+    assert_same(mla_compile.load(out).state_dict(), plain.weights, 1e-3)
+    curve = json.loads((out / "report.json").read_text())["training"]["curve"]
+    for got, expected in zip(curve, plain.curve, strict=True):
+        assert got["held_out"] == pytest.approx(expected["held_out"], abs=1e-4)

@@ -1,0 +1,124 @@
+"""Step sizes, objectives by name, and text as windows."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from mla_compile.errors import UsageError
+from mla_compile.runtime.module import LatentModel
+from mla_compile.training.packing import order, pack
+from mla_compile.training.recipe import make_recipe
+from mla_compile.training.trained import hold_constants, own_copies, parameter_groups
+
+
+def test_step_sizes_grow_stay_and_fall():
+    recipe = make_recipe(warm_up=0.2, decay=0.3)
+    shares = [recipe.share(step, 20) for step in range(20)]
+    assert shares[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert shares[4:14] == [1.0] * 10
+    # 1 - sqrt(progress), six steps long.
+    assert shares[14:] == pytest.approx([1 - math.sqrt(i / 6) for i in range(6)])
+    assert make_recipe(warm_up=0.0, decay=0.0).share(0, 1) == 1.0
+
+
+def test_objectives_are_mixed_by_name():
+    recipe = make_recipe(objective="kl=0.9, next-token=0.1,attention", match_steps=3)
+    assert recipe.weights == {"kl": 0.9, "next-token": 0.1, "attention": 1.0}
+    assert recipe.weights_at(2) == {"attention": 1.0}
+    assert recipe.weights_at(3) == recipe.weights
+    assert recipe.learns_from_another
+    assert not make_recipe(objective="next-token=2").learns_from_another
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"objective": "loss"}, "'loss' is not one of"),
+        ({"objective": "kl=x"}, "not spelled"),
+        ({"objective": "kl=1=2"}, "not spelled"),
+        ({"objective": "kl=0"}, "not a number above 0"),
+        ({"batch": 5, "accumulate": 2}, "cannot be cut"),
+        ({"warm_up": 0.6, "decay": 0.5}, "more than all"),
+        ({"train": "some"}, "train='some'"),
+        ({"steps": 3}, "steps=3"),
+    ],
+)
+def test_settings_that_cannot_be(settings, problem):
+    with pytest.raises(UsageError, match=problem):
+        make_recipe(**settings)
+
+
+def test_every_window_comes_before_any_comes_again():
+    numbers = order(5, 12, seed=1)
+    assert [sorted(numbers[i : i + 5]) for i in (0, 5)] == [[0, 1, 2, 3, 4]] * 2
+    assert numbers == order(5, 12, seed=1) != order(5, 12, seed=2)
+
+
+class Letters:
+    """A tokenizer of letters, led by 0."""
+
+    bos_token_id = 0
+
+    def __call__(self, text, **_):
+        return {"input_ids": [ord(letter) - 96 for letter in text]}
+
+
+def test_documents_are_packed_and_read_no_further_than_needed():
+    read = []
+
+    def documents():
+        for text in ("abc", "de", "fghij", "klm"):
+            read.append(text)
+            yield text
+
+    packed = pack(documents(), Letters(), length=3, tokens=4, held_out=1)
+    assert packed.train.tolist() == [[0, 1, 2], [3, 0, 4]]
+    assert packed.held_out.tolist() == [[7, 8, 9]]
+    assert read == ["abc", "de", "fghij"]
+
+
+@pytest.mark.parametrize("texts", [["ab"], ["abc"]])
+def test_text_of_less_than_two_windows_is_refused(texts):
+    with pytest.raises(UsageError, match="Give more text"):
+        pack(texts, Letters(), length=4, tokens=None, held_out=4)
+
+
+class _Holder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.row = nn.Parameter(torch.tensor([[3.0, -3.0], [0.0, 0.0]]))
+        self.row_bias = nn.Parameter(torch.tensor([0.5, 1.0]))
+        self.key_up = nn.Parameter(torch.full((1, 1, 2), 0.5))
+
+
+def _model() -> LatentModel:
+    graph = nn.Module()
+    graph.attention = nn.Module()
+    graph.attention.latent_0 = _Holder()
+    graph.tied = graph.attention.latent_0.key_up
+    return LatentModel(graph, [2], [0])
+
+
+def test_steps_are_in_proportion_to_each_weight():
+    groups = parameter_groups(_model(), 0.01)
+    # Root mean squares: of a matrix, of the bias's matrix, of the up-projection.
+    size = 3 / math.sqrt(2)
+    assert sorted(g["base"] for g in groups) == pytest.approx(sorted([0.01 * size, 0.01 * size, 0.005]))
+
+
+def test_the_constant_entry_gets_no_gradient_and_tied_weights_stay_one():
+    model = _model()
+    before = model.graph.attention.latent_0.row
+    names = {name for name, _ in model.named_parameters()}
+    own_copies(model, names)
+    hold_constants(model)
+    holder = model.graph.attention.latent_0
+    assert holder.row is not before
+    assert model.graph.tied is holder.key_up
+    (holder.row.sum() + holder.row_bias.sum()).backward()
+    assert holder.row.grad.tolist() == [[1.0, 1.0], [0.0, 0.0]]
+    assert holder.row_bias.grad.tolist() == [1.0, 0.0]

@@ -1,0 +1,33 @@
+"""One process of a training: ``worker.py FOLDER OUT DATA SETTINGS [--kill STEP] [--resume]``."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+from mla_compile import Recipe, finetune
+
+
+def kill_in_the_middle_of(step: str) -> None:
+    """End this process without a word when everything of a checkpoint is written but its name."""
+    rename = Path.rename
+
+    def killed(path, target):
+        if Path(target).name == f"step-{int(step):08d}":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return rename(path, target)
+
+    Path.rename = killed
+
+
+if __name__ == "__main__":
+    folder, out, data, settings, *options = sys.argv[1:]
+    torch.set_num_threads(1)
+    if "--kill" in options:
+        kill_in_the_middle_of(options[options.index("--kill") + 1])
+    finetune(folder, torch.load(data), out, Recipe(**json.loads(settings)), resume="--resume" in options)
