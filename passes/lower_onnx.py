@@ -28,6 +28,7 @@ from mla_compile.passes.fold import fold_numbers
 from mla_compile.passes.insert_latent import ENCODER_MASK, INPUT_NAMES
 from mla_compile.passes.layout import Sizes
 from mla_compile.passes.onnx_translations import translations
+from mla_compile.passes.quantise_cache import check_quantisable
 from mla_compile.program import AnyProgram
 from mla_compile.quiet import quiet_exporter
 from mla_compile.runtime import ops
@@ -133,10 +134,10 @@ def lower_to_onnx(
         cross: Row length per cross attention layer of a decoder.
         masked: Whether the decoder reads a padding mask over them.
         static: Whether caches are static.
-        quantised: Whether caches are quantised; see :func:`~mla_compile.passes.quantise_cache.check_quantisable`.
+        quantised: Whether caches are quantised.
 
     Raises:
-        RefusedError: There is no ONNX form of an operator, or no static cache for a layer.
+        RefusedError: There is no ONNX form of an operator, or no static or quantised cache for a layer.
     """
     windows = cache_windows(module)
     if static and 1 in windows:
@@ -144,6 +145,8 @@ def lower_to_onnx(
             f"Layer {windows.index(1)} sees one token only and caches nothing, which a static cache cannot be.",
             "Use a dynamic cache.",
         )
+    if quantised:
+        check_quantisable(module, rows)
     symbolic = _with_symbolic_nodes(module, static, quantised)
     exported = export_rewritten(symbolic, rows, cross=cross, masked=masked, static=static, quantised=quantised)
     caches = [(PAST, PRESENT), *([(PAST_SCALE, PRESENT_SCALE)] if quantised else [])]
@@ -346,7 +349,7 @@ def _add_scales(graph: fx.Graph) -> None:
         node.kwargs = {**node.kwargs, "past_scale": last}
         with graph.inserting_before(outputs):
             scales.append(graph.call_function(operator.getitem, (node, 2)))
-    (results,) = outputs.args
+    results: Any = outputs.args[0]
     outputs.args = ((*results, *scales),)
 
 

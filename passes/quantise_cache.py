@@ -14,19 +14,15 @@ import torch
 from torch import Tensor, fx
 
 from mla_compile.errors import RefusedError
-from mla_compile.runtime.onnx_quantised import LATENT_LEVELS, ROPE_LEVELS, SCALES, SMALLEST
+from mla_compile.runtime import ops  # noqa: F401 - registers the operators
+from mla_compile.runtime.onnx_quantised import LATENT_LEVELS, ROPE_LEVELS, SMALLEST
 
-__all__ = ["check_quantisable", "quantised_bytes", "quantised_row", "with_quantised_rows"]
+__all__ = ["check_quantisable", "quantised_row", "with_quantised_rows"]
 
 _LATENT = torch.ops.mla.latent_attention.default
 _CACHED = torch.ops.mla.cached_attention.default
 _PROBED = 16
 """Random tokens that rows are looked at for: an entry that is the same for all of them is a constant."""
-
-
-def quantised_bytes(rows: Sequence[int]) -> int:
-    """Bytes a token takes in quantised caches of these row lengths: a code per number and the scales of every layer."""
-    return sum(row + SCALES * torch.float32.itemsize for row in rows)
 
 
 def quantised_row(row: Tensor, cos: Tensor, sin: Tensor, rank: int) -> Tensor:

@@ -117,8 +117,8 @@ class GrowingCache:
     @classmethod
     def empty(cls, layers: Sequence[CacheLayer], batch: int, runtime: Any, device: str) -> GrowingCache:  # noqa: ANN401
         """Of no tokens."""
-        arrays = (np.zeros((batch, 0, layer.row), layer.dtype) for layer in layers)
-        values = (runtime.OrtValue.ortvalue_from_numpy(array, device, 0) for array in arrays)
+        empty = runtime.OrtValue.ortvalue_from_numpy
+        values = (empty(np.zeros((batch, 0, layer.row), layer.dtype), device, 0) for layer in layers)
         return cls(tuple(layers), tuple(values), device)
 
     @property

@@ -2,16 +2,17 @@
 
 Text of ONNX operators over the names of :mod:`mla_compile.runtime.onnx_function`, which says what its suffixes are.
 
-A latent is ``(code - 64) * scale`` with codes of seven bits, and a rope key ``(code - 128) * scale`` with codes of eight
-bits and a scale of its own. Seven, because the latent is the right operand of the second product too, whose bytes are
-signed: a code below 128 is the same byte there. What the rows are multiplied with is quantised for one product only, in
-two digits, a high and a low one side by side, which leaves an error of some 1e-5 of the largest. No product of two
-bytes, and no sum of two of them, needs more than 16 bits: processors without dot products of bytes have no more.
+A latent is ``(code - 64) * scale`` with codes of seven bits, and a rope key ``(code - 128) * scale`` with codes of
+eight bits and a scale of its own. Seven, because the latent is the right operand of the second product too, whose bytes
+are signed: a code below 128 is the same byte there. What the rows are multiplied with is quantised for one product
+only, in two digits, a high and a low one side by side, which leaves an error of some 1e-5 of the largest. No product of
+two bytes, and no sum of two of them, needs more than 16 bits: processors without dot products of bytes have no more.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 __all__ = [
     "LATENT_LEVELS",
@@ -22,6 +23,7 @@ __all__ = [
     "SCALES",
     "SMALLEST",
     "dequantised",
+    "quantised_bytes",
     "with_scales",
 ]
 
@@ -33,6 +35,11 @@ SCALES = 2
 """Scales per token: the latent's and the rope keys'."""
 SMALLEST = 1e-20
 """What the largest number of a row counts for at least: zeros have a scale too."""
+
+
+def quantised_bytes(rows: Sequence[int]) -> int:
+    """Bytes a token takes in quantised caches of these row lengths: a byte per number, and float32 scales per layer."""
+    return sum(row + 4 * SCALES for row in rows)
 
 
 def _codes(exact: str, name: str, levels: int, *, first: str = "") -> str:
