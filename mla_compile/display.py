@@ -266,7 +266,7 @@ def _method_row(report: Report) -> list[object]:
 def show_exported(verification: Mapping[str, Any], out: Path) -> None:
     """What is known of an ONNX file of a saved model, in a line."""
     error, cost = verification["lowering_error"], verification.get("quantisation_error")
-    rounded = "" if cost is None else f" with rows rounded to int8, which changes its logits by {cost:.1e},"
+    rounded = "" if cost is None else f" with rows rounded to int8, which changes its logits by {cost:.1e}"
     print(  # noqa: T201
         f"{out}: in ONNX Runtime it equals the PyTorch module{rounded} (largest relative difference {error:.1e})."
     )

@@ -51,9 +51,9 @@ __all__ = [
 
 TOLERANCE = 1e-4
 """Largest relative logit difference taken for rounding: float32 through tens of layers stays below 1e-5 in practice."""
-QUANTISED_TOLERANCE = 1e-2
-"""The same where rows are quantised: one that lies between two codes gets either by a rounding of float32, which moves
-logits by up to 2e-3 in models of four million parameters, a tenth of what quantising them all does."""
+QUANTISED_TOLERANCE = 0.5
+"""The same where rows are quantised, over what quantising changes: a number that lies between two codes gets either by
+a rounding of float32, and every row behind it is another. A tenth was observed in models of four million parameters."""
 GREEDY_TOKENS = 32
 
 
@@ -161,18 +161,26 @@ def check_lowering(
         VerificationError: The runtimes disagree, or the cache is not as small as planned.
     """
     decoder = OnnxDecoder(path)
-    found: dict[str, Any] = {}
-    reference = converted
+    reference, cost = converted, None
     if cache_type == "int8":
         reference = quantised(converted)
         with torch.inference_mode():
-            found["quantisation_error"] = relative_error(reference(ids).logits, converted(ids).logits)
-    error, greedy, measured = check_onnx(reference, decoder, ids, planned_bytes, cache_type)
-    return found | {"lowering_error": error, "lowering_greedy": greedy, "cache_bytes_per_token": measured}
+            cost = relative_error(reference(ids).logits, converted(ids).logits)
+    error, greedy, measured = check_onnx(reference, decoder, ids, planned_bytes, cost)
+    return {
+        "lowering_error": error,
+        "lowering_greedy": greedy,
+        "cache_bytes_per_token": measured,
+        "quantisation_error": cost,
+    }
 
 
 def check_onnx(
-    converted: LatentModel, decoder: OnnxDecoder, ids: Tensor, planned_bytes: int, cache_type: str = "float32"
+    converted: LatentModel,
+    decoder: OnnxDecoder,
+    ids: Tensor,
+    planned_bytes: int,
+    quantisation_error: float | None = None,
 ) -> tuple[float, float, int]:
     """Compare a loaded ONNX file with a PyTorch module.
 
@@ -181,7 +189,7 @@ def check_onnx(
         decoder: The ONNX file in ONNX Runtime.
         ids: ``[batch, length]`` token ids.
         planned_bytes: Cache bytes per token the plan promised.
-        cache_type: What its cache holds.
+        quantisation_error: What quantised rows change in ``converted``; None if the cache is not quantised.
 
     Returns:
         Relative logit error, greedy agreement, and measured cache bytes per token.
@@ -192,8 +200,8 @@ def check_onnx(
     with torch.inference_mode():
         logits = converted(ids).logits.float()
     error = relative_error(torch.from_numpy(_onnx_in_chunks(decoder, ids.numpy())), logits)
-    exact = cache_type == "float32"
-    require_equal("ONNX Runtime", "the converted PyTorch module", error, TOLERANCE if exact else QUANTISED_TOLERANCE)
+    tolerance = TOLERANCE if quantisation_error is None else max(TOLERANCE, QUANTISED_TOLERANCE * quantisation_error)
+    require_equal("ONNX Runtime", "the converted PyTorch module", error, tolerance)
     prompt = ids[0, : ids.shape[1] - ids.shape[1] // 2].tolist()
     count = min(GREEDY_TOKENS, ids.shape[1] // 2)
     greedy = _agreement(decoder.generate([prompt], count)[0], generate(TorchDecoder(converted), [prompt], count)[0])
@@ -207,9 +215,8 @@ def check_onnx(
             f"A token takes {decoder.cache_bytes_per_token} bytes of cache, but the plan says {planned_bytes}.",
             "Report this with the model's config.json.",
         )
-    length = ids.shape[1]
-    expected = _cache_bytes(converted, length) if exact else _quantised_cache_bytes(converted, length)
-    _require_bytes(held[1], len(ids) * expected, ids)
+    held_by_one = _cache_bytes if quantisation_error is None else _quantised_cache_bytes
+    _require_bytes(held[1], len(ids) * held_by_one(converted, ids.shape[1]), ids)
     return error, greedy, held[0] // len(ids)
 
 
