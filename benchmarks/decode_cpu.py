@@ -348,15 +348,12 @@ def make_steps(shape: Shape, batch: int, context: int, memory: float, threads: i
 def measure(name: str, batch: int, context: int, rounds: int, memory: float, threads: int) -> list[Row]:
     """Check that forms agree, then run them in turns."""
     made = {form: make() for form, make in make_steps(SHAPES[name], batch, context, memory, threads).items()}
-    # A quantised form rounds the new token too, which is one of many; GroupQueryAttention rounds more.
-    for group, rounded, error in (
-        (ORIGINALS, QUANTISED_ORIGINAL, 0.1),
-        (LATENTS[:2], QUANTISED_LATENT, 0.02),
-    ):
+    # Quantised forms round the new token too, by a hundredth of its largest number.
+    for group, rounded in ((ORIGINALS, QUANTISED_ORIGINAL), (LATENTS[:2], QUANTISED_LATENT)):
         first, *others, last = (made[form]().reshape(batch, -1) for form in (*group, rounded))
         for other in others:
             np.testing.assert_allclose(other, first, rtol=1e-3, atol=1e-4)
-        assert np.abs(last - first).max() <= error * np.abs(first).max(), rounded
+        assert np.abs(last - first).max() <= 0.05 * np.abs(first).max(), rounded
     times: dict[str, list[float]] = {form: [] for form in made}
     for _ in range(rounds):
         for form, step in made.items():
