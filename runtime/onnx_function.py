@@ -14,7 +14,7 @@ TensorRT's parser takes no notice of them: two nodes of equally many inputs get 
 
 A cache either grows (``present`` is ``past`` and the new rows) or is static: both have as many rows as the caller makes
 room for, and new rows are written where those of earlier tokens end. A runtime that is given one memory for both writes
-nothing else.
+nothing else. A quantised one holds codes and scales (:mod:`mla_compile.runtime.onnx_quantised`).
 """
 
 from __future__ import annotations
