@@ -245,7 +245,7 @@ CONVERT = {
         2,
         "others/tokenizer.json' exists",
     ),
-    "int8 in a folder": ("{nano} --out {out} --cache-type int8", 2, "Only an ONNX file for ONNX Runtime"),
+    "int8 in a folder": ("{nano} --out {out}/folder --cache-type int8", 2, "Only an ONNX file for ONNX Runtime"),
     "int8 for TensorRT": (
         "{nano} --out {out}.onnx --target tensorrt --cache-type int8",
         2,
