@@ -38,6 +38,9 @@ __all__ = [
 ]
 
 _log = logging.getLogger(__name__)
+_ASSERTION = torch.ops.aten._assert_tensor_metadata.default
+_RESPELLED = {torch.ops.aten.type_as.default: lambda value, other: value.to(other.dtype)}
+"""Operators that read a value for its type only: what attention scores are read for is looked at closely."""
 _HOW_TO_EXPORT = (
     "Export it with torch.export.save(torch.export.export(model.eval(), (ids,), dynamic_shapes="
     "({0: Dim.DYNAMIC, 1: Dim.DYNAMIC},)), 'model.pt2'), ids being a batch of at least 2 by 3 token ids."
@@ -344,7 +347,8 @@ def read_export(
     try:
         with quiet_exporter():
             if _has_compositions(exported):
-                exported = exported.run_decompositions(dict(patterns()))
+                exported = exported.run_decompositions({**_RESPELLED, **patterns()})
+                _drop_type_assertions(exported)
     except Exception as error:
         raise LoadError(
             f"The graph of '{source}' could not be normalised ({_first_line(error)}).", _HOW_TO_EXPORT
@@ -429,9 +433,17 @@ def _logits(exported: ExportedProgram, tokens: Tensor, source: str) -> str:
 
 
 def _has_compositions(exported: ExportedProgram) -> bool:
-    """Whether a graph was never decomposed, or calls an operator that a pattern was registered for."""
-    registered = patterns()
-    return exported.dialect != "ATEN" or any(n.target in registered for n in exported.graph.nodes)
+    """Whether a graph was never decomposed, asserts types, or calls an operator that is spelled in another way."""
+    unwanted = {_ASSERTION, *_RESPELLED, *patterns()}
+    return exported.dialect != "ATEN" or any(n.target in unwanted for n in exported.graph.nodes)
+
+
+def _drop_type_assertions(exported: ExportedProgram) -> None:
+    """Take away what torch.export adds to conversions of types: reading a value there is no use of it."""
+    for node in [*exported.graph.nodes]:
+        if node.target is _ASSERTION:
+            exported.graph.erase_node(node)
+    exported.graph_module.recompile()
 
 
 def _first_line(error: BaseException) -> str:

@@ -125,7 +125,7 @@ def plain_inputs(module: nn.Module) -> dict[str, Tensor]:
     targets = torch.zeros(_BATCH, _TARGET, dtype=torch.long)
     offered = {
         "input_ids": ids,
-        "pixel_values": _image(config),
+        "pixel_values": None if _is_language_model(module) else _image(config),
         "input_features": _spectrum(config),
         "attention_mask": torch.ones_like(ids) if str(module.main_input_name) == "input_ids" else None,
         "position_ids": torch.arange(_LENGTH).expand(_BATCH, _LENGTH).contiguous(),
@@ -137,13 +137,18 @@ def plain_inputs(module: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in offered.items() if name in accepted and value is not None}
 
 
-def _has_segments(module: nn.Module) -> bool:
-    """Whether a model tells segments of its text apart, as encoders in the manner of BERT do."""
+def _is_language_model(module: nn.Module) -> bool:
+    """Whether a model is its type's causal language model, which needs nothing but tokens."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     config: Any = module.config
     causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
-    return hasattr(config, "type_vocab_size") and all(kind.__name__ != causal for kind in type(module).__mro__)
+    return any(kind.__name__ == causal for kind in type(module).__mro__)
+
+
+def _has_segments(module: nn.Module) -> bool:
+    """Whether a model tells segments of its text apart, as encoders in the manner of BERT do."""
+    return hasattr(module.config, "type_vocab_size") and not _is_language_model(module)
 
 
 def _image(config: Any) -> Tensor | None:  # noqa: ANN401 - any transformers configuration

@@ -13,6 +13,7 @@ from pathlib import Path
 import models
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch.export import Dim
 
@@ -20,6 +21,7 @@ from mla_compile import api
 from mla_compile.errors import LoadError
 from mla_compile.evaluate import original_scorer
 from mla_compile.frontend import capture, load_program, program_from_export
+from mla_compile.huggingface import plain_inputs
 from mla_compile.passes.recognise import recognise
 
 DYNAMIC = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
@@ -238,6 +240,13 @@ def test_huggingface_module_needs_no_example_inputs_and_is_left_as_it_was():
     assert module.config.use_cache is True
     assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
     assert_same_model(program, module.eval(), **MASK, **POSITIONS)  # without dropout
+
+
+def test_a_language_model_that_can_read_images_is_exported_with_tokens_only():
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    with torch.device("meta"):
+        module = transformers.FuyuForCausalLM(transformers.FuyuConfig(vocab_size=64, **sizes))
+    assert {*plain_inputs(module)} == {"input_ids", "attention_mask", "position_ids"}
 
 
 def test_exported_program(nano):

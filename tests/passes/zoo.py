@@ -300,6 +300,14 @@ class DoublePrecisionSoftmax(SpelledOut):
         return F.softmax(scores, -1, dtype=torch.float64).to(v.dtype) @ v
 
 
+class SinglePrecisionSoftmax(SpelledOut):
+    """The conversions do nothing here, but torch.export asserts what they read, and so does the second one itself."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, ids: Tensor) -> Tensor:
+        scores = self.hide(self.scores(q, k, x), self.seen(ids.shape[1], ids))
+        return F.softmax(scores.float(), -1).type_as(scores) @ v
+
+
 def windowed(window: int, base: type[Masked] = Masked) -> type[Attention]:
     """A sliding window written as a comparison with a number."""
 
@@ -1130,6 +1138,7 @@ ACCEPTED: dict[str, type[Attention]] = {
     "large negative mask": LargeNegativeMask,
     "integer mask": IntegerMask,
     "double precision softmax": DoublePrecisionSoftmax,
+    "single precision softmax": SinglePrecisionSoftmax,
     "window": windowed(5),
     "spelled-out window": windowed(5, SpelledOut),
 }
