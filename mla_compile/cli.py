@@ -857,9 +857,8 @@ def export(
     from mla_compile.config import make_config
     from mla_compile.saved import open_saved, write_saved_onnx
 
-    config = make_config(
-        opset=opset, cache=cache, cache_type=cache_type, inline=inline
-    )  # refuses others before anything is read
+    # Others are refused before anything is read.
+    config = make_config(opset=opset, cache=cache, cache_type=cache_type, inline=inline)
     report = write_saved_onnx(open_saved(folder), out, config, force=force)
     if as_json:
         typer.echo(json.dumps(report, indent=2))

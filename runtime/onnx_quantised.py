@@ -42,14 +42,11 @@ def quantised_bytes(rows: Sequence[int]) -> int:
     return sum(row + 4 * SCALES for row in rows)
 
 
-def _codes(exact: str, name: str, levels: int, *, first: str = "") -> str:
-    """Codes ``{name}_code_BNR``, numbers still, and their scale ``{name}_scale_BN1``.
-
-    ``first`` is put before the numbers that the scale is taken of, as there may be none.
-    """
+def _codes(exact: str, name: str, levels: int) -> str:
+    """Codes ``{name}_code_BNR``, numbers still, and their scale ``{name}_scale_BN1``."""
     return f"""
   {name}_sizes = Abs ({exact})
-  {name}_any = {first or "Identity"} ({name}_sizes{", one_before" if first else ""})
+  {name}_any = Pad ({name}_sizes, one_before)
   {name}_largest = ReduceMax <keepdims = 1> ({name}_any, two)
   {name}_reached = Max ({name}_largest, smallest)
   {name}_levels = Constant <value_float = {levels}.0> ()
@@ -96,12 +93,12 @@ def _product(rows: str, name: str, middle: int, scales: str) -> str:
 
 QUANTISED_APPEND = (
     f"""
-  # ---- the new rows' codes and scales; a zero beside rope keys, without which there might be nothing to compare
+  # ---- the new rows' codes and scales; a zero before them, as without rope keys there is nothing to compare
   smallest = Constant <value_float = {SMALLEST}> ()
   one_before = Constant <value_ints = [0, 0, 1, 0, 0, 0]> ()
 """
     + _codes("latent_BNr", "new_latent", LATENT_LEVELS)
-    + _codes("key_turned_BNR", "new_rope", ROPE_LEVELS, first="Pad")
+    + _codes("key_turned_BNR", "new_rope", ROPE_LEVELS)
     + """
   new_codes_BNR = Concat <axis = -1> (new_latent_code_BNR, new_rope_code_BNR)
   new_BNR = Cast <to = 2> (new_codes_BNR)
