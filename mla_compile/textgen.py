@@ -108,7 +108,7 @@ def _open(
     if threads is not None:
         raise UsageError("An engine runs on a GPU, which has no such threads.", "Leave --threads out.")
     if provider is not None:
-        raise UsageError("An engine runs where it was built for, in TensorRT.", "Leave --provider out.")
+        raise UsageError("An engine runs in TensorRT, which has no providers.", "Leave --provider out.")
     from mla_compile.runtime.tensorrt.engine import TensorRTDecoder
 
     return TensorRTDecoder(model)
