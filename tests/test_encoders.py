@@ -214,8 +214,9 @@ def test_other_kinds_are_refused(name):
 
 
 def test_text_is_not_for_encoders():
-    with pytest.raises(UsageError, match="Leave --calibration out"):
-        convert(ENCODERS["distilbert"], ENCODERS["distilbert"].build(), calibration=["a text"])
+    for given in ({"calibration": ["a text"]}, {"finetune": ["a text"]}):
+        with pytest.raises(UsageError, match="Leave --calibration and --finetune out"):
+            convert(ENCODERS["distilbert"], ENCODERS["distilbert"].build(), **given)
     with pytest.raises(UsageError, match="2-norm"):
         convert(ENCODERS["distilbert"], ENCODERS["distilbert"].build(), selection="2-norm", calibration=None)
 
