@@ -5,7 +5,7 @@ Text of ONNX operators over the names of :mod:`mla_compile.runtime.onnx_function
 A latent is ``(code - 64) * scale`` with codes of seven bits, and a rope key ``(code - 128) * scale`` with codes of
 eight bits and a scale of its own. Seven, because the latent is the right operand of the second product too, whose bytes
 are signed: a code below 128 is the same byte there. What the rows are multiplied with is quantised for one product
-only, in two digits, a high and a low one side by side, which leaves an error of some 1e-5 of the largest. No product of
+only, in two digits, a high and a low one side by side, which leaves an error below 1e-4 of the largest. No product of
 two bytes, and no sum of two of them, needs more than 16 bits: processors without dot products of bytes have no more.
 """
 
