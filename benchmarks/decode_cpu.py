@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper, parser
 
 from mla_compile.runtime.onnx_function import DOMAIN, LATENT, VERSION, Variant, attention_function
+from mla_compile.runtime.onnx_quantised import LATENT_LEVELS, ROPE_LEVELS, SCALES
 
 OPSET = 24
 SPARE = 64
@@ -65,6 +66,10 @@ SHAPES = {
 """Rank + rope keys x their channels."""
 ORIGINALS = ("GroupQueryAttention, in place", "MatMul, in place", "Attention, in place")
 LATENTS = ("latent, growing", "latent, static", "latent, nothing written")
+QUANTISED_ORIGINAL, QUANTISED_LATENT = "GroupQueryAttention, int8, in place", "latent, int8, static"
+FORMS = (*ORIGINALS, QUANTISED_ORIGINAL, *LATENTS, QUANTISED_LATENT)
+KEY_SCALE = 4 / 127
+"""Of the quantised original's keys and values, which are normal numbers."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,7 @@ class Row:
         context: Tokens of each, the new one among them.
         form: What was run.
         milliseconds: Median CPU time of a step.
-        speedup: Time of the fastest original over this one's: median of the rounds' ratios.
+        speedup: Time of the fastest float32 original over this one's: median of the rounds' ratios.
     """
 
     shape: str
@@ -88,9 +93,9 @@ class Row:
     speedup: float
 
 
-def latent_model(shape: Shape, static: bool, written: bool = True) -> onnx.ModelProto:
+def latent_model(shape: Shape, static: bool, written: bool = True, quantised: bool = False) -> onnx.ModelProto:
     """The node as the compiler writes it; ``written`` False leaves out that the cache is."""
-    function = attention_function(LATENT, OPSET, Variant(static=static))
+    function = attention_function(LATENT, OPSET, Variant(static=static, quantised=quantised))
     if not written:
         (scatter,) = (node for node in function.node if node.op_type == "TensorScatter")
         kept = helper.make_node("Identity", scatter.input[:1], scatter.output)
@@ -105,6 +110,7 @@ def latent_model(shape: Shape, static: bool, written: bool = True) -> onnx.Model
         for name, size in sizes.items()
     ]
     names = ["query", "row", "past", "attention_mask", "cos", "sin", "key_up", "value_up"]
+    names += ["past_scale"] if quantised else []
     attributes = {
         "num_heads": shape.heads,
         "rope_groups": shape.rope_groups,
@@ -112,8 +118,10 @@ def latent_model(shape: Shape, static: bool, written: bool = True) -> onnx.Model
         "latent_rank": shape.rank,
         "scale": shape.head_dim**-0.5,
         **({"static": 1} if static else {}),
+        **({"quantised": 1} if quantised else {}),
     }
-    node = helper.make_node(function.name, names, ["output", "present"], domain=DOMAIN, **attributes)
+    results = ["output", "present", *(["present_scale"] if quantised else [])]
+    node = helper.make_node(function.name, names, results, domain=DOMAIN, **attributes)
     rotation = ["B", 1, shape.rope_groups, shape.rope_dim // 2]
     inputs = {
         "query": ["B", 1, shape.heads, shape.head_dim],
@@ -122,17 +130,18 @@ def latent_model(shape: Shape, static: bool, written: bool = True) -> onnx.Model
         "attention_mask": ["B", "T"],
         "cos": rotation,
         "sin": rotation,
+        **({"past_scale": ["B", "P", SCALES]} if quantised else {}),
     }
     outputs = {"output": ["B", 1, shape.heads, shape.head_dim], "present": ["B", "Q", shape.row]}
+    outputs |= {"present_scale": ["B", "Q", SCALES]} if quantised else {}
+    types = {"attention_mask": TensorProto.INT64}
+    types |= dict.fromkeys(("past", "present"), TensorProto.UINT8) if quantised else {}
     graph = helper.make_graph(
         [node],
         "step",
+        [helper.make_tensor_value_info(n, types.get(n, TensorProto.FLOAT), s) for n, s in inputs.items()],
         [
-            helper.make_tensor_value_info(n, TensorProto.INT64 if n == "attention_mask" else TensorProto.FLOAT, s)
-            for n, s in inputs.items()
-        ],
-        [
-            helper.make_tensor_value_info(n, TensorProto.FLOAT, s)
+            helper.make_tensor_value_info(n, types.get(n, TensorProto.FLOAT), s)
             for n, s in outputs.items()
             if written or n != "present"
         ],
@@ -155,6 +164,15 @@ _ORIGINAL_TEXTS = {
     => (float[B, 1, {q}] output, float[B, {n}, T, {d}] present_key, float[B, {n}, T, {d}] present_value) {{
       output, present_key, present_value = com.microsoft.GroupQueryAttention <num_heads = {h}, kv_num_heads = {n}>
         (query, key, value, past_key, past_value, seqlens_k, total)
+    }}""",
+    "GroupQueryAttention, int8, in place": """
+    (float[B, 1, {q}] query, float[B, 1, {kv}] key, float[B, 1, {kv}] value, int8[B, {n}, T, {d}] past_key,
+     int8[B, {n}, T, {d}] past_value, int32[B] seqlens_k, int32[] total, float[1] key_scale)
+    => (float[B, 1, {q}] output, int8[B, {n}, T, {d}] present_key, int8[B, {n}, T, {d}] present_value) {{
+      output, present_key, present_value = com.microsoft.GroupQueryAttention
+        <num_heads = {h}, kv_num_heads = {n}, kv_cache_bit_width = 8, k_quant_type = "PER_TENSOR",
+         v_quant_type = "PER_TENSOR">
+        (query, key, value, past_key, past_value, seqlens_k, total, , , , , , key_scale, key_scale)
     }}""",
     "MatMul, in place": """
     (float[B, 1, {q}] query, float[B, 1, {kv}] key, float[B, 1, {kv}] value, float[B, {n}, T, {d}] past_key,
@@ -228,7 +246,7 @@ class Step:
         self,
         model: onnx.ModelProto,
         inputs: Arrays,
-        caches: Mapping[tuple[str, str], NDArray[np.float32]],
+        caches: Mapping[tuple[str, str], NDArray[np.generic]],
         in_place: bool,
         copies: int,
         threads: int,
@@ -244,7 +262,7 @@ class Step:
         for _ in self._bindings:
             self()  # memory is touched, and what a growing cache becomes is allocated
 
-    def _bind(self, caches: Mapping[tuple[str, str], NDArray[np.float32]], in_place: bool) -> onnxruntime.IOBinding:
+    def _bind(self, caches: Mapping[tuple[str, str], NDArray[np.generic]], in_place: bool) -> onnxruntime.IOBinding:
         binding = self._session.io_binding()
         for name, value in self._inputs.items():
             binding.bind_cpu_input(name, value)
@@ -280,7 +298,11 @@ def make_steps(shape: Shape, batch: int, context: int, memory: float, threads: i
         "sin": numbers(batch, 1, shape.rope_groups, shape.rope_dim // 2),
         "attention_mask": np.ones((batch, context), np.int64),
     }
-    rows = numbers(batch, past, shape.row)
+    # Every form's cache stands for the same numbers, which codes can express.
+    widths, middles = (shape.rank, shape.row - shape.rank), (LATENT_LEVELS + 1, ROPE_LEVELS + 1)
+    codes = random.integers(1, 2 * np.repeat(middles, widths), (batch, past, shape.row), np.uint8)
+    scales = random.uniform(1, 2, (batch, past, SCALES)).astype(np.float32) / np.float32(middles)
+    rows = (codes - np.repeat(np.float32(middles), widths)) * np.repeat(scales, widths, 2)
 
     def latent(form: str) -> Step:
         static = form != "latent, growing"
@@ -289,6 +311,14 @@ def make_steps(shape: Shape, batch: int, context: int, memory: float, threads: i
         model = latent_model(shape, static, form != "latent, nothing written")
         copies = max(1, int(memory // cache.nbytes))
         return Step(model, inputs, {("past", "present"): cache}, static, copies, threads)
+
+    def quantised_latent() -> Step:
+        held = {("past", "present"): codes, ("past_scale", "present_scale"): scales}
+        caches = {names: np.zeros((batch, room, part.shape[2]), part.dtype) for names, part in held.items()}
+        for names, part in held.items():
+            caches[names][:, :past] = part
+        copies = max(1, int(memory // sum(cache.nbytes for cache in caches.values())))
+        return Step(latent_model(shape, True, quantised=True), inputs, caches, True, copies, threads)
 
     flat = (batch, 1, shape.kv_heads * shape.head_dim)
     plain: Arrays = {
@@ -300,25 +330,30 @@ def make_steps(shape: Shape, batch: int, context: int, memory: float, threads: i
         "index": np.full(batch, past, np.int64),
         "seen": np.broadcast_to(np.arange(room) < context, (batch, 1, shape.heads // shape.kv_heads, room)).copy(),
     }
-    held = {name: numbers(batch, shape.kv_heads, room, shape.head_dim) for name in ("key", "value")}
+    plain["key_scale"] = np.full(1, KEY_SCALE, np.float32)
+    size = (batch, shape.kv_heads, room, shape.head_dim)
+    steps = {n: np.clip(np.round(numbers(*size) / KEY_SCALE), -127, 127).astype(np.int8) for n in ("key", "value")}
 
     def original(form: str) -> Step:
+        held = {name: n if form == QUANTISED_ORIGINAL else n * np.float32(KEY_SCALE) for name, n in steps.items()}
         caches = {(f"past_{name}", f"present_{name}"): value for name, value in held.items()}
         copies = max(1, int(memory // sum(value.nbytes for value in held.values())))
         return Step(original_model(shape, form), plain, caches, True, copies, threads)
 
-    return {form: functools.partial(original, form) for form in ORIGINALS} | {
-        form: functools.partial(latent, form) for form in LATENTS
-    }
+    plain_forms = {form: functools.partial(original, form) for form in (*ORIGINALS, QUANTISED_ORIGINAL)}
+    latents = {form: functools.partial(latent, form) for form in LATENTS} | {QUANTISED_LATENT: quantised_latent}
+    return plain_forms | latents
 
 
 def measure(name: str, batch: int, context: int, rounds: int, memory: float, threads: int) -> list[Row]:
     """Check that forms agree, then run them in turns."""
     made = {form: make() for form, make in make_steps(SHAPES[name], batch, context, memory, threads).items()}
-    for group in (ORIGINALS, LATENTS[:2]):
-        first, *others = (made[form]().reshape(batch, -1) for form in group)
+    # Quantised forms round the new token too, by a hundredth of its largest number.
+    for group, rounded in ((ORIGINALS, QUANTISED_ORIGINAL), (LATENTS[:2], QUANTISED_LATENT)):
+        first, *others, last = (made[form]().reshape(batch, -1) for form in (*group, rounded))
         for other in others:
             np.testing.assert_allclose(other, first, rtol=1e-3, atol=1e-4)
+        assert np.abs(last - first).max() <= 0.05 * np.abs(first).max(), rounded
     times: dict[str, list[float]] = {form: [] for form in made}
     for _ in range(rounds):
         for form, step in made.items():
@@ -345,8 +380,8 @@ def markdown(rows: list[Row], machine: str) -> str:
     lines = [
         "# One layer's decoding step on the CPU",
         "",
-        f"{machine}. Milliseconds of CPU time, and in brackets how many times as fast as the fastest original of the "
-        "same column. Written by `benchmarks/decode_cpu.py`, which says what is measured.",
+        f"{machine}. Milliseconds of CPU time, and in brackets how many times as fast as the fastest float32 original "
+        "of the same column. Written by `benchmarks/decode_cpu.py`, which says what is measured.",
     ]
     for name, shape in SHAPES.items():
         cases = sorted({(r.batch, r.context) for r in rows if r.shape == name})
@@ -355,7 +390,7 @@ def markdown(rows: list[Row], machine: str) -> str:
             "| | " + " | ".join(f"batch {b}, {c} tokens" for b, c in cases) + " |",
             "|---" * (1 + len(cases)) + "|",
         ]
-        for form in (*ORIGINALS, *LATENTS):
+        for form in FORMS:
             found = {(r.batch, r.context): r for r in rows if r.shape == name and r.form == form}
             cells = [f"{found[c].milliseconds:.2f} ({found[c].speedup:.2f})" for c in cases]
             lines.append("| " + " | ".join([form, *cells]) + " |")
@@ -378,9 +413,9 @@ def main() -> None:
         for batch in (1, 8):
             for context in contexts:
                 rows += measure(name, batch, context, rounds, 1e6 * arguments.memory, arguments.threads)
-                for row in rows[-len(ORIGINALS) - len(LATENTS) :]:
+                for row in rows[-len(FORMS) :]:
                     print(
-                        f"{name:18} x{batch} {context:6} {row.form:30} {row.milliseconds:8.2f} {row.speedup:6.2f}",
+                        f"{name:18} x{batch} {context:6} {row.form:36} {row.milliseconds:8.2f} {row.speedup:6.2f}",
                         flush=True,
                     )
     machine = f"{platform.machine()}, {arguments.threads} thread(s), ONNX Runtime {onnxruntime.__version__}"

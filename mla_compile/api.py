@@ -14,7 +14,15 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from mla_compile import frontend, verify
-from mla_compile.artifacts import check_neighbours, check_pair, check_target, read_folder, write_folder, write_onnx
+from mla_compile.artifacts import (
+    check_cache_type,
+    check_neighbours,
+    check_pair,
+    check_target,
+    read_folder,
+    write_folder,
+    write_onnx,
+)
 from mla_compile.calibration import Text, TextWindows, cut_windows, read_text
 from mla_compile.checkpoint import require_blocks
 from mla_compile.checkpoint_folder import DEFAULT_SHARD, check_folder, write_checkpoint
@@ -27,6 +35,7 @@ from mla_compile.passes.gauge import balanced
 from mla_compile.passes.layer_errors import layer_errors
 from mla_compile.passes.methods import METHODS, nothing_left_out
 from mla_compile.passes.polish import polish
+from mla_compile.passes.quantise_cache import check_quantisable
 from mla_compile.passes.recognise import Recognition, recognise
 from mla_compile.passes.task import BATCH, Task
 from mla_compile.passes.weights import input_width
@@ -270,6 +279,7 @@ def compile(
     if finetune is not None:
         require_accelerate()
     if out is not None:
+        check_cache_type(out, config.cache_type, tensorrt=engine is not None)
         if engine is not None:
             check_tensorrt(out, force)
         else:
@@ -288,6 +298,8 @@ def compile(
             raise UsageError("Text cannot be used for an encoder.", "Leave --calibration and --finetune out.")
         if config.cache == "static":
             raise UsageError("Only a causal language model can have a static cache.", "Leave --cache static out.")
+        if config.cache_type == "int8":
+            raise UsageError("Only a causal language model can have an int8 cache.", "Leave --cache-type int8 out.")
         if is_seq2seq(found):
             if out is not None:
                 check_pair(out, force)
@@ -310,6 +322,9 @@ def compile(
     weights = tuple(map(balanced, choice.weights if polished is None else polished.weights))
     with stages.stage("rewrite"):
         converted = task.rewrite(weights)
+    int8 = config.cache_type == "int8"
+    if int8:  # before anything takes long
+        check_quantisable(converted.graph, converted.rows)  # type: ignore[arg-type]
     verification = None
     ids = text.held_out[:4, :256] if text is not None else _random_ids(program, config)
     errors: tuple[LayerError, ...] = ()
@@ -332,7 +347,7 @@ def compile(
     if finetune is not None:
         recipe = make_recipe(tokens=finetune_tokens, seed=config.seed)
         training = finetune_module(converted, program, finetune, tokenizer, recipe, stages)
-    quality = _measure(program, converted, text, stages)
+    quality = _measure(program, verify.quantised(converted) if int8 else converted, text, stages)
     report = Report(
         source=program.source,
         config=config.model_dump(),

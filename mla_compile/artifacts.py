@@ -33,10 +33,10 @@ from mla_compile.program import Assets
 from mla_compile.progress import Stages
 from mla_compile.report import Report, environment
 from mla_compile.runtime.module import LatentModel, LatentSeq2Seq, LowRankModel
-from mla_compile.runtime.onnx_session import OnnxDecoder
 from mla_compile.seq2seq_report import Seq2SeqReport
 
 __all__ = [
+    "check_cache_type",
     "check_neighbours",
     "check_pair",
     "check_place",
@@ -96,6 +96,20 @@ def check_target(path: Path, force: bool) -> None:
         raise UsageError(f"'{path}' is a file.", "Name a .onnx file, or a folder.")
     _check_free(path.with_name(f"{path.name}.data"), force)
     check_place(path, force)
+
+
+def check_cache_type(path: Path, cache_type: str, *, tensorrt: bool = False) -> None:
+    """Refuse a quantised cache where caches hold floats: anywhere but in an ONNX file that is not for TensorRT.
+
+    Raises:
+        UsageError: It cannot be quantised there.
+    """
+    if cache_type == "int8" and (tensorrt or path.suffix != ".onnx"):
+        raise UsageError(
+            f"Only an ONNX file for ONNX Runtime has an int8 cache, and '{path}' is none.",
+            "Name a .onnx file without --target tensorrt, or leave --cache-type int8 out; "
+            "mla-compile export writes such a file of a folder.",
+        )
 
 
 def check_place(path: Path, force: bool) -> None:
@@ -215,21 +229,15 @@ def write_onnx(
                 inline=report.config["inline"],
                 metadata=file_metadata(report, assets),
                 static=report.config["cache"] == "static",
+                quantised=report.config["cache_type"] == "int8",
             )
         if checks is not None:
             with stages.stage("verify ONNX"):
-                decoder = OnnxDecoder(folder / path.name)
-                error, greedy, measured = verify.check_onnx(module, decoder, checks, report.cache_bytes_after)
-            if report.verification is not None:
-                report = dataclasses.replace(
-                    report,
-                    verification=dataclasses.replace(
-                        report.verification,
-                        lowering_error=error,
-                        lowering_greedy=greedy,
-                        cache_bytes_per_token=measured,
-                    ),
+                found = verify.check_lowering(
+                    module, folder / path.name, checks, report.cache_bytes_after, report.config["cache_type"]
                 )
+            if report.verification is not None:
+                report = dataclasses.replace(report, verification=dataclasses.replace(report.verification, **found))
         copy_assets(assets, folder)
         report = finished(report, folder, stages)
     return report
@@ -237,6 +245,7 @@ def write_onnx(
 
 def write_folder(module: LatentModel, report: Report, assets: Assets, path: Path, force: bool) -> Report:
     """Write the PyTorch module as a ``torch.export`` archive in a folder of its own."""
+    check_cache_type(path, report.config["cache_type"])
     check_target(path, force)
     check_neighbours(path, report.source, assets, force)
     with moved_into(path) as folder:

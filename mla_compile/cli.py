@@ -39,8 +39,8 @@ def _known_implementation(value: str) -> str:
     return value
 
 
-def _known_provider(value: str) -> str:
-    if value not in ("cpu", "cuda"):
+def _known_provider(value: str | None) -> str | None:
+    if value not in (None, "cpu", "cuda"):
         raise typer.BadParameter(f"'{value}' is not one of cpu, cuda")
     return value
 
@@ -205,6 +205,14 @@ CacheKind = Annotated[
         rich_help_panel=_OUTPUT,
     ),
 ]
+CacheType = Annotated[
+    str,
+    typer.Option(
+        help="What an ONNX file's caches hold: float32, or int8 codes with two scales per token, whose products are "
+        "of integers.",
+        rich_help_panel=_OUTPUT,
+    ),
+]
 Inline = Annotated[
     bool, typer.Option("--inline", help="Standard operators only, no LatentAttention nodes.", rich_help_panel=_OUTPUT)
 ]
@@ -303,6 +311,7 @@ def convert(
     tokenizer: Tokenizer = None,
     opset: Opset = None,
     cache: CacheKind = "dynamic",
+    cache_type: CacheType = "float32",
     inline: Inline = False,
     format: Format = "auto",
     preset: Preset = "none",
@@ -366,6 +375,7 @@ def convert(
         seed=seed,
         opset=opset,
         cache=cache,
+        cache_type=cache_type,
         inline=inline,
         encoders=encoders,
     )
@@ -481,6 +491,7 @@ def plan(
     calibration_tokens: CalibrationTokens = 65536,
     seq_len: SeqLen = None,
     no_cache: NoCache = False,
+    cache_type: CacheType = "float32",
     context: Annotated[int, typer.Option(min=1, help="Tokens in the cache when a step's time is estimated.")] = 4096,
     batch: Annotated[int, typer.Option(min=1, help="Sequences that are decoded together.")] = 1,
     machine: Annotated[Literal["cpu", "gpu"], typer.Option(help="What to estimate the time on.")] = "cpu",
@@ -508,6 +519,7 @@ def plan(
         encoders=encoders,
         calibration_tokens=calibration_tokens,
         seq_len=seq_len,
+        cache_type=cache_type,
     )
     shown = display.make_display(quiet or as_json)
     with shown:
@@ -526,9 +538,10 @@ def plan(
     step = DecodeStep(MACHINES[machine], context, batch)
     costs = decode_costs(planned.found.sites, planned.plans, planned.widths, step) if planned.widths else ()
     if as_json:
-        typer.echo(json.dumps(display.plan_rows(planned.plans, costs, step), indent=2))
+        typer.echo(json.dumps(display.plan_rows(planned.plans, costs, step, cache_type), indent=2))
     else:
-        display.show_plan(planned.plans, costs, step, cached=bool(planned.found.sites))
+        cached = cache_type if planned.found.sites else None
+        display.show_plan(planned.plans, costs, step, cached)
 
 
 @app.command()
@@ -549,7 +562,9 @@ def run(
             show_default="as many as are asked for",
         ),
     ] = None,
-    provider: Annotated[str, typer.Option(help="Where to run: cpu or cuda.", callback=_known_provider)] = "cpu",
+    provider: Annotated[
+        str | None, typer.Option(help="Where to run: cpu or cuda.", callback=_known_provider, show_default="cpu")
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads per operator.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -832,21 +847,23 @@ def export(
     out: Annotated[Path, typer.Option(help="The .onnx file to write.", rich_help_panel=_OUTPUT)],
     opset: Opset = None,
     cache: CacheKind = "dynamic",
+    cache_type: CacheType = "float32",
     inline: Inline = False,
     force: Annotated[bool, typer.Option("--force", help="Replace existing files.", rich_help_panel=_OUTPUT)] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write a saved model as ONNX, compared in ONNX Runtime with the PyTorch module."""
+    from mla_compile import display
     from mla_compile.config import make_config
     from mla_compile.saved import open_saved, write_saved_onnx
 
-    config = make_config(opset=opset, cache=cache, inline=inline)  # refuses others before anything is read
+    # Others are refused before anything is read.
+    config = make_config(opset=opset, cache=cache, cache_type=cache_type, inline=inline)
     report = write_saved_onnx(open_saved(folder), out, config, force=force)
     if as_json:
         typer.echo(json.dumps(report, indent=2))
     else:
-        error = report["verification"]["lowering_error"]
-        typer.echo(f"{out}: in ONNX Runtime it equals the PyTorch module (largest relative difference {error:.1e}).")
+        display.show_exported(report["verification"], out)
 
 
 @app.command()

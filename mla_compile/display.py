@@ -31,6 +31,7 @@ __all__ = [
     "show_check",
     "show_commands",
     "show_encoder_report",
+    "show_exported",
     "show_generation",
     "show_layers",
     "show_library_commands",
@@ -188,25 +189,38 @@ def _extras(row: Mapping[str, Any]) -> str:
     return ", ".join(found)
 
 
-def plan_rows(plans: Sequence[LatentPlan], costs: Sequence[LayerCost], step: DecodeStep) -> dict[str, Any]:
-    """A plan as data; bytes are for a float32 cache, but those of ``costs``, which are the machine's."""
+def plan_rows(
+    plans: Sequence[LatentPlan], costs: Sequence[LayerCost], step: DecodeStep, cache_type: str = "float32"
+) -> dict[str, Any]:
+    """A plan as data; bytes are of float32 before and ``cache_type`` after, but those of ``costs``, the machine's."""
     import dataclasses
 
     from mla_compile.plan import cache_elements
 
-    before, after = cache_elements(plans)
+    before, after = 4 * cache_elements(plans)[0], sum(_bytes_after(p, cache_type) for p in plans)
     decode = {**dataclasses.asdict(step), "layers": [dataclasses.asdict(c) for c in costs]}
     return {
         "layers": [{**dataclasses.asdict(p), "elements_after": p.elements_after} for p in plans],
-        "bytes_per_token_before": 4 * before,
-        "bytes_per_token_after": 4 * after,
+        "bytes_per_token_before": before,
+        "bytes_per_token_after": after,
         "cache_ratio": after / before,
         "decode_step": decode if costs else None,
     }
 
 
-def show_plan(plans: Sequence[LatentPlan], costs: Sequence[LayerCost], step: DecodeStep, cached: bool = True) -> None:
-    """One row per layer and the sum; an encoder's keys and values are not ``cached``, and nothing in it is a step."""
+def _bytes_after(plan: LatentPlan, cache_type: str) -> int:
+    from mla_compile.runtime.onnx_quantised import quantised_bytes
+
+    return quantised_bytes([plan.elements_after]) if cache_type == "int8" else 4 * plan.elements_after
+
+
+def show_plan(
+    plans: Sequence[LatentPlan], costs: Sequence[LayerCost], step: DecodeStep, cached: str | None = "float32"
+) -> None:
+    """One row per layer and the sum; ``cached`` is the cache's type.
+
+    It is None for an encoder, whose keys and values are not cached, and in which nothing is a step.
+    """
     from mla_compile.cost import slower_layers
 
     columns = ["#", "layer", "rope dims", "rank", "exact rank"]
@@ -219,14 +233,14 @@ def show_plan(plans: Sequence[LatentPlan], costs: Sequence[LayerCost], step: Dec
             p.kv_rank,
             p.exact_rank,
             4 * p.elements_before,
-            4 * p.elements_after,
+            _bytes_after(p, cached or "float32"),
         ]
         for p in plans
     ]
-    total = plan_rows(plans, costs, step)
+    total = plan_rows(plans, costs, step, cached or "float32")
     before, after = total["bytes_per_token_before"], total["bytes_per_token_after"]
     rows.append(["", "all", "", "", "", before, f"{after} ({total['cache_ratio']:.2%})"])
-    title = "Plan (float32 cache)" if cached else "Plan (no cache)"
+    title = f"Plan ({cached} cache)" if cached else "Plan (no cache)"
     if costs:
         title += f"; a step: {step.context} tokens, batch {step.batch}, {step.machine.name}, estimated"
         columns += ["MFLOP/step before", "after", "speed"]
@@ -247,6 +261,15 @@ def _method_row(report: Report) -> list[object]:
     dims, ranks = (sorted({getattr(p, name) for p in report.plans}) for name in ("rope_dims", "kv_rank"))
     shown = [str(n[0]) if len(n) == 1 else f"{n[0]} to {n[-1]}" for n in (dims, ranks)]
     return ["method", f"{method}: {shown[0]} rotating channels shared by all heads, ranks {shown[1]}"]
+
+
+def show_exported(verification: Mapping[str, Any], out: Path) -> None:
+    """What is known of an ONNX file of a saved model, in a line."""
+    error, cost = verification["lowering_error"], verification.get("quantisation_error")
+    rounded = "" if cost is None else f" with rows rounded to int8, which changes its logits by {cost:.1e}"
+    print(  # noqa: T201
+        f"{out}: in ONNX Runtime it equals the PyTorch module{rounded} (largest relative difference {error:.1e})."
+    )
 
 
 def show_report(report: Report, out: Path) -> None:
@@ -286,6 +309,8 @@ def show_report(report: Report, out: Path) -> None:
         if v.lowering_error is not None:
             greedy = "" if v.lowering_greedy is None else f", greedy {v.lowering_greedy:.0%} equal"
             rows.append(["ONNX Runtime vs PyTorch", f"{v.lowering_error:.1e}{greedy}"])
+        if v.quantisation_error is not None:
+            rows.append(["int8 cache vs float32 cache, PyTorch", f"{v.quantisation_error:.1e}"])
         if v.engine_error is not None:
             rows.append(["TensorRT vs ONNX Runtime", f"{v.engine_error:.1e}"])
         rows.append(["converted vs original", f"{v.conversion_error:.1e}, greedy {v.conversion_greedy:.0%} equal"])

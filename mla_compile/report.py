@@ -14,6 +14,7 @@ from typing import Any
 from mla_compile.deepseek import DeepSeekShape
 from mla_compile.plan import LatentPlan, cache_elements
 from mla_compile.progress import StageTiming
+from mla_compile.runtime.onnx_quantised import quantised_bytes
 from mla_compile.site import AttentionSite, Kind, Rejection
 
 __all__ = [
@@ -48,6 +49,8 @@ class Verification:
         tokens: Tokens compared.
         text: Whether the tokens came from the user's text (else random ids).
         engine_error: A TensorRT engine against ONNX Runtime; None without an engine.
+        quantisation_error: The converted module with rows rounded as a quantised cache rounds them, which is then what
+            ONNX Runtime is compared with, against the same without; None where the cache is not quantised.
     """
 
     rewrite_error: float
@@ -60,6 +63,7 @@ class Verification:
     tokens: int
     text: bool
     engine_error: float | None = None
+    quantisation_error: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,7 +273,9 @@ class Report:
 
     @property
     def cache_bytes_after(self) -> int:
-        """Bytes the latent cache, and the cache of layers that were kept, add per token."""
+        """Bytes the latent cache, and the cache of layers that were kept, add per token; scales of codes included."""
+        if self.config.get("cache_type") == "int8":
+            return quantised_bytes([p.elements_after for p in self.plans])
         return (cache_elements(self.plans)[1] + self._kept_elements) * self.bytes_per_element
 
     @property

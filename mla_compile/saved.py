@@ -21,6 +21,7 @@ from mla_compile.plan import LatentPlan
 from mla_compile.program import Assets
 from mla_compile.report import Training
 from mla_compile.runtime.module import LatentModel
+from mla_compile.runtime.onnx_quantised import quantised_bytes
 from mla_compile.runtime.onnx_session import OnnxDecoder
 
 __all__ = ["Saved", "open_saved", "write_saved_onnx", "write_trained"]
@@ -95,13 +96,14 @@ def write_saved_onnx(saved: Saved, path: Path, form: CompileConfig, *, force: bo
     Args:
         saved: The model.
         path: The ``.onnx`` file.
-        form: What the file is to be: its operator set, its kind of cache, and whether it has nodes of ours.
+        form: What the file is to be: its operator set, its kind and type of cache, and whether it has nodes of ours.
         force: Replace existing files.
 
     Returns:
         Its report, completed with what was measured on the file.
 
     Raises:
+        RefusedError: A layer's cache cannot be quantised, or has no ONNX form.
         UsageError: The path cannot be written.
         VerificationError: ONNX Runtime computes something else.
     """
@@ -112,7 +114,12 @@ def write_saved_onnx(saved: Saved, path: Path, form: CompileConfig, *, force: bo
         )
     check_target(path, force)
     cache = saved.report["cache"]
-    config = {**saved.report["config"], "opset": form.opset, "cache": form.cache, "inline": form.inline}
+    int8 = form.cache_type == "int8"
+    if int8:
+        after = quantised_bytes(saved.module.rows)
+        cache = {**cache, "bytes_per_token_after": after, "ratio": after / cache["bytes_per_token_before"]}
+    own = {name: getattr(form, name) for name in ("opset", "cache", "cache_type", "inline")}
+    config = {**saved.report["config"], **own}
     names = [field.name for field in dataclasses.fields(LatentPlan)]
     layers = [{name: layer[name] for name in names} for layer in saved.report["layers"]]
     sizes = (cache["bytes_per_token_before"], cache["bytes_per_token_after"])
@@ -127,12 +134,13 @@ def write_saved_onnx(saved: Saved, path: Path, form: CompileConfig, *, force: bo
             inline=form.inline,
             metadata=metadata,
             static=form.cache == "static",
+            quantised=int8,
         )
-        decoder = OnnxDecoder(file)
-        ids = torch.randint(0, decoder.vocabulary, (2, _CHECKED), generator=torch.Generator().manual_seed(0))
-        error, greedy, measured = verify.check_onnx(saved.module, decoder, ids, sizes[1])
-        checked = {"lowering_error": error, "lowering_greedy": greedy, "cache_bytes_per_token": measured}
-        report = {**saved.report, "config": config, "verification": {**(saved.report["verification"] or {}), **checked}}
+        vocabulary = OnnxDecoder(file).vocabulary
+        ids = torch.randint(0, vocabulary, (2, _CHECKED), generator=torch.Generator().manual_seed(0))
+        checked = verify.check_lowering(saved.module, file, ids, sizes[1], form.cache_type)
+        verification = {**(saved.report["verification"] or {}), **checked}
+        report = {**saved.report, "config": config, "cache": cache, "verification": verification}
         copy_assets(saved.assets, folder)
         return _finished(report, folder)
 

@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from mla_compile.artifacts import (
+    check_cache_type,
     check_neighbours,
     check_place,
     check_target,
@@ -164,6 +165,7 @@ def write_compiled(
     Returns:
         The completed report, also written as ``report.json`` beside the files.
     """
+    check_cache_type(path, report.config["cache_type"], tensorrt=True)
     check_tensorrt(path, force)
     check_neighbours(path, report.source, assets, force)
     with moved_into(path.parent) as hidden:

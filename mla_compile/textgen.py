@@ -51,7 +51,7 @@ def generate_text(
     *,
     tokenizer: str | None = None,
     threads: int | None = None,
-    provider: str = "cpu",
+    provider: str | None = None,
     max_length: int | None = None,
     on_text: Callable[[str], None] | None = None,
 ) -> Generation:
@@ -64,13 +64,14 @@ def generate_text(
         sampling: How tokens are chosen.
         tokenizer: Folder of the tokenizer, if it is not beside the file.
         threads: Threads per operator.
-        provider: Where to run: ``cpu`` or ``cuda``.
+        provider: Where to run an ONNX file: ``cpu``, the default, or ``cuda``.
         max_length: Tokens of a sequence at most, prompt and continuation; as many as are asked for by default.
         on_text: Called with the first prompt and then each new piece of it, never half a character.
 
     Raises:
         LoadError: The file or its tokenizer cannot be read.
-        UsageError: A prompt has no tokens, there would be more than ``max_length``, or the device is missing.
+        UsageError: A prompt has no tokens, there would be more than ``max_length``, the device is missing, or an engine
+            was given what belongs to ONNX files.
     """
     decoder = _open(model, threads, provider, max_length)
     words = load_tokenizer(tokenizer or str(model.absolute().parent))
@@ -97,13 +98,17 @@ def generate_text(
     return Generation(tuple(texts), tuple(map(len, new)), seconds, decoder.cache_bytes_per_token, held)
 
 
-def _open(model: Path, threads: int | None, provider: str, max_length: int | None) -> OnnxDecoder | TensorRTDecoder:
+def _open(
+    model: Path, threads: int | None, provider: str | None, max_length: int | None
+) -> OnnxDecoder | TensorRTDecoder:
     if model.suffix != ".plan":
-        return OnnxDecoder(model, [PROVIDERS[provider]], threads, max_length)
+        return OnnxDecoder(model, [PROVIDERS[provider or "cpu"]], threads, max_length)
     if max_length is not None:
         raise UsageError("An engine's longest sequence was settled when it was built.", "Leave --max-length out.")
     if threads is not None:
         raise UsageError("An engine runs on a GPU, which has no such threads.", "Leave --threads out.")
+    if provider is not None:
+        raise UsageError("An engine runs in TensorRT, which has no providers.", "Leave --provider out.")
     from mla_compile.runtime.tensorrt.engine import TensorRTDecoder
 
     return TensorRTDecoder(model)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import operator
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,12 +28,14 @@ from mla_compile.passes.fold import fold_numbers
 from mla_compile.passes.insert_latent import ENCODER_MASK, INPUT_NAMES
 from mla_compile.passes.layout import Sizes
 from mla_compile.passes.onnx_translations import translations
+from mla_compile.passes.quantise_cache import check_quantisable
 from mla_compile.program import AnyProgram
 from mla_compile.quiet import quiet_exporter
 from mla_compile.runtime import ops
 from mla_compile.runtime.module import cache_windows
-from mla_compile.runtime.onnx_cache import ROOM, WINDOW
+from mla_compile.runtime.onnx_cache import PAST, PAST_SCALE, PRESENT, PRESENT_SCALE, ROOM, WINDOW
 from mla_compile.runtime.onnx_function import CACHED, DOMAIN, LATENT, VERSION, Variant, attention_function
+from mla_compile.runtime.onnx_quantised import SCALES
 from mla_compile.runtime.ops import kept_rows
 
 __all__ = [
@@ -67,6 +70,7 @@ def export_rewritten(
     cross: Sequence[int] = (),
     masked: bool = False,
     static: bool = False,
+    quantised: bool = False,
 ) -> ExportedProgram:
     """Export the rewritten graph with dynamic batch, new length and past length.
 
@@ -77,16 +81,19 @@ def export_rewritten(
         cross: Row length per cross attention layer of a decoder.
         masked: Whether the decoder reads a padding mask over them.
         static: Whether the graph's caches have a size of their own.
+        quantised: Whether they are codes, with scales as further inputs.
 
     Returns:
         The exported program; symbols and guards are torch's own.
     """
     ids = torch.zeros(_BATCH, _NEW, dtype=torch.long)
+    cached = _ROOM if static else _PAST
     example = (
         ids,
         torch.ones(_BATCH, _PAST + _NEW, dtype=torch.long),
         torch.arange(_PAST, _PAST + _NEW).expand(_BATCH, _NEW).contiguous(),
-        *(torch.zeros(_BATCH, _ROOM if static else _PAST, row, dtype=dtype) for row in rows),
+        *(torch.zeros(_BATCH, cached, row, dtype=torch.uint8 if quantised else dtype) for row in rows),
+        *(torch.zeros(_BATCH, cached, SCALES, dtype=dtype) for _ in rows if quantised),
         *(torch.zeros(_BATCH, _ENCODED, row, dtype=dtype) for row in cross),
         *([torch.ones(_BATCH, _ENCODED, dtype=torch.long)] if masked else []),
     )
@@ -106,12 +113,16 @@ def lower_to_onnx(
     cross: Sequence[int] = (),
     masked: bool = False,
     static: bool = False,
+    quantised: bool = False,
 ) -> None:
     """Write the rewritten graph as an ONNX file.
 
     A growing cache goes in as ``[batch, past, row]`` and comes out as ``[batch, past + new, row]``. A static one has
     room for as many tokens as the caller likes, going in and coming out: bind one memory to both. Padding is told from
     tokens by ``attention_mask [batch, past + new]`` either way, and how many tokens there are by its length.
+
+    A quantised cache is codes ``past_key_values.{i}.latent`` uint8 of the same shape, and two scales per token,
+    ``past_key_values.{i}.scale [batch, past, 2]``, of the latent and of the rope keys.
 
     Args:
         module: The rewritten graph.
@@ -123,9 +134,10 @@ def lower_to_onnx(
         cross: Row length per cross attention layer of a decoder.
         masked: Whether the decoder reads a padding mask over them.
         static: Whether caches are static.
+        quantised: Whether caches are quantised.
 
     Raises:
-        RefusedError: There is no ONNX form of an operator, or no static cache for a layer.
+        RefusedError: There is no ONNX form of an operator, or no static or quantised cache for a layer.
     """
     windows = cache_windows(module)
     if static and 1 in windows:
@@ -133,23 +145,26 @@ def lower_to_onnx(
             f"Layer {windows.index(1)} sees one token only and caches nothing, which a static cache cannot be.",
             "Use a dynamic cache.",
         )
-    exported = export_rewritten(_with_symbolic_nodes(module, static), rows, cross=cross, masked=masked, static=static)
-    layers = len(rows)
+    if quantised:
+        check_quantisable(module, rows)
+    symbolic = _with_symbolic_nodes(module, static, quantised)
+    exported = export_rewritten(symbolic, rows, cross=cross, masked=masked, static=static, quantised=quantised)
+    caches = [(PAST, PRESENT), *([(PAST_SCALE, PRESENT_SCALE)] if quantised else [])]
+    pasts, presents = ([names[i].format(layer) for names in caches for layer in range(len(rows))] for i in (0, 1))
     batch, new, past, total = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
     crossed = [CROSS_NAME.format(i) for i in range(len(cross))]
-    inputs = [*INPUT_NAMES, *(f"past_key_values.{i}.latent" for i in range(layers)), *crossed]
+    inputs = [*INPUT_NAMES, *pasts, *crossed]
     inputs += [ENCODER_MASK] if masked else []
-    outputs = ["logits", *(f"present.{i}.latent" for i in range(layers))]
-    model = exported_to_onnx(exported, inputs, outputs, opset)
+    model = exported_to_onnx(exported, inputs, ["logits", *presents], opset)
     name_dimensions(
         model, {**{"input_ids": (batch, new), "position_ids": (batch, new)}, "attention_mask": (batch, total)}
     )
     # The rows of a layer with a window stop growing in number, and have a dimension of their own.
-    own = [f"{WINDOW}{w}" if w else "" for w in windows]
+    own = [f"{WINDOW}{w}" if w else "" for w in windows] * len(caches)
     before, after = (ROOM, ROOM) if static else (past, total)
-    name_dimensions(model, {f"past_key_values.{i}.latent": (batch, f"{before}{w}") for i, w in enumerate(own)})
-    presents = {f"present.{i}.latent": (batch, f"{after}{w}") for i, w in enumerate(own)}
-    name_dimensions(model, {"logits": (batch, new)} | presents)
+    name_dimensions(model, {name: (batch, f"{before}{w}") for name, w in zip(pasts, own, strict=True)})
+    name_dimensions(model, {name: (batch, f"{after}{w}") for name, w in zip(presents, own, strict=True)})
+    name_dimensions(model, {"logits": (batch, new)})
     name_dimensions(model, dict.fromkeys([*crossed, ENCODER_MASK], (batch, _ENCODER_LENGTH)))
     _add_functions(model, opset)
     if inline:
@@ -304,8 +319,11 @@ def _explained() -> Iterator[None]:
         ) from error
 
 
-def _with_symbolic_nodes(module: fx.GraphModule, static: bool) -> fx.GraphModule:
-    """Copy the graph with every call of our operators replaced by a symbolic ONNX node; weights are shared."""
+def _with_symbolic_nodes(module: fx.GraphModule, static: bool, quantised: bool) -> fx.GraphModule:
+    """Copy the graph with every call of our operators replaced by a symbolic ONNX node; weights are shared.
+
+    Scales of a quantised cache become further inputs, behind all others, and outputs.
+    """
     replaced = copy.copy(module)
     replaced.graph = copy.deepcopy(module.graph)
     fold_numbers(module, replaced.graph)
@@ -313,8 +331,26 @@ def _with_symbolic_nodes(module: fx.GraphModule, static: bool) -> fx.GraphModule
         symbolic = _SYMBOLIC.get(node.target)
         if symbolic is not None:
             node.target, node.kwargs = symbolic, {**node.kwargs, "static": static}
+    if quantised:
+        _add_scales(replaced.graph)
     replaced.recompile()
     return replaced
+
+
+def _add_scales(graph: fx.Graph) -> None:
+    """Give every latent node the scales of its cache, in the order of the caches."""
+    caches = [node for node in graph.nodes if node.op == "placeholder"]
+    nodes = [node for node in graph.nodes if node.target is _symbolic_latent_attention]
+    last, outputs = caches[-1], graph.output_node()
+    scales = []
+    for node in sorted(nodes, key=lambda node: caches.index(node.args[2])):
+        with graph.inserting_after(last):
+            last = graph.placeholder(f"{node.args[2].name}_scale")
+        node.kwargs = {**node.kwargs, "past_scale": last}
+        with graph.inserting_before(outputs):
+            scales.append(graph.call_function(operator.getitem, (node, 2)))
+    results: Any = outputs.args[0]
+    outputs.args = ((*results, *scales),)
 
 
 def _symbolic_latent_attention(
@@ -336,6 +372,7 @@ def _symbolic_latent_attention(
     scaled_rope: bool = False,
     *,
     static: bool,
+    past_scale: Tensor | None = None,
 ) -> Sequence[Tensor]:
     groups, rope_dim, rank = cos.shape[2], 2 * cos.shape[3], key_up.shape[2]
     key_scales = row.shape[2] - rank - groups * rope_dim - value_scales
@@ -359,6 +396,7 @@ def _symbolic_latent_attention(
         softcap,
         value_up.shape[2],
         static,
+        past_scale,
     )
 
 
@@ -405,20 +443,22 @@ def _symbolic_node(
     softcap: float,
     v_dim: int,
     static: bool,
+    past_scale: Tensor | None = None,
 ) -> Sequence[Tensor]:
     """A node with the inputs and attributes of what it has: see :class:`Variant`."""
     query, row, past, *_ = inputs
     batch, new, heads, _ = query.shape
     kept = past.shape[1] if static else kept_rows(past.shape[1] + row.shape[1], window)
-    optional = {"has_sinks": sinks, "has_slopes": slopes}
+    optional = {"has_sinks": sinks, "has_slopes": slopes, "quantised": past_scale}
     flags = {name: 1 for name, value in optional.items() if value is not None} | ({"static": 1} if static else {})
     numbers = {name: value for name, value in (("softcap", softcap), ("window", window)) if value}
+    cached = [(past.dtype, row.shape[2]), *([] if past_scale is None else [(past_scale.dtype, SCALES)])]
     return torch.onnx.ops.symbolic_multi_out(
         f"{DOMAIN}::{op_type}",
         (*inputs, *(value for value in optional.values() if value is not None)),
         {**attributes, **numbers, **flags},
-        dtypes=(query.dtype, row.dtype),
-        shapes=((batch, new, heads, v_dim), (batch, kept, row.shape[2])),
+        dtypes=(query.dtype, *(dtype for dtype, _ in cached)),
+        shapes=((batch, new, heads, v_dim), *((batch, kept, width) for _, width in cached)),
         version=VERSION,
     )
 
@@ -438,6 +478,7 @@ def _add_functions(model: ir.Model, opset: int) -> None:
             bidirectional="bidirectional" in node.attributes,
             scaled_rope="scaled_rope" in node.attributes,
             static="static" in node.attributes,
+            quantised="quantised" in node.attributes,
         )
         function = ir.serde.deserialize_function(attention_function(node.op_type, opset, variant))
         node.op_type = function.name

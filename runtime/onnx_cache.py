@@ -11,28 +11,48 @@ from numpy.typing import NDArray
 
 from mla_compile.errors import UsageError
 
-__all__ = ["PAST", "PRESENT", "ROOM", "WINDOW", "CacheLayer", "GrowingCache", "OnnxCache", "StaticCache"]
+__all__ = [
+    "PAST",
+    "PAST_SCALE",
+    "PRESENT",
+    "PRESENT_SCALE",
+    "ROOM",
+    "WINDOW",
+    "CacheLayer",
+    "GrowingCache",
+    "OnnxCache",
+    "StaticCache",
+]
 
 PAST, PRESENT = "past_key_values.{}.latent", "present.{}.latent"
 """A layer's cache as input and output of a file."""
+PAST_SCALE, PRESENT_SCALE = "past_key_values.{}.scale", "present.{}.scale"
+"""What the numbers of a quantised one are to be multiplied with."""
 ROOM = "cache_length"
 """The dimension of a static cache by which a file is known to have one."""
 WINDOW = "_of_window_"
 """What stands between a dimension's name and the window of its layer, if that has one."""
+_NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
 _BLOCK = 128
 """Rows by which the part of a static cache that is shown to the model grows: it attends to all it is shown."""
 
 
 @dataclass(frozen=True)
 class CacheLayer:
-    """One layer's cache, as a file declares it.
+    """One layer's cache, or a part of it that is a tensor of its own, as a file declares it.
 
     Attributes:
+        past: Its name as an input.
+        present: Its name as an output.
+        dtype: Type of its numbers.
         row: Numbers a token adds.
         window: Tokens its queries see, 0 for all.
         static: Whether it has a size of its own.
     """
 
+    past: str
+    present: str
+    dtype: type
     row: int
     window: int
     static: bool
@@ -42,7 +62,13 @@ class CacheLayer:
         """Read from a session's input ``[batch, tokens, row]``."""
         _, tokens, row = value.shape
         kind, _, window = str(tokens).partition(WINDOW)
-        return cls(int(row), int(window or 0), kind == ROOM)
+        present = value.name.replace("past_key_values", "present", 1)
+        return cls(value.name, present, _NUMPY_TYPES[value.type], int(row), int(window or 0), kind == ROOM)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes a token adds."""
+        return self.row * np.dtype(self.dtype).itemsize
 
     def rows(self, tokens: int) -> int:
         """Rows kept of so many tokens: no more than later ones can see, of which a static cache makes a ring."""
@@ -79,18 +105,21 @@ class GrowingCache:
     """A cache that is made anew by every step.
 
     Attributes:
-        values: One ``OrtValue`` ``[batch, tokens, row]`` per layer.
+        layers: What the file says of them.
+        values: One ``OrtValue`` ``[batch, tokens, row]`` each.
         device: Where they are.
     """
 
+    layers: tuple[CacheLayer, ...]
     values: tuple[Any, ...]
     device: str
 
     @classmethod
-    def empty(cls, layers: Sequence[CacheLayer], batch: int, dtype: type, runtime: Any, device: str) -> GrowingCache:  # noqa: ANN401
+    def empty(cls, layers: Sequence[CacheLayer], batch: int, runtime: Any, device: str) -> GrowingCache:  # noqa: ANN401
         """Of no tokens."""
         empty = runtime.OrtValue.ortvalue_from_numpy
-        return cls(tuple(empty(np.zeros((batch, 0, layer.row), dtype), device, 0) for layer in layers), device)
+        values = (empty(np.zeros((batch, 0, layer.row), layer.dtype), device, 0) for layer in layers)
+        return cls(tuple(layers), tuple(values), device)
 
     @property
     def nbytes(self) -> int:
@@ -103,9 +132,9 @@ class GrowingCache:
 
     def bind(self, binding: Any) -> None:  # noqa: ANN401
         """See :class:`OnnxCache`."""
-        for layer, value in enumerate(self.values):
-            binding.bind_ortvalue_input(PAST.format(layer), value)
-            binding.bind_output(PRESENT.format(layer), self.device)
+        for layer, value in zip(self.layers, self.values, strict=True):
+            binding.bind_ortvalue_input(layer.past, value)
+            binding.bind_output(layer.present, self.device)
 
     def after(self, presents: Sequence[Any]) -> GrowingCache:
         """See :class:`OnnxCache`."""
@@ -142,7 +171,6 @@ class StaticCache:
         memory: Theirs.
         batch: Sequences.
         capacity: Tokens of each that there is room for.
-        dtype: Type of the numbers.
         device: Where the memory is.
         tokens: Tokens of each so far.
         shown: Tokens of each that the model is shown the room of.
@@ -152,7 +180,6 @@ class StaticCache:
     memory: tuple[_Memory, ...]
     batch: int
     capacity: int
-    dtype: type
     device: str
     tokens: int
     shown: int
@@ -163,7 +190,6 @@ class StaticCache:
         layers: Sequence[CacheLayer],
         batch: int,
         capacity: int,
-        dtype: type,
         runtime: Any,  # noqa: ANN401
         device: str,
     ) -> StaticCache:
@@ -174,7 +200,7 @@ class StaticCache:
         """
 
         def allocate(layer: CacheLayer) -> _Memory:
-            numbers: NDArray[Any] = np.zeros(batch * layer.rows(capacity) * layer.row, dtype)
+            numbers: NDArray[Any] = np.zeros(batch * layer.rows(capacity) * layer.row, layer.dtype)
             if device == "cpu":
                 return _Memory(numbers, numbers.ctypes.data, numbers)
             value = runtime.OrtValue.ortvalue_from_numpy(numbers, device, 0)
@@ -188,13 +214,12 @@ class StaticCache:
                 "Give a smaller --max-length or fewer prompts.",
             ) from error
         shown = 0 if device == "cpu" else capacity
-        return cls(tuple(layers), memory, batch, capacity, dtype, device, 0, shown)
+        return cls(tuple(layers), memory, batch, capacity, device, 0, shown)
 
     @property
     def nbytes(self) -> int:
         """See :class:`OnnxCache`: all the memory, used or not."""
-        rows = sum(layer.rows(self.capacity) * layer.row for layer in self.layers)
-        return self.batch * rows * np.dtype(self.dtype).itemsize
+        return self.batch * sum(layer.rows(self.capacity) * layer.row_bytes for layer in self.layers)
 
     def extended(self, past: int, new: int) -> StaticCache:
         """See :class:`OnnxCache`."""
@@ -216,10 +241,10 @@ class StaticCache:
 
     def bind(self, binding: Any) -> None:  # noqa: ANN401
         """See :class:`OnnxCache`."""
-        for index, (layer, memory) in enumerate(zip(self.layers, self.memory, strict=True)):
+        for layer, memory in zip(self.layers, self.memory, strict=True):
             shape = (self.batch, layer.rows(self.shown), layer.row)
-            for bind, name in ((binding.bind_input, PAST), (binding.bind_output, PRESENT)):
-                bind(name.format(index), self.device, 0, self.dtype, shape, memory.pointer)
+            for bind, name in ((binding.bind_input, layer.past), (binding.bind_output, layer.present)):
+                bind(name, self.device, 0, layer.dtype, shape, memory.pointer)
 
     def after(self, presents: Sequence[Any]) -> StaticCache:
         """See :class:`OnnxCache`: the outputs are its own memory."""

@@ -14,7 +14,7 @@ TensorRT's parser takes no notice of them: two nodes of equally many inputs get 
 
 A cache either grows (``present`` is ``past`` and the new rows) or is static: both have as many rows as the caller makes
 room for, and new rows are written where those of earlier tokens end. A runtime that is given one memory for both writes
-nothing else.
+nothing else. A quantised one holds codes and scales (:mod:`mla_compile.runtime.onnx_quantised`).
 """
 
 from __future__ import annotations
@@ -25,6 +25,13 @@ from dataclasses import dataclass, fields
 import onnx
 import onnx.parser
 
+from mla_compile.runtime.onnx_quantised import (
+    QUANTISED_APPEND,
+    QUANTISED_CONTEXT,
+    QUANTISED_SCORES,
+    dequantised,
+    with_scales,
+)
 from mla_compile.runtime.onnx_rows import rows_and_masks
 from mla_compile.runtime.onnx_unfolded import MANY_QUERIES, unfolded_attention
 
@@ -66,6 +73,8 @@ class Variant:
             ``scaled_rope``, 1.
         static: The cache has the size that the caller gives it, of which a layer with a window makes a ring
             (not beside ``bidirectional``, and from operator set 24 on); attribute ``static``, 1.
+        quantised: The cache holds codes of rows, and two scales per token: an input behind all others, and an output
+            (``LatentAttention`` only, neither ``bidirectional`` nor with scales of norms); attribute ``quantised``, 1.
     """
 
     key_scales: bool = False
@@ -77,6 +86,7 @@ class Variant:
     bidirectional: bool = False
     scaled_rope: bool = False
     static: bool = False
+    quantised: bool = False
 
     def named(self, op_type: str) -> str:
         """Name of a function's variant: the function's own, and behind it the features that the variant has."""
@@ -467,12 +477,15 @@ def attention_function(op_type: str, opset: int, variant: Variant = Variant()) -
 
     Raises:
         ValueError: The variant scales rope keys without key scales, or its cache is static where keys of another
-            sequence are seen or the operator that writes to one is missing.
+            sequence are seen or the operator that writes to one is missing, or it is quantised where that cannot be.
     """
     if variant.scaled_rope and not variant.key_scales:
         raise ValueError("scaled_rope needs key_scales: there is nothing to scale rope keys by.")
     if variant.static and (variant.bidirectional or opset < 24):
         raise ValueError("A static cache needs causal attention and operator set 24.")
+    exact = op_type == CACHED or variant.bidirectional or variant.key_scales or variant.value_scales
+    if variant.quantised and exact:
+        raise ValueError("A quantised cache is of causal latent attention without scales of norms.")
     # A flag for every optional input: which inputs a node has cannot be told from their number.
     attributes = {
         "key_scales": variant.key_scales,
@@ -484,14 +497,16 @@ def attention_function(op_type: str, opset: int, variant: Variant = Variant()) -
         "bidirectional": variant.bidirectional,
         "scaled_rope": variant.scaled_rope,
         "static": variant.static,
+        "quantised": variant.quantised,
     }
-    inputs = {"sinks_H": variant.sinks, "slopes_H": variant.slopes}
+    inputs = {"sinks_H": variant.sinks, "slopes_H": variant.slopes, "past_BP2": variant.quantised}
+    outputs = {"present_BT2": variant.quantised}
     text = f"""
 <opset_import: ["" : {opset}], domain: "{DOMAIN}">
 {variant.named(op_type)}
   <{_listing(_ATTRIBUTES[op_type], attributes)}>
   ({_listing(_INPUTS[op_type], inputs)})
-  => (output_BSHV, present_BTR)
+  => ({_listing("output_BSHV present_BTR", outputs)})
 {{{_latent_body(variant) if op_type == LATENT else _cached_body(variant)}}}
 """
     lines = [line.split("#")[0].rstrip() for line in text.splitlines()]
@@ -507,6 +522,7 @@ def _latent_body(variant: Variant) -> str:
     attention = _folded_attention(variant)
     if _has_two_forms(variant):
         unfolded = unfolded_attention(key_scales=keys, value_scales=values, scaled_rope=variant.scaled_rope)
+        unfolded = dequantised(unfolded) if variant.quantised else unfolded
         attention = MANY_QUERIES + _branches(unfolded, attention)
     return _over_rows(
         variant,
@@ -515,7 +531,7 @@ def _latent_body(variant: Variant) -> str:
             _TURNED_QUERIES,
             TURNED_KEYS,
             scale_sizes(variant),
-            APPENDED_SCALES if keys or values else _APPEND,
+            QUANTISED_APPEND if variant.quantised else APPENDED_SCALES if keys or values else _APPEND,
             *_masks(variant),
             attention,
         ],
@@ -566,6 +582,8 @@ def scale_sizes(variant: Variant) -> str:
 
 def latent_scores(variant: Variant) -> str:
     """From ``latent_query_BSHr`` and ``placed_BSHR`` to ``scores_BSHT``, their products with ``ROWS``, with scales."""
+    if variant.quantised:
+        return QUANTISED_SCORES
     keys, values = variant.key_scales, variant.value_scales
     scores = _LATENT_SCORES_VALUE_SCALES if values else _LATENT_SCORES
     if keys:
@@ -577,6 +595,8 @@ def latent_scores(variant: Variant) -> str:
 
 def latent_context(variant: Variant) -> str:
     """From ``weights_BSHT`` to the weighted sums of latents ``context_BMr``, value scales included."""
+    if variant.quantised:
+        return QUANTISED_CONTEXT
     weights = _WEIGHTS_VALUE_SCALES if variant.value_scales else _WEIGHTS
     apart = variant.key_scales and not variant.scaled_rope
     return weights + (_LATENT_CONTEXT_KEY_SCALES if apart else _LATENT_CONTEXT)
@@ -589,11 +609,13 @@ def _cached_body(variant: Variant) -> str:
 
 def _masks(variant: Variant) -> list[str]:
     features = {name: getattr(variant, name) for name in ("static", "window", "slopes", "bidirectional")}
-    return rows_and_masks(**features)
+    parts = rows_and_masks(**features)
+    return [with_scales(part) for part in parts] if variant.quantised else parts
 
 
 def _over_rows(variant: Variant, parts: list[str]) -> str:
-    return "".join(parts).replace("ROWS", "rows_BTR" if variant.window else "present_BTR")
+    rows = "rows" if variant.window else "present"
+    return "".join(parts).replace("ROWS", f"{rows}_BTR").replace("ROW_SCALES", f"{rows}_BT2")
 
 
 def _weights(variant: Variant) -> str:

@@ -12,13 +12,12 @@ from numpy.typing import NDArray
 
 from mla_compile.errors import LoadError, UsageError
 from mla_compile.runtime.generate import Ids, Sampling, generate
-from mla_compile.runtime.onnx_cache import PAST, CacheLayer, GrowingCache, OnnxCache, StaticCache
+from mla_compile.runtime.onnx_cache import PAST, PAST_SCALE, CacheLayer, GrowingCache, OnnxCache, StaticCache
 
 __all__ = ["PROVIDERS", "OnnxDecoder", "open_session"]
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 """ONNX Runtime's names of the devices that users name."""
-_NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 _DEFAULT_ROOM = 2048
 """Tokens that a static cache has room for where nobody says how many there will be."""
 
@@ -80,7 +79,7 @@ class OnnxDecoder:
 
     Attributes:
         metadata: What the compiler stored in the file.
-        rows: Numbers one token adds to the cache, per layer.
+        rows: Numbers one token adds to the cache, per layer; codes, if it is quantised, without their scales.
         static: Whether the cache is one allocation, written in place.
         vocabulary: How many token ids the model knows.
 
@@ -112,15 +111,17 @@ class OnnxDecoder:
                 f"'{path}' is a file for TensorRT, whose caches are fixed memory.",
                 f"Build an engine of it where there is a GPU: mla-compile tensorrt {path} --out FILE.plan.",
             )
-        caches = [inputs[name] for i in range(len(inputs)) if (name := PAST.format(i)) in inputs]
+        caches, scales = (
+            [inputs[name] for i in range(len(inputs)) if (name := pattern.format(i)) in inputs]
+            for pattern in (PAST, PAST_SCALE)
+        )
         stored = self._session.get_modelmeta().custom_metadata_map.get("mla_compile")
         if not caches or stored is None:
             raise LoadError(f"'{path}' has no latent cache inputs.", "Give a file made by mla-compile.")
         self.metadata: Mapping[str, Any] = json.loads(stored)
-        self._layers = tuple(map(CacheLayer.of, caches))
-        self.rows = tuple(layer.row for layer in self._layers)
+        self._layers = tuple(map(CacheLayer.of, (*caches, *scales)))
+        self.rows = tuple(layer.row for layer in self._layers[: len(caches)])
         self.static = any(layer.static for layer in self._layers)
-        self._dtype = _NUMPY_TYPES[caches[0].type]
         self._inputs = frozenset(inputs)
         self._device = "cuda" if self._session.get_providers()[0] == PROVIDERS["cuda"] else "cpu"
         self._max_length = max_length
@@ -128,13 +129,12 @@ class OnnxDecoder:
 
     @property
     def cache_bytes_per_token(self) -> int:
-        """Bytes one token of one sequence adds to the cache."""
-        return sum(self.rows) * np.dtype(self._dtype).itemsize
+        """Bytes one token of one sequence adds to the cache, scales included."""
+        return sum(layer.row_bytes for layer in self._layers)
 
     def cache_bytes(self, batch: int, tokens: int) -> int:
         """Bytes that the cache of so many tokens of each sequence takes: fewer per token beyond a layer's window."""
-        numbers = sum(layer.row * layer.rows(tokens) for layer in self._layers)
-        return batch * numbers * np.dtype(self._dtype).itemsize
+        return batch * sum(layer.row_bytes * layer.rows(tokens) for layer in self._layers)
 
     def require_length(self, tokens: int) -> None:
         """Refuse sequences of which so many tokens would be cached.
@@ -163,10 +163,10 @@ class OnnxDecoder:
         if tokens is not None:
             self.require_length(tokens)
         if not self.static:
-            return GrowingCache.empty(self._layers, batch, self._dtype, self._runtime, self._device)
+            return GrowingCache.empty(self._layers, batch, self._runtime, self._device)
         limit = min(self.metadata.get("max_position_embeddings") or _DEFAULT_ROOM, _DEFAULT_ROOM)
         room = tokens or self._max_length or limit
-        return StaticCache.empty(self._layers, batch, room, self._dtype, self._runtime, self._device)
+        return StaticCache.empty(self._layers, batch, room, self._runtime, self._device)
 
     def step(
         self, ids: Ids, attention_mask: Ids, position_ids: Ids, cache: OnnxCache

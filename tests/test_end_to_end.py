@@ -458,6 +458,11 @@ def test_plan_says_what_convert_does(converted):
     report = json.loads((converted().parent / "report.json").read_text())
     for planned, done in zip(found["layers"], report["layers"], strict=True):
         assert planned.items() <= done.items()
+    int8 = json.loads(
+        command("plan", TINY, "--method", "mha2mla", "--cache-ratio", 0.5, "--cache-type", "int8", "--json")
+    )
+    assert int8["bytes_per_token_after"] == found["bytes_per_token_after"] // 4 + 8 * len(found["layers"])
+    assert int8["bytes_per_token_before"] == found["bytes_per_token_before"]
     lines = command("plan", TINY, "--method", "mha2mla", "--cache-ratio", 0.5).splitlines()
     assert len(lines) == 1 + 4 + 1
     assert lines[-1].split("\t")[1:] == ["all", "", "", "", "2048", "1024 (50.00%)", "", "", ""]

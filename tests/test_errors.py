@@ -245,6 +245,12 @@ CONVERT = {
         2,
         "others/tokenizer.json' exists",
     ),
+    "int8 in a folder": ("{nano} --out {out}/folder --cache-type int8", 2, "Only an ONNX file for ONNX Runtime"),
+    "int8 for TensorRT": (
+        "{nano} --out {out}.onnx --target tensorrt --cache-type int8",
+        2,
+        "Only an ONNX file for ONNX Runtime",
+    ),
     "unknown suffix": ("{nano} --out {out}.safetensors", 2, "'.safetensors' is not known"),
     "suffix only": ("{nano} --out {place}/.onnx", 2, ".onnx"),
     "folder like a file": ("{nano} --out {place}/folder.onnx", 2, "is a folder"),

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mla_compile import api, verify
-from mla_compile.errors import VerificationError
+from mla_compile.errors import UsageError, VerificationError
 from mla_compile.evaluate import original_scorer
 from mla_compile.runtime.generate import generate
 from mla_compile.runtime.module import LatentModel, LatentOutput
@@ -157,6 +157,22 @@ def test_a_right_file_passes(compiled, decoder):
     assert error < ROUNDING
     assert greedy == 1.0
     assert measured == compiled.report.cache_bytes_after
+
+
+def test_an_int8_file_says_what_it_costs(program, compiled, tmp_path):
+    """Its cache takes a byte per number and two scales per layer; no other form has one."""
+    int8 = api.compile(program.exported, method="mha2mla", cache_ratio=0.5, cache_type="int8")
+    report = int8.to_onnx(tmp_path / "model.onnx")
+    found = report.verification
+    assert found.cache_bytes_per_token == report.cache_bytes_after == sum(row + 8 for row in int8.module.rows)
+    assert report.cache_bytes_after < compiled.report.cache_bytes_after / 2
+    assert found.lowering_error <= verify.QUANTISED_TOLERANCE * found.quantisation_error
+    assert 1e-4 < found.quantisation_error < 0.1
+    refused = pytest.raises(UsageError, match="Only an ONNX file for ONNX Runtime has an int8 cache")
+    with refused:
+        int8.save(tmp_path / "folder")
+    with refused:
+        int8.to_tensorrt(tmp_path / "engine.onnx")
 
 
 def test_a_wrong_file_is_caught(compiled, decoder, monkeypatch):

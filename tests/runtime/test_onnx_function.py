@@ -168,15 +168,19 @@ def result_dimensions(case) -> list[list[str | int]]:
     return [["B", "S", case.heads, case.v_dim], ["B", "T", dimensions(case)["row"][-1]]]
 
 
-def make_model(nodes, functions, inputs, outputs, opset: int = 23) -> onnx.ModelProto:
-    """A model of ours, checked; ``inputs`` and ``outputs`` map names to dimensions."""
-    kinds = {name: TensorProto.INT64 if name.startswith("attention_mask") else TensorProto.FLOAT for name in inputs}
+def make_model(nodes, functions, inputs, outputs, opset: int = 23, codes=()) -> onnx.ModelProto:
+    """A model of ours, checked; ``inputs`` and ``outputs`` map names to dimensions, ``codes`` are those of bytes."""
+
+    def described(name, shape):
+        kind = TensorProto.INT64 if name.startswith("attention_mask") else TensorProto.FLOAT
+        return helper.make_tensor_value_info(name, TensorProto.UINT8 if name in codes else kind, shape)
+
     model = helper.make_model(
         helper.make_graph(
             nodes,
             "nodes",
-            [helper.make_tensor_value_info(name, kinds[name], shape) for name, shape in inputs.items()],
-            [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in outputs.items()],
+            [described(name, shape) for name, shape in inputs.items()],
+            [described(name, shape) for name, shape in outputs.items()],
         ),
         functions=functions,
         opset_imports=[helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, VERSION)],

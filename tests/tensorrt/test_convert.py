@@ -85,6 +85,8 @@ def test_run_says_what_the_original_says(plan, capsys):
         assert text == words.decode(expected, skip_special_tokens=True)
     assert main(["run", str(plan), "--prompt", "Lily", "--threads", "2"]) == 2
     assert "which has no such threads" in capsys.readouterr().err
+    assert main(["run", str(plan), "--prompt", "Lily", "--provider", "cpu"]) == 2
+    assert "Leave --provider out" in capsys.readouterr().err
 
 
 def test_there_is_no_more_room_than_the_model_has_places(plan):

@@ -37,6 +37,18 @@ def test_a_trained_folder_becomes_onnx(plain, cache, tmp_path):
     assert [layer["kv_rank"] for layer in decoder.metadata["layers"]] == [8, 8]
 
 
+def test_a_folder_becomes_a_file_with_an_int8_cache(plain, tmp_path, capsys):
+    file = tmp_path / "onnx" / "model.onnx"
+    assert main(["export", str(plain.folder), "--out", str(file), "--cache-type", "int8"]) == 0
+    report, decoder = json.loads((file.parent / "report.json").read_text()), OnnxDecoder(file)
+    cost, error = (report["verification"][f"{name}_error"] for name in ("quantisation", "lowering"))
+    assert f"rounded to int8, which changes its logits by {cost:.1e} (" in capsys.readouterr().out
+    assert error <= cost / 2 < 0.1
+    assert decoder.cache_bytes_per_token == report["cache"]["bytes_per_token_after"] == sum(decoder.rows) + 2 * 8
+    assert report["cache"]["ratio"] == decoder.cache_bytes_per_token / report["cache"]["bytes_per_token_before"]
+    assert decoder.metadata["config"]["cache_type"] == report["config"]["cache_type"] == "int8"
+
+
 def test_a_saved_folder_becomes_nothing_but_onnx(plain, tmp_path):
     with pytest.raises(UsageError, match="--finetune"):
         write_saved_onnx(open_saved(plain.folder), tmp_path / "checkpoint", make_config(), force=False)
