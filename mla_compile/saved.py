@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from mla_compile import verify
-from mla_compile.artifacts import check_target, copy_assets, moved_into, read_folder, stored_metadata
+from mla_compile.artifacts import check_target, copy_assets, moved_into, read_assets, read_folder, stored_metadata
 from mla_compile.config import CompileConfig
 from mla_compile.errors import LoadError, UsageError
 from mla_compile.passes.lower_onnx import export_rewritten, lower_to_onnx
@@ -59,11 +59,11 @@ def open_saved(folder: Path) -> Saved:
         LoadError: It holds no converted model.
     """
     module = read_folder(folder)
-    report = _stored(folder / "report.json")
+    stored = folder / "report.json"
+    report = json.loads(stored.read_text("utf-8")) if stored.is_file() else {}
     if "cache" not in report:
         raise LoadError(f"'{folder}' has no report.json of its conversion.", "Convert the model again.")
-    config, generation = (_stored(folder / f"{name}.json") for name in ("config", "generation_config"))
-    return Saved(folder, module, Assets(str(folder), config, generation), report)
+    return Saved(folder, module, read_assets(folder), report)
 
 
 def write_trained(
@@ -150,9 +150,3 @@ def _finished(report: dict[str, Any], folder: Path) -> dict[str, Any]:
     report = {**report, "artifacts": {p.name: p.stat().st_size for p in sorted(folder.iterdir())}}
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report
-
-
-def _stored(path: Path) -> dict[str, Any]:
-    """A JSON object, empty where there is no file."""
-    found: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    return found
