@@ -306,6 +306,8 @@ def show_report(report: Report, out: Path) -> None:
             ["rewrite at full rank vs original", f"{v.rewrite_error:.1e}"],
             ["decode vs whole sequence", f"{v.decode_error:.1e}"],
         ]
+        if v.rounding is not None:
+            rows.append(["roundings of the type, original -> converted", "{:.1e} -> {:.1e}".format(*v.rounding)])
         if v.lowering_error is not None:
             greedy = "" if v.lowering_greedy is None else f", greedy {v.lowering_greedy:.0%} equal"
             rows.append(["ONNX Runtime vs PyTorch", f"{v.lowering_error:.1e}{greedy}"])

@@ -51,6 +51,8 @@ class Verification:
         engine_error: A TensorRT engine against ONNX Runtime; None without an engine.
         quantisation_error: The converted module with rows rounded as a quantised cache rounds them, which is then what
             ONNX Runtime is compared with, against the same without; None where the cache is not quantised.
+        rounding: What roundings of float16 or bfloat16 change in the original and in the converted model, against
+            either in float32, in which all other PyTorch models above are compared then; None for float32.
     """
 
     rewrite_error: float
@@ -64,6 +66,7 @@ class Verification:
     text: bool
     engine_error: float | None = None
     quantisation_error: float | None = None
+    rounding: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,7 @@ from mla_compile.passes.quantise_cache import check_quantisable
 from mla_compile.program import AnyProgram
 from mla_compile.quiet import quiet_exporter
 from mla_compile.runtime import ops
-from mla_compile.runtime.module import cache_windows
+from mla_compile.runtime.module import cache_dtype, cache_windows
 from mla_compile.runtime.onnx_cache import PAST, PAST_SCALE, PRESENT, PRESENT_SCALE, ROOM, WINDOW
 from mla_compile.runtime.onnx_function import CACHED, DOMAIN, LATENT, VERSION, Variant, attention_function
 from mla_compile.runtime.onnx_quantised import SCALES
@@ -65,7 +65,6 @@ _BATCH, _NEW, _PAST, _ENCODED, _ROOM = 2, 3, 5, 7, 11
 def export_rewritten(
     module: fx.GraphModule,
     rows: Sequence[int],
-    dtype: torch.dtype = torch.float32,
     *,
     cross: Sequence[int] = (),
     masked: bool = False,
@@ -77,7 +76,6 @@ def export_rewritten(
     Args:
         module: From :func:`~mla_compile.passes.insert_latent.insert_latent`.
         rows: Cache row length per layer.
-        dtype: Type of the caches.
         cross: Row length per cross attention layer of a decoder.
         masked: Whether the decoder reads a padding mask over them.
         static: Whether the graph's caches have a size of their own.
@@ -86,7 +84,7 @@ def export_rewritten(
     Returns:
         The exported program; symbols and guards are torch's own.
     """
-    ids = torch.zeros(_BATCH, _NEW, dtype=torch.long)
+    ids, dtype = torch.zeros(_BATCH, _NEW, dtype=torch.long), cache_dtype(module)
     cached = _ROOM if static else _PAST
     example = (
         ids,
