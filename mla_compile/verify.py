@@ -8,11 +8,15 @@ an exact answer:
 3. lowering: ONNX Runtime must equal the converted PyTorch module; with a quantised cache, the same module with rows
    that are rounded as the cache rounds them, which alone is compared with the module that it comes from.
 
+In float16 and bfloat16 every link is of the same computation in float32, where it is exact again, and what the type's
+roundings change is compared with what they change in the original.
+
 What is left between the original and the converted model is then the price of the smaller cache, which is reported.
 """
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,10 +28,12 @@ from torch import Tensor, fx
 from mla_compile.errors import VerificationError
 from mla_compile.evaluate import Scorer, relative_error
 from mla_compile.passes.quantise_cache import with_quantised_rows
-from mla_compile.passes.retype import widened
+from mla_compile.passes.retype import NARROW, widened
+from mla_compile.passes.retype_onnx import write_float32_copy
 from mla_compile.report import Verification
 from mla_compile.runtime.generate import Ids, generate
 from mla_compile.runtime.module import LatentModel, LatentSeq2Seq, LowRankModel, cache_dtype
+from mla_compile.runtime.onnx_cache import OnnxCache
 from mla_compile.runtime.onnx_quantised import quantised_bytes
 from mla_compile.runtime.onnx_session import OnnxDecoder, open_session
 from mla_compile.runtime.ops import kept_rows
@@ -214,6 +220,8 @@ def check_lowering(
     Raises:
         VerificationError: The runtimes disagree, or the cache is not as small as planned.
     """
+    if cache_dtype(converted.graph) in NARROW:
+        return _check_narrow(converted, path, ids, planned_bytes)
     decoder = OnnxDecoder(path)
     reference, cost = converted, None
     if cache_type == "int8":
@@ -227,6 +235,38 @@ def check_lowering(
         "cache_bytes_per_token": measured,
         "quantisation_error": cost,
     }
+
+
+def _check_narrow(converted: LatentModel, path: Path, ids: Tensor, planned_bytes: int) -> dict[str, Any]:
+    """Run the third link on a file in float16 or bfloat16.
+
+    A float32 copy of the file must equal the module in float32, as tightly as ever. ONNX Runtime's CPU provider runs
+    float16 besides, whose roundings must not be much larger than the module's own.
+    """
+    dtype, wide = cache_dtype(converted.graph), _wide(converted)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        copy = Path(folder) / path.name
+        write_float32_copy(path, copy)
+        copied = planned_bytes * torch.float32.itemsize // dtype.itemsize
+        error, greedy, measured = check_onnx(wide, OnnxDecoder(copy), ids, copied)
+    found = {
+        "lowering_error": error,
+        "lowering_greedy": greedy,
+        "lowering_copy": True,
+        "cache_bytes_per_token": measured * dtype.itemsize // torch.float32.itemsize,
+    }
+    if dtype != torch.float16:
+        return found
+    decoder = OnnxDecoder(path)
+    with torch.inference_mode():
+        exact = wide(ids).logits
+        usual = relative_error(converted(ids).logits.float(), exact)
+    logits = torch.from_numpy(_onnx_in_chunks(decoder, ids.numpy())).float()
+    _require_rounding("ONNX Runtime", relative_error(logits, exact), usual, dtype)
+    _require_planned(decoder, planned_bytes)
+    held = decoder.measured_bytes(_filled(decoder, ids))
+    _require_bytes(held, len(ids) * _cache_bytes(converted, ids.shape[1]), ids)
+    return {**found, "lowering_rounding": relative_error(logits, exact)}
 
 
 def check_onnx(
@@ -259,19 +299,25 @@ def check_onnx(
     prompt = ids[0, : ids.shape[1] - ids.shape[1] // 2].tolist()
     count = min(GREEDY_TOKENS, ids.shape[1] // 2)
     greedy = _agreement(decoder.generate([prompt], count)[0], generate(TorchDecoder(converted), [prompt], count)[0])
-    held = []
-    for part in (ids[:, :1].numpy(), ids.numpy()):
-        ones = np.ones_like(part)
-        _, cache = decoder.step(part, ones, ones.cumsum(1) - 1, decoder.empty_cache(*part.shape))
-        held.append(decoder.measured_bytes(cache))
+    held = [decoder.measured_bytes(_filled(decoder, part)) for part in (ids[:, :1], ids)]
+    _require_planned(decoder, planned_bytes)
+    held_by_one = _cache_bytes if quantisation_error is None else _quantised_cache_bytes
+    _require_bytes(held[1], len(ids) * held_by_one(converted, ids.shape[1]), ids)
+    return error, greedy, held[0] // len(ids)
+
+
+def _filled(decoder: OnnxDecoder, ids: Tensor) -> OnnxCache:
+    """The cache of whole sequences."""
+    ones = np.ones(ids.shape, np.int64)
+    return decoder.step(ids.numpy(), ones, ones.cumsum(1) - 1, decoder.empty_cache(*ids.shape))[1]
+
+
+def _require_planned(decoder: OnnxDecoder, planned_bytes: int) -> None:
     if decoder.cache_bytes_per_token != planned_bytes:
         raise VerificationError(
             f"A token takes {decoder.cache_bytes_per_token} bytes of cache, but the plan says {planned_bytes}.",
             "Report this with the model's config.json.",
         )
-    held_by_one = _cache_bytes if quantisation_error is None else _quantised_cache_bytes
-    _require_bytes(held[1], len(ids) * held_by_one(converted, ids.shape[1]), ids)
-    return error, greedy, held[0] // len(ids)
 
 
 def _cache_bytes(model: LatentModel, tokens: int) -> int:
