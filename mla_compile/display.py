@@ -199,7 +199,7 @@ def plan_rows(
     cache_type: str = "float32",
     source_type: str = "float32",
 ) -> dict[str, Any]:
-    """A plan as data; bytes are of ``source_type`` before and ``cache_type`` after, those of ``costs`` the machine's."""
+    """A plan as data; bytes are of ``source_type`` before and ``cache_type`` after, those of ``costs`` of its own."""
     import dataclasses
 
     from mla_compile.plan import cache_elements
