@@ -354,6 +354,7 @@ def compile(
         sites=tuple(sites),
         kept=kept,
         plans=plans,
+        widths=tuple(task.widths),
         bytes_per_element=torch.float32.itemsize,
         selection=config.selection if config.method == "mha2mla" else config.method,
         stages=(),

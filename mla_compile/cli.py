@@ -977,8 +977,31 @@ def verify(
         display.show_check(folder, error, greedy)
 
 
+@app.command()
+def report(
+    source: Annotated[Path, typer.Argument(help="A report.json, or the folder that it is in.")],
+    measurement: Annotated[
+        Path | None,
+        typer.Option("--eval", help="What 'eval ... --original MODEL --json' printed: draws quality over cache kept."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The .html file to write.", show_default="report.html beside it", rich_help_panel=_OUTPUT),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace existing files.", rich_help_panel=_OUTPUT)] = False,
+) -> None:
+    """Draw the report of a conversion as one page; every conversion writes one, this draws it again."""
+    from mla_compile.artifacts import write_page
+    from mla_compile.report_page import PAGE, read_measurement, read_report
+
+    found = read_report(source)
+    page = out or (source if source.is_dir() else source.parent) / PAGE
+    write_page(found, page, None if measurement is None else read_measurement(measurement), force)
+    typer.echo(str(page))
+
+
 _COMMANDS = frozenset(
-    {"convert", "inspect", "plan", "run", "eval", "verify", "tensorrt", "build-plugin", "finetune", "export"}
+    {"convert", "inspect", "plan", "run", "eval", "verify", "tensorrt", "build-plugin", "finetune", "export", "report"}
 )
 
 
