@@ -24,6 +24,8 @@ __all__ = [
     "write_report",
 ]
 
+_OF_DECODERS = ("cache", "quality", "polish", "training")
+"""What reports of other models do not have."""
 PAGE = "report.html"
 """What the page beside a ``report.json`` is called."""
 
@@ -88,7 +90,7 @@ def render_page(report: Mapping[str, Any], measurement: Mapping[str, Any] | None
     )
     loader.filters |= {"count": _count, "bytes": _bytes, "percent": _percent, "error": _error}
     return loader.get_template("report.html").render(
-        report=report,
+        report=dict.fromkeys(_OF_DECODERS) | dict(report),
         name=Path(report["source"]).name,
         kind=report.get("kind", "decoder"),
         shapes=_shapes(report["layers"]),
