@@ -85,7 +85,7 @@ def check_target(path: Path, force: bool) -> None:
     if path.suffix and path.suffix != ".onnx":
         raise UsageError(
             f"'{path}' does not say what to write: '{path.suffix}' is not known.",
-            "Name a .onnx or .plan file, or a folder without a suffix.",
+            "Name a .onnx, .plan or .gguf file, or a folder without a suffix.",
         )
     if path.suffix == ".onnx" and importlib.util.find_spec("onnxruntime") is None:
         raise UsageError(
@@ -160,7 +160,7 @@ def check_neighbours(path: Path, source: str, assets: Assets, force: bool) -> No
         UsageError: Configuration, tokenizer or report of something else lies where this model's would go, or it is the
             folder of the original, which is never written to.
     """
-    folder = path.parent if path.suffix in (".onnx", ".plan") else path
+    folder = path.parent if path.suffix in (".onnx", ".plan", ".gguf") else path
     if Path(source).is_dir() and folder.exists() and folder.samefile(source):
         raise UsageError(f"'{folder}' is the folder of the original model.", "Choose another folder.")
     if force:

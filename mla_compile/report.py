@@ -206,6 +206,7 @@ class CheckpointFacts:
         error: Stock transformers against the converted PyTorch module: ``max |difference| / max |logit|``.
         greedy: Equal greedy tokens of the two, as a fraction.
         caveats: Why engines other than transformers would compute something else.
+        llama_cpp_error: llama.cpp against the converted module, likewise; None where it did not run.
     """
 
     latent: int
@@ -215,6 +216,7 @@ class CheckpointFacts:
     error: float
     greedy: float
     caveats: tuple[str, ...] = ()
+    llama_cpp_error: float | None = None
 
 
 @dataclass(frozen=True)
