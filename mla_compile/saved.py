@@ -23,7 +23,6 @@ from mla_compile.report import Training
 from mla_compile.report_page import write_report
 from mla_compile.runtime.module import LatentModel
 from mla_compile.runtime.onnx_quantised import quantised_bytes
-from mla_compile.runtime.onnx_session import OnnxDecoder
 
 __all__ = ["Saved", "open_saved", "write_saved_onnx", "write_trained"]
 
@@ -137,7 +136,8 @@ def write_saved_onnx(saved: Saved, path: Path, form: CompileConfig, *, force: bo
             static=form.cache == "static",
             quantised=int8,
         )
-        vocabulary = OnnxDecoder(file).vocabulary
+        with torch.inference_mode():
+            vocabulary = saved.module(torch.zeros(1, 1, dtype=torch.long)).logits.shape[-1]
         ids = torch.randint(0, vocabulary, (2, _CHECKED), generator=torch.Generator().manual_seed(0))
         checked = verify.check_lowering(saved.module, file, ids, sizes[1], form.cache_type)
         verification = {**(saved.report["verification"] or {}), **checked}
