@@ -25,6 +25,7 @@ import mla_compile
 from mla_compile import frontend
 from mla_compile.cli import main
 from mla_compile.corpus import load_tokenizer, read_documents, token_windows, tokenize
+from mla_compile.errors import LoadError, UsageError
 from mla_compile.runtime.onnx_session import OnnxDecoder
 
 ROOT = Path(__file__).parents[1]
@@ -515,6 +516,29 @@ def test_ragged_batch_in_python(compiled):
         together = compiled.module(ids, mask).logits
         alone = compiled.module(torch.tensor([rows[1]])).logits
         assert (together[1, -1] - alone[0, -1]).abs().max() < ROUNDING * alone.abs().max()
+
+
+def test_a_module_read_back_and_saved_again_is_the_same_bytes(compiled, tmp_path):
+    """And nothing in it says where it was made."""
+    compiled.save(tmp_path / "first")
+    mla_compile.save(mla_compile.load(tmp_path / "first"), tmp_path / "second", like=tmp_path / "first")
+    names = {f.name for f in (tmp_path / "first").iterdir()}
+    assert names == {f.name for f in (tmp_path / "second").iterdir()}
+    for name in names:
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes(), name
+    assert b"modeling_llama.py" not in (tmp_path / "first" / "model.pt2").read_bytes()
+    with pytest.raises(UsageError, match="exists already"):
+        mla_compile.save(compiled.module, tmp_path / "second", like=tmp_path / "first")
+    with pytest.raises(LoadError, match="holds no converted model"):
+        mla_compile.save(compiled.module, tmp_path / "third", like=tmp_path)
+
+
+def test_format_hf_is_that_folder(tmp_path, capsys):
+    words = ["--format", "hf", "--method", "mha2mla", "--kv-rank", "8", "--no-verify", "--quiet"]
+    command(TINY, "--out", tmp_path / "out", *words)
+    assert mla_compile.load(tmp_path / "out").rows == (16,) * 4
+    assert main([str(TINY), "--out", str(tmp_path / "x.onnx"), *words]) == 2
+    assert "the format hf is a folder" in capsys.readouterr().err
 
 
 def test_saved_module_is_read_back(compiled, tmp_path):
