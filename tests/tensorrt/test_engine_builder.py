@@ -73,6 +73,20 @@ def test_what_tensorrt_does_not_build_is_one_sentence_with_its_reason(rtx, lower
         build(rtx, lowered("llama-gqa").path, settings)
 
 
+def test_weights_can_be_streamed_and_refitted(rtx, lowered, monkeypatch):
+    """What the builder was told; it takes both together, and keeps every weight by its name."""
+    told, create = [], rtx.Builder.create_builder_config
+    monkeypatch.setattr(rtx.Builder, "create_builder_config", lambda builder: told.append(create(builder)) or told[-1])
+    settings = EngineSettings(batch=4, room=32, prompt=6, weight_streaming=True, refit=True)
+    built, _ = build(rtx, lowered("llama-gqa").path, settings)
+    flags = {name for name, flag in rtx.BuilderFlag.__members__.items() if told[0].get_flag(flag)}
+    assert {"WEIGHT_STREAMING", "REFIT"} <= flags
+    assert "VERSION_COMPATIBLE" not in flags
+    names = {w.name for w in lowered("llama-gqa").proto.graph.initializer if w.name.endswith("weight")}
+    assert names
+    assert all(name.encode() in built for name in names)
+
+
 def test_an_interrupt_ends_the_build(rtx, lowered):
     def interrupt():
         raise KeyboardInterrupt
