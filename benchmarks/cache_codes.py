@@ -23,13 +23,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import mla_compile
+from mla_compile.calibration import cut_windows, read_text
+from mla_compile.config import make_config
 from mla_compile.corpus import load_tokenizer, read_documents, token_windows, tokenize
 from mla_compile.evaluate import compare
+from mla_compile.frontend import load_program
+from mla_compile.passes.gauge import balanced
+from mla_compile.passes.methods import METHODS
 from mla_compile.passes.quantise_cache import with_rows
+from mla_compile.passes.recognise import recognise
+from mla_compile.passes.task import Task
 from mla_compile.report import environment
 from mla_compile.runtime.kernels.codes import Codes, decode, encode
 from mla_compile.runtime.module import LatentModel
+from mla_compile.statistics_cache import open_cache
 
 _LENGTH = 256
 _GROUPS = (64, 32, 16)
@@ -75,10 +82,12 @@ class Row:
 
 def measure(folder: Path, arguments: argparse.Namespace) -> list[Row]:
     """Convert one model and run it in every way beside itself."""
-    ratio, text = arguments.cache_ratio, str(arguments.calibration)
-    made = mla_compile.compile(str(folder), cache_ratio=ratio, calibration=text)
-    assert isinstance(made, mla_compile.CompiledModel)
-    plans, model = made.report.plans, made.module
+    program, config = load_program(folder), make_config(method="fisher", cache_ratio=arguments.cache_ratio)
+    found, text = recognise(program), cut_windows(program, read_text(arguments.calibration), None, config)
+    assert text is not None
+    task = Task(program, found.sites, found.rejections, config, text.calibration, cache=open_cache(True))
+    choice = METHODS[config.method](task)
+    plans, model = choice.plans, task.rewrite(tuple(map(balanced, choice.weights)))
     widest = max(plan.kv_rank for plan in plans)
     kinds = {codes.value: (codes, widest) for codes in Codes}
     kinds |= {f"int4, a scale per {group} channels": (Codes.INT4, group) for group in _GROUPS if group < widest}
@@ -86,9 +95,9 @@ def measure(folder: Path, arguments: argparse.Namespace) -> list[Row]:
     models += [with_rounded_latents(model, partial(rounded, codes=c, group=g)) for c, g in kinds.values()]
     windows = token_windows(tokenize(read_documents(arguments.text), load_tokenizer(str(folder))), _LENGTH)
     scores = [lambda ids, model=model: model(ids).logits for model in models]
-    found = compare(scores, windows[: arguments.windows])
+    results = compare(scores, windows[: arguments.windows])
     rows = []
-    for name, result in zip(("16 bits", *kinds), found, strict=True):
+    for name, result in zip(("16 bits", *kinds), results, strict=True):
         bytes_per_token = sum(model.rows) * 2.0
         if name != "16 bits":
             codes, group = kinds[name]

@@ -136,7 +136,7 @@ def _int4_to_halves(x: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
     """Low and high nibbles, less 8, as float16: the half with bits ``0x6400 | n`` is ``1024 + n``."""
     if _INTERPRETED:
         return (x & 15).to(tl.float16) - 8, (x >> 4).to(tl.float16) - 8
-    return tl.inline_asm_elementwise(
+    low, high = tl.inline_asm_elementwise(
         """{
         .reg .b32 t, m, n;
         mov.b32 m, 0x64646464;
@@ -159,6 +159,7 @@ def _int4_to_halves(x: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
         is_pure=False,
         pack=4,
     )
+    return low, high
 
 
 @triton.jit
