@@ -257,6 +257,22 @@ VersionCompatible = Annotated[
         rich_help_panel=_TENSORRT,
     ),
 ]
+WeightStreaming = Annotated[
+    bool,
+    typer.Option(
+        "--weight-streaming",
+        help="An engine whose weights may stay in the host's memory where the GPU's has no room, which is slower.",
+        rich_help_panel=_TENSORRT,
+    ),
+]
+Refit = Annotated[
+    bool,
+    typer.Option(
+        "--refit",
+        help="An engine whose weights can be replaced without building it again, perhaps slower.",
+        rich_help_panel=_TENSORRT,
+    ),
+]
 NoPlugins = Annotated[
     bool,
     typer.Option("--no-plugins", help="Standard operators only, instead of our kernels.", rich_help_panel=_TENSORRT),
@@ -327,6 +343,8 @@ def convert(
     splits: Splits = 16,
     timing_cache: TimingCache = None,
     version_compatible: VersionCompatible = False,
+    weight_streaming: WeightStreaming = False,
+    refit: Refit = False,
     no_plugins: NoPlugins = False,
     max_ppl_ratio: Annotated[
         float | None,
@@ -390,7 +408,15 @@ def convert(
         from mla_compile.seq2seq_report import Seq2SeqReport
 
         engine = EngineSettings(
-            max_batch, max_length, max_prompt, splits, not no_plugins, version_compatible, timing_cache
+            max_batch,
+            max_length,
+            max_prompt,
+            splits,
+            not no_plugins,
+            version_compatible,
+            timing_cache,
+            weight_streaming=weight_streaming,
+            refit=refit,
         )
         if not for_tensorrt and engine != EngineSettings():
             raise UsageError(
@@ -911,6 +937,8 @@ def tensorrt(
     splits: Splits = 16,
     timing_cache: TimingCache = None,
     version_compatible: VersionCompatible = False,
+    weight_streaming: WeightStreaming = False,
+    refit: Refit = False,
     no_plugins: NoPlugins = False,
     force: Annotated[bool, typer.Option("--force", help="Replace existing files.", rich_help_panel=_OUTPUT)] = False,
     quiet: Quiet = False,
@@ -927,7 +955,15 @@ def tensorrt(
         )
     pieces = None if plugin == "cpp" else splits
     settings = EngineSettings(
-        max_batch, max_length, max_prompt, pieces, not no_plugins, version_compatible, timing_cache
+        max_batch,
+        max_length,
+        max_prompt,
+        pieces,
+        not no_plugins,
+        version_compatible,
+        timing_cache,
+        weight_streaming=weight_streaming,
+        refit=refit,
     )
     shown = display.make_display(quiet)
     with shown:
