@@ -780,6 +780,21 @@ def fine_tune(
             rich_help_panel=_TOWARDS,
         ),
     ] = "attention",
+    lora_rank: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Train adapters of this rank instead of the matrices, which they are added to in the end.",
+            show_default="none",
+            rich_help_panel=_TOWARDS,
+        ),
+    ] = 0,
+    lora_alpha: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Scale of adapters, times their rank.", show_default="the rank", rich_help_panel=_TOWARDS
+        ),
+    ] = None,
     tokens: TrainTokens = None,
     batch: Annotated[int, typer.Option(min=1, help="Windows per step, of all processes.", rich_help_panel=_PACE)] = 16,
     accumulate: Annotated[int, typer.Option(min=1, help="Pieces a step is computed in.", rich_help_panel=_PACE)] = 1,
@@ -830,6 +845,8 @@ def fine_tune(
         objective=objective,
         match_steps=match_steps,
         train=train,
+        lora_rank=lora_rank,
+        lora_alpha=lora_alpha,
         tokens=tokens,
         batch=batch,
         accumulate=accumulate,
