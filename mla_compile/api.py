@@ -326,6 +326,10 @@ def compile(
         )
     require_known_types(loaded)
     wanted = _result_type(loaded, config)
+    config = config.model_copy(update={"dtype": str(wanted).removeprefix("torch.")})
+    if "dtype" in loaded.assets.config:  # what lies beside the result says what that is in
+        stored = {**loaded.assets.config, "dtype": config.dtype}
+        loaded = dataclasses.replace(loaded, assets=dataclasses.replace(loaded.assets, config=stored))
     if out is not None:
         check_neighbours(out, loaded.source, loaded.assets, force)
     with stages.stage("recognise"):
@@ -640,12 +644,18 @@ def _result_type(program: AnyProgram, config: CompileConfig) -> torch.dtype:
     Raises:
         UsageError: The model cannot be had in that type, or its cache not in another.
     """
-    wanted = wanted_type(config) or program.dtype
+    # What stock code reads is made of several matrices each: rounded once, by whoever loads it in another type.
+    wanted = wanted_type(config) or (torch.float32 if config.for_stock_code else program.dtype)
     own, name = (str(x).removeprefix("torch.") for x in (program.dtype, wanted))
     if wanted not in (program.dtype, torch.float32):
         raise UsageError(
             f"'{program.source}' was exported in {own}, and its graph does not say what {name} must not round.",
             f"Export it in {name} (model.to(torch.{name}) before torch.export.export), or leave --dtype {name} out.",
+        )
+    if config.for_stock_code and wanted != torch.float32:
+        raise UsageError(
+            f"The format {config.format} is written in float32, not in {name}.",
+            f"Leave --dtype {name} out; what loads the result can round it.",
         )
     if config.cache_type != "auto" and wanted != torch.float32:
         raise UsageError(
