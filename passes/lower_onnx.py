@@ -361,7 +361,7 @@ def with_float32_logits(module: fx.GraphModule) -> None:
 
 
 def _without_narrow_einsums(module: fx.GraphModule) -> None:
-    """Write ``Einsum``, which ONNX does not define in bfloat16, in another way: ours as a product, others in float32."""
+    """Write ``Einsum``, which bfloat16 does not have in ONNX, otherwise: ours as a product, others in float32."""
     for node in [n for n in module.graph.nodes if n.target is torch.ops.aten.einsum.default]:
         equation, operands = node.args
         if equation == PER_HEAD:
