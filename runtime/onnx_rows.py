@@ -185,16 +185,16 @@ def rows_and_masks(*, static: bool, window: bool, slopes: bool, bidirectional: b
     if bidirectional:
         return [_ROWS, _SEEN_OPEN]
     if halves:
-        own = "earlier, total" if static else "P, T"
+        slots = "earlier, total" if static else "P, T"
         rows = _ROWS_HALVES.replace("T = Add (P, N)", "T = Identity (P)" if static else "T = Add (P, N)")
-        counted = [_ORDER, _DISTANCES.replace("OWN", own)] if window or slopes else []
+        apart = [_ORDER, _DISTANCES.replace("OWN", slots)] if window or slopes else []
         allowed = [_REACH, _ALLOWED_WINDOW] if window else [_ALLOWED]
         return [
             _SCALARS,
             rows,
             _HALVES_STATIC if static else _HALVES_GROW,
-            _SEEN.replace("OWN", own),
-            *counted,
+            _SEEN.replace("OWN", slots),
+            *apart,
             *allowed,
         ]
     seen = _SEEN.replace("OWN", "earlier, total" if static and not window else "P, T")
