@@ -740,6 +740,64 @@ def _check_eval(
         raise UsageError("A plot shows models beside their original, and none was given.", "Add --original MODEL.")
 
 
+@app.command("bench")
+def bench_speed(
+    model: Annotated[list[Path], typer.Argument(help="ONNX files made by mla-compile, of one original.")],
+    against: Annotated[
+        str, typer.Option(help="The original: what report.json beside the first file names, or any MODEL.")
+    ] = "original",
+    contexts: Annotated[
+        str | None,
+        typer.Option(
+            help="Tokens in the cache, such as 512,4096.", show_default="512,4096; the model's limit, if that is less"
+        ),
+    ] = None,
+    batches: Annotated[str, typer.Option(help="Sequences decoded together.")] = "1,8",
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of every file.")] = 15,
+    threads: Annotated[int, typer.Option(min=1, help="Threads per operator.")] = 1,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw speed over context, to a .svg or .png file.", rich_help_panel=_OUTPUT)
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing plot.", rich_help_panel=_OUTPUT)] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure speed and memory beside the original's fastest forms in ONNX Runtime, on the CPU."""
+    from mla_compile import display
+
+    if plot is not None:
+        from mla_compile.plot import check_plot
+
+        check_plot(plot, force)
+    sizes = _numbers("--contexts", contexts, 2) if contexts is not None else None
+    many = _numbers("--batches", batches, 1)
+    shown = display.make_display(quiet or as_json)
+    with shown:
+        from mla_compile.bench import Workload, bench
+
+        result = bench(model, against, Workload(sizes, many, rounds, threads), display=shown)
+    if plot is not None:
+        from mla_compile.plot import speed_figure, write_figure
+
+        write_figure(lambda: speed_figure(result), plot)
+    if as_json:
+        typer.echo(json.dumps(result.to_dict(), indent=2))
+    else:
+        display.show_benchmark(result)
+
+
+def _numbers(flag: str, text: str, least: int) -> tuple[int, ...]:
+    """Read numbers with commas between them, in order.
+
+    Raises:
+        UsageError: One is none, or too small.
+    """
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) >= least for part in parts):
+        raise UsageError(f"{flag} {text} is no list of numbers from {least} on.", "Put commas between them: 512,4096.")
+    return tuple(sorted({int(part) for part in parts}))
+
+
 @app.command("finetune")
 def fine_tune(
     folder: Annotated[Path, typer.Argument(help="A folder written by 'mla-compile convert MODEL --out FOLDER'.")],
@@ -1075,7 +1133,10 @@ def report(
 
 
 _COMMANDS = frozenset(
-    {"convert", "inspect", "plan", "run", "eval", "verify", "tensorrt", "build-plugin", "finetune", "export", "report"}
+    {
+        *("convert", "inspect", "plan", "run", "eval", "bench", "verify", "tensorrt", "build-plugin", "finetune"),
+        *("export", "report"),
+    }
 )
 
 
