@@ -208,8 +208,15 @@ CacheKind = Annotated[
 CacheType = Annotated[
     str,
     typer.Option(
-        help="What an ONNX file's caches hold: float32, or int8 codes with two scales per token, whose products are "
-        "of integers.",
+        help="What an ONNX file's caches hold: auto for numbers of the type --dtype, or int8 codes with two scales per "
+        "token, whose products are of integers; float32 is auto where that is the type.",
+        rich_help_panel=_OUTPUT,
+    ),
+]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="Type of weights and caches: float32, float16 or bfloat16; auto is the model's own.",
         rich_help_panel=_OUTPUT,
     ),
 ]
@@ -326,9 +333,10 @@ def convert(
     seq_len: SeqLen = None,
     no_cache: NoCache = False,
     tokenizer: Tokenizer = None,
+    dtype: Dtype = "auto",
     opset: Opset = None,
     cache: CacheKind = "dynamic",
-    cache_type: CacheType = "float32",
+    cache_type: CacheType = "auto",
     inline: Inline = False,
     format: Format = "auto",
     preset: Preset = "none",
@@ -395,6 +403,7 @@ def convert(
         seq_len=seq_len,
         seed=seed,
         opset=opset,
+        dtype=dtype,
         cache=cache,
         cache_type=cache_type,
         inline=inline,
@@ -522,7 +531,8 @@ def plan(
     calibration_tokens: CalibrationTokens = 65536,
     seq_len: SeqLen = None,
     no_cache: NoCache = False,
-    cache_type: CacheType = "float32",
+    dtype: Dtype = "auto",
+    cache_type: CacheType = "auto",
     context: Annotated[int, typer.Option(min=1, help="Tokens in the cache when a step's time is estimated.")] = 4096,
     batch: Annotated[int, typer.Option(min=1, help="Sequences that are decoded together.")] = 1,
     machine: Annotated[Literal["cpu", "gpu"], typer.Option(help="What to estimate the time on.")] = "cpu",
@@ -550,6 +560,7 @@ def plan(
         encoders=encoders,
         calibration_tokens=calibration_tokens,
         seq_len=seq_len,
+        dtype=dtype,
         cache_type=cache_type,
     )
     shown = display.make_display(quiet or as_json)
@@ -568,11 +579,12 @@ def plan(
         )
     step = DecodeStep(MACHINES[machine], context, batch)
     costs = decode_costs(planned.found.sites, planned.plans, planned.widths, step) if planned.widths else ()
+    held = "int8" if cache_type == "int8" else planned.dtype
     if as_json:
-        typer.echo(json.dumps(display.plan_rows(planned.plans, costs, step, cache_type), indent=2))
+        typer.echo(json.dumps(display.plan_rows(planned.plans, costs, step, held, planned.source_type), indent=2))
     else:
-        cached = cache_type if planned.found.sites else None
-        display.show_plan(planned.plans, costs, step, cached)
+        cached = held if planned.found.sites else None
+        display.show_plan(planned.plans, costs, step, cached, planned.source_type)
 
 
 @app.command()
@@ -956,7 +968,7 @@ def export(
     out: Annotated[Path, typer.Option(help="The .onnx or .gguf file to write.", rich_help_panel=_OUTPUT)],
     opset: Opset = None,
     cache: CacheKind = "dynamic",
-    cache_type: CacheType = "float32",
+    cache_type: CacheType = "auto",
     inline: Inline = False,
     force: Annotated[bool, typer.Option("--force", help="Replace existing files.", rich_help_panel=_OUTPUT)] = False,
     as_json: AsJson = False,

@@ -250,6 +250,8 @@ class Report:
         training: What fine-tuning did, if there was any; quality was measured behind it, everything else before.
         warnings: What the user should know.
         artifacts: Written files and their sizes in bytes.
+        kept: Layers with an ordinary cache.
+        source_bytes_per_element: Size of one number of the original's cache, if it is another.
     """
 
     source: str
@@ -270,6 +272,7 @@ class Report:
     warnings: tuple[str, ...] = ()
     artifacts: Mapping[str, int] = field(default_factory=dict)
     kept: tuple[Rejection, ...] = ()
+    source_bytes_per_element: int | None = None
     widths: tuple[int, ...] = ()
 
     @property
@@ -294,7 +297,8 @@ class Report:
     @property
     def cache_bytes_before(self) -> int:
         """Bytes a plain KV cache adds per token."""
-        return (cache_elements(self.plans)[0] + self._kept_elements) * self.bytes_per_element
+        itemsize = self.source_bytes_per_element or self.bytes_per_element
+        return (cache_elements(self.plans)[0] + self._kept_elements) * itemsize
 
     @property
     def cache_bytes_after(self) -> int:
