@@ -187,6 +187,14 @@ Preset = Annotated[
         rich_help_panel=_OUTPUT,
     ),
 ]
+QRank = Annotated[
+    int | None,
+    typer.Option(
+        help="With --format deepseek or gguf: numbers that the queries of a token are made from (q_lora_rank).",
+        show_default="none: queries are made directly",
+        rich_help_panel=_SIZE,
+    ),
+]
 TrainTokens = Annotated[
     int | None, typer.Option(min=1, help="Tokens to train on.", show_default="the text once", rich_help_panel=_TEXT)
 ]
@@ -316,6 +324,7 @@ def convert(
     inline: Inline = False,
     format: Format = "auto",
     preset: Preset = "none",
+    q_rank: QRank = None,
     shard_size: Annotated[
         float, typer.Option(min=0.001, help="GB per file of weights, with --format deepseek.", rich_help_panel=_OUTPUT)
     ] = 5.0,
@@ -364,6 +373,7 @@ def convert(
         layout="deepseek" if format in ("deepseek", "gguf") else layout,
         format=format,
         preset=preset,
+        q_rank=q_rank,
         selection=selection,
         rope_dims=rope_dims,
         svd=svd,

@@ -10,6 +10,7 @@ from mla_compile.checkpoint_folder import write_checkpoint
 from mla_compile.config import make_config
 from mla_compile.frontend import capture
 from mla_compile.passes.methods import METHODS
+from mla_compile.passes.query_rank import with_query_rank
 from mla_compile.passes.recognise import recognise
 from mla_compile.passes.task import Task
 from mla_compile.progress import Stages
@@ -29,9 +30,10 @@ class Conversions:
         self._programs, self._found = programs, {}
 
     def __call__(self, name, **settings):
-        if name not in self._found:
-            self._found[name] = self._convert(name, settings)
-        return self._found[name]
+        key = (name, *settings.items())
+        if key not in self._found:
+            self._found[key] = self._convert(name, settings)
+        return self._found[key]
 
     def _convert(self, name, settings):
         if name in OWN:
@@ -44,6 +46,9 @@ class Conversions:
         )
         task = Task(program, sites, (), config, models.tokens(4, 24))
         choice = METHODS[config.method](task)
+        weights = choice.weights
+        if config.q_rank is not None:
+            weights = with_query_rank(task, weights, config.q_rank)
         report = Report(
             source=program.source,
             config=config.model_dump(),
@@ -54,7 +59,7 @@ class Conversions:
             forecasts=choice.forecasts,
             deepseek=choice.deepseek,
         )
-        return task.rewrite(choice.weights), report, program.assets
+        return task.rewrite(weights), report, program.assets
 
 
 def write(conversion, folder, *, shard=10**9, force=False, checks=None, **changes):

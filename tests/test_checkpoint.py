@@ -124,6 +124,36 @@ def test_norms_of_latents_do_nothing(conversions, name, tmp_path):
     assert report.checkpoint.norm_error < 1e-9
 
 
+@pytest.mark.parametrize(
+    ("name", "asked", "length"), [("smollm", 1000, 48), ("smollm", 12, 12), ("qwen2", 30, 31), ("wide", 64, 64)]
+)
+def test_queries_have_a_latent_of_the_length_that_is_asked_for(conversions, name, asked, length, tmp_path):
+    """Biases take one entry more; at the full rank the module is that of a conversion without."""
+    settings = {**MODELS[name], "q_rank": asked}
+    module, _, _ = conversion = conversions(name, **settings)
+    report = write(conversion, tmp_path / "out")
+    model = stock(tmp_path / "out")
+    assert model.config.q_lora_rank == length
+    ids = models.tokens(3, 40, seed=7)
+    with torch.no_grad():
+        expected, got = module(ids).logits, model(ids).logits
+        whole = conversions(name, **MODELS[name])[0](ids).logits
+    assert (got - expected).abs().max() <= TOLERANCE * expected.abs().max()
+    assert report.checkpoint.error <= TOLERANCE
+    assert report.checkpoint.norm_error < 1e-9
+    change = (whole - expected).abs().max() / whole.abs().max()
+    assert change == 0 if name == "smollm" and asked > 48 else change > TOLERANCE or name == "wide"
+
+
+def test_queries_of_more_than_the_rank_that_was_asked_for_are_refused(conversions):
+    module, report, assets = conversions("smollm", **MODELS["smollm"])
+    report = dataclasses.replace(report, config={**report.config, "q_rank": 12})
+    with pytest.raises(RefusedError, match="of more than rank 12: training gave them more"):
+        dict(stock_checkpoint(module, report, assets.config).tensors())
+    with pytest.raises(UsageError, match="q_rank belongs to the format deepseek"):
+        make_config(q_rank=12)
+
+
 def test_large_latents_are_refused(conversions):
     module, report, assets = conversions("wide", **MODELS["wide"])
     module = copy.deepcopy(module)

@@ -28,6 +28,7 @@ MODELS = {
     "smollm": {"rope_dims": 8},
     "llama-yarn": {},
     "llama-linear": {},
+    "smollm:q": {"rope_dims": 8, "q_rank": 12},
 }
 
 
@@ -37,19 +38,20 @@ def files(conversions, tmp_path_factory):
     found = {}
 
     def call(name, **settings):
-        if name not in found:
+        name, key = name.split(":")[0], name
+        if key not in found:
             module, report, assets = conversions(name, **settings)
-            path = tmp_path_factory.mktemp(name) / "model.gguf"
+            path = tmp_path_factory.mktemp("gguf") / "model.gguf"
             report = write_gguf(module, report, assets, path, None, force=False, stages=Stages())
-            found[name] = path, report
-        return found[name]
+            found[key] = path, report
+        return found[key]
 
     return call
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_graph_of_llama_cpp_computes_the_same(conversions, files, name):
-    module, _, _ = conversions(name, **MODELS[name])
+    module, _, _ = conversions(name.split(":")[0], **MODELS[name])
     path, report = files(name, **MODELS[name])
     ids = models.tokens(1, 40, seed=7)
     with torch.no_grad():
