@@ -240,6 +240,13 @@ def _require_names(found: Set[str], source: str, layers: int) -> None:
     blocks = {f"{_BLOCKS}{i}.{name}" for i in range(layers) for name in _BLOCK}
     biases = {f"{_BLOCKS}{i}.{_OUTPUT}.bias" for i in range(layers)}
     missing, foreign = sorted({*blocks, *_OUTSIDE} - found), sorted(found - blocks - biases - {*_OUTSIDE})
+    experts = next((name for name in foreign if ".experts." in name), None)
+    if experts:
+        raise RefusedError(
+            f"'{source}' has experts ('{experts}'), and routers of DeepSeek-V3 weigh experts by sigmoids: a softmax, "
+            "as Mixtral and Qwen have it, gives other weights, and a router has no bias to make up for it.",
+            _REMEDY,
+        )
     if foreign or missing:
         what = f"no place for '{foreign[0]}'" if foreign else f"a '{missing[0]}', which it lacks"
         raise RefusedError(

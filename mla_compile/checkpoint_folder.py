@@ -32,7 +32,15 @@ from mla_compile.runtime.generate import generate
 from mla_compile.runtime.module import LatentModel
 from mla_compile.verify import TOLERANCE, TorchDecoder
 
-__all__ = ["DEFAULT_SHARD", "Expected", "check_folder", "read_expected", "verify_folder", "write_checkpoint"]
+__all__ = [
+    "DEFAULT_SHARD",
+    "Expected",
+    "FolderCheck",
+    "check_folder",
+    "read_expected",
+    "verify_folder",
+    "write_checkpoint",
+]
 
 DEFAULT_SHARD = 5 * 10**9
 """Bytes per file of weights, at most."""
@@ -57,6 +65,26 @@ class Expected:
     ids: Tensor
     greedy: int
     logits: Tensor
+
+
+@dataclass(frozen=True)
+class FolderCheck:
+    """What stock transformers made of a folder.
+
+    Attributes:
+        error: Of its logits: ``max |difference| / max |logit|``.
+        greedy: Greedy tokens that are equal, as a fraction.
+        cache_bytes_per_token: What its cache held, in float32.
+        norm_error: Largest relative error that norms of latents made.
+        without_biases: Divergence from the same predictions in nats per token, if biases of attention are left out;
+            None where there are none.
+    """
+
+    error: float
+    greedy: float
+    cache_bytes_per_token: float
+    norm_error: float
+    without_biases: float | None
 
 
 def check_folder(path: Path, force: bool) -> None:
@@ -114,15 +142,18 @@ def write_checkpoint(
         with stages.stage("verify checkpoint"):
             expected = _answers(module, checks, checkpoint)
             _keep(expected, folder)
-            error, greedy = _compare(folder, expected, _UNLIKE)
+            found = _compare(folder, expected, _UNLIKE)
         facts = CheckpointFacts(
             latent=int(checkpoint.config["kv_lora_rank"]),
             rope=int(checkpoint.config["qk_rope_head_dim"]),
             cache_bytes_per_token=checkpoint.cached_elements * report.bytes_per_element,
             norm_error=checkpoint.norm_error,
-            error=error,
-            greedy=greedy,
-            caveats=checkpoint.caveats,
+            error=found.error,
+            greedy=found.greedy,
+            caveats=_priced(checkpoint.caveats, found),
+            cache_bytes_measured=found.cache_bytes_per_token,
+            norm_error_measured=found.norm_error,
+            without_biases=found.without_biases,
         )
         report = dataclasses.replace(
             report,
@@ -138,14 +169,11 @@ def write_checkpoint(
     return report
 
 
-def verify_folder(folder: Path) -> tuple[float, float]:
+def verify_folder(folder: Path) -> FolderCheck:
     """Load a checkpoint in stock transformers, and compare it with what the converted module answered.
 
     Args:
         folder: A folder written by :func:`write_checkpoint`.
-
-    Returns:
-        The relative error of its logits, and the share of greedy tokens that are equal.
 
     Raises:
         LoadError: It is no such folder, or cannot be loaded.
@@ -220,8 +248,8 @@ def _keep(expected: Expected, folder: Path) -> None:
     np.savez(folder / _EXPECTED, **values)
 
 
-def _compare(folder: Path, expected: Expected, remedy: str) -> tuple[float, float]:
-    """Relative error of a folder's logits in stock transformers, and the share of equal greedy tokens.
+def _compare(folder: Path, expected: Expected, remedy: str) -> FolderCheck:
+    """Compare a folder in stock transformers with what the converted module answered.
 
     Logits are those of the whole text at once, and of its last part token by token with a cache. Where they pass, other
     tokens follow only where two were as likely.
@@ -231,8 +259,20 @@ def _compare(folder: Path, expected: Expected, remedy: str) -> tuple[float, floa
     """
     model: Any = huggingface.read_checkpoint(str(folder), "sdpa")
     ids, count = expected.ids[None], expected.greedy
+    norms = [part for name, part in model.named_modules() if name.endswith("_a_layernorm")]
+    changes = [0.0]
+    hooks = [
+        norm.register_forward_hook(
+            lambda norm, inputs, _: changes.append(
+                float(inputs[0].double().square().mean(-1).max()) / (2 * norm.variance_epsilon)
+            )
+        )
+        for norm in norms
+    ]
     with torch.inference_mode():
         whole = model(ids, use_cache=False).logits[0, -len(expected.logits) :]
+        for hook in hooks:
+            hook.remove()
         step = model(ids[:, :-count], use_cache=True)
         steps = [step.logits[0, -1]]
         for token in ids[0, -count:-1]:
@@ -246,7 +286,37 @@ def _compare(folder: Path, expected: Expected, remedy: str) -> tuple[float, floa
             f"largest logit (allowed: {TOLERANCE:.0e}).",
             remedy,
         )
-    return error, float((cached.argmax(-1) == expected.ids[-count:]).float().mean())
+    return FolderCheck(
+        error=error,
+        greedy=float((cached.argmax(-1) == expected.ids[-count:]).float().mean()),
+        cache_bytes_per_token=_bytes_held(step.past_key_values) / (ids.shape[1] - 1),
+        norm_error=max(changes),
+        without_biases=_without_biases(model, ids, whole),
+    )
+
+
+def _bytes_held(cache: Any) -> int:  # noqa: ANN401 - transformers' own
+    """Bytes of the tensors that a cache holds."""
+    return sum(x.numel() * x.element_size() for layer in cache.layers for x in (layer.keys, layer.values))
+
+
+def _without_biases(model: Any, ids: Tensor, whole: Tensor) -> float | None:  # noqa: ANN401 - transformers' own
+    """What predictions lose, in nats per token, in an engine that leaves the biases of attention out."""
+    biases = [p for name, p in model.named_parameters() if ".self_attn." in name and name.endswith(".bias")]
+    if not biases:
+        return None
+    with torch.inference_mode():
+        for bias in biases:
+            bias.zero_()
+        without = model(ids, use_cache=False).logits[0, -len(whole) :]
+    right, wrong = (x.double().log_softmax(-1) for x in (whole, without))
+    return float((right.exp() * (right - wrong)).sum(-1).mean())
+
+
+def _priced(caveats: Sequence[str], found: FolderCheck) -> tuple[str, ...]:
+    """Caveats, with what leaving out biases would cost."""
+    cost = f" (leaving them out costs {found.without_biases:.2g} nats per token)" if found.without_biases else ""
+    return tuple(f"{caveat}{cost}" if "biases" in caveat else caveat for caveat in caveats)
 
 
 def _card(report: Report, facts: CheckpointFacts) -> str:
@@ -269,10 +339,12 @@ def _card(report: Report, facts: CheckpointFacts) -> str:
         "| | |",
         "|---|---|",
         f"| cache bytes per token, float32 | {report.cache_bytes_before} -> {facts.cache_bytes_per_token} |",
+        f"| the same, measured in transformers | {facts.cache_bytes_measured:g} |",
         *_quality(report),
         f"| checkpoint in transformers against the converted module | {facts.error:.1e} of the largest logit |",
         f"| greedy tokens of the two that are equal | {facts.greedy:.0%} |",
-        f"| norm of the latent, which is made to do nothing | changes it by less than {facts.norm_error:.1e} |",
+        f"| norm of the latent, which is made to do nothing | changes it by less than {facts.norm_error:.1e} "
+        f"({facts.norm_error_measured:.1e} on the text compared) |",
         "",
         *_usage(facts.caveats),
         "",

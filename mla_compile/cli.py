@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -1001,11 +1002,15 @@ def verify(
     from mla_compile.checkpoint_folder import verify_folder
     from mla_compile.gguf_file import verify_gguf
 
-    error, greedy = (verify_gguf if checkpoint.suffix == ".gguf" else verify_folder)(checkpoint)
-    if as_json:
-        typer.echo(json.dumps({"error": error, "greedy": greedy}))
+    if checkpoint.suffix == ".gguf":
+        error, greedy = verify_gguf(checkpoint)
+        found: dict[str, float | None] = {"error": error, "greedy": greedy}
     else:
-        display.show_check(checkpoint, error, greedy)
+        found = dataclasses.asdict(verify_folder(checkpoint))
+    if as_json:
+        typer.echo(json.dumps(found))
+    else:
+        display.show_check(checkpoint, found)
 
 
 _COMMANDS = frozenset(

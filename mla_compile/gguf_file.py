@@ -232,9 +232,8 @@ def _require_expressible(stored: _Stored) -> None:
     lite = layers in _LITE_LAYERS or (layers, vocabulary) == _LITE_VOCABULARY
     scaling = config["rope_parameters"]["rope_type"]
     obstacles = {
-        "attention has biases, and its loader counts a tensor too many ('wrong number of tensors')": config.get(
-            "attention_bias"
-        ),
+        "attention has biases, and its loader takes no tensors for them ('wrong number of tensors')"
+        f"{_cost_of_biases(stored.folder)}": config.get("attention_bias"),
         f"rotations are scaled by '{scaling}', and its rope takes no table of factors": scaling == "llama3",
         "'truncate' of YaRN is false, and its ramp begins and ends at whole channels": (
             config["rope_parameters"].get("truncate", True) is False
@@ -249,6 +248,15 @@ def _require_expressible(stored: _Stored) -> None:
     for reason, present in obstacles.items():
         if present:
             raise RefusedError(f"llama.cpp cannot compute this checkpoint: {reason}.", _REMEDY)
+
+
+def _cost_of_biases(folder: Path) -> str:
+    """What leaving them out would cost, where it was measured."""
+    try:
+        cost = json.loads((folder / "report.json").read_text(encoding="utf-8"))["checkpoint"]["without_biases"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+    return f"; leaving them out would cost {cost:.2g} nats per token" if cost else ""
 
 
 def _add_sizes(writer: GGUFWriter, config: Mapping[str, Any]) -> None:

@@ -199,6 +199,10 @@ class CheckpointFacts:
         error: Stock transformers against the converted PyTorch module: ``max |difference| / max |logit|``.
         greedy: Equal greedy tokens of the two, as a fraction.
         caveats: Why engines other than transformers would compute something else.
+        cache_bytes_measured: What its cache held in stock transformers, per token.
+        norm_error_measured: The error of that norm on the text that was compared on.
+        without_biases: Divergence of predictions in nats per token, on that text, where an engine leaves the biases of
+            attention out; None where there are none.
         llama_cpp_error: llama.cpp against the converted module, likewise; None where it did not run.
     """
 
@@ -209,6 +213,9 @@ class CheckpointFacts:
     error: float
     greedy: float
     caveats: tuple[str, ...] = ()
+    cache_bytes_measured: float | None = None
+    norm_error_measured: float | None = None
+    without_biases: float | None = None
     llama_cpp_error: float | None = None
 
 
