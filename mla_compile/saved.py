@@ -31,9 +31,9 @@ from mla_compile.passes.lower_onnx import lower_to_onnx
 from mla_compile.plan import LatentPlan
 from mla_compile.program import Assets
 from mla_compile.report import Training
+from mla_compile.report_page import write_report
 from mla_compile.runtime.module import LatentModel
 from mla_compile.runtime.onnx_quantised import quantised_bytes
-from mla_compile.runtime.onnx_session import OnnxDecoder
 
 __all__ = ["Saved", "open_saved", "save", "write_saved_onnx", "write_trained"]
 
@@ -173,7 +173,8 @@ def write_saved_onnx(saved: Saved, path: Path, form: CompileConfig, *, force: bo
             static=form.cache == "static",
             quantised=int8,
         )
-        vocabulary = OnnxDecoder(file).vocabulary
+        with torch.inference_mode():
+            vocabulary = saved.module(torch.zeros(1, 1, dtype=torch.long)).logits.shape[-1]
         ids = torch.randint(0, vocabulary, (2, _CHECKED), generator=torch.Generator().manual_seed(0))
         checked = verify.check_lowering(saved.module, file, ids, sizes[1], form.cache_type)
         verification = {**(saved.report["verification"] or {}), **checked}
@@ -185,5 +186,5 @@ def write_saved_onnx(saved: Saved, path: Path, form: CompileConfig, *, force: bo
 def _finished(report: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Complete a report with what lies in its folder, and write it there."""
     report = {**report, "artifacts": {p.name: p.stat().st_size for p in sorted(folder.iterdir())}}
-    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_report(report, folder)
     return report
