@@ -204,7 +204,7 @@ def stock_checkpoint(module: LatentModel, report: Report, config: Mapping[str, A
     return Checkpoint(
         config=_written(stock.config),
         shapes=stock.shapes,
-        outside=lambda name: weights[name] * (stock.residual if name == _EMBEDDING else 1.0),
+        outside=lambda name: weights[name].float() * (stock.residual if name == _EMBEDDING else 1.0),
         block=lambda number: _block(layers[number], stock),
         norm_error=_norm_error(layers, stock),
         caveats=_caveats(stock.config),
@@ -401,7 +401,7 @@ def _norm_error(layers: Sequence[_Layer], stock: _Stock) -> float:
 def _block(layer: _Layer, stock: _Stock) -> dict[str, Tensor]:
     """The tensors of one block, by their names inside it."""
     mlp = {name: layer.rest[name] for name in _BLOCK}
-    scaled = {name: layer.rest[name] * stock.residual for name in ("mlp.down_proj.weight", f"{_OUTPUT}.weight")}
+    scaled = {name: layer.rest[name].float() * stock.residual for name in ("mlp.down_proj.weight", f"{_OUTPUT}.weight")}
     row = _row(layer, layer.matrix("row"), stock)
     found = {"kv_a_proj_with_mqa.weight": row, "kv_b_proj.weight": _up(layer, stock), **_query(layer, stock)}
     found["kv_a_layernorm.weight"] = torch.full((stock.config.kv_lora_rank,), _GAIN)

@@ -333,6 +333,8 @@ def show_report(report: Report, out: Path) -> None:
                 f"{c.norm_error:.1e} at most, {c.norm_error_measured:.1e} on the text",
             ],
         ]
+        if c.rounding_error is not None:
+            rows.append([f"weights in {c.dtype} change logits by", f"{c.rounding_error:.1e}"])
         if c.llama_cpp_error is not None:
             rows.append(["llama.cpp vs PyTorch", f"{c.llama_cpp_error:.1e}"])
     rows.append(["written", f"{out} ({sum(report.artifacts.values()) / 2**20:.1f} MiB)"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import models
+import torch
 
 from mla_compile.checkpoint_folder import write_checkpoint
 from mla_compile.config import make_config
@@ -23,21 +24,33 @@ OWN = {
 }
 
 
+def _narrow(module, dtype):
+    """A model as it is read in such a type: frequencies stay float32."""
+    kept = {name: value.clone() for name, value in module.named_buffers()}
+    module.to(dtype)
+    for name, value in kept.items():
+        module.get_buffer(name).data = value
+    return module
+
+
 class Conversions:
     """Converted modules by the name of the original, made at first use."""
 
     def __init__(self, programs):
         self._programs, self._found = programs, {}
 
-    def __call__(self, name, **settings):
-        key = (name, *settings.items())
+    def __call__(self, name, dtype=torch.float32, **settings):
+        key = (name, dtype, *settings.items())
         if key not in self._found:
-            self._found[key] = self._convert(name, settings)
+            self._found[key] = self._convert(name, dtype, settings)
         return self._found[key]
 
-    def _convert(self, name, settings):
+    def _convert(self, name, dtype, settings):
         if name in OWN:
             program = capture(OWN[name](), None)
+            sites = recognise(program).sites
+        elif dtype != torch.float32:
+            program = capture(_narrow(models.CONVERTIBLE[name](), dtype), None)
             sites = recognise(program).sites
         else:
             program, sites = self._programs[name].program, self._programs[name].sites
@@ -59,7 +72,7 @@ class Conversions:
             forecasts=choice.forecasts,
             deepseek=choice.deepseek,
         )
-        return task.rewrite(weights), report, program.assets
+        return task.rewrite(weights, dtype), report, program.assets
 
 
 def write(conversion, folder, *, shard=10**9, force=False, checks=None, **changes):

@@ -168,7 +168,7 @@ def test_writing_holds_a_file_and_a_block_of_weights(tmp_path):
     names = sorted(f"model.layers.{i:02}.{part}" for i in range(blocks) for part in ("a", "b"))
     shapes = dict.fromkeys(names, torch.Size([size]))
     (tmp_path / "config.json").write_text("{}")
-    _write_weights(Checkpoint({}, shapes, torch.zeros, block, 0.0, ()), tmp_path, limit)
+    _write_weights(Checkpoint({}, shapes, torch.zeros, block, 0.0, ()), tmp_path, limit, torch.float32)
     files = sorted(tmp_path.glob("*.safetensors"))
     assert len(files) == blocks
     assert load_file(files[7])["model.layers.07.b"].tolist() == [7.0] * size
@@ -213,6 +213,23 @@ def test_large_latents_are_refused(conversions):
         holder.row.mul_(1e5)
     with pytest.raises(RefusedError, match=r"might change them by 9.*e-02"):
         stock_checkpoint(module, report, assets.config)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_models_become_checkpoints_of_their_type(conversions, dtype, tmp_path):
+    """In float32 they compute what the widened module does; bfloat16 is written as such, and float16 cannot be."""
+    module, report, assets = conversions("smollm", **MODELS["smollm"], dtype=dtype)
+    facts = write((module, report, assets), tmp_path / "out").checkpoint
+    assert facts.error <= TOLERANCE
+    narrow = dtype == torch.bfloat16
+    kinds = {x.dtype for x in load_file(tmp_path / "out" / "model.safetensors").values()}
+    assert kinds == {torch.bfloat16 if narrow else torch.float32}
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["dtype"] == facts.dtype == ("bfloat16" if narrow else "float32")
+    assert facts.cache_bytes_measured == facts.cache_bytes_per_token == 2 * 28 * (2 if narrow else 4)
+    if narrow:  # every weight is rounded once more, by half of 2^-8
+        assert TOLERANCE < facts.rounding_error < 0.05
+        assert verify_folder(tmp_path / "out").error == pytest.approx(facts.rounding_error)
 
 
 def test_written_again_by_transformers_it_is_the_same(conversions, tmp_path):

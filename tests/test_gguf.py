@@ -29,6 +29,7 @@ MODELS = {
     "llama-yarn": {},
     "llama-linear": {},
     "smollm:q": {"rope_dims": 8, "q_rank": 12},
+    "smollm:b": {"rope_dims": 8, "dtype": torch.bfloat16},
 }
 
 
@@ -57,7 +58,10 @@ def test_the_graph_of_llama_cpp_computes_the_same(conversions, files, name):
     with torch.no_grad():
         expected = module(ids).logits[0].double().numpy()
     got = Graph(path).logits(ids[0].numpy())
-    assert np.abs(got - expected).max() <= TOLERANCE * np.abs(expected).max()
+    narrow = "dtype" in MODELS[name]  # weights are rounded to 2^-9, and so is what the module computes
+    assert np.abs(got - expected).max() <= (0.05 if narrow else TOLERANCE) * np.abs(expected).max()
+    kinds = {t.tensor_type.name for t in GGUFReader(path).tensors if len(t.shape) > 1}
+    assert kinds == {"BF16" if narrow else "F32"}
     assert report.checkpoint.error <= TOLERANCE
     assert {f.name for f in path.parent.iterdir()} == {"model.gguf", "report.json"}
 
@@ -67,8 +71,9 @@ def test_the_graph_of_llama_cpp_computes_the_same(conversions, files, name):
 def test_llama_cpp_computes_the_same(files, name):
     path, report = files(name, **MODELS[name])
     error, greedy = verify_gguf(path)
-    assert report.checkpoint.llama_cpp_error == error <= TOLERANCE
-    assert greedy == 1
+    narrow = "dtype" in MODELS[name]
+    assert report.checkpoint.llama_cpp_error == error <= (0.05 if narrow else TOLERANCE)
+    assert greedy == 1 or narrow
 
 
 def test_without_llama_cpp_it_is_said_that_nothing_was_checked(files):

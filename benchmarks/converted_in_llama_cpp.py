@@ -3,7 +3,7 @@
 Needs the extra `gguf` and llama-cpp-python, which is built from source:
 
     pip install '.[cpu,gguf]' llama-cpp-python
-    python benchmarks/llama_cpp.py MODEL [MODEL ...] --text TEXT --out benchmarks/llama_cpp.md
+    python benchmarks/converted_in_llama_cpp.py MODEL [MODEL ...] --text TEXT --out benchmarks/converted_in_llama_cpp.md
 
 Every model is converted with --format deepseek; the folder is exported to GGUF, and llama.cpp is compared with what the
 converted module answered, and with transformers on the folder: logits, greedy tokens, tokens of a text. Nothing here is
@@ -132,7 +132,9 @@ def main() -> None:
     table = ["| |" + "".join(f" {row['model']} |" for row in rows), "|---|" + "---|" * len(rows)]
     table += [f"| {name} |" + "".join(f" {row[name]} |" for row in rows) for name in names[1:]]
     title = f"# Converted models in llama.cpp (llama-cpp-python {llama_cpp.__version__})"
-    written = "\n".join([title, "", "Float32, half of the cache, by `python benchmarks/llama_cpp.py`.", "", *table, ""])
+    written = "\n".join(
+        [title, "", "Float32, half of the cache, by `python benchmarks/converted_in_llama_cpp.py`.", "", *table, ""]
+    )
     print(written)
     if given.out is not None:
         given.out.write_text(written, encoding="utf-8")
