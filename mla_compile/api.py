@@ -37,6 +37,7 @@ from mla_compile.passes.layer_errors import layer_errors
 from mla_compile.passes.methods import METHODS, nothing_left_out
 from mla_compile.passes.polish import polish
 from mla_compile.passes.quantise_cache import check_quantisable
+from mla_compile.passes.query_rank import with_query_rank
 from mla_compile.passes.recognise import Recognition, recognise
 from mla_compile.passes.retype import NARROW
 from mla_compile.passes.task import BATCH, Task
@@ -364,6 +365,8 @@ def compile(
     plans = choice.plans
     # Nothing computes another result for it, but the module is to train well.
     weights = tuple(map(balanced, choice.weights if polished is None else polished.weights))
+    if config.q_rank is not None:
+        weights = with_query_rank(task, weights, config.q_rank)
     with stages.stage("rewrite"):
         converted = task.result(weights)
     int8 = config.cache_type == "int8"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -187,6 +188,14 @@ Preset = Annotated[
         rich_help_panel=_OUTPUT,
     ),
 ]
+QRank = Annotated[
+    int | None,
+    typer.Option(
+        help="With --format deepseek or gguf: numbers that the queries of a token are made from (q_lora_rank).",
+        show_default="none: queries are made directly",
+        rich_help_panel=_SIZE,
+    ),
+]
 TrainTokens = Annotated[
     int | None, typer.Option(min=1, help="Tokens to train on.", show_default="the text once", rich_help_panel=_TEXT)
 ]
@@ -340,6 +349,7 @@ def convert(
     inline: Inline = False,
     format: Format = "auto",
     preset: Preset = "none",
+    q_rank: QRank = None,
     shard_size: Annotated[
         float, typer.Option(min=0.001, help="GB per file of weights, with --format deepseek.", rich_help_panel=_OUTPUT)
     ] = 5.0,
@@ -390,6 +400,7 @@ def convert(
         layout="deepseek" if format in ("deepseek", "gguf") else layout,
         format=format,
         preset=preset,
+        q_rank=q_rank,
         selection=selection,
         rope_dims=rope_dims,
         svd=svd,
@@ -1114,11 +1125,15 @@ def verify(
     from mla_compile.checkpoint_folder import verify_folder
     from mla_compile.gguf_file import verify_gguf
 
-    error, greedy = (verify_gguf if checkpoint.suffix == ".gguf" else verify_folder)(checkpoint)
-    if as_json:
-        typer.echo(json.dumps({"error": error, "greedy": greedy}))
+    if checkpoint.suffix == ".gguf":
+        error, greedy = verify_gguf(checkpoint)
+        found: dict[str, float | None] = {"error": error, "greedy": greedy}
     else:
-        display.show_check(checkpoint, error, greedy)
+        found = dataclasses.asdict(verify_folder(checkpoint))
+    if as_json:
+        typer.echo(json.dumps(found))
+    else:
+        display.show_check(checkpoint, found)
 
 
 @app.command()

@@ -39,6 +39,7 @@ class CompileConfig(BaseModel):
             llama.cpp made of one.
         preset: ``flashmla`` fills such a checkpoint up with zeros to the sizes that FlashMLA is written for, and asks
             for these sizes where no others are given.
+        q_rank: Numbers that the queries of a token are made from, in such a checkpoint; None for queries made directly.
         exact: Keep every rotating channel and the full rank: the result must equal the original.
         gradients: Whether ``fisher`` runs the model backward too; without, the output projection says what an error of
             an attention output is worth.
@@ -69,6 +70,7 @@ class CompileConfig(BaseModel):
     layout: Literal["free", "deepseek"] = "free"
     format: Literal["auto", "hf", "deepseek", "gguf"] = "auto"
     preset: Literal["none", "flashmla"] = "none"
+    q_rank: int | None = Field(default=None, ge=1)
     exact: bool = False
     gradients: bool = True
     calibration_tokens: int = Field(default=65536, ge=1)
@@ -119,6 +121,8 @@ class CompileConfig(BaseModel):
             raise ValueError(f"the format {self.format} needs the layout deepseek")
         if self.preset != "none" and not self.for_stock_code:
             raise ValueError(f"the preset {self.preset} belongs to the format deepseek")
+        if self.q_rank is not None and not self.for_stock_code:
+            raise ValueError("q_rank belongs to the format deepseek, whose queries may have a latent of their own")
         if self.layout == "free":
             return self
         if self.exact:

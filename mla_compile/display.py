@@ -341,8 +341,14 @@ def show_report(report: Report, out: Path) -> None:
         rows += [
             ["checkpoint", f"DeepSeek-V3, latent {c.latent}, rope {c.rope}: {c.cache_bytes_per_token} bytes per token"],
             ["transformers vs PyTorch", f"{c.error:.1e}, greedy {c.greedy:.0%} equal"],
-            ["norm of the latent changes it by", f"{c.norm_error:.1e} at most"],
+            ["cache in transformers, measured", f"{c.cache_bytes_measured:g} bytes per token"],
+            [
+                "norm of the latent changes it by",
+                f"{c.norm_error:.1e} at most, {c.norm_error_measured:.1e} on the text",
+            ],
         ]
+        if c.rounding_error is not None:
+            rows.append([f"weights in {c.dtype} change logits by", f"{c.rounding_error:.1e}"])
         if c.llama_cpp_error is not None:
             rows.append(["llama.cpp vs PyTorch", f"{c.llama_cpp_error:.1e}"])
     rows.append(["written", f"{out} ({sum(report.artifacts.values()) / 2**20:.1f} MiB)"])
@@ -392,10 +398,17 @@ def _nats(loss: float | None) -> str:
     return "" if loss is None else f"{loss:.4f}"
 
 
-def show_check(folder: Path, error: float, greedy: float) -> None:
+def show_check(path: Path, found: Mapping[str, float | None]) -> None:
     """How a checkpoint answers."""
-    rows = [["logits vs the converted module", f"{error:.1e}"], ["greedy tokens", f"{greedy:.0%} equal"]]
-    _print_table(str(folder), ["", "result"], rows)
+    written = {
+        "error": ("logits vs the converted module", "{:.1e}"),
+        "greedy": ("greedy tokens", "{:.0%} equal"),
+        "cache_bytes_per_token": ("cache, bytes per token in float32", "{:g}"),
+        "norm_error": ("norm of the latent changes it by", "{:.1e}"),
+        "without_biases": ("leaving out biases of attention would cost", "{:.2g} nats per token"),
+    }
+    rows = [[text, form.format(found[key])] for key, (text, form) in written.items() if found.get(key) is not None]
+    _print_table(str(path), ["", "result"], rows)
 
 
 def show_gguf(out: Path, error: float | None) -> None:

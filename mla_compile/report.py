@@ -208,11 +208,17 @@ class CheckpointFacts:
     Attributes:
         latent: Length of its latent, with the zeros that fill it up.
         rope: Length of its rope key, likewise.
-        cache_bytes_per_token: What stock code caches in float32.
+        cache_bytes_per_token: What stock code caches in the type of the weights.
         norm_error: Bound of the relative error that the norm of the latent makes, for any text.
         error: Stock transformers against the converted PyTorch module: ``max |difference| / max |logit|``.
         greedy: Equal greedy tokens of the two, as a fraction.
         caveats: Why engines other than transformers would compute something else.
+        cache_bytes_measured: What its cache held in stock transformers, per token.
+        norm_error_measured: The error of that norm on the text that was compared on.
+        without_biases: Divergence of predictions in nats per token, on that text, where an engine leaves the biases of
+            attention out; None where there are none.
+        dtype: Type of its weights.
+        rounding_error: What rounding weights to it changes, likewise; None in float32, in which ``error`` is measured.
         llama_cpp_error: llama.cpp against the converted module, likewise; None where it did not run.
     """
 
@@ -223,6 +229,11 @@ class CheckpointFacts:
     error: float
     greedy: float
     caveats: tuple[str, ...] = ()
+    cache_bytes_measured: float | None = None
+    norm_error_measured: float | None = None
+    without_biases: float | None = None
+    dtype: str = "float32"
+    rounding_error: float | None = None
     llama_cpp_error: float | None = None
 
 
