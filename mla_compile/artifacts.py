@@ -22,6 +22,7 @@ from torch import Tensor, fx
 from mla_compile import verify
 from mla_compile.encoder_report import EncoderReport
 from mla_compile.errors import LoadError, UsageError
+from mla_compile.genai import write_genai_config
 from mla_compile.passes.lower_onnx import (
     EncoderFace,
     export_encoder,
@@ -37,6 +38,7 @@ from mla_compile.runtime.module import LatentModel, LatentSeq2Seq, LowRankModel
 from mla_compile.seq2seq_report import Seq2SeqReport
 
 __all__ = [
+    "check_cache_layout",
     "check_cache_type",
     "check_neighbours",
     "check_pair",
@@ -111,6 +113,19 @@ def check_cache_type(path: Path, cache_type: str, *, tensorrt: bool = False) -> 
             f"Only an ONNX file for ONNX Runtime has an int8 cache, and '{path}' is none.",
             "Name a .onnx file without --target tensorrt, or leave --cache-type int8 out; "
             "mla-compile export writes such a file of a folder.",
+        )
+
+
+def check_cache_layout(path: Path, layout: str, *, tensorrt: bool = False) -> None:
+    """Refuse halves of rows anywhere but in an ONNX file that is not for TensorRT.
+
+    Raises:
+        UsageError: There is no such layout there.
+    """
+    if layout == "genai" and (tensorrt or path.suffix != ".onnx"):
+        raise UsageError(
+            f"Only an ONNX file for ONNX Runtime has the cache layout genai, and '{path}' is none.",
+            "Name a .onnx file without --target tensorrt, or leave --cache-layout genai out.",
         )
 
 
@@ -234,6 +249,7 @@ def write_onnx(
                 metadata=file_metadata(report, assets),
                 static=report.config["cache"] == "static",
                 quantised=report.config["cache_type"] == "int8",
+                halves=report.config["cache_layout"] == "genai",
             )
         if checks is not None:
             with stages.stage("verify ONNX"):
@@ -242,6 +258,8 @@ def write_onnx(
                 )
             if report.verification is not None:
                 report = dataclasses.replace(report, verification=dataclasses.replace(report.verification, **found))
+        if report.config["cache_layout"] == "genai":
+            write_genai_config(folder / path.name, module.rows, assets, static=report.config["cache"] == "static")
         copy_assets(assets, folder)
         report = finished(report, folder, stages)
     return report

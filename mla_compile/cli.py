@@ -213,6 +213,14 @@ CacheType = Annotated[
         rich_help_panel=_OUTPUT,
     ),
 ]
+CacheLayout = Annotated[
+    str,
+    typer.Option(
+        help="How an ONNX file's caches lie: rows, or genai for onnxruntime-genai, whose configuration is then written "
+        "beside the file.",
+        rich_help_panel=_OUTPUT,
+    ),
+]
 Inline = Annotated[
     bool, typer.Option("--inline", help="Standard operators only, no LatentAttention nodes.", rich_help_panel=_OUTPUT)
 ]
@@ -313,6 +321,7 @@ def convert(
     opset: Opset = None,
     cache: CacheKind = "dynamic",
     cache_type: CacheType = "float32",
+    cache_layout: CacheLayout = "rows",
     inline: Inline = False,
     format: Format = "auto",
     preset: Preset = "none",
@@ -379,6 +388,7 @@ def convert(
         opset=opset,
         cache=cache,
         cache_type=cache_type,
+        cache_layout=cache_layout,
         inline=inline,
         encoders=encoders,
     )
@@ -914,6 +924,7 @@ def export(
     opset: Opset = None,
     cache: CacheKind = "dynamic",
     cache_type: CacheType = "float32",
+    cache_layout: CacheLayout = "rows",
     inline: Inline = False,
     force: Annotated[bool, typer.Option("--force", help="Replace existing files.", rich_help_panel=_OUTPUT)] = False,
     as_json: AsJson = False,
@@ -926,7 +937,7 @@ def export(
     if out.suffix == ".gguf":
         from mla_compile.gguf_file import export_gguf
 
-        if (opset, cache, cache_type, inline) != (None, "dynamic", "float32", False):
+        if (opset, cache, cache_type, cache_layout, inline) != (None, "dynamic", "float32", "rows", False):
             raise UsageError("Options of ONNX files were given for a GGUF file.", "Leave them out.")
         error = export_gguf(folder, out, force=force)
         if as_json:
@@ -936,7 +947,7 @@ def export(
         return
 
     # Others are refused before anything is read.
-    config = make_config(opset=opset, cache=cache, cache_type=cache_type, inline=inline)
+    config = make_config(opset=opset, cache=cache, cache_type=cache_type, cache_layout=cache_layout, inline=inline)
     report = write_saved_onnx(open_saved(folder), out, config, force=force)
     if as_json:
         typer.echo(json.dumps(report, indent=2))

@@ -51,6 +51,8 @@ class CompileConfig(BaseModel):
             can make them do; a ``static`` one is memory of the size that the caller gives it, written in place.
         cache_type: What the ONNX file's caches hold: numbers in ``float32``, or ``int8`` codes with two scales per
             token.
+        cache_layout: How the ONNX file's caches lie: ``rows``, one tensor per layer, or ``genai``, halves of rows that
+            are named key and value, equally long in all layers, for onnxruntime-genai.
         inline: Emit standard operators only, without ``LatentAttention`` nodes.
         encoders: Convert bidirectional attention too, which has no cache: its projections become low-rank.
     """
@@ -77,6 +79,7 @@ class CompileConfig(BaseModel):
     opset: Literal[23, 24] = 23
     cache: Literal["dynamic", "static"] = "dynamic"
     cache_type: Literal["float32", "int8"] = "float32"
+    cache_layout: Literal["rows", "genai"] = "rows"
     inline: bool = False
     encoders: bool = False
 
@@ -132,6 +135,13 @@ class CompileConfig(BaseModel):
     def _settings_of_the_file(self) -> CompileConfig:
         if self.cache == "static" and self.opset < 24:
             raise ValueError("a static cache needs opset 24, whose TensorScatter writes it")
+        if self.cache_layout == "genai" and self.cache_type == "int8":
+            raise ValueError(
+                "the cache layout genai holds float32, for onnxruntime-genai gives a layer one tensor of keys and one "
+                "of values, and int8 codes need a third for their scales"
+            )
+        if self.cache_layout == "genai" and self.for_stock_code:
+            raise ValueError(f"the cache layout genai is of ONNX files, and the format {self.format} is a checkpoint")
         if self.cache_type == "int8" and self.for_stock_code:
             raise ValueError(f"int8 caches are of ONNX files, and the format {self.format} is a checkpoint")
         return self

@@ -27,6 +27,7 @@ from mla_compile.passes.quantise_cache import with_quantised_rows
 from mla_compile.report import Verification
 from mla_compile.runtime.generate import Ids, generate
 from mla_compile.runtime.module import LatentModel, LatentSeq2Seq, LowRankModel
+from mla_compile.runtime.onnx_halves import halves_bytes
 from mla_compile.runtime.onnx_quantised import quantised_bytes
 from mla_compile.runtime.onnx_session import OnnxDecoder, open_session
 from mla_compile.runtime.ops import kept_rows
@@ -216,6 +217,7 @@ def check_onnx(
             "Report this with the model's config.json.",
         )
     held_by_one = _cache_bytes if quantisation_error is None else _quantised_cache_bytes
+    held_by_one = _halved_cache_bytes if decoder.halves else held_by_one
     _require_bytes(held[1], len(ids) * held_by_one(converted, ids.shape[1]), ids)
     return error, greedy, held[0] // len(ids)
 
@@ -223,6 +225,11 @@ def check_onnx(
 def _cache_bytes(model: LatentModel, tokens: int) -> int:
     """Bytes that the rows of one sequence of so many tokens take."""
     return model.cached_elements(tokens) * next(model.parameters()).element_size()
+
+
+def _halved_cache_bytes(model: LatentModel, tokens: int) -> int:
+    """Bytes that both halves of the rows of one sequence of so many tokens take; windows drop none."""
+    return tokens * halves_bytes(model.rows)
 
 
 def _quantised_cache_bytes(model: LatentModel, tokens: int) -> int:

@@ -37,6 +37,7 @@ from mla_compile.runtime import ops
 from mla_compile.runtime.module import cache_windows
 from mla_compile.runtime.onnx_cache import PAST, PAST_SCALE, PRESENT, PRESENT_SCALE, ROOM, WINDOW
 from mla_compile.runtime.onnx_function import CACHED, DOMAIN, LATENT, VERSION, Variant, attention_function
+from mla_compile.runtime.onnx_halves import half_width
 from mla_compile.runtime.onnx_quantised import SCALES
 from mla_compile.runtime.ops import kept_rows
 
@@ -47,7 +48,6 @@ __all__ = [
     "export_encoder",
     "export_rewritten",
     "exported_to_onnx",
-    "half_width",
     "lower_encoder_to_onnx",
     "lower_to_onnx",
     "name_dimensions",
@@ -132,7 +132,7 @@ def lower_to_onnx(
     ``past_key_values.{i}.scale [batch, past, 2]``, of the latent and of the rope keys.
 
     A cache in halves is ``past_key_values.{i}.key`` and ``.value``, ``[batch, 1, past, width]`` with one width for all
-    layers (:func:`half_width`), as programs expect that know of keys and values only.
+    layers, as programs expect that know of keys and values only.
 
     Args:
         module: The rewritten graph.
@@ -203,11 +203,6 @@ def rewritten_to_onnx(
     name_dimensions(model, {"logits": (batch, new)})
     name_dimensions(model, dict.fromkeys([*crossed, ENCODER_MASK], (batch, _ENCODER_LENGTH)))
     return model
-
-
-def half_width(rows: Sequence[int]) -> int:
-    """Numbers of a half row, in all layers: the longest row decides, and others are filled up with zeros."""
-    return (max(rows) + 1) // 2
 
 
 def _halve(model: ir.Model, rows: Sequence[int], static: bool) -> None:

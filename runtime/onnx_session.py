@@ -88,6 +88,7 @@ class OnnxDecoder:
     Attributes:
         metadata: What the compiler stored in the file.
         rows: Numbers one token adds to the cache, per layer; codes, if it is quantised, without their scales.
+        halves: Whether the cache of a layer is two tensors with a dimension of heads.
         static: Whether the cache is one allocation, written in place.
         vocabulary: How many token ids the model knows.
 
@@ -132,6 +133,7 @@ class OnnxDecoder:
         rows = [layer.row * (layer.heads or 1) for layer in self._layers[: len(caches)]]
         pairs = [layer.row * (layer.heads or 1) for layer in self._layers[len(caches) + len(scales) :]]
         self.rows = (*rows, *(a + b for a, b in zip(pairs[::2], pairs[1::2], strict=True)))
+        self.halves = bool(halves)
         self.static = any(layer.static for layer in self._layers)
         self._inputs = frozenset(inputs)
         self._device = "cuda" if self._session.get_providers()[0] == PROVIDERS["cuda"] else "cpu"
