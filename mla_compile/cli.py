@@ -265,6 +265,22 @@ VersionCompatible = Annotated[
         rich_help_panel=_TENSORRT,
     ),
 ]
+WeightStreaming = Annotated[
+    bool,
+    typer.Option(
+        "--weight-streaming",
+        help="An engine whose weights may stay in the host's memory where the GPU's has no room, which is slower.",
+        rich_help_panel=_TENSORRT,
+    ),
+]
+Refit = Annotated[
+    bool,
+    typer.Option(
+        "--refit",
+        help="An engine whose weights can be replaced without building it again, perhaps slower.",
+        rich_help_panel=_TENSORRT,
+    ),
+]
 NoPlugins = Annotated[
     bool,
     typer.Option("--no-plugins", help="Standard operators only, instead of our kernels.", rich_help_panel=_TENSORRT),
@@ -336,6 +352,8 @@ def convert(
     splits: Splits = 16,
     timing_cache: TimingCache = None,
     version_compatible: VersionCompatible = False,
+    weight_streaming: WeightStreaming = False,
+    refit: Refit = False,
     no_plugins: NoPlugins = False,
     max_ppl_ratio: Annotated[
         float | None,
@@ -400,7 +418,15 @@ def convert(
         from mla_compile.seq2seq_report import Seq2SeqReport
 
         engine = EngineSettings(
-            max_batch, max_length, max_prompt, splits, not no_plugins, version_compatible, timing_cache
+            max_batch,
+            max_length,
+            max_prompt,
+            splits,
+            not no_plugins,
+            version_compatible,
+            timing_cache,
+            weight_streaming=weight_streaming,
+            refit=refit,
         )
         if not for_tensorrt and engine != EngineSettings():
             raise UsageError(
@@ -822,6 +848,21 @@ def fine_tune(
             rich_help_panel=_TOWARDS,
         ),
     ] = "attention",
+    lora_rank: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Train adapters of this rank instead of the matrices, which they are added to in the end.",
+            show_default="none",
+            rich_help_panel=_TOWARDS,
+        ),
+    ] = 0,
+    lora_alpha: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Scale of adapters, times their rank.", show_default="the rank", rich_help_panel=_TOWARDS
+        ),
+    ] = None,
     tokens: TrainTokens = None,
     batch: Annotated[int, typer.Option(min=1, help="Windows per step, of all processes.", rich_help_panel=_PACE)] = 16,
     accumulate: Annotated[int, typer.Option(min=1, help="Pieces a step is computed in.", rich_help_panel=_PACE)] = 1,
@@ -872,6 +913,8 @@ def fine_tune(
         objective=objective,
         match_steps=match_steps,
         train=train,
+        lora_rank=lora_rank,
+        lora_alpha=lora_alpha,
         tokens=tokens,
         batch=batch,
         accumulate=accumulate,
@@ -980,6 +1023,8 @@ def tensorrt(
     splits: Splits = 16,
     timing_cache: TimingCache = None,
     version_compatible: VersionCompatible = False,
+    weight_streaming: WeightStreaming = False,
+    refit: Refit = False,
     no_plugins: NoPlugins = False,
     force: Annotated[bool, typer.Option("--force", help="Replace existing files.", rich_help_panel=_OUTPUT)] = False,
     quiet: Quiet = False,
@@ -996,7 +1041,15 @@ def tensorrt(
         )
     pieces = None if plugin == "cpp" else splits
     settings = EngineSettings(
-        max_batch, max_length, max_prompt, pieces, not no_plugins, version_compatible, timing_cache
+        max_batch,
+        max_length,
+        max_prompt,
+        pieces,
+        not no_plugins,
+        version_compatible,
+        timing_cache,
+        weight_streaming=weight_streaming,
+        refit=refit,
     )
     shown = display.make_display(quiet)
     with shown:

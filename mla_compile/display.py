@@ -308,9 +308,14 @@ def show_report(report: Report, out: Path) -> None:
             ["rewrite at full rank vs original", f"{v.rewrite_error:.1e}"],
             ["decode vs whole sequence", f"{v.decode_error:.1e}"],
         ]
+        if v.rounding is not None:
+            rows.append(["roundings of the type, original -> converted", "{:.1e} -> {:.1e}".format(*v.rounding)])
         if v.lowering_error is not None:
             greedy = "" if v.lowering_greedy is None else f", greedy {v.lowering_greedy:.0%} equal"
-            rows.append(["ONNX Runtime vs PyTorch", f"{v.lowering_error:.1e}{greedy}"])
+            copied = " (a float32 copy of the file)" if v.lowering_copy else ""
+            rows.append(["ONNX Runtime vs PyTorch", f"{v.lowering_error:.1e}{greedy}{copied}"])
+        if v.lowering_rounding is not None:
+            rows.append(["roundings of the file in ONNX Runtime", f"{v.lowering_rounding:.1e}"])
         if v.quantisation_error is not None:
             rows.append(["int8 cache vs float32 cache, PyTorch", f"{v.quantisation_error:.1e}"])
         if v.engine_error is not None:

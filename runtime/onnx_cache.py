@@ -38,9 +38,12 @@ WINDOW = "_of_window_"
 _NUMPY_TYPES = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
+    "tensor(bfloat16)": np.uint16,  # which numpy does not have: its bits
     "tensor(uint8)": np.uint8,
     "tensor(int8)": np.int8,
 }
+_BFLOAT16 = 16
+"""ONNX's number of the type."""
 _BLOCK = 128
 """Rows by which the part of a static cache that is shown to the model grows: it attends to all it is shown."""
 
@@ -53,6 +56,7 @@ class CacheLayer:
         past: Its name as an input.
         present: Its name as an output.
         dtype: Type of its numbers.
+        element: The same as ONNX Runtime takes it: a number of ONNX, for what numpy does not have.
         row: Numbers a token adds to every head.
         window: Tokens its queries see, 0 for all.
         static: Whether it has a size of its own.
@@ -62,6 +66,7 @@ class CacheLayer:
     past: str
     present: str
     dtype: type
+    element: Any
     row: int
     window: int
     static: bool
@@ -74,7 +79,15 @@ class CacheLayer:
         kind, _, window = str(tokens).partition(WINDOW)
         present = value.name.replace("past_key_values", "present", 1)
         dtype = _NUMPY_TYPES[value.type]
-        return cls(value.name, present, dtype, int(row), int(window or 0), kind == ROOM, *map(int, heads))
+        element = _BFLOAT16 if dtype == np.uint16 else dtype
+        return cls(value.name, present, dtype, element, int(row), int(window or 0), kind == ROOM, *map(int, heads))
+
+    def empty(self, batch: int, runtime: Any, device: str) -> Any:  # noqa: ANN401
+        """An ``OrtValue`` of no tokens."""
+        numbers: NDArray[Any] = np.zeros(self.shape(batch, 0), self.dtype)
+        if self.element == _BFLOAT16:
+            return runtime.OrtValue.ortvalue_from_numpy_with_onnx_type(numbers, self.element)
+        return runtime.OrtValue.ortvalue_from_numpy(numbers, device, 0)
 
     @property
     def row_bytes(self) -> int:
@@ -136,14 +149,12 @@ class GrowingCache:
     @classmethod
     def empty(cls, layers: Sequence[CacheLayer], batch: int, runtime: Any, device: str) -> GrowingCache:  # noqa: ANN401
         """Of no tokens."""
-        empty = runtime.OrtValue.ortvalue_from_numpy
-        values = (empty(np.zeros(layer.shape(batch, 0), layer.dtype), device, 0) for layer in layers)
-        return cls(tuple(layers), tuple(values), device)
+        return cls(tuple(layers), tuple(layer.empty(batch, runtime, device) for layer in layers), device)
 
     @property
     def nbytes(self) -> int:
         """See :class:`OnnxCache`."""
-        return sum(value.numpy().nbytes for value in self.values)
+        return sum(value.tensor_size_in_bytes() for value in self.values)
 
     def extended(self, past: int, new: int) -> GrowingCache:
         """See :class:`OnnxCache`; ONNX Runtime itself compares the sizes."""
@@ -269,7 +280,7 @@ class StaticCache:
         for layer, memory in zip(self.layers, self.memory, strict=True):
             shape = layer.shape(self.batch, layer.rows(self.shown))
             for bind, name in ((binding.bind_input, layer.past), (binding.bind_output, layer.present)):
-                bind(name, self.device, 0, layer.dtype, shape, memory.pointer)
+                bind(name, self.device, 0, layer.element, shape, memory.pointer)
 
     def repeated(self, times: int) -> StaticCache:
         """See :class:`OnnxCache`."""
