@@ -75,6 +75,7 @@ _TOKENIZER_FILES = (
 _PROVENANCE = ("custom", "from_node", "nn_module_stack", "source_fn_stack", "stack_trace", "torch_fn")
 """What torch writes of every node besides what it computes."""
 
+_UNTRIED = "the file is for ONNX Runtime's CUDA provider, which was not there to run it on: this target is experimental"
 _AnyReport = TypeVar("_AnyReport", Report, EncoderReport, Seq2SeqReport)
 
 
@@ -119,15 +120,15 @@ def check_cache_type(path: Path, cache_type: str, *, tensorrt: bool = False) -> 
 
 
 def check_cache_layout(path: Path, layout: str, *, tensorrt: bool = False) -> None:
-    """Refuse halves of rows anywhere but in an ONNX file that is not for TensorRT.
+    """Refuse another layout than rows anywhere but in an ONNX file that is not for TensorRT.
 
     Raises:
         UsageError: There is no such layout there.
     """
-    if layout == "genai" and (tensorrt or path.suffix != ".onnx"):
+    if layout != "rows" and (tensorrt or path.suffix != ".onnx"):
         raise UsageError(
-            f"Only an ONNX file for ONNX Runtime has the cache layout genai, and '{path}' is none.",
-            "Name a .onnx file without --target tensorrt, or leave --cache-layout genai out.",
+            f"Only an ONNX file for ONNX Runtime has the cache layout {layout}, and '{path}' is none.",
+            "Name a .onnx file, without --target tensorrt, or leave --cache-layout and --target out.",
         )
 
 
@@ -240,6 +241,7 @@ def write_onnx(
         The completed report, also written as ``report.json`` beside the file.
     """
     _check_onnx_target(path, report.source, assets, force)
+    paged = report.config["cache_layout"] == "paged"
     with moved_into(path.parent) as folder:
         with stages.stage("lower to ONNX"):
             lower_to_onnx(
@@ -249,11 +251,14 @@ def write_onnx(
                 opset=report.config["opset"],
                 inline=report.config["inline"],
                 metadata=file_metadata(report, assets),
-                static=report.config["cache"] == "static",
+                static=paged or report.config["cache"] == "static",
                 quantised=report.config["cache_type"] == "int8",
                 halves=report.config["cache_layout"] == "genai",
+                paged=paged,
             )
-        if checks is not None:
+        if paged:
+            report = dataclasses.replace(report, warnings=(*report.warnings, _UNTRIED))
+        elif checks is not None:
             with stages.stage("verify ONNX"):
                 found = verify.check_lowering(
                     module, folder / path.name, checks, report.cache_bytes_after, report.config["cache_type"]

@@ -228,7 +228,8 @@ Target = Annotated[
     str,
     typer.Option(
         help="What to write for: auto is what the name of --out says (ONNX Runtime for .onnx, TensorRT for .plan), "
-        "tensorrt an engine, or with .onnx the file that engines are built of.",
+        "tensorrt an engine, or with .onnx the file that engines are built of, cuda an ONNX file with the CUDA "
+        "provider's own operator for latent attention (experimental).",
         rich_help_panel=_OUTPUT,
     ),
 ]
@@ -406,7 +407,7 @@ def convert(
         opset=opset,
         cache=cache,
         cache_type=cache_type,
-        cache_layout=cache_layout,
+        cache_layout="paged" if target == "cuda" else cache_layout,
         inline=inline,
         encoders=encoders,
     )
@@ -481,8 +482,10 @@ def _is_for_tensorrt(out: Path, target: str, format: str) -> bool:
     Raises:
         UsageError: The target is unknown, or something else is to be written.
     """
-    if target not in ("auto", "tensorrt"):
-        raise UsageError(f"--target {target} is not one of auto, tensorrt.", "Give one of them.")
+    if target not in ("auto", "cuda", "tensorrt"):
+        raise UsageError(f"--target {target} is not one of auto, cuda, tensorrt.", "Give one of them.")
+    if target == "cuda" and out.suffix != ".onnx":
+        raise UsageError(f"--target cuda is an ONNX file, and '{out}' is none.", "Name a .onnx file.")
     wanted = target == "tensorrt" or out.suffix == ".plan"
     if wanted and format != "auto":
         raise UsageError(f"The format {format} is not for TensorRT.", "Leave --format or --target out.")

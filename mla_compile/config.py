@@ -52,7 +52,8 @@ class CompileConfig(BaseModel):
         cache_type: What the ONNX file's caches hold: numbers in ``float32``, or ``int8`` codes with two scales per
             token.
         cache_layout: How the ONNX file's caches lie: ``rows``, one tensor per layer, or ``genai``, halves of rows that
-            are named key and value, equally long in all layers, for onnxruntime-genai.
+            are named key and value, equally long in all layers, for onnxruntime-genai, or ``paged``, blocks of 16
+            tokens in half precision for an operator of ONNX Runtime's CUDA provider (``--target cuda``).
         inline: Emit standard operators only, without ``LatentAttention`` nodes.
         encoders: Convert bidirectional attention too, which has no cache: its projections become low-rank.
     """
@@ -79,7 +80,7 @@ class CompileConfig(BaseModel):
     opset: Literal[23, 24] = 23
     cache: Literal["dynamic", "static"] = "dynamic"
     cache_type: Literal["float32", "int8"] = "float32"
-    cache_layout: Literal["rows", "genai"] = "rows"
+    cache_layout: Literal["rows", "genai", "paged"] = "rows"
     inline: bool = False
     encoders: bool = False
 
@@ -140,8 +141,12 @@ class CompileConfig(BaseModel):
                 "the cache layout genai holds float32, for onnxruntime-genai gives a layer one tensor of keys and one "
                 "of values, and int8 codes need a third for their scales"
             )
-        if self.cache_layout == "genai" and self.for_stock_code:
-            raise ValueError(f"the cache layout genai is of ONNX files, and the format {self.format} is a checkpoint")
+        if self.cache_layout == "paged" and self.cache_type == "int8":
+            raise ValueError("a file for CUDA has a cache in half precision, which int8 is not")
+        if self.cache_layout != "rows" and self.for_stock_code:
+            raise ValueError(
+                f"the cache layout {self.cache_layout} is of ONNX files, and the format {self.format} is a checkpoint"
+            )
         if self.cache_type == "int8" and self.for_stock_code:
             raise ValueError(f"int8 caches are of ONNX files, and the format {self.format} is a checkpoint")
         return self

@@ -302,6 +302,8 @@ class Report:
         """Bytes the latent cache, and the cache of layers that were kept, add per token; scales of codes included."""
         if self.config.get("cache_layout") == "genai":
             return halves_bytes([p.elements_after for p in self.plans])
+        if self.config.get("cache_layout") == "paged":
+            return 2 * cache_elements(self.plans)[1]
         if self.config.get("cache_type") == "int8":
             return quantised_bytes([p.elements_after for p in self.plans])
         return (cache_elements(self.plans)[1] + self._kept_elements) * self.bytes_per_element

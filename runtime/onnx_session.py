@@ -68,6 +68,11 @@ def open_session(path: str | Path, providers: Sequence[str] | None = None, threa
                 f"'{path}' is bfloat16, for which ONNX Runtime's {wanted[0]} has no kernels.",
                 "Run it with --provider cuda, or convert the model with --dtype float16 or float32.",
             ) from error
+        if "PagedAttention" in str(error):
+            raise UsageError(
+                f"'{path}' was made with --target cuda, and ONNX Runtime's {wanted[0]} has no kernel for it.",
+                "Run it with --provider cuda, or convert the model without --target cuda.",
+            ) from error
         raise LoadError(f"ONNX Runtime cannot load '{path}' ({reason}).", "Convert the model again.") from error
     _require_providers(wanted, session.get_providers(), "cannot start the")
     return session
