@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 
 from mla_compile import frontend, verify
 from mla_compile.artifacts import (
+    check_cache_layout,
     check_cache_type,
     check_neighbours,
     check_pair,
@@ -309,6 +310,7 @@ def compile(
         require_accelerate()
     if out is not None:
         check_cache_type(out, config.cache_type, tensorrt=engine is not None)
+        check_cache_layout(out, config.cache_layout, tensorrt=engine is not None)
         if engine is not None:
             check_tensorrt(out, force)
         else:
@@ -340,6 +342,8 @@ def compile(
             raise UsageError("Text cannot be used for an encoder.", "Leave --calibration and --finetune out.")
         if config.cache == "static":
             raise UsageError("Only a causal language model can have a static cache.", "Leave --cache static out.")
+        if config.cache_layout == "genai":
+            raise UsageError("Only a causal language model is for onnxruntime-genai.", "Leave --cache-layout out.")
         if config.cache_type == "int8":
             raise UsageError("Only a causal language model can have an int8 cache.", "Leave --cache-type int8 out.")
         _require_float32(loaded, loaded.dtype, "An encoder", "converted")

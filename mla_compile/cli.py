@@ -229,6 +229,14 @@ Dtype = Annotated[
         rich_help_panel=_OUTPUT,
     ),
 ]
+CacheLayout = Annotated[
+    str,
+    typer.Option(
+        help="How an ONNX file's caches lie: rows, or genai for onnxruntime-genai, whose configuration is then written "
+        "beside the file.",
+        rich_help_panel=_OUTPUT,
+    ),
+]
 Inline = Annotated[
     bool, typer.Option("--inline", help="Standard operators only, no LatentAttention nodes.", rich_help_panel=_OUTPUT)
 ]
@@ -236,7 +244,8 @@ Target = Annotated[
     str,
     typer.Option(
         help="What to write for: auto is what the name of --out says (ONNX Runtime for .onnx, TensorRT for .plan), "
-        "tensorrt an engine, or with .onnx the file that engines are built of.",
+        "tensorrt an engine, or with .onnx the file that engines are built of, cuda an ONNX file with the CUDA "
+        "provider's own operator for latent attention (experimental).",
         rich_help_panel=_OUTPUT,
     ),
 ]
@@ -346,6 +355,7 @@ def convert(
     opset: Opset = None,
     cache: CacheKind = "dynamic",
     cache_type: CacheType = "auto",
+    cache_layout: CacheLayout = "rows",
     inline: Inline = False,
     format: Format = "auto",
     preset: Preset = "none",
@@ -417,6 +427,7 @@ def convert(
         dtype=dtype,
         cache=cache,
         cache_type=cache_type,
+        cache_layout="paged" if target == "cuda" else cache_layout,
         inline=inline,
         encoders=encoders,
     )
@@ -491,8 +502,10 @@ def _is_for_tensorrt(out: Path, target: str, format: str) -> bool:
     Raises:
         UsageError: The target is unknown, or something else is to be written.
     """
-    if target not in ("auto", "tensorrt"):
-        raise UsageError(f"--target {target} is not one of auto, tensorrt.", "Give one of them.")
+    if target not in ("auto", "cuda", "tensorrt"):
+        raise UsageError(f"--target {target} is not one of auto, cuda, tensorrt.", "Give one of them.")
+    if target == "cuda" and out.suffix != ".onnx":
+        raise UsageError(f"--target cuda is an ONNX file, and '{out}' is none.", "Name a .onnx file.")
     wanted = target == "tensorrt" or out.suffix == ".plan"
     if wanted and format != "auto":
         raise UsageError(f"The format {format} is not for TensorRT.", "Leave --format or --target out.")
@@ -980,6 +993,7 @@ def export(
     opset: Opset = None,
     cache: CacheKind = "dynamic",
     cache_type: CacheType = "auto",
+    cache_layout: CacheLayout = "rows",
     inline: Inline = False,
     force: Annotated[bool, typer.Option("--force", help="Replace existing files.", rich_help_panel=_OUTPUT)] = False,
     as_json: AsJson = False,
@@ -992,7 +1006,7 @@ def export(
     if out.suffix == ".gguf":
         from mla_compile.gguf_file import export_gguf
 
-        if (opset, cache, cache_type, inline) != (None, "dynamic", "float32", False):
+        if (opset, cache, cache_type, cache_layout, inline) != (None, "dynamic", "float32", "rows", False):
             raise UsageError("Options of ONNX files were given for a GGUF file.", "Leave them out.")
         error = export_gguf(folder, out, force=force)
         if as_json:
@@ -1002,7 +1016,7 @@ def export(
         return
 
     # Others are refused before anything is read.
-    config = make_config(opset=opset, cache=cache, cache_type=cache_type, inline=inline)
+    config = make_config(opset=opset, cache=cache, cache_type=cache_type, cache_layout=cache_layout, inline=inline)
     report = write_saved_onnx(open_saved(folder), out, config, force=force)
     if as_json:
         typer.echo(json.dumps(report, indent=2))

@@ -15,6 +15,7 @@ from mla_compile.cost import MACHINES, DecodeStep, decode_costs, summed_costs
 from mla_compile.deepseek import DeepSeekShape
 from mla_compile.plan import LatentPlan, cache_elements
 from mla_compile.progress import StageTiming
+from mla_compile.runtime.onnx_halves import halves_bytes
 from mla_compile.runtime.onnx_quantised import quantised_bytes
 from mla_compile.site import AttentionSite, Kind, Rejection
 
@@ -314,6 +315,10 @@ class Report:
     @property
     def cache_bytes_after(self) -> int:
         """Bytes the latent cache, and the cache of layers that were kept, add per token; scales of codes included."""
+        if self.config.get("cache_layout") == "genai":
+            return halves_bytes([p.elements_after for p in self.plans])
+        if self.config.get("cache_layout") == "paged":
+            return 2 * cache_elements(self.plans)[1]
         if self.config.get("cache_type") == "int8":
             return quantised_bytes([p.elements_after for p in self.plans])
         return (cache_elements(self.plans)[1] + self._kept_elements) * self.bytes_per_element
