@@ -34,6 +34,7 @@ from mla_compile.report import Verification
 from mla_compile.runtime.generate import Ids, generate
 from mla_compile.runtime.module import LatentModel, LatentSeq2Seq, LowRankModel, cache_dtype
 from mla_compile.runtime.onnx_cache import OnnxCache
+from mla_compile.runtime.onnx_halves import halves_bytes
 from mla_compile.runtime.onnx_quantised import quantised_bytes
 from mla_compile.runtime.onnx_session import OnnxDecoder, open_session
 from mla_compile.runtime.ops import kept_rows
@@ -303,6 +304,7 @@ def check_onnx(
     held = [decoder.measured_bytes(_filled(decoder, part)) for part in (ids[:, :1], ids)]
     _require_planned(decoder, planned_bytes)
     held_by_one = _cache_bytes if quantisation_error is None else _quantised_cache_bytes
+    held_by_one = _halved_cache_bytes if decoder.halves else held_by_one
     _require_bytes(held[1], len(ids) * held_by_one(converted, ids.shape[1]), ids)
     return error, greedy, held[0] // len(ids)
 
@@ -324,6 +326,11 @@ def _require_planned(decoder: OnnxDecoder, planned_bytes: int) -> None:
 def _cache_bytes(model: LatentModel, tokens: int) -> int:
     """Bytes that the rows of one sequence of so many tokens take."""
     return model.cached_elements(tokens) * cache_dtype(model.graph).itemsize
+
+
+def _halved_cache_bytes(model: LatentModel, tokens: int) -> int:
+    """Bytes that both halves of the rows of one sequence of so many tokens take; windows drop none."""
+    return tokens * halves_bytes(model.rows)
 
 
 def _quantised_cache_bytes(model: LatentModel, tokens: int) -> int:
