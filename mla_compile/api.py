@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 
 from mla_compile import frontend, verify
 from mla_compile.artifacts import (
+    check_cache_layout,
     check_cache_type,
     check_neighbours,
     check_pair,
@@ -31,12 +32,15 @@ from mla_compile.deepseek import require_expressible, with_preset
 from mla_compile.encoders import CompiledEncoder, compile_encoder, is_encoder, require_encoder
 from mla_compile.errors import QualityGateError, RefusedError, UsageError
 from mla_compile.evaluate import longest_window, original_scorer, perplexity
+from mla_compile.gguf_file import check_gguf, write_gguf
 from mla_compile.passes.gauge import balanced
 from mla_compile.passes.layer_errors import layer_errors
 from mla_compile.passes.methods import METHODS, nothing_left_out
 from mla_compile.passes.polish import polish
 from mla_compile.passes.quantise_cache import check_quantisable
+from mla_compile.passes.query_rank import with_query_rank
 from mla_compile.passes.recognise import Recognition, recognise
+from mla_compile.passes.retype import NARROW
 from mla_compile.passes.task import BATCH, Task
 from mla_compile.passes.weights import input_width
 from mla_compile.plan import LatentPlan, clamped, plan_layers
@@ -62,10 +66,11 @@ __all__ = [
     "lossless_elements",
     "plan",
     "require_causal",
-    "require_float32",
+    "require_known_types",
     "would_be_refused",
 ]
 
+_TYPES = (torch.float32, *NARROW)
 _RANDOM_LENGTH = 64
 """Random tokens per sequence to verify on without text: half as a prompt, half to continue it by 32 tokens."""
 _MUCH_WORSE = 2.0
@@ -84,11 +89,15 @@ class Planned:
         found: Its attention layers.
         plans: Shape of each one's latent.
         widths: Input width of each one's projections; empty where nothing is decoded with a cache of its own.
+        source_type: Type of the original's numbers.
+        dtype: Type of the result's.
     """
 
     found: Recognition
     plans: tuple[LatentPlan, ...]
     widths: tuple[int, ...] = ()
+    source_type: str = "float32"
+    dtype: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -206,6 +215,27 @@ class CompiledModel:
             stages=Stages(display),
         )
 
+    def to_gguf(self, path: str | Path, *, force: bool = False, display: Display | None = None) -> Report:
+        """Write the model as a file for llama.cpp, with ``report.json`` beside it.
+
+        The model must have been converted with ``layout="deepseek"``. The file appears under its name only after stock
+        transformers, and llama.cpp where llama-cpp-python is installed, reproduced the PyTorch module with it.
+
+        Args:
+            path: A ``.gguf`` file.
+            force: Replace an existing file.
+            display: Shows progress.
+
+        Raises:
+            UsageError: The path cannot be written, something exists there, or the layout is another.
+            LoadError: The model has no configuration.
+            RefusedError: llama.cpp has no place for something in it, or no such tokenizer.
+            VerificationError: Stock transformers or llama.cpp computes something else.
+        """
+        return write_gguf(
+            self.module, self.report, self.assets, Path(path), self.checks, force=force, stages=Stages(display)
+        )
+
 
 def compile(
     model: nn.Module | ExportedProgram | str | Path,
@@ -280,15 +310,29 @@ def compile(
         require_accelerate()
     if out is not None:
         check_cache_type(out, config.cache_type, tensorrt=engine is not None)
+        check_cache_layout(out, config.cache_layout, tensorrt=engine is not None)
         if engine is not None:
             check_tensorrt(out, force)
         else:
-            (check_folder if config.format == "deepseek" else check_target)(out, force)
+            _check_out(out, config.format, force)
     documents = read_text(calibration)
     stages = Stages(display)
     with stages.stage("load"):
-        loaded = _load(model, example_inputs, tokenizer, attn_implementation, unsafe_load, any_kind=config.encoders)
-    require_float32(loaded)
+        loaded = _load(
+            model,
+            example_inputs,
+            tokenizer,
+            attn_implementation,
+            unsafe_load,
+            any_kind=config.encoders,
+            dtype=wanted_type(config),
+        )
+    require_known_types(loaded)
+    wanted = _result_type(loaded, config)
+    config = config.model_copy(update={"dtype": str(wanted).removeprefix("torch.")})
+    if "dtype" in loaded.assets.config:  # what lies beside the result says what that is in
+        stored = {**loaded.assets.config, "dtype": config.dtype}
+        loaded = dataclasses.replace(loaded, assets=dataclasses.replace(loaded.assets, config=stored))
     if out is not None:
         check_neighbours(out, loaded.source, loaded.assets, force)
     with stages.stage("recognise"):
@@ -298,16 +342,21 @@ def compile(
             raise UsageError("Text cannot be used for an encoder.", "Leave --calibration and --finetune out.")
         if config.cache == "static":
             raise UsageError("Only a causal language model can have a static cache.", "Leave --cache static out.")
+        if config.cache_layout == "genai":
+            raise UsageError("Only a causal language model is for onnxruntime-genai.", "Leave --cache-layout out.")
         if config.cache_type == "int8":
             raise UsageError("Only a causal language model can have an int8 cache.", "Leave --cache-type int8 out.")
+        _require_float32(loaded, loaded.dtype, "An encoder", "converted")
         if is_seq2seq(found):
             if out is not None:
                 check_pair(out, force)
             return compile_seq2seq(loaded, found, config, check=check, stages=stages)
         return compile_encoder(loaded, found, config, check=check, stages=stages)
     program = require_causal(loaded, found)
+    if finetune is not None:
+        _require_float32(program, wanted, "A conversion", "fine-tuned")
     sites, kept = found.sites, found.rejections
-    if config.format == "deepseek":
+    if config.for_stock_code:
         require_expressible(sites, kept)
         require_blocks(program, sites)
         config = with_preset(config, sites[0])
@@ -320,8 +369,10 @@ def compile(
     plans = choice.plans
     # Nothing computes another result for it, but the module is to train well.
     weights = tuple(map(balanced, choice.weights if polished is None else polished.weights))
+    if config.q_rank is not None:
+        weights = with_query_rank(task, weights, config.q_rank)
     with stages.stage("rewrite"):
-        converted = task.rewrite(weights)
+        converted = task.result(weights)
     int8 = config.cache_type == "int8"
     if int8:  # before anything takes long
         check_quantisable(converted.graph, converted.rows)  # type: ignore[arg-type]
@@ -341,8 +392,15 @@ def compile(
         )
     if check:
         with stages.stage("verify"):
-            exact = converted if config.exact else _exact_twin(task)
-            verification = verify.check_module(original_scorer(program), exact, converted, ids, text is not None)
+            exact = converted if config.exact and program.dtype == torch.float32 else _exact_twin(task)
+            verification = verify.check_module(
+                original_scorer(program),
+                exact,
+                converted,
+                ids,
+                text is not None,
+                wide_original=original_scorer(program, wide=True) if program.dtype in NARROW else None,
+            )
     training = None
     if finetune is not None:
         recipe = make_recipe(tokens=finetune_tokens, seed=config.seed)
@@ -354,7 +412,9 @@ def compile(
         sites=tuple(sites),
         kept=kept,
         plans=plans,
-        bytes_per_element=torch.float32.itemsize,
+        widths=tuple(task.widths),
+        bytes_per_element=task.dtype.itemsize,
+        source_bytes_per_element=program.dtype.itemsize,
         selection=config.selection if config.method == "mha2mla" else config.method,
         stages=(),
         verification=verification,
@@ -397,7 +457,7 @@ def inspect(
     Raises:
         LoadError: The model cannot be read.
     """
-    program = _load(model, example_inputs, tokenizer, attn_implementation, unsafe_load, any_kind=True)
+    program = _load(model, example_inputs, tokenizer, attn_implementation, unsafe_load, any_kind=True, dtype=None)
     return program, recognise(program)
 
 
@@ -429,8 +489,10 @@ def plan(
     """
     _require_text(config, calibration)
     documents = read_text(calibration)
-    program = frontend.load_any(model, attention=attn_implementation, unsafe=unsafe_load)
+    dtype = wanted_type(config)
+    program = frontend.load_any(model, attention=attn_implementation, unsafe=unsafe_load, dtype=dtype)
     found = recognise(program)
+    types = [str(x).removeprefix("torch.") for x in (program.dtype, _result_type(program, config))]
     if config.encoders and is_seq2seq(found):
         own, crossed = plan_seq2seq(program, found, config)
         return Planned(found, (*own, *crossed))
@@ -441,11 +503,11 @@ def plan(
     sites, method = found.sites, config.chosen_method
     widths = tuple(input_width(program, s) for s in sites)
     if config.exact or method == "mha2mla":
-        return Planned(found, plan_layers(sites, widths, config), widths)
+        return Planned(found, plan_layers(sites, widths, config), widths, *types)
     text = cut_windows(program, documents, tokenizer, config)
     windows = None if text is None else text.calibration
     task = Task(program, sites, found.rejections, config, windows, Stages(display), open_cache(statistics_cache))
-    return Planned(found, METHODS[method](task).plans, widths)
+    return Planned(found, METHODS[method](task).plans, widths, *types)
 
 
 def convertible(
@@ -494,18 +556,19 @@ def _load(
     attention: str,
     unsafe: bool,
     any_kind: bool,
+    dtype: torch.dtype | None,
 ) -> AnyProgram:
     """Read a model from wherever it is; a module whose inputs are given must be ``any_kind`` to take other than ids."""
     folder = str(tokenizer) if isinstance(tokenizer, str | Path) else None
     if isinstance(model, str | Path):
-        return frontend.load_any(model, tokenizer=folder, attention=attention, unsafe=unsafe)
+        return frontend.load_any(model, tokenizer=folder, attention=attention, unsafe=unsafe, dtype=dtype)
     if isinstance(model, ExportedProgram):
         return frontend.read_export(model, source="ExportedProgram", assets=Assets(folder=folder))
     program: AnyProgram
     if any_kind or example_inputs is None:
-        program = frontend.capture_any(model, example_inputs, tokenizer=folder)
+        program = frontend.capture_any(model, example_inputs, tokenizer=folder, dtype=dtype)
     else:
-        program = frontend.capture(model, example_inputs, tokenizer=folder)
+        program = frontend.capture(model, example_inputs, tokenizer=folder, dtype=dtype)
     if folder is None and tokenizer is not None:
         program = dataclasses.replace(program, assets=dataclasses.replace(program.assets, tokenizer=tokenizer))
     return program
@@ -532,6 +595,22 @@ def require_causal(program: AnyProgram, found: Recognition) -> Program:
     )
 
 
+def _check_out(out: Path, format: str, force: bool) -> None:
+    """Refuse a place where what is asked for cannot be written.
+
+    Raises:
+        UsageError: The name is that of something else, exists already, or cannot be written.
+    """
+    if format == "gguf":
+        check_gguf(out, force)
+    elif format == "deepseek":
+        check_folder(out, force)
+    elif format == "hf" and out.suffix:
+        raise UsageError(f"'{out}' names a file, and the format hf is a folder.", "Name a folder without a suffix.")
+    else:
+        check_target(out, force)
+
+
 def _require_text(config: CompileConfig, calibration: Text | None) -> None:
     """Refuse what chooses or trains by what the model does on text, without text.
 
@@ -550,15 +629,61 @@ def _require_text(config: CompileConfig, calibration: Text | None) -> None:
     )
 
 
-def require_float32(program: AnyProgram) -> None:
-    """Refuse weights of another type: the rewrite, its checks and the cache are float32 in this version."""
+def require_known_types(program: AnyProgram) -> None:
+    """Refuse weights of types that the rewrite, its checks and the cache do not know."""
     for name, value in program.exported.state_dict.items():
-        if value.is_floating_point() and value.dtype != torch.float32:
+        if value.is_floating_point() and value.dtype not in _TYPES:
             kind = str(value.dtype).removeprefix("torch.")
             raise UsageError(
-                f"'{name}' of '{program.source}' is {kind}; only float32 is converted.",
+                f"'{name}' of '{program.source}' is {kind}; only float32, float16 and bfloat16 are converted.",
                 "Call model.float() before exporting or converting it.",
             )
+
+
+def wanted_type(config: CompileConfig) -> torch.dtype | None:
+    """The type of the result that was asked for, if any."""
+    return None if config.dtype == "auto" else getattr(torch, config.dtype)
+
+
+def _result_type(program: AnyProgram, config: CompileConfig) -> torch.dtype:
+    """Type of the result.
+
+    Raises:
+        UsageError: The model cannot be had in that type, or its cache not in another.
+    """
+    # What stock code reads is made of several matrices each: rounded once, by whoever loads it in another type.
+    wanted = wanted_type(config) or (torch.float32 if config.for_stock_code else program.dtype)
+    own, name = (str(x).removeprefix("torch.") for x in (program.dtype, wanted))
+    if wanted not in (program.dtype, torch.float32):
+        raise UsageError(
+            f"'{program.source}' was exported in {own}, and its graph does not say what {name} must not round.",
+            f"Export it in {name} (model.to(torch.{name}) before torch.export.export), or leave --dtype {name} out.",
+        )
+    if config.for_stock_code and wanted != torch.float32:
+        raise UsageError(
+            f"The format {config.format} is written in float32, not in {name}.",
+            f"Leave --dtype {name} out; what loads the result can round it.",
+        )
+    if config.cache_type != "auto" and wanted != torch.float32:
+        raise UsageError(
+            f"The cache of a model in {name} holds that type, and {config.cache_type} caches are of float32.",
+            f"Leave --cache-type {config.cache_type} out, or pass --dtype float32.",
+        )
+    return wanted
+
+
+def _require_float32(program: AnyProgram, dtype: torch.dtype, what: str, done: str) -> None:
+    """Refuse another type where only float32 will do.
+
+    Raises:
+        UsageError: It is of another type.
+    """
+    if dtype != torch.float32:
+        kind = str(dtype).removeprefix("torch.")
+        raise UsageError(
+            f"{what} is {done} in float32 only, and '{program.source}' is {kind}.",
+            "Pass --dtype float32 (dtype='float32' in Python), or call model.float() before exporting it.",
+        )
 
 
 def _require_some(program: AnyProgram, found: Recognition) -> Recognition:

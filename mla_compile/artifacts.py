@@ -22,6 +22,7 @@ from torch import Tensor, fx
 from mla_compile import verify
 from mla_compile.encoder_report import EncoderReport
 from mla_compile.errors import LoadError, UsageError
+from mla_compile.genai import write_genai_config
 from mla_compile.passes.lower_onnx import (
     EncoderFace,
     export_encoder,
@@ -32,10 +33,12 @@ from mla_compile.passes.lower_onnx import (
 from mla_compile.program import Assets
 from mla_compile.progress import Stages
 from mla_compile.report import Report, environment
+from mla_compile.report_page import PAGE, render_page, write_report
 from mla_compile.runtime.module import LatentModel, LatentSeq2Seq, LowRankModel
 from mla_compile.seq2seq_report import Seq2SeqReport
 
 __all__ = [
+    "check_cache_layout",
     "check_cache_type",
     "check_neighbours",
     "check_pair",
@@ -49,10 +52,12 @@ __all__ = [
     "read_assets",
     "read_folder",
     "stored_metadata",
+    "write_archive",
     "write_encoder_folder",
     "write_encoder_onnx",
     "write_folder",
     "write_onnx",
+    "write_page",
     "write_seq2seq_onnx",
 ]
 
@@ -67,8 +72,10 @@ _TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
+_PROVENANCE = ("custom", "from_node", "nn_module_stack", "source_fn_stack", "stack_trace", "torch_fn")
+"""What torch writes of every node besides what it computes."""
 
-
+_UNTRIED = "the file is for ONNX Runtime's CUDA provider, which was not there to run it on: this target is experimental"
 _AnyReport = TypeVar("_AnyReport", Report, EncoderReport, Seq2SeqReport)
 
 
@@ -83,7 +90,7 @@ def check_target(path: Path, force: bool) -> None:
     if path.suffix and path.suffix != ".onnx":
         raise UsageError(
             f"'{path}' does not say what to write: '{path.suffix}' is not known.",
-            "Name a .onnx or .plan file, or a folder without a suffix.",
+            "Name a .onnx, .plan or .gguf file, or a folder without a suffix.",
         )
     if path.suffix == ".onnx" and importlib.util.find_spec("onnxruntime") is None:
         raise UsageError(
@@ -109,6 +116,19 @@ def check_cache_type(path: Path, cache_type: str, *, tensorrt: bool = False) -> 
             f"Only an ONNX file for ONNX Runtime has an int8 cache, and '{path}' is none.",
             "Name a .onnx file without --target tensorrt, or leave --cache-type int8 out; "
             "mla-compile export writes such a file of a folder.",
+        )
+
+
+def check_cache_layout(path: Path, layout: str, *, tensorrt: bool = False) -> None:
+    """Refuse another layout than rows anywhere but in an ONNX file that is not for TensorRT.
+
+    Raises:
+        UsageError: There is no such layout there.
+    """
+    if layout != "rows" and (tensorrt or path.suffix != ".onnx"):
+        raise UsageError(
+            f"Only an ONNX file for ONNX Runtime has the cache layout {layout}, and '{path}' is none.",
+            "Name a .onnx file, without --target tensorrt, or leave --cache-layout and --target out.",
         )
 
 
@@ -158,7 +178,7 @@ def check_neighbours(path: Path, source: str, assets: Assets, force: bool) -> No
         UsageError: Configuration, tokenizer or report of something else lies where this model's would go, or it is the
             folder of the original, which is never written to.
     """
-    folder = path.parent if path.suffix in (".onnx", ".plan") else path
+    folder = path.parent if path.suffix in (".onnx", ".plan", ".gguf") else path
     if Path(source).is_dir() and folder.exists() and folder.samefile(source):
         raise UsageError(f"'{folder}' is the folder of the original model.", "Choose another folder.")
     if force:
@@ -169,9 +189,11 @@ def check_neighbours(path: Path, source: str, assets: Assets, force: bool) -> No
             old = folder / new.name
             if old.is_file() and old.read_bytes() != new.read_bytes():
                 raise _belongs_to_another(old)
-    report = folder / "report.json"
+    report, page = folder / "report.json", folder / PAGE
     if report.is_file() and not _is_report(report):
         raise _belongs_to_another(report)
+    if page.is_file() and not report.is_file():
+        raise _belongs_to_another(page)
 
 
 def _check_onnx_target(path: Path, source: str, assets: Assets, force: bool) -> None:
@@ -219,6 +241,7 @@ def write_onnx(
         The completed report, also written as ``report.json`` beside the file.
     """
     _check_onnx_target(path, report.source, assets, force)
+    paged = report.config["cache_layout"] == "paged"
     with moved_into(path.parent) as folder:
         with stages.stage("lower to ONNX"):
             lower_to_onnx(
@@ -228,16 +251,22 @@ def write_onnx(
                 opset=report.config["opset"],
                 inline=report.config["inline"],
                 metadata=file_metadata(report, assets),
-                static=report.config["cache"] == "static",
+                static=paged or report.config["cache"] == "static",
                 quantised=report.config["cache_type"] == "int8",
+                halves=report.config["cache_layout"] == "genai",
+                paged=paged,
             )
-        if checks is not None:
+        if paged:
+            report = dataclasses.replace(report, warnings=(*report.warnings, _UNTRIED))
+        elif checks is not None:
             with stages.stage("verify ONNX"):
                 found = verify.check_lowering(
                     module, folder / path.name, checks, report.cache_bytes_after, report.config["cache_type"]
                 )
             if report.verification is not None:
                 report = dataclasses.replace(report, verification=dataclasses.replace(report.verification, **found))
+        if report.config["cache_layout"] == "genai":
+            write_genai_config(folder / path.name, module.rows, assets, static=report.config["cache"] == "static")
         copy_assets(assets, folder)
         report = finished(report, folder, stages)
     return report
@@ -249,11 +278,23 @@ def write_folder(module: LatentModel, report: Report, assets: Assets, path: Path
     check_target(path, force)
     check_neighbours(path, report.source, assets, force)
     with moved_into(path) as folder:
-        torch.export.save(export_rewritten(module.graph, module.rows), folder / "model.pt2")  # type: ignore[arg-type]
+        write_archive(module, folder)
         copy_assets(assets, folder)
         (folder / "mla_config.yaml").write_text(yaml.safe_dump(dict(report.config), sort_keys=False), encoding="utf-8")
         report = finished(report, folder, Stages())
     return report
+
+
+def write_archive(module: LatentModel, folder: Path) -> None:
+    """Write a model as a ``torch.export`` archive, whose bytes follow from graph and weights alone.
+
+    Where the nodes came from is left out: it names files of this machine, and grows with every export.
+    """
+    exported = export_rewritten(module.graph, module.rows)  # type: ignore[arg-type]
+    for node in exported.graph.nodes:
+        for name in _PROVENANCE:
+            node.meta.pop(name, None)
+    torch.export.save(exported, folder / "model.pt2")
 
 
 def write_encoder_onnx(
@@ -477,8 +518,29 @@ def finished(report: _AnyReport, folder: Path, stages: Stages) -> _AnyReport:
     """Complete a report with the sizes of what lies in its folder, and write it there."""
     sizes = {p.name: p.stat().st_size for p in sorted(folder.iterdir())}
     report = dataclasses.replace(report, artifacts=sizes, stages=(*report.stages, *stages.timings))
-    (folder / "report.json").write_text(report.to_json(), encoding="utf-8")
+    write_report(report.to_dict(), folder)
     return report
+
+
+def write_page(report: Mapping[str, Any], out: Path, measurement: Mapping[str, Any] | None, force: bool) -> None:
+    """Write the page of a report.
+
+    Args:
+        report: What was read of a ``report.json``.
+        out: The ``.html`` file.
+        measurement: What ``mla-compile eval --json`` printed, or None.
+        force: Replace an existing file.
+
+    Raises:
+        UsageError: The name is not that of a page, exists already, or its folder cannot be written.
+    """
+    if out.suffix != ".html":
+        raise UsageError(f"'{out}' is not named like a page.", "Name it with the suffix .html.")
+    if out.is_dir():
+        raise UsageError(f"'{out}' is a folder.", "Name a .html file.")
+    check_place(out, force)
+    with moved_into(out.parent) as folder:
+        (folder / out.name).write_text(render_page(report, measurement), encoding="utf-8")
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -174,8 +175,8 @@ Encoders = Annotated[
 Format = Annotated[
     str,
     typer.Option(
-        help="What to write: auto is what the name of --out says, deepseek a folder that stock transformers loads as "
-        "DeepSeek-V3 (and takes --layout deepseek).",
+        help="What to write: auto is what the name of --out says, hf a folder that mla_compile.load reads, deepseek a "
+        "folder that stock transformers loads as DeepSeek-V3, gguf a file for llama.cpp (both take --layout deepseek).",
         rich_help_panel=_OUTPUT,
     ),
 ]
@@ -185,6 +186,14 @@ Preset = Annotated[
         help="With --format deepseek: flashmla is 512 latent entries and 64 rotating channels, zeros included.",
         show_default=False,
         rich_help_panel=_OUTPUT,
+    ),
+]
+QRank = Annotated[
+    int | None,
+    typer.Option(
+        help="With --format deepseek or gguf: numbers that the queries of a token are made from (q_lora_rank).",
+        show_default="none: queries are made directly",
+        rich_help_panel=_SIZE,
     ),
 ]
 TrainTokens = Annotated[
@@ -208,8 +217,23 @@ CacheKind = Annotated[
 CacheType = Annotated[
     str,
     typer.Option(
-        help="What an ONNX file's caches hold: float32, or int8 codes with two scales per token, whose products are "
-        "of integers.",
+        help="What an ONNX file's caches hold: auto for numbers of the type --dtype, or int8 codes with two scales per "
+        "token, whose products are of integers; float32 is auto where that is the type.",
+        rich_help_panel=_OUTPUT,
+    ),
+]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="Type of weights and caches: float32, float16 or bfloat16; auto is the model's own.",
+        rich_help_panel=_OUTPUT,
+    ),
+]
+CacheLayout = Annotated[
+    str,
+    typer.Option(
+        help="How an ONNX file's caches lie: rows, or genai for onnxruntime-genai, whose configuration is then written "
+        "beside the file.",
         rich_help_panel=_OUTPUT,
     ),
 ]
@@ -220,7 +244,8 @@ Target = Annotated[
     str,
     typer.Option(
         help="What to write for: auto is what the name of --out says (ONNX Runtime for .onnx, TensorRT for .plan), "
-        "tensorrt an engine, or with .onnx the file that engines are built of.",
+        "tensorrt an engine, or with .onnx the file that engines are built of, cuda an ONNX file with the CUDA "
+        "provider's own operator for latent attention (experimental).",
         rich_help_panel=_OUTPUT,
     ),
 ]
@@ -257,6 +282,22 @@ VersionCompatible = Annotated[
         rich_help_panel=_TENSORRT,
     ),
 ]
+WeightStreaming = Annotated[
+    bool,
+    typer.Option(
+        "--weight-streaming",
+        help="An engine whose weights may stay in the host's memory where the GPU's has no room, which is slower.",
+        rich_help_panel=_TENSORRT,
+    ),
+]
+Refit = Annotated[
+    bool,
+    typer.Option(
+        "--refit",
+        help="An engine whose weights can be replaced without building it again, perhaps slower.",
+        rich_help_panel=_TENSORRT,
+    ),
+]
 NoPlugins = Annotated[
     bool,
     typer.Option("--no-plugins", help="Standard operators only, instead of our kernels.", rich_help_panel=_TENSORRT),
@@ -288,7 +329,8 @@ def convert(
     out: Annotated[
         Path,
         typer.Option(
-            help="A .onnx file, a folder for the PyTorch module, or a .plan file for a TensorRT engine.",
+            help="A .onnx file, a folder for the PyTorch module, a .plan file for a TensorRT engine, or a .gguf file "
+            "for llama.cpp.",
             rich_help_panel=_OUTPUT,
         ),
     ],
@@ -309,12 +351,15 @@ def convert(
     seq_len: SeqLen = None,
     no_cache: NoCache = False,
     tokenizer: Tokenizer = None,
+    dtype: Dtype = "auto",
     opset: Opset = None,
     cache: CacheKind = "dynamic",
-    cache_type: CacheType = "float32",
+    cache_type: CacheType = "auto",
+    cache_layout: CacheLayout = "rows",
     inline: Inline = False,
     format: Format = "auto",
     preset: Preset = "none",
+    q_rank: QRank = None,
     shard_size: Annotated[
         float, typer.Option(min=0.001, help="GB per file of weights, with --format deepseek.", rich_help_panel=_OUTPUT)
     ] = 5.0,
@@ -326,6 +371,8 @@ def convert(
     splits: Splits = 16,
     timing_cache: TimingCache = None,
     version_compatible: VersionCompatible = False,
+    weight_streaming: WeightStreaming = False,
+    refit: Refit = False,
     no_plugins: NoPlugins = False,
     max_ppl_ratio: Annotated[
         float | None,
@@ -355,12 +402,15 @@ def convert(
 
     if finetune is None and finetune_tokens is not None:
         raise UsageError("--finetune-tokens counts tokens of --finetune TEXT, and none was given.", "Add --finetune.")
+    if format == "auto" and out.suffix == ".gguf":
+        format = "gguf"
     for_tensorrt = _is_for_tensorrt(out, target, format)
     config = make_config(
         method=method,
-        layout="deepseek" if format == "deepseek" else layout,
+        layout="deepseek" if format in ("deepseek", "gguf") else layout,
         format=format,
         preset=preset,
+        q_rank=q_rank,
         selection=selection,
         rope_dims=rope_dims,
         svd=svd,
@@ -374,8 +424,10 @@ def convert(
         seq_len=seq_len,
         seed=seed,
         opset=opset,
+        dtype=dtype,
         cache=cache,
         cache_type=cache_type,
+        cache_layout="paged" if target == "cuda" else cache_layout,
         inline=inline,
         encoders=encoders,
     )
@@ -387,7 +439,15 @@ def convert(
         from mla_compile.seq2seq_report import Seq2SeqReport
 
         engine = EngineSettings(
-            max_batch, max_length, max_prompt, splits, not no_plugins, version_compatible, timing_cache
+            max_batch,
+            max_length,
+            max_prompt,
+            splits,
+            not no_plugins,
+            version_compatible,
+            timing_cache,
+            weight_streaming=weight_streaming,
+            refit=refit,
         )
         if not for_tensorrt and engine != EngineSettings():
             raise UsageError(
@@ -414,6 +474,8 @@ def convert(
         report: Report | EncoderReport | Seq2SeqReport
         if config.format == "deepseek" and isinstance(compiled, api.CompiledModel):
             report = compiled.to_deepseek(out, shard_bytes=int(shard_size * 1e9), force=force, display=shown)
+        elif config.format == "gguf" and isinstance(compiled, api.CompiledModel):
+            report = compiled.to_gguf(out, force=force, display=shown)
         elif for_tensorrt and isinstance(compiled, api.CompiledModel):
             report = compiled.to_tensorrt(out, engine, force=force, display=shown)
         elif out.suffix == ".onnx":
@@ -440,11 +502,13 @@ def _is_for_tensorrt(out: Path, target: str, format: str) -> bool:
     Raises:
         UsageError: The target is unknown, or something else is to be written.
     """
-    if target not in ("auto", "tensorrt"):
-        raise UsageError(f"--target {target} is not one of auto, tensorrt.", "Give one of them.")
+    if target not in ("auto", "cuda", "tensorrt"):
+        raise UsageError(f"--target {target} is not one of auto, cuda, tensorrt.", "Give one of them.")
+    if target == "cuda" and out.suffix != ".onnx":
+        raise UsageError(f"--target cuda is an ONNX file, and '{out}' is none.", "Name a .onnx file.")
     wanted = target == "tensorrt" or out.suffix == ".plan"
-    if wanted and format == "deepseek":
-        raise UsageError("A DeepSeek checkpoint is not for TensorRT.", "Leave --format or --target out.")
+    if wanted and format != "auto":
+        raise UsageError(f"The format {format} is not for TensorRT.", "Leave --format or --target out.")
     return wanted
 
 
@@ -491,7 +555,8 @@ def plan(
     calibration_tokens: CalibrationTokens = 65536,
     seq_len: SeqLen = None,
     no_cache: NoCache = False,
-    cache_type: CacheType = "float32",
+    dtype: Dtype = "auto",
+    cache_type: CacheType = "auto",
     context: Annotated[int, typer.Option(min=1, help="Tokens in the cache when a step's time is estimated.")] = 4096,
     batch: Annotated[int, typer.Option(min=1, help="Sequences that are decoded together.")] = 1,
     machine: Annotated[Literal["cpu", "gpu"], typer.Option(help="What to estimate the time on.")] = "cpu",
@@ -519,6 +584,7 @@ def plan(
         encoders=encoders,
         calibration_tokens=calibration_tokens,
         seq_len=seq_len,
+        dtype=dtype,
         cache_type=cache_type,
     )
     shown = display.make_display(quiet or as_json)
@@ -537,11 +603,12 @@ def plan(
         )
     step = DecodeStep(MACHINES[machine], context, batch)
     costs = decode_costs(planned.found.sites, planned.plans, planned.widths, step) if planned.widths else ()
+    held = "int8" if cache_type == "int8" else planned.dtype
     if as_json:
-        typer.echo(json.dumps(display.plan_rows(planned.plans, costs, step, cache_type), indent=2))
+        typer.echo(json.dumps(display.plan_rows(planned.plans, costs, step, held, planned.source_type), indent=2))
     else:
-        cached = cache_type if planned.found.sites else None
-        display.show_plan(planned.plans, costs, step, cached)
+        cached = held if planned.found.sites else None
+        display.show_plan(planned.plans, costs, step, cached, planned.source_type)
 
 
 @app.command()
@@ -709,6 +776,64 @@ def _check_eval(
         raise UsageError("A plot shows models beside their original, and none was given.", "Add --original MODEL.")
 
 
+@app.command("bench")
+def bench_speed(
+    model: Annotated[list[Path], typer.Argument(help="ONNX files made by mla-compile, of one original.")],
+    against: Annotated[
+        str, typer.Option(help="The original: what report.json beside the first file names, or any MODEL.")
+    ] = "original",
+    contexts: Annotated[
+        str | None,
+        typer.Option(
+            help="Tokens in the cache, such as 512,4096.", show_default="512,4096; the model's limit, if that is less"
+        ),
+    ] = None,
+    batches: Annotated[str, typer.Option(help="Sequences decoded together.")] = "1,8",
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of every file.")] = 15,
+    threads: Annotated[int, typer.Option(min=1, help="Threads per operator.")] = 1,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw speed over context, to a .svg or .png file.", rich_help_panel=_OUTPUT)
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing plot.", rich_help_panel=_OUTPUT)] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure speed and memory beside the original's fastest forms in ONNX Runtime, on the CPU."""
+    from mla_compile import display
+
+    if plot is not None:
+        from mla_compile.plot import check_plot
+
+        check_plot(plot, force)
+    sizes = _numbers("--contexts", contexts, 2) if contexts is not None else None
+    many = _numbers("--batches", batches, 1)
+    shown = display.make_display(quiet or as_json)
+    with shown:
+        from mla_compile.bench import Workload, bench
+
+        result = bench(model, against, Workload(sizes, many, rounds, threads), display=shown)
+    if plot is not None:
+        from mla_compile.plot import speed_figure, write_figure
+
+        write_figure(lambda: speed_figure(result), plot)
+    if as_json:
+        typer.echo(json.dumps(result.to_dict(), indent=2))
+    else:
+        display.show_benchmark(result)
+
+
+def _numbers(flag: str, text: str, least: int) -> tuple[int, ...]:
+    """Read numbers with commas between them, in order.
+
+    Raises:
+        UsageError: One is none, or too small.
+    """
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) >= least for part in parts):
+        raise UsageError(f"{flag} {text} is no list of numbers from {least} on.", "Put commas between them: 512,4096.")
+    return tuple(sorted({int(part) for part in parts}))
+
+
 @app.command("finetune")
 def fine_tune(
     folder: Annotated[Path, typer.Argument(help="A folder written by 'mla-compile convert MODEL --out FOLDER'.")],
@@ -860,22 +985,38 @@ def fine_tune(
 
 @app.command()
 def export(
-    folder: Annotated[Path, typer.Argument(help="A folder written by 'convert' or 'finetune'.")],
-    out: Annotated[Path, typer.Option(help="The .onnx file to write.", rich_help_panel=_OUTPUT)],
+    folder: Annotated[
+        Path,
+        typer.Argument(help="A folder written by 'convert' or 'finetune'; for .gguf one of --format deepseek."),
+    ],
+    out: Annotated[Path, typer.Option(help="The .onnx or .gguf file to write.", rich_help_panel=_OUTPUT)],
     opset: Opset = None,
     cache: CacheKind = "dynamic",
-    cache_type: CacheType = "float32",
+    cache_type: CacheType = "auto",
+    cache_layout: CacheLayout = "rows",
     inline: Inline = False,
     force: Annotated[bool, typer.Option("--force", help="Replace existing files.", rich_help_panel=_OUTPUT)] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a saved model as ONNX, compared in ONNX Runtime with the PyTorch module."""
+    """Write a saved model as ONNX, checked in ONNX Runtime, or a DeepSeek checkpoint as GGUF, checked in llama.cpp."""
     from mla_compile import display
     from mla_compile.config import make_config
     from mla_compile.saved import open_saved, write_saved_onnx
 
+    if out.suffix == ".gguf":
+        from mla_compile.gguf_file import export_gguf
+
+        if (opset, cache, cache_type, cache_layout, inline) != (None, "dynamic", "float32", "rows", False):
+            raise UsageError("Options of ONNX files were given for a GGUF file.", "Leave them out.")
+        error = export_gguf(folder, out, force=force)
+        if as_json:
+            typer.echo(json.dumps({"llama_cpp_error": error}))
+        else:
+            display.show_gguf(out, error)
+        return
+
     # Others are refused before anything is read.
-    config = make_config(opset=opset, cache=cache, cache_type=cache_type, inline=inline)
+    config = make_config(opset=opset, cache=cache, cache_type=cache_type, cache_layout=cache_layout, inline=inline)
     report = write_saved_onnx(open_saved(folder), out, config, force=force)
     if as_json:
         typer.echo(json.dumps(report, indent=2))
@@ -908,6 +1049,8 @@ def tensorrt(
     splits: Splits = 16,
     timing_cache: TimingCache = None,
     version_compatible: VersionCompatible = False,
+    weight_streaming: WeightStreaming = False,
+    refit: Refit = False,
     no_plugins: NoPlugins = False,
     force: Annotated[bool, typer.Option("--force", help="Replace existing files.", rich_help_panel=_OUTPUT)] = False,
     quiet: Quiet = False,
@@ -924,7 +1067,15 @@ def tensorrt(
         )
     pieces = None if plugin == "cpp" else splits
     settings = EngineSettings(
-        max_batch, max_length, max_prompt, pieces, not no_plugins, version_compatible, timing_cache
+        max_batch,
+        max_length,
+        max_prompt,
+        pieces,
+        not no_plugins,
+        version_compatible,
+        timing_cache,
+        weight_streaming=weight_streaming,
+        refit=refit,
     )
     shown = display.make_display(quiet)
     with shown:
@@ -980,22 +1131,53 @@ def build_plugin(
 
 @app.command()
 def verify(
-    folder: Annotated[Path, typer.Argument(help="A folder written with --format deepseek.")],
+    checkpoint: Annotated[Path, typer.Argument(help="A folder written with --format deepseek, or a .gguf file.")],
     as_json: AsJson = False,
 ) -> None:
-    """Check a DeepSeek checkpoint: stock transformers against what the converted module answered."""
+    """Check a DeepSeek checkpoint: stock transformers, or llama.cpp, against what the converted module answered."""
     from mla_compile import display
     from mla_compile.checkpoint_folder import verify_folder
+    from mla_compile.gguf_file import verify_gguf
 
-    error, greedy = verify_folder(folder)
-    if as_json:
-        typer.echo(json.dumps({"error": error, "greedy": greedy}))
+    if checkpoint.suffix == ".gguf":
+        error, greedy = verify_gguf(checkpoint)
+        found: dict[str, float | None] = {"error": error, "greedy": greedy}
     else:
-        display.show_check(folder, error, greedy)
+        found = dataclasses.asdict(verify_folder(checkpoint))
+    if as_json:
+        typer.echo(json.dumps(found))
+    else:
+        display.show_check(checkpoint, found)
+
+
+@app.command()
+def report(
+    source: Annotated[Path, typer.Argument(help="A report.json, or the folder that it is in.")],
+    measurement: Annotated[
+        Path | None,
+        typer.Option("--eval", help="What 'eval ... --original MODEL --json' printed: draws quality over cache kept."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The .html file to write.", show_default="report.html beside it", rich_help_panel=_OUTPUT),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace existing files.", rich_help_panel=_OUTPUT)] = False,
+) -> None:
+    """Draw the report of a conversion as one page; every conversion writes one, this draws it again."""
+    from mla_compile.artifacts import write_page
+    from mla_compile.report_page import PAGE, read_measurement, read_report
+
+    found = read_report(source)
+    page = out or (source if source.is_dir() else source.parent) / PAGE
+    write_page(found, page, None if measurement is None else read_measurement(measurement), force)
+    typer.echo(str(page))
 
 
 _COMMANDS = frozenset(
-    {"convert", "inspect", "plan", "run", "eval", "verify", "tensorrt", "build-plugin", "finetune", "export"}
+    {
+        *("convert", "inspect", "plan", "run", "eval", "bench", "verify", "tensorrt", "build-plugin", "finetune"),
+        *("export", "report"),
+    }
 )
 
 

@@ -34,10 +34,12 @@ class CompileConfig(BaseModel):
         uniform_rank: The same latent rank in all layers: the one that fits the smallest of them.
         layout: What caches may look like (``fisher``, ``transmla``): ``free``, or ``deepseek`` for what a stock
             DeepSeek-V3 checkpoint can express: one rank, and one even table of frequencies with one component each.
-        format: What will be written: ``auto`` is what the name of the file or folder says, ``deepseek`` a folder with
-            such a checkpoint.
+        format: What will be written: ``auto`` is what the name of the file or folder says, ``hf`` a folder that
+            :func:`mla_compile.load` reads, ``deepseek`` a folder with a DeepSeek-V3 checkpoint, ``gguf`` a file for
+            llama.cpp made of one.
         preset: ``flashmla`` fills such a checkpoint up with zeros to the sizes that FlashMLA is written for, and asks
             for these sizes where no others are given.
+        q_rank: Numbers that the queries of a token are made from, in such a checkpoint; None for queries made directly.
         exact: Keep every rotating channel and the full rank: the result must equal the original.
         gradients: Whether ``fisher`` runs the model backward too; without, the output projection says what an error of
             an attention output is worth.
@@ -48,8 +50,12 @@ class CompileConfig(BaseModel):
         opset: ONNX operator set: 23, or 24 for a static cache, where nothing is given.
         cache: What the ONNX file's caches are: ``dynamic`` ones grow by a row per token, as any caller of ONNX Runtime
             can make them do; a ``static`` one is memory of the size that the caller gives it, written in place.
-        cache_type: What the ONNX file's caches hold: numbers in ``float32``, or ``int8`` codes with two scales per
-            token.
+        dtype: Type of the result's weights and caches; ``auto`` is the model's own.
+        cache_type: What the ONNX file's caches hold: numbers of the result's type (``auto``; or ``float32``, if it is
+            that), or ``int8`` codes with two scales per token.
+        cache_layout: How the ONNX file's caches lie: ``rows``, one tensor per layer, or ``genai``, halves of rows that
+            are named key and value, equally long in all layers, for onnxruntime-genai, or ``paged``, blocks of 16
+            tokens in half precision for an operator of ONNX Runtime's CUDA provider (``--target cuda``).
         inline: Emit standard operators only, without ``LatentAttention`` nodes.
         encoders: Convert bidirectional attention too, which has no cache: its projections become low-rank.
     """
@@ -65,8 +71,9 @@ class CompileConfig(BaseModel):
     kv_rank: int | None = Field(default=None, ge=1)
     uniform_rank: bool = False
     layout: Literal["free", "deepseek"] = "free"
-    format: Literal["auto", "deepseek"] = "auto"
+    format: Literal["auto", "hf", "deepseek", "gguf"] = "auto"
     preset: Literal["none", "flashmla"] = "none"
+    q_rank: int | None = Field(default=None, ge=1)
     exact: bool = False
     gradients: bool = True
     calibration_tokens: int = Field(default=65536, ge=1)
@@ -75,7 +82,9 @@ class CompileConfig(BaseModel):
     seed: int = Field(default=0, ge=0)
     opset: Literal[23, 24] = 23
     cache: Literal["dynamic", "static"] = "dynamic"
-    cache_type: Literal["float32", "int8"] = "float32"
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    cache_type: Literal["auto", "float32", "int8"] = "auto"
+    cache_layout: Literal["rows", "genai", "paged"] = "rows"
     inline: bool = False
     encoders: bool = False
 
@@ -84,6 +93,11 @@ class CompileConfig(BaseModel):
     def _opset_of_the_cache(cls, given: dict[str, Any]) -> dict[str, Any]:
         opset = given.get("opset") or (24 if given.get("cache") == "static" else 23)
         return {**given, "opset": opset}
+
+    @property
+    def for_stock_code(self) -> bool:
+        """Whether a DeepSeek-V3 checkpoint will be written, as a folder or as a file."""
+        return self.format in ("deepseek", "gguf")
 
     @property
     def chosen_method(self) -> str:
@@ -107,10 +121,12 @@ class CompileConfig(BaseModel):
 
     @model_validator(mode="after")
     def _settings_of_the_layout(self) -> CompileConfig:
-        if self.format == "deepseek" and self.layout == "free":
-            raise ValueError("the format deepseek needs the layout deepseek")
-        if self.preset != "none" and self.format != "deepseek":
+        if self.for_stock_code and self.layout == "free":
+            raise ValueError(f"the format {self.format} needs the layout deepseek")
+        if self.preset != "none" and not self.for_stock_code:
             raise ValueError(f"the preset {self.preset} belongs to the format deepseek")
+        if self.q_rank is not None and not self.for_stock_code:
+            raise ValueError("q_rank belongs to the format deepseek, whose queries may have a latent of their own")
         if self.layout == "free":
             return self
         if self.exact:
@@ -126,8 +142,23 @@ class CompileConfig(BaseModel):
     def _settings_of_the_file(self) -> CompileConfig:
         if self.cache == "static" and self.opset < 24:
             raise ValueError("a static cache needs opset 24, whose TensorScatter writes it")
-        if self.cache_type == "int8" and self.format == "deepseek":
-            raise ValueError("int8 caches are of ONNX files, and the format deepseek is a checkpoint")
+        if self.cache_type != "auto" and self.dtype in ("float16", "bfloat16"):
+            raise ValueError(
+                f"the cache of a model in {self.dtype} holds that type, and {self.cache_type} ones are of float32"
+            )
+        if self.cache_layout == "genai" and self.cache_type == "int8":
+            raise ValueError(
+                "the cache layout genai holds float32, for onnxruntime-genai gives a layer one tensor of keys and one "
+                "of values, and int8 codes need a third for their scales"
+            )
+        if self.cache_layout == "paged" and self.cache_type == "int8":
+            raise ValueError("a file for CUDA has a cache in half precision, which int8 is not")
+        if self.cache_layout != "rows" and self.for_stock_code:
+            raise ValueError(
+                f"the cache layout {self.cache_layout} is of ONNX files, and the format {self.format} is a checkpoint"
+            )
+        if self.cache_type == "int8" and self.for_stock_code:
+            raise ValueError(f"int8 caches are of ONNX files, and the format {self.format} is a checkpoint")
         return self
 
     @model_validator(mode="after")

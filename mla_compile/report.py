@@ -11,9 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from mla_compile.cost import MACHINES, DecodeStep, decode_costs, summed_costs
 from mla_compile.deepseek import DeepSeekShape
 from mla_compile.plan import LatentPlan, cache_elements
 from mla_compile.progress import StageTiming
+from mla_compile.runtime.onnx_halves import halves_bytes
 from mla_compile.runtime.onnx_quantised import quantised_bytes
 from mla_compile.site import AttentionSite, Kind, Rejection
 
@@ -31,6 +33,8 @@ __all__ = [
     "summarise_site",
 ]
 
+_CONTEXTS = (512, 4096, 16384)
+"""Tokens in the cache for which the time of a step is estimated."""
 _PACKAGES = ("mla-compile", "torch", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "numpy")
 
 
@@ -51,6 +55,10 @@ class Verification:
         engine_error: A TensorRT engine against ONNX Runtime; None without an engine.
         quantisation_error: The converted module with rows rounded as a quantised cache rounds them, which is then what
             ONNX Runtime is compared with, against the same without; None where the cache is not quantised.
+        rounding: What roundings of float16 or bfloat16 change in the original and in the converted model, against
+            either in float32, in which all other models above are compared then; None for float32.
+        lowering_copy: Whether ``lowering_error`` is of a float32 copy of the ONNX file.
+        lowering_rounding: What ONNX Runtime's own roundings of a float16 file change; None for other files.
     """
 
     rewrite_error: float
@@ -64,6 +72,9 @@ class Verification:
     text: bool
     engine_error: float | None = None
     quantisation_error: float | None = None
+    rounding: tuple[float, float] | None = None
+    lowering_copy: bool = False
+    lowering_rounding: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,11 +122,14 @@ class LayerForecast:
         rope_own: Whether each carries pairs of that frequency only; others have pairs of other frequencies attached.
         predicted_loss: Loss of rope and latent together, in nats per token to second order; None where the method does
             not count in these units.
+        spectrum: Ranks, and what a latent of each would leave out: as shares of all that it could carry, by the
+            method's own measure. Empty where the method does not know.
     """
 
     rope_frequencies: tuple[float, ...]
     rope_own: tuple[bool, ...]
     predicted_loss: float | None = None
+    spectrum: tuple[tuple[int, float], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The forecast as JSON-able data."""
@@ -123,6 +137,7 @@ class LayerForecast:
             "rope_frequencies": list(self.rope_frequencies),
             "rope_own": list(self.rope_own),
             "predicted_loss": self.predicted_loss,
+            "spectrum": [list(point) for point in self.spectrum],
         }
 
 
@@ -194,11 +209,18 @@ class CheckpointFacts:
     Attributes:
         latent: Length of its latent, with the zeros that fill it up.
         rope: Length of its rope key, likewise.
-        cache_bytes_per_token: What stock code caches in float32.
+        cache_bytes_per_token: What stock code caches in the type of the weights.
         norm_error: Bound of the relative error that the norm of the latent makes, for any text.
         error: Stock transformers against the converted PyTorch module: ``max |difference| / max |logit|``.
         greedy: Equal greedy tokens of the two, as a fraction.
         caveats: Why engines other than transformers would compute something else.
+        cache_bytes_measured: What its cache held in stock transformers, per token.
+        norm_error_measured: The error of that norm on the text that was compared on.
+        without_biases: Divergence of predictions in nats per token, on that text, where an engine leaves the biases of
+            attention out; None where there are none.
+        dtype: Type of its weights.
+        rounding_error: What rounding weights to it changes, likewise; None in float32, in which ``error`` is measured.
+        llama_cpp_error: llama.cpp against the converted module, likewise; None where it did not run.
     """
 
     latent: int
@@ -208,6 +230,12 @@ class CheckpointFacts:
     error: float
     greedy: float
     caveats: tuple[str, ...] = ()
+    cache_bytes_measured: float | None = None
+    norm_error_measured: float | None = None
+    without_biases: float | None = None
+    dtype: str = "float32"
+    rounding_error: float | None = None
+    llama_cpp_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -220,6 +248,7 @@ class Report:
         sites: The converted layers.
         plans: Their latent shapes.
         kept: Layers that were not converted, and why.
+        widths: Input width of the converted layers' projections, where the time of a step is to be estimated.
         bytes_per_element: Size of one cached number.
         selection: The rotary selection used, or the method where that chooses components itself.
         stages: Times and memory peaks.
@@ -233,6 +262,8 @@ class Report:
         training: What fine-tuning did, if there was any; quality was measured behind it, everything else before.
         warnings: What the user should know.
         artifacts: Written files and their sizes in bytes.
+        kept: Layers with an ordinary cache.
+        source_bytes_per_element: Size of one number of the original's cache, if it is another.
     """
 
     source: str
@@ -253,6 +284,8 @@ class Report:
     warnings: tuple[str, ...] = ()
     artifacts: Mapping[str, int] = field(default_factory=dict)
     kept: tuple[Rejection, ...] = ()
+    source_bytes_per_element: int | None = None
+    widths: tuple[int, ...] = ()
 
     @property
     def _kept_elements(self) -> int:
@@ -267,13 +300,25 @@ class Report:
         return [f.to_dict() for f in self.forecasts] or [{} for _ in self.sites]
 
     @property
+    def _steps(self) -> list[dict[str, Any]]:
+        """Decoding steps of all converted layers together, estimated."""
+        steps = [DecodeStep(machine, context) for machine in MACHINES.values() for context in _CONTEXTS]
+        costs = [summed_costs(decode_costs(self.sites, self.plans, self.widths, step), step) for step in steps]
+        return [dataclasses.asdict(step) | cost for step, cost in zip(steps, costs, strict=True)]
+
+    @property
     def cache_bytes_before(self) -> int:
         """Bytes a plain KV cache adds per token."""
-        return (cache_elements(self.plans)[0] + self._kept_elements) * self.bytes_per_element
+        itemsize = self.source_bytes_per_element or self.bytes_per_element
+        return (cache_elements(self.plans)[0] + self._kept_elements) * itemsize
 
     @property
     def cache_bytes_after(self) -> int:
         """Bytes the latent cache, and the cache of layers that were kept, add per token; scales of codes included."""
+        if self.config.get("cache_layout") == "genai":
+            return halves_bytes([p.elements_after for p in self.plans])
+        if self.config.get("cache_layout") == "paged":
+            return 2 * cache_elements(self.plans)[1]
         if self.config.get("cache_type") == "int8":
             return quantised_bytes([p.elements_after for p in self.plans])
         return (cache_elements(self.plans)[1] + self._kept_elements) * self.bytes_per_element
@@ -306,12 +351,14 @@ class Report:
             "layers": [
                 summarise_site(s)
                 | dataclasses.asdict(p)
+                | {"rope_frequencies_before": list(s.rope.inv_freq)}
                 | forecast
                 | {"elements_after": p.elements_after, "measured": measured}
                 for s, p, forecast, measured in zip(
                     self.sites, self.plans, self._forecast_layers, self._measured_layers, strict=True
                 )
             ],
+            "decode_steps": self._steps if self.widths else [],
             "deepseek": dataclasses.asdict(self.deepseek) if self.deepseek else None,
             "checkpoint": dataclasses.asdict(self.checkpoint) if self.checkpoint else None,
             "kept": [summarise_site(r) for r in self.kept],
