@@ -38,6 +38,7 @@ from mla_compile.passes.layer_errors import layer_errors
 from mla_compile.passes.methods import METHODS, nothing_left_out
 from mla_compile.passes.polish import polish
 from mla_compile.passes.quantise_cache import check_quantisable
+from mla_compile.passes.query_rank import with_query_rank
 from mla_compile.passes.recognise import Recognition, recognise
 from mla_compile.passes.retype import NARROW
 from mla_compile.passes.task import BATCH, Task
@@ -88,11 +89,15 @@ class Planned:
         found: Its attention layers.
         plans: Shape of each one's latent.
         widths: Input width of each one's projections; empty where nothing is decoded with a cache of its own.
+        source_type: Type of the original's numbers.
+        dtype: Type of the result's.
     """
 
     found: Recognition
     plans: tuple[LatentPlan, ...]
     widths: tuple[int, ...] = ()
+    source_type: str = "float32"
+    dtype: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -313,8 +318,21 @@ def compile(
     documents = read_text(calibration)
     stages = Stages(display)
     with stages.stage("load"):
-        loaded = _load(model, example_inputs, tokenizer, attn_implementation, unsafe_load, any_kind=config.encoders)
+        loaded = _load(
+            model,
+            example_inputs,
+            tokenizer,
+            attn_implementation,
+            unsafe_load,
+            any_kind=config.encoders,
+            dtype=wanted_type(config),
+        )
     require_known_types(loaded)
+    wanted = _result_type(loaded, config)
+    config = config.model_copy(update={"dtype": str(wanted).removeprefix("torch.")})
+    if "dtype" in loaded.assets.config:  # what lies beside the result says what that is in
+        stored = {**loaded.assets.config, "dtype": config.dtype}
+        loaded = dataclasses.replace(loaded, assets=dataclasses.replace(loaded.assets, config=stored))
     if out is not None:
         check_neighbours(out, loaded.source, loaded.assets, force)
     with stages.stage("recognise"):
@@ -328,7 +346,7 @@ def compile(
             raise UsageError("Only a causal language model is for onnxruntime-genai.", "Leave --cache-layout out.")
         if config.cache_type == "int8":
             raise UsageError("Only a causal language model can have an int8 cache.", "Leave --cache-type int8 out.")
-        _require_float32(loaded, "An encoder", "converted")
+        _require_float32(loaded, loaded.dtype, "An encoder", "converted")
         if is_seq2seq(found):
             if out is not None:
                 check_pair(out, force)
@@ -336,7 +354,7 @@ def compile(
         return compile_encoder(loaded, found, config, check=check, stages=stages)
     program = require_causal(loaded, found)
     if finetune is not None:
-        _require_float32(program, "A conversion", "fine-tuned")
+        _require_float32(program, wanted, "A conversion", "fine-tuned")
     sites, kept = found.sites, found.rejections
     if config.for_stock_code:
         require_expressible(sites, kept)
@@ -351,8 +369,10 @@ def compile(
     plans = choice.plans
     # Nothing computes another result for it, but the module is to train well.
     weights = tuple(map(balanced, choice.weights if polished is None else polished.weights))
+    if config.q_rank is not None:
+        weights = with_query_rank(task, weights, config.q_rank)
     with stages.stage("rewrite"):
-        converted = task.rewrite(weights, program.dtype)
+        converted = task.result(weights)
     int8 = config.cache_type == "int8"
     if int8:  # before anything takes long
         check_quantisable(converted.graph, converted.rows)  # type: ignore[arg-type]
@@ -393,7 +413,8 @@ def compile(
         kept=kept,
         plans=plans,
         widths=tuple(task.widths),
-        bytes_per_element=program.dtype.itemsize,
+        bytes_per_element=task.dtype.itemsize,
+        source_bytes_per_element=program.dtype.itemsize,
         selection=config.selection if config.method == "mha2mla" else config.method,
         stages=(),
         verification=verification,
@@ -436,7 +457,7 @@ def inspect(
     Raises:
         LoadError: The model cannot be read.
     """
-    program = _load(model, example_inputs, tokenizer, attn_implementation, unsafe_load, any_kind=True)
+    program = _load(model, example_inputs, tokenizer, attn_implementation, unsafe_load, any_kind=True, dtype=None)
     return program, recognise(program)
 
 
@@ -468,8 +489,10 @@ def plan(
     """
     _require_text(config, calibration)
     documents = read_text(calibration)
-    program = frontend.load_any(model, attention=attn_implementation, unsafe=unsafe_load)
+    dtype = wanted_type(config)
+    program = frontend.load_any(model, attention=attn_implementation, unsafe=unsafe_load, dtype=dtype)
     found = recognise(program)
+    types = [str(x).removeprefix("torch.") for x in (program.dtype, _result_type(program, config))]
     if config.encoders and is_seq2seq(found):
         own, crossed = plan_seq2seq(program, found, config)
         return Planned(found, (*own, *crossed))
@@ -480,11 +503,11 @@ def plan(
     sites, method = found.sites, config.chosen_method
     widths = tuple(input_width(program, s) for s in sites)
     if config.exact or method == "mha2mla":
-        return Planned(found, plan_layers(sites, widths, config), widths)
+        return Planned(found, plan_layers(sites, widths, config), widths, *types)
     text = cut_windows(program, documents, tokenizer, config)
     windows = None if text is None else text.calibration
     task = Task(program, sites, found.rejections, config, windows, Stages(display), open_cache(statistics_cache))
-    return Planned(found, METHODS[method](task).plans, widths)
+    return Planned(found, METHODS[method](task).plans, widths, *types)
 
 
 def convertible(
@@ -533,18 +556,19 @@ def _load(
     attention: str,
     unsafe: bool,
     any_kind: bool,
+    dtype: torch.dtype | None,
 ) -> AnyProgram:
     """Read a model from wherever it is; a module whose inputs are given must be ``any_kind`` to take other than ids."""
     folder = str(tokenizer) if isinstance(tokenizer, str | Path) else None
     if isinstance(model, str | Path):
-        return frontend.load_any(model, tokenizer=folder, attention=attention, unsafe=unsafe)
+        return frontend.load_any(model, tokenizer=folder, attention=attention, unsafe=unsafe, dtype=dtype)
     if isinstance(model, ExportedProgram):
         return frontend.read_export(model, source="ExportedProgram", assets=Assets(folder=folder))
     program: AnyProgram
     if any_kind or example_inputs is None:
-        program = frontend.capture_any(model, example_inputs, tokenizer=folder)
+        program = frontend.capture_any(model, example_inputs, tokenizer=folder, dtype=dtype)
     else:
-        program = frontend.capture(model, example_inputs, tokenizer=folder)
+        program = frontend.capture(model, example_inputs, tokenizer=folder, dtype=dtype)
     if folder is None and tokenizer is not None:
         program = dataclasses.replace(program, assets=dataclasses.replace(program.assets, tokenizer=tokenizer))
     return program
@@ -616,17 +640,49 @@ def require_known_types(program: AnyProgram) -> None:
             )
 
 
-def _require_float32(program: AnyProgram, what: str, done: str) -> None:
-    """Refuse a model of another type where only float32 will do.
+def wanted_type(config: CompileConfig) -> torch.dtype | None:
+    """The type of the result that was asked for, if any."""
+    return None if config.dtype == "auto" else getattr(torch, config.dtype)
+
+
+def _result_type(program: AnyProgram, config: CompileConfig) -> torch.dtype:
+    """Type of the result.
+
+    Raises:
+        UsageError: The model cannot be had in that type, or its cache not in another.
+    """
+    # What stock code reads is made of several matrices each: rounded once, by whoever loads it in another type.
+    wanted = wanted_type(config) or (torch.float32 if config.for_stock_code else program.dtype)
+    own, name = (str(x).removeprefix("torch.") for x in (program.dtype, wanted))
+    if wanted not in (program.dtype, torch.float32):
+        raise UsageError(
+            f"'{program.source}' was exported in {own}, and its graph does not say what {name} must not round.",
+            f"Export it in {name} (model.to(torch.{name}) before torch.export.export), or leave --dtype {name} out.",
+        )
+    if config.for_stock_code and wanted != torch.float32:
+        raise UsageError(
+            f"The format {config.format} is written in float32, not in {name}.",
+            f"Leave --dtype {name} out; what loads the result can round it.",
+        )
+    if config.cache_type != "auto" and wanted != torch.float32:
+        raise UsageError(
+            f"The cache of a model in {name} holds that type, and {config.cache_type} caches are of float32.",
+            f"Leave --cache-type {config.cache_type} out, or pass --dtype float32.",
+        )
+    return wanted
+
+
+def _require_float32(program: AnyProgram, dtype: torch.dtype, what: str, done: str) -> None:
+    """Refuse another type where only float32 will do.
 
     Raises:
         UsageError: It is of another type.
     """
-    if program.dtype != torch.float32:
-        kind = str(program.dtype).removeprefix("torch.")
+    if dtype != torch.float32:
+        kind = str(dtype).removeprefix("torch.")
         raise UsageError(
             f"{what} is {done} in float32 only, and '{program.source}' is {kind}.",
-            "Call model.float() before exporting or converting it.",
+            "Pass --dtype float32 (dtype='float32' in Python), or call model.float() before exporting it.",
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -187,6 +188,14 @@ Preset = Annotated[
         rich_help_panel=_OUTPUT,
     ),
 ]
+QRank = Annotated[
+    int | None,
+    typer.Option(
+        help="With --format deepseek or gguf: numbers that the queries of a token are made from (q_lora_rank).",
+        show_default="none: queries are made directly",
+        rich_help_panel=_SIZE,
+    ),
+]
 TrainTokens = Annotated[
     int | None, typer.Option(min=1, help="Tokens to train on.", show_default="the text once", rich_help_panel=_TEXT)
 ]
@@ -208,8 +217,15 @@ CacheKind = Annotated[
 CacheType = Annotated[
     str,
     typer.Option(
-        help="What an ONNX file's caches hold: float32, or int8 codes with two scales per token, whose products are "
-        "of integers.",
+        help="What an ONNX file's caches hold: auto for numbers of the type --dtype, or int8 codes with two scales per "
+        "token, whose products are of integers; float32 is auto where that is the type.",
+        rich_help_panel=_OUTPUT,
+    ),
+]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="Type of weights and caches: float32, float16 or bfloat16; auto is the model's own.",
         rich_help_panel=_OUTPUT,
     ),
 ]
@@ -335,13 +351,15 @@ def convert(
     seq_len: SeqLen = None,
     no_cache: NoCache = False,
     tokenizer: Tokenizer = None,
+    dtype: Dtype = "auto",
     opset: Opset = None,
     cache: CacheKind = "dynamic",
-    cache_type: CacheType = "float32",
+    cache_type: CacheType = "auto",
     cache_layout: CacheLayout = "rows",
     inline: Inline = False,
     format: Format = "auto",
     preset: Preset = "none",
+    q_rank: QRank = None,
     shard_size: Annotated[
         float, typer.Option(min=0.001, help="GB per file of weights, with --format deepseek.", rich_help_panel=_OUTPUT)
     ] = 5.0,
@@ -392,6 +410,7 @@ def convert(
         layout="deepseek" if format in ("deepseek", "gguf") else layout,
         format=format,
         preset=preset,
+        q_rank=q_rank,
         selection=selection,
         rope_dims=rope_dims,
         svd=svd,
@@ -405,6 +424,7 @@ def convert(
         seq_len=seq_len,
         seed=seed,
         opset=opset,
+        dtype=dtype,
         cache=cache,
         cache_type=cache_type,
         cache_layout="paged" if target == "cuda" else cache_layout,
@@ -535,7 +555,8 @@ def plan(
     calibration_tokens: CalibrationTokens = 65536,
     seq_len: SeqLen = None,
     no_cache: NoCache = False,
-    cache_type: CacheType = "float32",
+    dtype: Dtype = "auto",
+    cache_type: CacheType = "auto",
     context: Annotated[int, typer.Option(min=1, help="Tokens in the cache when a step's time is estimated.")] = 4096,
     batch: Annotated[int, typer.Option(min=1, help="Sequences that are decoded together.")] = 1,
     machine: Annotated[Literal["cpu", "gpu"], typer.Option(help="What to estimate the time on.")] = "cpu",
@@ -563,6 +584,7 @@ def plan(
         encoders=encoders,
         calibration_tokens=calibration_tokens,
         seq_len=seq_len,
+        dtype=dtype,
         cache_type=cache_type,
     )
     shown = display.make_display(quiet or as_json)
@@ -581,11 +603,12 @@ def plan(
         )
     step = DecodeStep(MACHINES[machine], context, batch)
     costs = decode_costs(planned.found.sites, planned.plans, planned.widths, step) if planned.widths else ()
+    held = "int8" if cache_type == "int8" else planned.dtype
     if as_json:
-        typer.echo(json.dumps(display.plan_rows(planned.plans, costs, step, cache_type), indent=2))
+        typer.echo(json.dumps(display.plan_rows(planned.plans, costs, step, held, planned.source_type), indent=2))
     else:
-        cached = cache_type if planned.found.sites else None
-        display.show_plan(planned.plans, costs, step, cached)
+        cached = held if planned.found.sites else None
+        display.show_plan(planned.plans, costs, step, cached, planned.source_type)
 
 
 @app.command()
@@ -969,7 +992,7 @@ def export(
     out: Annotated[Path, typer.Option(help="The .onnx or .gguf file to write.", rich_help_panel=_OUTPUT)],
     opset: Opset = None,
     cache: CacheKind = "dynamic",
-    cache_type: CacheType = "float32",
+    cache_type: CacheType = "auto",
     cache_layout: CacheLayout = "rows",
     inline: Inline = False,
     force: Annotated[bool, typer.Option("--force", help="Replace existing files.", rich_help_panel=_OUTPUT)] = False,
@@ -1116,11 +1139,15 @@ def verify(
     from mla_compile.checkpoint_folder import verify_folder
     from mla_compile.gguf_file import verify_gguf
 
-    error, greedy = (verify_gguf if checkpoint.suffix == ".gguf" else verify_folder)(checkpoint)
-    if as_json:
-        typer.echo(json.dumps({"error": error, "greedy": greedy}))
+    if checkpoint.suffix == ".gguf":
+        error, greedy = verify_gguf(checkpoint)
+        found: dict[str, float | None] = {"error": error, "greedy": greedy}
     else:
-        display.show_check(checkpoint, error, greedy)
+        found = dataclasses.asdict(verify_folder(checkpoint))
+    if as_json:
+        typer.echo(json.dumps(found))
+    else:
+        display.show_check(checkpoint, found)
 
 
 @app.command()

@@ -191,15 +191,23 @@ def _extras(row: Mapping[str, Any]) -> str:
     return ", ".join(found)
 
 
+_ITEMSIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
 def plan_rows(
-    plans: Sequence[LatentPlan], costs: Sequence[LayerCost], step: DecodeStep, cache_type: str = "float32"
+    plans: Sequence[LatentPlan],
+    costs: Sequence[LayerCost],
+    step: DecodeStep,
+    cache_type: str = "float32",
+    source_type: str = "float32",
 ) -> dict[str, Any]:
-    """A plan as data; bytes are of float32 before and ``cache_type`` after, but those of ``costs``, the machine's."""
+    """A plan as data; bytes are of ``source_type`` before and ``cache_type`` after, those of ``costs`` of its own."""
     import dataclasses
 
     from mla_compile.plan import cache_elements
 
-    before, after = 4 * cache_elements(plans)[0], sum(_bytes_after(p, cache_type) for p in plans)
+    before = _ITEMSIZES[source_type] * cache_elements(plans)[0]
+    after = sum(_bytes_after(p, cache_type) for p in plans)
     decode = {**dataclasses.asdict(step), "layers": [dataclasses.asdict(c) for c in costs]}
     return {
         "layers": [{**dataclasses.asdict(p), "elements_after": p.elements_after} for p in plans],
@@ -213,13 +221,19 @@ def plan_rows(
 def _bytes_after(plan: LatentPlan, cache_type: str) -> int:
     from mla_compile.runtime.onnx_quantised import quantised_bytes
 
-    return quantised_bytes([plan.elements_after]) if cache_type == "int8" else 4 * plan.elements_after
+    if cache_type == "int8":
+        return quantised_bytes([plan.elements_after])
+    return _ITEMSIZES[cache_type] * plan.elements_after
 
 
 def show_plan(
-    plans: Sequence[LatentPlan], costs: Sequence[LayerCost], step: DecodeStep, cached: str | None = "float32"
+    plans: Sequence[LatentPlan],
+    costs: Sequence[LayerCost],
+    step: DecodeStep,
+    cached: str | None = "float32",
+    source_type: str = "float32",
 ) -> None:
-    """One row per layer and the sum; ``cached`` is the cache's type.
+    """One row per layer and the sum; ``cached`` is the cache's type, ``source_type`` the original's.
 
     It is None for an encoder, whose keys and values are not cached, and in which nothing is a step.
     """
@@ -234,12 +248,12 @@ def show_plan(
             f"{p.rope_groups} x {p.rope_dims}",
             p.kv_rank,
             p.exact_rank,
-            4 * p.elements_before,
+            _ITEMSIZES[source_type] * p.elements_before,
             _bytes_after(p, cached or "float32"),
         ]
         for p in plans
     ]
-    total = plan_rows(plans, costs, step, cached or "float32")
+    total = plan_rows(plans, costs, step, cached or "float32", source_type)
     before, after = total["bytes_per_token_before"], total["bytes_per_token_after"]
     rows.append(["", "all", "", "", "", before, f"{after} ({total['cache_ratio']:.2%})"])
     title = f"Plan ({cached} cache)" if cached else "Plan (no cache)"
@@ -327,8 +341,14 @@ def show_report(report: Report, out: Path) -> None:
         rows += [
             ["checkpoint", f"DeepSeek-V3, latent {c.latent}, rope {c.rope}: {c.cache_bytes_per_token} bytes per token"],
             ["transformers vs PyTorch", f"{c.error:.1e}, greedy {c.greedy:.0%} equal"],
-            ["norm of the latent changes it by", f"{c.norm_error:.1e} at most"],
+            ["cache in transformers, measured", f"{c.cache_bytes_measured:g} bytes per token"],
+            [
+                "norm of the latent changes it by",
+                f"{c.norm_error:.1e} at most, {c.norm_error_measured:.1e} on the text",
+            ],
         ]
+        if c.rounding_error is not None:
+            rows.append([f"weights in {c.dtype} change logits by", f"{c.rounding_error:.1e}"])
         if c.llama_cpp_error is not None:
             rows.append(["llama.cpp vs PyTorch", f"{c.llama_cpp_error:.1e}"])
     rows.append(["written", f"{out} ({sum(report.artifacts.values()) / 2**20:.1f} MiB)"])
@@ -378,10 +398,17 @@ def _nats(loss: float | None) -> str:
     return "" if loss is None else f"{loss:.4f}"
 
 
-def show_check(folder: Path, error: float, greedy: float) -> None:
+def show_check(path: Path, found: Mapping[str, float | None]) -> None:
     """How a checkpoint answers."""
-    rows = [["logits vs the converted module", f"{error:.1e}"], ["greedy tokens", f"{greedy:.0%} equal"]]
-    _print_table(str(folder), ["", "result"], rows)
+    written = {
+        "error": ("logits vs the converted module", "{:.1e}"),
+        "greedy": ("greedy tokens", "{:.0%} equal"),
+        "cache_bytes_per_token": ("cache, bytes per token in float32", "{:g}"),
+        "norm_error": ("norm of the latent changes it by", "{:.1e}"),
+        "without_biases": ("leaving out biases of attention would cost", "{:.2g} nats per token"),
+    }
+    rows = [[text, form.format(found[key])] for key, (text, form) in written.items() if found.get(key) is not None]
+    _print_table(str(path), ["", "result"], rows)
 
 
 def show_gguf(out: Path, error: float | None) -> None:

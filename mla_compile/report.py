@@ -209,11 +209,17 @@ class CheckpointFacts:
     Attributes:
         latent: Length of its latent, with the zeros that fill it up.
         rope: Length of its rope key, likewise.
-        cache_bytes_per_token: What stock code caches in float32.
+        cache_bytes_per_token: What stock code caches in the type of the weights.
         norm_error: Bound of the relative error that the norm of the latent makes, for any text.
         error: Stock transformers against the converted PyTorch module: ``max |difference| / max |logit|``.
         greedy: Equal greedy tokens of the two, as a fraction.
         caveats: Why engines other than transformers would compute something else.
+        cache_bytes_measured: What its cache held in stock transformers, per token.
+        norm_error_measured: The error of that norm on the text that was compared on.
+        without_biases: Divergence of predictions in nats per token, on that text, where an engine leaves the biases of
+            attention out; None where there are none.
+        dtype: Type of its weights.
+        rounding_error: What rounding weights to it changes, likewise; None in float32, in which ``error`` is measured.
         llama_cpp_error: llama.cpp against the converted module, likewise; None where it did not run.
     """
 
@@ -224,6 +230,11 @@ class CheckpointFacts:
     error: float
     greedy: float
     caveats: tuple[str, ...] = ()
+    cache_bytes_measured: float | None = None
+    norm_error_measured: float | None = None
+    without_biases: float | None = None
+    dtype: str = "float32"
+    rounding_error: float | None = None
     llama_cpp_error: float | None = None
 
 
@@ -251,6 +262,8 @@ class Report:
         training: What fine-tuning did, if there was any; quality was measured behind it, everything else before.
         warnings: What the user should know.
         artifacts: Written files and their sizes in bytes.
+        kept: Layers with an ordinary cache.
+        source_bytes_per_element: Size of one number of the original's cache, if it is another.
     """
 
     source: str
@@ -271,6 +284,7 @@ class Report:
     warnings: tuple[str, ...] = ()
     artifacts: Mapping[str, int] = field(default_factory=dict)
     kept: tuple[Rejection, ...] = ()
+    source_bytes_per_element: int | None = None
     widths: tuple[int, ...] = ()
 
     @property
@@ -295,7 +309,8 @@ class Report:
     @property
     def cache_bytes_before(self) -> int:
         """Bytes a plain KV cache adds per token."""
-        return (cache_elements(self.plans)[0] + self._kept_elements) * self.bytes_per_element
+        itemsize = self.source_bytes_per_element or self.bytes_per_element
+        return (cache_elements(self.plans)[0] + self._kept_elements) * itemsize
 
     @property
     def cache_bytes_after(self) -> int:

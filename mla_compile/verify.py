@@ -51,6 +51,7 @@ __all__ = [
     "check_onnx",
     "check_seq2seq_onnx",
     "greedy_original",
+    "in_float32",
     "quantised",
     "require_equal",
     "seq2seq_in_chunks",
@@ -137,7 +138,7 @@ def check_module(
     Raises:
         VerificationError: A link is broken.
     """
-    wide = _wide(converted)
+    wide = in_float32(converted)
     with torch.inference_mode():
         expected = (wide_original or original)(ids).float()
         rewrite_error = relative_error(exact(ids).logits, expected)
@@ -173,7 +174,7 @@ def check_module(
     )
 
 
-def _wide(model: LatentModel) -> LatentModel:
+def in_float32(model: LatentModel) -> LatentModel:
     """The same model computing in float32, with shared weights; the model itself, if it does already."""
     assert isinstance(model.graph, fx.GraphModule)
     graph = widened(model.graph)
@@ -244,7 +245,7 @@ def _check_narrow(converted: LatentModel, path: Path, ids: Tensor, planned_bytes
     A float32 copy of the file must equal the module in float32, as tightly as ever. ONNX Runtime's CPU provider runs
     float16 besides, whose roundings must not be much larger than the module's own.
     """
-    dtype, wide = cache_dtype(converted.graph), _wide(converted)
+    dtype, wide = cache_dtype(converted.graph), in_float32(converted)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         copy = Path(folder) / path.name
         write_float32_copy(path, copy)

@@ -58,6 +58,7 @@ __all__ = [
     "node_variant",
     "rewritten_to_onnx",
     "save",
+    "with_float32_logits",
 ]
 
 EXTERNAL_DATA_BYTES = 1_500_000_000
@@ -206,7 +207,9 @@ def rewritten_to_onnx(
         )
     symbolic = _with_symbolic_nodes(module, static, quantised)
     if dtype in NARROW:
-        _fit_types(symbolic, dtype)
+        with_float32_logits(symbolic)
+    if dtype == torch.bfloat16:
+        _without_narrow_einsums(symbolic)
     exported = export_rewritten(symbolic, rows, dtype, cross=cross, masked=masked, static=static, quantised=quantised)
     caches = [(PAST, PRESENT), *([(PAST_SCALE, PRESENT_SCALE)] if quantised else [])]
     pasts, presents = ([names[i].format(layer) for names in caches for layer in range(len(rows))] for i in (0, 1))
@@ -438,24 +441,29 @@ def _with_symbolic_nodes(module: fx.GraphModule, static: bool, quantised: bool) 
     return replaced
 
 
-def _fit_types(module: fx.GraphModule, dtype: torch.dtype) -> None:
-    """Return logits in float32, and put conversions around what ONNX does not define in a narrow type."""
-    graph, outputs = module.graph, module.graph.output_node()
-
-    def converted(node: fx.Node, wanted: torch.dtype) -> fx.Node:
-        return graph.call_function(torch.ops.aten._to_copy.default, (node,), {"dtype": wanted})
-
+def with_float32_logits(module: fx.GraphModule) -> None:
+    """Let a graph return its first output in float32, whatever it computes in: what samples tokens need not know it."""
+    outputs = module.graph.output_node()
     results: Any = outputs.args[0]
-    with graph.inserting_before(outputs):
-        outputs.args = ((converted(results[0], torch.float32), *results[1:]),)
-    for node in [n for n in graph.nodes if n.target is torch.ops.aten.einsum.default and dtype == torch.bfloat16]:
-        with graph.inserting_before(node):
-            equation, operands = node.args
-            node.args = (equation, [converted(operand, torch.float32) for operand in operands])
-        with graph.inserting_after(node):
-            rounded = converted(node, dtype)
+    with module.graph.inserting_before(outputs):
+        outputs.args = ((_converted(results[0], torch.float32), *results[1:]),)
+    module.recompile()
+
+
+def _without_narrow_einsums(module: fx.GraphModule) -> None:
+    """Put conversions around ``Einsum``, which ONNX does not define in bfloat16."""
+    for node in [n for n in module.graph.nodes if n.target is torch.ops.aten.einsum.default]:
+        equation, operands = node.args
+        with module.graph.inserting_before(node):
+            node.args = (equation, [_converted(operand, torch.float32) for operand in operands])
+        with module.graph.inserting_after(node):
+            rounded = _converted(node, torch.bfloat16)
         node.replace_all_uses_with(rounded, delete_user_cb=lambda user, own=rounded: user is not own)
     module.recompile()
+
+
+def _converted(node: fx.Node, dtype: torch.dtype) -> fx.Node:
+    return node.graph.call_function(torch.ops.aten._to_copy.default, (node,), {"dtype": dtype})
 
 
 def _add_scales(graph: fx.Graph) -> None:

@@ -64,14 +64,20 @@ class Task:
         """Weights of every site."""
         return [read_site(self.program, site) for site in self.sites]
 
-    def rewrite(self, weights: Sequence[LatentWeights], dtype: torch.dtype = torch.float32) -> LatentModel:
-        """The converted model with some weights.
+    def rewrite(self, weights: Sequence[LatentWeights]) -> LatentModel:
+        """The converted model with some weights, computing in float32."""
+        graph = insert_latent(self.program, self.sites, weights, torch.float32, self.kept)
+        return LatentModel(graph.module, graph.rows)
 
-        Args:
-            weights: Of every site.
-            dtype: The model's own type, or float32 for what the same model computes without its roundings.
-        """
-        graph = insert_latent(self.program, self.sites, weights, dtype, self.kept)
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the result: what the user chose, else the model's own."""
+        chosen = self.config.dtype
+        return self.program.dtype if chosen == "auto" else getattr(torch, chosen)
+
+    def result(self, weights: Sequence[LatentWeights]) -> LatentModel:
+        """The converted model with some weights, in its own type."""
+        graph = insert_latent(self.program, self.sites, weights, self.dtype, self.kept, stored=True)
         return LatentModel(graph.module, graph.rows)
 
     def require_windows(self) -> Tensor:
