@@ -26,11 +26,13 @@ from mla_compile.artifacts import (
 from mla_compile.calibration import Text, TextWindows, cut_windows, read_text
 from mla_compile.checkpoint import require_blocks
 from mla_compile.checkpoint_folder import DEFAULT_SHARD, check_folder, write_checkpoint
+from mla_compile.checkpoint_files import require_finite
 from mla_compile.config import CompileConfig, make_config
 from mla_compile.deepseek import require_expressible, with_preset
 from mla_compile.encoders import CompiledEncoder, compile_encoder, is_encoder, require_encoder
 from mla_compile.errors import QualityGateError, RefusedError, UsageError
 from mla_compile.evaluate import longest_window, original_scorer, perplexity
+from mla_compile.layer_store import LayerStore
 from mla_compile.passes.gauge import balanced
 from mla_compile.passes.layer_errors import layer_errors
 from mla_compile.passes.methods import METHODS, nothing_left_out
@@ -224,6 +226,7 @@ def compile(
     unsafe_load: bool = False,
     finetune: Text | None = None,
     finetune_tokens: int | None = None,
+    store: LayerStore | None = None,
     display: Display | None = None,
     **settings: Any,  # noqa: ANN401 - validated by CompileConfig
 ) -> CompiledModel | CompiledEncoder | CompiledSeq2Seq:
@@ -251,6 +254,8 @@ def compile(
         finetune: Text to fine-tune the result on, towards what the original predicts, by the default
             :class:`~mla_compile.training.recipe.Recipe`; for causal language models only.
         finetune_tokens: Tokens of it to train on; all of it by default.
+        store: Where finished layers are kept, from :func:`~mla_compile.layer_store.store_beside`: bounds memory, and a
+            conversion that was killed goes on behind the last of them. Only ``mha2mla`` and ``exact`` use it.
         display: Shows progress.
         **settings: Fields of :class:`~mla_compile.config.CompileConfig`, instead of ``config``.
 
@@ -289,6 +294,7 @@ def compile(
     with stages.stage("load"):
         loaded = _load(model, example_inputs, tokenizer, attn_implementation, unsafe_load, any_kind=config.encoders)
     require_float32(loaded)
+    require_finite(loaded.exported.state_dict, loaded.source)
     if out is not None:
         check_neighbours(out, loaded.source, loaded.assets, force)
     with stages.stage("recognise"):
@@ -314,12 +320,13 @@ def compile(
     text = cut_windows(program, documents, tokenizer, config)
     config, notes = _settle(config, text is not None)
     windows = None if text is None else text.calibration
-    task = Task(program, sites, kept, config, windows, stages, open_cache(statistics_cache))
+    task = Task(program, sites, kept, config, windows, stages, open_cache(statistics_cache), store)
     choice = nothing_left_out(task) if config.exact else METHODS[config.method](task)
     polished = polish(task, choice.weights, config.polish_steps) if config.polish_steps else None
     plans = choice.plans
     # Nothing computes another result for it, but the module is to train well.
-    weights = tuple(map(balanced, choice.weights if polished is None else polished.weights))
+    weights = choice.weights if polished is None else polished.weights
+    weights = weights if choice.balanced else tuple(map(balanced, weights))
     with stages.stage("rewrite"):
         converted = task.rewrite(weights)
     int8 = config.cache_type == "int8"

@@ -34,6 +34,7 @@ from mla_compile.progress import Stages
 from mla_compile.report import Report, environment
 from mla_compile.runtime.module import LatentModel, LatentSeq2Seq, LowRankModel
 from mla_compile.seq2seq_report import Seq2SeqReport
+from mla_compile.writing import explained
 
 __all__ = [
     "check_cache_type",
@@ -488,9 +489,10 @@ def moved_into(target: Path) -> Iterator[Path]:
     target.mkdir(parents=True, exist_ok=True)
     hidden = Path(tempfile.mkdtemp(prefix=".mla-compile-", dir=target))
     try:
-        yield hidden
-        for file in sorted(hidden.iterdir()):
-            file.replace(target / file.name)
+        with explained(target):
+            yield hidden
+            for file in sorted(hidden.iterdir()):
+                file.replace(target / file.name)
     except BaseException:
         shutil.rmtree(hidden, ignore_errors=True)
         for folder in created:

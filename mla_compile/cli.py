@@ -383,6 +383,7 @@ def convert(
     with shown:
         from mla_compile import api
         from mla_compile.encoder_report import EncoderReport
+        from mla_compile.layer_store import store_beside
         from mla_compile.runtime.tensorrt.engine_builder import EngineSettings
         from mla_compile.seq2seq_report import Seq2SeqReport
 
@@ -394,32 +395,34 @@ def convert(
                 "Options of the panel TensorRT were given, and something else is written.",
                 "Add --target tensorrt, or leave them out.",
             )
-        compiled = api.compile(
-            model,
-            calibration=calibration,
-            tokenizer=tokenizer,
-            config=config,
-            statistics_cache=not no_cache,
-            check=not no_verify,
-            max_perplexity_ratio=max_ppl_ratio,
-            out=out,
-            engine=engine if for_tensorrt else None,
-            force=force,
-            attn_implementation=attn_implementation,
-            unsafe_load=unsafe_load,
-            finetune=finetune,
-            finetune_tokens=finetune_tokens,
-            display=shown,
-        )
-        report: Report | EncoderReport | Seq2SeqReport
-        if config.format == "deepseek" and isinstance(compiled, api.CompiledModel):
-            report = compiled.to_deepseek(out, shard_bytes=int(shard_size * 1e9), force=force, display=shown)
-        elif for_tensorrt and isinstance(compiled, api.CompiledModel):
-            report = compiled.to_tensorrt(out, engine, force=force, display=shown)
-        elif out.suffix == ".onnx":
-            report = compiled.to_onnx(out, force=force, display=shown)
-        else:
-            report = compiled.save(out, force=force)
+        with store_beside(out) as store:
+            compiled = api.compile(
+                model,
+                calibration=calibration,
+                tokenizer=tokenizer,
+                config=config,
+                statistics_cache=not no_cache,
+                check=not no_verify,
+                max_perplexity_ratio=max_ppl_ratio,
+                out=out,
+                engine=engine if for_tensorrt else None,
+                force=force,
+                attn_implementation=attn_implementation,
+                unsafe_load=unsafe_load,
+                finetune=finetune,
+                finetune_tokens=finetune_tokens,
+                store=store,
+                display=shown,
+            )
+            report: Report | EncoderReport | Seq2SeqReport
+            if config.format == "deepseek" and isinstance(compiled, api.CompiledModel):
+                report = compiled.to_deepseek(out, shard_bytes=int(shard_size * 1e9), force=force, display=shown)
+            elif for_tensorrt and isinstance(compiled, api.CompiledModel):
+                report = compiled.to_tensorrt(out, engine, force=force, display=shown)
+            elif out.suffix == ".onnx":
+                report = compiled.to_onnx(out, force=force, display=shown)
+            else:
+                report = compiled.save(out, force=force)
     if as_json:
         typer.echo(report.to_json(), nl=False)
     elif isinstance(report, EncoderReport):
