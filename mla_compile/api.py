@@ -25,13 +25,15 @@ from mla_compile.artifacts import (
 )
 from mla_compile.calibration import Text, TextWindows, cut_windows, read_text
 from mla_compile.checkpoint import require_blocks
-from mla_compile.checkpoint_folder import DEFAULT_SHARD, check_folder, write_checkpoint
 from mla_compile.checkpoint_files import require_finite
+from mla_compile.checkpoint_folder import DEFAULT_SHARD, check_folder, write_checkpoint
 from mla_compile.config import CompileConfig, make_config
+from mla_compile.conversion_cost import ConversionCost, conversion_cost
 from mla_compile.deepseek import require_expressible, with_preset
 from mla_compile.encoders import CompiledEncoder, compile_encoder, is_encoder, require_encoder
 from mla_compile.errors import QualityGateError, RefusedError, UsageError
 from mla_compile.evaluate import longest_window, original_scorer, perplexity
+from mla_compile.gguf_file import check_gguf, write_gguf
 from mla_compile.layer_store import LayerStore
 from mla_compile.passes.gauge import balanced
 from mla_compile.passes.layer_errors import layer_errors
@@ -53,6 +55,7 @@ from mla_compile.statistics_cache import open_cache
 from mla_compile.tensorrt import check_tensorrt, write_compiled
 from mla_compile.training.recipe import make_recipe
 from mla_compile.training.run import finetune_module, require_accelerate
+from mla_compile.weightless import draw, is_weightless
 
 __all__ = [
     "CompiledModel",
@@ -86,11 +89,16 @@ class Planned:
         found: Its attention layers.
         plans: Shape of each one's latent.
         widths: Input width of each one's projections; empty where nothing is decoded with a cache of its own.
+        conversion: What converting the model takes; None where that depends on a text, or nothing is decoded.
+        alike: Layers of the model, and how many of them were exported as the others are like them; None for a model
+            that was exported whole.
     """
 
     found: Recognition
     plans: tuple[LatentPlan, ...]
     widths: tuple[int, ...] = ()
+    conversion: ConversionCost | None = None
+    alike: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -208,6 +216,27 @@ class CompiledModel:
             stages=Stages(display),
         )
 
+    def to_gguf(self, path: str | Path, *, force: bool = False, display: Display | None = None) -> Report:
+        """Write the model as a file for llama.cpp, with ``report.json`` beside it.
+
+        The model must have been converted with ``layout="deepseek"``. The file appears under its name only after stock
+        transformers, and llama.cpp where llama-cpp-python is installed, reproduced the PyTorch module with it.
+
+        Args:
+            path: A ``.gguf`` file.
+            force: Replace an existing file.
+            display: Shows progress.
+
+        Raises:
+            UsageError: The path cannot be written, something exists there, or the layout is another.
+            LoadError: The model has no configuration.
+            RefusedError: llama.cpp has no place for something in it, or no such tokenizer.
+            VerificationError: Stock transformers or llama.cpp computes something else.
+        """
+        return write_gguf(
+            self.module, self.report, self.assets, Path(path), self.checks, force=force, stages=Stages(display)
+        )
+
 
 def compile(
     model: nn.Module | ExportedProgram | str | Path,
@@ -288,7 +317,7 @@ def compile(
         if engine is not None:
             check_tensorrt(out, force)
         else:
-            (check_folder if config.format == "deepseek" else check_target)(out, force)
+            _check_out(out, config.format, force)
     documents = read_text(calibration)
     stages = Stages(display)
     with stages.stage("load"):
@@ -313,7 +342,7 @@ def compile(
         return compile_encoder(loaded, found, config, check=check, stages=stages)
     program = require_causal(loaded, found)
     sites, kept = found.sites, found.rejections
-    if config.format == "deepseek":
+    if config.for_stock_code:
         require_expressible(sites, kept)
         require_blocks(program, sites)
         config = with_preset(config, sites[0])
@@ -361,6 +390,7 @@ def compile(
         sites=tuple(sites),
         kept=kept,
         plans=plans,
+        widths=tuple(task.widths),
         bytes_per_element=torch.float32.itemsize,
         selection=config.selection if config.method == "mha2mla" else config.method,
         stages=(),
@@ -395,7 +425,9 @@ def inspect(
     """Load a model of any kind and describe its attention layers, or say why they are not understood.
 
     Args:
-        model: An ``nn.Module``, an ``ExportedProgram``, an archive, a Hugging Face folder or a hub id.
+        model: An ``nn.Module``, an ``ExportedProgram``, an archive, a Hugging Face folder or a hub id. A
+            ``config.json``, or a folder without weights, is enough; layers alike are then exported once, so that the
+            program has fewer than there are.
         example_inputs: Inputs to export an ``nn.Module`` with; integers are token ids, floats anything else.
         tokenizer: Folder of the tokenizer, if the model does not bring one.
         attn_implementation: How a transformers model given by name spells its attention: auto, sdpa or eager.
@@ -404,6 +436,9 @@ def inspect(
     Raises:
         LoadError: The model cannot be read.
     """
+    if isinstance(model, str | Path) and is_weightless(model):
+        blueprint = draw(model, attn_implementation)
+        return blueprint.program, blueprint.found
     program = _load(model, example_inputs, tokenizer, attn_implementation, unsafe_load, any_kind=True)
     return program, recognise(program)
 
@@ -422,7 +457,8 @@ def plan(
     """Plan a conversion; only methods that choose sizes by text compute weights for it.
 
     Args:
-        model: An archive, a Hugging Face folder or a hub id.
+        model: An archive, a Hugging Face folder or a hub id; or a ``config.json`` or folder without weights, for
+            methods that need no text.
         config: What the user asked for.
         calibration: Text for the methods that need it, as in :func:`compile`.
         tokenizer: Folder of the tokenizer, if the model does not bring one.
@@ -434,6 +470,8 @@ def plan(
     Raises:
         UsageError: Sizes are chosen by text, and there is none; or settings do not fit the model.
     """
+    if is_weightless(model):
+        return _plan_weightless(model, config, calibration, attn_implementation)
     _require_text(config, calibration)
     documents = read_text(calibration)
     program = frontend.load_any(model, attention=attn_implementation, unsafe=unsafe_load)
@@ -448,11 +486,46 @@ def plan(
     sites, method = found.sites, config.chosen_method
     widths = tuple(input_width(program, s) for s in sites)
     if config.exact or method == "mha2mla":
-        return Planned(found, plan_layers(sites, widths, config), widths)
+        plans = plan_layers(sites, widths, config)
+        weights = program.exported.state_dict
+        largest = max((v.element_size() for v in weights.values() if v.is_floating_point()), default=4)
+        count = sum(v.numel() for v in weights.values())
+        return Planned(found, plans, widths, conversion_cost(sites, plans, widths, config, count, largest))
     text = cut_windows(program, documents, tokenizer, config)
     windows = None if text is None else text.calibration
     task = Task(program, sites, found.rejections, config, windows, Stages(display), open_cache(statistics_cache))
     return Planned(found, METHODS[method](task).plans, widths)
+
+
+def _plan_weightless(
+    model: str | Path, config: CompileConfig, calibration: Text | None, attn_implementation: str
+) -> Planned:
+    """Plan from a configuration alone; ``auto`` is then the one method that needs no text.
+
+    Raises:
+        UsageError: There is text, or the method needs some, and no weights to run on it.
+    """
+    if config.method == "auto" and not config.exact:
+        config = config.model_copy(update={"method": "mha2mla"})
+    if calibration is not None or config.needs_text:
+        raise UsageError(
+            f"'{model}' has no weights, and text is of use only where the model can be run on it.",
+            "Plan with --method mha2mla and without --calibration, or give the whole checkpoint.",
+        )
+    blueprint = draw(model, attn_implementation)
+    found = blueprint.found
+    alike = (blueprint.layers, blueprint.exported) if blueprint.exported < blueprint.layers else None
+    if config.encoders and (is_encoder(found) or not isinstance(blueprint.program, Program)):
+        raise UsageError(
+            f"'{model}' has no weights, and only causal language models are planned without.",
+            "Give the whole checkpoint, or look at it with 'mla-compile inspect'.",
+        )
+    program = require_causal(blueprint.program, found)
+    widths = tuple(input_width(program, s) for s in found.sites)
+    plans = plan_layers(found.sites, widths, config)
+    itemsize = next((v.element_size() for v in program.exported.state_dict.values() if v.is_floating_point()), 4)
+    cost = conversion_cost(found.sites, plans, widths, config, blueprint.parameters, itemsize)
+    return Planned(found, plans, widths, cost, alike)
 
 
 def convertible(
@@ -537,6 +610,22 @@ def require_causal(program: AnyProgram, found: Recognition) -> Program:
         f"'{program.source}' is no causal language model: some of its attention is {' and '.join(kinds)}.",
         remedy or "Run 'mla-compile inspect' for the whole table.",
     )
+
+
+def _check_out(out: Path, format: str, force: bool) -> None:
+    """Refuse a place where what is asked for cannot be written.
+
+    Raises:
+        UsageError: The name is that of something else, exists already, or cannot be written.
+    """
+    if format == "gguf":
+        check_gguf(out, force)
+    elif format == "deepseek":
+        check_folder(out, force)
+    elif format == "hf" and out.suffix:
+        raise UsageError(f"'{out}' names a file, and the format hf is a folder.", "Name a folder without a suffix.")
+    else:
+        check_target(out, force)
 
 
 def _require_text(config: CompileConfig, calibration: Text | None) -> None:

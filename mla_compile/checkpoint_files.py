@@ -52,7 +52,8 @@ def require_files(folder: Path) -> None:
             with safe_open(path, "pt") as file:
                 there = set(file.keys())
         except (SafetensorError, OSError) as error:
-            raise LoadError(f"'{path}' is damaged or was cut short ({str(error).splitlines()[0][:120]}).", _COPY) from error
+            reason = str(error).splitlines()[0][:120]
+            raise LoadError(f"'{path}' is damaged or was cut short ({reason}).", _COPY) from error
         if lost := [tensor for tensor in tensors if tensor not in there]:
             raise LoadError(f"'{path}' lacks the tensor '{lost[0]}', which the index says it has.", _COPY)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -52,6 +53,13 @@ def _known_plugin(value: str) -> str:
 
 
 Model = Annotated[str, typer.Argument(help="A torch.export archive (.pt2, .pt), a Hugging Face folder, or a hub id.")]
+Described = Annotated[
+    str,
+    typer.Argument(
+        help="A torch.export archive (.pt2, .pt), a Hugging Face folder, or a hub id; a config.json, or a folder "
+        "without weights, is enough."
+    ),
+]
 CacheRatio = Annotated[
     float | None,
     typer.Option(help="Cache size after over before, at most.", show_default="0.3125", rich_help_panel=_SIZE),
@@ -174,8 +182,8 @@ Encoders = Annotated[
 Format = Annotated[
     str,
     typer.Option(
-        help="What to write: auto is what the name of --out says, deepseek a folder that stock transformers loads as "
-        "DeepSeek-V3 (and takes --layout deepseek).",
+        help="What to write: auto is what the name of --out says, hf a folder that mla_compile.load reads, deepseek a "
+        "folder that stock transformers loads as DeepSeek-V3, gguf a file for llama.cpp (both take --layout deepseek).",
         rich_help_panel=_OUTPUT,
     ),
 ]
@@ -288,7 +296,8 @@ def convert(
     out: Annotated[
         Path,
         typer.Option(
-            help="A .onnx file, a folder for the PyTorch module, or a .plan file for a TensorRT engine.",
+            help="A .onnx file, a folder for the PyTorch module, a .plan file for a TensorRT engine, or a .gguf file "
+            "for llama.cpp.",
             rich_help_panel=_OUTPUT,
         ),
     ],
@@ -355,10 +364,12 @@ def convert(
 
     if finetune is None and finetune_tokens is not None:
         raise UsageError("--finetune-tokens counts tokens of --finetune TEXT, and none was given.", "Add --finetune.")
+    if format == "auto" and out.suffix == ".gguf":
+        format = "gguf"
     for_tensorrt = _is_for_tensorrt(out, target, format)
     config = make_config(
         method=method,
-        layout="deepseek" if format == "deepseek" else layout,
+        layout="deepseek" if format in ("deepseek", "gguf") else layout,
         format=format,
         preset=preset,
         selection=selection,
@@ -380,7 +391,7 @@ def convert(
         encoders=encoders,
     )
     shown = display.make_display(quiet or as_json)
-    with shown:
+    with shown, contextlib.ExitStack() as kept:
         from mla_compile import api
         from mla_compile.encoder_report import EncoderReport
         from mla_compile.layer_store import store_beside
@@ -395,34 +406,35 @@ def convert(
                 "Options of the panel TensorRT were given, and something else is written.",
                 "Add --target tensorrt, or leave them out.",
             )
-        with store_beside(out) as store:
-            compiled = api.compile(
-                model,
-                calibration=calibration,
-                tokenizer=tokenizer,
-                config=config,
-                statistics_cache=not no_cache,
-                check=not no_verify,
-                max_perplexity_ratio=max_ppl_ratio,
-                out=out,
-                engine=engine if for_tensorrt else None,
-                force=force,
-                attn_implementation=attn_implementation,
-                unsafe_load=unsafe_load,
-                finetune=finetune,
-                finetune_tokens=finetune_tokens,
-                store=store,
-                display=shown,
-            )
-            report: Report | EncoderReport | Seq2SeqReport
-            if config.format == "deepseek" and isinstance(compiled, api.CompiledModel):
-                report = compiled.to_deepseek(out, shard_bytes=int(shard_size * 1e9), force=force, display=shown)
-            elif for_tensorrt and isinstance(compiled, api.CompiledModel):
-                report = compiled.to_tensorrt(out, engine, force=force, display=shown)
-            elif out.suffix == ".onnx":
-                report = compiled.to_onnx(out, force=force, display=shown)
-            else:
-                report = compiled.save(out, force=force)
+        compiled = api.compile(
+            model,
+            calibration=calibration,
+            tokenizer=tokenizer,
+            config=config,
+            statistics_cache=not no_cache,
+            check=not no_verify,
+            max_perplexity_ratio=max_ppl_ratio,
+            out=out,
+            engine=engine if for_tensorrt else None,
+            force=force,
+            attn_implementation=attn_implementation,
+            unsafe_load=unsafe_load,
+            finetune=finetune,
+            finetune_tokens=finetune_tokens,
+            store=kept.enter_context(store_beside(out)),
+            display=shown,
+        )
+        report: Report | EncoderReport | Seq2SeqReport
+        if config.format == "deepseek" and isinstance(compiled, api.CompiledModel):
+            report = compiled.to_deepseek(out, shard_bytes=int(shard_size * 1e9), force=force, display=shown)
+        elif config.format == "gguf" and isinstance(compiled, api.CompiledModel):
+            report = compiled.to_gguf(out, force=force, display=shown)
+        elif for_tensorrt and isinstance(compiled, api.CompiledModel):
+            report = compiled.to_tensorrt(out, engine, force=force, display=shown)
+        elif out.suffix == ".onnx":
+            report = compiled.to_onnx(out, force=force, display=shown)
+        else:
+            report = compiled.save(out, force=force)
     if as_json:
         typer.echo(report.to_json(), nl=False)
     elif isinstance(report, EncoderReport):
@@ -446,14 +458,14 @@ def _is_for_tensorrt(out: Path, target: str, format: str) -> bool:
     if target not in ("auto", "tensorrt"):
         raise UsageError(f"--target {target} is not one of auto, tensorrt.", "Give one of them.")
     wanted = target == "tensorrt" or out.suffix == ".plan"
-    if wanted and format == "deepseek":
-        raise UsageError("A DeepSeek checkpoint is not for TensorRT.", "Leave --format or --target out.")
+    if wanted and format != "auto":
+        raise UsageError(f"The format {format} is not for TensorRT.", "Leave --format or --target out.")
     return wanted
 
 
 @app.command()
 def inspect(
-    model: Model,
+    model: Described,
     encoders: Encoders = False,
     attn_implementation: AttnImplementation = "auto",
     unsafe_load: UnsafeLoad = False,
@@ -479,7 +491,7 @@ def inspect(
 
 @app.command()
 def plan(
-    model: Model,
+    model: Described,
     cache_ratio: CacheRatio = None,
     kv_rank: KvRank = None,
     uniform_rank: UniformRank = False,
@@ -541,10 +553,12 @@ def plan(
     step = DecodeStep(MACHINES[machine], context, batch)
     costs = decode_costs(planned.found.sites, planned.plans, planned.widths, step) if planned.widths else ()
     if as_json:
-        typer.echo(json.dumps(display.plan_rows(planned.plans, costs, step, cache_type), indent=2))
+        rows = display.plan_rows(planned.plans, costs, step, cache_type)
+        typer.echo(json.dumps(rows | display.conversion_row(planned.conversion, planned.alike), indent=2))
     else:
         cached = cache_type if planned.found.sites else None
         display.show_plan(planned.plans, costs, step, cached)
+        display.show_conversion(planned.conversion, planned.alike)
 
 
 @app.command()
@@ -846,8 +860,11 @@ def fine_tune(
 
 @app.command()
 def export(
-    folder: Annotated[Path, typer.Argument(help="A folder written by 'convert' or 'finetune'.")],
-    out: Annotated[Path, typer.Option(help="The .onnx file to write.", rich_help_panel=_OUTPUT)],
+    folder: Annotated[
+        Path,
+        typer.Argument(help="A folder written by 'convert' or 'finetune'; for .gguf one of --format deepseek."),
+    ],
+    out: Annotated[Path, typer.Option(help="The .onnx or .gguf file to write.", rich_help_panel=_OUTPUT)],
     opset: Opset = None,
     cache: CacheKind = "dynamic",
     cache_type: CacheType = "float32",
@@ -855,10 +872,22 @@ def export(
     force: Annotated[bool, typer.Option("--force", help="Replace existing files.", rich_help_panel=_OUTPUT)] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a saved model as ONNX, compared in ONNX Runtime with the PyTorch module."""
+    """Write a saved model as ONNX, checked in ONNX Runtime, or a DeepSeek checkpoint as GGUF, checked in llama.cpp."""
     from mla_compile import display
     from mla_compile.config import make_config
     from mla_compile.saved import open_saved, write_saved_onnx
+
+    if out.suffix == ".gguf":
+        from mla_compile.gguf_file import export_gguf
+
+        if (opset, cache, cache_type, inline) != (None, "dynamic", "float32", False):
+            raise UsageError("Options of ONNX files were given for a GGUF file.", "Leave them out.")
+        error = export_gguf(folder, out, force=force)
+        if as_json:
+            typer.echo(json.dumps({"llama_cpp_error": error}))
+        else:
+            display.show_gguf(out, error)
+        return
 
     # Others are refused before anything is read.
     config = make_config(opset=opset, cache=cache, cache_type=cache_type, inline=inline)
@@ -966,22 +995,46 @@ def build_plugin(
 
 @app.command()
 def verify(
-    folder: Annotated[Path, typer.Argument(help="A folder written with --format deepseek.")],
+    checkpoint: Annotated[Path, typer.Argument(help="A folder written with --format deepseek, or a .gguf file.")],
     as_json: AsJson = False,
 ) -> None:
-    """Check a DeepSeek checkpoint: stock transformers against what the converted module answered."""
+    """Check a DeepSeek checkpoint: stock transformers, or llama.cpp, against what the converted module answered."""
     from mla_compile import display
     from mla_compile.checkpoint_folder import verify_folder
+    from mla_compile.gguf_file import verify_gguf
 
-    error, greedy = verify_folder(folder)
+    error, greedy = (verify_gguf if checkpoint.suffix == ".gguf" else verify_folder)(checkpoint)
     if as_json:
         typer.echo(json.dumps({"error": error, "greedy": greedy}))
     else:
-        display.show_check(folder, error, greedy)
+        display.show_check(checkpoint, error, greedy)
+
+
+@app.command()
+def report(
+    source: Annotated[Path, typer.Argument(help="A report.json, or the folder that it is in.")],
+    measurement: Annotated[
+        Path | None,
+        typer.Option("--eval", help="What 'eval ... --original MODEL --json' printed: draws quality over cache kept."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The .html file to write.", show_default="report.html beside it", rich_help_panel=_OUTPUT),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace existing files.", rich_help_panel=_OUTPUT)] = False,
+) -> None:
+    """Draw the report of a conversion as one page; every conversion writes one, this draws it again."""
+    from mla_compile.artifacts import write_page
+    from mla_compile.report_page import PAGE, read_measurement, read_report
+
+    found = read_report(source)
+    page = out or (source if source.is_dir() else source.parent) / PAGE
+    write_page(found, page, None if measurement is None else read_measurement(measurement), force)
+    typer.echo(str(page))
 
 
 _COMMANDS = frozenset(
-    {"convert", "inspect", "plan", "run", "eval", "verify", "tensorrt", "build-plugin", "finetune", "export"}
+    {"convert", "inspect", "plan", "run", "eval", "verify", "tensorrt", "build-plugin", "finetune", "export", "report"}
 )
 
 

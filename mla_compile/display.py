@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRe
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from mla_compile.conversion_cost import ConversionCost
     from mla_compile.cost import DecodeStep, LayerCost
     from mla_compile.encoder_report import EncoderReport
     from mla_compile.measure import Measurement
@@ -25,11 +26,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "StageDisplay",
+    "conversion_row",
     "generation_row",
     "make_display",
     "plan_rows",
     "show_check",
     "show_commands",
+    "show_conversion",
     "show_encoder_report",
     "show_exported",
     "show_generation",
@@ -253,6 +256,26 @@ def show_plan(
         print(f"warning: {slower}", file=sys.stderr)  # noqa: T201
 
 
+def conversion_row(cost: ConversionCost | None, alike: tuple[int, int] | None) -> dict[str, Any]:
+    """What a conversion takes, and how it is known, as data."""
+    import dataclasses
+
+    layers = None if alike is None else {"layers": alike[0], "exported": alike[1]}
+    return {"conversion": None if cost is None else dataclasses.asdict(cost), "alike": layers}
+
+
+def show_conversion(cost: ConversionCost | None, alike: tuple[int, int] | None) -> None:
+    """A line each."""
+    if alike is not None:
+        print(f"{alike[0]} layers, of which the first {alike[1]} show all kinds and were exported")  # noqa: T201
+    if cost is not None:
+        print(  # noqa: T201
+            f"converting it takes about {cost.seconds / 60:,.0f} minutes besides verification "
+            f"({cost.operations / 1e12:,.1f} TFLOP in float64 by one core), reads {cost.weight_bytes / 1e9:,.1f} GB, "
+            f"writes {cost.written_bytes / 1e9:,.1f} GB and holds {cost.memory_bytes / 1e9:,.1f} GB (estimated)"
+        )
+
+
 def _method_row(report: Report) -> list[object]:
     """How sizes were chosen, and what they are."""
     method = report.config["method"]
@@ -322,6 +345,8 @@ def show_report(report: Report, out: Path) -> None:
             ["transformers vs PyTorch", f"{c.error:.1e}, greedy {c.greedy:.0%} equal"],
             ["norm of the latent changes it by", f"{c.norm_error:.1e} at most"],
         ]
+        if c.llama_cpp_error is not None:
+            rows.append(["llama.cpp vs PyTorch", f"{c.llama_cpp_error:.1e}"])
     rows.append(["written", f"{out} ({sum(report.artifacts.values()) / 2**20:.1f} MiB)"])
     _print_table(report.source, ["", "result"], rows)
     _show_errors(report)
@@ -373,6 +398,16 @@ def show_check(folder: Path, error: float, greedy: float) -> None:
     """How a checkpoint answers."""
     rows = [["logits vs the converted module", f"{error:.1e}"], ["greedy tokens", f"{greedy:.0%} equal"]]
     _print_table(str(folder), ["", "result"], rows)
+
+
+def show_gguf(out: Path, error: float | None) -> None:
+    """A file for llama.cpp, and how it was checked."""
+    checked = (
+        f"in llama.cpp it equals the converted module (largest relative difference {error:.1e})"
+        if error is not None
+        else "it was not checked, for want of llama-cpp-python or of answers in the folder"
+    )
+    print(f"{out}: {checked}.")  # noqa: T201
 
 
 def show_written(written: Written) -> None:

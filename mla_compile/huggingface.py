@@ -90,13 +90,11 @@ def empty_model(config: Any, attention: str, name: str) -> nn.Module:  # noqa: A
     Raises:
         LoadError: There is no class for it, or it cannot be built.
     """
-    from accelerate import init_empty_weights
-
     kind = _classes(config)[0]
     build = kind.from_config if hasattr(kind, "from_config") else kind._from_config
     settings = {"dtype": getattr(config, "dtype", None) or torch.float32}
     try:
-        with init_empty_weights(include_buffers=False):
+        with _parameters_without_numbers():
             try:
                 model: nn.Module = build(
                     config, attn_implementation="sdpa" if attention == "auto" else attention, **settings
@@ -107,7 +105,23 @@ def empty_model(config: Any, attention: str, name: str) -> nn.Module:  # noqa: A
                 model = build(config, attn_implementation="eager", **settings)
     except Exception as error:
         raise _unreadable(name, error) from error
+    model.tie_weights()  # type: ignore[operator]  # putting parameters on another device parts what is one
     return model.eval()
+
+
+@contextmanager
+def _parameters_without_numbers() -> Iterator[None]:
+    """Move every parameter to the device ``meta`` as soon as a module gets it, before anything is written to it."""
+    register = nn.Module.register_parameter
+
+    def emptied(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        register(self, name, None if param is None else nn.Parameter(param.detach().to("meta"), param.requires_grad))
+
+    nn.Module.register_parameter = emptied  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def _classes(config: Any) -> list[Any]:  # noqa: ANN401 - any transformers configuration

@@ -22,7 +22,7 @@ from torch import Tensor
 from mla_compile.content import content_of
 from mla_compile.errors import MlaCompileError
 from mla_compile.passes.factorise import LatentWeights
-from mla_compile.writing import explained
+from mla_compile.writing import explained, missing_folders, remove_empty
 
 __all__ = ["LayerStore", "store_beside", "store_folder"]
 
@@ -85,10 +85,12 @@ def store_beside(out: Path) -> Iterator[LayerStore]:
         out: The file or folder that is made.
     """
     folder = store_folder(out)
+    created = missing_folders(folder.parent)
     try:
         yield LayerStore(folder)
     except MlaCompileError:
         shutil.rmtree(folder, ignore_errors=True)
+        remove_empty(created)
         raise
     shutil.rmtree(folder, ignore_errors=True)
 

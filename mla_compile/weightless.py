@@ -14,7 +14,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,6 @@ __all__ = ["Blueprint", "draw", "is_weightless"]
 
 _PLACES = frozenset({"layer_idx", "layer_index", "layer_id", "layer_number", "idx", "training"})
 """Attributes that say which layer it is, not what it is."""
-_Layer = TypeVar("_Layer", AttentionSite, Rejection)
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,8 @@ def _of_few_layers(
         return None
     program = _captured(module, source)
     found = recognise(program)
-    layers: dict[int, AttentionSite | Rejection] = {layer.index: layer for layer in (*found.sites, *found.rejections)}
+    layers: dict[int, AttentionSite | Rejection] = {site.index: site for site in found.sites}
+    layers |= {rejection.index: rejection for rejection in found.rejections}
     places = [f"{blocks.path}.{index}." in f"{layer.path}." for index, layer in sorted(layers.items())]
     if sorted(layers) != [*range(few)] or not all(places):  # not one attention in every layer
         return None
@@ -128,7 +128,7 @@ def _of_few_layers(
     )
 
 
-def _moved(layer: _Layer, old: str, index: int, path: str) -> _Layer:
+def _moved(layer: AttentionSite | Rejection, old: str, index: int, path: str) -> AttentionSite | Rejection:
     """The same layer at another place of the model."""
 
     def named(name: str) -> str:
@@ -138,11 +138,10 @@ def _moved(layer: _Layer, old: str, index: int, path: str) -> _Layer:
         bias = None if projection.bias is None else named(projection.bias)
         return dataclasses.replace(projection, weight=named(projection.weight), bias=bias)
 
-    moved = dataclasses.replace(layer, index=index, path=named(layer.path))
-    if isinstance(moved, AttentionSite):
-        operands = {role: read(getattr(moved, role)) for role in ("query", "key", "value")}
-        return dataclasses.replace(moved, **operands)
-    return moved
+    if isinstance(layer, Rejection):
+        return dataclasses.replace(layer, index=index, path=named(layer.path))
+    query, key, value = read(layer.query), read(layer.key), read(layer.value)
+    return dataclasses.replace(layer, index=index, path=named(layer.path), query=query, key=key, value=value)
 
 
 def _shortened(config: Any, said: Sequence[str], few: int) -> Any:  # noqa: ANN401 - any transformers configuration

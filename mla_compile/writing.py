@@ -1,16 +1,16 @@
-"""Failures to write, in a sentence: a full disk, a folder that became read-only, a limit of sizes."""
+"""Who writes, and why writing failed: a full disk, a folder that became read-only, a limit of sizes."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mla_compile.errors import UsageError
 
-__all__ = ["explained"]
+__all__ = ["explained", "held", "missing_folders", "remove_empty"]
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)
@@ -42,3 +42,39 @@ def explained(path: Path) -> Iterator[None]:
             raise
         reason = next((os.strerror(n) for n in _FULL if os.strerror(n) in text), text.strip().splitlines()[0][:120])
         raise UsageError(f"'{path}' could not be written ({reason}).", _MORE_ROOM) from error
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[bool]:
+    """Hold a folder for as long as the body, or this process, lives; yields whether no other process holds it.
+
+    Where the system has no such locks, nobody ever holds a folder for certain, and the answer is no.
+    """
+    try:
+        import fcntl
+
+        handle = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):
+        yield False
+        return
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(handle)
+
+
+def missing_folders(path: Path) -> list[Path]:
+    """A folder and those it is in, as far as they do not exist; the innermost first."""
+    return [p for p in (path.absolute(), *path.absolute().parents) if not p.exists()]
+
+
+def remove_empty(folders: Sequence[Path]) -> None:
+    """Remove the folders that are there and hold nothing."""
+    for folder in folders:
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
