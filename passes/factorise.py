@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -267,7 +267,8 @@ def factorise_layers(
                 if keep is None:
                     found.append(make())
                 else:
-                    settled = (site, plan, config.svd, config.selection, getattr(finish, "__name__", None))
+                    described = replace(site, error=0.0)  # which other numbers of threads may round otherwise
+                    settled = (described, plan, config.svd, config.selection, getattr(finish, "__name__", None))
                     found.append(keep(settled, _tensors(weights, norm), dtype, make))
             stage()
         stage.note = ""
