@@ -30,7 +30,7 @@ CONFIG = make_config(method="mha2mla", selection="uniform")
 
 
 def factorised(captured, store: LayerStore, dtype: torch.dtype = torch.float32, **changes):
-    task = Task(captured.program, captured.sites, (), CONFIG, None, store=store, dtype=dtype)
+    task = Task(captured.program, captured.sites, (), CONFIG, None, store=store)
     return mha2mla(dataclasses.replace(task, **changes)).weights
 
 
