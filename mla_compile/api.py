@@ -41,6 +41,7 @@ from mla_compile.passes.methods import METHODS, nothing_left_out
 from mla_compile.passes.polish import polish
 from mla_compile.passes.quantise_cache import check_quantisable
 from mla_compile.passes.recognise import Recognition, recognise
+from mla_compile.passes.retype import NARROW
 from mla_compile.passes.task import BATCH, Task
 from mla_compile.passes.weights import input_width
 from mla_compile.plan import LatentPlan, clamped, plan_layers
@@ -67,10 +68,11 @@ __all__ = [
     "lossless_elements",
     "plan",
     "require_causal",
-    "require_float32",
+    "require_known_types",
     "would_be_refused",
 ]
 
+_TYPES = (torch.float32, *NARROW)
 _RANDOM_LENGTH = 64
 """Random tokens per sequence to verify on without text: half as a prompt, half to continue it by 32 tokens."""
 _MUCH_WORSE = 2.0
@@ -89,6 +91,8 @@ class Planned:
         found: Its attention layers.
         plans: Shape of each one's latent.
         widths: Input width of each one's projections; empty where nothing is decoded with a cache of its own.
+        source_type: Type of the original's numbers.
+        dtype: Type of the result's.
         conversion: What converting the model takes; None where that depends on a text, or nothing is decoded.
         alike: Layers of the model, and how many of them were exported as the others are like them; None for a model
             that was exported whole.
@@ -97,6 +101,8 @@ class Planned:
     found: Recognition
     plans: tuple[LatentPlan, ...]
     widths: tuple[int, ...] = ()
+    source_type: str = "float32"
+    dtype: str = "float32"
     conversion: ConversionCost | None = None
     alike: tuple[int, int] | None = None
 
@@ -321,9 +327,22 @@ def compile(
     documents = read_text(calibration)
     stages = Stages(display)
     with stages.stage("load"):
-        loaded = _load(model, example_inputs, tokenizer, attn_implementation, unsafe_load, any_kind=config.encoders)
-    require_float32(loaded)
+        loaded = _load(
+            model,
+            example_inputs,
+            tokenizer,
+            attn_implementation,
+            unsafe_load,
+            any_kind=config.encoders,
+            dtype=wanted_type(config),
+        )
+    require_known_types(loaded)
     require_finite(loaded.exported.state_dict, loaded.source)
+    wanted = _result_type(loaded, config)
+    config = config.model_copy(update={"dtype": str(wanted).removeprefix("torch.")})
+    if "dtype" in loaded.assets.config:  # what lies beside the result says what that is in
+        stored = {**loaded.assets.config, "dtype": config.dtype}
+        loaded = dataclasses.replace(loaded, assets=dataclasses.replace(loaded.assets, config=stored))
     if out is not None:
         check_neighbours(out, loaded.source, loaded.assets, force)
     with stages.stage("recognise"):
@@ -335,12 +354,15 @@ def compile(
             raise UsageError("Only a causal language model can have a static cache.", "Leave --cache static out.")
         if config.cache_type == "int8":
             raise UsageError("Only a causal language model can have an int8 cache.", "Leave --cache-type int8 out.")
+        _require_float32(loaded, loaded.dtype, "An encoder", "converted")
         if is_seq2seq(found):
             if out is not None:
                 check_pair(out, force)
             return compile_seq2seq(loaded, found, config, check=check, stages=stages)
         return compile_encoder(loaded, found, config, check=check, stages=stages)
     program = require_causal(loaded, found)
+    if finetune is not None:
+        _require_float32(program, wanted, "A conversion", "fine-tuned")
     sites, kept = found.sites, found.rejections
     if config.for_stock_code:
         require_expressible(sites, kept)
@@ -357,7 +379,7 @@ def compile(
     weights = choice.weights if polished is None else polished.weights
     weights = weights if choice.balanced else tuple(map(balanced, weights))
     with stages.stage("rewrite"):
-        converted = task.rewrite(weights)
+        converted = task.result(weights)
     int8 = config.cache_type == "int8"
     if int8:  # before anything takes long
         check_quantisable(converted.graph, converted.rows)  # type: ignore[arg-type]
@@ -377,8 +399,15 @@ def compile(
         )
     if check:
         with stages.stage("verify"):
-            exact = converted if config.exact else _exact_twin(task)
-            verification = verify.check_module(original_scorer(program), exact, converted, ids, text is not None)
+            exact = converted if config.exact and program.dtype == torch.float32 else _exact_twin(task)
+            verification = verify.check_module(
+                original_scorer(program),
+                exact,
+                converted,
+                ids,
+                text is not None,
+                wide_original=original_scorer(program, wide=True) if program.dtype in NARROW else None,
+            )
     training = None
     if finetune is not None:
         recipe = make_recipe(tokens=finetune_tokens, seed=config.seed)
@@ -391,7 +420,8 @@ def compile(
         kept=kept,
         plans=plans,
         widths=tuple(task.widths),
-        bytes_per_element=torch.float32.itemsize,
+        bytes_per_element=task.dtype.itemsize,
+        source_bytes_per_element=program.dtype.itemsize,
         selection=config.selection if config.method == "mha2mla" else config.method,
         stages=(),
         verification=verification,
@@ -439,7 +469,7 @@ def inspect(
     if isinstance(model, str | Path) and is_weightless(model):
         blueprint = draw(model, attn_implementation)
         return blueprint.program, blueprint.found
-    program = _load(model, example_inputs, tokenizer, attn_implementation, unsafe_load, any_kind=True)
+    program = _load(model, example_inputs, tokenizer, attn_implementation, unsafe_load, any_kind=True, dtype=None)
     return program, recognise(program)
 
 
@@ -474,8 +504,10 @@ def plan(
         return _plan_weightless(model, config, calibration, attn_implementation)
     _require_text(config, calibration)
     documents = read_text(calibration)
-    program = frontend.load_any(model, attention=attn_implementation, unsafe=unsafe_load)
+    dtype = wanted_type(config)
+    program = frontend.load_any(model, attention=attn_implementation, unsafe=unsafe_load, dtype=dtype)
     found = recognise(program)
+    types = [str(x).removeprefix("torch.") for x in (program.dtype, _result_type(program, config))]
     if config.encoders and is_seq2seq(found):
         own, crossed = plan_seq2seq(program, found, config)
         return Planned(found, (*own, *crossed))
@@ -487,14 +519,13 @@ def plan(
     widths = tuple(input_width(program, s) for s in sites)
     if config.exact or method == "mha2mla":
         plans = plan_layers(sites, widths, config)
-        weights = program.exported.state_dict
-        largest = max((v.element_size() for v in weights.values() if v.is_floating_point()), default=4)
-        count = sum(v.numel() for v in weights.values())
-        return Planned(found, plans, widths, conversion_cost(sites, plans, widths, config, count, largest))
+        count = sum(v.numel() for v in program.exported.state_dict.values())
+        cost = conversion_cost(sites, plans, widths, config, count, _result_type(program, config).itemsize)
+        return Planned(found, plans, widths, *types, cost)
     text = cut_windows(program, documents, tokenizer, config)
     windows = None if text is None else text.calibration
     task = Task(program, sites, found.rejections, config, windows, Stages(display), open_cache(statistics_cache))
-    return Planned(found, METHODS[method](task).plans, widths)
+    return Planned(found, METHODS[method](task).plans, widths, *types)
 
 
 def _plan_weightless(
@@ -523,9 +554,10 @@ def _plan_weightless(
     program = require_causal(blueprint.program, found)
     widths = tuple(input_width(program, s) for s in found.sites)
     plans = plan_layers(found.sites, widths, config)
-    itemsize = next((v.element_size() for v in program.exported.state_dict.values() if v.is_floating_point()), 4)
+    types = [str(x).removeprefix("torch.") for x in (program.dtype, _result_type(program, config))]
+    itemsize = _result_type(program, config).itemsize
     cost = conversion_cost(found.sites, plans, widths, config, blueprint.parameters, itemsize)
-    return Planned(found, plans, widths, cost, alike)
+    return Planned(found, plans, widths, *types, cost, alike)
 
 
 def convertible(
@@ -574,18 +606,19 @@ def _load(
     attention: str,
     unsafe: bool,
     any_kind: bool,
+    dtype: torch.dtype | None,
 ) -> AnyProgram:
     """Read a model from wherever it is; a module whose inputs are given must be ``any_kind`` to take other than ids."""
     folder = str(tokenizer) if isinstance(tokenizer, str | Path) else None
     if isinstance(model, str | Path):
-        return frontend.load_any(model, tokenizer=folder, attention=attention, unsafe=unsafe)
+        return frontend.load_any(model, tokenizer=folder, attention=attention, unsafe=unsafe, dtype=dtype)
     if isinstance(model, ExportedProgram):
         return frontend.read_export(model, source="ExportedProgram", assets=Assets(folder=folder))
     program: AnyProgram
     if any_kind or example_inputs is None:
-        program = frontend.capture_any(model, example_inputs, tokenizer=folder)
+        program = frontend.capture_any(model, example_inputs, tokenizer=folder, dtype=dtype)
     else:
-        program = frontend.capture(model, example_inputs, tokenizer=folder)
+        program = frontend.capture(model, example_inputs, tokenizer=folder, dtype=dtype)
     if folder is None and tokenizer is not None:
         program = dataclasses.replace(program, assets=dataclasses.replace(program.assets, tokenizer=tokenizer))
     return program
@@ -646,15 +679,61 @@ def _require_text(config: CompileConfig, calibration: Text | None) -> None:
     )
 
 
-def require_float32(program: AnyProgram) -> None:
-    """Refuse weights of another type: the rewrite, its checks and the cache are float32 in this version."""
+def require_known_types(program: AnyProgram) -> None:
+    """Refuse weights of types that the rewrite, its checks and the cache do not know."""
     for name, value in program.exported.state_dict.items():
-        if value.is_floating_point() and value.dtype != torch.float32:
+        if value.is_floating_point() and value.dtype not in _TYPES:
             kind = str(value.dtype).removeprefix("torch.")
             raise UsageError(
-                f"'{name}' of '{program.source}' is {kind}; only float32 is converted.",
+                f"'{name}' of '{program.source}' is {kind}; only float32, float16 and bfloat16 are converted.",
                 "Call model.float() before exporting or converting it.",
             )
+
+
+def wanted_type(config: CompileConfig) -> torch.dtype | None:
+    """The type of the result that was asked for, if any."""
+    return None if config.dtype == "auto" else getattr(torch, config.dtype)
+
+
+def _result_type(program: AnyProgram, config: CompileConfig) -> torch.dtype:
+    """Type of the result.
+
+    Raises:
+        UsageError: The model cannot be had in that type, or its cache not in another.
+    """
+    # What stock code reads is made of several matrices each: rounded once, by whoever loads it in another type.
+    wanted = wanted_type(config) or (torch.float32 if config.for_stock_code else program.dtype)
+    own, name = (str(x).removeprefix("torch.") for x in (program.dtype, wanted))
+    if wanted not in (program.dtype, torch.float32):
+        raise UsageError(
+            f"'{program.source}' was exported in {own}, and its graph does not say what {name} must not round.",
+            f"Export it in {name} (model.to(torch.{name}) before torch.export.export), or leave --dtype {name} out.",
+        )
+    if config.for_stock_code and wanted != torch.float32:
+        raise UsageError(
+            f"The format {config.format} is written in float32, not in {name}.",
+            f"Leave --dtype {name} out; what loads the result can round it.",
+        )
+    if config.cache_type != "auto" and wanted != torch.float32:
+        raise UsageError(
+            f"The cache of a model in {name} holds that type, and {config.cache_type} caches are of float32.",
+            f"Leave --cache-type {config.cache_type} out, or pass --dtype float32.",
+        )
+    return wanted
+
+
+def _require_float32(program: AnyProgram, dtype: torch.dtype, what: str, done: str) -> None:
+    """Refuse another type where only float32 will do.
+
+    Raises:
+        UsageError: It is of another type.
+    """
+    if dtype != torch.float32:
+        kind = str(dtype).removeprefix("torch.")
+        raise UsageError(
+            f"{what} is {done} in float32 only, and '{program.source}' is {kind}.",
+            "Pass --dtype float32 (dtype='float32' in Python), or call model.float() before exporting it.",
+        )
 
 
 def _require_some(program: AnyProgram, found: Recognition) -> Recognition:
@@ -696,7 +775,7 @@ def _settle(config: CompileConfig, text: bool) -> tuple[CompileConfig, tuple[str
 
 def _exact_twin(task: Task) -> LatentModel:
     """The same rewrite with nothing left out."""
-    return task.rewrite(nothing_left_out(dataclasses.replace(task, stages=Stages())).weights)
+    return task.rewrite(nothing_left_out(dataclasses.replace(task, stages=Stages(), wide=True)).weights)
 
 
 def _random_ids(program: Program, config: CompileConfig) -> Tensor:

@@ -216,8 +216,15 @@ CacheKind = Annotated[
 CacheType = Annotated[
     str,
     typer.Option(
-        help="What an ONNX file's caches hold: float32, or int8 codes with two scales per token, whose products are "
-        "of integers.",
+        help="What an ONNX file's caches hold: auto for numbers of the type --dtype, or int8 codes with two scales per "
+        "token, whose products are of integers; float32 is auto where that is the type.",
+        rich_help_panel=_OUTPUT,
+    ),
+]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="Type of weights and caches: float32, float16 or bfloat16; auto is the model's own.",
         rich_help_panel=_OUTPUT,
     ),
 ]
@@ -262,6 +269,22 @@ VersionCompatible = Annotated[
     typer.Option(
         "--version-compatible",
         help="An engine that other versions of TensorRT run too, perhaps more slowly.",
+        rich_help_panel=_TENSORRT,
+    ),
+]
+WeightStreaming = Annotated[
+    bool,
+    typer.Option(
+        "--weight-streaming",
+        help="An engine whose weights may stay in the host's memory where the GPU's has no room, which is slower.",
+        rich_help_panel=_TENSORRT,
+    ),
+]
+Refit = Annotated[
+    bool,
+    typer.Option(
+        "--refit",
+        help="An engine whose weights can be replaced without building it again, perhaps slower.",
         rich_help_panel=_TENSORRT,
     ),
 ]
@@ -318,9 +341,10 @@ def convert(
     seq_len: SeqLen = None,
     no_cache: NoCache = False,
     tokenizer: Tokenizer = None,
+    dtype: Dtype = "auto",
     opset: Opset = None,
     cache: CacheKind = "dynamic",
-    cache_type: CacheType = "float32",
+    cache_type: CacheType = "auto",
     inline: Inline = False,
     format: Format = "auto",
     preset: Preset = "none",
@@ -335,6 +359,8 @@ def convert(
     splits: Splits = 16,
     timing_cache: TimingCache = None,
     version_compatible: VersionCompatible = False,
+    weight_streaming: WeightStreaming = False,
+    refit: Refit = False,
     no_plugins: NoPlugins = False,
     max_ppl_ratio: Annotated[
         float | None,
@@ -385,6 +411,7 @@ def convert(
         seq_len=seq_len,
         seed=seed,
         opset=opset,
+        dtype=dtype,
         cache=cache,
         cache_type=cache_type,
         inline=inline,
@@ -399,7 +426,15 @@ def convert(
         from mla_compile.seq2seq_report import Seq2SeqReport
 
         engine = EngineSettings(
-            max_batch, max_length, max_prompt, splits, not no_plugins, version_compatible, timing_cache
+            max_batch,
+            max_length,
+            max_prompt,
+            splits,
+            not no_plugins,
+            version_compatible,
+            timing_cache,
+            weight_streaming=weight_streaming,
+            refit=refit,
         )
         if not for_tensorrt and engine != EngineSettings():
             raise UsageError(
@@ -506,7 +541,8 @@ def plan(
     calibration_tokens: CalibrationTokens = 65536,
     seq_len: SeqLen = None,
     no_cache: NoCache = False,
-    cache_type: CacheType = "float32",
+    dtype: Dtype = "auto",
+    cache_type: CacheType = "auto",
     context: Annotated[int, typer.Option(min=1, help="Tokens in the cache when a step's time is estimated.")] = 4096,
     batch: Annotated[int, typer.Option(min=1, help="Sequences that are decoded together.")] = 1,
     machine: Annotated[Literal["cpu", "gpu"], typer.Option(help="What to estimate the time on.")] = "cpu",
@@ -534,6 +570,7 @@ def plan(
         encoders=encoders,
         calibration_tokens=calibration_tokens,
         seq_len=seq_len,
+        dtype=dtype,
         cache_type=cache_type,
     )
     shown = display.make_display(quiet or as_json)
@@ -552,12 +589,13 @@ def plan(
         )
     step = DecodeStep(MACHINES[machine], context, batch)
     costs = decode_costs(planned.found.sites, planned.plans, planned.widths, step) if planned.widths else ()
+    held = "int8" if cache_type == "int8" else planned.dtype
     if as_json:
-        rows = display.plan_rows(planned.plans, costs, step, cache_type)
+        rows = display.plan_rows(planned.plans, costs, step, held, planned.source_type)
         typer.echo(json.dumps(rows | display.conversion_row(planned.conversion, planned.alike), indent=2))
     else:
-        cached = cache_type if planned.found.sites else None
-        display.show_plan(planned.plans, costs, step, cached)
+        cached = held if planned.found.sites else None
+        display.show_plan(planned.plans, costs, step, cached, planned.source_type)
         display.show_conversion(planned.conversion, planned.alike)
 
 
@@ -766,6 +804,21 @@ def fine_tune(
             rich_help_panel=_TOWARDS,
         ),
     ] = "attention",
+    lora_rank: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Train adapters of this rank instead of the matrices, which they are added to in the end.",
+            show_default="none",
+            rich_help_panel=_TOWARDS,
+        ),
+    ] = 0,
+    lora_alpha: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Scale of adapters, times their rank.", show_default="the rank", rich_help_panel=_TOWARDS
+        ),
+    ] = None,
     tokens: TrainTokens = None,
     batch: Annotated[int, typer.Option(min=1, help="Windows per step, of all processes.", rich_help_panel=_PACE)] = 16,
     accumulate: Annotated[int, typer.Option(min=1, help="Pieces a step is computed in.", rich_help_panel=_PACE)] = 1,
@@ -816,6 +869,8 @@ def fine_tune(
         objective=objective,
         match_steps=match_steps,
         train=train,
+        lora_rank=lora_rank,
+        lora_alpha=lora_alpha,
         tokens=tokens,
         batch=batch,
         accumulate=accumulate,
@@ -867,7 +922,7 @@ def export(
     out: Annotated[Path, typer.Option(help="The .onnx or .gguf file to write.", rich_help_panel=_OUTPUT)],
     opset: Opset = None,
     cache: CacheKind = "dynamic",
-    cache_type: CacheType = "float32",
+    cache_type: CacheType = "auto",
     inline: Inline = False,
     force: Annotated[bool, typer.Option("--force", help="Replace existing files.", rich_help_panel=_OUTPUT)] = False,
     as_json: AsJson = False,
@@ -923,6 +978,8 @@ def tensorrt(
     splits: Splits = 16,
     timing_cache: TimingCache = None,
     version_compatible: VersionCompatible = False,
+    weight_streaming: WeightStreaming = False,
+    refit: Refit = False,
     no_plugins: NoPlugins = False,
     force: Annotated[bool, typer.Option("--force", help="Replace existing files.", rich_help_panel=_OUTPUT)] = False,
     quiet: Quiet = False,
@@ -939,7 +996,15 @@ def tensorrt(
         )
     pieces = None if plugin == "cpp" else splits
     settings = EngineSettings(
-        max_batch, max_length, max_prompt, pieces, not no_plugins, version_compatible, timing_cache
+        max_batch,
+        max_length,
+        max_prompt,
+        pieces,
+        not no_plugins,
+        version_compatible,
+        timing_cache,
+        weight_streaming=weight_streaming,
+        refit=refit,
     )
     shown = display.make_display(quiet)
     with shown:

@@ -49,8 +49,9 @@ class CompileConfig(BaseModel):
         opset: ONNX operator set: 23, or 24 for a static cache, where nothing is given.
         cache: What the ONNX file's caches are: ``dynamic`` ones grow by a row per token, as any caller of ONNX Runtime
             can make them do; a ``static`` one is memory of the size that the caller gives it, written in place.
-        cache_type: What the ONNX file's caches hold: numbers in ``float32``, or ``int8`` codes with two scales per
-            token.
+        dtype: Type of the result's weights and caches; ``auto`` is the model's own.
+        cache_type: What the ONNX file's caches hold: numbers of the result's type (``auto``; or ``float32``, if it is
+            that), or ``int8`` codes with two scales per token.
         inline: Emit standard operators only, without ``LatentAttention`` nodes.
         encoders: Convert bidirectional attention too, which has no cache: its projections become low-rank.
     """
@@ -76,7 +77,8 @@ class CompileConfig(BaseModel):
     seed: int = Field(default=0, ge=0)
     opset: Literal[23, 24] = 23
     cache: Literal["dynamic", "static"] = "dynamic"
-    cache_type: Literal["float32", "int8"] = "float32"
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    cache_type: Literal["auto", "float32", "int8"] = "auto"
     inline: bool = False
     encoders: bool = False
 
@@ -132,6 +134,10 @@ class CompileConfig(BaseModel):
     def _settings_of_the_file(self) -> CompileConfig:
         if self.cache == "static" and self.opset < 24:
             raise ValueError("a static cache needs opset 24, whose TensorScatter writes it")
+        if self.cache_type != "auto" and self.dtype in ("float16", "bfloat16"):
+            raise ValueError(
+                f"the cache of a model in {self.dtype} holds that type, and {self.cache_type} ones are of float32"
+            )
         if self.cache_type == "int8" and self.for_stock_code:
             raise ValueError(f"int8 caches are of ONNX files, and the format {self.format} is a checkpoint")
         return self

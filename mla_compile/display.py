@@ -192,15 +192,23 @@ def _extras(row: Mapping[str, Any]) -> str:
     return ", ".join(found)
 
 
+_ITEMSIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
 def plan_rows(
-    plans: Sequence[LatentPlan], costs: Sequence[LayerCost], step: DecodeStep, cache_type: str = "float32"
+    plans: Sequence[LatentPlan],
+    costs: Sequence[LayerCost],
+    step: DecodeStep,
+    cache_type: str = "float32",
+    source_type: str = "float32",
 ) -> dict[str, Any]:
-    """A plan as data; bytes are of float32 before and ``cache_type`` after, but those of ``costs``, the machine's."""
+    """A plan as data; bytes are of ``source_type`` before and ``cache_type`` after, those of ``costs`` of its own."""
     import dataclasses
 
     from mla_compile.plan import cache_elements
 
-    before, after = 4 * cache_elements(plans)[0], sum(_bytes_after(p, cache_type) for p in plans)
+    before = _ITEMSIZES[source_type] * cache_elements(plans)[0]
+    after = sum(_bytes_after(p, cache_type) for p in plans)
     decode = {**dataclasses.asdict(step), "layers": [dataclasses.asdict(c) for c in costs]}
     return {
         "layers": [{**dataclasses.asdict(p), "elements_after": p.elements_after} for p in plans],
@@ -214,13 +222,19 @@ def plan_rows(
 def _bytes_after(plan: LatentPlan, cache_type: str) -> int:
     from mla_compile.runtime.onnx_quantised import quantised_bytes
 
-    return quantised_bytes([plan.elements_after]) if cache_type == "int8" else 4 * plan.elements_after
+    if cache_type == "int8":
+        return quantised_bytes([plan.elements_after])
+    return _ITEMSIZES[cache_type] * plan.elements_after
 
 
 def show_plan(
-    plans: Sequence[LatentPlan], costs: Sequence[LayerCost], step: DecodeStep, cached: str | None = "float32"
+    plans: Sequence[LatentPlan],
+    costs: Sequence[LayerCost],
+    step: DecodeStep,
+    cached: str | None = "float32",
+    source_type: str = "float32",
 ) -> None:
-    """One row per layer and the sum; ``cached`` is the cache's type.
+    """One row per layer and the sum; ``cached`` is the cache's type, ``source_type`` the original's.
 
     It is None for an encoder, whose keys and values are not cached, and in which nothing is a step.
     """
@@ -235,12 +249,12 @@ def show_plan(
             f"{p.rope_groups} x {p.rope_dims}",
             p.kv_rank,
             p.exact_rank,
-            4 * p.elements_before,
+            _ITEMSIZES[source_type] * p.elements_before,
             _bytes_after(p, cached or "float32"),
         ]
         for p in plans
     ]
-    total = plan_rows(plans, costs, step, cached or "float32")
+    total = plan_rows(plans, costs, step, cached or "float32", source_type)
     before, after = total["bytes_per_token_before"], total["bytes_per_token_after"]
     rows.append(["", "all", "", "", "", before, f"{after} ({total['cache_ratio']:.2%})"])
     title = f"Plan ({cached} cache)" if cached else "Plan (no cache)"
@@ -329,9 +343,14 @@ def show_report(report: Report, out: Path) -> None:
             ["rewrite at full rank vs original", f"{v.rewrite_error:.1e}"],
             ["decode vs whole sequence", f"{v.decode_error:.1e}"],
         ]
+        if v.rounding is not None:
+            rows.append(["roundings of the type, original -> converted", "{:.1e} -> {:.1e}".format(*v.rounding)])
         if v.lowering_error is not None:
             greedy = "" if v.lowering_greedy is None else f", greedy {v.lowering_greedy:.0%} equal"
-            rows.append(["ONNX Runtime vs PyTorch", f"{v.lowering_error:.1e}{greedy}"])
+            copied = " (a float32 copy of the file)" if v.lowering_copy else ""
+            rows.append(["ONNX Runtime vs PyTorch", f"{v.lowering_error:.1e}{greedy}{copied}"])
+        if v.lowering_rounding is not None:
+            rows.append(["roundings of the file in ONNX Runtime", f"{v.lowering_rounding:.1e}"])
         if v.quantisation_error is not None:
             rows.append(["int8 cache vs float32 cache, PyTorch", f"{v.quantisation_error:.1e}"])
         if v.engine_error is not None:

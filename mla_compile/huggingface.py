@@ -35,12 +35,13 @@ def is_transformers_model(module: nn.Module) -> bool:
     return hasattr(module, "config") and hasattr(module, "main_input_name")
 
 
-def read_checkpoint(name: str, attention: str) -> nn.Module:
+def read_checkpoint(name: str, attention: str, dtype: torch.dtype | None = None) -> nn.Module:
     """Load a checkpoint as what it says it is: a causal language model if it can be one.
 
     Args:
         name: Folder or hub id.
         attention: ``sdpa``, ``eager``, or ``auto`` for the first of the two that the model has.
+        dtype: Type to load its weights in; by default what the checkpoint is in.
 
     Raises:
         LoadError: It cannot be loaded, or lacks weights.
@@ -56,7 +57,7 @@ def read_checkpoint(name: str, attention: str) -> nn.Module:
     config = read_config(name)
     for kind in _classes(config):
         try:
-            return _read(kind, name, config, attention)
+            return _read(kind, name, config, attention, dtype)
         except LoadError as error:
             failures.append(error)
     raise failures[0]
@@ -147,12 +148,12 @@ def _classes(config: Any) -> list[Any]:  # noqa: ANN401 - any transformers confi
     return [usual] if causal else [usual, named]
 
 
-def _read(kind: Any, name: str, config: Any, attention: str) -> nn.Module:  # noqa: ANN401 - transformers classes
+def _read(kind: Any, name: str, config: Any, attention: str, dtype: torch.dtype | None) -> nn.Module:  # noqa: ANN401 - transformers classes
     read: Callable[..., Any] = functools.partial(
         kind.from_pretrained,
         name,
         config=config,
-        dtype=torch.float32,
+        dtype=dtype or "auto",  # as they are, weights stay where they are: mapped from their files
         use_safetensors=True,
         ignore_mismatched_sizes=True,  # they are refused below, by name
         output_loading_info=True,

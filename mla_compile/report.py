@@ -54,6 +54,10 @@ class Verification:
         engine_error: A TensorRT engine against ONNX Runtime; None without an engine.
         quantisation_error: The converted module with rows rounded as a quantised cache rounds them, which is then what
             ONNX Runtime is compared with, against the same without; None where the cache is not quantised.
+        rounding: What roundings of float16 or bfloat16 change in the original and in the converted model, against
+            either in float32, in which all other models above are compared then; None for float32.
+        lowering_copy: Whether ``lowering_error`` is of a float32 copy of the ONNX file.
+        lowering_rounding: What ONNX Runtime's own roundings of a float16 file change; None for other files.
     """
 
     rewrite_error: float
@@ -67,6 +71,9 @@ class Verification:
     text: bool
     engine_error: float | None = None
     quantisation_error: float | None = None
+    rounding: tuple[float, float] | None = None
+    lowering_copy: bool = False
+    lowering_rounding: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,6 +250,8 @@ class Report:
         training: What fine-tuning did, if there was any; quality was measured behind it, everything else before.
         warnings: What the user should know.
         artifacts: Written files and their sizes in bytes.
+        kept: Layers with an ordinary cache.
+        source_bytes_per_element: Size of one number of the original's cache, if it is another.
     """
 
     source: str
@@ -263,6 +272,7 @@ class Report:
     warnings: tuple[str, ...] = ()
     artifacts: Mapping[str, int] = field(default_factory=dict)
     kept: tuple[Rejection, ...] = ()
+    source_bytes_per_element: int | None = None
     widths: tuple[int, ...] = ()
 
     @property
@@ -287,7 +297,8 @@ class Report:
     @property
     def cache_bytes_before(self) -> int:
         """Bytes a plain KV cache adds per token."""
-        return (cache_elements(self.plans)[0] + self._kept_elements) * self.bytes_per_element
+        itemsize = self.source_bytes_per_element or self.bytes_per_element
+        return (cache_elements(self.plans)[0] + self._kept_elements) * itemsize
 
     @property
     def cache_bytes_after(self) -> int:

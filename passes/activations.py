@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from mla_compile.errors import RefusedError
 from mla_compile.passes.layout import Layout, Sizes, per_token, token_axes
 from mla_compile.passes.operands import norm_scale, normalised
+from mla_compile.passes.retype import widened
 from mla_compile.passes.turned import turn_back
 from mla_compile.program import Program
 from mla_compile.runtime import ops
@@ -106,7 +107,7 @@ def observe_sites(
         remember(name)
     for site in sites if gradients else ():
         follow(site.output)
-    watcher = Watcher(program.flat_module(), watched)
+    watcher = Watcher(widened(program.flat_module()), watched)
 
     def activations(ids: Tensor) -> list[SiteActivations]:
         slopes: Sequence[Tensor | None] = [None] * len(sites)
@@ -136,7 +137,7 @@ def observe_outputs(program: Program, sites: Sequence[AttentionSite]) -> Callabl
 
         return observe
 
-    watcher = Watcher(program.flat_module(), {site.output: [keep(site)] for site in sites})
+    watcher = Watcher(widened(program.flat_module()), {site.output: [keep(site)] for site in sites})
 
     def outputs(ids: Tensor) -> list[Tensor]:
         watcher.observe(ids.shape, program.inputs(ids))

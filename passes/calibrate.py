@@ -11,6 +11,7 @@ from torch import Tensor
 from mla_compile.passes.activations import Watcher
 from mla_compile.passes.layout import Sizes, per_token, token_axes
 from mla_compile.passes.operands import normalised
+from mla_compile.passes.retype import widened
 from mla_compile.program import Program
 from mla_compile.site import AttentionSite, Projection
 
@@ -71,7 +72,7 @@ def pair_norms(
 
             watched.setdefault(name, []).append(observe)
 
-    watcher = Watcher(program.flat_module(), watched)
+    watcher = Watcher(widened(program.flat_module()), watched)
     with torch.inference_mode():
         for ids in progress(windows.split(batch)):
             watcher.observe(ids.shape, program.inputs(ids))

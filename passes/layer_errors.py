@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from mla_compile.passes.activations import observe_outputs, observe_sites
 from mla_compile.passes.factorise import LatentWeights
+from mla_compile.passes.retype import widened
 from mla_compile.program import Program
 from mla_compile.report import LayerError
 from mla_compile.runtime.module import LatentModel, positions_from_mask
@@ -23,7 +24,7 @@ class _Forced(fx.Interpreter):
     """Runs a rewritten graph on the original's attention outputs, and keeps the errors of what its layers make."""
 
     def __init__(self, model: LatentModel, biases: Sequence[Tensor | None]) -> None:
-        super().__init__(model.graph)
+        super().__init__(widened(model.graph))  # type: ignore[arg-type]
         self._biases = biases
         self._wanted: Iterator[tuple[Tensor, Tensor | None]] = iter(())
         self.errors: list[Tensor] = []
@@ -78,7 +79,8 @@ def layer_errors(
         with torch.inference_mode():
             wanted, mask = outputs(ids), torch.ones_like(ids)
             positions = positions_from_mask(mask, ids.shape[1])
-            found = converted.compare(wanted, ids, mask, positions, *model.empty_cache(len(ids)))
+            cache = (torch.zeros(len(ids), 0, row) for row in model.rows)
+            found = converted.compare(wanted, ids, mask, positions, *cache)
             for index, (error, output, slope) in enumerate(zip(found, wanted, slopes, strict=True)):
                 errors[index] += error.double().square().sum()
                 squares[index] += output.double().square().sum()

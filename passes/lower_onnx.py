@@ -29,10 +29,11 @@ from mla_compile.passes.insert_latent import ENCODER_MASK, INPUT_NAMES
 from mla_compile.passes.layout import Sizes
 from mla_compile.passes.onnx_translations import translations
 from mla_compile.passes.quantise_cache import check_quantisable
+from mla_compile.passes.retype import NARROW
 from mla_compile.program import AnyProgram
 from mla_compile.quiet import quiet_exporter
 from mla_compile.runtime import ops
-from mla_compile.runtime.module import cache_windows
+from mla_compile.runtime.module import cache_dtype, cache_windows
 from mla_compile.runtime.onnx_cache import PAST, PAST_SCALE, PRESENT, PRESENT_SCALE, ROOM, WINDOW
 from mla_compile.runtime.onnx_function import CACHED, DOMAIN, LATENT, VERSION, Variant, attention_function
 from mla_compile.runtime.onnx_quantised import SCALES
@@ -65,7 +66,7 @@ _BATCH, _NEW, _PAST, _ENCODED, _ROOM = 2, 3, 5, 7, 11
 def export_rewritten(
     module: fx.GraphModule,
     rows: Sequence[int],
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     *,
     cross: Sequence[int] = (),
     masked: bool = False,
@@ -77,7 +78,7 @@ def export_rewritten(
     Args:
         module: From :func:`~mla_compile.passes.insert_latent.insert_latent`.
         rows: Cache row length per layer.
-        dtype: Type of the caches.
+        dtype: Type of the caches; read from the graph by default.
         cross: Row length per cross attention layer of a decoder.
         masked: Whether the decoder reads a padding mask over them.
         static: Whether the graph's caches have a size of their own.
@@ -86,7 +87,7 @@ def export_rewritten(
     Returns:
         The exported program; symbols and guards are torch's own.
     """
-    ids = torch.zeros(_BATCH, _NEW, dtype=torch.long)
+    ids, dtype = torch.zeros(_BATCH, _NEW, dtype=torch.long), dtype or cache_dtype(module)
     cached = _ROOM if static else _PAST
     example = (
         ids,
@@ -150,8 +151,17 @@ def lower_to_onnx(
         )
     if quantised:
         check_quantisable(module, rows)
+    dtype = cache_dtype(module)
+    if quantised and dtype in NARROW:
+        name = str(dtype).removeprefix("torch.")
+        raise RefusedError(
+            f"An int8 cache is of a float32 model, and this one is {name}.",
+            "Convert it with --dtype float32, or leave --cache-type int8 out.",
+        )
     symbolic = _with_symbolic_nodes(module, static, quantised)
-    exported = export_rewritten(symbolic, rows, cross=cross, masked=masked, static=static, quantised=quantised)
+    if dtype in NARROW:
+        _fit_types(symbolic, dtype)
+    exported = export_rewritten(symbolic, rows, dtype, cross=cross, masked=masked, static=static, quantised=quantised)
     caches = [(PAST, PRESENT), *([(PAST_SCALE, PRESENT_SCALE)] if quantised else [])]
     pasts, presents = ([names[i].format(layer) for names in caches for layer in range(len(rows))] for i in (0, 1))
     batch, new, past, total = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
@@ -338,6 +348,26 @@ def _with_symbolic_nodes(module: fx.GraphModule, static: bool, quantised: bool) 
         _add_scales(replaced.graph)
     replaced.recompile()
     return replaced
+
+
+def _fit_types(module: fx.GraphModule, dtype: torch.dtype) -> None:
+    """Return logits in float32, and put conversions around what ONNX does not define in a narrow type."""
+    graph, outputs = module.graph, module.graph.output_node()
+
+    def converted(node: fx.Node, wanted: torch.dtype) -> fx.Node:
+        return graph.call_function(torch.ops.aten._to_copy.default, (node,), {"dtype": wanted})
+
+    results: Any = outputs.args[0]
+    with graph.inserting_before(outputs):
+        outputs.args = ((converted(results[0], torch.float32), *results[1:]),)
+    for node in [n for n in graph.nodes if n.target is torch.ops.aten.einsum.default and dtype == torch.bfloat16]:
+        with graph.inserting_before(node):
+            equation, operands = node.args
+            node.args = (equation, [converted(operand, torch.float32) for operand in operands])
+        with graph.inserting_after(node):
+            rounded = converted(node, dtype)
+        node.replace_all_uses_with(rounded, delete_user_cb=lambda user, own=rounded: user is not own)
+    module.recompile()
 
 
 def _add_scales(graph: fx.Graph) -> None:

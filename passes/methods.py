@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
+
 from mla_compile.config import CompileConfig
 from mla_compile.passes.calibrate import PairNorms, pair_norms
 from mla_compile.passes.factorise import factorise_layers
@@ -51,7 +53,7 @@ def _factorised(
         norms,
         finish=balanced if done else None,
         keep=None if task.store is None else task.store.recall,
-        dtype=task.dtype,
+        dtype=torch.float32 if task.wide else task.dtype,
     )
     return Choice(plans, tuple(weights), unpredicted(weights, own=True), balanced=done)
 

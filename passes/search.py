@@ -49,7 +49,7 @@ class Divergence:
         length = windows.shape[1]
         count = max(1, min(_PROBE_TOKENS // length, _PROBE_LOGITS // (length * vocabulary), len(windows)))
         self._windows = windows[:count]
-        score = original_scorer(program)
+        score = original_scorer(program, wide=True)
         with torch.inference_mode():
             self._expected = [score(ids).float().log_softmax(-1) for ids in self._windows.split(1)]
 

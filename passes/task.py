@@ -47,7 +47,7 @@ class Task:
         stages: Times and shows what runs.
         cache: Where statistics are kept for the next conversion, or None.
         store: Where finished layers are kept, or None for memory; only methods that go layer by layer use it.
-        dtype: Type of the layers that are kept there.
+        wide: Whether layers are kept there in float32, whatever the type of the result.
     """
 
     program: Program
@@ -58,7 +58,7 @@ class Task:
     stages: Stages = field(default_factory=Stages)
     cache: StatisticsCache | None = None
     store: LayerStore | None = None
-    dtype: torch.dtype = torch.float32
+    wide: bool = False
 
     @property
     def widths(self) -> list[int]:
@@ -70,8 +70,19 @@ class Task:
         return [read_site(self.program, site) for site in self.sites]
 
     def rewrite(self, weights: Sequence[LatentWeights]) -> LatentModel:
-        """The converted model with some weights."""
+        """The converted model with some weights, computing in float32."""
         graph = insert_latent(self.program, self.sites, weights, torch.float32, self.kept)
+        return LatentModel(graph.module, graph.rows)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the result: what the user chose, else the model's own."""
+        chosen = self.config.dtype
+        return self.program.dtype if chosen == "auto" else getattr(torch, chosen)
+
+    def result(self, weights: Sequence[LatentWeights]) -> LatentModel:
+        """The converted model with some weights, in its own type."""
+        graph = insert_latent(self.program, self.sites, weights, self.dtype, self.kept, stored=True)
         return LatentModel(graph.module, graph.rows)
 
     def require_windows(self) -> Tensor:

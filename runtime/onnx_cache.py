@@ -32,7 +32,14 @@ ROOM = "cache_length"
 """The dimension of a static cache by which a file is known to have one."""
 WINDOW = "_of_window_"
 """What stands between a dimension's name and the window of its layer, if that has one."""
-_NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
+_NUMPY_TYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(bfloat16)": np.uint16,  # which numpy does not have: its bits
+    "tensor(uint8)": np.uint8,
+}
+_BFLOAT16 = 16
+"""ONNX's number of the type."""
 _BLOCK = 128
 """Rows by which the part of a static cache that is shown to the model grows: it attends to all it is shown."""
 
@@ -45,6 +52,7 @@ class CacheLayer:
         past: Its name as an input.
         present: Its name as an output.
         dtype: Type of its numbers.
+        element: The same as ONNX Runtime takes it: a number of ONNX, for what numpy does not have.
         row: Numbers a token adds.
         window: Tokens its queries see, 0 for all.
         static: Whether it has a size of its own.
@@ -53,6 +61,7 @@ class CacheLayer:
     past: str
     present: str
     dtype: type
+    element: Any
     row: int
     window: int
     static: bool
@@ -63,7 +72,16 @@ class CacheLayer:
         _, tokens, row = value.shape
         kind, _, window = str(tokens).partition(WINDOW)
         present = value.name.replace("past_key_values", "present", 1)
-        return cls(value.name, present, _NUMPY_TYPES[value.type], int(row), int(window or 0), kind == ROOM)
+        dtype = _NUMPY_TYPES[value.type]
+        element = _BFLOAT16 if dtype == np.uint16 else dtype
+        return cls(value.name, present, dtype, element, int(row), int(window or 0), kind == ROOM)
+
+    def empty(self, batch: int, runtime: Any, device: str) -> Any:  # noqa: ANN401
+        """An ``OrtValue`` of no tokens."""
+        numbers: NDArray[Any] = np.zeros((batch, 0, self.row), self.dtype)
+        if self.element == _BFLOAT16:
+            return runtime.OrtValue.ortvalue_from_numpy_with_onnx_type(numbers, self.element)
+        return runtime.OrtValue.ortvalue_from_numpy(numbers, device, 0)
 
     @property
     def row_bytes(self) -> int:
@@ -117,14 +135,12 @@ class GrowingCache:
     @classmethod
     def empty(cls, layers: Sequence[CacheLayer], batch: int, runtime: Any, device: str) -> GrowingCache:  # noqa: ANN401
         """Of no tokens."""
-        empty = runtime.OrtValue.ortvalue_from_numpy
-        values = (empty(np.zeros((batch, 0, layer.row), layer.dtype), device, 0) for layer in layers)
-        return cls(tuple(layers), tuple(values), device)
+        return cls(tuple(layers), tuple(layer.empty(batch, runtime, device) for layer in layers), device)
 
     @property
     def nbytes(self) -> int:
         """See :class:`OnnxCache`."""
-        return sum(value.numpy().nbytes for value in self.values)
+        return sum(value.tensor_size_in_bytes() for value in self.values)
 
     def extended(self, past: int, new: int) -> GrowingCache:
         """See :class:`OnnxCache`; ONNX Runtime itself compares the sizes."""
@@ -244,7 +260,7 @@ class StaticCache:
         for layer, memory in zip(self.layers, self.memory, strict=True):
             shape = (self.batch, layer.rows(self.shown), layer.row)
             for bind, name in ((binding.bind_input, layer.past), (binding.bind_output, layer.present)):
-                bind(name, self.device, 0, layer.dtype, shape, memory.pointer)
+                bind(name, self.device, 0, layer.element, shape, memory.pointer)
 
     def after(self, presents: Sequence[Any]) -> StaticCache:
         """See :class:`OnnxCache`: the outputs are its own memory."""

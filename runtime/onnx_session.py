@@ -55,9 +55,22 @@ def open_session(path: str | Path, providers: Sequence[str] | None = None, threa
                 f"The weights of '{path}' are in '{data.name}', which is not beside it.", "Keep both files together."
             ) from error
         reason = str(error).strip().splitlines()[0][:200]
+        if "NOT_IMPLEMENTED" in reason and _is_bfloat16(Path(path)):
+            raise UsageError(
+                f"'{path}' is bfloat16, for which ONNX Runtime's {wanted[0]} has no kernels.",
+                "Run it with --provider cuda, or convert the model with --dtype float16 or float32.",
+            ) from error
         raise LoadError(f"ONNX Runtime cannot load '{path}' ({reason}).", "Convert the model again.") from error
     _require_providers(wanted, session.get_providers(), "cannot start the")
     return session
+
+
+def _is_bfloat16(path: Path) -> bool:
+    """Whether a file's caches are."""
+    import onnx
+
+    inputs = onnx.load(path, load_external_data=False).graph.input
+    return any(value.type.tensor_type.elem_type == onnx.TensorProto.BFLOAT16 for value in inputs)
 
 
 def _require_providers(wanted: Sequence[str], found: Sequence[str], verb: str) -> None:

@@ -30,7 +30,8 @@ CONFIG = make_config(method="mha2mla", selection="uniform")
 
 
 def factorised(captured, store: LayerStore, dtype: torch.dtype = torch.float32, **changes):
-    task = Task(captured.program, captured.sites, (), CONFIG, None, store=store, dtype=dtype)
+    config = CONFIG.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
+    task = Task(captured.program, captured.sites, (), config, None, store=store)
     return mha2mla(dataclasses.replace(task, **changes)).weights
 
 
@@ -63,6 +64,7 @@ def test_whatever_a_layer_follows_from_is_part_of_its_name(programs, tmp_path):
     factorised(captured, store)
     assert len([*tmp_path.iterdir()]) == count
     factorised(captured, store, torch.bfloat16)
+    factorised(captured, store, torch.bfloat16, wide=True)
     assert len([*tmp_path.iterdir()]) == 2 * count
     factorised(captured, store, config=CONFIG.model_copy(update={"cache_ratio": 0.5}))
     factorised(captured, store, config=CONFIG.model_copy(update={"polish_steps": 1}))  # not balanced
