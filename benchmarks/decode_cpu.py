@@ -1,12 +1,13 @@
 """One layer's decoding step in ONNX Runtime on the CPU: latent attention against the best forms of the original.
 
-Usage: python benchmarks/decode_cpu.py [--quick] [--json OUT] [--markdown OUT]
+Usage: python benchmarks/decode_cpu.py [--quick] [--minutes N] [--json OUT] [--markdown OUT] [--plot OUT]
 
 A step appends the new token's row and attends to all rows, for every sequence of a batch. Queries, keys, values and
 rows are given: projections, which are smaller in a converted layer, and the rotation of the original's keys are left
-out, so the original has the advantage. All forms of a case are measured in turns, in CPU time of one process; a figure
-is the median over rounds, and a ratio the median of the rounds' own ratios. Caches are as many as fill ``--memory`` and
-take turns, as those of a model's layers do: what one step leaves in the processor's cache is of no use to the next.
+out, so the original has the advantage. All forms of a case are measured in turns, in CPU time of one process (in
+time, with several threads); a figure is the median over rounds, and a ratio the median of the rounds' own ratios.
+Caches are as many as fill ``--memory`` and take turns, as those of a model's layers do: what one step leaves in the
+processor's cache is of no use to the next.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ import numpy as np
 import onnx
 import onnxruntime
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper, parser
+from onnx import TensorProto, helper, numpy_helper
 
+from mla_compile.passes.original_attention import MICROSOFT, OriginalForm, original_function
 from mla_compile.runtime.onnx_function import DOMAIN, LATENT, VERSION, Variant, attention_function
 from mla_compile.runtime.onnx_quantised import LATENT_LEVELS, ROPE_LEVELS, SCALES
 
@@ -64,9 +66,10 @@ SHAPES = {
     "1B-like, 256+8x16": Shape(32, 8, 64, 256, 8, 16),
 }
 """Rank + rope keys x their channels."""
-ORIGINALS = ("GroupQueryAttention, in place", "MatMul, in place", "Attention, in place")
+IN_PLACE = ", in place"
+ORIGINALS = tuple(f"{form}{IN_PLACE}" for form in OriginalForm if form != OriginalForm.GROUPED_INT8)
 LATENTS = ("latent, growing", "latent, static", "latent, nothing written")
-QUANTISED_ORIGINAL, QUANTISED_LATENT = "GroupQueryAttention, int8, in place", "latent, int8, static"
+QUANTISED_ORIGINAL, QUANTISED_LATENT = f"{OriginalForm.GROUPED_INT8}{IN_PLACE}", "latent, int8, static"
 FORMS = (*ORIGINALS, QUANTISED_ORIGINAL, *LATENTS, QUANTISED_LATENT)
 KEY_SCALE = 4 / 127
 """Of the quantised original's keys and values, which are normal numbers."""
@@ -83,6 +86,11 @@ class Row:
         form: What was run.
         milliseconds: Median CPU time of a step.
         speedup: Time of the fastest float32 original over this one's: median of the rounds' ratios.
+        low: What a quarter of them is below.
+        high: What a quarter of them is above.
+        int8_speedup: Time of the int8 original over this one's: likewise.
+        cache_bytes: What one sequence's cache of so many tokens takes, spare rows and all.
+        rounds: Turns.
     """
 
     shape: str
@@ -91,6 +99,11 @@ class Row:
     form: str
     milliseconds: float
     speedup: float
+    low: float
+    high: float
+    int8_speedup: float
+    cache_bytes: int
+    rounds: int
 
 
 def latent_model(shape: Shape, static: bool, written: bool = True, quantised: bool = False) -> onnx.ModelProto:
@@ -157,77 +170,34 @@ def _copy(function: onnx.FunctionProto) -> onnx.FunctionProto:
     return copied
 
 
-_ORIGINAL_TEXTS = {
-    "GroupQueryAttention, in place": """
-    (float[B, 1, {q}] query, float[B, 1, {kv}] key, float[B, 1, {kv}] value, float[B, {n}, T, {d}] past_key,
-     float[B, {n}, T, {d}] past_value, int32[B] seqlens_k, int32[] total)
-    => (float[B, 1, {q}] output, float[B, {n}, T, {d}] present_key, float[B, {n}, T, {d}] present_value) {{
-      output, present_key, present_value = com.microsoft.GroupQueryAttention <num_heads = {h}, kv_num_heads = {n}>
-        (query, key, value, past_key, past_value, seqlens_k, total)
-    }}""",
-    "GroupQueryAttention, int8, in place": """
-    (float[B, 1, {q}] query, float[B, 1, {kv}] key, float[B, 1, {kv}] value, int8[B, {n}, T, {d}] past_key,
-     int8[B, {n}, T, {d}] past_value, int32[B] seqlens_k, int32[] total, float[1] key_scale)
-    => (float[B, 1, {q}] output, int8[B, {n}, T, {d}] present_key, int8[B, {n}, T, {d}] present_value) {{
-      output, present_key, present_value = com.microsoft.GroupQueryAttention
-        <num_heads = {h}, kv_num_heads = {n}, kv_cache_bit_width = 8, k_quant_type = "PER_TENSOR",
-         v_quant_type = "PER_TENSOR">
-        (query, key, value, past_key, past_value, seqlens_k, total, , , , , , key_scale, key_scale)
-    }}""",
-    "MatMul, in place": """
-    (float[B, 1, {q}] query, float[B, 1, {kv}] key, float[B, 1, {kv}] value, float[B, {n}, T, {d}] past_key,
-     float[B, {n}, T, {d}] past_value, int64[B] index, bool[B, 1, {g}, T] seen)
-    => (float[B, 1, {q}] output, float[B, {n}, T, {d}] present_key, float[B, {n}, T, {d}] present_value) {{
-      grouped = Constant <value_ints = [0, {n}, {g}, {d}]> ()
-      one_each = Constant <value_ints = [0, {n}, 1, {d}]> ()
-      flat = Constant <value_ints = [0, 1, {q}]> ()
-      factor = Constant <value_float = {scale}> ()
-      hidden = Constant <value_float = -inf> ()
-      key_own = Reshape (key, one_each)
-      value_own = Reshape (value, one_each)
-      present_key = TensorScatter (past_key, key_own, index)
-      present_value = TensorScatter (past_value, value_own, index)
-      rows = Reshape (query, grouped)
-      scaled = Mul (rows, factor)
-      turned = Transpose <perm = [0, 1, 3, 2]> (scaled)
-      columns = MatMul (present_key, turned)
-      scores = Transpose <perm = [0, 1, 3, 2]> (columns)
-      masked = Where (seen, scores, hidden)
-      weights = Softmax (masked)
-      context = MatMul (weights, present_value)
-      output = Reshape (context, flat)
-    }}""",
-    "Attention, in place": """
-    (float[B, 1, {q}] query, float[B, 1, {kv}] key, float[B, 1, {kv}] value, float[B, {n}, T, {d}] past_key,
-     float[B, {n}, T, {d}] past_value, int64[B] index, bool[B, 1, {g}, T] seen)
-    => (float[B, 1, {q}] output, float[B, {n}, T, {d}] present_key, float[B, {n}, T, {d}] present_value) {{
-      grouped = Constant <value_ints = [0, {n}, {g}, {d}]> ()
-      one_each = Constant <value_ints = [0, {n}, 1, {d}]> ()
-      flat = Constant <value_ints = [0, 1, {q}]> ()
-      key_own = Reshape (key, one_each)
-      value_own = Reshape (value, one_each)
-      present_key = TensorScatter (past_key, key_own, index)
-      present_value = TensorScatter (past_value, value_own, index)
-      rows = Reshape (query, grouped)
-      context = Attention <scale = {scale}> (rows, present_key, present_value, seen)
-      output = Reshape (context, flat)
-    }}""",
-}
-
-
 def original_model(shape: Shape, form: str) -> onnx.ModelProto:
-    """Grouped-query attention with a cache that is written in place; heads that share a key are rows of one product."""
-    text = _ORIGINAL_TEXTS[form].format(
-        q=shape.heads * shape.head_dim,
-        kv=shape.kv_heads * shape.head_dim,
-        n=shape.kv_heads,
-        g=shape.heads // shape.kv_heads,
-        h=shape.heads,
-        d=shape.head_dim,
-        scale=shape.head_dim**-0.5,
+    """Grouped-query attention with a cache that is written in place, in the form that ``mla-compile bench`` has too."""
+    original = OriginalForm(form.removesuffix(IN_PLACE))
+    function = original_function(original, Variant())
+    attributes = {"num_heads": shape.heads, "kv_heads": shape.kv_heads, "scale": shape.head_dim**-0.5}
+    if form == QUANTISED_ORIGINAL:
+        attributes |= {"key_scale": KEY_SCALE, "value_scale": KEY_SCALE}
+    cached = TensorProto.INT8 if form == QUANTISED_ORIGINAL else TensorProto.FLOAT
+    cache = ["B", shape.kv_heads, "P", shape.head_dim]
+    query = ["B", 1, shape.heads, shape.head_dim]
+    inputs = {
+        "query": (TensorProto.FLOAT, query),
+        "key_value": (TensorProto.FLOAT, ["B", 1, 2 * shape.kv_heads * shape.head_dim]),
+        "past_key": (cached, cache),
+        "past_value": (cached, cache),
+        "attention_mask": (TensorProto.INT64, ["B", "T"]),
+    }
+    outputs = {"output": (TensorProto.FLOAT, query), "present_key": (cached, cache), "present_value": (cached, cache)}
+    node = helper.make_node(function.name, list(inputs), list(outputs), domain=DOMAIN, **attributes)
+    graph = helper.make_graph(
+        [node],
+        "step",
+        [helper.make_tensor_value_info(name, *value) for name, value in inputs.items()],
+        [helper.make_tensor_value_info(name, *value) for name, value in outputs.items()],
     )
-    imports = [helper.make_opsetid("", OPSET), helper.make_opsetid("com.microsoft", 1)]
-    return helper.make_model(parser.parse_graph(f"step {text}"), opset_imports=imports, ir_version=10)
+    domains = (("", OPSET), (MICROSOFT, 1), (DOMAIN, VERSION))
+    imports = [helper.make_opsetid(*domain) for domain in domains]
+    return helper.make_model(graph, functions=[function], opset_imports=imports, ir_version=10)
 
 
 class Step:
@@ -240,6 +210,9 @@ class Step:
         in_place: Whether input and output are one memory.
         copies: How many caches take turns.
         threads: Threads per operator.
+
+    Attributes:
+        cache_bytes: Of one cache, before the step.
     """
 
     def __init__(
@@ -257,6 +230,7 @@ class Step:
         self._outputs = {o.name for o in self._session.get_outputs()}
         taken = {i.name for i in self._session.get_inputs()}
         self._inputs = {name: value for name, value in inputs.items() if name in taken}
+        self.cache_bytes = sum(held.nbytes for held in caches.values())
         self._bindings = [self._bind(caches, in_place) for _ in range(copies)]
         self._turn = 0
         for _ in self._bindings:
@@ -320,17 +294,11 @@ def make_steps(shape: Shape, batch: int, context: int, memory: float, threads: i
         copies = max(1, int(memory // sum(cache.nbytes for cache in caches.values())))
         return Step(latent_model(shape, True, quantised=True), inputs, caches, True, copies, threads)
 
-    flat = (batch, 1, shape.kv_heads * shape.head_dim)
     plain: Arrays = {
-        "query": inputs["query"].reshape(batch, 1, -1),
-        "key": numbers(*flat),
-        "value": numbers(*flat),
-        "seqlens_k": np.full(batch, past, np.int32),
-        "total": np.array(context, np.int32),
-        "index": np.full(batch, past, np.int64),
-        "seen": np.broadcast_to(np.arange(room) < context, (batch, 1, shape.heads // shape.kv_heads, room)).copy(),
+        "query": inputs["query"],
+        "key_value": numbers(batch, 1, 2 * shape.kv_heads * shape.head_dim),
+        "attention_mask": inputs["attention_mask"],
     }
-    plain["key_scale"] = np.full(1, KEY_SCALE, np.float32)
     size = (batch, shape.kv_heads, room, shape.head_dim)
     steps = {n: np.clip(np.round(numbers(*size) / KEY_SCALE), -127, 127).astype(np.int8) for n in ("key", "value")}
 
@@ -345,8 +313,9 @@ def make_steps(shape: Shape, batch: int, context: int, memory: float, threads: i
     return plain_forms | latents
 
 
-def measure(name: str, batch: int, context: int, rounds: int, memory: float, threads: int) -> list[Row]:
-    """Check that forms agree, then run them in turns."""
+def measure(name: str, batch: int, context: int, rounds: int, memory: float, threads: int, seconds: float) -> list[Row]:
+    """Check that forms agree, then run them in turns, of which there are as many as the seconds allow, but three."""
+    begun = time.monotonic()
     made = {form: make() for form, make in make_steps(SHAPES[name], batch, context, memory, threads).items()}
     # Quantised forms round the new token too, by a hundredth of its largest number.
     for group, rounded in ((ORIGINALS, QUANTISED_ORIGINAL), (LATENTS[:2], QUANTISED_LATENT)):
@@ -355,11 +324,14 @@ def measure(name: str, batch: int, context: int, rounds: int, memory: float, thr
             np.testing.assert_allclose(other, first, rtol=1e-3, atol=1e-4)
         assert np.abs(last - first).max() <= 0.05 * np.abs(first).max(), rounded
     times: dict[str, list[float]] = {form: [] for form in made}
-    for _ in range(rounds):
+    clock = time.process_time if threads == 1 else time.perf_counter
+    for turn in range(rounds):
+        if turn >= 3 and time.monotonic() - begun > seconds:
+            break
         for form, step in made.items():
-            begin = time.process_time()
+            begin = clock()
             step()
-            times[form].append(time.process_time() - begin)
+            times[form].append(clock() - begin)
     medians = {form: statistics.median(found) for form, found in times.items()}
     best = min(ORIGINALS, key=medians.__getitem__)
     return [
@@ -370,6 +342,10 @@ def measure(name: str, batch: int, context: int, rounds: int, memory: float, thr
             form,
             1e3 * medians[form],
             statistics.median(b / t for b, t in zip(times[best], found, strict=True)),
+            *(float(q) for q in np.quantile(np.divide(times[best], found), (0.25, 0.75))),
+            statistics.median(b / t for b, t in zip(times[QUANTISED_ORIGINAL], found, strict=True)),
+            made[form].cache_bytes // batch,
+            len(found),
         )
         for form, found in times.items()
     ]
@@ -380,21 +356,55 @@ def markdown(rows: list[Row], machine: str) -> str:
     lines = [
         "# One layer's decoding step on the CPU",
         "",
-        f"{machine}. Milliseconds of CPU time, and in brackets how many times as fast as the fastest float32 original "
-        "of the same column. Written by `benchmarks/decode_cpu.py`, which says what is measured.",
+        f"{machine}. Milliseconds, and in brackets how many times as fast as the fastest float32 original of the same "
+        "column, with the quartiles of all turns; for int8 forms also how many times as fast as the int8 original. "
+        "Written by `benchmarks/decode_cpu.py`, which says what is measured.",
     ]
-    for name, shape in SHAPES.items():
+    for name in dict.fromkeys(row.shape for row in rows):
         cases = sorted({(r.batch, r.context) for r in rows if r.shape == name})
-        lines += ["", f"## {name}: {shape.kept:.1%} of the cache", ""]
+        lines += ["", f"## {name}: {SHAPES[name].kept:.1%} of the cache", ""]
         lines += [
             "| | " + " | ".join(f"batch {b}, {c} tokens" for b, c in cases) + " |",
             "|---" * (1 + len(cases)) + "|",
         ]
         for form in FORMS:
             found = {(r.batch, r.context): r for r in rows if r.shape == name and r.form == form}
-            cells = [f"{found[c].milliseconds:.2f} ({found[c].speedup:.2f})" for c in cases]
-            lines.append("| " + " | ".join([form, *cells]) + " |")
+            lines.append("| " + " | ".join([form, *(_cell(found[case]) for case in cases)]) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _cell(row: Row) -> str:
+    ratio = f"{row.milliseconds:.2f} ({row.speedup:.2f}, {row.low:.2f}-{row.high:.2f})"
+    return f"{ratio}, int8: {row.int8_speedup:.2f}" if row.form in (QUANTISED_ORIGINAL, QUANTISED_LATENT) else ratio
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Draw how many times as fast as the fastest float32 original each form is: a panel per shape and batch."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, NullLocator
+
+    shapes = list(dict.fromkeys(row.shape for row in rows))
+    batches = sorted({row.batch for row in rows})
+    figure = Figure(figsize=(4.2 * len(shapes), 3.4 * len(batches)), layout="constrained")
+    panels = figure.subplots(len(batches), len(shapes), squeeze=False)
+    for line, batch in zip(panels, batches, strict=True):
+        for axes, shape in zip(line, shapes, strict=True):
+            for form in FORMS:
+                found = sorted(
+                    (r for r in rows if (r.shape, r.batch, r.form) == (shape, batch, form)), key=lambda r: r.context
+                )
+                style = "dotted" if form in (*ORIGINALS, QUANTISED_ORIGINAL) else "solid"
+                axes.plot([r.context for r in found], [r.speedup for r in found], marker="o", ls=style, label=form)
+            axes.axhline(1.0, color="black", linewidth=1, linestyle="dashed")
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(sorted({row.context for row in rows}))
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.set_title(f"{shape}, batch {batch}", fontsize="medium")
+            axes.grid(visible=True, alpha=0.3)
+        line[0].set_ylabel("times the fastest float32 original")
+    panels[0][-1].legend(fontsize="x-small")
+    figure.savefig(path, dpi=120)
 
 
 def main() -> None:
@@ -403,27 +413,45 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="512 and 4096 tokens, few rounds")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
+    parser.add_argument("--plot", type=Path, help="a .svg or .png file")
     parser.add_argument("--only", help="part of a shape's name")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--memory", type=float, default=256, help="MB of caches per form that take turns")
+    parser.add_argument("--largest", type=float, default=2, help="GB of an original's cache; larger cases are left out")
+    parser.add_argument("--minutes", type=float, help="time for all of it: fewer turns, if need be, but three")
     arguments = parser.parse_args()
     contexts, rounds = ((512, 4096), 15) if arguments.quick else ((512, 4096, 16384), 40)
-    rows = []
-    for name in (n for n in SHAPES if (arguments.only or "") in n):
-        for batch in (1, 8):
-            for context in contexts:
-                rows += measure(name, batch, context, rounds, 1e6 * arguments.memory, arguments.threads)
-                for row in rows[-len(FORMS) :]:
-                    print(
-                        f"{name:18} x{batch} {context:6} {row.form:36} {row.milliseconds:8.2f} {row.speedup:6.2f}",
-                        flush=True,
-                    )
-    machine = f"{platform.machine()}, {arguments.threads} thread(s), ONNX Runtime {onnxruntime.__version__}"
+    cases = [
+        (name, batch, context)
+        for name, shape in SHAPES.items()
+        for batch in (1, 8)
+        for context in contexts
+        if (arguments.only or "") in name
+        and batch * context * 2 * shape.kv_heads * shape.head_dim * 4 <= 1e9 * arguments.largest
+    ]
+    end = time.monotonic() + 60 * (arguments.minutes or 1e6)
+    rows: list[Row] = []
+    for place, (name, batch, context) in enumerate(cases):
+        seconds = (end - time.monotonic()) / (len(cases) - place)
+        rows += measure(name, batch, context, rounds, 1e6 * arguments.memory, arguments.threads, seconds)
+        for row in rows[-len(FORMS) :]:
+            print(
+                f"{name:18} x{batch} {context:6} {row.form:36} {row.milliseconds:8.2f} {row.speedup:6.2f} "
+                f"({row.low:.2f}-{row.high:.2f}) {row.int8_speedup:6.2f}",
+                flush=True,
+            )
+    clock = "CPU time" if arguments.threads == 1 else "time"
+    machine = (
+        f"{platform.machine()}, {arguments.threads} thread(s), {clock}, ONNX Runtime {onnxruntime.__version__}, up to "
+        f"{rounds} turns"
+    )
     if arguments.json:
-        data = {"machine": machine, "memory_mb": arguments.memory, "rounds": rounds, "rows": [asdict(r) for r in rows]}
+        data = {"machine": machine, "memory_mb": arguments.memory, "rows": [asdict(r) for r in rows]}
         arguments.json.write_text(json.dumps(data, indent=1) + "\n")
     if arguments.markdown:
         arguments.markdown.write_text(markdown(rows, machine))
+    if arguments.plot:
+        plot(rows, arguments.plot)
 
 
 if __name__ == "__main__":

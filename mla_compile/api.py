@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 
 from mla_compile import frontend, verify
 from mla_compile.artifacts import (
+    check_cache_layout,
     check_cache_type,
     check_neighbours,
     check_pair,
@@ -40,6 +41,7 @@ from mla_compile.passes.layer_errors import layer_errors
 from mla_compile.passes.methods import METHODS, nothing_left_out
 from mla_compile.passes.polish import polish
 from mla_compile.passes.quantise_cache import check_quantisable
+from mla_compile.passes.query_rank import with_query_rank
 from mla_compile.passes.recognise import Recognition, recognise
 from mla_compile.passes.retype import NARROW
 from mla_compile.passes.task import BATCH, Task
@@ -320,6 +322,7 @@ def compile(
         require_accelerate()
     if out is not None:
         check_cache_type(out, config.cache_type, tensorrt=engine is not None)
+        check_cache_layout(out, config.cache_layout, tensorrt=engine is not None)
         if engine is not None:
             check_tensorrt(out, force)
         else:
@@ -352,6 +355,8 @@ def compile(
             raise UsageError("Text cannot be used for an encoder.", "Leave --calibration and --finetune out.")
         if config.cache == "static":
             raise UsageError("Only a causal language model can have a static cache.", "Leave --cache static out.")
+        if config.cache_layout == "genai":
+            raise UsageError("Only a causal language model is for onnxruntime-genai.", "Leave --cache-layout out.")
         if config.cache_type == "int8":
             raise UsageError("Only a causal language model can have an int8 cache.", "Leave --cache-type int8 out.")
         _require_float32(loaded, loaded.dtype, "An encoder", "converted")
@@ -378,6 +383,8 @@ def compile(
     # Nothing computes another result for it, but the module is to train well.
     weights = choice.weights if polished is None else polished.weights
     weights = weights if choice.balanced else tuple(map(balanced, weights))
+    if config.q_rank is not None:
+        weights = with_query_rank(task, weights, config.q_rank)
     with stages.stage("rewrite"):
         converted = task.result(weights)
     int8 = config.cache_type == "int8"

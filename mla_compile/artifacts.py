@@ -22,6 +22,7 @@ from torch import Tensor, fx
 from mla_compile import verify
 from mla_compile.encoder_report import EncoderReport
 from mla_compile.errors import LoadError, UsageError
+from mla_compile.genai import write_genai_config
 from mla_compile.passes.lower_onnx import (
     EncoderFace,
     export_encoder,
@@ -38,6 +39,7 @@ from mla_compile.seq2seq_report import Seq2SeqReport
 from mla_compile.writing import explained, held, missing_folders, remove_empty
 
 __all__ = [
+    "check_cache_layout",
     "check_cache_type",
     "check_neighbours",
     "check_pair",
@@ -75,6 +77,7 @@ _TOKENIZER_FILES = (
 _PROVENANCE = ("custom", "from_node", "nn_module_stack", "source_fn_stack", "stack_trace", "torch_fn")
 """What torch writes of every node besides what it computes."""
 
+_UNTRIED = "the file is for ONNX Runtime's CUDA provider, which was not there to run it on: this target is experimental"
 _AnyReport = TypeVar("_AnyReport", Report, EncoderReport, Seq2SeqReport)
 
 
@@ -115,6 +118,19 @@ def check_cache_type(path: Path, cache_type: str, *, tensorrt: bool = False) -> 
             f"Only an ONNX file for ONNX Runtime has an int8 cache, and '{path}' is none.",
             "Name a .onnx file without --target tensorrt, or leave --cache-type int8 out; "
             "mla-compile export writes such a file of a folder.",
+        )
+
+
+def check_cache_layout(path: Path, layout: str, *, tensorrt: bool = False) -> None:
+    """Refuse another layout than rows anywhere but in an ONNX file that is not for TensorRT.
+
+    Raises:
+        UsageError: There is no such layout there.
+    """
+    if layout != "rows" and (tensorrt or path.suffix != ".onnx"):
+        raise UsageError(
+            f"Only an ONNX file for ONNX Runtime has the cache layout {layout}, and '{path}' is none.",
+            "Name a .onnx file, without --target tensorrt, or leave --cache-layout and --target out.",
         )
 
 
@@ -227,6 +243,7 @@ def write_onnx(
         The completed report, also written as ``report.json`` beside the file.
     """
     _check_onnx_target(path, report.source, assets, force)
+    paged = report.config["cache_layout"] == "paged"
     with moved_into(path.parent) as folder:
         with stages.stage("lower to ONNX"):
             lower_to_onnx(
@@ -236,16 +253,22 @@ def write_onnx(
                 opset=report.config["opset"],
                 inline=report.config["inline"],
                 metadata=file_metadata(report, assets),
-                static=report.config["cache"] == "static",
+                static=paged or report.config["cache"] == "static",
                 quantised=report.config["cache_type"] == "int8",
+                halves=report.config["cache_layout"] == "genai",
+                paged=paged,
             )
-        if checks is not None:
+        if paged:
+            report = dataclasses.replace(report, warnings=(*report.warnings, _UNTRIED))
+        elif checks is not None:
             with stages.stage("verify ONNX"):
                 found = verify.check_lowering(
                     module, folder / path.name, checks, report.cache_bytes_after, report.config["cache_type"]
                 )
             if report.verification is not None:
                 report = dataclasses.replace(report, verification=dataclasses.replace(report.verification, **found))
+        if report.config["cache_layout"] == "genai":
+            write_genai_config(folder / path.name, module.rows, assets, static=report.config["cache"] == "static")
         copy_assets(assets, folder)
         report = finished(report, folder, stages)
     return report

@@ -37,6 +37,8 @@ _GAIN = 2.0**20
 """Gain of the norms of latents; a power of two, which no type rounds."""
 _NORM_TOLERANCE = 1e-3
 """Largest relative error of a norm that is taken for none."""
+_RANK_TOLERANCE = 1e-5
+"""Largest singular value, over the largest of all, that is taken for rounding of float32."""
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Scalings that are one table of frequencies, whatever the length of the text."""
 _BLOCKS, _OUTPUT = "model.layers.", "self_attn.o_proj"
@@ -202,7 +204,7 @@ def stock_checkpoint(module: LatentModel, report: Report, config: Mapping[str, A
     return Checkpoint(
         config=_written(stock.config),
         shapes=stock.shapes,
-        outside=lambda name: weights[name] * (stock.residual if name == _EMBEDDING else 1.0),
+        outside=lambda name: weights[name].float() * (stock.residual if name == _EMBEDDING else 1.0),
         block=lambda number: _block(layers[number], stock),
         norm_error=_norm_error(layers, stock),
         caveats=_caveats(stock.config),
@@ -238,6 +240,13 @@ def _require_names(found: Set[str], source: str, layers: int) -> None:
     blocks = {f"{_BLOCKS}{i}.{name}" for i in range(layers) for name in _BLOCK}
     biases = {f"{_BLOCKS}{i}.{_OUTPUT}.bias" for i in range(layers)}
     missing, foreign = sorted({*blocks, *_OUTSIDE} - found), sorted(found - blocks - biases - {*_OUTSIDE})
+    experts = next((name for name in foreign if ".experts." in name), None)
+    if experts:
+        raise RefusedError(
+            f"'{source}' has experts ('{experts}'), and routers of DeepSeek-V3 weigh experts by sigmoids: a softmax, "
+            "as Mixtral and Qwen have it, gives other weights, and a router has no bias to make up for it.",
+            _REMEDY,
+        )
     if foreign or missing:
         what = f"no place for '{foreign[0]}'" if foreign else f"a '{missing[0]}', which it lacks"
         raise RefusedError(
@@ -254,8 +263,7 @@ def _stock(layers: Sequence[_Layer], weights: Mapping[str, Tensor], report: Repo
     biases = ("query_bias", "row_bias", "output_bias")
     own = any(name in layer.latent for layer in layers for name in biases)
     config.attention_bias = own or any(name.endswith(f"{_OUTPUT}.bias") for name in weights)
-    if any("query_bias" in layer.latent for layer in layers):
-        config.q_lora_rank = config.hidden_size + 1
+    config.q_lora_rank = _query_latent(layers, report.config.get("q_rank"))
     with torch.device("meta"):
         model = code.DeepseekV3ForCausalLM(config)
     table, rope_factor, scale = _rotation(config)
@@ -270,6 +278,15 @@ def _stock(layers: Sequence[_Layer], weights: Mapping[str, Tensor], report: Repo
         eps=eps,
         residual=math.sqrt(eps / float(given["rms_norm_eps"])),
     )
+
+
+def _query_latent(layers: Sequence[_Layer], asked: int | None) -> int | None:
+    """Length of the latent of queries, which carries biases in one entry that is always 1; None where there is none."""
+    rows, width = layers[0].latent["query"].shape
+    constant = int(any("query_bias" in layer.latent for layer in layers))
+    if asked is None:
+        return width + 1 if constant else None
+    return min(asked, rows, width) + constant
 
 
 def stock_rotation(config: Mapping[str, Any]) -> tuple[tuple[float, ...], float, float]:
@@ -370,8 +387,10 @@ def _norm_error(layers: Sequence[_Layer], stock: _Stock) -> float:
         gain = layer.rest["input_layernorm.weight"].double()
         length = (layer.matrix("row")[: layer.rank] * gain).norm() * math.sqrt(len(gain))
         length = length + layer.bias("row")[: layer.rank].norm()
-        squares += [float(length) ** 2 / layer.rank, float(gain.abs().max()) ** 2]
-    error = (max(squares) + 1) * stock.small**2 / (2 * stock.eps)
+        squares.append(float(length) ** 2 / layer.rank)
+        if stock.config.q_lora_rank is not None:  # of an input that is turned, and of the entry that is always 1
+            squares.append((float(gain.abs().max()) ** 2 * len(gain) + 1) / stock.config.q_lora_rank)
+    error = max(squares) * stock.small**2 / (2 * stock.eps)
     if not error <= _NORM_TOLERANCE:
         raise RefusedError(
             f"Latents are so large that the norm of a DeepSeek checkpoint might change them by {error:.1e}.", _REMEDY
@@ -382,7 +401,7 @@ def _norm_error(layers: Sequence[_Layer], stock: _Stock) -> float:
 def _block(layer: _Layer, stock: _Stock) -> dict[str, Tensor]:
     """The tensors of one block, by their names inside it."""
     mlp = {name: layer.rest[name] for name in _BLOCK}
-    scaled = {name: layer.rest[name] * stock.residual for name in ("mlp.down_proj.weight", f"{_OUTPUT}.weight")}
+    scaled = {name: layer.rest[name].float() * stock.residual for name in ("mlp.down_proj.weight", f"{_OUTPUT}.weight")}
     row = _row(layer, layer.matrix("row"), stock)
     found = {"kv_a_proj_with_mqa.weight": row, "kv_b_proj.weight": _up(layer, stock), **_query(layer, stock)}
     found["kv_a_layernorm.weight"] = torch.full((stock.config.kv_lora_rank,), _GAIN)
@@ -393,23 +412,49 @@ def _block(layer: _Layer, stock: _Stock) -> dict[str, Tensor]:
 
 
 def _query(layer: _Layer, stock: _Stock) -> dict[str, Tensor]:
-    """Projections of queries: one matrix, or two with the input and a constant between them."""
+    """Projections of queries: one matrix, or two with a latent between them."""
     weight = layer.matrix("query")
-    width = weight.shape[1]
-    if stock.config.q_lora_rank is not None:
-        weight = torch.cat([weight, layer.bias("query")[:, None]], 1)
+    length = stock.config.q_lora_rank
+    if length is None:
+        return {"q_proj.weight": _query_rows(weight, layer, stock)}
+    constant = int(stock.config.attention_bias and "query_bias" in layer.latent)
+    down, up = _query_factors(weight, length - constant, layer)
+    made = {
+        "q_a_proj.weight": torch.nn.functional.pad(down, (0, 0, 0, length - len(down))) * stock.small,
+        "q_a_layernorm.weight": torch.full((length,), _GAIN),
+    }
+    if stock.config.attention_bias:
+        made["q_a_proj.bias"] = torch.zeros(length, dtype=weight.dtype)
+    up = torch.nn.functional.pad(up, (0, length - up.shape[1]))
+    if constant:
+        made["q_a_proj.bias"][-1] = stock.small
+        up[:, -1] = layer.bias("query")
+    return made | {"q_b_proj.weight": _query_rows(up, layer, stock)}
+
+
+def _query_factors(weight: Tensor, rank: int, layer: _Layer) -> tuple[Tensor, Tensor]:
+    """A query matrix in two; rows of the first, which stands in front of the norm, are of length 1.
+
+    Raises:
+        RefusedError: It has a higher rank.
+    """
+    rows, width = weight.shape
+    if rank >= width:
+        return torch.eye(width, dtype=weight.dtype), weight
+    left, values, right = torch.linalg.svd(weight, full_matrices=False)
+    if rank < rows and values[rank] > _RANK_TOLERANCE * values[0]:
+        raise RefusedError(
+            f"The queries of {layer.site.path} are of more than rank {rank}: training gave them more.",
+            "Leave --q-rank or the training out.",
+        )
+    return right[:rank], left[:, :rank] * values[:rank]
+
+
+def _query_rows(weight: Tensor, layer: _Layer, stock: _Stock) -> Tensor:
+    """Rows of a query matrix in the order of the stock code, with its factor of logits taken out."""
     still = layer.latent["key_up"].shape[1]
     heads = weight.unflatten(0, (layer.site.heads, -1)) * (layer.site.scale / stock.scale)
-    arranged = torch.cat([heads[:, :still], _arranged(heads[:, still:], layer, stock)], 1).flatten(0, 1)
-    if stock.config.q_lora_rank is None:
-        return {"q_proj.weight": arranged}
-    identity = torch.eye(width + 1) * stock.small
-    return {
-        "q_a_proj.weight": identity[:, :width],
-        "q_a_proj.bias": identity[:, width],
-        "q_a_layernorm.weight": torch.full((width + 1,), _GAIN),
-        "q_b_proj.weight": arranged,
-    }
+    return torch.cat([heads[:, :still], _arranged(heads[:, still:], layer, stock)], 1).flatten(0, 1)
 
 
 def _row(layer: _Layer, rows: Tensor, stock: _Stock) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -195,6 +196,14 @@ Preset = Annotated[
         rich_help_panel=_OUTPUT,
     ),
 ]
+QRank = Annotated[
+    int | None,
+    typer.Option(
+        help="With --format deepseek or gguf: numbers that the queries of a token are made from (q_lora_rank).",
+        show_default="none: queries are made directly",
+        rich_help_panel=_SIZE,
+    ),
+]
 TrainTokens = Annotated[
     int | None, typer.Option(min=1, help="Tokens to train on.", show_default="the text once", rich_help_panel=_TEXT)
 ]
@@ -228,6 +237,14 @@ Dtype = Annotated[
         rich_help_panel=_OUTPUT,
     ),
 ]
+CacheLayout = Annotated[
+    str,
+    typer.Option(
+        help="How an ONNX file's caches lie: rows, or genai for onnxruntime-genai, whose configuration is then written "
+        "beside the file.",
+        rich_help_panel=_OUTPUT,
+    ),
+]
 Inline = Annotated[
     bool, typer.Option("--inline", help="Standard operators only, no LatentAttention nodes.", rich_help_panel=_OUTPUT)
 ]
@@ -235,7 +252,8 @@ Target = Annotated[
     str,
     typer.Option(
         help="What to write for: auto is what the name of --out says (ONNX Runtime for .onnx, TensorRT for .plan), "
-        "tensorrt an engine, or with .onnx the file that engines are built of.",
+        "tensorrt an engine, or with .onnx the file that engines are built of, cuda an ONNX file with the CUDA "
+        "provider's own operator for latent attention (experimental).",
         rich_help_panel=_OUTPUT,
     ),
 ]
@@ -345,9 +363,11 @@ def convert(
     opset: Opset = None,
     cache: CacheKind = "dynamic",
     cache_type: CacheType = "auto",
+    cache_layout: CacheLayout = "rows",
     inline: Inline = False,
     format: Format = "auto",
     preset: Preset = "none",
+    q_rank: QRank = None,
     shard_size: Annotated[
         float, typer.Option(min=0.001, help="GB per file of weights, with --format deepseek.", rich_help_panel=_OUTPUT)
     ] = 5.0,
@@ -398,6 +418,7 @@ def convert(
         layout="deepseek" if format in ("deepseek", "gguf") else layout,
         format=format,
         preset=preset,
+        q_rank=q_rank,
         selection=selection,
         rope_dims=rope_dims,
         svd=svd,
@@ -414,6 +435,7 @@ def convert(
         dtype=dtype,
         cache=cache,
         cache_type=cache_type,
+        cache_layout="paged" if target == "cuda" else cache_layout,
         inline=inline,
         encoders=encoders,
     )
@@ -490,8 +512,10 @@ def _is_for_tensorrt(out: Path, target: str, format: str) -> bool:
     Raises:
         UsageError: The target is unknown, or something else is to be written.
     """
-    if target not in ("auto", "tensorrt"):
-        raise UsageError(f"--target {target} is not one of auto, tensorrt.", "Give one of them.")
+    if target not in ("auto", "cuda", "tensorrt"):
+        raise UsageError(f"--target {target} is not one of auto, cuda, tensorrt.", "Give one of them.")
+    if target == "cuda" and out.suffix != ".onnx":
+        raise UsageError(f"--target cuda is an ONNX file, and '{out}' is none.", "Name a .onnx file.")
     wanted = target == "tensorrt" or out.suffix == ".plan"
     if wanted and format != "auto":
         raise UsageError(f"The format {format} is not for TensorRT.", "Leave --format or --target out.")
@@ -764,6 +788,64 @@ def _check_eval(
         raise UsageError("A plot shows models beside their original, and none was given.", "Add --original MODEL.")
 
 
+@app.command("bench")
+def bench_speed(
+    model: Annotated[list[Path], typer.Argument(help="ONNX files made by mla-compile, of one original.")],
+    against: Annotated[
+        str, typer.Option(help="The original: what report.json beside the first file names, or any MODEL.")
+    ] = "original",
+    contexts: Annotated[
+        str | None,
+        typer.Option(
+            help="Tokens in the cache, such as 512,4096.", show_default="512,4096; the model's limit, if that is less"
+        ),
+    ] = None,
+    batches: Annotated[str, typer.Option(help="Sequences decoded together.")] = "1,8",
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of every file.")] = 15,
+    threads: Annotated[int, typer.Option(min=1, help="Threads per operator.")] = 1,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw speed over context, to a .svg or .png file.", rich_help_panel=_OUTPUT)
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing plot.", rich_help_panel=_OUTPUT)] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure speed and memory beside the original's fastest forms in ONNX Runtime, on the CPU."""
+    from mla_compile import display
+
+    if plot is not None:
+        from mla_compile.plot import check_plot
+
+        check_plot(plot, force)
+    sizes = _numbers("--contexts", contexts, 2) if contexts is not None else None
+    many = _numbers("--batches", batches, 1)
+    shown = display.make_display(quiet or as_json)
+    with shown:
+        from mla_compile.bench import Workload, bench
+
+        result = bench(model, against, Workload(sizes, many, rounds, threads), display=shown)
+    if plot is not None:
+        from mla_compile.plot import speed_figure, write_figure
+
+        write_figure(lambda: speed_figure(result), plot)
+    if as_json:
+        typer.echo(json.dumps(result.to_dict(), indent=2))
+    else:
+        display.show_benchmark(result)
+
+
+def _numbers(flag: str, text: str, least: int) -> tuple[int, ...]:
+    """Read numbers with commas between them, in order.
+
+    Raises:
+        UsageError: One is none, or too small.
+    """
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) >= least for part in parts):
+        raise UsageError(f"{flag} {text} is no list of numbers from {least} on.", "Put commas between them: 512,4096.")
+    return tuple(sorted({int(part) for part in parts}))
+
+
 @app.command("finetune")
 def fine_tune(
     folder: Annotated[Path, typer.Argument(help="A folder written by 'mla-compile convert MODEL --out FOLDER'.")],
@@ -923,6 +1005,7 @@ def export(
     opset: Opset = None,
     cache: CacheKind = "dynamic",
     cache_type: CacheType = "auto",
+    cache_layout: CacheLayout = "rows",
     inline: Inline = False,
     force: Annotated[bool, typer.Option("--force", help="Replace existing files.", rich_help_panel=_OUTPUT)] = False,
     as_json: AsJson = False,
@@ -935,7 +1018,7 @@ def export(
     if out.suffix == ".gguf":
         from mla_compile.gguf_file import export_gguf
 
-        if (opset, cache, cache_type, inline) != (None, "dynamic", "float32", False):
+        if (opset, cache, cache_type, cache_layout, inline) != (None, "dynamic", "float32", "rows", False):
             raise UsageError("Options of ONNX files were given for a GGUF file.", "Leave them out.")
         error = export_gguf(folder, out, force=force)
         if as_json:
@@ -945,7 +1028,7 @@ def export(
         return
 
     # Others are refused before anything is read.
-    config = make_config(opset=opset, cache=cache, cache_type=cache_type, inline=inline)
+    config = make_config(opset=opset, cache=cache, cache_type=cache_type, cache_layout=cache_layout, inline=inline)
     report = write_saved_onnx(open_saved(folder), out, config, force=force)
     if as_json:
         typer.echo(json.dumps(report, indent=2))
@@ -1068,11 +1151,15 @@ def verify(
     from mla_compile.checkpoint_folder import verify_folder
     from mla_compile.gguf_file import verify_gguf
 
-    error, greedy = (verify_gguf if checkpoint.suffix == ".gguf" else verify_folder)(checkpoint)
-    if as_json:
-        typer.echo(json.dumps({"error": error, "greedy": greedy}))
+    if checkpoint.suffix == ".gguf":
+        error, greedy = verify_gguf(checkpoint)
+        found: dict[str, float | None] = {"error": error, "greedy": greedy}
     else:
-        display.show_check(checkpoint, error, greedy)
+        found = dataclasses.asdict(verify_folder(checkpoint))
+    if as_json:
+        typer.echo(json.dumps(found))
+    else:
+        display.show_check(checkpoint, found)
 
 
 @app.command()
@@ -1099,7 +1186,10 @@ def report(
 
 
 _COMMANDS = frozenset(
-    {"convert", "inspect", "plan", "run", "eval", "verify", "tensorrt", "build-plugin", "finetune", "export", "report"}
+    {
+        *("convert", "inspect", "plan", "run", "eval", "bench", "verify", "tensorrt", "build-plugin", "finetune"),
+        *("export", "report"),
+    }
 )
 
 

@@ -39,6 +39,7 @@ class CompileConfig(BaseModel):
             llama.cpp made of one.
         preset: ``flashmla`` fills such a checkpoint up with zeros to the sizes that FlashMLA is written for, and asks
             for these sizes where no others are given.
+        q_rank: Numbers that the queries of a token are made from, in such a checkpoint; None for queries made directly.
         exact: Keep every rotating channel and the full rank: the result must equal the original.
         gradients: Whether ``fisher`` runs the model backward too; without, the output projection says what an error of
             an attention output is worth.
@@ -52,6 +53,9 @@ class CompileConfig(BaseModel):
         dtype: Type of the result's weights and caches; ``auto`` is the model's own.
         cache_type: What the ONNX file's caches hold: numbers of the result's type (``auto``; or ``float32``, if it is
             that), or ``int8`` codes with two scales per token.
+        cache_layout: How the ONNX file's caches lie: ``rows``, one tensor per layer, or ``genai``, halves of rows that
+            are named key and value, equally long in all layers, for onnxruntime-genai, or ``paged``, blocks of 16
+            tokens in half precision for an operator of ONNX Runtime's CUDA provider (``--target cuda``).
         inline: Emit standard operators only, without ``LatentAttention`` nodes.
         encoders: Convert bidirectional attention too, which has no cache: its projections become low-rank.
     """
@@ -69,6 +73,7 @@ class CompileConfig(BaseModel):
     layout: Literal["free", "deepseek"] = "free"
     format: Literal["auto", "hf", "deepseek", "gguf"] = "auto"
     preset: Literal["none", "flashmla"] = "none"
+    q_rank: int | None = Field(default=None, ge=1)
     exact: bool = False
     gradients: bool = True
     calibration_tokens: int = Field(default=65536, ge=1)
@@ -79,6 +84,7 @@ class CompileConfig(BaseModel):
     cache: Literal["dynamic", "static"] = "dynamic"
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     cache_type: Literal["auto", "float32", "int8"] = "auto"
+    cache_layout: Literal["rows", "genai", "paged"] = "rows"
     inline: bool = False
     encoders: bool = False
 
@@ -119,6 +125,8 @@ class CompileConfig(BaseModel):
             raise ValueError(f"the format {self.format} needs the layout deepseek")
         if self.preset != "none" and not self.for_stock_code:
             raise ValueError(f"the preset {self.preset} belongs to the format deepseek")
+        if self.q_rank is not None and not self.for_stock_code:
+            raise ValueError("q_rank belongs to the format deepseek, whose queries may have a latent of their own")
         if self.layout == "free":
             return self
         if self.exact:
@@ -137,6 +145,17 @@ class CompileConfig(BaseModel):
         if self.cache_type != "auto" and self.dtype in ("float16", "bfloat16"):
             raise ValueError(
                 f"the cache of a model in {self.dtype} holds that type, and {self.cache_type} ones are of float32"
+            )
+        if self.cache_layout == "genai" and self.cache_type == "int8":
+            raise ValueError(
+                "the cache layout genai holds float32, for onnxruntime-genai gives a layer one tensor of keys and one "
+                "of values, and int8 codes need a third for their scales"
+            )
+        if self.cache_layout == "paged" and self.cache_type == "int8":
+            raise ValueError("a file for CUDA has a cache in half precision, which int8 is not")
+        if self.cache_layout != "rows" and self.for_stock_code:
+            raise ValueError(
+                f"the cache layout {self.cache_layout} is of ONNX files, and the format {self.format} is a checkpoint"
             )
         if self.cache_type == "int8" and self.for_stock_code:
             raise ValueError(f"int8 caches are of ONNX files, and the format {self.format} is a checkpoint")

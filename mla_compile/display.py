@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRe
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from mla_compile.bench import Benchmark, Spread
     from mla_compile.conversion_cost import ConversionCost
     from mla_compile.cost import DecodeStep, LayerCost
     from mla_compile.encoder_report import EncoderReport
@@ -30,6 +31,7 @@ __all__ = [
     "generation_row",
     "make_display",
     "plan_rows",
+    "show_benchmark",
     "show_check",
     "show_commands",
     "show_conversion",
@@ -362,8 +364,14 @@ def show_report(report: Report, out: Path) -> None:
         rows += [
             ["checkpoint", f"DeepSeek-V3, latent {c.latent}, rope {c.rope}: {c.cache_bytes_per_token} bytes per token"],
             ["transformers vs PyTorch", f"{c.error:.1e}, greedy {c.greedy:.0%} equal"],
-            ["norm of the latent changes it by", f"{c.norm_error:.1e} at most"],
+            ["cache in transformers, measured", f"{c.cache_bytes_measured:g} bytes per token"],
+            [
+                "norm of the latent changes it by",
+                f"{c.norm_error:.1e} at most, {c.norm_error_measured:.1e} on the text",
+            ],
         ]
+        if c.rounding_error is not None:
+            rows.append([f"weights in {c.dtype} change logits by", f"{c.rounding_error:.1e}"])
         if c.llama_cpp_error is not None:
             rows.append(["llama.cpp vs PyTorch", f"{c.llama_cpp_error:.1e}"])
     rows.append(["written", f"{out} ({sum(report.artifacts.values()) / 2**20:.1f} MiB)"])
@@ -413,10 +421,17 @@ def _nats(loss: float | None) -> str:
     return "" if loss is None else f"{loss:.4f}"
 
 
-def show_check(folder: Path, error: float, greedy: float) -> None:
+def show_check(path: Path, found: Mapping[str, float | None]) -> None:
     """How a checkpoint answers."""
-    rows = [["logits vs the converted module", f"{error:.1e}"], ["greedy tokens", f"{greedy:.0%} equal"]]
-    _print_table(str(folder), ["", "result"], rows)
+    written = {
+        "error": ("logits vs the converted module", "{:.1e}"),
+        "greedy": ("greedy tokens", "{:.0%} equal"),
+        "cache_bytes_per_token": ("cache, bytes per token in float32", "{:g}"),
+        "norm_error": ("norm of the latent changes it by", "{:.1e}"),
+        "without_biases": ("leaving out biases of attention would cost", "{:.2g} nats per token"),
+    }
+    rows = [[text, form.format(found[key])] for key, (text, form) in written.items() if found.get(key) is not None]
+    _print_table(str(path), ["", "result"], rows)
 
 
 def show_gguf(out: Path, error: float | None) -> None:
@@ -521,6 +536,64 @@ def show_measurement(result: Measurement) -> None:
     _print_table(None, [columns[place] for place in told], [[row[place] for place in told] for row in rows])
     for warning in result.warnings:
         print(f"warning: {warning}", file=sys.stderr)  # noqa: T201
+
+
+def show_benchmark(result: Benchmark) -> None:
+    """Files, prompts and steps: a table of each."""
+
+    def ratio(found: Spread) -> str:
+        return f"{found.median:.2f} ({found.low:.2f}-{found.high:.2f})"
+
+    _print_table(
+        f"{result.original}, {result.threads} thread(s)",
+        ["file", "load, s", "peak memory, MiB", "cache bytes/token"],
+        [
+            [
+                _benched(f.name, f.original),
+                f"{f.load_seconds:.2f}",
+                f"{f.peak_bytes / 2**20:,.0f}",
+                f.cache_bytes_per_token,
+            ]
+            for f in result.files
+        ],
+    )
+    originals = {f.name: f.original for f in result.files}
+    _print_table(
+        f"A prompt ({result.clock}), and how many times as fast as the fastest original (quartiles)",
+        ["prompt", "file", "seconds", "tokens/s", "speed"],
+        [
+            [
+                p.tokens,
+                _benched(p.file, originals[p.file]),
+                f"{p.seconds:.3f}",
+                f"{p.tokens / p.seconds:,.0f}",
+                ratio(p.speedup),
+            ]
+            for p in result.prefills
+        ],
+    )
+    _print_table(
+        f"A new token ({result.clock}), and how many times as fast as the fastest original (quartiles)",
+        ["context", "batch", "file", "ms", "tokens/s", "cache bytes", "speed"],
+        [
+            [
+                s.context,
+                s.batch,
+                _benched(s.file, originals[s.file]),
+                f"{1e3 * s.seconds:.2f}",
+                f"{s.tokens_per_second:,.1f}",
+                s.cache_bytes,
+                ratio(s.speedup),
+            ]
+            for s in result.steps
+        ],
+    )
+    for note in result.notes:
+        print(f"note: {note}", file=sys.stderr)  # noqa: T201
+
+
+def _benched(name: str, original: bool) -> str:
+    return f"original, {name}" if original else name
 
 
 def _percent(share: float | None) -> str:

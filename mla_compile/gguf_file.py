@@ -33,7 +33,6 @@ from mla_compile.program import Assets
 from mla_compile.progress import Stages
 from mla_compile.report import Report
 from mla_compile.runtime.module import LatentModel
-from mla_compile.verify import TOLERANCE
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -47,7 +46,7 @@ _LITE_VOCABULARY = (48, 128256)
 _LAYERS, _EXPERTS = 512, 0
 _REMEDY = "Write --format deepseek instead."
 _UNCHECKED = "the file was not checked in llama.cpp: llama-cpp-python is not installed"
-_IDS, _GREEDY, _LOGITS = (f"mla_compile.check.{name}" for name in ("ids", "greedy", "logits"))
+_IDS, _GREEDY, _LOGITS, _TOLERANCE = (f"mla_compile.check.{name}" for name in ("ids", "greedy", "logits", "tolerance"))
 
 
 @dataclass(frozen=True)
@@ -221,6 +220,7 @@ def _write(source: Path, file: Path, name: str) -> bool:
         writer.add_array(_IDS, expected.ids.tolist())
         writer.add_uint32(_GREEDY, expected.greedy)
         writer.add_array(_LOGITS, expected.logits[-1].tolist())
+        writer.add_float32(_TOLERANCE, expected.tolerance)
     _write_tensors(writer, stored)
     return expected is not None
 
@@ -232,9 +232,8 @@ def _require_expressible(stored: _Stored) -> None:
     lite = layers in _LITE_LAYERS or (layers, vocabulary) == _LITE_VOCABULARY
     scaling = config["rope_parameters"]["rope_type"]
     obstacles = {
-        "attention has biases, and its loader counts a tensor too many ('wrong number of tensors')": config.get(
-            "attention_bias"
-        ),
+        "attention has biases, and its loader takes no tensors for them ('wrong number of tensors')"
+        f"{_cost_of_biases(stored.folder)}": config.get("attention_bias"),
         f"rotations are scaled by '{scaling}', and its rope takes no table of factors": scaling == "llama3",
         "'truncate' of YaRN is false, and its ramp begins and ends at whole channels": (
             config["rope_parameters"].get("truncate", True) is False
@@ -249,6 +248,15 @@ def _require_expressible(stored: _Stored) -> None:
     for reason, present in obstacles.items():
         if present:
             raise RefusedError(f"llama.cpp cannot compute this checkpoint: {reason}.", _REMEDY)
+
+
+def _cost_of_biases(folder: Path) -> str:
+    """What leaving them out would cost, where it was measured."""
+    try:
+        cost = json.loads((folder / "report.json").read_text(encoding="utf-8"))["checkpoint"]["without_biases"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+    return f"; leaving them out would cost {cost:.2g} nats per token" if cost else ""
 
 
 def _add_sizes(writer: GGUFWriter, config: Mapping[str, Any]) -> None:
@@ -412,10 +420,10 @@ def verify_gguf(path: Path) -> tuple[float, float]:
     ids, count = expected.ids.tolist(), expected.greedy
     logits = _llama_cpp_logits(path, ids, len(ids) - count)
     error = relative_error(torch.from_numpy(logits[-1]), expected.logits[-1])
-    if not error <= TOLERANCE:
+    if not error <= expected.tolerance:
         raise VerificationError(
             f"The file in llama.cpp differs from the converted PyTorch module by {error:.1e} of the largest logit "
-            f"(allowed: {TOLERANCE:.0e}).",
+            f"(allowed: {expected.tolerance:.0e}).",
             "Nothing was written if this was an export; write --format deepseek instead.",
         )
     return error, float((logits[:-1].argmax(-1) == np.array(ids[-count:])).mean())
@@ -427,12 +435,12 @@ def _kept(path: Path) -> Expected:
 
     try:
         fields = GGUFReader(path).fields
-        ids, greedy, logits = (fields[name].contents() for name in (_IDS, _GREEDY, _LOGITS))
+        ids, greedy, logits, tolerance = (fields[name].contents() for name in (_IDS, _GREEDY, _LOGITS, _TOLERANCE))
     except (OSError, ValueError, KeyError) as error:
         raise LoadError(
             f"'{path}' holds no answers to compare with.", "Give a GGUF file written by mla-compile."
         ) from error
-    return Expected(torch.tensor(ids), int(greedy), torch.tensor(logits)[None])
+    return Expected(torch.tensor(ids), int(greedy), torch.tensor(logits)[None], float(tolerance))
 
 
 def _llama_cpp_logits(path: Path, ids: list[int], prompt: int) -> NDArray[np.float32]:

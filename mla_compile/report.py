@@ -15,6 +15,7 @@ from mla_compile.cost import MACHINES, DecodeStep, decode_costs, summed_costs
 from mla_compile.deepseek import DeepSeekShape
 from mla_compile.plan import LatentPlan, cache_elements
 from mla_compile.progress import StageTiming
+from mla_compile.runtime.onnx_halves import halves_bytes
 from mla_compile.runtime.onnx_quantised import quantised_bytes
 from mla_compile.site import AttentionSite, Kind, Rejection
 
@@ -208,11 +209,17 @@ class CheckpointFacts:
     Attributes:
         latent: Length of its latent, with the zeros that fill it up.
         rope: Length of its rope key, likewise.
-        cache_bytes_per_token: What stock code caches in float32.
+        cache_bytes_per_token: What stock code caches in the type of the weights.
         norm_error: Bound of the relative error that the norm of the latent makes, for any text.
         error: Stock transformers against the converted PyTorch module: ``max |difference| / max |logit|``.
         greedy: Equal greedy tokens of the two, as a fraction.
         caveats: Why engines other than transformers would compute something else.
+        cache_bytes_measured: What its cache held in stock transformers, per token.
+        norm_error_measured: The error of that norm on the text that was compared on.
+        without_biases: Divergence of predictions in nats per token, on that text, where an engine leaves the biases of
+            attention out; None where there are none.
+        dtype: Type of its weights.
+        rounding_error: What rounding weights to it changes, likewise; None in float32, in which ``error`` is measured.
         llama_cpp_error: llama.cpp against the converted module, likewise; None where it did not run.
     """
 
@@ -223,6 +230,11 @@ class CheckpointFacts:
     error: float
     greedy: float
     caveats: tuple[str, ...] = ()
+    cache_bytes_measured: float | None = None
+    norm_error_measured: float | None = None
+    without_biases: float | None = None
+    dtype: str = "float32"
+    rounding_error: float | None = None
     llama_cpp_error: float | None = None
 
 
@@ -303,6 +315,10 @@ class Report:
     @property
     def cache_bytes_after(self) -> int:
         """Bytes the latent cache, and the cache of layers that were kept, add per token; scales of codes included."""
+        if self.config.get("cache_layout") == "genai":
+            return halves_bytes([p.elements_after for p in self.plans])
+        if self.config.get("cache_layout") == "paged":
+            return 2 * cache_elements(self.plans)[1]
         if self.config.get("cache_type") == "int8":
             return quantised_bytes([p.elements_after for p in self.plans])
         return (cache_elements(self.plans)[1] + self._kept_elements) * self.bytes_per_element

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import json
 import operator
 import re
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import onnx
 import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import InlinePass
@@ -30,12 +32,15 @@ from mla_compile.passes.layout import Sizes
 from mla_compile.passes.onnx_translations import translations
 from mla_compile.passes.quantise_cache import check_quantisable
 from mla_compile.passes.retype import NARROW
+from mla_compile.passes.split_cache import split_caches
 from mla_compile.program import AnyProgram
 from mla_compile.quiet import quiet_exporter
 from mla_compile.runtime import ops
 from mla_compile.runtime.module import cache_dtype, cache_windows
-from mla_compile.runtime.onnx_cache import PAST, PAST_SCALE, PRESENT, PRESENT_SCALE, ROOM, WINDOW
+from mla_compile.runtime.onnx_cache import BLOCKS, PAST, PAST_SCALE, PRESENT, PRESENT_SCALE, ROOM, WINDOW
 from mla_compile.runtime.onnx_function import CACHED, DOMAIN, LATENT, VERSION, Variant, attention_function
+from mla_compile.runtime.onnx_halves import half_width
+from mla_compile.runtime.onnx_paged import BLOCK, MICROSOFT, paged_function, paged_problem
 from mla_compile.runtime.onnx_quantised import SCALES
 from mla_compile.runtime.ops import kept_rows
 
@@ -49,7 +54,11 @@ __all__ = [
     "lower_encoder_to_onnx",
     "lower_to_onnx",
     "name_dimensions",
+    "name_function",
+    "node_variant",
+    "rewritten_to_onnx",
     "save",
+    "with_float32_logits",
 ]
 
 EXTERNAL_DATA_BYTES = 1_500_000_000
@@ -118,6 +127,8 @@ def lower_to_onnx(
     masked: bool = False,
     static: bool = False,
     quantised: bool = False,
+    halves: bool = False,
+    paged: bool = False,
 ) -> None:
     """Write the rewritten graph as an ONNX file.
 
@@ -127,6 +138,9 @@ def lower_to_onnx(
 
     A quantised cache is codes ``past_key_values.{i}.latent`` uint8 of the same shape, and two scales per token,
     ``past_key_values.{i}.scale [batch, past, 2]``, of the latent and of the rope keys.
+
+    A cache in halves is ``past_key_values.{i}.key`` and ``.value``, ``[batch, 1, past, width]`` with one width for all
+    layers, as programs expect that know of keys and values only.
 
     Args:
         module: The rewritten graph.
@@ -139,9 +153,45 @@ def lower_to_onnx(
         masked: Whether the decoder reads a padding mask over them.
         static: Whether caches are static.
         quantised: Whether caches are quantised.
+        halves: Whether caches are in halves.
+        paged: Whether caches are blocks ``[blocks, 16, 1, row]`` in float16 or bfloat16, and attention an operator of
+            ONNX Runtime's CUDA provider; every sequence has equally many blocks.
 
     Raises:
-        RefusedError: There is no ONNX form of an operator, or no static or quantised cache for a layer.
+        RefusedError: There is no ONNX form of an operator, or no static or quantised cache, or cache in halves, for a
+            layer.
+    """
+    if halves and cache_dtype(module) in NARROW:
+        raise RefusedError(
+            "A cache in halves is of a float32 model, and this one has half precision.",
+            "Give the model in float32, or leave --cache-layout genai out.",
+        )
+    model = rewritten_to_onnx(module, rows, opset=opset, cross=cross, masked=masked, static=static, quantised=quantised)
+    if halves:
+        _halve(model, rows, static)
+    if paged:
+        _page(model, opset)
+    else:
+        _add_functions(model, opset)
+    if inline:
+        InlinePass()(model)
+        del model.opset_imports[DOMAIN]
+    save(model, path, metadata)
+
+
+def rewritten_to_onnx(
+    module: fx.GraphModule,
+    rows: Sequence[int],
+    *,
+    opset: int,
+    cross: Sequence[int] = (),
+    masked: bool = False,
+    static: bool = False,
+    quantised: bool = False,
+) -> ir.Model:
+    """Translate the rewritten graph to a model with one node of ours per layer, and no functions for them yet.
+
+    Arguments and errors are those of :func:`lower_to_onnx`.
     """
     windows = cache_windows(module)
     if static and 1 in windows:
@@ -160,7 +210,9 @@ def lower_to_onnx(
         )
     symbolic = _with_symbolic_nodes(module, static, quantised)
     if dtype in NARROW:
-        _fit_types(symbolic, dtype)
+        with_float32_logits(symbolic)
+    if dtype == torch.bfloat16:
+        _without_narrow_einsums(symbolic)
     exported = export_rewritten(symbolic, rows, dtype, cross=cross, masked=masked, static=static, quantised=quantised)
     caches = [(PAST, PRESENT), *([(PAST_SCALE, PRESENT_SCALE)] if quantised else [])]
     pasts, presents = ([names[i].format(layer) for names in caches for layer in range(len(rows))] for i in (0, 1))
@@ -179,11 +231,53 @@ def lower_to_onnx(
     name_dimensions(model, {name: (batch, f"{after}{w}") for name, w in zip(presents, own, strict=True)})
     name_dimensions(model, {"logits": (batch, new)})
     name_dimensions(model, dict.fromkeys([*crossed, ENCODER_MASK], (batch, _ENCODER_LENGTH)))
-    _add_functions(model, opset)
-    if inline:
-        InlinePass()(model)
-        del model.opset_imports[DOMAIN]
-    save(model, path, metadata)
+    return model
+
+
+def _halve(model: ir.Model, rows: Sequence[int], static: bool) -> None:
+    """Give every layer a cache in halves.
+
+    Raises:
+        RefusedError: A layer was not converted: its rows are keys and values.
+    """
+    plain = [node for node in model.graph if node.domain == DOMAIN and node.op_type == CACHED]
+    if plain:
+        raise RefusedError(
+            f"{len(plain)} attention layers were not converted, and a cache in halves needs rows of one length.",
+            "Leave --cache-layout genai out.",
+        )
+    size = (1, half_width(rows))
+    tokens = (ROOM, ROOM) if static else ("past_sequence_length", "total_sequence_length")
+    for node in split_caches(model, lambda _: (size, size), ir.DataType.FLOAT, tokens):
+        node.attributes.add(ir.AttrInt64("halves", 1))
+
+
+def _page(model: ir.Model, opset: int) -> None:
+    """Give every layer a cache of blocks, and the operator that reads one.
+
+    Raises:
+        RefusedError: The operator does not compute what a layer does.
+    """
+    nodes = [node for node in model.graph if node.domain == DOMAIN]
+    for layer, node in enumerate(nodes):
+        variant = dataclasses.replace(node_variant(node), static=False)
+        problem = "it was not converted" if node.op_type == CACHED else paged_problem(variant)
+        if problem is not None:
+            raise RefusedError(
+                f"Attention layer {layer} has no form for the CUDA provider's PagedAttention: {problem}.",
+                "Leave --target cuda out: standard operators run on CUDA too, with --provider cuda.",
+            )
+        past, present = node.inputs[2], node.outputs[1]
+        assert past is not None
+        assert past.shape is not None
+        dtype = ir.DataType.FLOAT16 if past.dtype == ir.DataType.FLOAT else past.dtype
+        assert dtype is not None
+        for value in (past, present):
+            value.type = ir.TensorType(dtype)
+            value.shape = ir.Shape([BLOCKS, BLOCK, 1, past.shape[-1]])
+        node.attributes.pop("static", None)
+        name_function(model, node, paged_function(opset, variant))
+    model.opset_imports[MICROSOFT] = 1
 
 
 @dataclass(frozen=True)
@@ -350,24 +444,29 @@ def _with_symbolic_nodes(module: fx.GraphModule, static: bool, quantised: bool) 
     return replaced
 
 
-def _fit_types(module: fx.GraphModule, dtype: torch.dtype) -> None:
-    """Return logits in float32, and put conversions around what ONNX does not define in a narrow type."""
-    graph, outputs = module.graph, module.graph.output_node()
-
-    def converted(node: fx.Node, wanted: torch.dtype) -> fx.Node:
-        return graph.call_function(torch.ops.aten._to_copy.default, (node,), {"dtype": wanted})
-
+def with_float32_logits(module: fx.GraphModule) -> None:
+    """Let a graph return its first output in float32, whatever it computes in: what samples tokens need not know it."""
+    outputs = module.graph.output_node()
     results: Any = outputs.args[0]
-    with graph.inserting_before(outputs):
-        outputs.args = ((converted(results[0], torch.float32), *results[1:]),)
-    for node in [n for n in graph.nodes if n.target is torch.ops.aten.einsum.default and dtype == torch.bfloat16]:
-        with graph.inserting_before(node):
-            equation, operands = node.args
-            node.args = (equation, [converted(operand, torch.float32) for operand in operands])
-        with graph.inserting_after(node):
-            rounded = converted(node, dtype)
+    with module.graph.inserting_before(outputs):
+        outputs.args = ((_converted(results[0], torch.float32), *results[1:]),)
+    module.recompile()
+
+
+def _without_narrow_einsums(module: fx.GraphModule) -> None:
+    """Put conversions around ``Einsum``, which ONNX does not define in bfloat16."""
+    for node in [n for n in module.graph.nodes if n.target is torch.ops.aten.einsum.default]:
+        equation, operands = node.args
+        with module.graph.inserting_before(node):
+            node.args = (equation, [_converted(operand, torch.float32) for operand in operands])
+        with module.graph.inserting_after(node):
+            rounded = _converted(node, torch.bfloat16)
         node.replace_all_uses_with(rounded, delete_user_cb=lambda user, own=rounded: user is not own)
     module.recompile()
+
+
+def _converted(node: fx.Node, dtype: torch.dtype) -> fx.Node:
+    return node.graph.call_function(torch.ops.aten._to_copy.default, (node,), {"dtype": dtype})
 
 
 def _add_scales(graph: fx.Graph) -> None:
@@ -498,24 +597,32 @@ def _symbolic_node(
 
 def _add_functions(model: ir.Model, opset: int) -> None:
     """Give every node of ours its variant's name, and the model the functions that its nodes call."""
-    for node in model.graph:
-        if node.domain != DOMAIN:
-            continue
-        variant = Variant(
-            key_scales="key_scales" in node.attributes,
-            softcap="softcap" in node.attributes,
-            window="window" in node.attributes,
-            sinks="has_sinks" in node.attributes,
-            slopes="has_slopes" in node.attributes,
-            value_scales="value_scales" in node.attributes,
-            bidirectional="bidirectional" in node.attributes,
-            scaled_rope="scaled_rope" in node.attributes,
-            static="static" in node.attributes,
-            quantised="quantised" in node.attributes,
-        )
-        function = ir.serde.deserialize_function(attention_function(node.op_type, opset, variant))
-        node.op_type = function.name
-        model.functions.setdefault(function.identifier(), function)
+    for node in [node for node in model.graph if node.domain == DOMAIN]:
+        name_function(model, node, attention_function(node.op_type, opset, node_variant(node)))
+
+
+def node_variant(node: ir.Node) -> Variant:
+    """What a node of ours has."""
+    return Variant(
+        key_scales="key_scales" in node.attributes,
+        softcap="softcap" in node.attributes,
+        window="window" in node.attributes,
+        sinks="has_sinks" in node.attributes,
+        slopes="has_slopes" in node.attributes,
+        value_scales="value_scales" in node.attributes,
+        bidirectional="bidirectional" in node.attributes,
+        scaled_rope="scaled_rope" in node.attributes,
+        static="static" in node.attributes,
+        quantised="quantised" in node.attributes,
+        halves="halves" in node.attributes,
+    )
+
+
+def name_function(model: ir.Model, node: ir.Node, function: onnx.FunctionProto) -> None:
+    """Give a node of ours the function it calls."""
+    made = ir.serde.deserialize_function(function)
+    node.op_type = made.name
+    model.functions.setdefault(made.identifier(), made)
     model.opset_imports[DOMAIN] = VERSION
 
 

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from mla_compile.errors import UsageError
 
 __all__ = [
+    "BLOCKS",
+    "KEY_VALUE",
     "PAST",
     "PAST_SCALE",
     "PRESENT",
@@ -28,8 +30,12 @@ PAST, PRESENT = "past_key_values.{}.latent", "present.{}.latent"
 """A layer's cache as input and output of a file."""
 PAST_SCALE, PRESENT_SCALE = "past_key_values.{}.scale", "present.{}.scale"
 """What the numbers of a quantised one are to be multiplied with."""
+KEY_VALUE = (("past_key_values.{}.key", "present.{}.key"), ("past_key_values.{}.value", "present.{}.value"))
+"""The same where it is two tensors ``[batch, heads, tokens, channels]``: two halves of a row, or keys and values."""
 ROOM = "cache_length"
 """The dimension of a static cache by which a file is known to have one."""
+BLOCKS = "cache_blocks"
+"""The first dimension of a static cache that lies in blocks of tokens ``[blocks, tokens, 1, row]``."""
 WINDOW = "_of_window_"
 """What stands between a dimension's name and the window of its layer, if that has one."""
 _NUMPY_TYPES = {
@@ -37,6 +43,7 @@ _NUMPY_TYPES = {
     "tensor(float16)": np.float16,
     "tensor(bfloat16)": np.uint16,  # which numpy does not have: its bits
     "tensor(uint8)": np.uint8,
+    "tensor(int8)": np.int8,
 }
 _BFLOAT16 = 16
 """ONNX's number of the type."""
@@ -53,9 +60,11 @@ class CacheLayer:
         present: Its name as an output.
         dtype: Type of its numbers.
         element: The same as ONNX Runtime takes it: a number of ONNX, for what numpy does not have.
-        row: Numbers a token adds.
+        row: Numbers a token adds to every head.
         window: Tokens its queries see, 0 for all.
         static: Whether it has a size of its own.
+        heads: How many heads have rows of their own; None where there is no such dimension.
+        block: Tokens of a block, where the cache lies in blocks.
     """
 
     past: str
@@ -65,20 +74,24 @@ class CacheLayer:
     row: int
     window: int
     static: bool
+    heads: int | None = None
+    block: int | None = None
 
     @classmethod
     def of(cls, value: Any) -> CacheLayer:  # noqa: ANN401 - onnxruntime has no types
-        """Read from a session's input ``[batch, tokens, row]``."""
-        _, tokens, row = value.shape
+        """Read from a session's input ``[batch, tokens, row]``, with heads behind the batch or in blocks."""
+        batch, *heads, tokens, row = value.shape
         kind, _, window = str(tokens).partition(WINDOW)
         present = value.name.replace("past_key_values", "present", 1)
         dtype = _NUMPY_TYPES[value.type]
         element = _BFLOAT16 if dtype == np.uint16 else dtype
-        return cls(value.name, present, dtype, element, int(row), int(window or 0), kind == ROOM)
+        if batch == BLOCKS:
+            return cls(value.name, present, dtype, element, int(row), 0, static=True, block=int(heads[0]))
+        return cls(value.name, present, dtype, element, int(row), int(window or 0), kind == ROOM, *map(int, heads))
 
     def empty(self, batch: int, runtime: Any, device: str) -> Any:  # noqa: ANN401
         """An ``OrtValue`` of no tokens."""
-        numbers: NDArray[Any] = np.zeros((batch, 0, self.row), self.dtype)
+        numbers: NDArray[Any] = np.zeros(self.shape(batch, 0), self.dtype)
         if self.element == _BFLOAT16:
             return runtime.OrtValue.ortvalue_from_numpy_with_onnx_type(numbers, self.element)
         return runtime.OrtValue.ortvalue_from_numpy(numbers, device, 0)
@@ -86,10 +99,18 @@ class CacheLayer:
     @property
     def row_bytes(self) -> int:
         """Bytes a token adds."""
-        return self.row * np.dtype(self.dtype).itemsize
+        return (self.heads or 1) * self.row * np.dtype(self.dtype).itemsize
+
+    def shape(self, batch: int, rows: int) -> tuple[int, ...]:
+        """Of so many rows of every sequence."""
+        if self.block is not None:
+            return (batch * rows // self.block, self.block, 1, self.row)
+        return (batch, rows, self.row) if self.heads is None else (batch, self.heads, rows, self.row)
 
     def rows(self, tokens: int) -> int:
         """Rows kept of so many tokens: no more than later ones can see, of which a static cache makes a ring."""
+        if self.block is not None:
+            return -(-tokens // self.block) * self.block
         return min(tokens, self.window - 1) if self.window else tokens
 
 
@@ -111,6 +132,10 @@ class OnnxCache(Protocol):
 
     def bind(self, binding: Any) -> None:  # noqa: ANN401
         """Make it the input and output of a step, as the last outputs."""
+        ...
+
+    def repeated(self, times: int) -> OnnxCache:
+        """One of so many sequences that are all alike, of a cache of one sequence in the processor's memory."""
         ...
 
     def after(self, presents: Sequence[Any]) -> OnnxCache:
@@ -152,6 +177,11 @@ class GrowingCache:
             binding.bind_ortvalue_input(layer.past, value)
             binding.bind_output(layer.present, self.device)
 
+    def repeated(self, times: int) -> GrowingCache:
+        """See :class:`OnnxCache`."""
+        values = (type(v).ortvalue_from_numpy(np.repeat(v.numpy(), times, 0)) for v in self.values)
+        return replace(self, values=tuple(values))
+
     def after(self, presents: Sequence[Any]) -> GrowingCache:
         """See :class:`OnnxCache`."""
         return replace(self, values=tuple(presents))
@@ -179,7 +209,7 @@ class StaticCache:
     A step spends the cache it is given: what was written is seen through both, and only the new one knows of it.
 
     Of the memory the model is shown the rows of every sequence up to the next multiple of 128, since it attends to all
-    it is shown. When they are more, those of the later sequences of a batch move up; a device of its own, where that
+    it is shown. When they are more, those of later sequences and heads move up; a device of its own, where that
     would take a kernel, is shown everything from the beginning.
 
     Attributes:
@@ -216,7 +246,7 @@ class StaticCache:
         """
 
         def allocate(layer: CacheLayer) -> _Memory:
-            numbers: NDArray[Any] = np.zeros(batch * layer.rows(capacity) * layer.row, layer.dtype)
+            numbers: NDArray[Any] = np.zeros(layer.shape(batch, layer.rows(capacity)), layer.dtype).reshape(-1)
             if device == "cpu":
                 return _Memory(numbers, numbers.ctypes.data, numbers)
             value = runtime.OrtValue.ortvalue_from_numpy(numbers, device, 0)
@@ -252,25 +282,37 @@ class StaticCache:
         shown = max(self.shown, min(self.capacity, -(-total // _BLOCK) * _BLOCK))
         for layer, memory in zip(self.layers, self.memory, strict=True):
             if memory.numbers is not None:
-                _spread(memory.numbers, layer, self.batch, (layer.rows(self.shown), layer.rows(shown)))
+                blocks = self.batch * (layer.heads or 1)
+                _spread(memory.numbers, layer, blocks, (layer.rows(self.shown), layer.rows(shown)))
         return replace(self, tokens=total, shown=shown)
 
     def bind(self, binding: Any) -> None:  # noqa: ANN401
         """See :class:`OnnxCache`."""
         for layer, memory in zip(self.layers, self.memory, strict=True):
-            shape = (self.batch, layer.rows(self.shown), layer.row)
+            shape = layer.shape(self.batch, layer.rows(self.shown))
             for bind, name in ((binding.bind_input, layer.past), (binding.bind_output, layer.present)):
                 bind(name, self.device, 0, layer.element, shape, memory.pointer)
+
+    def repeated(self, times: int) -> StaticCache:
+        """See :class:`OnnxCache`."""
+        memory = []
+        for layer, one in zip(self.layers, self.memory, strict=True):
+            assert one.numbers is not None
+            shown = one.numbers[: (layer.heads or 1) * layer.rows(self.shown) * layer.row]
+            numbers: NDArray[Any] = np.zeros(times * len(one.numbers), layer.dtype)
+            numbers[: times * len(shown)] = np.tile(shown, times)
+            memory.append(_Memory(numbers, numbers.ctypes.data, numbers))
+        return replace(self, memory=tuple(memory), batch=times)
 
     def after(self, presents: Sequence[Any]) -> StaticCache:
         """See :class:`OnnxCache`: the outputs are its own memory."""
         return self
 
 
-def _spread(numbers: NDArray[Any], layer: CacheLayer, batch: int, rows: tuple[int, int]) -> None:
-    """Move the rows of every sequence to where they lie when each has room for more, from the last on."""
+def _spread(numbers: NDArray[Any], layer: CacheLayer, blocks: int, rows: tuple[int, int]) -> None:
+    """Move the rows of every sequence and head to where they lie when each has room for more, from the last on."""
     before, after = (count * layer.row for count in rows)
     if before == after:
         return
-    for place in range(batch - 1, 0, -1):
+    for place in range(blocks - 1, 0, -1):
         numbers[place * after : place * after + before] = numbers[place * before : (place + 1) * before]

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 
 import models
+import torch
 
 from mla_compile.checkpoint_folder import write_checkpoint
 from mla_compile.config import make_config
 from mla_compile.frontend import capture
 from mla_compile.passes.methods import METHODS
+from mla_compile.passes.query_rank import with_query_rank
 from mla_compile.passes.recognise import recognise
 from mla_compile.passes.task import Task
 from mla_compile.progress import Stages
@@ -22,20 +24,33 @@ OWN = {
 }
 
 
+def _narrow(module, dtype):
+    """A model as it is read in such a type: frequencies stay float32."""
+    kept = {name: value.clone() for name, value in module.named_buffers()}
+    module.to(dtype)
+    for name, value in kept.items():
+        module.get_buffer(name).data = value
+    return module
+
+
 class Conversions:
     """Converted modules by the name of the original, made at first use."""
 
     def __init__(self, programs):
         self._programs, self._found = programs, {}
 
-    def __call__(self, name, **settings):
-        if name not in self._found:
-            self._found[name] = self._convert(name, settings)
-        return self._found[name]
+    def __call__(self, name, dtype=torch.float32, **settings):
+        key = (name, dtype, *settings.items())
+        if key not in self._found:
+            self._found[key] = self._convert(name, dtype, settings)
+        return self._found[key]
 
-    def _convert(self, name, settings):
+    def _convert(self, name, dtype, settings):
         if name in OWN:
             program = capture(OWN[name](), None)
+            sites = recognise(program).sites
+        elif dtype != torch.float32:
+            program = capture(_narrow(models.CONVERTIBLE[name](), dtype), None)
             sites = recognise(program).sites
         else:
             program, sites = self._programs[name].program, self._programs[name].sites
@@ -44,6 +59,9 @@ class Conversions:
         )
         task = Task(program, sites, (), config, models.tokens(4, 24))
         choice = METHODS[config.method](task)
+        weights = choice.weights
+        if config.q_rank is not None:
+            weights = with_query_rank(task, weights, config.q_rank)
         report = Report(
             source=program.source,
             config=config.model_dump(),
@@ -54,7 +72,7 @@ class Conversions:
             forecasts=choice.forecasts,
             deepseek=choice.deepseek,
         )
-        return task.rewrite(choice.weights), report, program.assets
+        return task.rewrite(weights, dtype), report, program.assets
 
 
 def write(conversion, folder, *, shard=10**9, force=False, checks=None, **changes):

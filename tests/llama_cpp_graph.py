@@ -10,13 +10,14 @@ import math
 
 import numpy as np
 from gguf import GGUFReader
+from gguf.quants import dequantize
 
 
 class Graph:
     def __init__(self, path):
         reader = GGUFReader(path)
         self.fields = {name: field.contents() for name, field in reader.fields.items()}
-        self.weights = {t.name: np.array(t.data, np.float64) for t in reader.tensors}
+        self.weights = {t.name: dequantize(t.data, t.tensor_type).astype(np.float64) for t in reader.tensors}
 
     def size(self, name, default=None):
         return self.fields.get(f"deepseek2.{name}", default)

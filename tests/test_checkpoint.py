@@ -9,17 +9,19 @@ import io
 import json
 import math
 import shutil
+import weakref
 from pathlib import Path
 
 import models
+import numpy as np
 import pytest
 import torch
 from converted import write
 from safetensors.torch import load_file
 
 from mla_compile import api
-from mla_compile.checkpoint import require_blocks, stock_checkpoint
-from mla_compile.checkpoint_folder import check_folder, verify_folder
+from mla_compile.checkpoint import Checkpoint, require_blocks, stock_checkpoint
+from mla_compile.checkpoint_folder import _write_weights, check_folder, verify_folder
 from mla_compile.cli import main
 from mla_compile.config import make_config
 from mla_compile.deepseek import with_preset
@@ -122,6 +124,85 @@ def test_norms_of_latents_do_nothing(conversions, name, tmp_path):
     rounding = 3e-7  # the norm itself is computed in float32
     assert max(worst) <= report.checkpoint.norm_error + rounding
     assert report.checkpoint.norm_error < 1e-9
+    assert 0 < report.checkpoint.norm_error_measured < report.checkpoint.norm_error
+
+
+def test_the_cache_of_transformers_holds_latents_and_rope_keys(conversions, tmp_path):
+    """Counted from the tensors it holds."""
+    report = write(conversions("smollm", **MODELS["smollm"]), tmp_path / "out")
+    ids = models.tokens(2, 9)
+    with torch.no_grad():
+        cache = stock(tmp_path / "out")(ids, use_cache=True).past_key_values
+    held = [tuple(x.shape) for layer in cache.layers for x in (layer.keys, layer.values)]
+    assert held == [(2, 1, 9, 20), (2, 1, 9, 8)] * 2
+    assert report.checkpoint.cache_bytes_measured == report.checkpoint.cache_bytes_per_token == 2 * 28 * 4
+
+
+def test_what_leaving_out_biases_costs_is_measured(conversions, tmp_path):
+    """Oracle: the checkpoint without them, loaded again, on the tokens that were compared."""
+    report = write(conversions("qwen2", **MODELS["qwen2"]), tmp_path / "out")
+    model, plain = stock(tmp_path / "out"), stock(tmp_path / "out")
+    for part in plain.modules():
+        if isinstance(part, torch.nn.Linear) and part.bias is not None:
+            part.bias.data.zero_()
+    ids = torch.from_numpy(np.load(tmp_path / "out" / "expected.npz")["ids"])[None]
+    with torch.no_grad():
+        right, wrong = (m(ids).logits[0].double().log_softmax(-1) for m in (model, plain))
+    expected = float(torch.nn.functional.kl_div(wrong, right, reduction="batchmean", log_target=True))
+    assert report.checkpoint.without_biases == pytest.approx(expected, rel=1e-4)  # logits are float32
+    assert expected > 1e-4
+    assert f"costs {expected:.2g} nats per token" in report.checkpoint.caveats[0]
+
+
+def test_writing_holds_a_file_and_a_block_of_weights(tmp_path):
+    """Weights of blocks are counted while they live: never two copies of the model, nor one beside the module's own."""
+    blocks, size, limit = 12, 1000, 8_500
+    alive, most = weakref.WeakSet(), []
+
+    def block(number):
+        made = {name: torch.full((size,), float(number)) for name in ("a", "b")}
+        alive.update(made.values())
+        most.append(len(alive) * size * 4)
+        return made
+
+    names = sorted(f"model.layers.{i:02}.{part}" for i in range(blocks) for part in ("a", "b"))
+    shapes = dict.fromkeys(names, torch.Size([size]))
+    (tmp_path / "config.json").write_text("{}")
+    _write_weights(Checkpoint({}, shapes, torch.zeros, block, 0.0, ()), tmp_path, limit, torch.float32)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert len(files) == blocks
+    assert load_file(files[7])["model.layers.07.b"].tolist() == [7.0] * size
+    assert max(most) <= limit + 2 * size * 4 < blocks * 2 * size * 4 / 5
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "length"), [("smollm", 1000, 48), ("smollm", 12, 12), ("qwen2", 30, 31), ("wide", 64, 64)]
+)
+def test_queries_have_a_latent_of_the_length_that_is_asked_for(conversions, name, asked, length, tmp_path):
+    """Biases take one entry more; at the full rank the module is that of a conversion without."""
+    settings = {**MODELS[name], "q_rank": asked}
+    module, _, _ = conversion = conversions(name, **settings)
+    report = write(conversion, tmp_path / "out")
+    model = stock(tmp_path / "out")
+    assert model.config.q_lora_rank == length
+    ids = models.tokens(3, 40, seed=7)
+    with torch.no_grad():
+        expected, got = module(ids).logits, model(ids).logits
+        whole = conversions(name, **MODELS[name])[0](ids).logits
+    assert (got - expected).abs().max() <= TOLERANCE * expected.abs().max()
+    assert report.checkpoint.error <= TOLERANCE
+    assert report.checkpoint.norm_error < 1e-9
+    change = (whole - expected).abs().max() / whole.abs().max()
+    assert change == 0 if name == "smollm" and asked > 48 else change > TOLERANCE or name == "wide"
+
+
+def test_queries_of_more_than_the_rank_that_was_asked_for_are_refused(conversions):
+    module, report, assets = conversions("smollm", **MODELS["smollm"])
+    report = dataclasses.replace(report, config={**report.config, "q_rank": 12})
+    with pytest.raises(RefusedError, match="of more than rank 12: training gave them more"):
+        dict(stock_checkpoint(module, report, assets.config).tensors())
+    with pytest.raises(UsageError, match="q_rank belongs to the format deepseek"):
+        make_config(q_rank=12)
 
 
 def test_large_latents_are_refused(conversions):
@@ -132,6 +213,23 @@ def test_large_latents_are_refused(conversions):
         holder.row.mul_(1e5)
     with pytest.raises(RefusedError, match=r"might change them by 9.*e-02"):
         stock_checkpoint(module, report, assets.config)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_models_become_checkpoints_of_their_type(conversions, dtype, tmp_path):
+    """In float32 they compute what the widened module does; bfloat16 is written as such, and float16 cannot be."""
+    module, report, assets = conversions("smollm", **MODELS["smollm"], dtype=dtype)
+    facts = write((module, report, assets), tmp_path / "out").checkpoint
+    assert facts.error <= TOLERANCE
+    narrow = dtype == torch.bfloat16
+    kinds = {x.dtype for x in load_file(tmp_path / "out" / "model.safetensors").values()}
+    assert kinds == {torch.bfloat16 if narrow else torch.float32}
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["dtype"] == facts.dtype == ("bfloat16" if narrow else "float32")
+    assert facts.cache_bytes_measured == facts.cache_bytes_per_token == 2 * 28 * (2 if narrow else 4)
+    if narrow:  # every weight is rounded once more, by half of 2^-8
+        assert TOLERANCE < facts.rounding_error < 0.05
+        assert verify_folder(tmp_path / "out").error == pytest.approx(facts.rounding_error)
 
 
 def test_written_again_by_transformers_it_is_the_same(conversions, tmp_path):
@@ -203,7 +301,8 @@ def test_a_wrong_tensor_is_found_and_leaves_no_folder(conversions, tmp_path, mon
 
 def test_a_damaged_folder_is_found(conversions, tmp_path):
     write(conversions("smollm", **MODELS["smollm"]), tmp_path / "out")
-    assert verify_folder(tmp_path / "out") == (pytest.approx(0, abs=TOLERANCE), 1)
+    found = verify_folder(tmp_path / "out")
+    assert (found.error, found.greedy, found.without_biases) == (pytest.approx(0, abs=TOLERANCE), 1, None)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     config["rope_parameters"]["rope_theta"] = 20000.0
     (tmp_path / "out" / "config.json").write_text(json.dumps(config))
@@ -226,6 +325,8 @@ def test_other_blocks_are_refused_with_the_first_reason(programs):
         return caught.value.message
 
     assert f"has no place for '{norm}.bias'" in refused({**weights, f"{norm}.bias": weights[f"{norm}.weight"]})
+    experts = "model.layers.0.mlp.experts.gate_up_proj"
+    assert "weigh experts by sigmoids" in refused({**weights, experts: weights[f"{norm}.weight"]})
     lacking = {name: value for name, value in weights.items() if name != "model.layers.0.mlp.gate_proj.weight"}
     assert "a 'model.layers.0.mlp.gate_proj.weight', which it lacks" in refused(lacking)
     with pytest.raises(LoadError, match="has no rms_norm_eps"):

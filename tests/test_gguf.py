@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from converted import write
-from gguf import TokenType
+from gguf import GGUFReader, TokenType
 from llama_cpp_graph import Graph
 
 from mla_compile.cli import main
@@ -28,6 +28,8 @@ MODELS = {
     "smollm": {"rope_dims": 8},
     "llama-yarn": {},
     "llama-linear": {},
+    "smollm:q": {"rope_dims": 8, "q_rank": 12},
+    "smollm:b": {"rope_dims": 8, "dtype": torch.bfloat16},
 }
 
 
@@ -37,25 +39,29 @@ def files(conversions, tmp_path_factory):
     found = {}
 
     def call(name, **settings):
-        if name not in found:
+        name, key = name.split(":")[0], name
+        if key not in found:
             module, report, assets = conversions(name, **settings)
-            path = tmp_path_factory.mktemp(name) / "model.gguf"
+            path = tmp_path_factory.mktemp("gguf") / "model.gguf"
             report = write_gguf(module, report, assets, path, None, force=False, stages=Stages())
-            found[name] = path, report
-        return found[name]
+            found[key] = path, report
+        return found[key]
 
     return call
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_graph_of_llama_cpp_computes_the_same(conversions, files, name):
-    module, _, _ = conversions(name, **MODELS[name])
+    module, _, _ = conversions(name.split(":")[0], **MODELS[name])
     path, report = files(name, **MODELS[name])
     ids = models.tokens(1, 40, seed=7)
     with torch.no_grad():
         expected = module(ids).logits[0].double().numpy()
     got = Graph(path).logits(ids[0].numpy())
-    assert np.abs(got - expected).max() <= TOLERANCE * np.abs(expected).max()
+    narrow = "dtype" in MODELS[name]  # weights are rounded to 2^-9, and so is what the module computes
+    assert np.abs(got - expected).max() <= (0.05 if narrow else TOLERANCE) * np.abs(expected).max()
+    kinds = {t.tensor_type.name for t in GGUFReader(path).tensors if len(t.shape) > 1}
+    assert kinds == {"BF16" if narrow else "F32"}
     assert report.checkpoint.error <= TOLERANCE
     assert {f.name for f in path.parent.iterdir()} == {"model.gguf", "report.json"}
 
@@ -65,8 +71,9 @@ def test_the_graph_of_llama_cpp_computes_the_same(conversions, files, name):
 def test_llama_cpp_computes_the_same(files, name):
     path, report = files(name, **MODELS[name])
     error, greedy = verify_gguf(path)
-    assert report.checkpoint.llama_cpp_error == error <= TOLERANCE
-    assert greedy == 1
+    narrow = "dtype" in MODELS[name]
+    assert report.checkpoint.llama_cpp_error == error <= (0.05 if narrow else TOLERANCE)
+    assert greedy == 1 or narrow
 
 
 def test_without_llama_cpp_it_is_said_that_nothing_was_checked(files):

@@ -337,3 +337,18 @@ def test_a_growing_bfloat16_cache_needs_no_numpy_type():
         cache = cache.after(binding.get_outputs())
     assert cache.nbytes == 2 * 4 * row * 2
     assert cache.values[0].shape() == [2, 4, row]
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("llama", FLOAT16), ("qwen3", BFLOAT16)])
+def test_a_file_for_tensorrt_holds_the_type(tmp_path, name, dtype):
+    """Compared with the module through a float32 copy; that TensorRT builds it was not tried."""
+    from mla_compile.runtime.tensorrt.engine_builder import EngineSettings
+
+    path = tmp_path / "model.onnx"
+    report = converted(name, dtype).to_tensorrt(path, EngineSettings(room=64, prompt=16))
+    assert report.verification.lowering_error < 1e-5
+    graph = onnx.load(path).graph
+    kind = onnx.TensorProto.FLOAT16 if dtype == FLOAT16 else onnx.TensorProto.BFLOAT16
+    values = {v.name: v.type.tensor_type.elem_type for v in (*graph.input, *graph.output)}
+    assert {t for n, t in values.items() if "latent" in n} == {kind}
+    assert values["logits"] == onnx.TensorProto.FLOAT

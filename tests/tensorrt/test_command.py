@@ -17,21 +17,10 @@ import torch
 
 from mla_compile import tensorrt as tensorrt_command
 from mla_compile.cli import main
-from mla_compile.passes.lower_onnx import export_rewritten
 from mla_compile.runtime.tensorrt import engine
 from mla_compile.runtime.tensorrt.engine import facts_path
 from mla_compile.runtime.tensorrt.engine_builder import EngineSettings
 from mla_compile.runtime.tensorrt.functions import PARTIAL
-
-
-@pytest.fixture(scope="module")
-def folder(lowered, tmp_path_factory):
-    """A converted model, as ``convert`` writes it, with a configuration."""
-    model, place = lowered("llama-gqa").model, tmp_path_factory.mktemp("converted")
-    torch.export.save(export_rewritten(model.graph, model.rows), place / "model.pt2")
-    (place / "mla_config.yaml").write_text("method: mha2mla\n")
-    (place / "generation_config.json").write_text('{"eos_token_id": 7}')
-    return place
 
 
 def test_writes_a_checked_file_and_names_the_commands(folder, tmp_path, capsys):

@@ -1,0 +1,59 @@
+"""Queries of a rank: the best for logits, by sampling and against what is best for queries alone."""
+
+from __future__ import annotations
+
+import models
+import pytest
+import torch
+
+from mla_compile.config import make_config
+from mla_compile.passes.factorise import truncated_svd
+from mla_compile.passes.layers import measure_layers
+from mla_compile.passes.methods import METHODS
+from mla_compile.passes.query_rank import full_query_rank, with_query_rank
+from mla_compile.passes.task import Task
+
+
+@pytest.fixture(scope="module")
+def task(programs):
+    captured = programs["llama-gqa"]
+    config = make_config(method="transmla", layout="deepseek", kv_rank=20, rope_dims=8, gradients=False)
+    return Task(captured.program, captured.sites, (), config, models.tokens(8, 32))
+
+
+@pytest.fixture(scope="module")
+def weights(task):
+    return METHODS["transmla"](task).weights
+
+
+def logit_error(layer, changed, moment):
+    """Mean square of what logits change by, over sampled inputs of queries and keys at random angles."""
+    generator = torch.Generator().manual_seed(0)
+    values, vectors = torch.linalg.eigh(moment)
+    root = vectors * values.clamp(min=0).sqrt()
+    x, y = (root @ torch.randn(len(root), 4000, generator=generator, dtype=torch.float64) for _ in range(2))
+    rank, half = layer.key_up.shape[2], layer.inv_freq.shape[1]
+    row = layer.row @ y
+    still = (layer.key_up @ row[:rank]).repeat_interleave(len(layer.query) // len(layer.key_up), 0)
+    angle = 6.283185307 * torch.rand(half, 4000, generator=generator, dtype=torch.float64)
+    real, imaginary = row[rank:].view(2, half, -1)
+    turned = torch.cat([real * angle.cos() - imaginary * angle.sin(), real * angle.sin() + imaginary * angle.cos()])
+    keys = torch.cat([still, turned.expand(len(still), -1, -1)], 1)
+    return float((((layer.query - changed.query) @ x) * keys).sum(1).square().mean())
+
+
+def test_the_rank_is_that_and_logits_change_least(task, weights):
+    for layer, changed, measured in zip(
+        weights, with_query_rank(task, weights, 12), measure_layers(task).layers, strict=True
+    ):
+        assert torch.linalg.matrix_rank(changed.query.flatten(0, 1), rtol=1e-9) == 12
+        up, down = truncated_svd(layer.query.flatten(0, 1), 12)
+        plain = type(layer)(**{**layer.__dict__, "query": (up @ down).view_as(layer.query)})
+        moment = measured.statistics.moment
+        assert logit_error(layer, changed, moment) < 0.9 * logit_error(layer, plain, moment)
+
+
+def test_nothing_changes_at_the_full_rank(task, weights):
+    full = full_query_rank(weights[0])
+    assert full == 64
+    assert with_query_rank(task, weights, full) == weights
