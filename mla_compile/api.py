@@ -514,7 +514,7 @@ def plan(
     dtype = wanted_type(config)
     program = frontend.load_any(model, attention=attn_implementation, unsafe=unsafe_load, dtype=dtype)
     found = recognise(program)
-    types = [str(x).removeprefix("torch.") for x in (program.dtype, _result_type(program, config))]
+    types = _type_name(program.dtype), _type_name(_result_type(program, config))
     if config.encoders and is_seq2seq(found):
         own, crossed = plan_seq2seq(program, found, config)
         return Planned(found, (*own, *crossed))
@@ -526,13 +526,18 @@ def plan(
     widths = tuple(input_width(program, s) for s in sites)
     if config.exact or method == "mha2mla":
         plans = plan_layers(sites, widths, config)
-        count = sum(v.numel() for v in program.exported.state_dict.values())
+        stored = {v.data_ptr(): v.numel() for v in program.exported.state_dict.values()}  # what is tied counts once
+        count = sum(stored.values())
         cost = conversion_cost(sites, plans, widths, config, count, _result_type(program, config).itemsize)
         return Planned(found, plans, widths, *types, cost)
     text = cut_windows(program, documents, tokenizer, config)
     windows = None if text is None else text.calibration
     task = Task(program, sites, found.rejections, config, windows, Stages(display), open_cache(statistics_cache))
     return Planned(found, METHODS[method](task).plans, widths, *types)
+
+
+def _type_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _plan_weightless(
@@ -561,7 +566,7 @@ def _plan_weightless(
     program = require_causal(blueprint.program, found)
     widths = tuple(input_width(program, s) for s in found.sites)
     plans = plan_layers(found.sites, widths, config)
-    types = [str(x).removeprefix("torch.") for x in (program.dtype, _result_type(program, config))]
+    types = _type_name(program.dtype), _type_name(_result_type(program, config))
     itemsize = _result_type(program, config).itemsize
     cost = conversion_cost(found.sites, plans, widths, config, blueprint.parameters, itemsize)
     return Planned(found, plans, widths, *types, cost, alike)

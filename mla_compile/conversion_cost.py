@@ -23,7 +23,7 @@ _DISK = 0.2e9
 """Bytes per second of an ordinary disk, for what is read and written once."""
 _BASE = 10**9
 """Bytes of memory that libraries and graphs take."""
-_MATRICES = 5
+_MATRICES = 3
 """Square matrices of the smaller side that ``eigh`` has at a time, its input and result included."""
 
 
@@ -75,8 +75,9 @@ def conversion_cost(
         new = width * (site.heads * site.qk_dim + row) + plan.kv_rank * (keys + site.value_rows)
         written += new - old
         smaller = min(keys + site.value_rows, width)
-        # The original's heads and those in their new order, the stack that is factorised, and the new layer twice.
-        numbers = 2 * old + (keys + site.value_rows) * width + _MATRICES * smaller**2 + 2 * new
+        # The original's heads, queries and keys in their new order, and what is factorised or the new layer twice.
+        numbers = old + width * (site.heads + site.kv_heads) * site.qk_dim
+        numbers += max((keys + site.value_rows) * width + _MATRICES * smaller**2, 2 * new)
         largest = max(largest, 8 * numbers)
     read, wrote = parameters * itemsize, written * itemsize
     seconds = operations / _OPERATIONS + (read + wrote) / _DISK
