@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mla_compile.config import CompileConfig
 from mla_compile.deepseek import DeepSeekShape
+from mla_compile.layer_store import LayerStore
 from mla_compile.passes.factorise import LatentWeights
 from mla_compile.passes.insert_latent import insert_latent
 from mla_compile.passes.weights import SiteWeights, input_width, read_site
@@ -45,6 +46,8 @@ class Task:
         windows: Calibration text ``[windows, length]``, or None.
         stages: Times and shows what runs.
         cache: Where statistics are kept for the next conversion, or None.
+        store: Where finished layers are kept, or None for memory; only methods that go layer by layer use it.
+        wide: Whether layers are kept there in float32, whatever the type of the result.
     """
 
     program: Program
@@ -54,6 +57,8 @@ class Task:
     windows: Tensor | None
     stages: Stages = field(default_factory=Stages)
     cache: StatisticsCache | None = None
+    store: LayerStore | None = None
+    wide: bool = False
 
     @property
     def widths(self) -> list[int]:
@@ -97,6 +102,7 @@ class Choice:
         forecasts: What rotates in every site, and what the conversion should cost.
         deepseek: What all sites have in common, in the layout ``deepseek``.
         notes: What the user should know.
+        balanced: Whether the weights went through :func:`~mla_compile.passes.gauge.balanced` already.
     """
 
     plans: tuple[LatentPlan, ...]
@@ -104,6 +110,7 @@ class Choice:
     forecasts: tuple[LayerForecast, ...]
     deepseek: DeepSeekShape | None = None
     notes: tuple[str, ...] = ()
+    balanced: bool = False
 
 
 def unpredicted(
