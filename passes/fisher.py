@@ -26,7 +26,7 @@ from mla_compile.passes.rope_split import RopeSplit, split_rope
 from mla_compile.passes.search import Divergence, Shares, search_shares
 from mla_compile.passes.sizes import LayerSizes, same_ranks, shared_ranks, split_budget
 from mla_compile.passes.statistics import SiteStatistics, key_weighting
-from mla_compile.passes.task import BATCH, Choice, Task
+from mla_compile.passes.task import Choice, Task
 from mla_compile.passes.weights import SiteWeights
 from mla_compile.plan import shared_rope_plan
 from mla_compile.report import LayerForecast
@@ -181,7 +181,7 @@ def fisher(task: Task) -> Choice:
     windows = task.require_windows()
     measured = measure_layers(task)
     layers = measured.layers
-    divergence = Divergence(task.program, windows, task.program.vocabulary)
+    divergence = Divergence(task.program, windows, task.program.vocabulary, task.sites, task.resources)
 
     @functools.cache
     def parts(index: int, components: int, own: int) -> tuple[RopeSplit, JointFactors]:
@@ -224,14 +224,10 @@ def fisher(task: Task) -> Choice:
             sizes = min(sizes, shared_ranks(layers, config, sizes, costs(sizes)), key=loss)
     weights = weights_of(sizes)
     model = task.rewrite(weights)
-    refitted = refit_values(
-        task.program,
-        task.sites,
-        weights,
-        model,
-        windows,
-        progress=lambda b: task.stages.each("refit", b, math.ceil(len(windows) / BATCH)),
-    )
+    with task.stages.stage("refit") as stage:
+        refitted = refit_values(
+            task.program, task.sites, weights, model, windows, resources=task.resources, progress=stage.each
+        )
     if divergence(task.rewrite(refitted)) < divergence(model):
         weights = refitted
     plans = tuple(

@@ -14,10 +14,13 @@ from torch import Tensor
 
 from mla_compile.config import CompileConfig
 from mla_compile.deepseek import DeepSeekShape
+from mla_compile.passes.activations import SiteRun
 from mla_compile.passes.factorise import LatentWeights
 from mla_compile.passes.insert_latent import insert_latent
+from mla_compile.passes.layerwise import Resources
 from mla_compile.passes.weights import SiteWeights, input_width, read_site
 from mla_compile.plan import LatentPlan
+from mla_compile.processes import Processes
 from mla_compile.program import Program
 from mla_compile.progress import Stages
 from mla_compile.report import LayerForecast
@@ -43,6 +46,8 @@ class Task:
         windows: Calibration text ``[windows, length]``, or None.
         stages: Times and shows what runs.
         cache: Where statistics are kept for the next conversion, or None.
+        resources: What running the original over text may take.
+        processes: Those that share the text.
     """
 
     program: Program
@@ -52,6 +57,8 @@ class Task:
     windows: Tensor | None
     stages: Stages = field(default_factory=Stages)
     cache: StatisticsCache | None = None
+    resources: Resources = field(default_factory=Resources)
+    processes: Processes = field(default_factory=Processes)
 
     @property
     def widths(self) -> list[int]:
@@ -66,6 +73,15 @@ class Task:
         """The converted model with some weights."""
         graph = insert_latent(self.program, self.sites, weights, torch.float32, self.kept)
         return LatentModel(graph.module, graph.rows)
+
+    def site_run(self, batch: int, *, gradients: bool) -> SiteRun:
+        """The original on its text, so many windows at a time."""
+        shape = (batch, self.require_windows().shape[1])
+        return SiteRun(self.program, self.sites, shape, gradients=gradients, resources=self.resources)
+
+    def shared_steps(self, run: SiteRun, batch: int) -> int:
+        """Steps of this process over its share of the text."""
+        return run.steps(len(self.processes.share(self.require_windows().split(batch))))
 
     def require_windows(self) -> Tensor:
         """Calibration text, which the caller of a method that needs it has to give."""
