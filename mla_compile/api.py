@@ -30,6 +30,7 @@ from mla_compile.deepseek import require_expressible, with_preset
 from mla_compile.encoders import CompiledEncoder, compile_encoder, is_encoder, require_encoder
 from mla_compile.errors import QualityGateError, RefusedError, UsageError
 from mla_compile.evaluate import longest_window, original_scorer, streamed_perplexity
+from mla_compile.gguf_file import check_gguf, write_gguf
 from mla_compile.passes.converted import converted_logits, original_logits
 from mla_compile.passes.gauge import balanced
 from mla_compile.passes.layer_errors import layer_errors
@@ -208,6 +209,27 @@ class CompiledModel:
             stages=Stages(display),
         )
 
+    def to_gguf(self, path: str | Path, *, force: bool = False, display: Display | None = None) -> Report:
+        """Write the model as a file for llama.cpp, with ``report.json`` beside it.
+
+        The model must have been converted with ``layout="deepseek"``. The file appears under its name only after stock
+        transformers, and llama.cpp where llama-cpp-python is installed, reproduced the PyTorch module with it.
+
+        Args:
+            path: A ``.gguf`` file.
+            force: Replace an existing file.
+            display: Shows progress.
+
+        Raises:
+            UsageError: The path cannot be written, something exists there, or the layout is another.
+            LoadError: The model has no configuration.
+            RefusedError: llama.cpp has no place for something in it, or no such tokenizer.
+            VerificationError: Stock transformers or llama.cpp computes something else.
+        """
+        return write_gguf(
+            self.module, self.report, self.assets, Path(path), self.checks, force=force, stages=Stages(display)
+        )
+
 
 def compile(
     model: nn.Module | ExportedProgram | str | Path,
@@ -291,7 +313,7 @@ def compile(
         if engine is not None:
             check_tensorrt(out, force)
         else:
-            (check_folder if config.format == "deepseek" else check_target)(out, force)
+            _check_out(out, config.format, force)
     documents = read_text(calibration)
     processes = join_processes() if share else Processes()
     if processes.count > 1 and finetune is not None:
@@ -324,7 +346,7 @@ def compile(
         return compile_encoder(loaded, found, config, check=check, stages=stages)
     program = require_causal(loaded, found)
     sites, kept = found.sites, found.rejections
-    if config.format == "deepseek":
+    if config.for_stock_code:
         require_expressible(sites, kept)
         require_blocks(program, sites)
         config = with_preset(config, sites[0])
@@ -373,6 +395,7 @@ def compile(
         sites=tuple(sites),
         kept=kept,
         plans=plans,
+        widths=tuple(task.widths),
         bytes_per_element=torch.float32.itemsize,
         selection=config.selection if config.method == "mha2mla" else config.method,
         stages=(),
@@ -549,6 +572,22 @@ def require_causal(program: AnyProgram, found: Recognition) -> Program:
         f"'{program.source}' is no causal language model: some of its attention is {' and '.join(kinds)}.",
         remedy or "Run 'mla-compile inspect' for the whole table.",
     )
+
+
+def _check_out(out: Path, format: str, force: bool) -> None:
+    """Refuse a place where what is asked for cannot be written.
+
+    Raises:
+        UsageError: The name is that of something else, exists already, or cannot be written.
+    """
+    if format == "gguf":
+        check_gguf(out, force)
+    elif format == "deepseek":
+        check_folder(out, force)
+    elif format == "hf" and out.suffix:
+        raise UsageError(f"'{out}' names a file, and the format hf is a folder.", "Name a folder without a suffix.")
+    else:
+        check_target(out, force)
 
 
 def _require_text(config: CompileConfig, calibration: Text | None) -> None:

@@ -32,6 +32,7 @@ from mla_compile.passes.lower_onnx import (
 from mla_compile.program import Assets
 from mla_compile.progress import Stages
 from mla_compile.report import Report, environment
+from mla_compile.report_page import PAGE, render_page, write_report
 from mla_compile.runtime.module import LatentModel, LatentSeq2Seq, LowRankModel
 from mla_compile.seq2seq_report import Seq2SeqReport
 
@@ -53,6 +54,7 @@ __all__ = [
     "write_encoder_onnx",
     "write_folder",
     "write_onnx",
+    "write_page",
     "write_seq2seq_onnx",
 ]
 
@@ -83,7 +85,7 @@ def check_target(path: Path, force: bool) -> None:
     if path.suffix and path.suffix != ".onnx":
         raise UsageError(
             f"'{path}' does not say what to write: '{path.suffix}' is not known.",
-            "Name a .onnx or .plan file, or a folder without a suffix.",
+            "Name a .onnx, .plan or .gguf file, or a folder without a suffix.",
         )
     if path.suffix == ".onnx" and importlib.util.find_spec("onnxruntime") is None:
         raise UsageError(
@@ -158,7 +160,7 @@ def check_neighbours(path: Path, source: str, assets: Assets, force: bool) -> No
         UsageError: Configuration, tokenizer or report of something else lies where this model's would go, or it is the
             folder of the original, which is never written to.
     """
-    folder = path.parent if path.suffix in (".onnx", ".plan") else path
+    folder = path.parent if path.suffix in (".onnx", ".plan", ".gguf") else path
     if Path(source).is_dir() and folder.exists() and folder.samefile(source):
         raise UsageError(f"'{folder}' is the folder of the original model.", "Choose another folder.")
     if force:
@@ -169,9 +171,11 @@ def check_neighbours(path: Path, source: str, assets: Assets, force: bool) -> No
             old = folder / new.name
             if old.is_file() and old.read_bytes() != new.read_bytes():
                 raise _belongs_to_another(old)
-    report = folder / "report.json"
+    report, page = folder / "report.json", folder / PAGE
     if report.is_file() and not _is_report(report):
         raise _belongs_to_another(report)
+    if page.is_file() and not report.is_file():
+        raise _belongs_to_another(page)
 
 
 def _check_onnx_target(path: Path, source: str, assets: Assets, force: bool) -> None:
@@ -477,8 +481,29 @@ def finished(report: _AnyReport, folder: Path, stages: Stages) -> _AnyReport:
     """Complete a report with the sizes of what lies in its folder, and write it there."""
     sizes = {p.name: p.stat().st_size for p in sorted(folder.iterdir())}
     report = dataclasses.replace(report, artifacts=sizes, stages=(*report.stages, *stages.timings))
-    (folder / "report.json").write_text(report.to_json(), encoding="utf-8")
+    write_report(report.to_dict(), folder)
     return report
+
+
+def write_page(report: Mapping[str, Any], out: Path, measurement: Mapping[str, Any] | None, force: bool) -> None:
+    """Write the page of a report.
+
+    Args:
+        report: What was read of a ``report.json``.
+        out: The ``.html`` file.
+        measurement: What ``mla-compile eval --json`` printed, or None.
+        force: Replace an existing file.
+
+    Raises:
+        UsageError: The name is not that of a page, exists already, or its folder cannot be written.
+    """
+    if out.suffix != ".html":
+        raise UsageError(f"'{out}' is not named like a page.", "Name it with the suffix .html.")
+    if out.is_dir():
+        raise UsageError(f"'{out}' is a folder.", "Name a .html file.")
+    check_place(out, force)
+    with moved_into(out.parent) as folder:
+        (folder / out.name).write_text(render_page(report, measurement), encoding="utf-8")
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from mla_compile.report import Report
 from mla_compile.runtime.module import LatentModel
 from mla_compile.site import AttentionSite
 
-__all__ = ["Checkpoint", "require_blocks", "stock_checkpoint"]
+__all__ = ["Checkpoint", "require_blocks", "stock_checkpoint", "stock_rotation"]
 
 _Any = TypeVar("_Any")
 
@@ -258,19 +258,38 @@ def _stock(layers: Sequence[_Layer], weights: Mapping[str, Tensor], report: Repo
         config.q_lora_rank = config.hidden_size + 1
     with torch.device("meta"):
         model = code.DeepseekV3ForCausalLM(config)
-    rotation = code.DeepseekV3RotaryEmbedding(config)
-    attention = model.model.layers[0].self_attn
-    eps = float(attention.kv_a_layernorm.variance_epsilon)
+    table, rope_factor, scale = _rotation(config)
+    eps = float(model.model.layers[0].self_attn.kv_a_layernorm.variance_epsilon)
     config.rms_norm_eps = eps
     return _Stock(
         config=config,
         shapes={name: value.shape for name, value in sorted(model.state_dict().items())},
-        table=tuple(rotation.inv_freq.tolist()),
-        rope_factor=float(rotation.attention_scaling),
-        scale=float(attention.scaling),
+        table=table,
+        rope_factor=rope_factor,
+        scale=scale,
         eps=eps,
         residual=math.sqrt(eps / float(given["rms_norm_eps"])),
     )
+
+
+def stock_rotation(config: Mapping[str, Any]) -> tuple[tuple[float, ...], float, float]:
+    """Frequencies of the rope key, factor of rotations and factor of logits that stock transformers computes with.
+
+    Args:
+        config: Content of ``config.json``.
+    """
+    from transformers import DeepseekV3Config
+
+    return _rotation(DeepseekV3Config.from_dict(dict(config)))
+
+
+def _rotation(config: Any) -> tuple[tuple[float, ...], float, float]:  # noqa: ANN401 - transformers' own
+    from transformers.models.deepseek_v3 import modeling_deepseek_v3 as code
+
+    rotation = code.DeepseekV3RotaryEmbedding(config)
+    with torch.device("meta"):
+        scale = float(code.DeepseekV3Attention(config, 0).scaling)
+    return tuple(rotation.inv_freq.tolist()), float(rotation.attention_scaling), scale
 
 
 def _configure(

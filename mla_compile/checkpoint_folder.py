@@ -32,7 +32,7 @@ from mla_compile.runtime.generate import generate
 from mla_compile.runtime.module import LatentModel
 from mla_compile.verify import TOLERANCE, TorchDecoder
 
-__all__ = ["DEFAULT_SHARD", "check_folder", "verify_folder", "write_checkpoint"]
+__all__ = ["DEFAULT_SHARD", "Expected", "check_folder", "read_expected", "verify_folder", "write_checkpoint"]
 
 DEFAULT_SHARD = 5 * 10**9
 """Bytes per file of weights, at most."""
@@ -45,7 +45,7 @@ _EXPECTED, _WEIGHTS = "expected.npz", "model.safetensors"
 
 
 @dataclass(frozen=True)
-class _Expected:
+class Expected:
     """What the converted module answered.
 
     Attributes:
@@ -151,16 +151,23 @@ def verify_folder(folder: Path) -> tuple[float, float]:
         LoadError: It is no such folder, or cannot be loaded.
         VerificationError: It answers something else.
     """
-    try:
-        with np.load(folder / _EXPECTED, allow_pickle=False) as kept:
-            ids, logits = (torch.from_numpy(kept[name]) for name in ("ids", "logits"))
-            expected = _Expected(ids, int(kept["greedy"]), logits)
-    except (OSError, ValueError, KeyError) as error:
+    expected = read_expected(folder)
+    if expected is None:
         raise LoadError(
             f"'{folder}' holds no '{_EXPECTED}' with the answers to compare with.",
             "Give a folder written by mla-compile with --format deepseek.",
-        ) from error
+        )
     return _compare(folder, expected, "Copy the folder again, or convert the model again.")
+
+
+def read_expected(folder: Path) -> Expected | None:
+    """What the converted module answered, as :func:`write_checkpoint` keeps it; None where there is nothing to read."""
+    try:
+        with np.load(folder / _EXPECTED, allow_pickle=False) as kept:
+            ids, logits = (torch.from_numpy(kept[name]) for name in ("ids", "logits"))
+            return Expected(ids, int(kept["greedy"]), logits)
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def _write_weights(checkpoint: Checkpoint, folder: Path, limit: int) -> None:
@@ -194,7 +201,7 @@ def _cut(shapes: Mapping[str, torch.Size], limit: int) -> Iterator[list[str]]:
     yield names
 
 
-def _answers(module: LatentModel, checks: Tensor | None, checkpoint: Checkpoint) -> _Expected:
+def _answers(module: LatentModel, checks: Tensor | None, checkpoint: Checkpoint) -> Expected:
     """What the module says on some text, and how it goes on."""
     if checks is None:
         vocabulary = int(checkpoint.config["vocab_size"])
@@ -205,15 +212,15 @@ def _answers(module: LatentModel, checks: Tensor | None, checkpoint: Checkpoint)
     ids = torch.tensor(prompt + generate(TorchDecoder(module), [prompt], count)[0])
     with torch.inference_mode():
         logits = module(ids[None]).logits[0].float()
-    return _Expected(ids, count, logits[-max(count + 1, _KEPT // logits.shape[1]) :].clone())
+    return Expected(ids, count, logits[-max(count + 1, _KEPT // logits.shape[1]) :].clone())
 
 
-def _keep(expected: _Expected, folder: Path) -> None:
+def _keep(expected: Expected, folder: Path) -> None:
     values: dict[str, Any] = {"ids": expected.ids.numpy(), "greedy": expected.greedy, "logits": expected.logits.numpy()}
     np.savez(folder / _EXPECTED, **values)
 
 
-def _compare(folder: Path, expected: _Expected, remedy: str) -> tuple[float, float]:
+def _compare(folder: Path, expected: Expected, remedy: str) -> tuple[float, float]:
     """Relative error of a folder's logits in stock transformers, and the share of equal greedy tokens.
 
     Logits are those of the whole text at once, and of its last part token by token with a cache. Where they pass, other

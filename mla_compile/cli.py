@@ -182,8 +182,8 @@ Encoders = Annotated[
 Format = Annotated[
     str,
     typer.Option(
-        help="What to write: auto is what the name of --out says, deepseek a folder that stock transformers loads as "
-        "DeepSeek-V3 (and takes --layout deepseek).",
+        help="What to write: auto is what the name of --out says, hf a folder that mla_compile.load reads, deepseek a "
+        "folder that stock transformers loads as DeepSeek-V3, gguf a file for llama.cpp (both take --layout deepseek).",
         rich_help_panel=_OUTPUT,
     ),
 ]
@@ -296,7 +296,8 @@ def convert(
     out: Annotated[
         Path,
         typer.Option(
-            help="A .onnx file, a folder for the PyTorch module, or a .plan file for a TensorRT engine.",
+            help="A .onnx file, a folder for the PyTorch module, a .plan file for a TensorRT engine, or a .gguf file "
+            "for llama.cpp.",
             rich_help_panel=_OUTPUT,
         ),
     ],
@@ -364,10 +365,12 @@ def convert(
 
     if finetune is None and finetune_tokens is not None:
         raise UsageError("--finetune-tokens counts tokens of --finetune TEXT, and none was given.", "Add --finetune.")
+    if format == "auto" and out.suffix == ".gguf":
+        format = "gguf"
     for_tensorrt = _is_for_tensorrt(out, target, format)
     config = make_config(
         method=method,
-        layout="deepseek" if format == "deepseek" else layout,
+        layout="deepseek" if format in ("deepseek", "gguf") else layout,
         format=format,
         preset=preset,
         selection=selection,
@@ -425,6 +428,8 @@ def convert(
         report: Report | EncoderReport | Seq2SeqReport
         if config.format == "deepseek" and isinstance(compiled, api.CompiledModel):
             report = compiled.to_deepseek(out, shard_bytes=int(shard_size * 1e9), force=force, display=shown)
+        elif config.format == "gguf" and isinstance(compiled, api.CompiledModel):
+            report = compiled.to_gguf(out, force=force, display=shown)
         elif for_tensorrt and isinstance(compiled, api.CompiledModel):
             report = compiled.to_tensorrt(out, engine, force=force, display=shown)
         elif out.suffix == ".onnx":
@@ -454,8 +459,8 @@ def _is_for_tensorrt(out: Path, target: str, format: str) -> bool:
     if target not in ("auto", "tensorrt"):
         raise UsageError(f"--target {target} is not one of auto, tensorrt.", "Give one of them.")
     wanted = target == "tensorrt" or out.suffix == ".plan"
-    if wanted and format == "deepseek":
-        raise UsageError("A DeepSeek checkpoint is not for TensorRT.", "Leave --format or --target out.")
+    if wanted and format != "auto":
+        raise UsageError(f"The format {format} is not for TensorRT.", "Leave --format or --target out.")
     return wanted
 
 
@@ -854,8 +859,11 @@ def fine_tune(
 
 @app.command()
 def export(
-    folder: Annotated[Path, typer.Argument(help="A folder written by 'convert' or 'finetune'.")],
-    out: Annotated[Path, typer.Option(help="The .onnx file to write.", rich_help_panel=_OUTPUT)],
+    folder: Annotated[
+        Path,
+        typer.Argument(help="A folder written by 'convert' or 'finetune'; for .gguf one of --format deepseek."),
+    ],
+    out: Annotated[Path, typer.Option(help="The .onnx or .gguf file to write.", rich_help_panel=_OUTPUT)],
     opset: Opset = None,
     cache: CacheKind = "dynamic",
     cache_type: CacheType = "float32",
@@ -863,10 +871,22 @@ def export(
     force: Annotated[bool, typer.Option("--force", help="Replace existing files.", rich_help_panel=_OUTPUT)] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a saved model as ONNX, compared in ONNX Runtime with the PyTorch module."""
+    """Write a saved model as ONNX, checked in ONNX Runtime, or a DeepSeek checkpoint as GGUF, checked in llama.cpp."""
     from mla_compile import display
     from mla_compile.config import make_config
     from mla_compile.saved import open_saved, write_saved_onnx
+
+    if out.suffix == ".gguf":
+        from mla_compile.gguf_file import export_gguf
+
+        if (opset, cache, cache_type, inline) != (None, "dynamic", "float32", False):
+            raise UsageError("Options of ONNX files were given for a GGUF file.", "Leave them out.")
+        error = export_gguf(folder, out, force=force)
+        if as_json:
+            typer.echo(json.dumps({"llama_cpp_error": error}))
+        else:
+            display.show_gguf(out, error)
+        return
 
     # Others are refused before anything is read.
     config = make_config(opset=opset, cache=cache, cache_type=cache_type, inline=inline)
@@ -974,22 +994,46 @@ def build_plugin(
 
 @app.command()
 def verify(
-    folder: Annotated[Path, typer.Argument(help="A folder written with --format deepseek.")],
+    checkpoint: Annotated[Path, typer.Argument(help="A folder written with --format deepseek, or a .gguf file.")],
     as_json: AsJson = False,
 ) -> None:
-    """Check a DeepSeek checkpoint: stock transformers against what the converted module answered."""
+    """Check a DeepSeek checkpoint: stock transformers, or llama.cpp, against what the converted module answered."""
     from mla_compile import display
     from mla_compile.checkpoint_folder import verify_folder
+    from mla_compile.gguf_file import verify_gguf
 
-    error, greedy = verify_folder(folder)
+    error, greedy = (verify_gguf if checkpoint.suffix == ".gguf" else verify_folder)(checkpoint)
     if as_json:
         typer.echo(json.dumps({"error": error, "greedy": greedy}))
     else:
-        display.show_check(folder, error, greedy)
+        display.show_check(checkpoint, error, greedy)
+
+
+@app.command()
+def report(
+    source: Annotated[Path, typer.Argument(help="A report.json, or the folder that it is in.")],
+    measurement: Annotated[
+        Path | None,
+        typer.Option("--eval", help="What 'eval ... --original MODEL --json' printed: draws quality over cache kept."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The .html file to write.", show_default="report.html beside it", rich_help_panel=_OUTPUT),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace existing files.", rich_help_panel=_OUTPUT)] = False,
+) -> None:
+    """Draw the report of a conversion as one page; every conversion writes one, this draws it again."""
+    from mla_compile.artifacts import write_page
+    from mla_compile.report_page import PAGE, read_measurement, read_report
+
+    found = read_report(source)
+    page = out or (source if source.is_dir() else source.parent) / PAGE
+    write_page(found, page, None if measurement is None else read_measurement(measurement), force)
+    typer.echo(str(page))
 
 
 _COMMANDS = frozenset(
-    {"convert", "inspect", "plan", "run", "eval", "verify", "tensorrt", "build-plugin", "finetune", "export"}
+    {"convert", "inspect", "plan", "run", "eval", "verify", "tensorrt", "build-plugin", "finetune", "export", "report"}
 )
 
 

@@ -34,8 +34,9 @@ class CompileConfig(BaseModel):
         uniform_rank: The same latent rank in all layers: the one that fits the smallest of them.
         layout: What caches may look like (``fisher``, ``transmla``): ``free``, or ``deepseek`` for what a stock
             DeepSeek-V3 checkpoint can express: one rank, and one even table of frequencies with one component each.
-        format: What will be written: ``auto`` is what the name of the file or folder says, ``deepseek`` a folder with
-            such a checkpoint.
+        format: What will be written: ``auto`` is what the name of the file or folder says, ``hf`` a folder that
+            :func:`mla_compile.load` reads, ``deepseek`` a folder with a DeepSeek-V3 checkpoint, ``gguf`` a file for
+            llama.cpp made of one.
         preset: ``flashmla`` fills such a checkpoint up with zeros to the sizes that FlashMLA is written for, and asks
             for these sizes where no others are given.
         exact: Keep every rotating channel and the full rank: the result must equal the original.
@@ -65,7 +66,7 @@ class CompileConfig(BaseModel):
     kv_rank: int | None = Field(default=None, ge=1)
     uniform_rank: bool = False
     layout: Literal["free", "deepseek"] = "free"
-    format: Literal["auto", "deepseek"] = "auto"
+    format: Literal["auto", "hf", "deepseek", "gguf"] = "auto"
     preset: Literal["none", "flashmla"] = "none"
     exact: bool = False
     gradients: bool = True
@@ -84,6 +85,11 @@ class CompileConfig(BaseModel):
     def _opset_of_the_cache(cls, given: dict[str, Any]) -> dict[str, Any]:
         opset = given.get("opset") or (24 if given.get("cache") == "static" else 23)
         return {**given, "opset": opset}
+
+    @property
+    def for_stock_code(self) -> bool:
+        """Whether a DeepSeek-V3 checkpoint will be written, as a folder or as a file."""
+        return self.format in ("deepseek", "gguf")
 
     @property
     def chosen_method(self) -> str:
@@ -107,9 +113,9 @@ class CompileConfig(BaseModel):
 
     @model_validator(mode="after")
     def _settings_of_the_layout(self) -> CompileConfig:
-        if self.format == "deepseek" and self.layout == "free":
-            raise ValueError("the format deepseek needs the layout deepseek")
-        if self.preset != "none" and self.format != "deepseek":
+        if self.for_stock_code and self.layout == "free":
+            raise ValueError(f"the format {self.format} needs the layout deepseek")
+        if self.preset != "none" and not self.for_stock_code:
             raise ValueError(f"the preset {self.preset} belongs to the format deepseek")
         if self.layout == "free":
             return self
@@ -126,8 +132,8 @@ class CompileConfig(BaseModel):
     def _settings_of_the_file(self) -> CompileConfig:
         if self.cache == "static" and self.opset < 24:
             raise ValueError("a static cache needs opset 24, whose TensorScatter writes it")
-        if self.cache_type == "int8" and self.format == "deepseek":
-            raise ValueError("int8 caches are of ONNX files, and the format deepseek is a checkpoint")
+        if self.cache_type == "int8" and self.for_stock_code:
+            raise ValueError(f"int8 caches are of ONNX files, and the format {self.format} is a checkpoint")
         return self
 
     @model_validator(mode="after")

@@ -8,12 +8,21 @@ Pure arithmetic on sites and plans; no weights.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from mla_compile.plan import LatentPlan
 from mla_compile.site import AttentionSite
 
-__all__ = ["MACHINES", "DecodeStep", "LayerCost", "Machine", "StepCost", "decode_costs", "slower_layers"]
+__all__ = [
+    "MACHINES",
+    "DecodeStep",
+    "LayerCost",
+    "Machine",
+    "StepCost",
+    "decode_costs",
+    "slower_layers",
+    "summed_costs",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +136,26 @@ def decode_costs(
         speedup = before.seconds(step, machine.plain) / after.seconds(step, machine.folded)
         costs.append(LayerCost(site.path, before, after, speedup))
     return tuple(costs)
+
+
+def summed_costs(costs: Sequence[LayerCost], step: DecodeStep) -> dict[str, dict[str, float]]:
+    """A step of all layers together, as data: what it reads, computes and takes, ``before`` and ``after``.
+
+    Args:
+        costs: Those of every layer.
+        step: What they were estimated for.
+    """
+    sides = {
+        "before": ([c.before for c in costs], step.machine.plain),
+        "after": ([c.after for c in costs], step.machine.folded),
+    }
+    return {
+        side: {
+            **{f.name: sum(getattr(part, f.name) for part in parts) for f in fields(StepCost)},
+            "seconds": sum(part.seconds(step, rate) for part in parts),
+        }
+        for side, (parts, rate) in sides.items()
+    }
 
 
 def slower_layers(costs: Sequence[LayerCost], step: DecodeStep) -> str | None:

@@ -322,6 +322,8 @@ def show_report(report: Report, out: Path) -> None:
             ["transformers vs PyTorch", f"{c.error:.1e}, greedy {c.greedy:.0%} equal"],
             ["norm of the latent changes it by", f"{c.norm_error:.1e} at most"],
         ]
+        if c.llama_cpp_error is not None:
+            rows.append(["llama.cpp vs PyTorch", f"{c.llama_cpp_error:.1e}"])
     rows.append(["written", f"{out} ({sum(report.artifacts.values()) / 2**20:.1f} MiB)"])
     _print_table(report.source, ["", "result"], rows)
     _show_errors(report)
@@ -373,6 +375,16 @@ def show_check(folder: Path, error: float, greedy: float) -> None:
     """How a checkpoint answers."""
     rows = [["logits vs the converted module", f"{error:.1e}"], ["greedy tokens", f"{greedy:.0%} equal"]]
     _print_table(str(folder), ["", "result"], rows)
+
+
+def show_gguf(out: Path, error: float | None) -> None:
+    """A file for llama.cpp, and how it was checked."""
+    checked = (
+        f"in llama.cpp it equals the converted module (largest relative difference {error:.1e})"
+        if error is not None
+        else "it was not checked, for want of llama-cpp-python or of answers in the folder"
+    )
+    print(f"{out}: {checked}.")  # noqa: T201
 
 
 def show_written(written: Written) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from mla_compile.cost import MACHINES, DecodeStep, decode_costs, summed_costs
 from mla_compile.deepseek import DeepSeekShape
 from mla_compile.plan import LatentPlan, cache_elements
 from mla_compile.progress import StageTiming
@@ -31,6 +32,8 @@ __all__ = [
     "summarise_site",
 ]
 
+_CONTEXTS = (512, 4096, 16384)
+"""Tokens in the cache for which the time of a step is estimated."""
 _PACKAGES = ("mla-compile", "torch", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "numpy")
 
 
@@ -111,11 +114,14 @@ class LayerForecast:
         rope_own: Whether each carries pairs of that frequency only; others have pairs of other frequencies attached.
         predicted_loss: Loss of rope and latent together, in nats per token to second order; None where the method does
             not count in these units.
+        spectrum: Ranks, and what a latent of each would leave out: as shares of all that it could carry, by the
+            method's own measure. Empty where the method does not know.
     """
 
     rope_frequencies: tuple[float, ...]
     rope_own: tuple[bool, ...]
     predicted_loss: float | None = None
+    spectrum: tuple[tuple[int, float], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The forecast as JSON-able data."""
@@ -123,6 +129,7 @@ class LayerForecast:
             "rope_frequencies": list(self.rope_frequencies),
             "rope_own": list(self.rope_own),
             "predicted_loss": self.predicted_loss,
+            "spectrum": [list(point) for point in self.spectrum],
         }
 
 
@@ -199,6 +206,7 @@ class CheckpointFacts:
         error: Stock transformers against the converted PyTorch module: ``max |difference| / max |logit|``.
         greedy: Equal greedy tokens of the two, as a fraction.
         caveats: Why engines other than transformers would compute something else.
+        llama_cpp_error: llama.cpp against the converted module, likewise; None where it did not run.
     """
 
     latent: int
@@ -208,6 +216,7 @@ class CheckpointFacts:
     error: float
     greedy: float
     caveats: tuple[str, ...] = ()
+    llama_cpp_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -220,6 +229,7 @@ class Report:
         sites: The converted layers.
         plans: Their latent shapes.
         kept: Layers that were not converted, and why.
+        widths: Input width of the converted layers' projections, where the time of a step is to be estimated.
         bytes_per_element: Size of one cached number.
         selection: The rotary selection used, or the method where that chooses components itself.
         stages: Times and memory peaks.
@@ -253,6 +263,7 @@ class Report:
     warnings: tuple[str, ...] = ()
     artifacts: Mapping[str, int] = field(default_factory=dict)
     kept: tuple[Rejection, ...] = ()
+    widths: tuple[int, ...] = ()
 
     @property
     def _kept_elements(self) -> int:
@@ -265,6 +276,13 @@ class Report:
     @property
     def _forecast_layers(self) -> list[dict[str, Any]]:
         return [f.to_dict() for f in self.forecasts] or [{} for _ in self.sites]
+
+    @property
+    def _steps(self) -> list[dict[str, Any]]:
+        """Decoding steps of all converted layers together, estimated."""
+        steps = [DecodeStep(machine, context) for machine in MACHINES.values() for context in _CONTEXTS]
+        costs = [summed_costs(decode_costs(self.sites, self.plans, self.widths, step), step) for step in steps]
+        return [dataclasses.asdict(step) | cost for step, cost in zip(steps, costs, strict=True)]
 
     @property
     def cache_bytes_before(self) -> int:
@@ -306,12 +324,14 @@ class Report:
             "layers": [
                 summarise_site(s)
                 | dataclasses.asdict(p)
+                | {"rope_frequencies_before": list(s.rope.inv_freq)}
                 | forecast
                 | {"elements_after": p.elements_after, "measured": measured}
                 for s, p, forecast, measured in zip(
                     self.sites, self.plans, self._forecast_layers, self._measured_layers, strict=True
                 )
             ],
+            "decode_steps": self._steps if self.widths else [],
             "deepseek": dataclasses.asdict(self.deepseek) if self.deepseek else None,
             "checkpoint": dataclasses.asdict(self.checkpoint) if self.checkpoint else None,
             "kept": [summarise_site(r) for r in self.kept],

@@ -20,6 +20,7 @@ from mla_compile.passes.lower_onnx import export_rewritten, lower_to_onnx
 from mla_compile.plan import LatentPlan
 from mla_compile.program import Assets
 from mla_compile.report import Training
+from mla_compile.report_page import write_report
 from mla_compile.runtime.module import LatentModel
 from mla_compile.runtime.onnx_quantised import quantised_bytes
 from mla_compile.runtime.onnx_session import OnnxDecoder
@@ -148,5 +149,5 @@ def write_saved_onnx(saved: Saved, path: Path, form: CompileConfig, *, force: bo
 def _finished(report: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Complete a report with what lies in its folder, and write it there."""
     report = {**report, "artifacts": {p.name: p.stat().st_size for p in sorted(folder.iterdir())}}
-    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_report(report, folder)
     return report

@@ -26,7 +26,7 @@ from mla_compile.passes.rope_split import RopeSplit, split_rope
 from mla_compile.passes.search import Divergence, Shares, search_shares
 from mla_compile.passes.sizes import LayerSizes, same_ranks, shared_ranks, split_budget
 from mla_compile.passes.statistics import SiteStatistics, key_weighting
-from mla_compile.passes.task import Choice, Task
+from mla_compile.passes.task import Choice, Task, left_out
 from mla_compile.passes.weights import SiteWeights
 from mla_compile.plan import shared_rope_plan
 from mla_compile.report import LayerForecast
@@ -234,12 +234,15 @@ def fisher(task: Task) -> Choice:
         shared_rope_plan(layer.site, layer.width, s.components, s.rank) for layer, s in zip(layers, sizes, strict=True)
     )
     splits = [parts(index, s.components, s.own)[0] for index, s in enumerate(sizes)]
-    losses = [
-        split.loss + float(cost[s.rank :].sum()) for split, cost, s in zip(splits, costs(sizes), sizes, strict=True)
-    ]
-    forecasts = tuple(  # without gradients losses have no unit
-        LayerForecast(tuple(split.inv_freq.tolist()), split.own, predicted if config.gradients else None)
-        for split, predicted in zip(splits, losses, strict=True)
+    forecasts = tuple(
+        LayerForecast(
+            tuple(split.inv_freq.tolist()),
+            split.own,
+            # without gradients losses have no unit
+            split.loss + float(cost[s.rank :].sum()) if config.gradients else None,
+            left_out(cost),
+        )
+        for split, cost, s in zip(splits, costs(sizes), sizes, strict=True)
     )
     shape = deepseek_shape(task.sites[0], plans[0].rope_dims, plans[0].kv_rank) if even else None
     return Choice(plans, weights, forecasts, shape, measured.notes)

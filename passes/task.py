@@ -28,10 +28,12 @@ from mla_compile.runtime.module import LatentModel
 from mla_compile.site import AttentionSite, Rejection
 from mla_compile.statistics_cache import StatisticsCache
 
-__all__ = ["BATCH", "Choice", "Method", "Task", "unpredicted"]
+__all__ = ["BATCH", "Choice", "Method", "Task", "left_out", "unpredicted"]
 
 BATCH = 4
 """Windows per pass over calibration text."""
+_POINTS = 64
+"""Ranks at which a spectrum is kept, about."""
 
 
 @dataclass(frozen=True)
@@ -109,15 +111,35 @@ class Choice:
     notes: tuple[str, ...] = ()
 
 
-def unpredicted(weights: Sequence[LatentWeights], *, own: bool) -> tuple[LayerForecast, ...]:
+def unpredicted(
+    weights: Sequence[LatentWeights], *, own: bool, worth: Sequence[Tensor] | None = None
+) -> tuple[LayerForecast, ...]:
     """Forecasts of a method that does not count in units of the loss.
 
     Args:
         weights: Latent weights of every site.
         own: Whether components carry pairs of their own frequency only.
+        worth: What every entry of every site's latent is worth, ``[k]`` falling, in any unit.
     """
     frequencies = [tuple(layer.inv_freq.flatten().tolist()) for layer in weights]
-    return tuple(LayerForecast(found, (own,) * len(found)) for found in frequencies)
+    spectra = [()] * len(weights) if worth is None else [left_out(w) for w in worth]
+    return tuple(
+        LayerForecast(found, (own,) * len(found), spectrum=spectrum)
+        for found, spectrum in zip(frequencies, spectra, strict=True)
+    )
+
+
+def left_out(worth: Tensor) -> tuple[tuple[int, float], ...]:
+    """Ranks, and the share of all that latents of each leave out.
+
+    Args:
+        worth: What every entry is worth, ``[k]`` falling.
+    """
+    behind = [*worth.flip(0).cumsum(0).flip(0).tolist(), 0.0]
+    if not behind[0]:
+        return ()
+    ranks = sorted({*range(0, len(behind), max(1, len(behind) // _POINTS)), len(behind) - 1})
+    return tuple((rank, behind[rank] / behind[0]) for rank in ranks)
 
 
 class Method(Protocol):

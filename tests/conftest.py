@@ -11,6 +11,7 @@ import hypothesis
 import models
 import pytest
 import torch
+from converted import Conversions
 from torch import nn
 
 from mla_compile.frontend import capture
@@ -75,6 +76,12 @@ def programs() -> Programs:
         "bidirectional": lambda: models.handwritten(models.BidirectionalGPT),
     }
     return Programs({**models.CONVERTIBLE, **refused})
+
+
+@pytest.fixture(scope="session")
+def conversions(programs: Programs) -> Conversions:
+    """Pico models converted for stock DeepSeek code; tests must leave them as they are."""
+    return Conversions(programs)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -30,6 +30,7 @@ from mla_compile.runtime.onnx_session import OnnxDecoder
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "examples" / "tiny-llama"
 ROUNDING = 1e-5  # of the largest logit; float32 through four layers in another order of operations
+REPORTS = {"report.json", "report.html"}
 TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json"}
 
 
@@ -140,8 +141,8 @@ def test_conversion_with_every_selection_and_factorisation(converted, selection,
     folder = path if path.is_dir() else path.parent
     written = {p.name: p.stat().st_size for p in folder.iterdir()}
     report = json.loads((folder / "report.json").read_text())
-    assert written.keys() == {"report.json", "config.json", "generation_config.json", *TOKENIZER_FILES, *files}
-    assert report["artifacts"] == {name: size for name, size in written.items() if name != "report.json"}
+    assert written.keys() == {*REPORTS, "config.json", "generation_config.json", *TOKENIZER_FILES, *files}
+    assert report["artifacts"] == {name: size for name, size in written.items() if name not in REPORTS}
 
     assert report["schema_version"] == 1
     assert (report["config"]["selection"], report["config"]["svd"]) == (selection, svd)
@@ -518,7 +519,7 @@ def test_ragged_batch_in_python(compiled):
 
 def test_saved_module_is_read_back(compiled, tmp_path):
     compiled.save(tmp_path / "folder")
-    expected = {"model.pt2", "mla_config.yaml", "report.json", "config.json", "generation_config.json"}
+    expected = {"model.pt2", "mla_config.yaml", *REPORTS, "config.json", "generation_config.json"}
     assert {p.name for p in (tmp_path / "folder").iterdir()} == expected | TOKENIZER_FILES
     back = mla_compile.load(tmp_path / "folder")
     ids = torch.randint(0, 1024, (3, 17), generator=torch.Generator().manual_seed(0))
