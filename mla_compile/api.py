@@ -33,13 +33,13 @@ from mla_compile.evaluate import longest_window, original_scorer, streamed_perpl
 from mla_compile.gguf_file import check_gguf, write_gguf
 from mla_compile.passes.converted import converted_logits, original_logits
 from mla_compile.passes.gauge import balanced
-from mla_compile.passes.layer_errors import layer_errors
+from mla_compile.passes.layer_errors import error_steps, layer_errors
 from mla_compile.passes.layerwise import Resources
 from mla_compile.passes.methods import METHODS, nothing_left_out
 from mla_compile.passes.polish import polish
 from mla_compile.passes.quantise_cache import check_quantisable
 from mla_compile.passes.recognise import Recognition, recognise
-from mla_compile.passes.task import Task
+from mla_compile.passes.task import BATCH, Task
 from mla_compile.passes.weights import input_width
 from mla_compile.plan import LatentPlan, clamped, plan_layers
 from mla_compile.processes import Processes, join_processes
@@ -369,7 +369,10 @@ def compile(
     ids = text.held_out[:4, :256] if text is not None else _random_ids(program, config)
     errors: tuple[LayerError, ...] = ()
     if text is not None:
-        with stages.stage("layers") as stage:
+        batches = text.held_out.split(BATCH)
+        with stages.stage(
+            "layers", error_steps(program, sites, batches, resources, gradients=config.gradients)
+        ) as stage:
             errors = layer_errors(
                 program,
                 sites,

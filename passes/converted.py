@@ -17,7 +17,7 @@ from mla_compile.program import Program
 from mla_compile.runtime.module import LatentModel, positions_from_mask
 from mla_compile.site import AttentionSite
 
-__all__ = ["BesideHook", "converted_logits", "latent_arguments", "original_logits", "side_by_side"]
+__all__ = ["BesideHook", "converted_logits", "latent_arguments", "original_logits", "side_by_side", "steps_beside"]
 
 _LATENT = torch.ops.mla.latent_attention.default
 Progress = Callable[[Iterable[Tensor]], Iterable[Tensor]]
@@ -134,6 +134,13 @@ def _by_forward(model: LatentModel, batches: Sequence[Tensor]) -> Iterator[Tenso
         with torch.no_grad():
             logits = model(ids).logits
         yield logits
+
+
+def steps_beside(
+    program: Program, sites: Sequence[AttentionSite], batches: Sequence[Tensor], resources: Resources
+) -> int:
+    """How many steps :func:`side_by_side` takes."""
+    return output_run(program, sites, _shape(batches), resources).steps(len(batches))
 
 
 def _latent_nodes(graph: fx.GraphModule) -> list[Node]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mla_compile.deepseek import deepseek_shape, require_expressible, require_table, rope_table
+from mla_compile.passes.converted import steps_beside
 from mla_compile.passes.factorise import LatentWeights
 from mla_compile.passes.gauge import balanced
 from mla_compile.passes.layers import measure_layers, no_room, rope_is_shifted
@@ -26,7 +27,7 @@ from mla_compile.passes.rope_split import RopeSplit, split_rope
 from mla_compile.passes.search import Divergence, Shares, search_shares
 from mla_compile.passes.sizes import LayerSizes, same_ranks, shared_ranks, split_budget
 from mla_compile.passes.statistics import SiteStatistics, key_weighting
-from mla_compile.passes.task import Choice, Task, left_out
+from mla_compile.passes.task import BATCH, Choice, Task, left_out
 from mla_compile.passes.weights import SiteWeights
 from mla_compile.plan import shared_rope_plan
 from mla_compile.report import LayerForecast
@@ -224,7 +225,8 @@ def fisher(task: Task) -> Choice:
             sizes = min(sizes, shared_ranks(layers, config, sizes, costs(sizes)), key=loss)
     weights = weights_of(sizes)
     model = task.rewrite(weights)
-    with task.stages.stage("refit") as stage:
+    steps = steps_beside(task.program, task.sites, windows.split(BATCH), task.resources)
+    with task.stages.stage("refit", steps) as stage:
         refitted = refit_values(
             task.program, task.sites, weights, model, windows, resources=task.resources, progress=stage.each
         )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mla_compile.passes.activations import SiteRun
-from mla_compile.passes.converted import side_by_side
+from mla_compile.passes.converted import side_by_side, steps_beside
 from mla_compile.passes.factorise import LatentWeights
 from mla_compile.passes.kept import kept_values
 from mla_compile.passes.layerwise import Resources
@@ -19,7 +19,23 @@ from mla_compile.report import LayerError
 from mla_compile.runtime.module import LatentModel
 from mla_compile.site import AttentionSite
 
-__all__ = ["layer_errors"]
+__all__ = ["error_steps", "layer_errors"]
+
+
+def error_steps(
+    program: Program,
+    sites: Sequence[AttentionSite],
+    batches: Sequence[Tensor],
+    resources: Resources,
+    *,
+    gradients: bool,
+) -> int:
+    """How many steps :func:`layer_errors` takes."""
+    beside = steps_beside(program, sites, batches, resources)
+    if not gradients:
+        return beside
+    shape = (int(batches[0].shape[0]), int(batches[0].shape[1]))
+    return beside + SiteRun(program, sites, shape, gradients=True, resources=resources).steps(len(batches))
 
 
 def layer_errors(

@@ -194,7 +194,9 @@ def value_bytes(node: Node, tokens: Node, batch: int, length: int) -> int:
         length: Tokens of each.
     """
     value = node.meta.get("val")
-    size = value.element_size() if isinstance(value, Tensor) else 0
+    size = 0
+    if isinstance(value, Tensor):  # narrow types are computed in float32
+        size = max(value.element_size(), 4) if value.is_floating_point() else value.element_size()
     return (_elements(node, tokens, batch, length) or 0) * size
 
 

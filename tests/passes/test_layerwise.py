@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import models
 import pytest
@@ -13,7 +18,9 @@ from mla_compile.config import make_config
 from mla_compile.errors import RefusedError, UsageError
 from mla_compile.passes.activations import SiteRun, observe_sites
 from mla_compile.passes.converted import converted_logits, original_logits
+from mla_compile.passes.fisher import fisher
 from mla_compile.passes.kept import KeptValues
+from mla_compile.passes.layer_errors import layer_errors
 from mla_compile.passes.layerwise import Resources
 from mla_compile.passes.methods import nothing_left_out
 from mla_compile.passes.recognise import recognise
@@ -22,6 +29,8 @@ from mla_compile.passes.task import Task
 
 LENGTH = 8
 IDS = torch.randint(0, zoo.VOCABULARY, (5, LENGTH), generator=torch.Generator().manual_seed(1))
+BOUND = 100.0
+"""MiB: some 60 of them are the statistics of 24 layers, which are the result; activations of a layer are some 10."""
 CUT = Resources(whole=0)
 ONE_BATCH = Resources(whole=0, kept=1)
 # The same operators on the same numbers; only autograd's sums of several gradients may be ordered otherwise.
@@ -176,6 +185,48 @@ def test_nothing_is_kept_behind_its_last_reader(programs, monkeypatch):
     batches = models.tokens(4, LENGTH).split(2)
     [*layered(captured.program, captured.sites, gradients=False).run(batches)]
     assert max(held) <= 2 + 1  # of two batches: what one segment reads, and one value of the next
+
+
+def test_a_conversion_layer_by_layer_is_that_of_the_whole(programs):
+    """Statistics, sizes that are tried, values that are refitted, errors of layers: everything that runs a model."""
+    captured, windows = programs["complex-llama"], models.tokens(12, LENGTH)
+    found = []
+    for resources in (Resources(), CUT):
+        config = make_config(method="fisher", kv_rank=12, rope_dims=8)
+        task = Task(captured.program, captured.sites, (), config, windows, resources=resources)
+        choice = fisher(task)
+        errors = layer_errors(
+            captured.program,
+            captured.sites,
+            choice.weights,
+            task.rewrite(choice.weights),
+            windows,
+            resources=resources,
+        )
+        found.append((choice, errors))
+    (whole, whole_errors), (cut, cut_errors) = found
+    assert cut.plans == whole.plans
+    for got, expected in zip(cut.weights, whole.weights, strict=True):
+        products = [w.key_up @ w.row[: w.key_up.shape[2]] for w in (got, expected)]  # signs of entries may differ
+        assert relative(*products) < 1e-4
+    for got, expected in zip(cut_errors, whole_errors, strict=True):
+        assert got.output == pytest.approx(expected.output, rel=1e-4)
+        assert got.loss == pytest.approx(expected.loss, rel=1e-4)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="anonymous memory is read from /proc")
+def test_memory_is_that_of_a_layer(tmp_path):
+    """A deep model with mapped weights: neither its weights nor all layers' activations are in memory at a time."""
+    script = str(Path(__file__).parent / "memory_worker.py")
+    # Memory that is freed goes back at once, so that it is not counted.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    command = [sys.executable, script, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["weights"] > 2.5 * BOUND
+    assert found["whole"] > 2 * BOUND  # the bound means something
+    assert found["layers"] < BOUND
 
 
 class SilentLM(zoo.TinyLM):
