@@ -5,9 +5,9 @@ Usage: python benchmarks/gpu.py [--quick] --json OUT
 In order: every kernel path against the CPU's form in float64, which the tests hold to the reference; a captured CUDA
 graph against the plain launch; where TensorRT is installed, engines of the bundled model with our kernels and without,
 against ONNX Runtime; the speed of a copy; and a table of decode attention: bytes of cache read per second as
-a share of the copy's, and the speed-up over the fastest of torch's attentions on the original model's heads. Lengths
-are equal; caches are larger than the L2 cache or take turns so that nothing is found there; times are medians of
-replayed CUDA graphs.
+a share of the copy's, and the speed-up over the fastest of torch's attentions on the original model's heads, or for
+latents of fewer bits over the same with 16. Lengths are equal; caches are larger than the L2 cache or take turns so that
+nothing is found there; times are medians of replayed CUDA graphs.
 
 A wrong number ends the command with an error; a slow one is a row that misses its goal.
 """
@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import mla_compile
-from mla_compile.runtime.kernels import LatentCache, RowLayout, append_latent, folded, latent_attention
+from mla_compile.runtime.kernels import Codes, LatentCache, RowLayout, append_latent, folded, latent_attention
 from mla_compile.runtime.tensorrt.engine import TensorRTDecoder, facts_path
 from mla_compile.runtime.tensorrt.engine_builder import EngineSettings
 
@@ -45,7 +45,11 @@ BUNDLED = Path(__file__).parents[1] / "examples" / "tiny-llama"
 
 @dataclass(frozen=True)
 class Shape:
-    """A conversion and what it replaces; ``goal`` is the share of the copy's speed at 128k cached tokens and more."""
+    """A conversion and what it replaces: an original's heads, or for codes latents of 16 bits.
+
+    At 128k cached tokens and more ``goal`` is the share of the copy's speed, and ``speedup`` how many times as fast as
+    what it replaces it should be; 0 where nothing was set.
+    """
 
     name: str
     layout: RowLayout
@@ -53,15 +57,18 @@ class Shape:
     goal: float
     kv_heads: int = 0
     head_dim: int = 128
-    quantised: bool = False
+    codes: Codes | None = None
+    speedup: float = 0.0
 
 
 SHAPES = (
-    Shape("Llama-2-7B 512+64", RowLayout(512, 1, 64), 32, 0.78, 32),
-    Shape("Llama-2-7B 256+32x8", RowLayout(256, 32, 8), 32, 0.72, 32),
-    Shape("Llama-3-8B 512+64", RowLayout(512, 1, 64), 32, 0.78, 8),
+    Shape("Llama-2-7B 512+64", RowLayout(512, 1, 64), 32, 0.78, 32, speedup=10),
+    Shape("Llama-2-7B 256+32x8", RowLayout(256, 32, 8), 32, 0.72, 32, speedup=11),
+    Shape("Llama-3-8B 512+64", RowLayout(512, 1, 64), 32, 0.78, 8, speedup=2.7),
     Shape("Llama-3-8B 512+8x16", RowLayout(512, 8, 16), 32, 0.72, 8),
-    Shape("512+64 int8", RowLayout(512, 1, 64), 32, 0.65, quantised=True),
+    Shape("512+64 int8", RowLayout(512, 1, 64), 32, 0.65, codes=Codes.INT8, speedup=1.35),
+    Shape("512+64 fp8", RowLayout(512, 1, 64), 32, 0.65, codes=Codes.FP8, speedup=1.35),
+    Shape("512+64 int4", RowLayout(512, 1, 64), 32, 0.45, codes=Codes.INT4, speedup=1.6),
     Shape("SmolLM-135M 48+3x8", RowLayout(48, 3, 8), 9, 0.55, 3, 64),
     Shape("SmolLM-135M 96+3x8", RowLayout(96, 3, 8), 9, 0.55, 3, 64),
     Shape("SmolLM-360M 160+5x8", RowLayout(160, 5, 8), 15, 0.55, 5, 64),
@@ -80,7 +87,7 @@ class Problem:
     lengths: tuple[int, ...] = (700, 1, 0, 333)
     page: int = PAGE
     dtype: torch.dtype = HALVES
-    quantised: bool = False
+    codes: Codes | None = None
     window: int = 0
     softcap: float = 0.0
     sinks: bool = False
@@ -96,9 +103,13 @@ def problems() -> Iterator[Problem]:
         heads = layout.rope_groups if layout.rope_groups > 1 else 16
         yield Problem(layout, heads, dtype=dtype)
         yield Problem(layout, heads, dtype=dtype, new=4, page=0, lengths=(700, 5, 4, 333))
-    for dtype in (torch.float16, HALVES):
-        for layout in (shared, RowLayout(96, 1, 32), scaled):
-            yield Problem(layout, 32, dtype=dtype, quantised=True)
+    for dtype, codes in itertools.product(TOLERANCE, Codes):
+        for layout in (shared, RowLayout(96, 1, 32), RowLayout(33, 1, 16), scaled):
+            yield Problem(layout, 32, dtype=dtype, codes=codes)
+    for codes in Codes:
+        yield Problem(
+            RowLayout(576, 1, 64), 16, dtype=torch.float16, new=4, page=0, lengths=(700, 5, 4, 333), codes=codes
+        )
     yield Problem(shared, 128, new=1)
     yield Problem(shared, 32, new=64, lengths=(2000, 64, 100, 333))
     yield Problem(shared, 32, lengths=(20_000, 1, 300, 0))
@@ -112,7 +123,7 @@ def problems() -> Iterator[Problem]:
 
 
 def random_cache(
-    layout: RowLayout, lengths: tuple[int, ...], page: int, dtype: torch.dtype, quantised: bool
+    layout: RowLayout, lengths: tuple[int, ...], page: int, dtype: torch.dtype, codes: Codes | None
 ) -> LatentCache:
     """A cache of NaN on the GPU, in shuffled pages or contiguous, that new rows are appended to."""
     batch, longest = len(lengths), max(*lengths, 1)
@@ -121,11 +132,11 @@ def random_cache(
     if page:
         table = torch.randperm(batch * pages, device="cuda").to(torch.int32).view(batch, pages)
     blocks, tokens = (batch * pages, page) if page else (batch, longest)
-    kinds = {"dtype": dtype, "device": "cuda", "quantised": quantised, "page_table": table}
+    kinds = {"dtype": dtype, "device": "cuda", "codes": codes, "page_table": table}
     cache = LatentCache.empty(layout, blocks, tokens, **kinds)
     for part in (cache.latent, cache.rest, cache.token_scales):
         if part is not None:
-            part.fill_(torch.nan if part.is_floating_point() else 127)
+            part.copy_(torch.full((), torch.nan if part.is_floating_point() else 127, device="cuda").to(part.dtype))
     return cache
 
 
@@ -133,7 +144,7 @@ def error_of(problem: Problem) -> tuple[float, float]:
     """Append rows and attend; the largest error of the results relative to the largest, and of the logarithms."""
     layout, batch = problem.layout, len(problem.lengths)
     lengths = torch.tensor(problem.lengths, device="cuda", dtype=torch.int32)
-    cache = random_cache(layout, problem.lengths, problem.page, problem.dtype, problem.quantised)
+    cache = random_cache(layout, problem.lengths, problem.page, problem.dtype, problem.codes)
     rows = torch.randn(batch, max(problem.lengths), layout.rank + layout.rest_width, device="cuda")
     angles = torch.randn(batch, rows.shape[1], layout.rope_groups, layout.rope_dim // 2, device="cuda")
     append_latent(rows.to(problem.dtype), angles.cos(), angles.sin(), cache, lengths)
@@ -155,7 +166,7 @@ def error_of(problem: Problem) -> tuple[float, float]:
     exact = [None if x is None else x.cpu().double() for x in (q_latent, q_rope, sinks, slopes)]
     there = LatentCache(
         layout,
-        cache.latent.cpu() if problem.quantised else cache.latent.cpu().double(),
+        cache.latent.cpu() if problem.codes else cache.latent.cpu().double(),
         cache.rest.cpu().double(),
         None if cache.token_scales is None else cache.token_scales.cpu(),
         None if cache.page_table is None else cache.page_table.cpu(),
@@ -169,11 +180,11 @@ def error_of(problem: Problem) -> tuple[float, float]:
 
 
 def appended_is_right() -> bool:
-    """Whether the append kernel writes what the CPU's form writes, to the last bit but one."""
+    """Whether the append kernel writes what the CPU's form writes: to the last bit but one, codes to one step."""
     good = True
-    for quantised, page in itertools.product((False, True), (0, PAGE)):
+    for codes, page in itertools.product((None, *Codes), (0, PAGE)):
         layout = RowLayout(100, 3, 8, key_scales=3)
-        cache = random_cache(layout, (70, 3), page, torch.float16, quantised)
+        cache = random_cache(layout, (70, 3), page, torch.float16, codes)
         copies = (cache.latent, cache.rest, cache.token_scales, cache.page_table)
         other = LatentCache(layout, *(None if part is None else part.cpu() for part in copies))
         row = torch.randn(2, 5, layout.rank + layout.rest_width, device="cuda").half()
@@ -181,15 +192,21 @@ def appended_is_right() -> bool:
         lengths = torch.tensor([70, 3], device="cuda", dtype=torch.int32)
         append_latent(row, angle.cos(), angle.sin(), cache, lengths)
         folded.append(row.cpu(), angle.cos().cpu(), angle.sin().cpu(), other, lengths.cpu())
-        for got, wanted in ((cache.latent, other.latent), (cache.rest, other.rest)):
-            good &= torch.allclose(got.cpu().float(), wanted.float(), rtol=2e-3, atol=1.0 * quantised, equal_nan=True)
+        good &= torch.allclose(cache.rest.cpu().float(), other.rest.float(), rtol=2e-3, equal_nan=True)
+        written = cache.parts(torch.float32, 70)[0].cpu(), other.parts(torch.float32, 70)[0]
+        largest = row[..., :100].float().abs().max().item()
+        step = {None: 0.0, Codes.INT8: largest / 127, Codes.FP8: largest / 14, Codes.INT4: largest / 7}[codes]
+        good &= torch.allclose(*written, rtol=2e-3, atol=1.01 * step, equal_nan=True)
+        if codes:  # a quotient may lie on the other side of a half: rarely
+            bytes_of = (c.latent.cpu().view(torch.uint8) for c in (cache, other))
+            good &= bool((next(bytes_of) != next(bytes_of)).float().mean() < 1e-2)
     return good
 
 
 def captured_is_right() -> bool:
     """Whether a captured graph gives, for lengths changed after the capture, what a plain launch gives."""
     layout = RowLayout(512, 1, 64)
-    cache = random_cache(layout, (3000, 3000), PAGE, HALVES, False)
+    cache = random_cache(layout, (3000, 3000), PAGE, HALVES, None)
     cache.latent.normal_()
     cache.rest.normal_()
     lengths = torch.tensor([3000, 3000], device="cuda", dtype=torch.int32)
@@ -276,14 +293,14 @@ def turns_of(bytes_read: int) -> int:
 
 def latent_time(shape: Shape, batch: int, tokens: int) -> tuple[float, int]:
     """Microseconds of latent attention, and bytes of cache that it reads."""
-    layout, dtype = shape.layout, torch.float16 if shape.quantised else HALVES
-    per_token = (layout.rank + 4 if shape.quantised else 2 * layout.rank) + 2 * layout.rest_width
+    layout, dtype = shape.layout, torch.float16 if shape.codes else HALVES
+    per_token = (shape.codes.stored(layout.rank) + 4 if shape.codes else 2 * layout.rank) + 2 * layout.rest_width
     size = per_token * batch * tokens
-    caches = [random_cache(layout, (tokens,) * batch, PAGE, dtype, shape.quantised) for _ in range(turns_of(size))]
+    caches = [random_cache(layout, (tokens,) * batch, PAGE, dtype, shape.codes) for _ in range(turns_of(size))]
     for cache in caches:
         for part in (cache.latent, cache.rest, cache.token_scales):
             if part is not None and part.is_floating_point():
-                part.normal_()
+                part.copy_(torch.randn(part.shape, device="cuda"))  # there is no normal_ for fp8
     lengths = torch.full((batch,), tokens, device="cuda", dtype=torch.int32)
     q_latent = torch.randn(batch, 1, shape.heads, layout.rank, device="cuda", dtype=dtype)
     q_rope = torch.randn(batch, 1, shape.heads, layout.rope_dim, device="cuda", dtype=dtype)
@@ -294,7 +311,11 @@ def latent_time(shape: Shape, batch: int, tokens: int) -> tuple[float, int]:
 
 
 def original_time(shape: Shape, batch: int, tokens: int) -> tuple[float, str]:
-    """Microseconds of the fastest of torch's attentions on the original heads, and its name."""
+    """Microseconds of the fastest of torch's attentions on the original heads, or of 16 bits for codes; and which."""
+    if shape.codes:
+        return latent_time(replace(shape, codes=None), batch, tokens)[0], "16 bits"
+    if not shape.kv_heads:
+        return float("nan"), ""
     size = 4 * shape.kv_heads * shape.head_dim * batch * tokens
     memory = torch.cuda.get_device_properties(0).total_memory
     turns = min(turns_of(size), max(1, int(0.5 * memory // size)))
@@ -341,8 +362,9 @@ class Row:
         microseconds: Of latent attention.
         share: Bytes of cache per second, relative to the copy's.
         goal: What the share should be; 0 below 128k tokens, where launches take most of the time.
-        original_microseconds: Of the original attention.
+        original_microseconds: Of the original attention, or of latents of 16 bits.
         original: Which it was.
+        speedup_goal: How many times as fast this should be; 0 like ``goal``.
     """
 
     shape: str
@@ -353,15 +375,19 @@ class Row:
     goal: float
     original_microseconds: float
     original: str
+    speedup_goal: float
 
     def line(self) -> str:
         """As text."""
         mark = "" if not self.goal else "  meets" if self.share >= self.goal else "  MISSES"
         mark += f" {self.goal:.0%}" if self.goal else ""
         ratio = self.original_microseconds / self.microseconds
+        against = f"{ratio:5.2f}x {self.original}"
+        if self.speedup_goal:
+            against += f" {'meets' if ratio >= self.speedup_goal else 'MISSES'} {self.speedup_goal}x"
         return (
             f"{self.shape:22} {self.batch:4} x {self.tokens:6} {self.microseconds:8.1f} us {self.share:6.1%} of copy"
-            f"{mark:13} {ratio:5.2f}x {self.original}"
+            f"{mark:13} {against}"
         )
 
 
@@ -390,9 +416,9 @@ def main() -> None:
     rows = []
     for shape, (batch, tokens) in itertools.product(SHAPES, QUICK if arguments.quick else SIZES):
         time, size = latent_time(shape, batch, tokens)
-        original = original_time(shape, batch, tokens) if shape.kv_heads else (float("nan"), "")
-        goal = shape.goal if batch * tokens >= 131_072 else 0.0
-        rows.append(Row(shape.name, batch, tokens, time, size / time * 1e6 / speed, goal, *original))
+        original = original_time(shape, batch, tokens)
+        goal, speedup = (shape.goal, shape.speedup) if batch * tokens >= 131_072 else (0.0, 0.0)
+        rows.append(Row(shape.name, batch, tokens, time, size / time * 1e6 / speed, goal, *original, speedup))
         print(rows[-1].line(), flush=True)
         torch.cuda.empty_cache()
     device = torch.cuda.get_device_properties(0)

@@ -1,6 +1,9 @@
 """What the kernels cost in registers and shared memory, per architecture and shape: compiled, not run.
 
 Usage: python benchmarks/kernels_aot.py --json benchmarks/kernels_aot.json --markdown benchmarks/kernels_aot.md
+    [--only ARCHITECTURES...] [--shapes NAMES...]
+
+With ``--shapes`` the other shapes' rows in ``--json`` are kept.
 
 No GPU is needed. A spill (a thread that stores to memory for want of registers) would double the traffic of its tile:
 the default tiles have none, and the command ends with an error if one appears.
@@ -17,7 +20,7 @@ from pathlib import Path
 
 import triton
 
-from mla_compile.runtime.kernels import RowLayout
+from mla_compile.runtime.kernels import Codes, RowLayout
 from mla_compile.runtime.kernels.aot import (
     ARCHITECTURES,
     Compiled,
@@ -36,7 +39,15 @@ SHAPES = {
         DecodeSpec(RowLayout(512, 1, 64), 32, new=2, page=64, windowed=True, capped=True),
         "bf16",
     ),
-    "512+64 int8": (DecodeSpec(RowLayout(512, 1, 64), 32, page=64, quantised=True), "fp16"),
+    **{
+        f"{name} {codes}": (DecodeSpec(layout, heads, page=64, codes=codes), "fp16")
+        for name, (layout, heads) in {
+            "512+64": (RowLayout(512, 1, 64), 32),
+            "128+64": (RowLayout(128, 1, 64), 32),
+            "96+3x8": (RowLayout(96, 3, 8), 9),
+        }.items()
+        for codes in Codes
+    },
     "96+3x8 float32": (DecodeSpec(RowLayout(96, 3, 8), 9, page=64, itemsize=4), "fp32"),
     "256+32x8": (DecodeSpec(RowLayout(256, 32, 8), 32, page=64), "bf16"),
     "512+8x16": (DecodeSpec(RowLayout(512, 8, 16), 32, page=64), "bf16"),
@@ -123,14 +134,23 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--markdown", type=Path, required=True)
     parser.add_argument("--only", nargs="*", type=int, default=ARCHITECTURES, help="architectures, as 90 for 9.0")
+    parser.add_argument(
+        "--shapes", nargs="*", choices=SHAPES, metavar="NAME", help="of these only, beside --json's rows"
+    )
     arguments = parser.parse_args()
     rows = []
-    for shape in SHAPES:
+    if arguments.shapes:
+        stored = json.loads(arguments.json.read_text())
+        if stored["triton"] != triton.__version__:
+            sys.exit(f"--json is of Triton {stored['triton']}, and this is {triton.__version__}: compile all shapes.")
+        rows = [Row(**row) for row in stored["rows"] if row["shape"] in SHAPES and row["shape"] not in arguments.shapes]
+    for shape in arguments.shapes or SHAPES:
         for architecture in arguments.only:
             begin = time.monotonic()
             found = measure(architecture, shape)
             rows += found
             print(f"{shape:22} sm_{architecture} {found[0]} {time.monotonic() - begin:.1f} s", flush=True)
+    rows.sort(key=lambda row: (list(SHAPES).index(row.shape), row.architecture))
     data = {"triton": triton.__version__, "rows": [asdict(row) for row in rows]}
     arguments.json.write_text(json.dumps(data, indent=1) + "\n")
     arguments.markdown.write_text(markdown(rows))

@@ -17,6 +17,7 @@ __all__ = [
     "inspect",
     "load",
     "register_pattern",
+    "save",
 ]
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from mla_compile.config import CompileConfig
     from mla_compile.errors import MlaCompileError
     from mla_compile.patterns import register_pattern
+    from mla_compile.saved import save
     from mla_compile.training.recipe import Recipe
     from mla_compile.training.run import finetune
 
@@ -39,6 +41,7 @@ else:  # hidden from type checkers, to whom a module __getattr__ would make ever
         "inspect": "mla_compile.api",
         "load": "mla_compile.api",
         "register_pattern": "mla_compile.patterns",
+        "save": "mla_compile.saved",
     }
 
     def __getattr__(name: str) -> object:

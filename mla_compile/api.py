@@ -39,6 +39,7 @@ from mla_compile.passes.methods import METHODS, nothing_left_out
 from mla_compile.passes.polish import polish
 from mla_compile.passes.quantise_cache import check_quantisable
 from mla_compile.passes.recognise import Recognition, recognise
+from mla_compile.passes.retype import NARROW
 from mla_compile.passes.task import BATCH, Task
 from mla_compile.passes.weights import input_width
 from mla_compile.plan import LatentPlan, clamped, plan_layers
@@ -65,10 +66,11 @@ __all__ = [
     "lossless_elements",
     "plan",
     "require_causal",
-    "require_float32",
+    "require_known_types",
     "would_be_refused",
 ]
 
+_TYPES = (torch.float32, *NARROW)
 _RANDOM_LENGTH = 64
 """Random tokens per sequence to verify on without text: half as a prompt, half to continue it by 32 tokens."""
 _MUCH_WORSE = 2.0
@@ -327,7 +329,7 @@ def compile(
     stages = Stages(display if processes.first else None)
     with stages.stage("load"):
         loaded = _load(model, example_inputs, tokenizer, attn_implementation, unsafe_load, any_kind=config.encoders)
-    require_float32(loaded)
+    require_known_types(loaded)
     if out is not None:
         check_neighbours(out, loaded.source, loaded.assets, force)
     with stages.stage("recognise"):
@@ -339,12 +341,15 @@ def compile(
             raise UsageError("Only a causal language model can have a static cache.", "Leave --cache static out.")
         if config.cache_type == "int8":
             raise UsageError("Only a causal language model can have an int8 cache.", "Leave --cache-type int8 out.")
+        _require_float32(loaded, "An encoder", "converted")
         if is_seq2seq(found):
             if out is not None:
                 check_pair(out, force)
             return compile_seq2seq(loaded, found, config, check=check, stages=stages)
         return compile_encoder(loaded, found, config, check=check, stages=stages)
     program = require_causal(loaded, found)
+    if finetune is not None:
+        _require_float32(program, "A conversion", "fine-tuned")
     sites, kept = found.sites, found.rejections
     if config.for_stock_code:
         require_expressible(sites, kept)
@@ -361,7 +366,7 @@ def compile(
     # Nothing computes another result for it, but the module is to train well.
     weights = tuple(map(balanced, choice.weights if polished is None else polished.weights))
     with stages.stage("rewrite"):
-        converted = task.rewrite(weights)
+        converted = task.rewrite(weights, program.dtype)
     int8 = config.cache_type == "int8"
     if int8:  # before anything takes long
         check_quantisable(converted.graph, converted.rows)  # type: ignore[arg-type]
@@ -385,8 +390,15 @@ def compile(
             )
     if check:
         with stages.stage("verify"):
-            exact = converted if config.exact else _exact_twin(task)
-            verification = verify.check_module(original_scorer(program), exact, converted, ids, text is not None)
+            exact = converted if config.exact and program.dtype == torch.float32 else _exact_twin(task)
+            verification = verify.check_module(
+                original_scorer(program),
+                exact,
+                converted,
+                ids,
+                text is not None,
+                wide_original=original_scorer(program, wide=True) if program.dtype in NARROW else None,
+            )
     training = None
     if finetune is not None:
         recipe = make_recipe(tokens=finetune_tokens, seed=config.seed)
@@ -399,7 +411,7 @@ def compile(
         kept=kept,
         plans=plans,
         widths=tuple(task.widths),
-        bytes_per_element=torch.float32.itemsize,
+        bytes_per_element=program.dtype.itemsize,
         selection=config.selection if config.method == "mha2mla" else config.method,
         stages=(),
         verification=verification,
@@ -611,15 +623,29 @@ def _require_text(config: CompileConfig, calibration: Text | None) -> None:
     )
 
 
-def require_float32(program: AnyProgram) -> None:
-    """Refuse weights of another type: the rewrite, its checks and the cache are float32 in this version."""
+def require_known_types(program: AnyProgram) -> None:
+    """Refuse weights of types that the rewrite, its checks and the cache do not know."""
     for name, value in program.exported.state_dict.items():
-        if value.is_floating_point() and value.dtype != torch.float32:
+        if value.is_floating_point() and value.dtype not in _TYPES:
             kind = str(value.dtype).removeprefix("torch.")
             raise UsageError(
-                f"'{name}' of '{program.source}' is {kind}; only float32 is converted.",
+                f"'{name}' of '{program.source}' is {kind}; only float32, float16 and bfloat16 are converted.",
                 "Call model.float() before exporting or converting it.",
             )
+
+
+def _require_float32(program: AnyProgram, what: str, done: str) -> None:
+    """Refuse a model of another type where only float32 will do.
+
+    Raises:
+        UsageError: It is of another type.
+    """
+    if program.dtype != torch.float32:
+        kind = str(program.dtype).removeprefix("torch.")
+        raise UsageError(
+            f"{what} is {done} in float32 only, and '{program.source}' is {kind}.",
+            "Call model.float() before exporting or converting it.",
+        )
 
 
 def _require_some(program: AnyProgram, found: Recognition) -> Recognition:

@@ -50,6 +50,7 @@ __all__ = [
     "read_assets",
     "read_folder",
     "stored_metadata",
+    "write_archive",
     "write_encoder_folder",
     "write_encoder_onnx",
     "write_folder",
@@ -69,7 +70,8 @@ _TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
-
+_PROVENANCE = ("custom", "from_node", "nn_module_stack", "source_fn_stack", "stack_trace", "torch_fn")
+"""What torch writes of every node besides what it computes."""
 
 _AnyReport = TypeVar("_AnyReport", Report, EncoderReport, Seq2SeqReport)
 
@@ -253,11 +255,23 @@ def write_folder(module: LatentModel, report: Report, assets: Assets, path: Path
     check_target(path, force)
     check_neighbours(path, report.source, assets, force)
     with moved_into(path) as folder:
-        torch.export.save(export_rewritten(module.graph, module.rows), folder / "model.pt2")  # type: ignore[arg-type]
+        write_archive(module, folder)
         copy_assets(assets, folder)
         (folder / "mla_config.yaml").write_text(yaml.safe_dump(dict(report.config), sort_keys=False), encoding="utf-8")
         report = finished(report, folder, Stages())
     return report
+
+
+def write_archive(module: LatentModel, folder: Path) -> None:
+    """Write a model as a ``torch.export`` archive, whose bytes follow from graph and weights alone.
+
+    Where the nodes came from is left out: it names files of this machine, and grows with every export.
+    """
+    exported = export_rewritten(module.graph, module.rows)  # type: ignore[arg-type]
+    for node in exported.graph.nodes:
+        for name in _PROVENANCE:
+            node.meta.pop(name, None)
+    torch.export.save(exported, folder / "model.pt2")
 
 
 def write_encoder_onnx(

@@ -265,6 +265,22 @@ VersionCompatible = Annotated[
         rich_help_panel=_TENSORRT,
     ),
 ]
+WeightStreaming = Annotated[
+    bool,
+    typer.Option(
+        "--weight-streaming",
+        help="An engine whose weights may stay in the host's memory where the GPU's has no room, which is slower.",
+        rich_help_panel=_TENSORRT,
+    ),
+]
+Refit = Annotated[
+    bool,
+    typer.Option(
+        "--refit",
+        help="An engine whose weights can be replaced without building it again, perhaps slower.",
+        rich_help_panel=_TENSORRT,
+    ),
+]
 NoPlugins = Annotated[
     bool,
     typer.Option("--no-plugins", help="Standard operators only, instead of our kernels.", rich_help_panel=_TENSORRT),
@@ -336,6 +352,8 @@ def convert(
     splits: Splits = 16,
     timing_cache: TimingCache = None,
     version_compatible: VersionCompatible = False,
+    weight_streaming: WeightStreaming = False,
+    refit: Refit = False,
     no_plugins: NoPlugins = False,
     max_ppl_ratio: Annotated[
         float | None,
@@ -399,7 +417,15 @@ def convert(
         from mla_compile.seq2seq_report import Seq2SeqReport
 
         engine = EngineSettings(
-            max_batch, max_length, max_prompt, splits, not no_plugins, version_compatible, timing_cache
+            max_batch,
+            max_length,
+            max_prompt,
+            splits,
+            not no_plugins,
+            version_compatible,
+            timing_cache,
+            weight_streaming=weight_streaming,
+            refit=refit,
         )
         if not for_tensorrt and engine != EngineSettings():
             raise UsageError(
@@ -725,6 +751,64 @@ def _check_eval(
         raise UsageError("A plot shows models beside their original, and none was given.", "Add --original MODEL.")
 
 
+@app.command("bench")
+def bench_speed(
+    model: Annotated[list[Path], typer.Argument(help="ONNX files made by mla-compile, of one original.")],
+    against: Annotated[
+        str, typer.Option(help="The original: what report.json beside the first file names, or any MODEL.")
+    ] = "original",
+    contexts: Annotated[
+        str | None,
+        typer.Option(
+            help="Tokens in the cache, such as 512,4096.", show_default="512,4096; the model's limit, if that is less"
+        ),
+    ] = None,
+    batches: Annotated[str, typer.Option(help="Sequences decoded together.")] = "1,8",
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of every file.")] = 15,
+    threads: Annotated[int, typer.Option(min=1, help="Threads per operator.")] = 1,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw speed over context, to a .svg or .png file.", rich_help_panel=_OUTPUT)
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing plot.", rich_help_panel=_OUTPUT)] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure speed and memory beside the original's fastest forms in ONNX Runtime, on the CPU."""
+    from mla_compile import display
+
+    if plot is not None:
+        from mla_compile.plot import check_plot
+
+        check_plot(plot, force)
+    sizes = _numbers("--contexts", contexts, 2) if contexts is not None else None
+    many = _numbers("--batches", batches, 1)
+    shown = display.make_display(quiet or as_json)
+    with shown:
+        from mla_compile.bench import Workload, bench
+
+        result = bench(model, against, Workload(sizes, many, rounds, threads), display=shown)
+    if plot is not None:
+        from mla_compile.plot import speed_figure, write_figure
+
+        write_figure(lambda: speed_figure(result), plot)
+    if as_json:
+        typer.echo(json.dumps(result.to_dict(), indent=2))
+    else:
+        display.show_benchmark(result)
+
+
+def _numbers(flag: str, text: str, least: int) -> tuple[int, ...]:
+    """Read numbers with commas between them, in order.
+
+    Raises:
+        UsageError: One is none, or too small.
+    """
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) >= least for part in parts):
+        raise UsageError(f"{flag} {text} is no list of numbers from {least} on.", "Put commas between them: 512,4096.")
+    return tuple(sorted({int(part) for part in parts}))
+
+
 @app.command("finetune")
 def fine_tune(
     folder: Annotated[Path, typer.Argument(help="A folder written by 'mla-compile convert MODEL --out FOLDER'.")],
@@ -765,6 +849,21 @@ def fine_tune(
             rich_help_panel=_TOWARDS,
         ),
     ] = "attention",
+    lora_rank: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Train adapters of this rank instead of the matrices, which they are added to in the end.",
+            show_default="none",
+            rich_help_panel=_TOWARDS,
+        ),
+    ] = 0,
+    lora_alpha: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Scale of adapters, times their rank.", show_default="the rank", rich_help_panel=_TOWARDS
+        ),
+    ] = None,
     tokens: TrainTokens = None,
     batch: Annotated[int, typer.Option(min=1, help="Windows per step, of all processes.", rich_help_panel=_PACE)] = 16,
     accumulate: Annotated[int, typer.Option(min=1, help="Pieces a step is computed in.", rich_help_panel=_PACE)] = 1,
@@ -815,6 +914,8 @@ def fine_tune(
         objective=objective,
         match_steps=match_steps,
         train=train,
+        lora_rank=lora_rank,
+        lora_alpha=lora_alpha,
         tokens=tokens,
         batch=batch,
         accumulate=accumulate,
@@ -922,6 +1023,8 @@ def tensorrt(
     splits: Splits = 16,
     timing_cache: TimingCache = None,
     version_compatible: VersionCompatible = False,
+    weight_streaming: WeightStreaming = False,
+    refit: Refit = False,
     no_plugins: NoPlugins = False,
     force: Annotated[bool, typer.Option("--force", help="Replace existing files.", rich_help_panel=_OUTPUT)] = False,
     quiet: Quiet = False,
@@ -938,7 +1041,15 @@ def tensorrt(
         )
     pieces = None if plugin == "cpp" else splits
     settings = EngineSettings(
-        max_batch, max_length, max_prompt, pieces, not no_plugins, version_compatible, timing_cache
+        max_batch,
+        max_length,
+        max_prompt,
+        pieces,
+        not no_plugins,
+        version_compatible,
+        timing_cache,
+        weight_streaming=weight_streaming,
+        refit=refit,
     )
     shown = display.make_display(quiet)
     with shown:
@@ -1033,7 +1144,10 @@ def report(
 
 
 _COMMANDS = frozenset(
-    {"convert", "inspect", "plan", "run", "eval", "verify", "tensorrt", "build-plugin", "finetune", "export", "report"}
+    {
+        *("convert", "inspect", "plan", "run", "eval", "bench", "verify", "tensorrt", "build-plugin", "finetune"),
+        *("export", "report"),
+    }
 )
 
 

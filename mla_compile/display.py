@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRe
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from mla_compile.bench import Benchmark, Spread
     from mla_compile.cost import DecodeStep, LayerCost
     from mla_compile.encoder_report import EncoderReport
     from mla_compile.measure import Measurement
@@ -28,6 +29,7 @@ __all__ = [
     "generation_row",
     "make_display",
     "plan_rows",
+    "show_benchmark",
     "show_check",
     "show_commands",
     "show_encoder_report",
@@ -306,9 +308,14 @@ def show_report(report: Report, out: Path) -> None:
             ["rewrite at full rank vs original", f"{v.rewrite_error:.1e}"],
             ["decode vs whole sequence", f"{v.decode_error:.1e}"],
         ]
+        if v.rounding is not None:
+            rows.append(["roundings of the type, original -> converted", "{:.1e} -> {:.1e}".format(*v.rounding)])
         if v.lowering_error is not None:
             greedy = "" if v.lowering_greedy is None else f", greedy {v.lowering_greedy:.0%} equal"
-            rows.append(["ONNX Runtime vs PyTorch", f"{v.lowering_error:.1e}{greedy}"])
+            copied = " (a float32 copy of the file)" if v.lowering_copy else ""
+            rows.append(["ONNX Runtime vs PyTorch", f"{v.lowering_error:.1e}{greedy}{copied}"])
+        if v.lowering_rounding is not None:
+            rows.append(["roundings of the file in ONNX Runtime", f"{v.lowering_rounding:.1e}"])
         if v.quantisation_error is not None:
             rows.append(["int8 cache vs float32 cache, PyTorch", f"{v.quantisation_error:.1e}"])
         if v.engine_error is not None:
@@ -479,6 +486,64 @@ def show_measurement(result: Measurement) -> None:
     _print_table(None, [columns[place] for place in told], [[row[place] for place in told] for row in rows])
     for warning in result.warnings:
         print(f"warning: {warning}", file=sys.stderr)  # noqa: T201
+
+
+def show_benchmark(result: Benchmark) -> None:
+    """Files, prompts and steps: a table of each."""
+
+    def ratio(found: Spread) -> str:
+        return f"{found.median:.2f} ({found.low:.2f}-{found.high:.2f})"
+
+    _print_table(
+        f"{result.original}, {result.threads} thread(s)",
+        ["file", "load, s", "peak memory, MiB", "cache bytes/token"],
+        [
+            [
+                _benched(f.name, f.original),
+                f"{f.load_seconds:.2f}",
+                f"{f.peak_bytes / 2**20:,.0f}",
+                f.cache_bytes_per_token,
+            ]
+            for f in result.files
+        ],
+    )
+    originals = {f.name: f.original for f in result.files}
+    _print_table(
+        f"A prompt ({result.clock}), and how many times as fast as the fastest original (quartiles)",
+        ["prompt", "file", "seconds", "tokens/s", "speed"],
+        [
+            [
+                p.tokens,
+                _benched(p.file, originals[p.file]),
+                f"{p.seconds:.3f}",
+                f"{p.tokens / p.seconds:,.0f}",
+                ratio(p.speedup),
+            ]
+            for p in result.prefills
+        ],
+    )
+    _print_table(
+        f"A new token ({result.clock}), and how many times as fast as the fastest original (quartiles)",
+        ["context", "batch", "file", "ms", "tokens/s", "cache bytes", "speed"],
+        [
+            [
+                s.context,
+                s.batch,
+                _benched(s.file, originals[s.file]),
+                f"{1e3 * s.seconds:.2f}",
+                f"{s.tokens_per_second:,.1f}",
+                s.cache_bytes,
+                ratio(s.speedup),
+            ]
+            for s in result.steps
+        ],
+    )
+    for note in result.notes:
+        print(f"note: {note}", file=sys.stderr)  # noqa: T201
+
+
+def _benched(name: str, original: bool) -> str:
+    return f"original, {name}" if original else name
 
 
 def _percent(share: float | None) -> str:

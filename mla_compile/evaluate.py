@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mla_compile.errors import UsageError
+from mla_compile.passes.retype import widened
 from mla_compile.program import Program
 
 __all__ = [
@@ -178,9 +179,14 @@ def longest_window(score: Scorer, limit: int | None, wanted: int = DEFAULT_WINDO
     return runs
 
 
-def original_scorer(program: Program) -> Scorer:
-    """The unconverted model as a function of whole sequences."""
-    module = program.flat_module()
+def original_scorer(program: Program, *, wide: bool = False) -> Scorer:
+    """The unconverted model as a function of whole sequences.
+
+    Args:
+        program: The model.
+        wide: Whether to compute in float32 what the model computes in fewer bits.
+    """
+    module = widened(program.flat_module()) if wide else program.flat_module()
     return lambda ids: module(*program.inputs(ids))
 
 

@@ -264,8 +264,7 @@ def _add_sizes(writer: GGUFWriter, config: Mapping[str, Any]) -> None:
     writer.add_leading_dense_block_count(config["num_hidden_layers"])
     writer.add_expert_feed_forward_length(config["intermediate_size"])  # read, and of no layer
     writer.add_expert_shared_count(_EXPERTS)
-    if config.get("q_lora_rank") is not None:
-        writer.add_q_lora_rank(config["q_lora_rank"])
+    writer.add_q_lora_rank(config.get("q_lora_rank") or 0)  # wanted, and 0 where queries have no latent
     writer.add_kv_lora_rank(latent)
     writer.add_key_length(latent + rope)
     writer.add_value_length(latent)

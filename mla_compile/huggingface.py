@@ -83,7 +83,7 @@ def _read(kind: Any, name: str, config: Any, attention: str) -> nn.Module:  # no
         kind.from_pretrained,
         name,
         config=config,
-        dtype=torch.float32,
+        dtype="auto",  # what the checkpoint is in: its weights stay where they are, mapped from their files
         use_safetensors=True,
         output_loading_info=True,
     )

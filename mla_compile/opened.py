@@ -18,7 +18,7 @@ from mla_compile.evaluate import Scorer, original_scorer
 from mla_compile.passes.recognise import Recognition, recognise
 from mla_compile.program import Program
 from mla_compile.runtime.generate import Decoder
-from mla_compile.runtime.module import LatentModel
+from mla_compile.runtime.module import LatentModel, cache_dtype
 from mla_compile.runtime.onnx_session import OnnxDecoder
 from mla_compile.runtime.tensorrt.engine import TensorRTDecoder
 from mla_compile.verify import TorchDecoder
@@ -95,7 +95,7 @@ def open_program(name: str, program: Program, found: Recognition) -> Opened:
         name=name,
         runtime=TORCH,
         score=original_scorer(program),
-        cache_bytes=_plain_bytes(found),
+        cache_bytes=_plain_bytes(found, program.dtype),
         longest=program.max_positions,
         known=program.vocabulary,
         vocabulary=int(logits.meta["val"].shape[-1]),
@@ -104,17 +104,17 @@ def open_program(name: str, program: Program, found: Recognition) -> Opened:
 
 
 def latent_bytes(model: LatentModel) -> int:
-    """Bytes the float32 cache of a converted model keeps per token."""
-    return sum(model.rows) * torch.float32.itemsize
+    """Bytes the cache of a converted model keeps per token."""
+    return sum(model.rows) * cache_dtype(model.graph).itemsize
 
 
-def _plain_bytes(found: Recognition) -> int | None:
-    """Bytes an ordinary float32 cache keeps per token; None where some attention was not understood."""
+def _plain_bytes(found: Recognition, dtype: torch.dtype) -> int | None:
+    """Bytes an ordinary cache keeps per token; None where some attention was not understood."""
     plain = [r.plain for r in found.rejections if r.plain is not None]
     if len(plain) < len(found.rejections) or not (plain or found.sites):
         return None
     elements = sum(s.elements_per_token for s in found.sites) + sum(p.elements_per_token for p in plain)
-    return elements * torch.float32.itemsize
+    return elements * dtype.itemsize
 
 
 def onnx_scorer(decoder: OnnxDecoder | TensorRTDecoder) -> Scorer:

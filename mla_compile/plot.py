@@ -1,9 +1,9 @@
-"""Draw a measurement: what quality costs, over what is left of the cache."""
+"""Draw measurements: what quality costs, over what is left of the cache; how fast files are, over the context."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,9 +13,10 @@ from mla_compile.errors import UsageError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from mla_compile.bench import Benchmark
     from mla_compile.measure import Measurement
 
-__all__ = ["check_plot", "curves", "draw", "figure"]
+__all__ = ["check_plot", "curves", "draw", "figure", "speed_figure", "write_figure"]
 
 _SUFFIXES = (".svg", ".png")
 
@@ -53,10 +54,15 @@ def curves(result: Measurement) -> Mapping[str, Sequence[tuple[float, float]]]:
 
 
 def draw(result: Measurement, path: Path) -> None:
+    """Write the plot of models that were measured beside their original."""
+    write_figure(lambda: figure(result), path)
+
+
+def write_figure(make: Callable[[], Figure], path: Path) -> None:
     """Write a plot; the file appears under its name only when it is whole.
 
     Args:
-        result: Models that were measured beside their original.
+        make: Draws it.
         path: A ``.svg`` or ``.png`` file; one that exists is replaced.
     """
     import matplotlib
@@ -64,7 +70,7 @@ def draw(result: Measurement, path: Path) -> None:
     # No date and no random names, so that the same figures give the same file.
     with matplotlib.rc_context({"svg.hashsalt": "mla-compile"}), moved_into(path.parent) as folder:
         metadata = {"Date": None} if path.suffix == ".svg" else {}
-        figure(result).savefig(folder / path.name, dpi=150, metadata=metadata)
+        make().savefig(folder / path.name, dpi=150, metadata=metadata)
 
 
 def figure(result: Measurement) -> Figure:
@@ -86,4 +92,36 @@ def figure(result: Measurement) -> Figure:
     axes.set_ylabel("perplexity, times the original's")
     axes.grid(visible=True, which="both", alpha=0.3)
     axes.legend()
+    return drawn
+
+
+def speed_figure(result: Benchmark) -> Figure:
+    """Draw how many times as fast as the fastest original every file's steps are, a panel per batch, in memory."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, NullLocator
+
+    batches = sorted({step.batch for step in result.steps})
+    drawn = Figure(figsize=(1.2 + 4.4 * len(batches), 4.4), layout="constrained")
+    panels = drawn.subplots(1, len(batches), sharey=True, squeeze=False)[0]
+    for axes, batch in zip(panels, batches, strict=True):
+        axes.axhline(1.0, color="black", linewidth=1, linestyle="dashed", label="fastest original")
+        for file in result.files:
+            steps = [s for s in result.steps if s.file == file.name and s.batch == batch]
+            middle = [s.speedup.median for s in steps]
+            spread = [
+                [s.speedup.median - s.speedup.low for s in steps],
+                [s.speedup.high - s.speedup.median for s in steps],
+            ]
+            name = f"original, {file.name}" if file.original else file.name
+            style = {"linestyle": "dotted"} if file.original else {}
+            axes.errorbar([s.context for s in steps], middle, spread, marker="o", capsize=3, label=name, **style)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sorted({step.context for step in result.steps}))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.set_xlabel("tokens in the cache")
+        axes.set_title(f"batch {batch}")
+        axes.grid(visible=True, alpha=0.3)
+    panels[0].set_ylabel("tokens per second, times the fastest original's")
+    panels[-1].legend()
     return drawn

@@ -117,6 +117,15 @@ class AnyProgram:
             found[start.name] = min(rows, default=2)
         return found
 
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """Type of most weights' numbers; float32 where there are none."""
+        counts: dict[torch.dtype, int] = {}
+        for value in self.exported.state_dict.values():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                counts[value.dtype] = counts.get(value.dtype, 0) + value.numel()
+        return max(counts, key=counts.__getitem__, default=torch.float32)
+
     def constant(self, placeholder: str) -> Tensor:
         """Return the parameter, buffer or lifted constant behind a placeholder.
 

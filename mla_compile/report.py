@@ -54,6 +54,10 @@ class Verification:
         engine_error: A TensorRT engine against ONNX Runtime; None without an engine.
         quantisation_error: The converted module with rows rounded as a quantised cache rounds them, which is then what
             ONNX Runtime is compared with, against the same without; None where the cache is not quantised.
+        rounding: What roundings of float16 or bfloat16 change in the original and in the converted model, against
+            either in float32, in which all other models above are compared then; None for float32.
+        lowering_copy: Whether ``lowering_error`` is of a float32 copy of the ONNX file.
+        lowering_rounding: What ONNX Runtime's own roundings of a float16 file change; None for other files.
     """
 
     rewrite_error: float
@@ -67,6 +71,9 @@ class Verification:
     text: bool
     engine_error: float | None = None
     quantisation_error: float | None = None
+    rounding: tuple[float, float] | None = None
+    lowering_copy: bool = False
+    lowering_rounding: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

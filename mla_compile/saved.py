@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,19 +14,28 @@ import torch
 import yaml
 
 from mla_compile import verify
-from mla_compile.artifacts import check_target, copy_assets, moved_into, read_assets, read_folder, stored_metadata
+from mla_compile.artifacts import (
+    check_place,
+    check_target,
+    copy_assets,
+    is_converted_folder,
+    moved_into,
+    read_assets,
+    read_folder,
+    stored_metadata,
+    write_archive,
+)
 from mla_compile.config import CompileConfig
 from mla_compile.errors import LoadError, UsageError
-from mla_compile.passes.lower_onnx import export_rewritten, lower_to_onnx
+from mla_compile.passes.lower_onnx import lower_to_onnx
 from mla_compile.plan import LatentPlan
 from mla_compile.program import Assets
 from mla_compile.report import Training
 from mla_compile.report_page import write_report
 from mla_compile.runtime.module import LatentModel
 from mla_compile.runtime.onnx_quantised import quantised_bytes
-from mla_compile.runtime.onnx_session import OnnxDecoder
 
-__all__ = ["Saved", "open_saved", "write_saved_onnx", "write_trained"]
+__all__ = ["Saved", "open_saved", "save", "write_saved_onnx", "write_trained"]
 
 _CHECKED = 24
 """Random tokens per sequence that an ONNX file is compared on."""
@@ -67,6 +77,32 @@ def open_saved(folder: Path) -> Saved:
     return Saved(folder, module, read_assets(folder), report)
 
 
+def save(model: LatentModel, folder: str | Path, *, like: str | Path, force: bool = False) -> None:
+    """Write a model that was read back with :func:`mla_compile.load`, perhaps after training it.
+
+    What was not changed is the same bytes again.
+
+    Args:
+        model: The model.
+        folder: A folder that does not exist yet, or an empty one.
+        like: The folder that it was read from, whose configuration, tokenizer and report it keeps.
+        force: Replace existing files.
+
+    Raises:
+        LoadError: ``like`` holds no converted model.
+        UsageError: The folder cannot be written, or is not empty.
+    """
+    source, path = Path(like), Path(folder)
+    if not is_converted_folder(source):
+        raise LoadError(f"'{source}' holds no converted model.", "Give the folder that the model was read from.")
+    check_place(path, force)
+    with moved_into(path) as hidden:
+        write_archive(model, hidden)
+        copy_assets(read_assets(source), hidden)
+        for name in ("mla_config.yaml", "report.json"):
+            shutil.copyfile(source / name, hidden / name)
+
+
 def write_trained(
     saved: Saved, module: LatentModel, training: Training, recipe: Mapping[str, Any], path: Path
 ) -> dict[str, Any]:
@@ -84,7 +120,7 @@ def write_trained(
     """
     report = {**saved.report, "training": dataclasses.asdict(training)}
     with moved_into(path) as folder:
-        torch.export.save(export_rewritten(module.graph, module.rows), folder / "model.pt2")  # type: ignore[arg-type]
+        write_archive(module, folder)
         copy_assets(saved.assets, folder)
         (folder / "mla_config.yaml").write_bytes((saved.folder / "mla_config.yaml").read_bytes())
         (folder / "recipe.yaml").write_text(yaml.safe_dump(dict(recipe), sort_keys=False), encoding="utf-8")
@@ -137,7 +173,8 @@ def write_saved_onnx(saved: Saved, path: Path, form: CompileConfig, *, force: bo
             static=form.cache == "static",
             quantised=int8,
         )
-        vocabulary = OnnxDecoder(file).vocabulary
+        with torch.inference_mode():
+            vocabulary = saved.module(torch.zeros(1, 1, dtype=torch.long)).logits.shape[-1]
         ids = torch.randint(0, vocabulary, (2, _CHECKED), generator=torch.Generator().manual_seed(0))
         checked = verify.check_lowering(saved.module, file, ids, sizes[1], form.cache_type)
         verification = {**(saved.report["verification"] or {}), **checked}

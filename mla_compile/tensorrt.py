@@ -232,6 +232,8 @@ def _build(
         "device": torch.cuda.get_device_name(),
         "compute_capability": architecture(),
         "version_compatible": settings.version_compatible,
+        "weight_streaming": settings.weight_streaming,
+        "refit": settings.refit,
         "plugin_layers": layers,
         "onnx": file.name,
         "onnx_sha256": hashlib.sha256(file.read_bytes()).hexdigest(),

@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import fx
 
 from mla_compile import frontend
-from mla_compile.api import require_causal, require_float32
+from mla_compile.api import require_causal, require_known_types
 from mla_compile.calibration import read_text
 from mla_compile.config import CompileConfig, make_config
 from mla_compile.corpus import load_tokenizer, read_documents, token_windows, tokenize
@@ -118,7 +118,7 @@ def measure_conversions(
     stages = Stages(display)
     with stages.stage("load"):
         loaded = frontend.load_any(original, tokenizer=sample.tokenizer)
-    require_float32(loaded)
+    require_known_types(loaded)
     with stages.stage("recognise"):
         found = recognise(loaded)
     program = require_causal(loaded, found)
@@ -142,7 +142,7 @@ def measure_conversions(
             warnings.append(f"{_name(trial)} was left out: {error.message}")
             continue
         warnings += choice.notes
-        with _runnable(task, base, task.rewrite(choice.weights), onnxruntime) as converted:
+        with _runnable(task, base, task.rewrite(choice.weights, program.dtype), onnxruntime) as converted:
             beside, *others = run_beside([base, *converted], windows, _name(trial), stages)
         measured += others
     if refused is not None and beside is None:

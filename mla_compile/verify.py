@@ -8,11 +8,15 @@ an exact answer:
 3. lowering: ONNX Runtime must equal the converted PyTorch module; with a quantised cache, the same module with rows
    that are rounded as the cache rounds them, which alone is compared with the module that it comes from.
 
+In float16 and bfloat16 every link is of the same computation in float32, where it is exact again, and what the type's
+roundings change is compared with what they change in the original.
+
 What is left between the original and the converted model is then the price of the smaller cache, which is reported.
 """
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,9 +28,12 @@ from torch import Tensor, fx
 from mla_compile.errors import VerificationError
 from mla_compile.evaluate import Scorer, relative_error
 from mla_compile.passes.quantise_cache import with_quantised_rows
+from mla_compile.passes.retype import NARROW, widened
+from mla_compile.passes.retype_onnx import write_float32_copy
 from mla_compile.report import Verification
 from mla_compile.runtime.generate import Ids, generate
-from mla_compile.runtime.module import LatentModel, LatentSeq2Seq, LowRankModel
+from mla_compile.runtime.module import LatentModel, LatentSeq2Seq, LowRankModel, cache_dtype
+from mla_compile.runtime.onnx_cache import OnnxCache
 from mla_compile.runtime.onnx_quantised import quantised_bytes
 from mla_compile.runtime.onnx_session import OnnxDecoder, open_session
 from mla_compile.runtime.ops import kept_rows
@@ -34,6 +41,7 @@ from mla_compile.runtime.ops import kept_rows
 __all__ = [
     "GREEDY_TOKENS",
     "QUANTISED_TOLERANCE",
+    "ROUNDING_FACTOR",
     "TOLERANCE",
     "TorchDecoder",
     "check_encoder_onnx",
@@ -54,6 +62,12 @@ TOLERANCE = 1e-4
 QUANTISED_TOLERANCE = 0.5
 """The same where rows are quantised, over what quantising changes: a number that lies between two codes gets either by
 a rounding of float32, and every row behind it is another. A tenth was observed in models of four million parameters."""
+ROUNDING_FACTOR = 4
+"""How much more the roundings of float16 or bfloat16 may change in a converted model than in the original.
+
+Both multiply as many matrices, one behind the other, and every product is rounded once; a latent layer adds two
+roundings, of the latent and of what is folded into queries. What roundings do is random, and the largest of few logits'
+differences scatters: 0.6 to 1.4 times the original's was observed in models of eight families."""
 GREEDY_TOKENS = 32
 
 
@@ -97,26 +111,47 @@ def worst_error(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> fl
     return max(relative_error(got[name].float(), value.float()) for name, value in expected.items())
 
 
-def check_module(original: Scorer, exact: LatentModel, converted: LatentModel, ids: Tensor, text: bool) -> Verification:
+def check_module(
+    original: Scorer,
+    exact: LatentModel,
+    converted: LatentModel,
+    ids: Tensor,
+    text: bool,
+    *,
+    wide_original: Scorer | None = None,
+) -> Verification:
     """Run the first two links and measure the price of the conversion.
+
+    Where numbers have fewer bits than float32, both links are of the same models computing in float32, so that they
+    are as tight as ever, and one more compares what the type's roundings do to either model.
 
     Args:
         original: The unconverted model.
-        exact: The same rewrite with nothing left out.
+        exact: The same rewrite with nothing left out, computing in float32.
         converted: The conversion.
         ids: ``[batch, length]`` token ids, at least 2 long; up to half of the length is continued greedily.
         text: Whether they are the user's text.
+        wide_original: The unconverted model, computing in float32, if it does not by itself.
 
     Raises:
         VerificationError: A link is broken.
     """
+    wide = _wide(converted)
     with torch.inference_mode():
-        expected = original(ids)
+        expected = (wide_original or original)(ids).float()
         rewrite_error = relative_error(exact(ids).logits, expected)
-        whole = converted(ids).logits
-        decode_error = relative_error(_in_chunks(converted, ids), whole)
+        whole = wide(ids).logits
+        decode_error = relative_error(_in_chunks(wide, ids), whole)
     require_equal("The rewritten graph at full rank", "the original model", rewrite_error)
     require_equal("Decoding with the latent cache", "the same model on the whole sequence", decode_error)
+    rounding = None
+    if wide is not converted:
+        with torch.inference_mode():
+            rounding = (
+                relative_error(original(ids).float(), expected),
+                relative_error(_in_chunks(converted, ids).float(), whole),
+            )
+        _require_rounding("The converted model", rounding[1], rounding[0], cache_dtype(converted.graph))
     prompt = ids[0, : ids.shape[1] - ids.shape[1] // 2]
     count = min(GREEDY_TOKENS, ids.shape[1] // 2)
     ours = generate(TorchDecoder(converted), [prompt.tolist()], count)[0]
@@ -130,10 +165,35 @@ def check_module(original: Scorer, exact: LatentModel, converted: LatentModel, i
         lowering_greedy=None,
         conversion_error=relative_error(whole, expected),
         conversion_greedy=_agreement(ours, greedy_original(original, prompt, count)),
+        rounding=rounding,
         cache_bytes_per_token=sum(one) // len(ids),
         tokens=ids.numel(),
         text=text,
     )
+
+
+def _wide(model: LatentModel) -> LatentModel:
+    """The same model computing in float32, with shared weights; the model itself, if it does already."""
+    assert isinstance(model.graph, fx.GraphModule)
+    graph = widened(model.graph)
+    return model if graph is model.graph else LatentModel(graph, model.rows, model.windows)
+
+
+def _require_rounding(what: str, error: float, usual: float, dtype: torch.dtype) -> None:
+    """Refuse what a type's roundings do to a model, if they do much more than they do to the original.
+
+    Raises:
+        VerificationError: They do.
+    """
+    limit = ROUNDING_FACTOR * max(usual, torch.finfo(dtype).eps)
+    if not error <= limit:
+        name = str(dtype).removeprefix("torch.")
+        raise VerificationError(
+            f"{what} in {name} differs from itself in float32 by {error:.1e} of the largest logit, and the original by "
+            f"{usual:.1e} (allowed: {limit:.0e}).",
+            "No output was kept. Convert it with --dtype float32"
+            + (", or with --dtype bfloat16, whose numbers do not overflow." if dtype == torch.float16 else "."),
+        )
 
 
 def quantised(converted: LatentModel) -> LatentModel:
@@ -160,6 +220,8 @@ def check_lowering(
     Raises:
         VerificationError: The runtimes disagree, or the cache is not as small as planned.
     """
+    if cache_dtype(converted.graph) in NARROW:
+        return _check_narrow(converted, path, ids, planned_bytes)
     decoder = OnnxDecoder(path)
     reference, cost = converted, None
     if cache_type == "int8":
@@ -173,6 +235,38 @@ def check_lowering(
         "cache_bytes_per_token": measured,
         "quantisation_error": cost,
     }
+
+
+def _check_narrow(converted: LatentModel, path: Path, ids: Tensor, planned_bytes: int) -> dict[str, Any]:
+    """Run the third link on a file in float16 or bfloat16.
+
+    A float32 copy of the file must equal the module in float32, as tightly as ever. ONNX Runtime's CPU provider runs
+    float16 besides, whose roundings must not be much larger than the module's own.
+    """
+    dtype, wide = cache_dtype(converted.graph), _wide(converted)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        copy = Path(folder) / path.name
+        write_float32_copy(path, copy)
+        copied = planned_bytes * torch.float32.itemsize // dtype.itemsize
+        error, greedy, measured = check_onnx(wide, OnnxDecoder(copy), ids, copied)
+    found = {
+        "lowering_error": error,
+        "lowering_greedy": greedy,
+        "lowering_copy": True,
+        "cache_bytes_per_token": measured * dtype.itemsize // torch.float32.itemsize,
+    }
+    if dtype != torch.float16:
+        return found
+    decoder = OnnxDecoder(path)
+    with torch.inference_mode():
+        exact = wide(ids).logits
+        usual = relative_error(converted(ids).logits.float(), exact)
+    logits = torch.from_numpy(_onnx_in_chunks(decoder, ids.numpy())).float()
+    _require_rounding("ONNX Runtime", relative_error(logits, exact), usual, dtype)
+    _require_planned(decoder, planned_bytes)
+    held = decoder.measured_bytes(_filled(decoder, ids))
+    _require_bytes(held, len(ids) * _cache_bytes(converted, ids.shape[1]), ids)
+    return {**found, "lowering_rounding": relative_error(logits, exact)}
 
 
 def check_onnx(
@@ -205,24 +299,30 @@ def check_onnx(
     prompt = ids[0, : ids.shape[1] - ids.shape[1] // 2].tolist()
     count = min(GREEDY_TOKENS, ids.shape[1] // 2)
     greedy = _agreement(decoder.generate([prompt], count)[0], generate(TorchDecoder(converted), [prompt], count)[0])
-    held = []
-    for part in (ids[:, :1].numpy(), ids.numpy()):
-        ones = np.ones_like(part)
-        _, cache = decoder.step(part, ones, ones.cumsum(1) - 1, decoder.empty_cache(*part.shape))
-        held.append(decoder.measured_bytes(cache))
-    if decoder.cache_bytes_per_token != planned_bytes:
-        raise VerificationError(
-            f"A token takes {decoder.cache_bytes_per_token} bytes of cache, but the plan says {planned_bytes}.",
-            "Report this with the model's config.json.",
-        )
+    held = [decoder.measured_bytes(_filled(decoder, part)) for part in (ids[:, :1], ids)]
+    _require_planned(decoder, planned_bytes)
     held_by_one = _cache_bytes if quantisation_error is None else _quantised_cache_bytes
     _require_bytes(held[1], len(ids) * held_by_one(converted, ids.shape[1]), ids)
     return error, greedy, held[0] // len(ids)
 
 
+def _filled(decoder: OnnxDecoder, ids: Tensor) -> OnnxCache:
+    """The cache of whole sequences."""
+    ones = np.ones(ids.shape, np.int64)
+    return decoder.step(ids.numpy(), ones, ones.cumsum(1) - 1, decoder.empty_cache(*ids.shape))[1]
+
+
+def _require_planned(decoder: OnnxDecoder, planned_bytes: int) -> None:
+    if decoder.cache_bytes_per_token != planned_bytes:
+        raise VerificationError(
+            f"A token takes {decoder.cache_bytes_per_token} bytes of cache, but the plan says {planned_bytes}.",
+            "Report this with the model's config.json.",
+        )
+
+
 def _cache_bytes(model: LatentModel, tokens: int) -> int:
     """Bytes that the rows of one sequence of so many tokens take."""
-    return model.cached_elements(tokens) * next(model.parameters()).element_size()
+    return model.cached_elements(tokens) * cache_dtype(model.graph).itemsize
 
 
 def _quantised_cache_bytes(model: LatentModel, tokens: int) -> int:

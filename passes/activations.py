@@ -14,6 +14,7 @@ from torch import Tensor
 from mla_compile.passes.layerwise import Layerwise, Resources
 from mla_compile.passes.layout import Layout, Sizes, per_token, token_axes
 from mla_compile.passes.operands import norm_scale, normalised
+from mla_compile.passes.retype import widened
 from mla_compile.passes.segments import Mark
 from mla_compile.passes.turned import turn_back
 from mla_compile.program import Program
@@ -86,7 +87,7 @@ class SiteRun:
         }
         wanted = [*dict.fromkeys(name for names in watched for name in names)]
         self.layerwise = Layerwise(
-            program.flat_module(),
+            widened(program.flat_module()),
             program.tokens,
             [*wanted, program.logits] if gradients else wanted,
             self.marks(sites),
@@ -172,7 +173,7 @@ def output_run(
     """
     outputs = [site.output for site in sites]
     marks = [Mark(name, (name,)) for name in outputs]
-    return Layerwise(program.flat_module(), program.tokens, outputs, marks, shape, resources or Resources())
+    return Layerwise(widened(program.flat_module()), program.tokens, outputs, marks, shape, resources or Resources())
 
 
 def observe_outputs(program: Program, sites: Sequence[AttentionSite]) -> Callable[[Tensor], list[Tensor]]:

@@ -12,6 +12,7 @@ from torch.fx import Node
 
 from mla_compile.passes.activations import output_run, site_heads
 from mla_compile.passes.layerwise import Layerwise, Resources
+from mla_compile.passes.retype import widened
 from mla_compile.passes.segments import Mark
 from mla_compile.program import Program
 from mla_compile.runtime.module import LatentModel, positions_from_mask
@@ -33,7 +34,12 @@ def latent_arguments(node: Node, args: Sequence[Any], kwargs: Mapping[str, Any])
 
 
 def original_logits(
-    program: Program, sites: Sequence[AttentionSite], batches: Sequence[Tensor], resources: Resources
+    program: Program,
+    sites: Sequence[AttentionSite],
+    batches: Sequence[Tensor],
+    resources: Resources,
+    *,
+    wide: bool = False,
 ) -> Iterator[Tensor]:
     """Logits of the unconverted model, batch by batch; it is run layer by layer if it is large.
 
@@ -42,9 +48,11 @@ def original_logits(
         sites: Its attention sites, between which it may be cut.
         batches: Token ids ``[batch, length]``.
         resources: What the run may take.
+        wide: Whether to compute in float32 what the model computes in fewer bits.
     """
+    module = widened(program.flat_module()) if wide else program.flat_module()
     marks = [Mark(site.output) for site in sites]
-    run = Layerwise(program.flat_module(), program.tokens, [program.logits], marks, _shape(batches), resources)
+    run = Layerwise(module, program.tokens, [program.logits], marks, _shape(batches), resources)
     return _results(run, batches, program.inputs, program.logits)
 
 
@@ -74,7 +82,7 @@ def side_by_side(
     resources: Resources,
     progress: Progress = iter,
 ) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-    """Run the original and its conversion, one segment of each after the other.
+    """Run the original and its conversion in float32, one segment of each after the other.
 
     Args:
         program: The original.
@@ -88,8 +96,8 @@ def side_by_side(
     Yields:
         Number of the batch and of the site, the original's attention outputs ``[B, S, H, Dv]``, and what the hook told.
     """
-    graph = model.graph
-    assert isinstance(graph, fx.GraphModule)
+    assert isinstance(model.graph, fx.GraphModule)
+    graph = widened(model.graph)
     nodes = _latent_nodes(graph)
     told: dict[int, tuple[Tensor, Tensor]] = {}
     wanted: dict[int, Tensor] = {}
@@ -117,7 +125,7 @@ def side_by_side(
     count = min(run.at_a_time(len(batches)) for run in (original, converted))
     for start in range(0, len(batches), count):
         part = batches[start : start + count]
-        ours = converted.run(part, _inputs(model))
+        ours = converted.run(part, _inputs(model, torch.float32))
         for seen in original.run(part, program.inputs, progress):
             wanted.clear()
             for number, site in enumerate(sites):
@@ -155,10 +163,13 @@ def _shape(batches: Sequence[Tensor]) -> tuple[int, int]:
     return int(batches[0].shape[0]), int(batches[0].shape[1])
 
 
-def _inputs(model: LatentModel) -> Callable[[Tensor], Sequence[Tensor]]:
+def _inputs(model: LatentModel, dtype: torch.dtype | None = None) -> Callable[[Tensor], Sequence[Tensor]]:
+    """Makes inputs for whole sequences, with caches of another type than the model's if need be."""
+
     def inputs(ids: Tensor) -> Sequence[Tensor]:
         mask = torch.ones_like(ids)
-        return (ids, mask, positions_from_mask(mask, ids.shape[1]), *model.empty_cache(len(ids)))
+        empty = (cache.to(dtype or cache.dtype) for cache in model.empty_cache(len(ids)))
+        return (ids, mask, positions_from_mask(mask, ids.shape[1]), *empty)
 
     return inputs
 

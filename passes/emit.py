@@ -17,6 +17,7 @@ from torch.fx import Node
 
 from mla_compile.passes.factorise import LatentWeights
 from mla_compile.passes.layout import Layout, Sizes, token_axes
+from mla_compile.passes.retype import NARROW
 from mla_compile.program import AnyProgram, Program
 from mla_compile.runtime import ops  # noqa: F401 - registers mla::latent_attention and mla::cached_attention
 from mla_compile.site import AttentionSite, Norm, PlainSite, Projection, Scores
@@ -37,7 +38,7 @@ class Emitter:
         module: The graph module that is being rewritten.
         nodes: Its nodes by their original names.
         inputs: The new inputs by name.
-        dtype: Type of new weights.
+        dtype: Type of new weights and of caches.
         rotations: Cosines and sines emitted so far, by their frequencies.
     """
 
@@ -52,6 +53,21 @@ class Emitter:
     def _sizes(self) -> Sizes:
         assert isinstance(self.program, Program)
         return Sizes.of(self.program)
+
+    @property
+    def _narrow(self) -> bool:
+        """Whether activations have fewer bits than sums of them, or angles, need."""
+        return self.program.dtype in NARROW
+
+    def _typed(self, node: Node, name: str) -> Node:
+        """An activation, in the type of the weights that it meets, if the original has it in another."""
+        if not self._narrow or self.nodes[name].meta["val"].dtype == self.program.dtype:
+            return node
+        return self._call(_aten._to_copy.default, node, dtype=self.dtype)
+
+    def _rounded(self, node: Node) -> Node:
+        """What was computed in float32, in the type of caches."""
+        return self._call(_aten._to_copy.default, node, dtype=self.dtype) if self._narrow else node
 
     def _shape(self, name: str) -> Sequence[Any]:
         """The original node's symbolic shape."""
@@ -207,9 +223,9 @@ class Emitter:
             if not weights.scaled_rope:
                 parts = self._normed(row, scale, weights, batch, length, weight)
             if weights.scaled_rope or weights.key_up.shape[1]:
-                parts.append(scale)
+                parts.append(self._rounded(scale))
         if site.value.norm is not None:
-            parts.append(self._norm_scale(site.value, site.value.norm, batch, length))
+            parts.append(self._rounded(self._norm_scale(site.value, site.value.norm, batch, length)))
         return row if len(parts) == 1 else self._call(_aten.cat.default, parts, -1)
 
     def _normed(
@@ -225,12 +241,15 @@ class Emitter:
             rope = self._call(_aten.mul.Tensor, rope, self._call(_aten.unsqueeze.default, scale, -1))
             shift = weight("rope_shift")
             rope = rope if shift is None else self._call(_aten.add.Tensor, rope, shift)
-            parts.append(self._call(_aten.reshape.default, rope, [batch, length, groups * 2 * half]))
+            rope = self._call(_aten.reshape.default, rope, [batch, length, groups * 2 * half])
+            parts.append(self._rounded(rope))
         return parts
 
     def _norm_scale(self, projection: Projection, norm: Norm, batch: Node, length: Node) -> Node:
-        """``1 / sqrt(mean(y^2) + eps)`` of every group of a projection's outputs, ``[B, S, groups]``."""
+        """``1 / sqrt(mean(y^2) + eps)`` of every group of a projection's outputs, ``[B, S, groups]``, in float32."""
         outputs = self._entries(projection.node, batch, length)
+        if self._narrow:
+            outputs = self._call(_aten._to_copy.default, outputs, dtype=torch.float32)
         groups = self._chosen(outputs, norm.groups, self._shape(projection.node), batch, length)
         if norm.kind == "layer":
             groups = self._call(_aten.sub.Tensor, groups, self._call(_aten.mean.dim, groups, [-1], True))
@@ -261,14 +280,14 @@ class Emitter:
     def _tokens(self, name: str) -> Node:
         """An activation with the batch before the positions; merged ones stay merged."""
         axes = token_axes(self._sizes, self._shape(name))
-        node = self.nodes[name]
+        node = self._typed(self.nodes[name], name)
         return self._call(_aten.transpose.int, node, 0, 1) if axes[:2] == ("s", "b") else node
 
     def _entries(self, name: str, batch: Node, length: Node) -> Node:
         """Everything a node holds per token, ``[B, S, N]``."""
         shape = self._shape(name)
         axes = token_axes(self._sizes, shape)
-        node = self.nodes[name]
+        node = self._typed(self.nodes[name], name)
         if axes[0] != "bs":
             order = [axes.index("b"), axes.index("s"), *(i for i, a in enumerate(axes) if a == "d")]
             if order != sorted(order):
@@ -280,7 +299,7 @@ class Emitter:
         order = "bthd" if "t" in axes else "bshd"
         shape = self._shape(name)
         sizes = {"b": batch, "s": length, "t": length, "bh": -1}
-        node = self.nodes[name]
+        node = self._typed(self.nodes[name], name)
         if "bh" in axes:
             split: list[Any] = []
             for size, axis in zip(shape, axes, strict=True):
@@ -320,6 +339,9 @@ class Emitter:
         if "bh" in axes:
             final = [sizes.get(axis, size) for size, axis in zip(shape, axes, strict=True)]
             attended = self._call(_aten.reshape.default, attended, final)
+        wanted = self.nodes[name].meta["val"].dtype
+        if self._narrow and wanted != self.program.dtype:
+            attended = self._call(_aten._to_copy.default, attended, dtype=wanted)
         present = self._call(operator.getitem, result, 1)
         for node in (result, attended, present):
             node.meta["mla_compile"] = {"pass": "insert-latent", "site": path}
@@ -330,11 +352,10 @@ class Emitter:
         """Register weights as parameters of a sub-module beside the layer's own, and return its path."""
         holder = nn.Module()
         for name, value in values.items():
-            stored = value.to(self.dtype).contiguous()
-            if name == "slopes":  # a constant of the architecture, not to be trained
-                holder.register_buffer(name, stored)
+            if name == "slopes":  # a constant of the architecture, not to be trained; distances are far apart
+                holder.register_buffer(name, value.float())
             else:
-                holder.register_parameter(name, nn.Parameter(stored))
+                holder.register_parameter(name, nn.Parameter(value.to(self.dtype).contiguous()))
         path = holder_name(path, index)
         self.module.add_submodule(path, holder)
         return path

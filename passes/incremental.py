@@ -16,24 +16,19 @@ __all__ = ["check_incremental"]
 
 _INCREMENTAL = 1e-4
 """Relative difference that is more than float32 rounding, which stays below 1e-5."""
-_INCREMENTAL_HALF = 0.05
-"""The same for float16 and bfloat16, whose single roundings are up to 4e-3."""
 _LENGTH, _PADDING, _ENCODED = 12, 3, 7
 
 
-def check_incremental(
-    module: fx.GraphModule, program: Program, rows: Sequence[int], dtype: torch.dtype, cross: Sequence[int] = ()
-) -> None:
+def check_incremental(module: fx.GraphModule, program: Program, rows: Sequence[int], cross: Sequence[int] = ()) -> None:
     """Refuse a graph in which something outside attention still looks at the length or at other tokens.
 
     Whatever was overlooked (a convolution, a running sum, positions counted in floats, a mean over the batch) shows as
     a difference between a sequence at once and the same sequence in pieces, or beside another one and padded.
 
     Args:
-        module: The rewritten graph.
+        module: The rewritten graph, computing in float32.
         program: The original.
         rows: Cache row length per layer.
-        dtype: Type of the caches.
         cross: Row length per cross attention layer, whose rows are made up.
 
     Raises:
@@ -41,23 +36,22 @@ def check_incremental(
     """
     ids = example_inputs(program, 2, _LENGTH, seed=1)[program.tokens]
     try:
-        context = _made_up(program, cross, dtype)
-        whole = _run_in_pieces(module, ids, [_LENGTH], rows, dtype, context)
-        pieces = _run_in_pieces(module, ids, [5, 1, 2, 3, 1], rows, dtype, context)
-        padded = _run_padded(module, ids, rows, dtype, context)
+        context = _made_up(program, cross)
+        whole = _run_in_pieces(module, ids, [_LENGTH], rows, context)
+        pieces = _run_in_pieces(module, ids, [5, 1, 2, 3, 1], rows, context)
+        padded = _run_padded(module, ids, rows, context)
     except (RuntimeError, IndexError) as error:
         reason = textwrap.shorten(str(error).strip().splitlines()[0], 120, placeholder=" ...")
         raise RefusedError(
             f"'{program.source}' cannot be run in pieces after the rewrite ({reason}).",
             "Something outside attention depends on the length of the sequence; compute it from positions instead.",
         ) from error
-    limit = _INCREMENTAL if dtype in (torch.float32, torch.float64) else _INCREMENTAL_HALF
     for got, expected, how, what in (
         (pieces, whole, "in pieces", "the length or on other tokens"),
         (padded, whole[:1, : _LENGTH - _PADDING], "padded, beside another sequence", "padding or on other sequences"),
     ):
         difference = float((got - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
-        if not difference < limit:
+        if not difference < _INCREMENTAL:
             raise RefusedError(
                 f"Something outside attention in '{program.source}' depends on {what}: {how}, the rewritten model "
                 f"differs by {difference:.1e}.",
@@ -65,10 +59,10 @@ def check_incremental(
             )
 
 
-def _made_up(program: Program, cross: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
+def _made_up(program: Program, cross: Sequence[int]) -> list[Tensor]:
     """Rows of an encoder for two sequences, and a mask that hides some of the first one's."""
     generator = torch.Generator().manual_seed(2)
-    found = [torch.randn(2, _ENCODED, width, generator=generator).to(dtype) for width in cross]
+    found = [torch.randn(2, _ENCODED, width, generator=generator) for width in cross]
     if isinstance(program, DecoderProgram) and program.encoder_mask is not None:
         mask = torch.ones(2, _ENCODED, dtype=torch.long)
         mask[0, -2:] = 0
@@ -77,14 +71,9 @@ def _made_up(program: Program, cross: Sequence[int], dtype: torch.dtype) -> list
 
 
 def _run_in_pieces(
-    module: fx.GraphModule,
-    ids: Tensor,
-    sizes: Sequence[int],
-    rows: Sequence[int],
-    dtype: torch.dtype,
-    context: Sequence[Tensor],
+    module: fx.GraphModule, ids: Tensor, sizes: Sequence[int], rows: Sequence[int], context: Sequence[Tensor]
 ) -> Tensor:
-    cache = [torch.zeros(len(ids), 0, row, dtype=dtype) for row in rows]
+    cache = [torch.zeros(len(ids), 0, row) for row in rows]
     parts, done = [], 0
     with torch.no_grad():
         for size in sizes:
@@ -96,9 +85,7 @@ def _run_in_pieces(
     return torch.cat(parts, 1)
 
 
-def _run_padded(
-    module: fx.GraphModule, ids: Tensor, rows: Sequence[int], dtype: torch.dtype, context: Sequence[Tensor]
-) -> Tensor:
+def _run_padded(module: fx.GraphModule, ids: Tensor, rows: Sequence[int], context: Sequence[Tensor]) -> Tensor:
     """Logits of the first sequence's first tokens, padded on the left beside the second sequence."""
     real = _LENGTH - _PADDING
     batch = ids.flip(1)
@@ -106,7 +93,7 @@ def _run_padded(
     mask = torch.ones_like(batch)
     mask[0, :_PADDING] = 0
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    cache = [torch.zeros(len(ids), 0, row, dtype=dtype) for row in rows]
+    cache = [torch.zeros(len(ids), 0, row) for row in rows]
     with torch.no_grad():
         logits: Tensor = module(batch, mask, positions, *cache, *context)[0]
     return logits[:1, _PADDING:]

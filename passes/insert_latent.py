@@ -31,6 +31,7 @@ from mla_compile.passes.emit_open import OpenEmitter
 from mla_compile.passes.factorise import LatentWeights
 from mla_compile.passes.incremental import check_incremental
 from mla_compile.passes.positions import repair_positions
+from mla_compile.passes.retype import widened
 from mla_compile.passes.scores import layer_sizes
 from mla_compile.program import DecoderProgram, Program
 from mla_compile.site import AttentionSite, Rejection
@@ -94,7 +95,8 @@ def insert_latent(
         program: The original; it and its weights are left as they are (untouched weights are shared).
         sites: The layers to convert.
         weights: Latent weights of every site.
-        dtype: Type the latent weights are stored in.
+        dtype: Type of the latent weights and of caches: the original's own, or float32, in which all of the result
+            then computes.
         kept: The other attention layers; each has a ``plain`` description.
         cross: Cross attention layers of a decoder, with their latent weights.
 
@@ -146,7 +148,9 @@ def insert_latent(
     _cut_padding_mask(program, graph, inputs["attention_mask"], inputs["input_ids"])
     _renumber_placeholders(graph, nodes, program, inputs)
     rewritten = finished(module)
-    check_incremental(rewritten, program, rows, dtype, widths)
+    wide = widened(rewritten)  # without roundings, what is no rounding shows
+    check_incremental(wide, program, rows, widths)
+    rewritten = wide if dtype == torch.float32 else rewritten
     return LatentGraph(rewritten, tuple(rows), tuple(widths))
 
 

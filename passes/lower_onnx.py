@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import onnx
 import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import InlinePass
@@ -29,10 +30,12 @@ from mla_compile.passes.insert_latent import ENCODER_MASK, INPUT_NAMES
 from mla_compile.passes.layout import Sizes
 from mla_compile.passes.onnx_translations import translations
 from mla_compile.passes.quantise_cache import check_quantisable
+from mla_compile.passes.retype import NARROW
+from mla_compile.passes.split_cache import split_caches
 from mla_compile.program import AnyProgram
 from mla_compile.quiet import quiet_exporter
 from mla_compile.runtime import ops
-from mla_compile.runtime.module import cache_windows
+from mla_compile.runtime.module import cache_dtype, cache_windows
 from mla_compile.runtime.onnx_cache import PAST, PAST_SCALE, PRESENT, PRESENT_SCALE, ROOM, WINDOW
 from mla_compile.runtime.onnx_function import CACHED, DOMAIN, LATENT, VERSION, Variant, attention_function
 from mla_compile.runtime.onnx_quantised import SCALES
@@ -45,9 +48,13 @@ __all__ = [
     "export_encoder",
     "export_rewritten",
     "exported_to_onnx",
+    "half_width",
     "lower_encoder_to_onnx",
     "lower_to_onnx",
     "name_dimensions",
+    "name_function",
+    "node_variant",
+    "rewritten_to_onnx",
     "save",
 ]
 
@@ -65,7 +72,7 @@ _BATCH, _NEW, _PAST, _ENCODED, _ROOM = 2, 3, 5, 7, 11
 def export_rewritten(
     module: fx.GraphModule,
     rows: Sequence[int],
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     *,
     cross: Sequence[int] = (),
     masked: bool = False,
@@ -77,7 +84,7 @@ def export_rewritten(
     Args:
         module: From :func:`~mla_compile.passes.insert_latent.insert_latent`.
         rows: Cache row length per layer.
-        dtype: Type of the caches.
+        dtype: Type of the caches; read from the graph by default.
         cross: Row length per cross attention layer of a decoder.
         masked: Whether the decoder reads a padding mask over them.
         static: Whether the graph's caches have a size of their own.
@@ -86,7 +93,7 @@ def export_rewritten(
     Returns:
         The exported program; symbols and guards are torch's own.
     """
-    ids = torch.zeros(_BATCH, _NEW, dtype=torch.long)
+    ids, dtype = torch.zeros(_BATCH, _NEW, dtype=torch.long), dtype or cache_dtype(module)
     cached = _ROOM if static else _PAST
     example = (
         ids,
@@ -114,6 +121,7 @@ def lower_to_onnx(
     masked: bool = False,
     static: bool = False,
     quantised: bool = False,
+    halves: bool = False,
 ) -> None:
     """Write the rewritten graph as an ONNX file.
 
@@ -123,6 +131,9 @@ def lower_to_onnx(
 
     A quantised cache is codes ``past_key_values.{i}.latent`` uint8 of the same shape, and two scales per token,
     ``past_key_values.{i}.scale [batch, past, 2]``, of the latent and of the rope keys.
+
+    A cache in halves is ``past_key_values.{i}.key`` and ``.value``, ``[batch, 1, past, width]`` with one width for all
+    layers (:func:`half_width`), as programs expect that know of keys and values only.
 
     Args:
         module: The rewritten graph.
@@ -135,9 +146,35 @@ def lower_to_onnx(
         masked: Whether the decoder reads a padding mask over them.
         static: Whether caches are static.
         quantised: Whether caches are quantised.
+        halves: Whether caches are in halves.
 
     Raises:
-        RefusedError: There is no ONNX form of an operator, or no static or quantised cache for a layer.
+        RefusedError: There is no ONNX form of an operator, or no static or quantised cache, or cache in halves, for a
+            layer.
+    """
+    model = rewritten_to_onnx(module, rows, opset=opset, cross=cross, masked=masked, static=static, quantised=quantised)
+    if halves:
+        _halve(model, rows, static)
+    _add_functions(model, opset)
+    if inline:
+        InlinePass()(model)
+        del model.opset_imports[DOMAIN]
+    save(model, path, metadata)
+
+
+def rewritten_to_onnx(
+    module: fx.GraphModule,
+    rows: Sequence[int],
+    *,
+    opset: int,
+    cross: Sequence[int] = (),
+    masked: bool = False,
+    static: bool = False,
+    quantised: bool = False,
+) -> ir.Model:
+    """Translate the rewritten graph to a model with one node of ours per layer, and no functions for them yet.
+
+    Arguments and errors are those of :func:`lower_to_onnx`.
     """
     windows = cache_windows(module)
     if static and 1 in windows:
@@ -147,8 +184,17 @@ def lower_to_onnx(
         )
     if quantised:
         check_quantisable(module, rows)
+    dtype = cache_dtype(module)
+    if quantised and dtype in NARROW:
+        name = str(dtype).removeprefix("torch.")
+        raise RefusedError(
+            f"An int8 cache is of a float32 model, and this one is {name}.",
+            "Convert it with --dtype float32, or leave --cache-type int8 out.",
+        )
     symbolic = _with_symbolic_nodes(module, static, quantised)
-    exported = export_rewritten(symbolic, rows, cross=cross, masked=masked, static=static, quantised=quantised)
+    if dtype in NARROW:
+        _fit_types(symbolic, dtype)
+    exported = export_rewritten(symbolic, rows, dtype, cross=cross, masked=masked, static=static, quantised=quantised)
     caches = [(PAST, PRESENT), *([(PAST_SCALE, PRESENT_SCALE)] if quantised else [])]
     pasts, presents = ([names[i].format(layer) for names in caches for layer in range(len(rows))] for i in (0, 1))
     batch, new, past, total = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
@@ -166,11 +212,30 @@ def lower_to_onnx(
     name_dimensions(model, {name: (batch, f"{after}{w}") for name, w in zip(presents, own, strict=True)})
     name_dimensions(model, {"logits": (batch, new)})
     name_dimensions(model, dict.fromkeys([*crossed, ENCODER_MASK], (batch, _ENCODER_LENGTH)))
-    _add_functions(model, opset)
-    if inline:
-        InlinePass()(model)
-        del model.opset_imports[DOMAIN]
-    save(model, path, metadata)
+    return model
+
+
+def half_width(rows: Sequence[int]) -> int:
+    """Numbers of a half row, in all layers: the longest row decides, and others are filled up with zeros."""
+    return (max(rows) + 1) // 2
+
+
+def _halve(model: ir.Model, rows: Sequence[int], static: bool) -> None:
+    """Give every layer a cache in halves.
+
+    Raises:
+        RefusedError: A layer was not converted: its rows are keys and values.
+    """
+    plain = [node for node in model.graph if node.domain == DOMAIN and node.op_type == CACHED]
+    if plain:
+        raise RefusedError(
+            f"{len(plain)} attention layers were not converted, and a cache in halves needs rows of one length.",
+            "Leave --cache-layout genai out.",
+        )
+    size = (1, half_width(rows))
+    tokens = (ROOM, ROOM) if static else ("past_sequence_length", "total_sequence_length")
+    for node in split_caches(model, lambda _: (size, size), ir.DataType.FLOAT, tokens):
+        node.attributes.add(ir.AttrInt64("halves", 1))
 
 
 @dataclass(frozen=True)
@@ -337,6 +402,26 @@ def _with_symbolic_nodes(module: fx.GraphModule, static: bool, quantised: bool) 
     return replaced
 
 
+def _fit_types(module: fx.GraphModule, dtype: torch.dtype) -> None:
+    """Return logits in float32, and put conversions around what ONNX does not define in a narrow type."""
+    graph, outputs = module.graph, module.graph.output_node()
+
+    def converted(node: fx.Node, wanted: torch.dtype) -> fx.Node:
+        return graph.call_function(torch.ops.aten._to_copy.default, (node,), {"dtype": wanted})
+
+    results: Any = outputs.args[0]
+    with graph.inserting_before(outputs):
+        outputs.args = ((converted(results[0], torch.float32), *results[1:]),)
+    for node in [n for n in graph.nodes if n.target is torch.ops.aten.einsum.default and dtype == torch.bfloat16]:
+        with graph.inserting_before(node):
+            equation, operands = node.args
+            node.args = (equation, [converted(operand, torch.float32) for operand in operands])
+        with graph.inserting_after(node):
+            rounded = converted(node, dtype)
+        node.replace_all_uses_with(rounded, delete_user_cb=lambda user, own=rounded: user is not own)
+    module.recompile()
+
+
 def _add_scales(graph: fx.Graph) -> None:
     """Give every latent node the scales of its cache, in the order of the caches."""
     caches = [node for node in graph.nodes if node.op == "placeholder"]
@@ -465,24 +550,32 @@ def _symbolic_node(
 
 def _add_functions(model: ir.Model, opset: int) -> None:
     """Give every node of ours its variant's name, and the model the functions that its nodes call."""
-    for node in model.graph:
-        if node.domain != DOMAIN:
-            continue
-        variant = Variant(
-            key_scales="key_scales" in node.attributes,
-            softcap="softcap" in node.attributes,
-            window="window" in node.attributes,
-            sinks="has_sinks" in node.attributes,
-            slopes="has_slopes" in node.attributes,
-            value_scales="value_scales" in node.attributes,
-            bidirectional="bidirectional" in node.attributes,
-            scaled_rope="scaled_rope" in node.attributes,
-            static="static" in node.attributes,
-            quantised="quantised" in node.attributes,
-        )
-        function = ir.serde.deserialize_function(attention_function(node.op_type, opset, variant))
-        node.op_type = function.name
-        model.functions.setdefault(function.identifier(), function)
+    for node in [node for node in model.graph if node.domain == DOMAIN]:
+        name_function(model, node, attention_function(node.op_type, opset, node_variant(node)))
+
+
+def node_variant(node: ir.Node) -> Variant:
+    """What a node of ours has."""
+    return Variant(
+        key_scales="key_scales" in node.attributes,
+        softcap="softcap" in node.attributes,
+        window="window" in node.attributes,
+        sinks="has_sinks" in node.attributes,
+        slopes="has_slopes" in node.attributes,
+        value_scales="value_scales" in node.attributes,
+        bidirectional="bidirectional" in node.attributes,
+        scaled_rope="scaled_rope" in node.attributes,
+        static="static" in node.attributes,
+        quantised="quantised" in node.attributes,
+        halves="halves" in node.attributes,
+    )
+
+
+def name_function(model: ir.Model, node: ir.Node, function: onnx.FunctionProto) -> None:
+    """Give a node of ours the function it calls."""
+    made = ir.serde.deserialize_function(function)
+    node.op_type = made.name
+    model.functions.setdefault(made.identifier(), made)
     model.opset_imports[DOMAIN] = VERSION
 
 

@@ -94,7 +94,7 @@ def _train(
     parameters = {name: p for layer in layers for name, p in layer.parameters.items()}
     optimiser = torch.optim.Adam([group for layer in layers for group in layer.groups()], betas=_BETAS)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _share(step, steps))
-    teacher = original_scorer(task.program)
+    teacher = original_scorer(task.program, wide=True)
     good, done = frozen, 0  # the last weights that are known to have a finite loss
     with task.stages.stage("polish", steps) as advance:
         for ids in _batches(windows, steps, task.config.seed):

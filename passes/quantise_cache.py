@@ -7,7 +7,7 @@ attends to that. Codes and scales are those of :mod:`mla_compile.runtime.onnx_qu
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from mla_compile.errors import RefusedError
 from mla_compile.runtime import ops  # noqa: F401 - registers the operators
 from mla_compile.runtime.onnx_quantised import LATENT_LEVELS, ROPE_LEVELS, SMALLEST
 
-__all__ = ["check_quantisable", "quantised_row", "with_quantised_rows"]
+__all__ = ["check_quantisable", "quantised_row", "with_quantised_rows", "with_rows"]
 
 _LATENT = torch.ops.mla.latent_attention.default
 _CACHED = torch.ops.mla.cached_attention.default
@@ -59,20 +59,30 @@ def _rounded(x: Tensor, levels: int) -> Tensor:
 
 def with_quantised_rows(module: fx.GraphModule) -> fx.GraphModule:
     """Copy a rewritten graph so that every layer caches, and attends to, quantised rows; weights are shared."""
+    return with_rows(module, quantised_row)
+
+
+def with_rows(module: fx.GraphModule, row_of: Callable[[Tensor, Tensor, Tensor, int], Tensor]) -> fx.GraphModule:
+    """Copy a rewritten graph so that every layer caches, and attends to, other rows; weights are shared.
+
+    Args:
+        module: The graph.
+        row_of: Makes new rows, with the arguments and the result of :func:`quantised_row`.
+    """
+
+    def with_rank(row: Tensor, cos: Tensor, sin: Tensor, key_up: Tensor) -> Tensor:
+        return row_of(row, cos, sin, key_up.shape[2])
+
     replaced = copy.copy(module)
     replaced.graph = copy.deepcopy(module.graph)
     for node in replaced.graph.nodes:
         if node.target is _LATENT:
             _, row, _, _, cos, sin, key_up, *_ = node.args
             with replaced.graph.inserting_before(node):
-                new = replaced.graph.call_function(_quantised_for, (row, cos, sin, key_up))
+                new = replaced.graph.call_function(with_rank, (row, cos, sin, key_up))
             node.update_arg(1, new)
     replaced.recompile()
     return replaced
-
-
-def _quantised_for(row: Tensor, cos: Tensor, sin: Tensor, key_up: Tensor) -> Tensor:
-    return quantised_row(row, cos, sin, key_up.shape[2])
 
 
 def check_quantisable(module: fx.GraphModule, rows: Sequence[int]) -> None:

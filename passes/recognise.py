@@ -42,7 +42,7 @@ from mla_compile.program import AnyProgram
 from mla_compile.runtime import reference
 from mla_compile.site import AttentionSite, Kind, PlainSite, RejectCode, Rejection, Rope, Scores
 
-__all__ = ["VERIFY_TOLERANCE", "Recognition", "recognise"]
+__all__ = ["VERIFY_TOLERANCE", "Recognition", "plain_layers", "recognise"]
 
 VERIFY_TOLERANCE = 1e-6
 """Relative error a description may have against its sub-graph. Both sides are float64; float32 rotation tables inside
@@ -115,6 +115,36 @@ def recognise(program: AnyProgram) -> Recognition:
         except MismatchError as mismatch:
             rejections.append(Rejection(index, path, mismatch.code, mismatch.reason, _plain(context)))
     return Recognition(tuple(sites), tuple(rejections))
+
+
+def plain_layers(program: AnyProgram) -> tuple[Rejection, ...]:
+    """Describe every attention layer as ordinary attention with an ordinary cache: what a model is without conversion.
+
+    Args:
+        program: The exported model; it is not changed.
+
+    Returns:
+        One rejection per layer, in graph order; one that is not understood has no ``plain`` description.
+    """
+    flow, evaluator = DataFlow(program), GraphEvaluator(program)
+    layers: list[Rejection] = []
+    kinds: dict[str, PlainSite] = {}
+    for index, found in enumerate(find_anchors(flow, program)):
+        node = found.softmax if isinstance(found, Anchor) else found[0]
+        path = module_path(node, f"attention_{index}")
+        if not isinstance(found, Anchor):
+            layers.append(Rejection(index, path, found[1].code, found[1].reason))
+            continue
+        try:
+            sizes = anchor_sizes(program, found)
+            context = _Context(index, path, found, anchor_layouts(sizes, found), flow, evaluator, sizes)
+            kind = kind_of(found, flow, evaluator)
+            scores = kinds[kind].scores if kind in kinds else None
+            site = kinds[kind] = _speaking(context, functools.partial(_describe_plain, scores=scores))
+            layers.append(Rejection(index, path, RejectCode.ORPHAN, "it was asked for as it is", site))
+        except MismatchError as mismatch:
+            layers.append(Rejection(index, path, mismatch.code, mismatch.reason))
+    return tuple(layers)
 
 
 def _other_kind(site: AttentionSite) -> Rejection:
@@ -248,7 +278,8 @@ def _plain(context: _Context) -> PlainSite | None:
         return None
 
 
-def _describe_plain(context: _Context) -> PlainSite:
+def _describe_plain(context: _Context, scores: Scores | None = None) -> PlainSite:
+    """Describe a layer; ``scores`` are those of another of its kind, which are not probed again."""
     anchor, layouts, evaluator = context.anchor, context.layouts, context.evaluator
     shapes = {role: getattr(anchor, role).meta["val"].shape for role in ("query", "key", "value", "output")}
     heads, key_heads, value_heads = (
@@ -260,10 +291,11 @@ def _describe_plain(context: _Context) -> PlainSite:
     if key_heads != value_heads or heads % key_heads:
         raise MismatchError(RejectCode.GROUPING, f"{heads} query, {key_heads} key and {value_heads} value heads")
     dims = {role: int(shapes[role][getattr(layouts, role).axes.index("d")]) for role in ("query", "value")}
-    scores = probe_scores(evaluator, context.flow, context.sizes, anchor, layouts, heads=heads, dim=dims["query"])
-    if not scores.mask.causal:
-        raise MismatchError(RejectCode.MASK, "attention is not causal")
-    probe_probabilities(evaluator, context.sizes, anchor, layouts)
+    if scores is None:
+        scores = probe_scores(evaluator, context.flow, context.sizes, anchor, layouts, heads=heads, dim=dims["query"])
+        if not scores.mask.causal:
+            raise MismatchError(RejectCode.MASK, "attention is not causal")
+        probe_probabilities(evaluator, context.sizes, anchor, layouts)
     repeats = math.gcd(*(_repeats(context, role, heads) for role in ("key", "value"))) if key_heads == heads else 1
     axes = (layouts.query.axes, layouts.key.axes, layouts.value.axes, layouts.output.axes)
     site = PlainSite(

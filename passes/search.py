@@ -66,7 +66,7 @@ class Divergence:
         length = windows.shape[1]
         count = max(1, min(_PROBE_TOKENS // length, _PROBE_LOGITS // (length * vocabulary), len(windows)))
         self._windows, self._resources = windows[:count], resources or Resources()
-        logits = original_logits(program, sites, self._windows.split(1), self._resources)
+        logits = original_logits(program, sites, self._windows.split(1), self._resources, wide=True)
         self._expected = [found.float().log_softmax(-1) for found in logits]
 
     def __call__(self, model: LatentModel) -> float:

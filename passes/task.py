@@ -71,9 +71,14 @@ class Task:
         """Weights of every site."""
         return [read_site(self.program, site) for site in self.sites]
 
-    def rewrite(self, weights: Sequence[LatentWeights]) -> LatentModel:
-        """The converted model with some weights."""
-        graph = insert_latent(self.program, self.sites, weights, torch.float32, self.kept)
+    def rewrite(self, weights: Sequence[LatentWeights], dtype: torch.dtype = torch.float32) -> LatentModel:
+        """The converted model with some weights.
+
+        Args:
+            weights: Of every site.
+            dtype: The model's own type, or float32 for what the same model computes without its roundings.
+        """
+        graph = insert_latent(self.program, self.sites, weights, dtype, self.kept)
         return LatentModel(graph.module, graph.rows)
 
     def site_run(self, batch: int, *, gradients: bool) -> SiteRun:

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 
 from mla_compile.runtime import ops
 
-__all__ = ["LatentModel", "LatentOutput", "LatentSeq2Seq", "LowRankModel", "cache_windows", "positions_from_mask"]
+__all__ = [
+    "LatentModel",
+    "LatentOutput",
+    "LatentSeq2Seq",
+    "LowRankModel",
+    "cache_dtype",
+    "cache_windows",
+    "positions_from_mask",
+]
 
 
 @dataclass(frozen=True)
@@ -50,6 +60,20 @@ def cache_windows(module: nn.Module) -> tuple[int, ...]:
     windows = {n.args[2].name: n.args[names.index("window")] for n, names in zip(nodes, arguments, strict=True)}
     caches = [n.name for n in graph.nodes if n.op == "placeholder"]
     return tuple(windows[name] for name in caches if name in windows)
+
+
+def cache_dtype(module: nn.Module) -> torch.dtype:
+    """Type of the caches of a rewritten graph: that in which its latent weights are multiplied."""
+    graph = getattr(module, "graph", None)
+    for node in graph.nodes if isinstance(graph, fx.Graph) else ():
+        if node.target is torch.ops.mla.latent_attention.default:
+            key_up = node.args[6]
+            if key_up.op == "get_attr":
+                stored: Any = functools.reduce(getattr, key_up.target.split("."), module)
+                return cast(torch.dtype, stored.dtype)
+            if "dtype" in key_up.kwargs:  # widened where it is read
+                return cast(torch.dtype, key_up.kwargs["dtype"])
+    return next(p.dtype for p in module.parameters() if p.is_floating_point())
 
 
 class LatentModel(nn.Module):
@@ -117,8 +141,8 @@ class LatentModel(nn.Module):
 
     def empty_cache(self, batch: int) -> tuple[Tensor, ...]:
         """A cache of no tokens."""
-        like = next(p for p in self.parameters() if p.is_floating_point())
-        return tuple(like.new_empty(batch, 0, row).detach() for row in self.rows)
+        device, dtype = next(self.parameters()).device, cache_dtype(self.graph)
+        return tuple(torch.empty(batch, 0, row, device=device, dtype=dtype) for row in self.rows)
 
 
 class LowRankModel(nn.Module):

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from mla_compile.errors import UsageError
 
 __all__ = [
+    "KEY_VALUE",
     "PAST",
     "PAST_SCALE",
     "PRESENT",
@@ -28,11 +29,21 @@ PAST, PRESENT = "past_key_values.{}.latent", "present.{}.latent"
 """A layer's cache as input and output of a file."""
 PAST_SCALE, PRESENT_SCALE = "past_key_values.{}.scale", "present.{}.scale"
 """What the numbers of a quantised one are to be multiplied with."""
+KEY_VALUE = (("past_key_values.{}.key", "present.{}.key"), ("past_key_values.{}.value", "present.{}.value"))
+"""The same where it is two tensors ``[batch, heads, tokens, channels]``: two halves of a row, or keys and values."""
 ROOM = "cache_length"
 """The dimension of a static cache by which a file is known to have one."""
 WINDOW = "_of_window_"
 """What stands between a dimension's name and the window of its layer, if that has one."""
-_NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
+_NUMPY_TYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(bfloat16)": np.uint16,  # which numpy does not have: its bits
+    "tensor(uint8)": np.uint8,
+    "tensor(int8)": np.int8,
+}
+_BFLOAT16 = 16
+"""ONNX's number of the type."""
 _BLOCK = 128
 """Rows by which the part of a static cache that is shown to the model grows: it attends to all it is shown."""
 
@@ -45,30 +56,47 @@ class CacheLayer:
         past: Its name as an input.
         present: Its name as an output.
         dtype: Type of its numbers.
-        row: Numbers a token adds.
+        element: The same as ONNX Runtime takes it: a number of ONNX, for what numpy does not have.
+        row: Numbers a token adds to every head.
         window: Tokens its queries see, 0 for all.
         static: Whether it has a size of its own.
+        heads: How many heads have rows of their own; None where there is no such dimension.
     """
 
     past: str
     present: str
     dtype: type
+    element: Any
     row: int
     window: int
     static: bool
+    heads: int | None = None
 
     @classmethod
     def of(cls, value: Any) -> CacheLayer:  # noqa: ANN401 - onnxruntime has no types
-        """Read from a session's input ``[batch, tokens, row]``."""
-        _, tokens, row = value.shape
+        """Read from a session's input ``[batch, tokens, row]`` or ``[batch, heads, tokens, row]``."""
+        _, *heads, tokens, row = value.shape
         kind, _, window = str(tokens).partition(WINDOW)
         present = value.name.replace("past_key_values", "present", 1)
-        return cls(value.name, present, _NUMPY_TYPES[value.type], int(row), int(window or 0), kind == ROOM)
+        dtype = _NUMPY_TYPES[value.type]
+        element = _BFLOAT16 if dtype == np.uint16 else dtype
+        return cls(value.name, present, dtype, element, int(row), int(window or 0), kind == ROOM, *map(int, heads))
+
+    def empty(self, batch: int, runtime: Any, device: str) -> Any:  # noqa: ANN401
+        """An ``OrtValue`` of no tokens."""
+        numbers: NDArray[Any] = np.zeros(self.shape(batch, 0), self.dtype)
+        if self.element == _BFLOAT16:
+            return runtime.OrtValue.ortvalue_from_numpy_with_onnx_type(numbers, self.element)
+        return runtime.OrtValue.ortvalue_from_numpy(numbers, device, 0)
 
     @property
     def row_bytes(self) -> int:
         """Bytes a token adds."""
-        return self.row * np.dtype(self.dtype).itemsize
+        return (self.heads or 1) * self.row * np.dtype(self.dtype).itemsize
+
+    def shape(self, batch: int, rows: int) -> tuple[int, ...]:
+        """Of so many rows of every sequence."""
+        return (batch, rows, self.row) if self.heads is None else (batch, self.heads, rows, self.row)
 
     def rows(self, tokens: int) -> int:
         """Rows kept of so many tokens: no more than later ones can see, of which a static cache makes a ring."""
@@ -95,6 +123,10 @@ class OnnxCache(Protocol):
         """Make it the input and output of a step, as the last outputs."""
         ...
 
+    def repeated(self, times: int) -> OnnxCache:
+        """One of so many sequences that are all alike, of a cache of one sequence in the processor's memory."""
+        ...
+
     def after(self, presents: Sequence[Any]) -> OnnxCache:
         """The cache after the step, whose outputs these are."""
         ...
@@ -117,14 +149,12 @@ class GrowingCache:
     @classmethod
     def empty(cls, layers: Sequence[CacheLayer], batch: int, runtime: Any, device: str) -> GrowingCache:  # noqa: ANN401
         """Of no tokens."""
-        empty = runtime.OrtValue.ortvalue_from_numpy
-        values = (empty(np.zeros((batch, 0, layer.row), layer.dtype), device, 0) for layer in layers)
-        return cls(tuple(layers), tuple(values), device)
+        return cls(tuple(layers), tuple(layer.empty(batch, runtime, device) for layer in layers), device)
 
     @property
     def nbytes(self) -> int:
         """See :class:`OnnxCache`."""
-        return sum(value.numpy().nbytes for value in self.values)
+        return sum(value.tensor_size_in_bytes() for value in self.values)
 
     def extended(self, past: int, new: int) -> GrowingCache:
         """See :class:`OnnxCache`; ONNX Runtime itself compares the sizes."""
@@ -135,6 +165,11 @@ class GrowingCache:
         for layer, value in zip(self.layers, self.values, strict=True):
             binding.bind_ortvalue_input(layer.past, value)
             binding.bind_output(layer.present, self.device)
+
+    def repeated(self, times: int) -> GrowingCache:
+        """See :class:`OnnxCache`."""
+        values = (type(v).ortvalue_from_numpy(np.repeat(v.numpy(), times, 0)) for v in self.values)
+        return replace(self, values=tuple(values))
 
     def after(self, presents: Sequence[Any]) -> GrowingCache:
         """See :class:`OnnxCache`."""
@@ -163,7 +198,7 @@ class StaticCache:
     A step spends the cache it is given: what was written is seen through both, and only the new one knows of it.
 
     Of the memory the model is shown the rows of every sequence up to the next multiple of 128, since it attends to all
-    it is shown. When they are more, those of the later sequences of a batch move up; a device of its own, where that
+    it is shown. When they are more, those of later sequences and heads move up; a device of its own, where that
     would take a kernel, is shown everything from the beginning.
 
     Attributes:
@@ -200,7 +235,7 @@ class StaticCache:
         """
 
         def allocate(layer: CacheLayer) -> _Memory:
-            numbers: NDArray[Any] = np.zeros(batch * layer.rows(capacity) * layer.row, layer.dtype)
+            numbers: NDArray[Any] = np.zeros(layer.shape(batch, layer.rows(capacity)), layer.dtype).reshape(-1)
             if device == "cpu":
                 return _Memory(numbers, numbers.ctypes.data, numbers)
             value = runtime.OrtValue.ortvalue_from_numpy(numbers, device, 0)
@@ -236,25 +271,37 @@ class StaticCache:
         shown = max(self.shown, min(self.capacity, -(-total // _BLOCK) * _BLOCK))
         for layer, memory in zip(self.layers, self.memory, strict=True):
             if memory.numbers is not None:
-                _spread(memory.numbers, layer, self.batch, (layer.rows(self.shown), layer.rows(shown)))
+                blocks = self.batch * (layer.heads or 1)
+                _spread(memory.numbers, layer, blocks, (layer.rows(self.shown), layer.rows(shown)))
         return replace(self, tokens=total, shown=shown)
 
     def bind(self, binding: Any) -> None:  # noqa: ANN401
         """See :class:`OnnxCache`."""
         for layer, memory in zip(self.layers, self.memory, strict=True):
-            shape = (self.batch, layer.rows(self.shown), layer.row)
+            shape = layer.shape(self.batch, layer.rows(self.shown))
             for bind, name in ((binding.bind_input, layer.past), (binding.bind_output, layer.present)):
-                bind(name, self.device, 0, layer.dtype, shape, memory.pointer)
+                bind(name, self.device, 0, layer.element, shape, memory.pointer)
+
+    def repeated(self, times: int) -> StaticCache:
+        """See :class:`OnnxCache`."""
+        memory = []
+        for layer, one in zip(self.layers, self.memory, strict=True):
+            assert one.numbers is not None
+            shown = one.numbers[: (layer.heads or 1) * layer.rows(self.shown) * layer.row]
+            numbers: NDArray[Any] = np.zeros(times * len(one.numbers), layer.dtype)
+            numbers[: times * len(shown)] = np.tile(shown, times)
+            memory.append(_Memory(numbers, numbers.ctypes.data, numbers))
+        return replace(self, memory=tuple(memory), batch=times)
 
     def after(self, presents: Sequence[Any]) -> StaticCache:
         """See :class:`OnnxCache`: the outputs are its own memory."""
         return self
 
 
-def _spread(numbers: NDArray[Any], layer: CacheLayer, batch: int, rows: tuple[int, int]) -> None:
-    """Move the rows of every sequence to where they lie when each has room for more, from the last on."""
+def _spread(numbers: NDArray[Any], layer: CacheLayer, blocks: int, rows: tuple[int, int]) -> None:
+    """Move the rows of every sequence and head to where they lie when each has room for more, from the last on."""
     before, after = (count * layer.row for count in rows)
     if before == after:
         return
-    for place in range(batch - 1, 0, -1):
+    for place in range(blocks - 1, 0, -1):
         numbers[place * after : place * after + before] = numbers[place * before : (place + 1) * before]

@@ -47,6 +47,7 @@ __all__ = [
     "attention_function",
     "latent_context",
     "latent_scores",
+    "logit_weights",
     "scale_sizes",
 ]
 
@@ -75,6 +76,9 @@ class Variant:
             (not beside ``bidirectional``, and from operator set 24 on); attribute ``static``, 1.
         quantised: The cache holds codes of rows, and two scales per token: an input behind all others, and an output
             (``LatentAttention`` only, neither ``bidirectional`` nor with scales of norms); attribute ``quantised``, 1.
+        halves: The cache is two tensors ``[B, 1, P, W]``, named key and value: halves of rows of ``2 W`` numbers, of
+            which those behind the row's own are zeros. A window hides rows and drops none (``LatentAttention`` only,
+            neither ``bidirectional`` nor ``quantised``); attribute ``halves``, 1.
     """
 
     key_scales: bool = False
@@ -87,6 +91,7 @@ class Variant:
     scaled_rope: bool = False
     static: bool = False
     quantised: bool = False
+    halves: bool = False
 
     def named(self, op_type: str) -> str:
         """Name of a function's variant: the function's own, and behind it the features that the variant has."""
@@ -417,6 +422,39 @@ _LATENT_CONTEXT_KEY_SCALES = """
   context_BMr = MatMul (weights_BMT, latent_BTr)
 """
 
+_LATENT_SCORES_HALVES = """
+  # ---- attend to both halves of the rows: the cache is the left operand, read once for all heads
+  rows_query_BSHR = Concat <axis = -1> (latent_query_BSHr, placed_BSHR)
+  heads_shape = Concat <axis = 0> (B, SH, row_rest)
+  rows_query_BMR = Reshape (rows_query_BSHR, heads_shape)
+  wide_query_BMR = Pad (rows_query_BMR, filling)
+  wide_query_BRM = Transpose <perm = [0, 2, 1]> (wide_query_BMR)
+  wide_query_B1RM = Unsqueeze (wide_query_BRM, one)
+  first_query, second_query = Split <axis = 2, num_outputs = 2> (wide_query_B1RM)
+  first_scores = MatMul (present_key_B1TW, first_query)
+  second_scores = MatMul (present_value_B1TW, second_query)
+  scores_B1TM = Add (first_scores, second_scores)
+  scores_B1MT = Transpose <perm = [0, 1, 3, 2]> (scores_B1TM)
+  scores_shape = Concat <axis = 0> (BS, H, T)
+  scores_BSHT = Reshape (scores_B1MT, scores_shape)
+"""
+
+_LATENT_CONTEXT_HALVES = """
+  weights_B1MT = Unsqueeze (weights_BMT, one)
+  first_context = MatMul (weights_B1MT, present_key_B1TW)
+  second_context = MatMul (weights_B1MT, present_value_B1TW)
+  context_B1MR = Concat <axis = -1> (first_context, second_context)
+  context_BMR = Squeeze (context_B1MR, one)
+  context_BMr = Slice (context_BMR, zero, r, two)
+"""
+
+_JOINED_HALVES = """
+  # ---- rows of both halves
+  joined_B1TR = Concat <axis = -1> (present_key_B1TW, present_value_B1TW)
+  joined_BTR = Squeeze (joined_B1TR, one)
+  whole_BTR = Slice (joined_BTR, zero, row_length, two)
+"""
+
 _LATENT_OUTPUT = """
   # ---- fold the value up-projection into the outputs
   context_shape = Concat <axis = 0> (M, GV, per_value, r)
@@ -486,6 +524,8 @@ def attention_function(op_type: str, opset: int, variant: Variant = Variant()) -
     exact = op_type == CACHED or variant.bidirectional or variant.key_scales or variant.value_scales
     if variant.quantised and exact:
         raise ValueError("A quantised cache is of causal latent attention without scales of norms.")
+    if variant.halves and (op_type == CACHED or variant.bidirectional or variant.quantised):
+        raise ValueError("Two halves are of causal latent attention whose cache is not quantised.")
     # A flag for every optional input: which inputs a node has cannot be told from their number.
     attributes = {
         "key_scales": variant.key_scales,
@@ -498,15 +538,20 @@ def attention_function(op_type: str, opset: int, variant: Variant = Variant()) -
         "scaled_rope": variant.scaled_rope,
         "static": variant.static,
         "quantised": variant.quantised,
+        "halves": variant.halves,
     }
     inputs = {"sinks_H": variant.sinks, "slopes_H": variant.slopes, "past_BP2": variant.quantised}
     outputs = {"present_BT2": variant.quantised}
+    taken, returned = _INPUTS[op_type], "output_BSHV present_BTR"
+    if variant.halves:
+        taken = taken.replace("past_BPR", "past_key_B1PW past_value_B1PW")
+        returned = returned.replace("present_BTR", "present_key_B1TW present_value_B1TW")
     text = f"""
 <opset_import: ["" : {opset}], domain: "{DOMAIN}">
 {variant.named(op_type)}
   <{_listing(_ATTRIBUTES[op_type], attributes)}>
-  ({_listing(_INPUTS[op_type], inputs)})
-  => ({_listing("output_BSHV present_BTR", outputs)})
+  ({_listing(taken, inputs)})
+  => ({_listing(returned, outputs)})
 {{{_latent_body(variant) if op_type == LATENT else _cached_body(variant)}}}
 """
     lines = [line.split("#")[0].rstrip() for line in text.splitlines()]
@@ -523,19 +568,30 @@ def _latent_body(variant: Variant) -> str:
     if _has_two_forms(variant):
         unfolded = unfolded_attention(key_scales=keys, value_scales=values, scaled_rope=variant.scaled_rope)
         unfolded = dequantised(unfolded) if variant.quantised else unfolded
+        unfolded = _JOINED_HALVES + unfolded if variant.halves and not _joins(variant) else unfolded
         attention = MANY_QUERIES + _branches(unfolded, attention)
+    sizes = _SIZES
+    if variant.halves:
+        old = "P = Shape <start = 1, end = 2> (past_BPR)"
+        sizes = sizes.replace(old, "P = Shape <start = 2, end = 3> (past_key_B1PW)")
     return _over_rows(
         variant,
         [
-            _SIZES,
+            sizes,
             _TURNED_QUERIES,
             TURNED_KEYS,
             scale_sizes(variant),
             QUANTISED_APPEND if variant.quantised else APPENDED_SCALES if keys or values else _APPEND,
             *_masks(variant),
+            _JOINED_HALVES if _joins(variant) else "",
             attention,
         ],
     )
+
+
+def _joins(variant: Variant) -> bool:
+    """Whether halves are joined for the folded form too, because parts of rows are looked at."""
+    return variant.halves and (variant.key_scales or variant.value_scales)
 
 
 def _has_two_forms(variant: Variant) -> bool:
@@ -567,7 +623,7 @@ def _folded_attention(variant: Variant) -> str:
             PLACED_QUERIES,
             _FOLDED_QUERIES,
             latent_scores(variant),
-            _weights(variant),
+            logit_weights(variant),
             latent_context(variant),
             _LATENT_OUTPUT,
         ]
@@ -585,6 +641,8 @@ def latent_scores(variant: Variant) -> str:
     if variant.quantised:
         return QUANTISED_SCORES
     keys, values = variant.key_scales, variant.value_scales
+    if variant.halves and not _joins(variant):
+        return _LATENT_SCORES_HALVES
     scores = _LATENT_SCORES_VALUE_SCALES if values else _LATENT_SCORES
     if keys:
         scores = _LATENT_SCORES_SCALED_ROPE if variant.scaled_rope else _LATENT_SCORES_KEY_SCALES
@@ -598,28 +656,32 @@ def latent_context(variant: Variant) -> str:
     if variant.quantised:
         return QUANTISED_CONTEXT
     weights = _WEIGHTS_VALUE_SCALES if variant.value_scales else _WEIGHTS
+    if variant.halves and not _joins(variant):
+        return weights + _LATENT_CONTEXT_HALVES
     apart = variant.key_scales and not variant.scaled_rope
     return weights + (_LATENT_CONTEXT_KEY_SCALES if apart else _LATENT_CONTEXT)
 
 
 def _cached_body(variant: Variant) -> str:
     append = "  new_BNR = Identity (row_BNR)\n"
-    return _over_rows(variant, [_SIZES, append, *_masks(variant), _CACHED_SCORES, _weights(variant), _CACHED_OUTPUT])
+    return _over_rows(
+        variant, [_SIZES, append, *_masks(variant), _CACHED_SCORES, logit_weights(variant), _CACHED_OUTPUT]
+    )
 
 
 def _masks(variant: Variant) -> list[str]:
-    features = {name: getattr(variant, name) for name in ("static", "window", "slopes", "bidirectional")}
+    features = {name: getattr(variant, name) for name in ("static", "window", "slopes", "bidirectional", "halves")}
     parts = rows_and_masks(**features)
     return [with_scales(part) for part in parts] if variant.quantised else parts
 
 
 def _over_rows(variant: Variant, parts: list[str]) -> str:
-    rows = "rows" if variant.window else "present"
+    rows = "whole" if variant.halves else "rows" if variant.window else "present"
     return "".join(parts).replace("ROWS", f"{rows}_BTR").replace("ROW_SCALES", f"{rows}_BT2")
 
 
-def _weights(variant: Variant) -> str:
-    """From ``scores_BSHT`` to ``weights_BSHT``."""
+def logit_weights(variant: Variant) -> str:
+    """From ``scores_BSHT`` to ``weights_BSHT``, with ``seen_BS1T`` (and ``distance_BST`` for slopes)."""
     parts, logits = [], "scores_BSHT"
     for wanted, part, result in (
         (variant.softcap, _SOFTCAP, "capped_BSHT"),

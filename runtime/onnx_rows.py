@@ -78,6 +78,38 @@ _ROWS_RING = """
   own_mask_BT = Where (filled_T, any_mask_BT, empty_mask)
 """
 
+# The cache is two halves of rows, the second of which may end in zeros. Rows that a window hides are kept.
+_ROWS_HALVES = """
+  # ---- the new rows in two halves
+  T = Add (P, N)
+  W = Shape <start = 3, end = 4> (past_key_B1PW)
+  twice = Mul (W, two)
+  row_length = Shape <start = 2, end = 3> (new_BNR)
+  missing = Sub (twice, row_length)
+  filling = Concat <axis = 0> (zero, zero, zero, zero, zero, missing)
+  wide_BNR = Pad (new_BNR, filling)
+  first_BNW, second_BNW = Split <axis = -1, num_outputs = 2> (wide_BNR)
+  first_B1NW = Unsqueeze (first_BNW, one)
+  second_B1NW = Unsqueeze (second_BNW, one)
+"""
+
+_HALVES_GROW = """
+  present_key_B1TW = Concat <axis = 2> (past_key_B1PW, first_B1NW)
+  present_value_B1TW = Concat <axis = 2> (past_value_B1PW, second_B1NW)
+  own_mask_BT = Identity (attention_mask_BT)
+"""
+
+_HALVES_STATIC = """
+  total = Shape <start = 1, end = 2> (attention_mask_BT)
+  earlier = Sub (total, N)
+  earlier_B = Expand (earlier, B)
+  present_key_B1TW = TensorScatter <axis = 2> (past_key_B1PW, first_B1NW, earlier_B)
+  present_value_B1TW = TensorScatter <axis = 2> (past_value_B1PW, second_B1NW, earlier_B)
+  room_left = Sub (P, total)
+  pads = Concat <axis = 0> (zero, zero, zero, room_left)
+  own_mask_BT = Pad (attention_mask_BT, pads)
+"""
+
 _REACH = """
   reach = Constant <value_int: int = @window> ()
 """
@@ -144,7 +176,7 @@ _SEEN_OPEN = """
 """
 
 
-def rows_and_masks(*, static: bool, window: bool, slopes: bool, bidirectional: bool) -> list[str]:
+def rows_and_masks(*, static: bool, window: bool, slopes: bool, bidirectional: bool, halves: bool = False) -> list[str]:
     """From ``new_BNR`` to the rows to attend to, the new cache, and which of the rows each query sees.
 
     Arguments are the features of :class:`~mla_compile.runtime.onnx_function.Variant`. ``ROWS`` is what the caller calls
@@ -152,6 +184,19 @@ def rows_and_masks(*, static: bool, window: bool, slopes: bool, bidirectional: b
     """
     if bidirectional:
         return [_ROWS, _SEEN_OPEN]
+    if halves:
+        slots = "earlier, total" if static else "P, T"
+        rows = _ROWS_HALVES.replace("T = Add (P, N)", "T = Identity (P)" if static else "T = Add (P, N)")
+        apart = [_ORDER, _DISTANCES.replace("OWN", slots)] if window or slopes else []
+        allowed = [_REACH, _ALLOWED_WINDOW] if window else [_ALLOWED]
+        return [
+            _SCALARS,
+            rows,
+            _HALVES_STATIC if static else _HALVES_GROW,
+            _SEEN.replace("OWN", slots),
+            *apart,
+            *allowed,
+        ]
     seen = _SEEN.replace("OWN", "earlier, total" if static and not window else "P, T")
     distances = _DISTANCES.replace("OWN", "earlier, total" if static and not window else "P, T")
     if window:

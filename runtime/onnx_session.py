@@ -12,7 +12,15 @@ from numpy.typing import NDArray
 
 from mla_compile.errors import LoadError, UsageError
 from mla_compile.runtime.generate import Ids, Sampling, generate
-from mla_compile.runtime.onnx_cache import PAST, PAST_SCALE, CacheLayer, GrowingCache, OnnxCache, StaticCache
+from mla_compile.runtime.onnx_cache import (
+    KEY_VALUE,
+    PAST,
+    PAST_SCALE,
+    CacheLayer,
+    GrowingCache,
+    OnnxCache,
+    StaticCache,
+)
 
 __all__ = ["PROVIDERS", "OnnxDecoder", "open_session"]
 
@@ -55,9 +63,22 @@ def open_session(path: str | Path, providers: Sequence[str] | None = None, threa
                 f"The weights of '{path}' are in '{data.name}', which is not beside it.", "Keep both files together."
             ) from error
         reason = str(error).strip().splitlines()[0][:200]
+        if "NOT_IMPLEMENTED" in reason and _is_bfloat16(Path(path)):
+            raise UsageError(
+                f"'{path}' is bfloat16, for which ONNX Runtime's {wanted[0]} has no kernels.",
+                "Run it with --provider cuda, or convert the model with --dtype float16 or float32.",
+            ) from error
         raise LoadError(f"ONNX Runtime cannot load '{path}' ({reason}).", "Convert the model again.") from error
     _require_providers(wanted, session.get_providers(), "cannot start the")
     return session
+
+
+def _is_bfloat16(path: Path) -> bool:
+    """Whether a file's caches are."""
+    import onnx
+
+    inputs = onnx.load(path, load_external_data=False).graph.input
+    return any(value.type.tensor_type.elem_type == onnx.TensorProto.BFLOAT16 for value in inputs)
 
 
 def _require_providers(wanted: Sequence[str], found: Sequence[str], verb: str) -> None:
@@ -111,16 +132,19 @@ class OnnxDecoder:
                 f"'{path}' is a file for TensorRT, whose caches are fixed memory.",
                 f"Build an engine of it where there is a GPU: mla-compile tensorrt {path} --out FILE.plan.",
             )
-        caches, scales = (
-            [inputs[name] for i in range(len(inputs)) if (name := pattern.format(i)) in inputs]
-            for pattern in (PAST, PAST_SCALE)
+        keys, values = KEY_VALUE
+        caches, scales, halves = (
+            [inputs[p] for i in range(len(inputs)) for n in names if (p := n.format(i)) in inputs]
+            for names in ([PAST], [PAST_SCALE], [keys[0], values[0]])
         )
         stored = self._session.get_modelmeta().custom_metadata_map.get("mla_compile")
-        if not caches or stored is None:
+        if not (caches or halves) or stored is None:
             raise LoadError(f"'{path}' has no latent cache inputs.", "Give a file made by mla-compile.")
         self.metadata: Mapping[str, Any] = json.loads(stored)
-        self._layers = tuple(map(CacheLayer.of, (*caches, *scales)))
-        self.rows = tuple(layer.row for layer in self._layers[: len(caches)])
+        self._layers = tuple(map(CacheLayer.of, (*caches, *scales, *halves)))
+        rows = [layer.row * (layer.heads or 1) for layer in self._layers[: len(caches)]]
+        pairs = [layer.row * (layer.heads or 1) for layer in self._layers[len(caches) + len(scales) :]]
+        self.rows = (*rows, *(a + b for a, b in zip(pairs[::2], pairs[1::2], strict=True)))
         self.static = any(layer.static for layer in self._layers)
         self._inputs = frozenset(inputs)
         self._device = "cuda" if self._session.get_providers()[0] == PROVIDERS["cuda"] else "cpu"
@@ -186,6 +210,34 @@ class OnnxDecoder:
             UsageError: The model cannot run these tokens, the cache has no room for them, or earlier padding stands
                 behind real tokens, where it takes up room in a window's cache.
         """
+        binding, cache = self._bound(ids, attention_mask, position_ids, cache)
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0].rpartition("Status Message: ")[2][:200]
+            new = ids.shape[1]
+            raise UsageError(
+                f"'{self._path}' cannot run {new} tokens after {attention_mask.shape[1] - new} ({reason}).",
+                "Stay within the model's longest sequence and its vocabulary.",
+            ) from error
+        logits, *presents = binding.get_outputs()
+        return logits.numpy(), cache.after(presents)
+
+    def repeatable(self, ids: Ids, attention_mask: Ids, position_ids: Ids, cache: OnnxCache) -> Callable[[], None]:
+        """A step that runs as often as it is called, always after the same tokens, and returns nothing: to time it.
+
+        Arguments and errors are those of :meth:`step`; a static cache keeps the tokens it has.
+        """
+        binding, bound = self._bound(ids, attention_mask, position_ids, cache)
+
+        def run() -> None:
+            _ = bound  # the binding has addresses only
+            self._session.run_with_iobinding(binding)
+
+        return run
+
+    def _bound(self, ids: Ids, attention_mask: Ids, position_ids: Ids, cache: OnnxCache) -> tuple[Any, OnnxCache]:
+        """A step's inputs and outputs, and the cache it writes to."""
         earlier = attention_mask[:, : -ids.shape[1]] != 0
         if any(layer.window for layer in self._layers) and (earlier[:, :-1] & ~earlier[:, 1:]).any():
             raise UsageError(
@@ -197,20 +249,11 @@ class OnnxDecoder:
         binding = self._session.io_binding()
         given = {"input_ids": ids, "attention_mask": attention_mask, "position_ids": position_ids}
         for name, value in given.items():
-            if name in self._inputs:
+            if name in self._inputs:  # which ONNX Runtime keeps alive itself
                 binding.bind_cpu_input(name, np.ascontiguousarray(value, dtype=np.int64))
         binding.bind_output("logits")
         cache.bind(binding)
-        try:
-            self._session.run_with_iobinding(binding)
-        except Exception as error:
-            reason = str(error).strip().splitlines()[0].rpartition("Status Message: ")[2][:200]
-            raise UsageError(
-                f"'{self._path}' cannot run {new} tokens after {total - new} ({reason}).",
-                "Stay within the model's longest sequence and its vocabulary.",
-            ) from error
-        logits, *presents = binding.get_outputs()
-        return logits.numpy(), cache.after(presents)
+        return binding, cache
 
     def logits(self, ids: Ids) -> NDArray[Any]:
         """Logits ``[batch, length, vocabulary]`` of whole, unpadded sequences."""

@@ -115,12 +115,25 @@ def test_huggingface_folder(llama_folder, llama):
     assert program.assets.generation["eos_token_id"] == 0
 
 
-def test_huggingface_folder_in_half_precision_is_converted_in_single(folder):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_huggingface_folder_keeps_its_type(folder, dtype):
     """Oracle: the same model with weights rounded here; its rotary frequencies are no weights and stay exact."""
     model, rounded = models.llama(num_hidden_layers=1), models.llama(num_hidden_layers=1)
-    rounded.load_state_dict({k: v.bfloat16().float() for k, v in model.state_dict().items()})
-    model.bfloat16().save_pretrained(folder / "bfloat16")
-    assert_same_model(load_program(folder / "bfloat16"), rounded, **MASK, **POSITIONS)
+    rounded.load_state_dict({k: v.to(dtype).float() for k, v in model.state_dict().items()})
+    place = folder / str(dtype)
+    model.to(dtype).save_pretrained(place)
+    program = load_program(place)
+    assert program.dtype == dtype
+    assert {p.dtype for p in program.exported.state_dict.values()} == {dtype}
+    ids = models.tokens(2, 6)
+    with torch.no_grad():
+        wide = original_scorer(program, wide=True)(ids)
+        narrow = original_scorer(program)(ids)
+        expected = rounded(ids).logits
+    assert (wide.dtype, narrow.dtype) == (torch.float32, dtype)
+    # Float32 throughout, at cosines that the model rounds to its own type: nothing but float32's roundings is left.
+    torch.testing.assert_close(wide, expected, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(narrow.float(), wide)
 
 
 @pytest.mark.parametrize("names", [("input_ids",), ("input_ids", "attention_mask")], ids=str)

@@ -91,6 +91,11 @@ class Student(nn.Module):
         # In a tuple, so that parameters have one name: both graphs share them.
         self._matched: tuple[fx.GraphModule, ...] = (matched(graph),) if matching else ()
 
+    @property
+    def graphs(self) -> tuple[nn.Module, ...]:
+        """Everything that takes weights."""
+        return (self.model.graph, *self._matched)
+
     def forward(self, ids: Tensor, objective: Mapping[str, float], wanted: Wanted) -> Tensor:
         """Loss of a batch ``[batch, length]``, in nats per token but for matching, which is relative."""
         total = torch.zeros((), device=ids.device)

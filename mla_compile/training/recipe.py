@@ -26,6 +26,9 @@ class Recipe(BaseModel):
             last layer, and no layer sees another's error.
         train: What is trained: the ``latent`` matrices, the ``attention`` (with its output projections, and all norms),
             or ``all`` weights.
+        lora_rank: Rank of adapters that are trained instead of the matrices, and added to them in the end; 0 for none.
+            Everything else stays as it is.
+        lora_alpha: What adapters add is scaled by this over their rank; the rank by default.
         tokens: Tokens to train on; the text once by default. Text that is shorter comes again in another order.
         batch: Windows per step, of all processes together.
         accumulate: Pieces that the windows of a step are computed in.
@@ -51,6 +54,8 @@ class Recipe(BaseModel):
     objective: str = "auto"
     match_steps: int = Field(default=0, ge=0)
     train: Literal["latent", "attention", "all"] = "attention"
+    lora_rank: int = Field(default=0, ge=0)
+    lora_alpha: int | None = Field(default=None, ge=1)
     tokens: int | None = Field(default=None, ge=1)
     batch: int = Field(default=16, ge=1)
     accumulate: int = Field(default=1, ge=1)
@@ -110,6 +115,12 @@ class Recipe(BaseModel):
             raise ValueError(f"the objective '{min(unknown)}' is not one of {', '.join(_OBJECTIVES)}")
         if not all(w > 0 and math.isfinite(w) for w in weights.values()):
             raise ValueError(f"a weight of the objective '{self.objective}' is not a number above 0")
+        return self
+
+    @model_validator(mode="after")
+    def _adapters_have_a_rank(self) -> Recipe:
+        if self.lora_alpha is not None and not self.lora_rank:
+            raise ValueError("lora_alpha is about adapters, which a lora_rank above 0 makes")
         return self
 
     @model_validator(mode="after")

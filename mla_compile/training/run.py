@@ -145,7 +145,7 @@ def finetune(
         TrainingError: The loss became not finite, or a checkpoint could not be written.
     """
     folder, out = Path(folder), Path(out)
-    require_accelerate()
+    _require_packages(recipe)
     _check_out(folder, out, resume=resume, force=force)
     stages = Stages(display)
     text = read_text(data)
@@ -193,7 +193,7 @@ def finetune_module(
         RefusedError: The model cannot be trained so.
         TrainingError: The loss became not finite, or a checkpoint could not be written.
     """
-    require_accelerate()
+    _require_packages(recipe)
     text = read_text(data)
     if not isinstance(text, Tensor) and (tokenizer is None or isinstance(tokenizer, str | Path)):
         tokenizer = load_tokenizer(original.assets.folder)
@@ -215,6 +215,15 @@ def require_accelerate() -> None:
         raise LoadError(
             "Fine-tuning takes the package accelerate, which is not installed.",
             "Run: pip install 'mla-compile[train]'.",
+        )
+
+
+def _require_packages(recipe: Recipe) -> None:
+    require_accelerate()
+    if recipe.lora_rank and importlib.util.find_spec("peft") is None:
+        raise LoadError(
+            "Low-rank adapters take the package peft, which is not installed.",
+            "Run: pip install 'mla-compile[train,lora]'.",
         )
 
 

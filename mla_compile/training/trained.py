@@ -13,7 +13,7 @@ from torch.fx import Node
 from mla_compile.runtime.module import LatentModel
 from mla_compile.training.graphs import latent_nodes, output_products
 
-__all__ = ["has_constants", "hold_constants", "own_copies", "parameter_groups", "trained_names"]
+__all__ = ["constant_rows", "hold_constants", "own_copies", "parameter_groups", "trained_names"]
 
 _LATENT = re.compile(r"\.latent_\d+\.(query|query_bias|row|row_bias|key_up|value_up|output_bias)$")
 _VIEWS = (torch.ops.aten.t.default, torch.ops.aten.transpose.int, torch.ops.aten.permute.default)
@@ -70,26 +70,21 @@ def own_copies(model: LatentModel, names: set[str]) -> None:
         setattr(model.get_submodule(path), leaf, copies[parameter])
 
 
-def _constants(model: LatentModel) -> list[tuple[nn.Parameter, Tensor]]:
+def constant_rows(model: LatentModel) -> dict[nn.Parameter, Tensor]:
     """Rows of latent weights that make the constant entry, which is no weight: zeros and a bias of one."""
-    found = []
+    found: dict[nn.Parameter, Tensor] = {}
     named = dict(model.named_parameters())
     for name, bias in named.items():
         if name.endswith(".row_bias") and _LATENT.search(name):
             row = named[name.removesuffix("_bias")]
             places = ((row.detach() == 0).all(1) & (bias.detach() == 1)).nonzero().flatten()
-            found += [(p, places) for p in (row, bias) if len(places)]
+            found |= {p: places for p in (row, bias) if len(places)}
     return found
-
-
-def has_constants(model: LatentModel) -> bool:
-    """Whether a layer has a constant entry in its latent."""
-    return bool(_constants(model))
 
 
 def hold_constants(model: LatentModel) -> None:
     """Keep the gradient from constant entries of latents."""
-    for parameter, places in _constants(model):
+    for parameter, places in constant_rows(model).items():
         if parameter.requires_grad:
             parameter.register_hook(lambda g, places=places: g.index_fill(0, places.to(g.device), 0))
 

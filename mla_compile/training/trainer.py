@@ -21,10 +21,11 @@ from mla_compile.progress import Stage, Stages
 from mla_compile.report import Training, TrainingPoint
 from mla_compile.runtime.module import LatentModel
 from mla_compile.training.checkpoints import Checkpoints, State
+from mla_compile.training.lora import Adapter, adapt, adapter_groups, merge
 from mla_compile.training.objectives import Student, Teacher, Wanted
 from mla_compile.training.packing import Packed, order
 from mla_compile.training.recipe import ATTENTION, NEXT_TOKEN, Recipe
-from mla_compile.training.trained import has_constants, hold_constants, own_copies, parameter_groups, trained_names
+from mla_compile.training.trained import constant_rows, hold_constants, own_copies, parameter_groups, trained_names
 
 __all__ = ["start_engine", "train"]
 
@@ -136,7 +137,9 @@ class _Run:
     Attributes:
         accelerator: The engine.
         model: The model that is trained.
-        student: It with its loss, as the engine prepared it.
+        whole: It with its loss.
+        adapters: What is trained instead of its matrices, if that was asked for.
+        student: ``whole`` as the engine prepared it.
         optimiser: As the engine prepared it.
         loader: Pieces of steps, as the engine prepared it: every process sees its share.
         teacher: What is learned from.
@@ -148,6 +151,8 @@ class _Run:
 
     accelerator: Accelerator
     model: LatentModel
+    whole: Student
+    adapters: list[Adapter]
     student: nn.Module
     optimiser: torch.optim.Optimizer
     loader: DataLoader[Tensor]
@@ -169,14 +174,18 @@ class _Run:
     ) -> _Run:
         """Choose what is trained, and prepare everything."""
         matching = recipe.match_steps > 0 or ATTENTION in recipe.weights
-        if _is_sharded(accelerator) and (matching or has_constants(model)):
+        if _is_sharded(accelerator) and (matching or recipe.lora_rank or constant_rows(model)):
             raise RefusedError(
-                "Sharded weights can neither match attention outputs nor hold an entry of a latent constant.",
+                "Sharded weights can neither match attention outputs, nor have adapters, nor hold an entry of a latent "
+                "constant.",
                 "Train without FSDP and DeepSpeed.",
             )
-        own_copies(model, trained_names(model, recipe.train))
+        names = trained_names(model, recipe.train)
+        own_copies(model, names)
         hold_constants(model)
         model.to(accelerator.device)
+        whole = Student(model, matching=matching, recompute=recipe.recompute)
+        adapters = _adapters(whole, model, names, recipe) if recipe.lora_rank else []
         steps = math.ceil((recipe.tokens or text.train.numel()) / (recipe.batch * text.length))
         if recipe.match_steps >= steps:
             raise UsageError(
@@ -185,12 +194,19 @@ class _Run:
             )
         numbers = order(len(text.train), steps * recipe.batch, recipe.seed)
         student, optimiser, loader = accelerator.prepare(
-            Student(model, matching=matching, recompute=recipe.recompute),
-            torch.optim.AdamW(parameter_groups(model, recipe.rate), betas=_BETAS, weight_decay=recipe.weight_decay),
+            whole,
+            torch.optim.AdamW(
+                adapter_groups(adapters, recipe.rate) if adapters else parameter_groups(model, recipe.rate),
+                betas=_BETAS,
+                weight_decay=recipe.weight_decay,
+            ),
             DataLoader(text.train, batch_size=recipe.batch // recipe.accumulate, sampler=numbers),  # type: ignore[arg-type]
         )
         answers = None if teacher is None else Teacher.of(teacher, accelerator.device, layers=matching)
-        return cls(accelerator, model, student, optimiser, loader, answers, text, recipe, checkpoints.folder, steps)
+        folder = checkpoints.folder
+        return cls(
+            accelerator, model, whole, adapters, student, optimiser, loader, answers, text, recipe, folder, steps
+        )
 
     def advance(self, state: State, pieces: Iterator[Tensor], stage: Stage) -> State:
         """Train up to the next evaluation.
@@ -244,6 +260,7 @@ class _Run:
                     path, _, leaf = name.rpartition(".")
                     gathered.setdefault(parameter, nn.Parameter(whole[f"model.{name}"]))
                     setattr(self.model.get_submodule(path), leaf, gathered[parameter])
+        merge(self.whole.graphs, self.adapters)
         self.model.to("cpu").requires_grad_(True).zero_grad()
 
     def _step(self, step: int, pieces: Iterator[Tensor]) -> float:
@@ -279,6 +296,19 @@ class _Run:
                 "Begin anew with a smaller --rate or a longer --warm-up.",
             )
         return value
+
+
+def _adapters(student: Student, model: LatentModel, names: set[str], recipe: Recipe) -> list[Adapter]:
+    """Adapters of the matrices that would be trained, which are frozen."""
+    return adapt(
+        student.graphs,
+        names,
+        model,
+        constant_rows(model),
+        rank=recipe.lora_rank,
+        alpha=recipe.lora_alpha or recipe.lora_rank,
+        seed=recipe.seed,
+    )
 
 
 def _is_sharded(accelerator: Accelerator) -> bool:

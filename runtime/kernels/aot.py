@@ -20,6 +20,7 @@ from triton.compiler import ASTSource
 
 from mla_compile.errors import UsageError
 from mla_compile.runtime.kernels.append import append_kernel
+from mla_compile.runtime.kernels.codes import Codes
 from mla_compile.runtime.kernels.decode import combine_kernel, decode_kernel
 from mla_compile.runtime.kernels.schedule import (
     DecodeSpec,
@@ -57,6 +58,7 @@ _TYPES = {
     "scale": "fp32",
     "softcap": "fp32",
 }
+_BYTES = {Codes.INT8: "*i8", Codes.FP8: "*u8", Codes.INT4: "*u8"}
 _ALIGNED = ("latent_page", "latent_row", "rest_page", "rest_row")
 """Strides that are multiples of 16 numbers, as :meth:`LatentCache.empty` allots pages and a rank of 16s gives."""
 
@@ -111,9 +113,9 @@ def compile_decode(
     """
     tiles = tiles or choose_tiles(spec, architecture)
     types = dict.fromkeys(("q_latent", "q_rope", "rest", "latent", "output"), f"*{dtype}")
-    types |= {"latent": "*i8"} if spec.quantised else {}
+    types |= {"latent": _BYTES[spec.codes]} if spec.codes else {}
     types |= {} if one_split else {"output": "*fp32"}
-    given = {"page_table": spec.page > 0, "token_scales": spec.quantised, "sinks": sinks, "slopes": slopes}
+    given = {"page_table": spec.page > 0, "token_scales": spec.codes is not None, "sinks": sinks, "slopes": slopes}
     constants = spec.constants(tiles) | {name: None for name, present in given.items() if not present}
     return compile_kernel(decode_kernel, types, constants, architecture, tiles.warps, tiles.stages)
 
@@ -127,9 +129,11 @@ def compile_combine(rank: int, splits: int, architecture: int, dtype: str, *, si
 
 def compile_append(spec: DecodeSpec, architecture: int, dtype: str) -> Compiled:
     """Compile the kernel that appends rows to the cache which a decode kernel of this specification reads."""
-    types = dict.fromkeys(("row", "latent", "rest"), f"*{dtype}") | ({"latent": "*i8"} if spec.quantised else {})
-    given = {"page_table": spec.page > 0, "token_scales": spec.quantised}
-    constants: dict[str, object] = {**append_constants(spec.layout, spec.page)}
+    types = dict.fromkeys(("row", "latent", "rest"), f"*{dtype}") | (
+        {"latent": _BYTES[spec.codes]} if spec.codes else {}
+    )
+    given = {"page_table": spec.page > 0, "token_scales": spec.codes is not None}
+    constants: dict[str, object] = {**append_constants(spec.layout, spec.page, spec.codes)}
     constants |= {name: None for name, present in given.items() if not present}
     return compile_kernel(append_kernel, types, constants, architecture, 4, 1)
 

@@ -1,4 +1,4 @@
-"""Where latents live: the layout of a cache row, and a cache of rows, contiguous or in pages, plain or quantised."""
+"""Where latents live: the layout of a cache row, and a cache of rows, contiguous or in pages, plain or as codes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from mla_compile.runtime.kernels.codes import Codes, decode
 
 __all__ = ["LatentCache", "RowLayout"]
 
@@ -69,9 +71,10 @@ class LatentCache:
 
     Attributes:
         layout: What a row holds.
-        latent: ``[B, T, r]`` floats, or int8 beside ``token_scales``; with a page table ``[pages, tokens, r]``.
+        latent: ``[B, T, r]`` floats, or codes beside ``token_scales`` (of int4 ``[B, T, ceil(r / 2)]`` bytes); with a
+            page table ``[pages, tokens, ...]``.
         rest: ``[B, T, n * rope_dim + m + w]`` floats, or the same in pages; rope keys rotated.
-        token_scales: ``[B, T]`` float32, what one of a token's int8 numbers stands for; or None.
+        token_scales: ``[B, T]`` float32, what a code of 1 stands for in every token; or None.
         page_table: ``[B, pages of a sequence]`` int32, the pages of every sequence in order; or None.
     """
 
@@ -90,7 +93,7 @@ class LatentCache:
         *,
         dtype: torch.dtype,
         device: torch.device | str | None = None,
-        quantised: bool = False,
+        codes: Codes | str | None = None,
         page_table: Tensor | None = None,
     ) -> LatentCache:
         """Memory for rows.
@@ -99,20 +102,24 @@ class LatentCache:
             layout: What a row holds.
             blocks: Sequences, or with a page table pages.
             tokens: Tokens of a sequence, or of a page.
-            dtype: Of rope keys and scales, and of latents unless ``quantised``.
+            dtype: Of rope keys and scales, and of latents without ``codes``.
             device: Where.
-            quantised: Whether latents are int8 with one scale per token.
+            codes: What latents are stored as, ``int8``, ``fp8`` or ``int4``, with one scale per token; None for numbers
+                of type ``dtype``.
             page_table: ``[B, pages of a sequence]``, for a cache in pages.
+
+        Raises:
+            ValueError: There are no such codes.
         """
-        if not quantised:
+        if codes is None:
             width = layout.rank + layout.rest_width
             rows = torch.empty(blocks, tokens, _aligned(width, dtype), dtype=dtype, device=device)
             return cls.of_rows(layout, rows[..., :width], page_table=page_table)
+        codes = Codes(codes)
+        width = codes.stored(layout.rank)
         return cls(
             layout,
-            torch.empty(blocks, tokens, _aligned(layout.rank, torch.int8), dtype=torch.int8, device=device)[
-                ..., : layout.rank
-            ],
+            torch.empty(blocks, tokens, _aligned(width, codes.dtype), dtype=codes.dtype, device=device)[..., :width],
             torch.empty(blocks, tokens, _aligned(layout.rest_width, dtype), dtype=dtype, device=device)[
                 ..., : layout.rest_width
             ],
@@ -127,6 +134,11 @@ class LatentCache:
         return cls(layout, latent, rest, None, page_table)
 
     @property
+    def codes(self) -> Codes | None:
+        """What latents are stored as; None for plain numbers."""
+        return Codes.of(self.latent.dtype)
+
+    @property
     def capacity(self) -> int:
         """Tokens that one sequence has room for."""
         pages = 1 if self.page_table is None else self.page_table.shape[1]
@@ -135,17 +147,17 @@ class LatentCache:
     def parts(self, dtype: torch.dtype, tokens: int) -> tuple[Tensor, Tensor]:
         """The first rows of every sequence as plain numbers: latents ``[B, tokens, r]``, and what is behind them.
 
-        Copies only where rows lie in pages or are quantised.
+        Copies only where rows lie in pages or latents are codes.
         """
         latent, rest, token_scales = self.latent, self.rest, self.token_scales
         if self.page_table is not None:
             pages = self.page_table[:, : -(-tokens // latent.shape[1])].long()
             latent, rest = (x[pages].flatten(1, 2) for x in (latent, rest))
             token_scales = None if token_scales is None else token_scales[pages].flatten(1, 2)
-        latent, rest = latent[:, :tokens].to(dtype), rest[:, :tokens].to(dtype)
-        if token_scales is not None:
-            latent = latent * token_scales[:, :tokens, None].to(dtype)
-        return latent, rest
+        latent, rest = latent[:, :tokens], rest[:, :tokens].to(dtype)
+        if token_scales is None:
+            return latent.to(dtype), rest
+        return decode(latent, token_scales[:, :tokens], self.layout.rank, dtype), rest
 
 
 def _aligned(width: int, dtype: torch.dtype) -> int:

@@ -13,9 +13,11 @@ What other forms of this kernel cost, seen in the compiler's output (Triton 3.7.
   index that is pipelined, and one tile is buffered instead of two, whatever ``num_stages`` says: no load overlaps
   arithmetic.
 * Scales per token multiply logits and weights (``M x N`` numbers), never the tile.
-* int8 becomes half precision by assembly that is called impure, at most 256 columns at a time. What is pure is computed
+* Codes become half precision by assembly that is called impure, at most 256 columns at a time. What is pure is computed
   again for each of the tile's two products, of which only registers hold the tile: its loads are not asynchronous any
-  more. 512 columns at once spill 504 bytes.
+  more. 512 columns of int8 at once spill 504 bytes.
+* A byte of int4 holds a column of the left half of a row and one of the right half: two blocks of columns, each a part
+  of its own, and nothing is interleaved.
 * Rope keys of several groups are one wide key, which meets queries that are zero outside their own group's slot. That
   is up to twice the multiplications and no more bytes; decoding is bound by bytes.
 """
@@ -37,21 +39,34 @@ _SIZES = ("scales_page", "table_row", "new", "heads", "window", "splits", "least
 
 # A name that is given a number inside a kernel holds a tensor from then on, so these stand where they are used.
 @triton.constexpr_function
+def _halves(codes: str) -> int:
+    """Columns that a stored element holds."""
+    return 2 if codes == "int4" else 1
+
+
+@triton.constexpr_function
 def _start(widths: tuple[int, ...], part: int) -> int:
-    """First column of a part of the rank."""
+    """First element of a part of what is stored."""
     return sum(widths[:part])
 
 
 @triton.constexpr_function
 def _width(widths: tuple[int, ...], part: int) -> int:
-    """Columns that hold a part of the rank."""
+    """Elements that hold a part."""
     return widths[part]
 
 
 @triton.constexpr_function
-def _used(widths: tuple[int, ...], part: int, rank: int) -> int:
-    """Columns that a part of the rank has."""
-    return min(widths[part], rank - sum(widths[:part]))
+def _used(widths: tuple[int, ...], part: int, rank: int, half: int, halves: int) -> int:
+    """Columns of a half of the rank that a part has; of the left half, which is no shorter, elements too."""
+    left = -(-rank // halves)
+    return min(widths[part], (rank - left if half else left) - sum(widths[:part]))
+
+
+@triton.constexpr_function
+def _column(widths: tuple[int, ...], part: int, rank: int, half: int, halves: int) -> int:
+    """First column of a part of a half of the rank."""
+    return half * -(-rank // halves) + sum(widths[:part])
 
 
 @triton.jit
@@ -87,6 +102,81 @@ def _int8_to_half(x: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def _fp8_to_half(x: tl.tensor) -> tl.tensor:
+    """The bytes of e4m3 numbers as float16, exactly, times 2 ** -8: its exponent has one bit more, and another bias.
+
+    By bits and not by the instruction, for that came with compute capability 8.9.
+    """
+    if _INTERPRETED:
+        wide = x.to(tl.uint16)
+        return (((wide & 0x80) << 8) | ((wide & 0x7F) << 7)).to(tl.float16, bitcast=True)
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b32 s, t, z;
+        mov.b32 z, 0;
+        prmt.b32 s, $2, z, 0x1404;
+        shr.b32 t, s, 1;
+        and.b32 t, t, 0x3F803F80;
+        lop3.b32 $0, s, 0x80008000, t, 0xEA;
+        prmt.b32 s, $2, z, 0x3424;
+        shr.b32 t, s, 1;
+        and.b32 t, t, 0x3F803F80;
+        lop3.b32 $1, s, 0x80008000, t, 0xEA;
+        }""",
+        "=&r,=&r,r",
+        args=[x],
+        dtype=tl.float16,
+        is_pure=False,
+        pack=4,
+    )
+
+
+@triton.jit
+def _int4_to_halves(x: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """Low and high nibbles, less 8, as float16: the half with bits ``0x6400 | n`` is ``1024 + n``."""
+    if _INTERPRETED:
+        return (x & 15).to(tl.float16) - 8, (x >> 4).to(tl.float16) - 8
+    low, high = tl.inline_asm_elementwise(
+        """{
+        .reg .b32 t, m, n;
+        mov.b32 m, 0x64646464;
+        mov.b32 n, 0x64086408;
+        and.b32 t, $4, 0x0F0F0F0F;
+        prmt.b32 $0, t, m, 0x4140;
+        prmt.b32 $1, t, m, 0x4342;
+        shr.b32 t, $4, 4;
+        and.b32 t, t, 0x0F0F0F0F;
+        prmt.b32 $2, t, m, 0x4140;
+        prmt.b32 $3, t, m, 0x4342;
+        sub.f16x2 $0, $0, n;
+        sub.f16x2 $1, $1, n;
+        sub.f16x2 $2, $2, n;
+        sub.f16x2 $3, $3, n;
+        }""",
+        "=&r,=&r,=&r,=&r,r",
+        args=[x],
+        dtype=(tl.float16, tl.float16),
+        is_pure=False,
+        pack=4,
+    )
+    return low, high
+
+
+@triton.jit
+def _numbers(stored: tl.tensor, dtype: tl.constexpr, CODES: tl.constexpr) -> tuple[tl.tensor, ...]:
+    """Columns of what is stored, one block per half of the rank."""
+    if CODES == "int4":
+        low, high = _int4_to_halves(stored)
+        return low.to(dtype), high.to(dtype)
+    elif CODES == "fp8":
+        return (_fp8_to_half(stored).to(dtype),)
+    elif CODES == "int8":
+        return (_int8_to_half(stored).to(dtype),)
+    else:
+        return (stored,)
+
+
+@triton.jit
 def _load(
     base: tl.tensor, place: tl.tensor, stride: tl.tensor, live: tl.tensor, WIDTH: tl.constexpr, USED: tl.constexpr
 ) -> tl.tensor:
@@ -111,10 +201,11 @@ def _per_row(
     """``COUNT`` scales per key as ``[M, N]`` or ``[1, N]``, each row's own: by a product with one-hot rows."""
     if COUNT == 1:
         return tl.load(base + key * stride, mask=live, other=0).to(tl.float32)[None, :]
-    tile = _load(base, key, stride, live, WIDTH, COUNT)
-    # By way of float32: the interpreter's cast of truths to bfloat16 is wrong.
-    one_hot = (group[:, None] == tl.arange(0, WIDTH)[None, :]).to(tl.float32).to(tile.dtype)
-    return _product(one_hot, tl.trans(tile), tl.zeros([group.shape[0], key.shape[0]], tl.float32))
+    else:  # the compiler reads on behind a return, and would find results of two shapes
+        tile = _load(base, key, stride, live, WIDTH, COUNT)
+        # By way of float32: the interpreter's cast of truths to bfloat16 is wrong.
+        one_hot = (group[:, None] == tl.arange(0, WIDTH)[None, :]).to(tl.float32).to(tile.dtype)
+        return _product(one_hot, tl.trans(tile), tl.zeros([group.shape[0], key.shape[0]], tl.float32))
 
 
 @triton.jit
@@ -161,6 +252,7 @@ def decode_kernel(
     SCALES_WIDTH: tl.constexpr,
     SCALED_ROPE: tl.constexpr,
     PAGE: tl.constexpr,
+    CODES: tl.constexpr,
     CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
     CAPPED: tl.constexpr,
@@ -172,7 +264,8 @@ def decode_kernel(
     Args:
         q_latent: ``[B, S * H, r]``.
         q_rope: ``[B, S * H, ROPE_DIM]``, rotated.
-        latent: ``[pages, PAGE, r]`` floats, or int8 beside ``token_scales``; without a page table ``[B, T, r]``.
+        latent: ``[pages, PAGE, r]`` floats, or codes beside ``token_scales``, of int4 half as many bytes, of fp8 bytes;
+            without a page table ``[B, T, ...]``.
         rest: ``[pages, PAGE, n * ROPE_DIM + m + w]``, what a row has behind its latent.
         token_scales: ``[pages, PAGE]`` float32, or None.
         page_table: ``[B, pages of a sequence]`` int32, or None.
@@ -195,7 +288,7 @@ def decode_kernel(
         splits: In how many pieces the keys are cut.
         least_tiles: Tiles a split has at least, so that short sequences fill fewer splits.
         RANK: ``r``.
-        WIDTHS: Powers of two that together hold ``r``.
+        WIDTHS: Powers of two that together hold what is stored of ``r`` numbers.
         ROPE_GROUPS: ``n``.
         ROPE_DIM: Channels of a rope key; 0 for none.
         ROPE_WIDTH: Power of two that holds ``n * ROPE_DIM``.
@@ -204,6 +297,7 @@ def decode_kernel(
         SCALES_WIDTH: Power of two that holds the larger of both.
         SCALED_ROPE: Whether key scales multiply the rope product too.
         PAGE: Tokens of a page, a multiple of ``KEYS``; of no account without a page table.
+        CODES: What latents are stored as, a :class:`~mla_compile.runtime.kernels.codes.Codes`, or an empty string.
         CAUSAL: Whether a row sees no key behind its own token's.
         WINDOWED: Whether there is a window.
         CAPPED: Whether there is a soft-cap.
@@ -232,9 +326,18 @@ def decode_kernel(
     queries, sums = (), ()
     base = q_latent + sequence * new * heads * RANK
     for part in tl.static_range(len(WIDTHS)):
-        source = base + _start(WIDTHS, part)
-        queries = queries + (_load(source, row, RANK, alive, _width(WIDTHS, part), _used(WIDTHS, part, RANK)),)
-        sums = sums + (tl.zeros([ROWS, _width(WIDTHS, part)], tl.float32),)
+        for half in tl.static_range(_halves(CODES)):
+            source = base + _column(WIDTHS, part, RANK, half, _halves(CODES))
+            columns = _load(
+                source,
+                row,
+                RANK,
+                alive,
+                _width(WIDTHS, part),
+                _used(WIDTHS, part, RANK, half, _halves(CODES)),
+            )
+            queries = queries + (columns,)
+            sums = sums + (tl.zeros([ROWS, _width(WIDTHS, part)], tl.float32),)
     if ROPE_DIM > 0:
         column = tl.arange(0, ROPE_WIDTH)
         own = (column // ROPE_DIM)[None, :] == (head * ROPE_GROUPS // heads)[:, None]
@@ -267,20 +370,22 @@ def decode_kernel(
         latents = ()
         logits = tl.zeros([ROWS, KEYS], tl.float32)
         for part in tl.static_range(len(WIDTHS)):
-            columns = _load(
+            stored = _load(
                 inside + _start(WIDTHS, part),
                 slot,
                 latent_row,
                 there,
                 _width(WIDTHS, part),
-                _used(WIDTHS, part, RANK),
+                _used(WIDTHS, part, RANK, 0, _halves(CODES)),
             )
-            if token_scales is not None:
-                columns = _int8_to_half(columns).to(dtype)
-            latents = latents + (columns,)
-            logits = _product(queries[part], tl.trans(columns), logits)
+            blocks = _numbers(stored, dtype, CODES)
+            latents = latents + blocks
+            for half in tl.static_range(_halves(CODES)):
+                logits = _product(queries[part * _halves(CODES) + half], tl.trans(blocks[half]), logits)
         if token_scales is not None:
             token_scale = tl.load(token_scales + page * scales_page + place + slot, mask=there, other=0)[None, :]
+            if CODES == "fp8":
+                token_scale = token_scale * 256  # see _fp8_to_half
             logits = logits * token_scale
         if KEY_SCALES > 0:
             key_scale = _per_row(
@@ -334,7 +439,7 @@ def decode_kernel(
             )
         weights = weights.to(dtype)
         grown = ()
-        for part in tl.static_range(len(WIDTHS)):
+        for part in tl.static_range(len(latents)):
             grown = grown + (_product(weights, latents[part], sums[part] * fade[:, None]),)
         sums = grown
 
@@ -349,10 +454,12 @@ def decode_kernel(
     some = total > 0
     divisor = tl.where(some, total, 1)
     for part in tl.static_range(len(WIDTHS)):
-        column = _start(WIDTHS, part) + tl.arange(0, _width(WIDTHS, part))
-        result = (sums[part] * (fade / divisor)[:, None]).to(output.dtype.element_ty)
-        mask = alive[:, None] & (column < RANK)[None, :]
-        tl.store(output + target[:, None] * RANK + column[None, :], result, mask=mask)
+        for half in tl.static_range(_halves(CODES)):
+            place = tl.arange(0, _width(WIDTHS, part))
+            column = _column(WIDTHS, part, RANK, half, _halves(CODES)) + place
+            result = (sums[part * _halves(CODES) + half] * (fade / divisor)[:, None]).to(output.dtype.element_ty)
+            mask = alive[:, None] & (place < _used(WIDTHS, part, RANK, half, _halves(CODES)))[None, :]
+            tl.store(output + target[:, None] * RANK + column[None, :], result, mask=mask)
     tl.store(lse + target, tl.where(some, (largest + tl.log2(divisor)) / _LOG2E, _NOTHING), mask=alive)
 
 

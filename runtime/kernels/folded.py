@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mla_compile.runtime.kernels.cache import LatentCache
+from mla_compile.runtime.kernels.codes import encode
 
 __all__ = ["append", "attend", "attend_explicitly"]
 
@@ -154,10 +155,7 @@ def append(row: Tensor, cos: Tensor, sin: Tensor, cache: LatentCache, lengths: T
         block, token = cache.page_table.long()[block, token // page], token % page
     where = block[kept], token[kept]
     cache.rest[where] = torch.cat([turned, scales], -1)[kept].to(cache.rest.dtype)
-    if cache.token_scales is None:
+    if cache.token_scales is None or cache.codes is None:
         cache.latent[where] = latent[kept].to(cache.latent.dtype)
     else:
-        step = latent[kept].float().abs().amax(-1) / 127
-        divisor = step.where(step > 0, 1)[:, None]
-        cache.latent[where] = (latent[kept].float() / divisor).round().to(torch.int8)
-        cache.token_scales[where] = step
+        cache.latent[where], cache.token_scales[where] = encode(latent[kept], cache.codes)

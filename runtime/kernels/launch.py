@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mla_compile.runtime.kernels.append import append_kernel
 from mla_compile.runtime.kernels.cache import LatentCache
+from mla_compile.runtime.kernels.codes import Codes
 from mla_compile.runtime.kernels.decode import combine_kernel, decode_kernel
 from mla_compile.runtime.kernels.schedule import (
     DecodeSpec,
@@ -51,7 +52,7 @@ def attend(
         heads,
         new,
         q_latent.itemsize,
-        cache.token_scales is not None,
+        cache.codes,
         page,
         causal,
         window > 0,
@@ -104,7 +105,7 @@ def append(row: Tensor, cos: Tensor, sin: Tensor, cache: LatentCache, lengths: T
         sin.contiguous(),
         *_memory(cache, lengths),
         new,
-        **append_constants(cache.layout, 0 if cache.page_table is None else cache.latent.shape[1]),
+        **append_constants(cache.layout, 0 if cache.page_table is None else cache.latent.shape[1], cache.codes),
         num_warps=4,
     )
 
@@ -113,7 +114,8 @@ def _memory(cache: LatentCache, lengths: Tensor) -> tuple[Tensor | int | None, .
     """The arguments by which both kernels find a cache's rows."""
     scales, table = cache.token_scales, cache.page_table
     return (
-        cache.latent,
+        # Triton knows no fp8 before compute capability 8.9: kernels read its bytes.
+        cache.latent.view(torch.uint8) if cache.codes is Codes.FP8 else cache.latent,
         cache.rest,
         scales,
         table,

@@ -14,6 +14,7 @@ from torch import Tensor
 from mla_compile.errors import UsageError
 from mla_compile.runtime.kernels import folded
 from mla_compile.runtime.kernels.cache import LatentCache, RowLayout
+from mla_compile.runtime.kernels.codes import Codes
 from mla_compile.runtime.ops import register_gradient
 
 __all__ = ["append_latent", "latent_attention"]
@@ -75,7 +76,7 @@ def latent_attention(
 
 
 def append_latent(row: Tensor, cos: Tensor, sin: Tensor, cache: LatentCache, lengths: Tensor) -> None:
-    """Write new tokens' rows into a cache, in place: rope keys rotated, latents quantised if the cache's are.
+    """Write new tokens' rows into a cache, in place: rope keys rotated, latents as codes if the cache's are.
 
     Args:
         row: ``[B, S, r + n * rope_dim + m + w]``, rope keys not rotated, as ``[real | imaginary]``.
@@ -120,7 +121,7 @@ def _check(
         )
     layout.check_heads(heads)
     _check_memory(cache, lengths, len(q_latent))
-    kinds = {q_latent.dtype, q_rope.dtype, cache.rest.dtype, cache.latent.dtype} - {torch.int8}
+    kinds = {q_latent.dtype, q_rope.dtype, cache.rest.dtype, cache.latent.dtype} - {codes.dtype for codes in Codes}
     if len(kinds) > 1:
         raise ValueError(f"Queries and rows are of several types: {', '.join(sorted(map(str, kinds)))}. Pass one.")
     if window < 0 or softcap < 0:
@@ -134,14 +135,18 @@ def _check(
 
 def _check_memory(cache: LatentCache, lengths: Tensor, batch: int) -> None:
     """Refuse a cache whose parts do not fit each other or the number of sequences."""
-    layout, blocks = cache.layout, cache.latent.shape[:2]
-    expected = {"latent": (*blocks, layout.rank), "rest": (*blocks, layout.rest_width), "token_scales": tuple(blocks)}
+    layout, blocks, codes = cache.layout, cache.latent.shape[:2], cache.codes
+    width = layout.rank if codes is None else codes.stored(layout.rank)
+    expected = {"latent": (*blocks, width), "rest": (*blocks, layout.rest_width), "token_scales": tuple(blocks)}
     for name, shape in expected.items():
         part = getattr(cache, name)
         if part is not None and (part.shape != shape or (part.shape[-1] > 1 and part.stride(-1) != 1)):
             raise ValueError(f"{name} of the cache has shape {list(part.shape)}. Pass {list(shape)}, rows contiguous.")
-    if (cache.latent.dtype == torch.int8) != (cache.token_scales is not None):
-        raise ValueError(f"The cache's latents are {cache.latent.dtype}. Pass token scales with int8 latents only.")
+    if (codes is None) != (cache.token_scales is None):
+        kinds = ", ".join(str(kind.dtype) for kind in Codes)
+        raise ValueError(
+            f"The cache's latents are {cache.latent.dtype}. Pass token scales with latents of {kinds} only."
+        )
     sequences = blocks[0] if cache.page_table is None else len(cache.page_table)
     if sequences != batch or lengths.shape != (batch,):
         raise ValueError(
@@ -156,8 +161,9 @@ def _memory(cache: LatentCache) -> tuple[Tensor | None, ...]:
 
 
 def _sizes(layout: RowLayout) -> tuple[list[int], bool]:
-    """What an operator is told of a layout; the rank is the latent's size."""
-    return [layout.rope_groups, layout.rope_dim, layout.key_scales, layout.value_scales], layout.scaled_rope
+    """What an operator is told of a layout."""
+    sizes = [layout.rank, layout.rope_groups, layout.rope_dim, layout.key_scales, layout.value_scales]
+    return sizes, layout.scaled_rope
 
 
 def _cache(
@@ -168,9 +174,7 @@ def _cache(
     sizes: list[int],
     scaled_rope: bool,
 ) -> LatentCache:
-    rope_groups, rope_dim, key_scales, value_scales = sizes
-    layout = RowLayout(latent.shape[-1], rope_groups, rope_dim, key_scales, value_scales, scaled_rope)
-    return LatentCache(layout, latent, rest, token_scales, page_table)
+    return LatentCache(RowLayout(*sizes, scaled_rope), latent, rest, token_scales, page_table)
 
 
 @functools.cache

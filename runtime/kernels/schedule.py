@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import product
 
 from mla_compile.runtime.kernels.cache import RowLayout
+from mla_compile.runtime.kernels.codes import Codes
 
 __all__ = [
     "TOKENS_PER_ROW",
@@ -40,7 +41,7 @@ class DecodeSpec:
         heads: Query heads ``H``.
         new: Query tokens ``S``.
         itemsize: Bytes of one of the queries' numbers.
-        quantised: Whether latents are int8.
+        codes: What latents are stored as; None for numbers like the queries'.
         page: Tokens of a page; 0 for a contiguous cache.
         causal: Whether a query sees no key behind its own.
         windowed: Whether there is a window.
@@ -51,7 +52,7 @@ class DecodeSpec:
     heads: int
     new: int = 1
     itemsize: int = 2
-    quantised: bool = False
+    codes: Codes | None = None
     page: int = 0
     causal: bool = True
     windowed: bool = False
@@ -61,6 +62,11 @@ class DecodeSpec:
     def rows(self) -> int:
         """Pairs of query token and head."""
         return self.new * self.heads
+
+    @property
+    def stored(self) -> int:
+        """What is stored of a latent: numbers, or bytes of codes."""
+        return self.layout.rank if self.codes is None else self.codes.stored(self.layout.rank)
 
     def least_tiles(self, tiles: Tiles) -> int:
         """Tiles of keys that a split has at least."""
@@ -80,6 +86,7 @@ class DecodeSpec:
             "SCALES_WIDTH": power_of_two(max(layout.key_scales, layout.value_scales)),
             "SCALED_ROPE": layout.scaled_rope,
             "PAGE": self.page,
+            "CODES": "" if self.codes is None else self.codes.value,
             # The only query token is the last key: it has none to hide.
             "CAUSAL": self.causal and self.new > 1,
             "WINDOWED": self.windowed,
@@ -94,7 +101,7 @@ class Tiles:
     """What one program works on, and with how many threads.
 
     Attributes:
-        widths: Powers of two that together hold the rank.
+        widths: Powers of two that together hold what is stored of a latent.
         rope_width: Power of two that holds all rope keys; 0 without any.
         rows: Rows of a block.
         keys: Keys of a tile.
@@ -140,15 +147,16 @@ def shared_bytes(spec: DecodeSpec, tiles: Tiles) -> int:
     """Shared memory that a block of the decode kernel needs: in halves what the compiler allots, or a little more.
 
     The queries, one block of weights, ``stages - 1`` tiles under way (as many as ``stages`` in blocks of 64 rows, whose
-    products read the tile in use from there too), and that in use as halves if it comes as int8. Products of float32
+    products read the tile in use from there too), and that in use as halves if it comes as codes. Products of float32
     numbers come in three parts, copies of which take some more.
     """
-    columns, size = sum(tiles.widths), spec.itemsize
+    stored, size = sum(tiles.widths), spec.itemsize
+    columns = stored if spec.codes is None else stored * spec.codes.halves
     several = [n for n in (spec.layout.key_scales, spec.layout.value_scales) if n > 1]
     beside = tiles.rope_width + sum(map(power_of_two, several))
-    key = columns * (1 if spec.quantised else size) + beside * size + (4 if spec.quantised else 0)
+    key = (stored * size if spec.codes is None else stored + 4) + beside * size
     buffers = tiles.stages if tiles.rows == 64 else tiles.stages - 1
-    converted = tiles.keys * columns * size if spec.quantised else 0
+    converted = 0 if spec.codes is None else tiles.keys * columns * size
     queries = tiles.rows * (columns + beside) * size
     copies = 16384 if size > 2 else 0
     return buffers * tiles.keys * key + converted + queries + tiles.rows * tiles.keys * size + copies
@@ -159,7 +167,7 @@ def choose_tiles(spec: DecodeSpec, architecture: int) -> Tiles:
     """The largest tiles that a block's registers and shared memory hold.
 
     What registers do not hold was found by compiling: 64 rows but for Hopper's own products of halves, 64 keys of 512
-    int8 numbers or with scales per head, 512 columns of int8 or 256 of float32 at once. Blocks of 4 warps leave room
+    codes or with scales per head, 512 bytes of codes or 256 of float32 at once. Blocks of 4 warps leave room
     for a second one beside them, whose arithmetic fills the pauses of the first.
 
     Args:
@@ -170,14 +178,15 @@ def choose_tiles(spec: DecodeSpec, architecture: int) -> Tiles:
         ValueError: A row is too wide for any tile.
     """
     layout, exact = spec.layout, spec.itemsize > 2
-    widths = cut_rank(layout.rank, 128 if exact else 256 if spec.quantised else 512)
+    widths = cut_rank(spec.stored, 128 if exact else 512 if spec.codes is None else 256)
+    columns = sum(widths) * (1 if spec.codes is None else spec.codes.halves)
     rope_width = power_of_two(layout.rope_width) if layout.rope_dim else 0
     shared = _SHARED[max(a for a in _SHARED if a <= architecture)]
-    most_rows = 16 if exact else 64 if architecture == 90 and not spec.quantised else 32
+    most_rows = 16 if exact else 64 if architecture == 90 and spec.codes is None else 32
     scaled = layout.key_scales + layout.value_scales > 0
-    most_keys = 16 if exact else 32 if scaled or (spec.quantised and layout.rank > 256) else 64
+    most_keys = 16 if exact else 32 if scaled or (spec.codes is not None and layout.rank > 256) else 64
     for rows in (r for r in (64, 32, 16) if r <= min(most_rows, power_of_two(spec.rows))):
-        warps = 8 if exact or rows * (sum(widths) + rope_width) > 16 * 576 else 4
+        warps = 8 if exact or rows * (columns + rope_width) > 16 * 576 else 4
         fitting = [k for k in (64, 32, 16) if k <= most_keys and spec.page % k == 0]
         for room, stages, keys in product((shared * warps // 8, shared), (2,) if exact else (3, 2), fitting):
             tiles = Tiles(widths, rope_width, rows, keys, warps, stages)
@@ -213,13 +222,16 @@ def choose_splits(batch: int, blocks: int, rows: int, tokens: int, processors: i
     return min(range(1, most + 1), key=time)
 
 
-def append_constants(layout: RowLayout, page: int) -> dict[str, int]:
+def append_constants(layout: RowLayout, page: int, codes: Codes | None = None) -> dict[str, object]:
     """The append kernel's compile-time arguments for pages of so many tokens, or 0."""
+    stored = layout.rank if codes is None else codes.stored(layout.rank)
     half, scales = layout.rope_dim // 2, layout.key_scales + layout.value_scales
     return {
         "PAGE": page,
+        "CODES": "" if codes is None else codes.value,
         "RANK": layout.rank,
-        "WIDTH": power_of_two(layout.rank),
+        "STORED": stored,
+        "WIDTH": power_of_two(stored),
         "ROPE_GROUPS": layout.rope_groups,
         "GROUPS": power_of_two(layout.rope_groups),
         "HALF": half,

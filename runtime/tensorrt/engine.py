@@ -6,6 +6,7 @@ Beside an engine ``X.plan`` lies ``X.plan.json``, which says what it was built b
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,6 +156,8 @@ class TensorRTDecoder(FixedCacheDecoder):
         self.device = torch.device(device)
         self.stream = torch.cuda.Stream() if self.device.type == "cuda" else None
         self.bound: dict[int, _Step] = {}
+        if facts.get("weight_streaming"):
+            self._stream_weights()
         self.contexts = [self._context(trt, profile) for profile in (DECODE, PREFILL)]
         batch, new = engine.get_tensor_profile_shape("input_ids", PREFILL)[2]
         super().__init__(
@@ -165,6 +168,13 @@ class TensorRTDecoder(FixedCacheDecoder):
             int(engine.get_tensor_shape("logits")[-1]),
             facts,
         )
+
+    def _stream_weights(self) -> None:
+        """Give weights the GPU's free memory but for the caches of the largest batch, before a context exists."""
+        batch = self._engine.get_tensor_profile_shape("input_ids", PREFILL)[2][0]
+        caches = batch * sum(math.prod(shape) for shape in self._caches) * self._cache_dtype.itemsize
+        budget = self._engine.get_weight_streaming_automatic_budget() - caches
+        self._engine.weight_streaming_budget_v2 = max(0, min(budget, self._engine.streamable_weights_size))
 
     def _context(self, trt: Any, profile: int) -> Any:  # noqa: ANN401
         """A context of one profile, with the memory that this profile needs and no more."""

@@ -33,6 +33,8 @@ class EngineSettings:
         plugins: Whether plugins may be used.
         version_compatible: Whether other versions of TensorRT can run it too, at some cost.
         timing_cache: File that measured times are kept in, for builds to come; None for none.
+        weight_streaming: Whether weights may stay in the host's memory, as far as the GPU's has no room for them.
+        refit: Whether weights can be replaced without building again.
     """
 
     batch: int = 8
@@ -42,6 +44,8 @@ class EngineSettings:
     plugins: bool = True
     version_compatible: bool = False
     timing_cache: Path | None = None
+    weight_streaming: bool = False
+    refit: bool = False
 
 
 @functools.cache
@@ -105,8 +109,9 @@ def build_engine(
         config.add_optimization_profile(_profile(builder, inputs, settings.batch, most))
     if plugins:
         config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
-    if settings.version_compatible:
-        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    for name in ("version_compatible", "weight_streaming", "refit"):
+        if getattr(settings, name):
+            config.set_flag(getattr(trt.BuilderFlag, name.upper()))
     if target is not None:
         config.num_compute_capabilities = 1
         config.set_compute_capability(trt.ComputeCapability.__members__[f"SM{target}"], 0)

@@ -106,6 +106,10 @@ class Engine:
         self._names = [v.name for v in values]
         self.num_io_tensors = len(values)
         self.steps = []
+        self.streamable_weights_size = self.weight_streaming_budget_v2 = 5_000_000
+
+    def get_weight_streaming_automatic_budget(self):
+        return 4_000_000
 
     def get_tensor_name(self, index):
         return self._names[index]
@@ -123,6 +127,7 @@ class Engine:
         return tuple(abs(extent) for extent in shape), largest, largest
 
     def create_execution_context(self, strategy):
+        self.budget_of_contexts = self.weight_streaming_budget_v2
         return Context(self)
 
 

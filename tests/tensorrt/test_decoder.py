@@ -51,6 +51,15 @@ def test_generates_what_the_module_generates(lowered, plan):
     assert decoder.generate(PROMPTS, 5, sampling=sampling) == expected
 
 
+def test_streamed_weights_leave_room_for_the_caches(plan):
+    """A budget counts only if it is set before the first context."""
+    plain = TensorRTDecoder(plan, device="cpu")
+    assert plain._engine.budget_of_contexts == 5_000_000
+    facts_path(plan).write_text(json.dumps({**FACTS, "weight_streaming": True}))
+    decoder = TensorRTDecoder(plan, device="cpu")
+    assert decoder._engine.budget_of_contexts == 4_000_000 - 3 * 32 * decoder.cache_bytes_per_token
+
+
 def test_steps_run_under_their_profiles_and_in_one_memory(lowered, plan):
     decoder, ids = TensorRTDecoder(plan, device="cpu"), models.tokens(2, 10)
     cache = decoder.empty_cache(2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -24,7 +25,10 @@ def build(rtx, path, settings=SETTINGS, advance=lambda: None):
 
 @pytest.mark.filterwarnings("ignore:.*Timing cache operations are no-ops:DeprecationWarning")
 def test_builds_with_two_profiles_and_tells_progress(rtx, lowered, tmp_path, monkeypatch):
-    """A hundred steps whatever TensorRT's phases are, shapes of both profiles, and times that a second build takes."""
+    """A hundred steps whatever TensorRT's phases are, shapes of both profiles, and times that a second build takes.
+
+    Which may stream its weights: it builds so, too.
+    """
     profiles, flags, steps, times = [], [], [], tmp_path / "times"
     create = rtx.Builder.create_optimization_profile
     monkeypatch.setattr(
@@ -50,7 +54,7 @@ def test_builds_with_two_profiles_and_tells_progress(rtx, lowered, tmp_path, mon
     first = times.read_bytes()
     assert first
     assert [p.name for p in tmp_path.iterdir()] == ["times"]
-    build(rtx, lowered("llama-gqa").path, settings)
+    build(rtx, lowered("llama-gqa").path, replace(settings, weight_streaming=True))
 
 
 def test_times_of_something_else_are_refused(tmp_path):
@@ -71,6 +75,18 @@ def test_what_tensorrt_does_not_build_is_one_sentence_with_its_reason(rtx, lower
     settings = EngineSettings(batch=4, room=32, prompt=6, version_compatible=True)
     with pytest.raises(RefusedError, match=r"TensorRT cannot build 'model\.onnx' \(.*libnvinfer_lean"):
         build(rtx, lowered("llama-gqa").path, settings)
+
+
+@pytest.mark.parametrize("asked", ["weight_streaming", "refit", "version_compatible"])
+def test_flags_are_those_asked_for(rtx, lowered, monkeypatch, asked):
+    """This edition refits nothing without a GPU, so nothing is built."""
+    told = []
+    monkeypatch.setattr(rtx.Builder, "build_serialized_network", lambda builder, network, config: told.append(config))
+    settings = EngineSettings(batch=4, room=32, prompt=6, **{asked: True})
+    with pytest.raises(RefusedError, match=r"TensorRT cannot build 'model\.onnx' \(it does not say why"):
+        build(rtx, lowered("llama-gqa").path, settings)
+    optional = ("VERSION_COMPATIBLE", "WEIGHT_STREAMING", "REFIT")
+    assert [n for n in optional if told[0].get_flag(rtx.BuilderFlag.__members__[n])] == [asked.upper()]
 
 
 def test_an_interrupt_ends_the_build(rtx, lowered):

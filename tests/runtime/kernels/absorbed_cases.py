@@ -12,21 +12,22 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mla_compile.runtime import reference
-from mla_compile.runtime.kernels import LatentCache, RowLayout
+from mla_compile.runtime.kernels import Codes, LatentCache, RowLayout
+from mla_compile.runtime.kernels.codes import encode
 
 SMALL = RowLayout(16, 1, 8)
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Sizes and features; what no sequence owns is filled with NaN, in int8 with the largest number."""
+    """Sizes and features; what no sequence owns is filled with NaN, or with codes of no number a token has."""
 
     layout: RowLayout = SMALL
     heads: int = 2
     new: int = 1
     lengths: tuple[int, ...] = (37, 5)
     page: int = 0
-    quantised: bool = False
+    codes: Codes | None = None
     dtype: torch.dtype = torch.float32
     window: int = 0
     softcap: float = 0.0
@@ -53,7 +54,7 @@ class Problem:
         if self.page:
             order = torch.randperm(blocks, generator=self.numbers)[: batch * pages]
             table = order.to(torch.int32).view(batch, pages)
-        kinds = {"dtype": self.dtype, "quantised": self.quantised, "page_table": table}
+        kinds = {"dtype": self.dtype, "codes": self.codes, "page_table": table}
         cache = LatentCache.empty(layout, blocks, tokens, **kinds)
         owned = torch.zeros(blocks, tokens, dtype=torch.bool)
         for sequence, length in enumerate(self.lengths):
@@ -63,9 +64,11 @@ class Problem:
         everywhere = (blocks, tokens)
         cache.rest.copy_(self.draw(*everywhere, layout.rest_width).where(owned[..., None], math.nan))
         latent = self.draw(*everywhere, layout.rank)
-        if self.quantised:
-            cache.latent.copy_((40 * latent.float()).clamp(-127, 127).where(owned[..., None], 127))
-            scales = 0.01 + 0.02 * torch.rand(everywhere, generator=self.numbers)
+        if self.codes:
+            codes, scales = encode(latent, self.codes)
+            # Of all that bytes can be, 0xFF is furthest from 0 as int4, is no number as fp8, and no code of int8.
+            nothing = {Codes.INT8: -128, Codes.FP8: math.nan, Codes.INT4: 255}[self.codes]
+            cache.latent.copy_(codes.where(owned[..., None], torch.tensor(nothing).to(codes.dtype)))
             cache.token_scales.copy_(scales.where(owned, math.nan))
         else:
             cache.latent.copy_(latent.where(owned[..., None], math.nan))
@@ -89,6 +92,23 @@ class Problem:
         }
 
 
+def numbers_of(stored: Tensor, rank: int) -> Tensor:
+    """What is stored of a latent in float64; two numbers of a byte one by one, e4m3 by its definition."""
+    if stored.dtype == torch.uint8:
+        return torch.tensor([stored[j % len(stored)].item() // 16 ** (j // len(stored)) % 16 - 8 for j in range(rank)])
+    if stored.dtype == torch.float8_e4m3fn:
+        return torch.tensor([e4m3(byte) for byte in stored.view(torch.uint8).tolist()], dtype=torch.float64)
+    return stored.double()
+
+
+def e4m3(byte: int) -> float:
+    """A sign, four bits of an exponent biased by 7, three of a fraction (arXiv 2209.05433, table 1)."""
+    sign, exponent, fraction = (-1) ** (byte >> 7), byte >> 3 & 15, byte & 7
+    if byte & 127 == 127:
+        return math.nan
+    return sign * (fraction / 8 * 2**-6 if exponent == 0 else (1 + fraction / 8) * 2 ** (exponent - 7))
+
+
 def rows_of(cache: LatentCache, sequence: int, length: int) -> Tensor:
     """A sequence's rows as numbers in float64, read one by one."""
     found = []
@@ -97,7 +117,7 @@ def rows_of(cache: LatentCache, sequence: int, length: int) -> Tensor:
         if cache.page_table is not None:
             tokens = cache.latent.shape[1]
             block, place = int(cache.page_table[sequence, place // tokens]), place % tokens
-        latent = cache.latent[block, place].double()
+        latent = numbers_of(cache.latent[block, place], cache.layout.rank)
         if cache.token_scales is not None:
             latent = latent * cache.token_scales[block, place].double()
         found.append(torch.cat([latent, cache.rest[block, place].double()]))
@@ -167,7 +187,7 @@ def problems(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = (torch.float32,)
     rope_dim = draw(st.sampled_from([0, 2, 8, 16, 64]))
     key_scales = draw(st.just(0) | divisors)
     layout = RowLayout(
-        rank=draw(st.sampled_from(RANKS)),
+        rank=draw(st.sampled_from(RANKS) | st.integers(16, 576)),
         rope_groups=draw(divisors.filter(lambda n: n * rope_dim <= 512)),
         rope_dim=rope_dim,
         key_scales=key_scales,
@@ -179,9 +199,11 @@ def problems(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = (torch.float32,)
         layout,
         heads,
         new=draw(st.integers(1, max(1, min(64, 128 // heads)))),
-        lengths=tuple(draw(st.lists(st.integers(0, 140), min_size=1, max_size=3).filter(any))),
+        lengths=tuple(
+            draw(st.lists(st.integers(0, 140) | st.sampled_from([0, 1]), min_size=1, max_size=3).filter(any))
+        ),
         page=draw(st.sampled_from([0, 16, 48, 64])),
-        quantised=draw(st.booleans()),
+        codes=draw(st.sampled_from([None, None, *Codes])),
         dtype=draw(st.sampled_from(dtypes)),
         window=draw(st.sampled_from([0, 1, 17])) if causal else 0,
         softcap=draw(st.sampled_from([0.0, 2.0])),

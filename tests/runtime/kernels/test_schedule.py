@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mla_compile.runtime.kernels import RowLayout
+from mla_compile.runtime.kernels import Codes, RowLayout
 from mla_compile.runtime.kernels.schedule import DecodeSpec, choose_splits, choose_tiles, cut_rank, shared_bytes
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
@@ -41,11 +41,11 @@ def test_parts_hold_the_rank(rank, widest):
     st.sampled_from([1, 9, 32, 128]),
     st.integers(1, 64),
     st.sampled_from([0, 16, 48, 64, 256]),
-    st.booleans(),
+    st.sampled_from([None, *Codes]),
     st.sampled_from(ARCHITECTURES),
 )
-def test_tiles_fit(rank, rope, heads, new, page, quantised, architecture):
-    spec = DecodeSpec(RowLayout(rank, *rope), heads, new, 2, quantised, page)
+def test_tiles_fit(rank, rope, heads, new, page, codes, architecture):
+    spec = DecodeSpec(RowLayout(rank, *rope), heads, new, 2, codes, page)
     tiles = choose_tiles(spec, architecture)
     assert shared_bytes(spec, tiles) <= SHARED[architecture] * 1024
     assert page % tiles.keys == 0

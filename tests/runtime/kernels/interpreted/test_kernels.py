@@ -9,9 +9,10 @@ import torch
 from absorbed_cases import Problem, expected, problems
 from hypothesis import Phase, given, settings
 
-from mla_compile.runtime.kernels import RowLayout, folded, launch
+from mla_compile.runtime.kernels import Codes, RowLayout, folded, launch
 
 F16, BF16 = torch.float16, torch.bfloat16
+INT8, FP8, INT4 = Codes
 # Relative to the largest result or 1. Weights and results are each rounded to the type (fp16 5e-4, bf16 4e-3 at most);
 # in float32, sums of some hundred products and exponentials keep 5 digits.
 TOLERANCE = {torch.float32: 2e-5, F16: 1.5e-3, BF16: 1.2e-2}
@@ -26,7 +27,7 @@ KINDS = {
     "no rope": Problem(RowLayout(64), 8),
     "rope per group": Problem(GROUPS, 9, dtype=F16),
     "rope per head": Problem(RowLayout(32, 16, 8), 16, page=16),
-    "rank of three parts": Problem(RowLayout(576, 1, 16), 4, quantised=True, dtype=F16),
+    "rank of three parts": Problem(RowLayout(576, 1, 16), 4, codes=INT8, dtype=F16),
     "rank of two parts": Problem(RowLayout(576, 1, 64), 16, page=64, dtype=BF16),
     "one padded part": Problem(RowLayout(24, 1, 2), 3),
     "128 heads": Problem(RowLayout(64, 1, 16), 128, dtype=F16),
@@ -37,8 +38,13 @@ KINDS = {
     "one key scale": Problem(RowLayout(32, 1, 8, key_scales=1), 4, dtype=BF16),
     "key and value scales": Problem(SCALED, 8, page=48, splits=2),
     "scaled rope": Problem(replace(SCALED, scaled_rope=True), 8, dtype=F16),
-    "int8": Problem(SHARED, 8, quantised=True, page=64, dtype=F16, splits=3),
-    "int8 with scales in bfloat16": Problem(SCALED, 8, quantised=True, dtype=BF16),
+    "int8": Problem(SHARED, 8, codes=INT8, page=64, dtype=F16, splits=3),
+    "int8 with scales in bfloat16": Problem(SCALED, 8, codes=INT8, dtype=BF16),
+    "fp8": Problem(SHARED, 8, codes=FP8, page=64, dtype=F16, splits=3),
+    "fp8 with scales in bfloat16": Problem(SCALED, 8, codes=FP8, dtype=BF16),
+    "int4": Problem(RowLayout(96, 1, 16), 8, codes=INT4, page=64, dtype=F16, splits=3),
+    "int4 of an odd rank": Problem(RowLayout(33, 3, 8), 9, codes=INT4, new=2),
+    "int4 of two parts": Problem(RowLayout(576, 1, 16), 4, codes=INT4, dtype=BF16),
     "window": Problem(SHARED, 4, new=3, lengths=(100, 7, 2), window=20, splits=2),
     "softcap and sinks": Problem(SHARED, 4, softcap=3.0, sinks=True, lengths=(60, 0), splits=2),
     "sinks, one split": Problem(SHARED, 4, sinks=True, lengths=(60, 0), splits=1),
@@ -73,7 +79,11 @@ ROTATED = RowLayout(24, 3, 4, key_scales=3, value_scales=1)
 APPENDED = {
     "contiguous": Problem(ROTATED, 3, new=3, lengths=(37, 5, 1)),
     "pages, float16": Problem(ROTATED, 3, new=2, lengths=(37, 5), page=16, dtype=F16),
-    "int8, bfloat16": Problem(ROTATED, 3, new=2, lengths=(37, 5), page=16, dtype=BF16, quantised=True),
+    "int8, bfloat16": Problem(ROTATED, 3, new=2, lengths=(37, 5), page=16, dtype=BF16, codes=INT8),
+    "fp8": Problem(ROTATED, 3, new=3, lengths=(37, 5), codes=FP8),
+    "fp8, pages, float16": Problem(RowLayout(320), 3, new=16, lengths=(37, 15), page=16, dtype=F16, codes=FP8),
+    "int4": Problem(ROTATED, 3, new=3, lengths=(37, 5), codes=INT4),
+    "int4 of an odd rank, bfloat16": Problem(RowLayout(33), 3, new=2, lengths=(37, 5), page=16, dtype=BF16, codes=INT4),
     "no rope": Problem(RowLayout(40), 3, lengths=(37, 5)),
 }
 
@@ -89,8 +99,9 @@ def test_append_writes_what_torch_writes(kind):
     angle = problem.draw(*shape, layout.rope_groups, layout.rope_dim // 2).float()
     launch.append(row, angle.cos(), angle.sin(), cache, lengths)
     folded.append(row, angle.cos(), angle.sin(), other, lengths)
-    assert torch.equal(cache.latent.nan_to_num(7), other.latent.nan_to_num(7))
+    got, wanted = (c.latent.view(torch.uint8) if c.codes else c.latent.nan_to_num(7) for c in (cache, other))
+    assert torch.equal(got, wanted)
     rounding = torch.finfo(problem.dtype).eps
     torch.testing.assert_close(cache.rest, other.rest, rtol=rounding, atol=rounding, equal_nan=True)
-    if problem.quantised:
+    if problem.codes:
         torch.testing.assert_close(cache.token_scales, other.token_scales, rtol=1e-6, atol=0, equal_nan=True)

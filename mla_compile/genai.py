@@ -1,0 +1,85 @@
+"""``genai_config.json``: what onnxruntime-genai needs to know of an ONNX file whose caches are two halves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from mla_compile.passes.lower_onnx import half_width
+from mla_compile.program import Assets
+from mla_compile.runtime.onnx_cache import KEY_VALUE
+
+__all__ = ["genai_bytes", "write_genai_config"]
+
+_CONTEXT = 2048
+"""Longest sequence of a model that does not say."""
+
+
+def genai_bytes(rows: Sequence[int]) -> int:
+    """Bytes a token takes in float32 caches of two halves: all layers' rows are as long as the longest, and even."""
+    return 4 * len(rows) * 2 * half_width(rows)
+
+
+def write_genai_config(file: Path, rows: Sequence[int], assets: Assets, *, static: bool) -> None:
+    """Write the configuration beside an ONNX file.
+
+    Args:
+        file: The ONNX file; its own input names are read from it.
+        rows: Cache row length per layer.
+        assets: Configuration of the original, for token ids and the longest sequence.
+        static: Whether its caches are static, which is what a buffer shared by past and present is.
+    """
+    graph = onnx.load(file, load_external_data=False).graph
+    inputs, (logits, *_) = {value.name for value in graph.input}, graph.output
+    heads = assets.config.get("num_attention_heads") or 1
+    longest = assets.config.get("max_position_embeddings") or _CONTEXT
+    given = {**assets.config, **{k: v for k, v in assets.generation.items() if v is not None}}
+    eos = given.get("eos_token_id")
+    first_eos = eos[0] if isinstance(eos, list) and eos else eos
+    names = [name.replace("{}", "%d") for pair in KEY_VALUE for name in pair]
+    taken = {name: name for name in ("input_ids", "attention_mask", "position_ids") if name in inputs}
+    config: dict[str, Any] = {
+        "model": {
+            "type": "decoder",
+            "bos_token_id": _known(given.get("bos_token_id")),
+            "eos_token_id": _known(eos),
+            "pad_token_id": _known(given.get("pad_token_id"), first_eos),
+            "context_length": longest,
+            "vocab_size": logits.type.tensor_type.shape.dim[-1].dim_value,
+            "decoder": {
+                "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+                "filename": file.name,
+                "head_size": half_width(rows),
+                "hidden_size": assets.config.get("hidden_size") or heads * half_width(rows),
+                "num_attention_heads": heads,
+                "num_key_value_heads": 1,
+                "num_hidden_layers": len(rows),
+                "inputs": {**taken, "past_key_names": names[0], "past_value_names": names[2]},
+                "outputs": {"logits": "logits", "present_key_names": names[1], "present_value_names": names[3]},
+            },
+        },
+        "search": {
+            "do_sample": False,
+            "max_length": longest,
+            "min_length": 0,
+            "num_beams": 1,
+            "num_return_sequences": 1,
+            "past_present_share_buffer": static,
+            "repetition_penalty": 1.0,
+            "temperature": 1.0,
+            "top_k": 1,
+            "top_p": 1.0,
+        },
+    }
+    file.with_name("genai_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _known(token: Any, other: Any = None) -> Any:  # noqa: ANN401 - token ids, or a list of them
+    """A token id that genai can read: where there is none, one that ends nothing."""
+    if token is None or token == []:
+        return 0 if other is None else other
+    return token

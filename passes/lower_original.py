@@ -1,0 +1,110 @@
+"""An unconverted model as an ONNX file with an ordinary cache, for the converted one to be compared with.
+
+The same rewrite as of a converted model (an explicit cache, positions from an input), with no layer converted, and the
+same exporter; only attention is another function, in the form that is asked for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+
+from mla_compile.errors import RefusedError
+from mla_compile.passes.insert_latent import LatentGraph, insert_latent
+from mla_compile.passes.lower_onnx import name_function, node_variant, rewritten_to_onnx, save
+from mla_compile.passes.original_attention import (
+    MICROSOFT,
+    ORIGINAL_OPSET,
+    OriginalForm,
+    form_problem,
+    original_function,
+)
+from mla_compile.passes.recognise import plain_layers
+from mla_compile.passes.split_cache import split_caches
+from mla_compile.program import Program
+from mla_compile.runtime.onnx_cache import ROOM
+
+__all__ = ["original_to_onnx", "with_plain_caches", "write_original"]
+
+
+def with_plain_caches(program: Program) -> LatentGraph:
+    """The model with an explicit ordinary cache in every layer.
+
+    Raises:
+        RefusedError: A layer is not understood, or something else depends on the sequence starting at 0.
+    """
+    layers = plain_layers(program)
+    unknown = next((layer for layer in layers if layer.plain is None), None)
+    if unknown is not None or not layers:
+        what = "it has no attention" if unknown is None else f"{unknown.path}: {unknown.reason}"
+        raise RefusedError(
+            f"'{program.source}' cannot be given an ordinary cache: {what}.",
+            "Run 'mla-compile inspect' for the whole table.",
+        )
+    return insert_latent(program, (), (), torch.float32, layers)
+
+
+def original_to_onnx(plain: LatentGraph) -> ir.Model:
+    """Translate an unconverted model once, for :func:`write_original` to write in every form.
+
+    Args:
+        plain: From :func:`with_plain_caches`.
+    """
+    return rewritten_to_onnx(plain.module, plain.rows, opset=ORIGINAL_OPSET, static=True)
+
+
+def write_original(
+    translated: ir.Model,
+    path: Path,
+    form: OriginalForm,
+    *,
+    metadata: Mapping[str, object],
+    scales: Sequence[tuple[float, float]] = (),
+) -> None:
+    """Write an unconverted model as an ONNX file with caches that are written in place.
+
+    Caches are ``past_key_values.{i}.key`` and ``.value``, ``[batch, heads, room, channels]``; tokens of all sequences
+    are equally many, without padding.
+
+    Args:
+        translated: From :func:`original_to_onnx`; it is left as it is.
+        path: The ``.onnx`` file.
+        form: How layers attend.
+        metadata: JSON-able facts stored in the file.
+        scales: What a step of a key's and of a value's bytes is worth, per layer, for a form with bytes.
+
+    Raises:
+        RefusedError: A layer has no such form.
+    """
+    model = translated.clone()
+    dtype = ir.DataType.INT8 if form == OriginalForm.GROUPED_INT8 else ir.DataType.FLOAT
+    for layer, node in enumerate(split_caches(model, _sizes, dtype, (ROOM, ROOM))):
+        variant = dataclasses.replace(node_variant(node), static=False)
+        (_, qk_dim), (_, v_dim) = _sizes(node)
+        problem = form_problem(form, variant, qk_dim, v_dim)
+        if problem is not None:
+            raise RefusedError(
+                f"Attention layer {layer} has no form '{form}' in ONNX Runtime: {problem}.", "Take another form."
+            )
+        del node.attributes["static"]
+        if form == OriginalForm.GROUPED_INT8:
+            for name, scale in zip(("key_scale", "value_scale"), scales[layer], strict=True):
+                node.attributes.add(ir.AttrFloat32(name, scale))
+        name_function(model, node, original_function(form, variant))
+    model.opset_imports[MICROSOFT] = 1
+    save(model, path, metadata)
+
+
+def _sizes(node: ir.Node) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Heads and channels of a layer's keys and values."""
+    query, row = node.inputs[:2]
+    assert query is not None
+    assert row is not None
+    assert query.shape is not None
+    assert row.shape is not None
+    heads, channels = node.attributes["kv_heads"].as_int(), int(query.shape[3])  # type: ignore[arg-type]
+    return (heads, channels), (heads, int(row.shape[2]) // heads - channels)  # type: ignore[arg-type]

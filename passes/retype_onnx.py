@@ -1,0 +1,70 @@
+"""A float32 copy of an ONNX file in float16 or bfloat16: the same nodes, without the type's roundings.
+
+ONNX Runtime's CPU provider has no kernels for most of bfloat16 (products, sums), and rounds float16 where it likes: it
+computes in float32 and leaves out conversions between neighbours. The copy tells whether the file computes what it is
+to compute, on any machine and as tightly as a file that was float32 from the beginning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+__all__ = ["write_float32_copy"]
+
+_NARROW = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
+_TYPES = ("to", "dtype")
+"""Attributes that name a type, of ``Cast`` and of what creates tensors."""
+
+
+def write_float32_copy(source: Path, target: Path) -> None:
+    """Write a file's float32 copy; weights go to ``<target>.data``.
+
+    Args:
+        source: An ONNX file.
+        target: Where the copy goes.
+    """
+    model = ir.load(source)
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        _widen_value(value)
+    parts: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+    for part in parts:
+        for node in ir.traversal.RecursiveGraphIterator(part):
+            _widen_node(node)
+    ir.save(model, target, external_data=f"{target.name}.data")
+
+
+def _widen_value(value: ir.Value) -> None:
+    if value.const_value is not None and value.const_value.dtype in _NARROW:
+        value.const_value = _float32(value.const_value)
+    if value.dtype in _NARROW:
+        value.dtype = ir.DataType.FLOAT
+
+
+def _widen_node(node: ir.Node) -> None:
+    """The types of what a node returns, and those that its attributes name."""
+    for value in node.outputs:
+        _widen_value(value)
+    for graph in _graphs(node):
+        for value in (*graph.inputs, *graph.initializers.values()):
+            _widen_value(value)
+    for name, attribute in list(node.attributes.items()):
+        if attribute.is_ref():
+            continue
+        if name in _TYPES and attribute.type == ir.AttributeType.INT and attribute.as_int() in _NARROW:
+            node.attributes[name] = ir.AttrInt64(name, int(ir.DataType.FLOAT))
+        elif attribute.type == ir.AttributeType.TENSOR and attribute.as_tensor().dtype in _NARROW:
+            node.attributes[name] = ir.AttrTensor(name, _float32(attribute.as_tensor()))
+
+
+def _graphs(node: ir.Node) -> Iterable[ir.Graph]:
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH and not attribute.is_ref():
+            yield attribute.as_graph()
+
+
+def _float32(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    return ir.tensor(tensor.numpy().astype(np.float32), name=tensor.name)
