@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,11 +32,13 @@ from mla_compile.conversion_cost import ConversionCost, conversion_cost
 from mla_compile.deepseek import require_expressible, with_preset
 from mla_compile.encoders import CompiledEncoder, compile_encoder, is_encoder, require_encoder
 from mla_compile.errors import QualityGateError, RefusedError, UsageError
-from mla_compile.evaluate import longest_window, original_scorer, perplexity
+from mla_compile.evaluate import longest_window, original_scorer, streamed_perplexity
 from mla_compile.gguf_file import check_gguf, write_gguf
 from mla_compile.layer_store import LayerStore
+from mla_compile.passes.converted import converted_logits, original_logits
 from mla_compile.passes.gauge import balanced
-from mla_compile.passes.layer_errors import layer_errors
+from mla_compile.passes.layer_errors import error_steps, layer_errors
+from mla_compile.passes.layerwise import Resources
 from mla_compile.passes.methods import METHODS, nothing_left_out
 from mla_compile.passes.polish import polish
 from mla_compile.passes.quantise_cache import check_quantisable
@@ -47,6 +48,7 @@ from mla_compile.passes.retype import NARROW
 from mla_compile.passes.task import BATCH, Task
 from mla_compile.passes.weights import input_width
 from mla_compile.plan import LatentPlan, clamped, plan_layers
+from mla_compile.processes import Processes, join_processes
 from mla_compile.program import AnyProgram, Assets, OtherProgram, Program
 from mla_compile.progress import Display, Stages
 from mla_compile.report import LayerError, Quality, Report
@@ -254,6 +256,8 @@ def compile(
     tokenizer: Any = None,  # noqa: ANN401 - a folder or any transformers tokenizer
     config: CompileConfig | None = None,
     statistics_cache: bool | str | Path = True,
+    offload: str | Path | None = None,
+    share: bool = False,
     check: bool = True,
     max_perplexity_ratio: float | None = None,
     out: Path | None = None,
@@ -281,6 +285,9 @@ def compile(
         config: All settings at once.
         statistics_cache: Whether to keep what was measured on the text for the next conversion of the same model, or
             the folder to keep it in.
+        offload: A folder for activations between layers, where a model is so large that it is run layer by layer; in
+            memory by default, in as many rounds as that takes.
+        share: Share the calibration with the other processes that a launcher started, which do nothing else.
         check: Verify the conversion against the original.
         max_perplexity_ratio: Fail when perplexity grows by more than this factor; needs calibration text.
         out: Where the result will be written; checked before any work is done.
@@ -307,6 +314,7 @@ def compile(
         UsageError: Settings do not fit the model.
         VerificationError: The conversion is not correct.
         QualityGateError: The conversion loses more than ``max_perplexity_ratio``.
+        ShareDone: With ``share``, in every process but the first, when it has done its part.
     """
     if config is not None and settings:
         raise UsageError("Both config and single settings were given.", "Give one of them.")
@@ -328,7 +336,16 @@ def compile(
         else:
             _check_out(out, config.format, force)
     documents = read_text(calibration)
-    stages = Stages(display)
+    processes = join_processes() if share else Processes()
+    if processes.count > 1 and finetune is not None:
+        raise UsageError(
+            "Several processes share a calibration, and only the first of them goes on, which cannot train alone.",
+            "Convert without --finetune, then train with mla-compile finetune.",
+        )
+    processes.wait()  # all have checked what is there before anything is written
+    if documents is None or config.exact:
+        processes.leave_unless_first()
+    stages = Stages(display if processes.first else None)
     with stages.stage("load"):
         loaded = _load(
             model,
@@ -376,7 +393,19 @@ def compile(
     text = cut_windows(program, documents, tokenizer, config)
     config, notes = _settle(config, text is not None)
     windows = None if text is None else text.calibration
-    task = Task(program, sites, kept, config, windows, stages, open_cache(statistics_cache), store)
+    resources = Resources(folder=None if offload is None else Path(offload), device=processes.device)
+    task = Task(
+        program,
+        sites,
+        kept,
+        config,
+        windows,
+        stages,
+        open_cache(statistics_cache),
+        store,
+        resources=resources,
+        processes=processes,
+    )
     choice = nothing_left_out(task) if config.exact else METHODS[config.method](task)
     polished = polish(task, choice.weights, config.polish_steps) if config.polish_steps else None
     plans = choice.plans
@@ -394,16 +423,20 @@ def compile(
     ids = text.held_out[:4, :256] if text is not None else _random_ids(program, config)
     errors: tuple[LayerError, ...] = ()
     if text is not None:
-        batches = math.ceil(len(text.held_out) / BATCH)
-        errors = layer_errors(
-            program,
-            sites,
-            weights,
-            converted,
-            text.held_out,
-            gradients=config.gradients,
-            progress=lambda b: stages.each("layers", b, batches),
-        )
+        batches = text.held_out.split(BATCH)
+        with stages.stage(
+            "layers", error_steps(program, sites, batches, resources, gradients=config.gradients)
+        ) as stage:
+            errors = layer_errors(
+                program,
+                sites,
+                weights,
+                converted,
+                text.held_out,
+                gradients=config.gradients,
+                resources=resources,
+                progress=stage.each,
+            )
     if check:
         with stages.stage("verify"):
             exact = converted if config.exact and program.dtype == torch.float32 else _exact_twin(task)
@@ -419,7 +452,7 @@ def compile(
     if finetune is not None:
         recipe = make_recipe(tokens=finetune_tokens, seed=config.seed)
         training = finetune_module(converted, program, finetune, tokenizer, recipe, stages)
-    quality = _measure(program, verify.quantised(converted) if int8 else converted, text, stages)
+    quality = _measure(task, verify.quantised(converted) if int8 else converted, text, stages)
     report = Report(
         source=program.source,
         config=config.model_dump(),
@@ -797,13 +830,14 @@ def _random_ids(program: Program, config: CompileConfig) -> Tensor:
     return torch.randint(0, vocabulary, (2, length), generator=torch.Generator().manual_seed(config.seed))
 
 
-def _measure(program: Program, converted: LatentModel, text: TextWindows | None, stages: Stages) -> Quality | None:
+def _measure(task: Task, converted: LatentModel, text: TextWindows | None, stages: Stages) -> Quality | None:
     if text is None:
         return None
-    steps = 2 * math.ceil(len(text.held_out) / 8)
-    with stages.stage("evaluate", steps) as stage:
-        before = perplexity(original_scorer(program), text.held_out, progress=stage.each)
-        after = perplexity(lambda ids: converted(ids).logits, text.held_out, progress=stage.each)
+    batches = text.held_out.split(8)
+    with stages.stage("evaluate", 2 * len(batches)) as stage:
+        original = original_logits(task.program, task.sites, batches, task.resources)
+        before = streamed_perplexity(original, batches, stage.each)
+        after = streamed_perplexity(converted_logits(converted, batches, task.resources), batches, stage.each)
     return Quality(before.value, after.value, before.tokens, text.separate)
 
 

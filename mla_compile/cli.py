@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from mla_compile.errors import MlaCompileError, UsageError
+from mla_compile.errors import MlaCompileError, ShareDone, UsageError
 
 if TYPE_CHECKING:
     from mla_compile.report import Report
@@ -157,6 +157,14 @@ NoCache = Annotated[
     typer.Option(
         "--no-cache",
         help="Neither reuse nor save what is measured on the text (in $MLA_COMPILE_CACHE, else ~/.cache/mla-compile).",
+        rich_help_panel=_TEXT,
+    ),
+]
+Offload = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder for activations between layers, where a model is so large that it is run layer by layer.",
+        show_default="in memory, in rounds",
         rich_help_panel=_TEXT,
     ),
 ]
@@ -358,6 +366,7 @@ def convert(
     calibration_tokens: CalibrationTokens = 65536,
     seq_len: SeqLen = None,
     no_cache: NoCache = False,
+    offload: Offload = None,
     tokenizer: Tokenizer = None,
     dtype: Dtype = "auto",
     opset: Opset = None,
@@ -469,6 +478,8 @@ def convert(
             tokenizer=tokenizer,
             config=config,
             statistics_cache=not no_cache,
+            offload=offload,
+            share=True,
             check=not no_verify,
             max_perplexity_ratio=max_ppl_ratio,
             out=out,
@@ -1210,6 +1221,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = app(args=words or ["--help"], prog_name="mla-compile", standalone_mode=False)
     except MlaCompileError as error:
         return _fail(str(error), error.exit_code)
+    except ShareDone:
+        return 0
     except (KeyboardInterrupt, typer.Abort):
         return _fail("Interrupted.", 130)
     except OSError as error:

@@ -11,7 +11,7 @@ from mla_compile.passes.calibrate import PairNorms, pair_norms
 from mla_compile.passes.factorise import factorise_layers
 from mla_compile.passes.fisher import fisher
 from mla_compile.passes.gauge import balanced
-from mla_compile.passes.task import Choice, Method, Task, unpredicted
+from mla_compile.passes.task import BATCH, Choice, Method, Task, unpredicted
 from mla_compile.passes.transmla import transmla
 from mla_compile.plan import LatentPlan, plan_layers
 
@@ -23,11 +23,12 @@ def mha2mla(task: Task) -> Choice:
     plans = plan_layers(task.sites, task.widths, task.config)
     norms: Sequence[PairNorms | None] = [None] * len(task.sites)
     if task.config.selection == "2-norm" and any(p.rope_dims for p in plans):
-        windows = task.require_windows()
-        batches = -(-len(windows) // 8)
-        norms = pair_norms(
-            task.program, task.sites, windows, progress=lambda b: task.stages.each("calibrate", b, batches)
-        )
+        windows, run = task.require_windows(), task.site_run(BATCH, gradients=False)
+        with task.stages.stage("calibrate", task.shared_steps(run, BATCH)) as stage:
+            norms = pair_norms(
+                task.program, task.sites, windows, BATCH, run=run, processes=task.processes, progress=stage.each
+            )
+    task.processes.leave_unless_first()
     return _factorised(task, plans, task.config, norms)
 
 
