@@ -5,7 +5,9 @@
 Checkpoints of the shapes of Llama 2 7B and Llama 3 8B with random bfloat16 weights are written in shards, converted to
 ONNX by mha2mla without text and with a little (random tokens), loaded by ONNX Runtime, and removed. Every conversion
 runs in a process of its own, in which the memory is looked at ten times a second: resident memory, and the part of it
-that is anonymous, which cannot be dropped as pages of mapped files can. 32 layers take about 70 GB of disk.
+that is anonymous, which cannot be dropped as pages of mapped files can. 32 layers take about 45 GB of disk with
+``--no-verify``. Running a file in ONNX Runtime takes memory of its size in float32; where that is more than there is,
+or the type is bfloat16, decoding fails and the table says so.
 
 ``--factorisation`` measures ways to factorise one layer instead, in times of one ``eigh`` of the same run, with one
 thread.
@@ -122,7 +124,7 @@ class Memory:
         print(json.dumps(self.stages[-1]), file=sys.stderr, flush=True)
 
 
-def convert(source: Path, out: Path, calibrated: bool, verified: bool) -> dict[str, Any]:
+def convert(source: Path, out: Path, calibrated: bool, verified: bool, dtype: str) -> dict[str, Any]:
     """Convert in this process."""
     memory = Memory()
     begin = time.perf_counter()
@@ -136,6 +138,7 @@ def convert(source: Path, out: Path, calibrated: bool, verified: bool) -> dict[s
             source,
             calibration=text if calibrated else None,
             method="mha2mla",
+            dtype=dtype,
             gradients=False,
             statistics_cache=False,
             check=verified,
@@ -172,14 +175,15 @@ def in_a_process(task: str, *words: object) -> dict[str, Any]:
     return found
 
 
-def measure(name: str, layers: int, folder: Path, verified: bool) -> list[dict[str, Any]]:
+def measure(name: str, layers: int, folder: Path, verified: bool, dtype: str) -> list[dict[str, Any]]:
     """Both conversions of one model."""
     source, rows = folder / "source", []
     size = write_checkpoint(SHAPES[name], layers, source)
     for calibrated in (False, True):
         out = folder / "out" / "model.onnx"
         row: dict[str, Any] = {"model": name, "layers": layers, "calibrated": calibrated, "weight_bytes": size}
-        row["convert"] = in_a_process("convert", source, out, int(calibrated), int(verified))
+        row["dtype"] = dtype
+        row["convert"] = in_a_process("convert", source, out, int(calibrated), int(verified), dtype)
         if out.is_file():
             row["output_bytes"] = sum(p.stat().st_size for p in out.parent.iterdir())
             row["decode"] = in_a_process("decode", out)
@@ -249,6 +253,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, action="append", help="layers of the models; several times for several")
     parser.add_argument("--models", choices=[*SHAPES], nargs="+", default=[*SHAPES])
     parser.add_argument("--no-verify", action="store_true", help="skip the checks against the original")
+    parser.add_argument(
+        "--dtype", default="auto", help="of the result; ONNX Runtime's CPU provider runs float32 and float16 only"
+    )
     parser.add_argument("--folder", type=Path, help="where checkpoints and files are written, and removed")
     parser.add_argument("--json", type=Path, help="file for the figures")
     parser.add_argument("--factorisation", action="store_true", help="measure ways to factorise a layer instead")
@@ -257,7 +264,7 @@ def main() -> None:
     if given.task:
         kind, *words = given.task
         if kind == "convert":
-            result = convert(Path(words[0]), Path(words[1]), words[2] == "1", words[3] == "1")
+            result = convert(Path(words[0]), Path(words[1]), words[2] == "1", words[3] == "1", words[4])
         else:
             result = decode(Path(words[0]))
         print(json.dumps(result))
@@ -269,7 +276,7 @@ def main() -> None:
         for name in given.models:
             for layers in given.layers or [1, 2, 4]:
                 with tempfile.TemporaryDirectory(dir=given.folder) as folder:
-                    figures += measure(name, layers, Path(folder), not given.no_verify)
+                    figures += measure(name, layers, Path(folder), not given.no_verify, given.dtype)
     if given.json:
         given.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 

@@ -281,14 +281,15 @@ def conversion_row(cost: ConversionCost | None, alike: tuple[int, int] | None) -
 
 
 def show_conversion(cost: ConversionCost | None, alike: tuple[int, int] | None) -> None:
-    """A line each."""
+    """A line each, beside the table: on standard error."""
     if alike is not None:
-        print(f"{alike[0]} layers, of which the first {alike[1]} show all kinds and were exported")  # noqa: T201
+        print(f"{alike[0]} layers, of which the first {alike[1]} show all kinds and were exported", file=sys.stderr)  # noqa: T201
     if cost is not None:
         print(  # noqa: T201
             f"converting it takes about {cost.seconds / 60:,.0f} minutes besides verification "
             f"({cost.operations / 1e12:,.1f} TFLOP in float64 by one core), reads {cost.weight_bytes / 1e9:,.1f} GB, "
-            f"writes {cost.written_bytes / 1e9:,.1f} GB and holds {cost.memory_bytes / 1e9:,.1f} GB (estimated)"
+            f"writes {cost.written_bytes / 1e9:,.1f} GB and holds {cost.memory_bytes / 1e9:,.1f} GB (estimated)",
+            file=sys.stderr,
         )
 
 
