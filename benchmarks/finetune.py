@@ -282,8 +282,8 @@ def page(results: Results, left: Sequence[Cell], command: str) -> str:
     if left:
         hours = sum(map(results.seconds, left)) / 3600
         lines += [
-            f"Cells that are empty or have no row ({len(left)} of {len(left) + len(results.rows)}) were not measured; those "
-            f"of models that have a row take about {hours:.1f} hours of one core. This goes on:",
+            f"Cells that are empty or have no row ({len(left)} of {len(left) + len(results.rows)}) were not measured; "
+            f"those of models that have a row take about {hours:.1f} hours of one core. This goes on:",
             "",
             f"    {command}",
             "",
