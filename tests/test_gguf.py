@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from converted import write
-from gguf import TokenType
+from gguf import GGUFReader, TokenType
 from llama_cpp_graph import Graph
 
 from mla_compile.cli import main
