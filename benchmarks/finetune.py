@@ -282,7 +282,8 @@ def page(results: Results, left: Sequence[Cell], command: str) -> str:
     if left:
         hours = sum(map(results.seconds, left)) / 3600
         lines += [
-            f"Empty cells ({len(left)}, about {hours:.1f} hours of one core) were not measured. This goes on:",
+            f"Cells that are empty or have no row ({len(left)} of {len(left) + len(results.rows)}) were not measured; "
+            f"those of models that have a row take about {hours:.1f} hours of one core. This goes on:",
             "",
             f"    {command}",
             "",

@@ -242,6 +242,26 @@ def test_a_saved_folder_keeps_its_type(tmp_path):
     assert {c.dtype for c in back.empty_cache(1)} == {BFLOAT16}
 
 
+def test_a_saved_folder_is_trained_in_float32_and_keeps_its_type(tmp_path):
+    pytest.importorskip("accelerate")
+    saved, tuned = tmp_path / "saved", tmp_path / "tuned"
+    converted("qwen3", BFLOAT16).save(saved)
+    text = (TEXT[:, :1] + 3 * torch.arange(16)) % models.VOCABULARY
+    recipe = mla_compile.Recipe(batch=4, tokens=512, rate=0.02, train="latent", tracker="none")
+    training = mla_compile.finetune(saved, text, tuned, recipe)["training"]
+    assert training["after"] < training["before"]
+    before, after = (mla_compile.load(folder).state_dict() for folder in (saved, tuned))
+    changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    assert {"query", "row", "value_up"} <= {name.rpartition(".")[2] for name in changed}
+    assert all(".latent_" in name for name in changed)
+    assert {n: v.dtype for n, v in before.items()} == {n: v.dtype for n, v in after.items()}
+    with torch.no_grad():
+        logits = mla_compile.load(tuned)(text[-1:]).logits.float()
+    loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), text[-1:, 1:].flatten())  # held out
+    # bfloat16 has 8 bits: its roundings are far below what was learned.
+    assert float(loss) == pytest.approx(training["after"], abs=0.1 * (training["before"] - training["after"]))
+
+
 # ---- ONNX
 
 

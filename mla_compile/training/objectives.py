@@ -67,7 +67,7 @@ class Teacher:
         """What an objective needs to know of a batch ``[batch, length]``."""
         return Wanted(
             self.score(ids) if DIVERGENCE in objective else None,
-            tuple(self.attend(ids)) if ATTENTION in objective and self.attend is not None else (),
+            tuple(x.float() for x in self.attend(ids)) if ATTENTION in objective and self.attend is not None else (),
         )
 
 

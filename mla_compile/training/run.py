@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from mla_compile import frontend
 from mla_compile.artifacts import check_place
@@ -20,6 +20,7 @@ from mla_compile.corpus import check_vocabulary, load_tokenizer
 from mla_compile.errors import LoadError, UsageError
 from mla_compile.evaluate import longest_window
 from mla_compile.opened import module_scorer
+from mla_compile.passes.retype import is_narrow, widened
 from mla_compile.program import Program
 from mla_compile.progress import Display, Stages
 from mla_compile.report import Training
@@ -151,11 +152,12 @@ def finetune(
     text = read_text(data)
     with stages.stage("load"):
         saved = open_saved(folder)
+        model = _in_float32(saved.module)
         program = None if teacher is None else frontend.load_program(teacher, tokenizer=tokenizer)
         words = None if isinstance(text, Tensor) else load_tokenizer(tokenizer or str(folder))
         if program is not None and words is not None and tokenizer is None:
             _require_same_words(program, words, str(folder))
-        task = _Task.of(saved.module, str(folder), saved.longest, program, text, words, recipe)  # type: ignore[arg-type]
+        task = _Task.of(model, str(folder), saved.longest, program, text, words, recipe)  # type: ignore[arg-type]
     from mla_compile.training.trainer import start_engine
 
     engine = start_engine(task.recipe, out)  # all processes have checked the folder when this returns
@@ -166,6 +168,7 @@ def finetune(
     if not engine.is_main_process:
         return None
     with stages.stage("write"):
+        _write_back(model, saved.module)
         return write_trained(saved, saved.module, training, task.recipe.model_dump(), out)
 
 
@@ -216,6 +219,21 @@ def require_accelerate() -> None:
             "Fine-tuning takes the package accelerate, which is not installed.",
             "Run: pip install 'mla-compile[train]'.",
         )
+
+
+def _in_float32(model: LatentModel) -> LatentModel:
+    """A model to train: a copy with float32 weights, where narrow ones would lose small steps."""
+    graph = model.graph
+    assert isinstance(graph, fx.GraphModule)
+    return LatentModel(widened(graph, stored=True), model.rows, model.windows) if is_narrow(graph) else model
+
+
+def _write_back(trained: LatentModel, model: LatentModel) -> None:
+    """Round trained weights to the types that a model stores them in."""
+    wide = dict(trained.named_parameters(remove_duplicate=False))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(wide[name])
 
 
 def _require_packages(recipe: Recipe) -> None:
