@@ -110,7 +110,10 @@ def export_rewritten(
     )
     shapes = tuple({0: Dim.AUTO, 1: Dim.AUTO} for _ in example)
     with torch.no_grad(), quiet_exporter():
-        return torch.export.export(module, example, dynamic_shapes=shapes, strict=False)
+        exported = torch.export.export(module, example, dynamic_shapes=shapes, strict=False)
+    for node in exported.graph.nodes:
+        node.meta.pop("from_node", None)  # it has addresses in memory, and would be stored
+    return exported
 
 
 def lower_to_onnx(
