@@ -55,8 +55,8 @@ class Verification:
         engine_error: A TensorRT engine against ONNX Runtime; None without an engine.
         quantisation_error: The converted module with rows rounded as a quantised cache rounds them, which is then what
             ONNX Runtime is compared with, against the same without; None where the cache is not quantised.
-        rounding: What roundings of float16 or bfloat16 change in the original and in the converted model, against
-            either in float32, in which all other models above are compared then; None for float32.
+        rounding: What roundings of float16 or bfloat16 change of most tokens in the original and in the converted
+            model, against either in float32, in which all other models above are compared then; None for float32.
         lowering_copy: Whether ``lowering_error`` is of a float32 copy of the ONNX file.
         lowering_rounding: What ONNX Runtime's own roundings of a float16 file change; None for other files.
     """

@@ -54,6 +54,7 @@ __all__ = [
     "in_float32",
     "quantised",
     "require_equal",
+    "rounding_error",
     "seq2seq_in_chunks",
     "without_padding",
     "worst_error",
@@ -68,8 +69,8 @@ ROUNDING_FACTOR = 4
 """How much more the roundings of float16 or bfloat16 may change in a converted model than in the original.
 
 Both multiply as many matrices, one behind the other, and every product is rounded once; a latent layer adds two
-roundings, of the latent and of what is folded into queries. What roundings do is random, and the largest of few logits'
-differences scatters: 0.6 to 1.4 times the original's was observed in models of eight families."""
+roundings, of the latent and of what is folded into queries. What roundings do is random: 0.5 to 1.4 times what they do
+to the original was observed in models of fifteen families."""
 GREEDY_TOKENS = 32
 
 
@@ -150,8 +151,8 @@ def check_module(
     if wide is not converted:
         with torch.inference_mode():
             rounding = (
-                relative_error(original(ids).float(), expected),
-                relative_error(_in_chunks(converted, ids).float(), whole),
+                rounding_error(original(ids).float(), expected),
+                rounding_error(_in_chunks(converted, ids).float(), whole),
             )
         _require_rounding("The converted model", rounding[1], rounding[0], cache_dtype(converted.graph))
     prompt = ids[0, : ids.shape[1] - ids.shape[1] // 2]
@@ -179,6 +180,21 @@ def in_float32(model: LatentModel) -> LatentModel:
     assert isinstance(model.graph, fx.GraphModule)
     graph = widened(model.graph)
     return model if graph is model.graph else LatentModel(graph, model.rows, model.windows)
+
+
+def rounding_error(got: Tensor, expected: Tensor) -> float:
+    """What roundings change, as a share of the largest logit: the largest difference of a token, in the median token.
+
+    The median, because a rounding that makes a router choose another expert changes all of its token; infinite where
+    anything overflows.
+
+    Args:
+        got: Logits ``[batch, length, vocabulary]``.
+        expected: The same in float32.
+    """
+    differences = torch.nan_to_num((got - expected).abs(), nan=torch.inf, posinf=torch.inf).amax(-1)
+    typical = differences.median() if differences.isfinite().all() else differences.max()
+    return float(typical / expected.abs().max().clamp(min=1e-30))
 
 
 def _require_rounding(what: str, error: float, usual: float, dtype: torch.dtype) -> None:
@@ -262,13 +278,14 @@ def _check_narrow(converted: LatentModel, path: Path, ids: Tensor, planned_bytes
     decoder = OnnxDecoder(path)
     with torch.inference_mode():
         exact = wide(ids).logits
-        usual = relative_error(converted(ids).logits.float(), exact)
+        usual = rounding_error(converted(ids).logits.float(), exact)
     logits = torch.from_numpy(_onnx_in_chunks(decoder, ids.numpy())).float()
-    _require_rounding("ONNX Runtime", relative_error(logits, exact), usual, dtype)
+    own = rounding_error(logits, exact)
+    _require_rounding("ONNX Runtime", own, usual, dtype)
     _require_planned(decoder, planned_bytes)
     held = decoder.measured_bytes(_filled(decoder, ids))
     _require_bytes(held, len(ids) * _cache_bytes(converted, ids.shape[1]), ids)
-    return {**found, "lowering_rounding": relative_error(logits, exact)}
+    return {**found, "lowering_rounding": own}
 
 
 def check_onnx(
