@@ -1,13 +1,17 @@
 """One layer's decoding step in ONNX Runtime on the CPU: latent attention against the best forms of the original.
 
-Usage: python benchmarks/decode_cpu.py [--quick] [--minutes N] [--json OUT] [--markdown OUT] [--plot OUT]
+Usage: python benchmarks/decode_cpu.py [--quick] [--projections] [--minutes N] [--json OUT] [--markdown OUT]
+[--plot OUT]
 
 A step appends the new token's row and attends to all rows, for every sequence of a batch. Queries, keys, values and
 rows are given: projections, which are smaller in a converted layer, and the rotation of the original's keys are left
-out, so the original has the advantage. All forms of a case are measured in turns, in CPU time of one process (in
-time, with several threads); a figure is the median over rounds, and a ratio the median of the rounds' own ratios.
-Caches are as many as fill ``--memory`` and take turns, as those of a model's layers do: what one step leaves in the
-processor's cache is of no use to the next.
+out, so the original has the advantage. With ``--projections`` steps are measured a second time with a product of a
+hidden state in front, to queries, keys and values, or to queries and the row. The up-projections are part of the latent
+step either way.
+
+All forms of a case are measured in turns, in CPU time of one process (in time, with several threads); a figure is the
+median over rounds, and a ratio the median of the rounds' own ratios. Caches are as many as fill ``--memory`` and take
+turns, as those of a model's layers do: what one step leaves in the processor's cache is of no use to the next.
 """
 
 from __future__ import annotations
@@ -33,6 +37,7 @@ from mla_compile.runtime.onnx_function import DOMAIN, LATENT, VERSION, Variant, 
 from mla_compile.runtime.onnx_quantised import LATENT_LEVELS, ROPE_LEVELS, SCALES
 
 OPSET = 24
+HIDDEN = "hidden"
 SPARE = 64
 """Rows of a static cache behind those that are used."""
 Arrays = dict[str, NDArray[np.generic]]
@@ -48,6 +53,11 @@ class Shape:
     rank: int
     rope_groups: int
     rope_dim: int
+
+    @property
+    def width(self) -> int:
+        """Channels of a hidden state."""
+        return self.heads * self.head_dim
 
     @property
     def row(self) -> int:
@@ -76,6 +86,16 @@ KEY_SCALE = 4 / 127
 
 
 @dataclass(frozen=True)
+class Case:
+    """A shape of :data:`SHAPES`, sequences, tokens of each, and whether projections are part of the step."""
+
+    shape: str
+    batch: int
+    context: int
+    projected: bool
+
+
+@dataclass(frozen=True)
 class Row:
     """One form in one case.
 
@@ -83,6 +103,7 @@ class Row:
         shape: Key of :data:`SHAPES`.
         batch: Sequences.
         context: Tokens of each, the new one among them.
+        projected: Whether queries, keys and values (or rows) are projected in the step.
         form: What was run.
         milliseconds: Median CPU time of a step.
         speedup: Time of the fastest float32 original over this one's: median of the rounds' ratios.
@@ -96,6 +117,7 @@ class Row:
     shape: str
     batch: int
     context: int
+    projected: bool
     form: str
     milliseconds: float
     speedup: float
@@ -106,8 +128,13 @@ class Row:
     rounds: int
 
 
-def latent_model(shape: Shape, static: bool, written: bool = True, quantised: bool = False) -> onnx.ModelProto:
-    """The node as the compiler writes it; ``written`` False leaves out that the cache is."""
+def latent_model(
+    shape: Shape, static: bool, written: bool = True, quantised: bool = False, projected: bool = False
+) -> onnx.ModelProto:
+    """The node as the compiler writes it; ``written`` False leaves out that the cache is.
+
+    With ``projected`` its query and row are projected from a hidden state.
+    """
     function = attention_function(LATENT, OPSET, Variant(static=static, quantised=quantised))
     if not written:
         (scatter,) = (node for node in function.node if node.op_type == "TensorScatter")
@@ -149,8 +176,13 @@ def latent_model(shape: Shape, static: bool, written: bool = True, quantised: bo
     outputs |= {"present_scale": ["B", "Q", SCALES]} if quantised else {}
     types = {"attention_mask": TensorProto.INT64}
     types |= dict.fromkeys(("past", "present"), TensorProto.UINT8) if quantised else {}
+    nodes = [node]
+    if projected:
+        before, projection = _projected(shape, {"query": shape.heads * shape.head_dim, "row": shape.row})
+        nodes, weights = [*before, node], [*weights, projection]
+        inputs = {HIDDEN: ["B", 1, shape.width], **{n: s for n, s in inputs.items() if n not in ("query", "row")}}
     graph = helper.make_graph(
-        [node],
+        nodes,
         "step",
         [helper.make_tensor_value_info(n, types.get(n, TensorProto.FLOAT), s) for n, s in inputs.items()],
         [
@@ -164,14 +196,38 @@ def latent_model(shape: Shape, static: bool, written: bool = True, quantised: bo
     return helper.make_model(graph, functions=[function], opset_imports=imports, ir_version=10)
 
 
+def _projected(shape: Shape, parts: Mapping[str, int]) -> tuple[list[onnx.NodeProto], onnx.TensorProto]:
+    """Nodes from a hidden state to its parts, the first of which has heads, and the weight of the product."""
+    first, *others = parts
+    heads = helper.make_node("Constant", [], ["heads_shape"], value_ints=[0, 0, shape.heads, shape.head_dim])
+    sizes = helper.make_node("Constant", [], ["part_sizes"], value_ints=list(parts.values()))
+    nodes = [
+        heads,
+        sizes,
+        helper.make_node("MatMul", [HIDDEN, "projection"], ["all_parts"]),
+        helper.make_node("Split", ["all_parts", "part_sizes"], [f"{first}_flat", *others], axis=-1),
+        helper.make_node("Reshape", [f"{first}_flat", "heads_shape"], [first]),
+    ]
+    return nodes, _projection(shape.width, sum(parts.values()))
+
+
+@functools.lru_cache(maxsize=2)
+def _projection(width: int, outputs: int) -> onnx.TensorProto:
+    weight = np.random.default_rng(2).standard_normal((width, outputs), np.float32)
+    return numpy_helper.from_array(weight / np.float32(width**0.5), "projection")
+
+
 def _copy(function: onnx.FunctionProto) -> onnx.FunctionProto:
     copied = onnx.FunctionProto()
     copied.CopyFrom(function)
     return copied
 
 
-def original_model(shape: Shape, form: str) -> onnx.ModelProto:
-    """Grouped-query attention with a cache that is written in place, in the form that ``mla-compile bench`` has too."""
+def original_model(shape: Shape, form: str, projected: bool = False) -> onnx.ModelProto:
+    """Grouped-query attention with a cache that is written in place, in the form that ``mla-compile bench`` has too.
+
+    With ``projected`` its queries, keys and values are projected from a hidden state.
+    """
     original = OriginalForm(form.removesuffix(IN_PLACE))
     function = original_function(original, Variant())
     attributes = {"num_heads": shape.heads, "kv_heads": shape.kv_heads, "scale": shape.head_dim**-0.5}
@@ -189,11 +245,21 @@ def original_model(shape: Shape, form: str) -> onnx.ModelProto:
     }
     outputs = {"output": (TensorProto.FLOAT, query), "present_key": (cached, cache), "present_value": (cached, cache)}
     node = helper.make_node(function.name, list(inputs), list(outputs), domain=DOMAIN, **attributes)
+    nodes, weights = [node], []
+    if projected:
+        sizes = {"query": shape.heads * shape.head_dim, "key_value": 2 * shape.kv_heads * shape.head_dim}
+        before, projection = _projected(shape, sizes)
+        nodes, weights = [*before, node], [projection]
+        inputs = {
+            HIDDEN: (TensorProto.FLOAT, ["B", 1, shape.width]),
+            **{n: v for n, v in inputs.items() if n not in sizes},
+        }
     graph = helper.make_graph(
-        [node],
+        nodes,
         "step",
         [helper.make_tensor_value_info(name, *value) for name, value in inputs.items()],
         [helper.make_tensor_value_info(name, *value) for name, value in outputs.items()],
+        weights,
     )
     domains = (("", OPSET), (MICROSOFT, 1), (DOMAIN, VERSION))
     imports = [helper.make_opsetid(*domain) for domain in domains]
@@ -257,7 +323,9 @@ class Step:
         return output
 
 
-def make_steps(shape: Shape, batch: int, context: int, memory: float, threads: int) -> dict[str, Callable[[], Step]]:
+def make_steps(
+    shape: Shape, batch: int, context: int, memory: float, threads: int, projected: bool
+) -> dict[str, Callable[[], Step]]:
     """All forms of one case, each made when it is called for."""
     random = np.random.default_rng(1)
 
@@ -266,6 +334,7 @@ def make_steps(shape: Shape, batch: int, context: int, memory: float, threads: i
 
     past, room = context - 1, context + SPARE
     inputs: Arrays = {
+        HIDDEN: numbers(batch, 1, shape.width),
         "query": numbers(batch, 1, shape.heads, shape.head_dim),
         "row": numbers(batch, 1, shape.row),
         "cos": numbers(batch, 1, shape.rope_groups, shape.rope_dim // 2),
@@ -282,7 +351,7 @@ def make_steps(shape: Shape, batch: int, context: int, memory: float, threads: i
         static = form != "latent, growing"
         cache = np.zeros((batch, room if static else past, shape.row), np.float32)
         cache[:, :past] = rows
-        model = latent_model(shape, static, form != "latent, nothing written")
+        model = latent_model(shape, static, form != "latent, nothing written", projected=projected)
         copies = max(1, int(memory // cache.nbytes))
         return Step(model, inputs, {("past", "present"): cache}, static, copies, threads)
 
@@ -292,9 +361,12 @@ def make_steps(shape: Shape, batch: int, context: int, memory: float, threads: i
         for names, part in held.items():
             caches[names][:, :past] = part
         copies = max(1, int(memory // sum(cache.nbytes for cache in caches.values())))
-        return Step(latent_model(shape, True, quantised=True), inputs, caches, True, copies, threads)
+        return Step(
+            latent_model(shape, True, quantised=True, projected=projected), inputs, caches, True, copies, threads
+        )
 
     plain: Arrays = {
+        HIDDEN: inputs[HIDDEN],
         "query": inputs["query"],
         "key_value": numbers(batch, 1, 2 * shape.kv_heads * shape.head_dim),
         "attention_mask": inputs["attention_mask"],
@@ -306,17 +378,19 @@ def make_steps(shape: Shape, batch: int, context: int, memory: float, threads: i
         held = {name: n if form == QUANTISED_ORIGINAL else n * np.float32(KEY_SCALE) for name, n in steps.items()}
         caches = {(f"past_{name}", f"present_{name}"): value for name, value in held.items()}
         copies = max(1, int(memory // sum(value.nbytes for value in held.values())))
-        return Step(original_model(shape, form), plain, caches, True, copies, threads)
+        return Step(original_model(shape, form, projected), plain, caches, True, copies, threads)
 
     plain_forms = {form: functools.partial(original, form) for form in (*ORIGINALS, QUANTISED_ORIGINAL)}
     latents = {form: functools.partial(latent, form) for form in LATENTS} | {QUANTISED_LATENT: quantised_latent}
     return plain_forms | latents
 
 
-def measure(name: str, batch: int, context: int, rounds: int, memory: float, threads: int, seconds: float) -> list[Row]:
+def measure(case: Case, rounds: int, memory: float, threads: int, seconds: float) -> list[Row]:
     """Check that forms agree, then run them in turns, of which there are as many as the seconds allow, but three."""
-    begun = time.monotonic()
-    made = {form: make() for form, make in make_steps(SHAPES[name], batch, context, memory, threads).items()}
+    begun, name, batch, context = time.monotonic(), case.shape, case.batch, case.context
+    made = {
+        form: make() for form, make in make_steps(SHAPES[name], batch, context, memory, threads, case.projected).items()
+    }
     # Quantised forms round the new token too, by a hundredth of its largest number.
     for group, rounded in ((ORIGINALS, QUANTISED_ORIGINAL), (LATENTS[:2], QUANTISED_LATENT)):
         first, *others, last = (made[form]().reshape(batch, -1) for form in (*group, rounded))
@@ -339,6 +413,7 @@ def measure(name: str, batch: int, context: int, rounds: int, memory: float, thr
             name,
             batch,
             context,
+            case.projected,
             form,
             1e3 * medians[form],
             statistics.median(b / t for b, t in zip(times[best], found, strict=True)),
@@ -360,15 +435,17 @@ def markdown(rows: list[Row], machine: str) -> str:
         "column, with the quartiles of all turns; for int8 forms also how many times as fast as the int8 original. "
         "Written by `benchmarks/decode_cpu.py`, which says what is measured.",
     ]
-    for name in dict.fromkeys(row.shape for row in rows):
-        cases = sorted({(r.batch, r.context) for r in rows if r.shape == name})
-        lines += ["", f"## {name}: {SHAPES[name].kept:.1%} of the cache", ""]
+    for name, projected in dict.fromkeys((row.shape, row.projected) for row in rows):
+        own = [r for r in rows if (r.shape, r.projected) == (name, projected)]
+        cases = sorted({(r.batch, r.context) for r in own})
+        with_what = "with the projections of queries, keys and values" if projected else "attention alone"
+        lines += ["", f"## {name}: {SHAPES[name].kept:.1%} of the cache, {with_what}", ""]
         lines += [
             "| | " + " | ".join(f"batch {b}, {c} tokens" for b, c in cases) + " |",
             "|---" * (1 + len(cases)) + "|",
         ]
         for form in FORMS:
-            found = {(r.batch, r.context): r for r in rows if r.shape == name and r.form == form}
+            found = {(r.batch, r.context): r for r in own if r.form == form}
             lines.append("| " + " | ".join([form, *(_cell(found[case]) for case in cases)]) + " |")
     return "\n".join(lines) + "\n"
 
@@ -383,15 +460,16 @@ def plot(rows: list[Row], path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, NullLocator
 
-    shapes = list(dict.fromkeys(row.shape for row in rows))
+    shapes = list(dict.fromkeys((row.shape, row.projected) for row in rows))
     batches = sorted({row.batch for row in rows})
     figure = Figure(figsize=(4.2 * len(shapes), 3.4 * len(batches)), layout="constrained")
     panels = figure.subplots(len(batches), len(shapes), squeeze=False)
     for line, batch in zip(panels, batches, strict=True):
-        for axes, shape in zip(line, shapes, strict=True):
+        for axes, (shape, projected) in zip(line, shapes, strict=True):
             for form in FORMS:
                 found = sorted(
-                    (r for r in rows if (r.shape, r.batch, r.form) == (shape, batch, form)), key=lambda r: r.context
+                    (r for r in rows if (r.shape, r.projected, r.batch, r.form) == (shape, projected, batch, form)),
+                    key=lambda r: r.context,
                 )
                 style = "dotted" if form in (*ORIGINALS, QUANTISED_ORIGINAL) else "solid"
                 axes.plot([r.context for r in found], [r.speedup for r in found], marker="o", ls=style, label=form)
@@ -400,7 +478,8 @@ def plot(rows: list[Row], path: Path) -> None:
             axes.set_xticks(sorted({row.context for row in rows}))
             axes.xaxis.set_minor_locator(NullLocator())
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            axes.set_title(f"{shape}, batch {batch}", fontsize="medium")
+            projections = ", projected" if projected else ""
+            axes.set_title(f"{shape}{projections}, batch {batch}", fontsize="medium")
             axes.grid(visible=True, alpha=0.3)
         line[0].set_ylabel("times the fastest float32 original")
     panels[0][-1].legend(fontsize="x-small")
@@ -411,6 +490,7 @@ def main() -> None:
     """Measure every case and write what was asked for."""
     parser = argparse.ArgumentParser(description="One layer's decoding step in ONNX Runtime on the CPU.")
     parser.add_argument("--quick", action="store_true", help="512 and 4096 tokens, few rounds")
+    parser.add_argument("--projections", action="store_true", help="measure steps with their projections too")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
     parser.add_argument("--plot", type=Path, help="a .svg or .png file")
@@ -422,8 +502,9 @@ def main() -> None:
     arguments = parser.parse_args()
     contexts, rounds = ((512, 4096), 15) if arguments.quick else ((512, 4096, 16384), 40)
     cases = [
-        (name, batch, context)
+        Case(name, batch, context, projected)
         for name, shape in SHAPES.items()
+        for projected in ((False, True) if arguments.projections else (False,))
         for batch in (1, 8)
         for context in contexts
         if (arguments.only or "") in name
@@ -431,13 +512,13 @@ def main() -> None:
     ]
     end = time.monotonic() + 60 * (arguments.minutes or 1e6)
     rows: list[Row] = []
-    for place, (name, batch, context) in enumerate(cases):
+    for place, case in enumerate(cases):
         seconds = (end - time.monotonic()) / (len(cases) - place)
-        rows += measure(name, batch, context, rounds, 1e6 * arguments.memory, arguments.threads, seconds)
+        rows += measure(case, rounds, 1e6 * arguments.memory, arguments.threads, seconds)
         for row in rows[-len(FORMS) :]:
             print(
-                f"{name:18} x{batch} {context:6} {row.form:36} {row.milliseconds:8.2f} {row.speedup:6.2f} "
-                f"({row.low:.2f}-{row.high:.2f}) {row.int8_speedup:6.2f}",
+                f"{case.shape:18} x{case.batch} {case.context:6} {'proj' if case.projected else '':4} {row.form:36} "
+                f"{row.milliseconds:8.2f} {row.speedup:6.2f} ({row.low:.2f}-{row.high:.2f}) {row.int8_speedup:6.2f}",
                 flush=True,
             )
     clock = "CPU time" if arguments.threads == 1 else "time"
