@@ -17,7 +17,7 @@ class Codes(StrEnum):
     """How a number of a latent is stored, beside one float32 scale per token: ``number = code * scale``.
 
     The scale is the token's largest number over the largest code. There is one per token and not several for groups of
-    channels, for a latent has no channels of a size of their own: ``benchmarks/cache_codes.md``.
+    channels, which gained little of what int4 costs: ``benchmarks/cache_codes.md``.
 
     Attributes:
         INT8: Integers from -127 to 127.
