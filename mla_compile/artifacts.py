@@ -36,6 +36,7 @@ from mla_compile.report import Report, environment
 from mla_compile.report_page import PAGE, render_page, write_report
 from mla_compile.runtime.module import LatentModel, LatentSeq2Seq, LowRankModel
 from mla_compile.seq2seq_report import Seq2SeqReport
+from mla_compile.writing import explained, held, missing_folders, remove_empty
 
 __all__ = [
     "check_cache_layout",
@@ -61,6 +62,7 @@ __all__ = [
     "write_seq2seq_onnx",
 ]
 
+_HIDDEN = ".mla-compile-"
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -151,7 +153,7 @@ def check_place(path: Path, force: bool) -> None:
 
 
 def _check_free(path: Path, force: bool) -> None:
-    occupied = path.is_file() or (path.is_dir() and any(path.iterdir()))
+    occupied = path.is_file() or (path.is_dir() and any(not p.name.startswith(_HIDDEN) for p in path.iterdir()))
     if occupied and not force:
         raise UsageError(f"'{path}' exists already.", "Choose another name, or pass --force to replace it.")
 
@@ -545,18 +547,27 @@ def write_page(report: Mapping[str, Any], out: Path, measurement: Mapping[str, A
 
 @contextmanager
 def moved_into(target: Path) -> Iterator[Path]:
-    """Give a hidden folder to write in; on success move its files into ``target``, on failure remove everything."""
-    created = [p for p in (target, *target.absolute().parents) if not p.exists()]
+    """Give a hidden folder to write in; on success move its files into ``target``, on failure remove everything.
+
+    What a process that was killed left there is removed first.
+
+    Raises:
+        UsageError: Something could not be written.
+    """
+    created = missing_folders(target)
     target.mkdir(parents=True, exist_ok=True)
-    hidden = Path(tempfile.mkdtemp(prefix=".mla-compile-", dir=target))
+    for left in target.glob(f"{_HIDDEN}*"):
+        with held(left) as ours:
+            if ours:
+                shutil.rmtree(left, ignore_errors=True)
+    hidden = Path(tempfile.mkdtemp(prefix=_HIDDEN, dir=target))
     try:
-        yield hidden
-        for file in sorted(hidden.iterdir()):
-            file.replace(target / file.name)
+        with held(hidden), explained(target):
+            yield hidden
+            for file in sorted(hidden.iterdir()):
+                file.replace(target / file.name)
     except BaseException:
         shutil.rmtree(hidden, ignore_errors=True)
-        for folder in created:
-            if folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
+        remove_empty(created)
         raise
     hidden.rmdir()

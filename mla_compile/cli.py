@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from mla_compile.errors import MlaCompileError, UsageError
+from mla_compile.errors import MlaCompileError, ShareDone, UsageError
 
 if TYPE_CHECKING:
     from mla_compile.report import Report
@@ -53,6 +54,13 @@ def _known_plugin(value: str) -> str:
 
 
 Model = Annotated[str, typer.Argument(help="A torch.export archive (.pt2, .pt), a Hugging Face folder, or a hub id.")]
+Described = Annotated[
+    str,
+    typer.Argument(
+        help="A torch.export archive (.pt2, .pt), a Hugging Face folder, or a hub id; a config.json, or a folder "
+        "without weights, is enough."
+    ),
+]
 CacheRatio = Annotated[
     float | None,
     typer.Option(help="Cache size after over before, at most.", show_default="0.3125", rich_help_panel=_SIZE),
@@ -149,6 +157,14 @@ NoCache = Annotated[
     typer.Option(
         "--no-cache",
         help="Neither reuse nor save what is measured on the text (in $MLA_COMPILE_CACHE, else ~/.cache/mla-compile).",
+        rich_help_panel=_TEXT,
+    ),
+]
+Offload = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder for activations between layers, where a model is so large that it is run layer by layer.",
+        show_default="in memory, in rounds",
         rich_help_panel=_TEXT,
     ),
 ]
@@ -350,6 +366,7 @@ def convert(
     calibration_tokens: CalibrationTokens = 65536,
     seq_len: SeqLen = None,
     no_cache: NoCache = False,
+    offload: Offload = None,
     tokenizer: Tokenizer = None,
     dtype: Dtype = "auto",
     opset: Opset = None,
@@ -432,9 +449,10 @@ def convert(
         encoders=encoders,
     )
     shown = display.make_display(quiet or as_json)
-    with shown:
+    with shown, contextlib.ExitStack() as kept:
         from mla_compile import api
         from mla_compile.encoder_report import EncoderReport
+        from mla_compile.layer_store import store_beside
         from mla_compile.runtime.tensorrt.engine_builder import EngineSettings
         from mla_compile.seq2seq_report import Seq2SeqReport
 
@@ -460,6 +478,8 @@ def convert(
             tokenizer=tokenizer,
             config=config,
             statistics_cache=not no_cache,
+            offload=offload,
+            share=True,
             check=not no_verify,
             max_perplexity_ratio=max_ppl_ratio,
             out=out,
@@ -469,6 +489,7 @@ def convert(
             unsafe_load=unsafe_load,
             finetune=finetune,
             finetune_tokens=finetune_tokens,
+            store=kept.enter_context(store_beside(out)),
             display=shown,
         )
         report: Report | EncoderReport | Seq2SeqReport
@@ -514,7 +535,7 @@ def _is_for_tensorrt(out: Path, target: str, format: str) -> bool:
 
 @app.command()
 def inspect(
-    model: Model,
+    model: Described,
     encoders: Encoders = False,
     attn_implementation: AttnImplementation = "auto",
     unsafe_load: UnsafeLoad = False,
@@ -540,7 +561,7 @@ def inspect(
 
 @app.command()
 def plan(
-    model: Model,
+    model: Described,
     cache_ratio: CacheRatio = None,
     kv_rank: KvRank = None,
     uniform_rank: UniformRank = False,
@@ -605,10 +626,12 @@ def plan(
     costs = decode_costs(planned.found.sites, planned.plans, planned.widths, step) if planned.widths else ()
     held = "int8" if cache_type == "int8" else planned.dtype
     if as_json:
-        typer.echo(json.dumps(display.plan_rows(planned.plans, costs, step, held, planned.source_type), indent=2))
+        rows = display.plan_rows(planned.plans, costs, step, held, planned.source_type)
+        typer.echo(json.dumps(rows | display.conversion_row(planned.conversion, planned.alike), indent=2))
     else:
         cached = held if planned.found.sites else None
         display.show_plan(planned.plans, costs, step, cached, planned.source_type)
+        display.show_conversion(planned.conversion, planned.alike)
 
 
 @app.command()
@@ -1198,6 +1221,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = app(args=words or ["--help"], prog_name="mla-compile", standalone_mode=False)
     except MlaCompileError as error:
         return _fail(str(error), error.exit_code)
+    except ShareDone:
+        return 0
     except (KeyboardInterrupt, typer.Abort):
         return _fail("Interrupted.", 130)
     except OSError as error:

@@ -14,6 +14,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from mla_compile.bench import Benchmark, Spread
+    from mla_compile.conversion_cost import ConversionCost
     from mla_compile.cost import DecodeStep, LayerCost
     from mla_compile.encoder_report import EncoderReport
     from mla_compile.measure import Measurement
@@ -26,12 +27,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "StageDisplay",
+    "conversion_row",
     "generation_row",
     "make_display",
     "plan_rows",
     "show_benchmark",
     "show_check",
     "show_commands",
+    "show_conversion",
     "show_encoder_report",
     "show_exported",
     "show_generation",
@@ -267,6 +270,26 @@ def show_plan(
     _print_table(title, columns, rows)
     if slower := slower_layers(costs, step):
         print(f"warning: {slower}", file=sys.stderr)  # noqa: T201
+
+
+def conversion_row(cost: ConversionCost | None, alike: tuple[int, int] | None) -> dict[str, Any]:
+    """What a conversion takes, and how it is known, as data."""
+    import dataclasses
+
+    layers = None if alike is None else {"layers": alike[0], "exported": alike[1]}
+    return {"conversion": None if cost is None else dataclasses.asdict(cost), "alike": layers}
+
+
+def show_conversion(cost: ConversionCost | None, alike: tuple[int, int] | None) -> None:
+    """A line each."""
+    if alike is not None:
+        print(f"{alike[0]} layers, of which the first {alike[1]} show all kinds and were exported")  # noqa: T201
+    if cost is not None:
+        print(  # noqa: T201
+            f"converting it takes about {cost.seconds / 60:,.0f} minutes besides verification "
+            f"({cost.operations / 1e12:,.1f} TFLOP in float64 by one core), reads {cost.weight_bytes / 1e9:,.1f} GB, "
+            f"writes {cost.written_bytes / 1e9:,.1f} GB and holds {cost.memory_bytes / 1e9:,.1f} GB (estimated)"
+        )
 
 
 def _method_row(report: Report) -> list[object]:

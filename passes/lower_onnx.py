@@ -25,6 +25,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
 from mla_compile.errors import RefusedError
+from mla_compile.passes.emit import PER_HEAD
 from mla_compile.passes.evaluate import example_inputs
 from mla_compile.passes.fold import fold_numbers
 from mla_compile.passes.insert_latent import ENCODER_MASK, INPUT_NAMES
@@ -110,7 +111,10 @@ def export_rewritten(
     )
     shapes = tuple({0: Dim.AUTO, 1: Dim.AUTO} for _ in example)
     with torch.no_grad(), quiet_exporter():
-        return torch.export.export(module, example, dynamic_shapes=shapes, strict=False)
+        exported = torch.export.export(module, example, dynamic_shapes=shapes, strict=False)
+    for node in exported.graph.nodes:
+        node.meta.pop("from_node", None)  # it has addresses in memory, and would be stored
+    return exported
 
 
 def lower_to_onnx(
@@ -454,15 +458,24 @@ def with_float32_logits(module: fx.GraphModule) -> None:
 
 
 def _without_narrow_einsums(module: fx.GraphModule) -> None:
-    """Put conversions around ``Einsum``, which ONNX does not define in bfloat16."""
+    """Write ``Einsum``, which bfloat16 does not have in ONNX, otherwise: ours as a product, others in float32."""
     for node in [n for n in module.graph.nodes if n.target is torch.ops.aten.einsum.default]:
         equation, operands = node.args
+        if equation == PER_HEAD:
+            node.target, node.args = _per_head, tuple(operands)
+            continue
         with module.graph.inserting_before(node):
             node.args = (equation, [_converted(operand, torch.float32) for operand in operands])
         with module.graph.inserting_after(node):
             rounded = _converted(node, torch.bfloat16)
         node.replace_all_uses_with(rounded, delete_user_cb=lambda user, own=rounded: user is not own)
     module.recompile()
+
+
+def _per_head(heads: Tensor, matrices: Tensor) -> Tensor:
+    """:data:`PER_HEAD` as one product of matrices per head."""
+    products = heads.permute(2, 0, 1, 3) @ matrices.mT.unsqueeze(1)
+    return products.permute(1, 2, 0, 3)
 
 
 def _converted(node: fx.Node, dtype: torch.dtype) -> fx.Node:

@@ -122,8 +122,8 @@ def test_without_tensorrt_nothing_is_begun(folder, tmp_path, capsys, monkeypatch
     ("words", "sentence"),
     [
         (["--out", "x.onnx", "--max-batch", "2"], "Options of the panel TensorRT were given"),
-        (["--out", "x.onnx", "--target", "cuda"], "--target cuda is not one of auto, tensorrt"),
-        (["--out", "x.plan", "--format", "deepseek"], "A DeepSeek checkpoint is not for TensorRT"),
+        (["--out", "x.onnx", "--target", "tpu"], "--target tpu is not one of auto, cuda, tensorrt"),
+        (["--out", "x.plan", "--format", "deepseek"], "The format deepseek is not for TensorRT"),
         (["--out", "x.onnx", "--target", "tensorrt", "--encoders"], "Only a causal language model"),
         (["--out", "x", "--target", "tensorrt"], "Name it with .onnx or .plan"),
     ],
