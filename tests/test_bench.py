@@ -190,4 +190,4 @@ def test_the_command_prints_and_draws(found, tmp_path, capsys, monkeypatch):
     assert cli.main([*words, "--plot", str(plot)]) == 2
     assert "exists already" in capsys.readouterr().err
     assert cli.main([*words, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == found.to_dict()
+    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(found.to_dict()))

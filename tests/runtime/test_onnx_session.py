@@ -210,10 +210,10 @@ def test_a_provider_that_does_not_start_is_not_replaced(files, monkeypatch):
 @pytest.fixture(scope="module")
 def pair(files, tmp_path_factory):
     """A folder with a file and its weights beside it."""
-    folder = tmp_path_factory.mktemp("pair")
+    folder, whole = tmp_path_factory.mktemp("pair"), files().paths["static"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lower_onnx, "EXTERNAL_DATA_BYTES", 1)
-        lower_onnx.save(onnx_ir.load(files().paths["static"]), folder / "model.onnx", {})
+        lower_onnx.save(onnx_ir.load(whole), folder / "model.onnx", {})
     return folder
 
 
