@@ -42,6 +42,7 @@ _CHECKED = 24
 """Random tokens that an original's file is compared on."""
 _TURN, _MOST = 0.02, 20
 """Seconds that a file's turn is to last, and steps of it at most; one more before them is not counted."""
+_AS_FLOAT32 = "Give one in float32: convert has --dtype float32."
 _PATIENCE = 30.0
 """Seconds that all prompts of one length may take to be run three times."""
 
@@ -284,7 +285,7 @@ def _unused(stem: str, place: int, files: Sequence[str | Path]) -> str:
 
 def _load_original(file: Path, against: str) -> tuple[str, Program]:
     if against != "original":
-        return against, frontend.load_program(against)
+        return against, _float32(against)
     report = file.with_name("report.json")
     try:
         source = str(json.loads(report.read_text("utf-8"))["source"])
@@ -294,7 +295,7 @@ def _load_original(file: Path, against: str) -> tuple[str, Program]:
             "Name the original: --against MODEL.",
         ) from error
     try:
-        return source, frontend.load_program(source)
+        return source, _float32(source)
     except LoadError as error:
         raise LoadError(
             f"'{report}' names '{source}' as the original, which cannot be read from here: {error.message}",
@@ -302,10 +303,26 @@ def _load_original(file: Path, against: str) -> tuple[str, Program]:
         ) from error
 
 
+def _float32(name: str) -> Program:
+    """Load a model in float32.
+
+    Raises:
+        UsageError: It is an archive of another type.
+    """
+    program = frontend.language_model(frontend.load_any(name, dtype=torch.float32))
+    if program.dtype != torch.float32:
+        kind = str(program.dtype).removeprefix("torch.")
+        raise UsageError(f"'{name}' is an archive in {kind}, and originals are measured in float32.", _AS_FLOAT32)
+    return program
+
+
 def _require_same(decoders: Mapping[str, OnnxDecoder], program: Program, name: str) -> None:
     logits = next(n for n in program.exported.graph.nodes if n.name == program.logits)
     vocabulary = int(logits.meta["val"].shape[-1])
     for file, decoder in decoders.items():
+        kind = decoder.metadata["config"].get("dtype", "float32")
+        if kind in ("float16", "bfloat16"):
+            raise UsageError(f"'{file}' is {kind}, and files are measured in float32 or with int8 caches.", _AS_FLOAT32)
         if decoder.vocabulary != vocabulary:
             raise UsageError(
                 f"'{file}' has a vocabulary of {decoder.vocabulary} tokens and '{name}' one of {vocabulary}.",

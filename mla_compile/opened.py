@@ -19,6 +19,7 @@ from mla_compile.passes.recognise import Recognition, recognise
 from mla_compile.program import Program
 from mla_compile.runtime.generate import Decoder
 from mla_compile.runtime.module import LatentModel, cache_dtype
+from mla_compile.runtime.onnx_checksum import require_unchanged
 from mla_compile.runtime.onnx_session import OnnxDecoder
 from mla_compile.runtime.tensorrt.engine import TensorRTDecoder
 from mla_compile.verify import TorchDecoder
@@ -131,7 +132,9 @@ def _open_decoder(path: Path, name: str) -> Opened:
     if path.suffix == ".plan":
         engine = TensorRTDecoder(path)  # whose room is no more than the model's longest sequence
         return dataclasses.replace(_opened(path, name, TENSORRT, engine), longest=engine.limits.room)
-    return _opened(path, name, ONNX_RUNTIME, OnnxDecoder(path))
+    decoder = OnnxDecoder(path)
+    require_unchanged(path)
+    return _opened(path, name, ONNX_RUNTIME, decoder)
 
 
 def _opened(path: Path, name: str, runtime: str, decoder: OnnxDecoder | TensorRTDecoder) -> Opened:

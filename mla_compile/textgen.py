@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mla_compile.corpus import check_vocabulary, load_tokenizer
 from mla_compile.errors import UsageError
 from mla_compile.runtime.generate import Sampling
+from mla_compile.runtime.onnx_checksum import require_unchanged
 from mla_compile.runtime.onnx_session import PROVIDERS, OnnxDecoder
 
 if TYPE_CHECKING:
@@ -102,7 +103,9 @@ def _open(
     model: Path, threads: int | None, provider: str | None, max_length: int | None
 ) -> OnnxDecoder | TensorRTDecoder:
     if model.suffix != ".plan":
-        return OnnxDecoder(model, [PROVIDERS[provider or "cpu"]], threads, max_length)
+        decoder = OnnxDecoder(model, [PROVIDERS[provider or "cpu"]], threads, max_length)
+        require_unchanged(model)
+        return decoder
     if max_length is not None:
         raise UsageError("An engine's longest sequence was settled when it was built.", "Leave --max-length out.")
     if threads is not None:

@@ -39,6 +39,7 @@ from mla_compile.quiet import quiet_exporter
 from mla_compile.runtime import ops
 from mla_compile.runtime.module import cache_dtype, cache_windows
 from mla_compile.runtime.onnx_cache import BLOCKS, PAST, PAST_SCALE, PRESENT, PRESENT_SCALE, ROOM, WINDOW
+from mla_compile.runtime.onnx_checksum import CHECKSUM_KEY, weights_checksum
 from mla_compile.runtime.onnx_function import CACHED, DOMAIN, LATENT, VERSION, Variant, attention_function
 from mla_compile.runtime.onnx_halves import half_width
 from mla_compile.runtime.onnx_paged import BLOCK, MICROSOFT, paged_function, paged_problem
@@ -165,7 +166,7 @@ def lower_to_onnx(
     if halves and cache_dtype(module) in NARROW:
         raise RefusedError(
             "A cache in halves is of a float32 model, and this one has half precision.",
-            "Give the model in float32, or leave --cache-layout genai out.",
+            "Convert it with --dtype float32, or leave --cache-layout genai out.",
         )
     model = rewritten_to_onnx(module, rows, opset=opset, cross=cross, masked=masked, static=static, quantised=quantised)
     if halves:
@@ -405,6 +406,8 @@ def save(model: ir.Model, path: Path, metadata: Mapping[str, object]) -> None:
     model.producer_name = "mla-compile"
     model.graph.name = "latent_attention_model"
     model.metadata_props[METADATA_KEY] = json.dumps(metadata, sort_keys=True)
+    weights = sorted((name, v.const_value) for name, v in model.graph.initializers.items() if v.const_value is not None)
+    model.metadata_props[CHECKSUM_KEY] = weights_checksum((name, weight.tobytes()) for name, weight in weights)
     size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
     ir.save(model, path, external_data=f"{path.name}.data" if size > EXTERNAL_DATA_BYTES else None)
 

@@ -375,10 +375,14 @@ _SLOPES = """
   sloped_BSHT = Sub (LOGITS, loss_BSHT)
 """
 
+# Added, not chosen by ``Where``: the same numbers, with half the time for all heads' scores.
 _MASK = """
+  nothing_lost = Constant <value_float = 0.0> ()
+  visible = CastLike (nothing_lost, query_BSHD)
   infinity = Constant <value_float = -inf> ()
   hidden = CastLike (infinity, query_BSHD)
-  masked_BSHT = Where (seen_BS1T, LOGITS, hidden)
+  loss_BS1T = Where (seen_BS1T, visible, hidden)
+  masked_BSHT = Add (LOGITS, loss_BS1T)
 """
 
 _SOFTMAX = """

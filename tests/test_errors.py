@@ -245,6 +245,17 @@ CONVERT = {
         2,
         "others/tokenizer.json' exists",
     ),
+    "genai in a folder": (
+        "{nano} --out {out}/folder --cache-layout genai",
+        2,
+        "Only an ONNX file for ONNX Runtime has the cache layout genai",
+    ),
+    "genai int8": (
+        "{nano} --out {out}.onnx --cache-layout genai --cache-type int8",
+        2,
+        "need a third for their scales",
+    ),
+    "cuda in a folder": ("{nano} --out {out}/folder --target cuda", 2, "--target cuda is an ONNX file"),
     "int8 in a folder": ("{nano} --out {out}/folder --cache-type int8", 2, "Only an ONNX file for ONNX Runtime"),
     "int8 for TensorRT": (
         "{nano} --out {out}.onnx --target tensorrt --cache-type int8",

@@ -11,16 +11,19 @@ import sys
 
 import models
 import numpy as np
+import onnx
 import onnx_ir
 import onnxruntime
 import pytest
 import torch
 from conversion import convert, difference
+from onnx import numpy_helper
 
 from mla_compile.errors import LoadError, RefusedError, UsageError
 from mla_compile.passes import lower_onnx
 from mla_compile.passes.lower_onnx import lower_to_onnx
 from mla_compile.runtime import onnx_cache
+from mla_compile.runtime.onnx_checksum import require_unchanged
 from mla_compile.runtime.onnx_session import PROVIDERS, OnnxDecoder
 
 LOGITS = 1e-4  # as in tests/passes/test_lower_onnx.py: 1e-6 was observed
@@ -207,10 +210,10 @@ def test_a_provider_that_does_not_start_is_not_replaced(files, monkeypatch):
 @pytest.fixture(scope="module")
 def pair(files, tmp_path_factory):
     """A folder with a file and its weights beside it."""
-    folder = tmp_path_factory.mktemp("pair")
+    folder, whole = tmp_path_factory.mktemp("pair"), files().paths["static"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lower_onnx, "EXTERNAL_DATA_BYTES", 1)
-        lower_onnx.save(onnx_ir.load(files().paths["static"]), folder / "model.onnx", {})
+        lower_onnx.save(onnx_ir.load(whole), folder / "model.onnx", {})
     return folder
 
 
@@ -222,6 +225,25 @@ def test_a_truncated_file_is_refused(pair, tmp_path, damaged, left):
     (tmp_path / damaged).write_bytes(whole[: int(left * len(whole))])
     with pytest.raises(LoadError, match=r"model\.onnx.*Convert the model again"):
         OnnxDecoder(tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize("damaged", ["model.onnx.data", "static.onnx"])
+def test_weights_that_changed_are_noticed(files, pair, tmp_path, damaged):
+    """One bit of the largest weight; ONNX Runtime itself loads the file."""
+    shutil.copytree(pair, tmp_path, dirs_exist_ok=True)
+    shutil.copy(files().paths["static"], tmp_path)
+    file = tmp_path / damaged.removesuffix(".data")
+    require_unchanged(file)
+    weights = [
+        numpy_helper.to_array(w, str(tmp_path)) for w in onnx.load(file, load_external_data=False).graph.initializer
+    ]
+    whole = bytearray((tmp_path / damaged).read_bytes())
+    place = whole.index(max(weights, key=lambda w: w.nbytes).tobytes())
+    whole[place + 5] ^= 1
+    (tmp_path / damaged).write_bytes(whole)
+    OnnxDecoder(file)
+    with pytest.raises(LoadError, match="not those that were written"):
+        require_unchanged(file)
 
 
 def test_data_that_is_gone_is_said(pair, tmp_path):
