@@ -3,7 +3,7 @@
 Run as::
 
     python benchmarks/cache_codes.py --models DIR... --text FILE --calibration FILE --json OUT --markdown OUT
-        [--cache-ratio R] [--windows N]
+        [--cache-ratio R] [--windows N] [--add]
 
 Every model is converted once, and then measured with its latents as they are and as each kind of codes that the kernels
 read (``mla_compile.runtime.kernels``): encoded and decoded before they are attended to, token by token. Rope keys stay
@@ -143,15 +143,21 @@ def main() -> None:
     parser.add_argument("--cache-ratio", type=float, default=0.3125)
     parser.add_argument("--windows", type=int, default=64, help="measure on so many windows")
     parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--add", action="store_true", help="to the rows of other models in --json")
     parser.add_argument("--markdown", type=Path, required=True)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     rows: list[Row] = []
+    if arguments.add:
+        names = {folder.name for folder in arguments.models}
+        stored = [Row(**row) for row in json.loads(arguments.json.read_text(encoding="utf-8"))]
+        rows = [row for row in stored if row.model not in names]
     for folder in arguments.models:
-        rows += measure(folder, arguments)
-        print("\n".join(f"{row.model} {row.latents} {row.perplexity:.4f}" for row in rows), flush=True)
-    arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
-    arguments.markdown.write_text(markdown(rows, arguments), encoding="utf-8")
+        found = measure(folder, arguments)
+        rows += found
+        print("\n".join(f"{row.model} {row.latents} {row.perplexity:.4f}" for row in found), flush=True)
+        arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
+        arguments.markdown.write_text(markdown(rows, arguments), encoding="utf-8")
 
 
 if __name__ == "__main__":

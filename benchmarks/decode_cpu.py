@@ -1,12 +1,17 @@
 """One layer's decoding step in ONNX Runtime on the CPU: latent attention against the best forms of the original.
 
-Usage: python benchmarks/decode_cpu.py [--quick] [--json OUT] [--markdown OUT]
+Usage: python benchmarks/decode_cpu.py [--quick] [--projections] [--minutes N] [--json OUT] [--markdown OUT]
+[--plot OUT]
 
 A step appends the new token's row and attends to all rows, for every sequence of a batch. Queries, keys, values and
 rows are given: projections, which are smaller in a converted layer, and the rotation of the original's keys are left
-out, so the original has the advantage. All forms of a case are measured in turns, in CPU time of one process; a figure
-is the median over rounds, and a ratio the median of the rounds' own ratios. Caches are as many as fill ``--memory`` and
-take turns, as those of a model's layers do: what one step leaves in the processor's cache is of no use to the next.
+out, so the original has the advantage. With ``--projections`` steps are measured a second time with a product of a
+hidden state in front, to queries, keys and values, or to queries and the row. The up-projections are part of the latent
+step either way.
+
+All forms of a case are measured in turns, in CPU time of one process (in time, with several threads); a figure is the
+median over rounds, and a ratio the median of the rounds' own ratios. Caches are as many as fill ``--memory`` and take
+turns, as those of a model's layers do: what one step leaves in the processor's cache is of no use to the next.
 """
 
 from __future__ import annotations
@@ -25,12 +30,14 @@ import numpy as np
 import onnx
 import onnxruntime
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper, parser
+from onnx import TensorProto, helper, numpy_helper
 
+from mla_compile.passes.original_attention import MICROSOFT, OriginalForm, original_function
 from mla_compile.runtime.onnx_function import DOMAIN, LATENT, VERSION, Variant, attention_function
 from mla_compile.runtime.onnx_quantised import LATENT_LEVELS, ROPE_LEVELS, SCALES
 
 OPSET = 24
+HIDDEN = "hidden"
 SPARE = 64
 """Rows of a static cache behind those that are used."""
 Arrays = dict[str, NDArray[np.generic]]
@@ -46,6 +53,11 @@ class Shape:
     rank: int
     rope_groups: int
     rope_dim: int
+
+    @property
+    def width(self) -> int:
+        """Channels of a hidden state."""
+        return self.heads * self.head_dim
 
     @property
     def row(self) -> int:
@@ -64,12 +76,23 @@ SHAPES = {
     "1B-like, 256+8x16": Shape(32, 8, 64, 256, 8, 16),
 }
 """Rank + rope keys x their channels."""
-ORIGINALS = ("GroupQueryAttention, in place", "MatMul, in place", "Attention, in place")
+IN_PLACE = ", in place"
+ORIGINALS = tuple(f"{form}{IN_PLACE}" for form in OriginalForm if form != OriginalForm.GROUPED_INT8)
 LATENTS = ("latent, growing", "latent, static", "latent, nothing written")
-QUANTISED_ORIGINAL, QUANTISED_LATENT = "GroupQueryAttention, int8, in place", "latent, int8, static"
+QUANTISED_ORIGINAL, QUANTISED_LATENT = f"{OriginalForm.GROUPED_INT8}{IN_PLACE}", "latent, int8, static"
 FORMS = (*ORIGINALS, QUANTISED_ORIGINAL, *LATENTS, QUANTISED_LATENT)
 KEY_SCALE = 4 / 127
 """Of the quantised original's keys and values, which are normal numbers."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A shape of :data:`SHAPES`, sequences, tokens of each, and whether projections are part of the step."""
+
+    shape: str
+    batch: int
+    context: int
+    projected: bool
 
 
 @dataclass(frozen=True)
@@ -80,21 +103,38 @@ class Row:
         shape: Key of :data:`SHAPES`.
         batch: Sequences.
         context: Tokens of each, the new one among them.
+        projected: Whether queries, keys and values (or rows) are projected in the step.
         form: What was run.
         milliseconds: Median CPU time of a step.
         speedup: Time of the fastest float32 original over this one's: median of the rounds' ratios.
+        low: What a quarter of them is below.
+        high: What a quarter of them is above.
+        int8_speedup: Time of the int8 original over this one's: likewise.
+        cache_bytes: What one sequence's cache of so many tokens takes, spare rows and all.
+        rounds: Turns.
     """
 
     shape: str
     batch: int
     context: int
+    projected: bool
     form: str
     milliseconds: float
     speedup: float
+    low: float
+    high: float
+    int8_speedup: float
+    cache_bytes: int
+    rounds: int
 
 
-def latent_model(shape: Shape, static: bool, written: bool = True, quantised: bool = False) -> onnx.ModelProto:
-    """The node as the compiler writes it; ``written`` False leaves out that the cache is."""
+def latent_model(
+    shape: Shape, static: bool, written: bool = True, quantised: bool = False, projected: bool = False
+) -> onnx.ModelProto:
+    """The node as the compiler writes it; ``written`` False leaves out that the cache is.
+
+    With ``projected`` its query and row are projected from a hidden state.
+    """
     function = attention_function(LATENT, OPSET, Variant(static=static, quantised=quantised))
     if not written:
         (scatter,) = (node for node in function.node if node.op_type == "TensorScatter")
@@ -136,8 +176,13 @@ def latent_model(shape: Shape, static: bool, written: bool = True, quantised: bo
     outputs |= {"present_scale": ["B", "Q", SCALES]} if quantised else {}
     types = {"attention_mask": TensorProto.INT64}
     types |= dict.fromkeys(("past", "present"), TensorProto.UINT8) if quantised else {}
+    nodes = [node]
+    if projected:
+        before, projection = _projected(shape, {"query": shape.heads * shape.head_dim, "row": shape.row})
+        nodes, weights = [*before, node], [*weights, projection]
+        inputs = {HIDDEN: ["B", 1, shape.width], **{n: s for n, s in inputs.items() if n not in ("query", "row")}}
     graph = helper.make_graph(
-        [node],
+        nodes,
         "step",
         [helper.make_tensor_value_info(n, types.get(n, TensorProto.FLOAT), s) for n, s in inputs.items()],
         [
@@ -151,83 +196,74 @@ def latent_model(shape: Shape, static: bool, written: bool = True, quantised: bo
     return helper.make_model(graph, functions=[function], opset_imports=imports, ir_version=10)
 
 
+def _projected(shape: Shape, parts: Mapping[str, int]) -> tuple[list[onnx.NodeProto], onnx.TensorProto]:
+    """Nodes from a hidden state to its parts, the first of which has heads, and the weight of the product."""
+    first, *others = parts
+    heads = helper.make_node("Constant", [], ["heads_shape"], value_ints=[0, 0, shape.heads, shape.head_dim])
+    sizes = helper.make_node("Constant", [], ["part_sizes"], value_ints=list(parts.values()))
+    nodes = [
+        heads,
+        sizes,
+        helper.make_node("MatMul", [HIDDEN, "projection"], ["all_parts"]),
+        helper.make_node("Split", ["all_parts", "part_sizes"], [f"{first}_flat", *others], axis=-1),
+        helper.make_node("Reshape", [f"{first}_flat", "heads_shape"], [first]),
+    ]
+    return nodes, _projection(shape.width, sum(parts.values()))
+
+
+@functools.lru_cache(maxsize=2)
+def _projection(width: int, outputs: int) -> onnx.TensorProto:
+    weight = np.random.default_rng(2).standard_normal((width, outputs), np.float32)
+    return numpy_helper.from_array(weight / np.float32(width**0.5), "projection")
+
+
 def _copy(function: onnx.FunctionProto) -> onnx.FunctionProto:
     copied = onnx.FunctionProto()
     copied.CopyFrom(function)
     return copied
 
 
-_ORIGINAL_TEXTS = {
-    "GroupQueryAttention, in place": """
-    (float[B, 1, {q}] query, float[B, 1, {kv}] key, float[B, 1, {kv}] value, float[B, {n}, T, {d}] past_key,
-     float[B, {n}, T, {d}] past_value, int32[B] seqlens_k, int32[] total)
-    => (float[B, 1, {q}] output, float[B, {n}, T, {d}] present_key, float[B, {n}, T, {d}] present_value) {{
-      output, present_key, present_value = com.microsoft.GroupQueryAttention <num_heads = {h}, kv_num_heads = {n}>
-        (query, key, value, past_key, past_value, seqlens_k, total)
-    }}""",
-    "GroupQueryAttention, int8, in place": """
-    (float[B, 1, {q}] query, float[B, 1, {kv}] key, float[B, 1, {kv}] value, int8[B, {n}, T, {d}] past_key,
-     int8[B, {n}, T, {d}] past_value, int32[B] seqlens_k, int32[] total, float[1] key_scale)
-    => (float[B, 1, {q}] output, int8[B, {n}, T, {d}] present_key, int8[B, {n}, T, {d}] present_value) {{
-      output, present_key, present_value = com.microsoft.GroupQueryAttention
-        <num_heads = {h}, kv_num_heads = {n}, kv_cache_bit_width = 8, k_quant_type = "PER_TENSOR",
-         v_quant_type = "PER_TENSOR">
-        (query, key, value, past_key, past_value, seqlens_k, total, , , , , , key_scale, key_scale)
-    }}""",
-    "MatMul, in place": """
-    (float[B, 1, {q}] query, float[B, 1, {kv}] key, float[B, 1, {kv}] value, float[B, {n}, T, {d}] past_key,
-     float[B, {n}, T, {d}] past_value, int64[B] index, bool[B, 1, {g}, T] seen)
-    => (float[B, 1, {q}] output, float[B, {n}, T, {d}] present_key, float[B, {n}, T, {d}] present_value) {{
-      grouped = Constant <value_ints = [0, {n}, {g}, {d}]> ()
-      one_each = Constant <value_ints = [0, {n}, 1, {d}]> ()
-      flat = Constant <value_ints = [0, 1, {q}]> ()
-      factor = Constant <value_float = {scale}> ()
-      hidden = Constant <value_float = -inf> ()
-      key_own = Reshape (key, one_each)
-      value_own = Reshape (value, one_each)
-      present_key = TensorScatter (past_key, key_own, index)
-      present_value = TensorScatter (past_value, value_own, index)
-      rows = Reshape (query, grouped)
-      scaled = Mul (rows, factor)
-      turned = Transpose <perm = [0, 1, 3, 2]> (scaled)
-      columns = MatMul (present_key, turned)
-      scores = Transpose <perm = [0, 1, 3, 2]> (columns)
-      masked = Where (seen, scores, hidden)
-      weights = Softmax (masked)
-      context = MatMul (weights, present_value)
-      output = Reshape (context, flat)
-    }}""",
-    "Attention, in place": """
-    (float[B, 1, {q}] query, float[B, 1, {kv}] key, float[B, 1, {kv}] value, float[B, {n}, T, {d}] past_key,
-     float[B, {n}, T, {d}] past_value, int64[B] index, bool[B, 1, {g}, T] seen)
-    => (float[B, 1, {q}] output, float[B, {n}, T, {d}] present_key, float[B, {n}, T, {d}] present_value) {{
-      grouped = Constant <value_ints = [0, {n}, {g}, {d}]> ()
-      one_each = Constant <value_ints = [0, {n}, 1, {d}]> ()
-      flat = Constant <value_ints = [0, 1, {q}]> ()
-      key_own = Reshape (key, one_each)
-      value_own = Reshape (value, one_each)
-      present_key = TensorScatter (past_key, key_own, index)
-      present_value = TensorScatter (past_value, value_own, index)
-      rows = Reshape (query, grouped)
-      context = Attention <scale = {scale}> (rows, present_key, present_value, seen)
-      output = Reshape (context, flat)
-    }}""",
-}
+def original_model(shape: Shape, form: str, projected: bool = False) -> onnx.ModelProto:
+    """Grouped-query attention with a cache that is written in place, in the form that ``mla-compile bench`` has too.
 
-
-def original_model(shape: Shape, form: str) -> onnx.ModelProto:
-    """Grouped-query attention with a cache that is written in place; heads that share a key are rows of one product."""
-    text = _ORIGINAL_TEXTS[form].format(
-        q=shape.heads * shape.head_dim,
-        kv=shape.kv_heads * shape.head_dim,
-        n=shape.kv_heads,
-        g=shape.heads // shape.kv_heads,
-        h=shape.heads,
-        d=shape.head_dim,
-        scale=shape.head_dim**-0.5,
+    With ``projected`` its queries, keys and values are projected from a hidden state.
+    """
+    original = OriginalForm(form.removesuffix(IN_PLACE))
+    function = original_function(original, Variant())
+    attributes = {"num_heads": shape.heads, "kv_heads": shape.kv_heads, "scale": shape.head_dim**-0.5}
+    if form == QUANTISED_ORIGINAL:
+        attributes |= {"key_scale": KEY_SCALE, "value_scale": KEY_SCALE}
+    cached = TensorProto.INT8 if form == QUANTISED_ORIGINAL else TensorProto.FLOAT
+    cache = ["B", shape.kv_heads, "P", shape.head_dim]
+    query = ["B", 1, shape.heads, shape.head_dim]
+    inputs = {
+        "query": (TensorProto.FLOAT, query),
+        "key_value": (TensorProto.FLOAT, ["B", 1, 2 * shape.kv_heads * shape.head_dim]),
+        "past_key": (cached, cache),
+        "past_value": (cached, cache),
+        "attention_mask": (TensorProto.INT64, ["B", "T"]),
+    }
+    outputs = {"output": (TensorProto.FLOAT, query), "present_key": (cached, cache), "present_value": (cached, cache)}
+    node = helper.make_node(function.name, list(inputs), list(outputs), domain=DOMAIN, **attributes)
+    nodes, weights = [node], []
+    if projected:
+        sizes = {"query": shape.heads * shape.head_dim, "key_value": 2 * shape.kv_heads * shape.head_dim}
+        before, projection = _projected(shape, sizes)
+        nodes, weights = [*before, node], [projection]
+        inputs = {
+            HIDDEN: (TensorProto.FLOAT, ["B", 1, shape.width]),
+            **{n: v for n, v in inputs.items() if n not in sizes},
+        }
+    graph = helper.make_graph(
+        nodes,
+        "step",
+        [helper.make_tensor_value_info(name, *value) for name, value in inputs.items()],
+        [helper.make_tensor_value_info(name, *value) for name, value in outputs.items()],
+        weights,
     )
-    imports = [helper.make_opsetid("", OPSET), helper.make_opsetid("com.microsoft", 1)]
-    return helper.make_model(parser.parse_graph(f"step {text}"), opset_imports=imports, ir_version=10)
+    domains = (("", OPSET), (MICROSOFT, 1), (DOMAIN, VERSION))
+    imports = [helper.make_opsetid(*domain) for domain in domains]
+    return helper.make_model(graph, functions=[function], opset_imports=imports, ir_version=10)
 
 
 class Step:
@@ -240,6 +276,9 @@ class Step:
         in_place: Whether input and output are one memory.
         copies: How many caches take turns.
         threads: Threads per operator.
+
+    Attributes:
+        cache_bytes: Of one cache, before the step.
     """
 
     def __init__(
@@ -257,6 +296,7 @@ class Step:
         self._outputs = {o.name for o in self._session.get_outputs()}
         taken = {i.name for i in self._session.get_inputs()}
         self._inputs = {name: value for name, value in inputs.items() if name in taken}
+        self.cache_bytes = sum(held.nbytes for held in caches.values())
         self._bindings = [self._bind(caches, in_place) for _ in range(copies)]
         self._turn = 0
         for _ in self._bindings:
@@ -283,7 +323,9 @@ class Step:
         return output
 
 
-def make_steps(shape: Shape, batch: int, context: int, memory: float, threads: int) -> dict[str, Callable[[], Step]]:
+def make_steps(
+    shape: Shape, batch: int, context: int, memory: float, threads: int, projected: bool
+) -> dict[str, Callable[[], Step]]:
     """All forms of one case, each made when it is called for."""
     random = np.random.default_rng(1)
 
@@ -292,6 +334,7 @@ def make_steps(shape: Shape, batch: int, context: int, memory: float, threads: i
 
     past, room = context - 1, context + SPARE
     inputs: Arrays = {
+        HIDDEN: numbers(batch, 1, shape.width),
         "query": numbers(batch, 1, shape.heads, shape.head_dim),
         "row": numbers(batch, 1, shape.row),
         "cos": numbers(batch, 1, shape.rope_groups, shape.rope_dim // 2),
@@ -308,7 +351,7 @@ def make_steps(shape: Shape, batch: int, context: int, memory: float, threads: i
         static = form != "latent, growing"
         cache = np.zeros((batch, room if static else past, shape.row), np.float32)
         cache[:, :past] = rows
-        model = latent_model(shape, static, form != "latent, nothing written")
+        model = latent_model(shape, static, form != "latent, nothing written", projected=projected)
         copies = max(1, int(memory // cache.nbytes))
         return Step(model, inputs, {("past", "present"): cache}, static, copies, threads)
 
@@ -318,19 +361,16 @@ def make_steps(shape: Shape, batch: int, context: int, memory: float, threads: i
         for names, part in held.items():
             caches[names][:, :past] = part
         copies = max(1, int(memory // sum(cache.nbytes for cache in caches.values())))
-        return Step(latent_model(shape, True, quantised=True), inputs, caches, True, copies, threads)
+        return Step(
+            latent_model(shape, True, quantised=True, projected=projected), inputs, caches, True, copies, threads
+        )
 
-    flat = (batch, 1, shape.kv_heads * shape.head_dim)
     plain: Arrays = {
-        "query": inputs["query"].reshape(batch, 1, -1),
-        "key": numbers(*flat),
-        "value": numbers(*flat),
-        "seqlens_k": np.full(batch, past, np.int32),
-        "total": np.array(context, np.int32),
-        "index": np.full(batch, past, np.int64),
-        "seen": np.broadcast_to(np.arange(room) < context, (batch, 1, shape.heads // shape.kv_heads, room)).copy(),
+        HIDDEN: inputs[HIDDEN],
+        "query": inputs["query"],
+        "key_value": numbers(batch, 1, 2 * shape.kv_heads * shape.head_dim),
+        "attention_mask": inputs["attention_mask"],
     }
-    plain["key_scale"] = np.full(1, KEY_SCALE, np.float32)
     size = (batch, shape.kv_heads, room, shape.head_dim)
     steps = {n: np.clip(np.round(numbers(*size) / KEY_SCALE), -127, 127).astype(np.int8) for n in ("key", "value")}
 
@@ -338,16 +378,19 @@ def make_steps(shape: Shape, batch: int, context: int, memory: float, threads: i
         held = {name: n if form == QUANTISED_ORIGINAL else n * np.float32(KEY_SCALE) for name, n in steps.items()}
         caches = {(f"past_{name}", f"present_{name}"): value for name, value in held.items()}
         copies = max(1, int(memory // sum(value.nbytes for value in held.values())))
-        return Step(original_model(shape, form), plain, caches, True, copies, threads)
+        return Step(original_model(shape, form, projected), plain, caches, True, copies, threads)
 
     plain_forms = {form: functools.partial(original, form) for form in (*ORIGINALS, QUANTISED_ORIGINAL)}
     latents = {form: functools.partial(latent, form) for form in LATENTS} | {QUANTISED_LATENT: quantised_latent}
     return plain_forms | latents
 
 
-def measure(name: str, batch: int, context: int, rounds: int, memory: float, threads: int) -> list[Row]:
-    """Check that forms agree, then run them in turns."""
-    made = {form: make() for form, make in make_steps(SHAPES[name], batch, context, memory, threads).items()}
+def measure(case: Case, rounds: int, memory: float, threads: int, seconds: float) -> list[Row]:
+    """Check that forms agree, then run them in turns, of which there are as many as the seconds allow, but three."""
+    begun, name, batch, context = time.monotonic(), case.shape, case.batch, case.context
+    made = {
+        form: make() for form, make in make_steps(SHAPES[name], batch, context, memory, threads, case.projected).items()
+    }
     # Quantised forms round the new token too, by a hundredth of its largest number.
     for group, rounded in ((ORIGINALS, QUANTISED_ORIGINAL), (LATENTS[:2], QUANTISED_LATENT)):
         first, *others, last = (made[form]().reshape(batch, -1) for form in (*group, rounded))
@@ -355,11 +398,14 @@ def measure(name: str, batch: int, context: int, rounds: int, memory: float, thr
             np.testing.assert_allclose(other, first, rtol=1e-3, atol=1e-4)
         assert np.abs(last - first).max() <= 0.05 * np.abs(first).max(), rounded
     times: dict[str, list[float]] = {form: [] for form in made}
-    for _ in range(rounds):
+    clock = time.process_time if threads == 1 else time.perf_counter
+    for turn in range(rounds):
+        if turn >= 3 and time.monotonic() - begun > seconds:
+            break
         for form, step in made.items():
-            begin = time.process_time()
+            begin = clock()
             step()
-            times[form].append(time.process_time() - begin)
+            times[form].append(clock() - begin)
     medians = {form: statistics.median(found) for form, found in times.items()}
     best = min(ORIGINALS, key=medians.__getitem__)
     return [
@@ -367,9 +413,14 @@ def measure(name: str, batch: int, context: int, rounds: int, memory: float, thr
             name,
             batch,
             context,
+            case.projected,
             form,
             1e3 * medians[form],
             statistics.median(b / t for b, t in zip(times[best], found, strict=True)),
+            *(float(q) for q in np.quantile(np.divide(times[best], found), (0.25, 0.75))),
+            statistics.median(b / t for b, t in zip(times[QUANTISED_ORIGINAL], found, strict=True)),
+            made[form].cache_bytes // batch,
+            len(found),
         )
         for form, found in times.items()
     ]
@@ -380,50 +431,108 @@ def markdown(rows: list[Row], machine: str) -> str:
     lines = [
         "# One layer's decoding step on the CPU",
         "",
-        f"{machine}. Milliseconds of CPU time, and in brackets how many times as fast as the fastest float32 original "
-        "of the same column. Written by `benchmarks/decode_cpu.py`, which says what is measured.",
+        f"{machine}. Milliseconds, and in brackets how many times as fast as the fastest float32 original of the same "
+        "column, with the quartiles of all turns; for int8 forms also how many times as fast as the int8 original. "
+        "Written by `benchmarks/decode_cpu.py`, which says what is measured.",
     ]
-    for name, shape in SHAPES.items():
-        cases = sorted({(r.batch, r.context) for r in rows if r.shape == name})
-        lines += ["", f"## {name}: {shape.kept:.1%} of the cache", ""]
+    for name, projected in dict.fromkeys((row.shape, row.projected) for row in rows):
+        own = [r for r in rows if (r.shape, r.projected) == (name, projected)]
+        cases = sorted({(r.batch, r.context) for r in own})
+        with_what = "with the projections of queries, keys and values" if projected else "attention alone"
+        lines += ["", f"## {name}: {SHAPES[name].kept:.1%} of the cache, {with_what}", ""]
         lines += [
             "| | " + " | ".join(f"batch {b}, {c} tokens" for b, c in cases) + " |",
             "|---" * (1 + len(cases)) + "|",
         ]
         for form in FORMS:
-            found = {(r.batch, r.context): r for r in rows if r.shape == name and r.form == form}
-            cells = [f"{found[c].milliseconds:.2f} ({found[c].speedup:.2f})" for c in cases]
-            lines.append("| " + " | ".join([form, *cells]) + " |")
+            found = {(r.batch, r.context): r for r in own if r.form == form}
+            lines.append("| " + " | ".join([form, *(_cell(found[case]) for case in cases)]) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _cell(row: Row) -> str:
+    ratio = f"{row.milliseconds:.2f} ({row.speedup:.2f}, {row.low:.2f}-{row.high:.2f})"
+    return f"{ratio}, int8: {row.int8_speedup:.2f}" if row.form in (QUANTISED_ORIGINAL, QUANTISED_LATENT) else ratio
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Draw how many times as fast as the fastest float32 original each form is: a panel per shape and batch."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, NullLocator
+
+    shapes = list(dict.fromkeys((row.shape, row.projected) for row in rows))
+    batches = sorted({row.batch for row in rows})
+    figure = Figure(figsize=(4.2 * len(shapes), 3.4 * len(batches)), layout="constrained")
+    panels = figure.subplots(len(batches), len(shapes), squeeze=False)
+    for line, batch in zip(panels, batches, strict=True):
+        for axes, (shape, projected) in zip(line, shapes, strict=True):
+            for form in FORMS:
+                found = sorted(
+                    (r for r in rows if (r.shape, r.projected, r.batch, r.form) == (shape, projected, batch, form)),
+                    key=lambda r: r.context,
+                )
+                style = "dotted" if form in (*ORIGINALS, QUANTISED_ORIGINAL) else "solid"
+                axes.plot([r.context for r in found], [r.speedup for r in found], marker="o", ls=style, label=form)
+            axes.axhline(1.0, color="black", linewidth=1, linestyle="dashed")
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(sorted({row.context for row in rows}))
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            projections = ", projected" if projected else ""
+            axes.set_title(f"{shape}{projections}, batch {batch}", fontsize="medium")
+            axes.grid(visible=True, alpha=0.3)
+        line[0].set_ylabel("times the fastest float32 original")
+    panels[0][-1].legend(fontsize="x-small")
+    figure.savefig(path, dpi=120)
 
 
 def main() -> None:
     """Measure every case and write what was asked for."""
     parser = argparse.ArgumentParser(description="One layer's decoding step in ONNX Runtime on the CPU.")
     parser.add_argument("--quick", action="store_true", help="512 and 4096 tokens, few rounds")
+    parser.add_argument("--projections", action="store_true", help="measure steps with their projections too")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
+    parser.add_argument("--plot", type=Path, help="a .svg or .png file")
     parser.add_argument("--only", help="part of a shape's name")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--memory", type=float, default=256, help="MB of caches per form that take turns")
+    parser.add_argument("--largest", type=float, default=2, help="GB of an original's cache; larger cases are left out")
+    parser.add_argument("--minutes", type=float, help="time for all of it: fewer turns, if need be, but three")
     arguments = parser.parse_args()
     contexts, rounds = ((512, 4096), 15) if arguments.quick else ((512, 4096, 16384), 40)
-    rows = []
-    for name in (n for n in SHAPES if (arguments.only or "") in n):
-        for batch in (1, 8):
-            for context in contexts:
-                rows += measure(name, batch, context, rounds, 1e6 * arguments.memory, arguments.threads)
-                for row in rows[-len(FORMS) :]:
-                    print(
-                        f"{name:18} x{batch} {context:6} {row.form:36} {row.milliseconds:8.2f} {row.speedup:6.2f}",
-                        flush=True,
-                    )
-    machine = f"{platform.machine()}, {arguments.threads} thread(s), ONNX Runtime {onnxruntime.__version__}"
+    cases = [
+        Case(name, batch, context, projected)
+        for name, shape in SHAPES.items()
+        for projected in ((False, True) if arguments.projections else (False,))
+        for batch in (1, 8)
+        for context in contexts
+        if (arguments.only or "") in name
+        and batch * context * 2 * shape.kv_heads * shape.head_dim * 4 <= 1e9 * arguments.largest
+    ]
+    end = time.monotonic() + 60 * (arguments.minutes or 1e6)
+    rows: list[Row] = []
+    for place, case in enumerate(cases):
+        seconds = (end - time.monotonic()) / (len(cases) - place)
+        rows += measure(case, rounds, 1e6 * arguments.memory, arguments.threads, seconds)
+        for row in rows[-len(FORMS) :]:
+            print(
+                f"{case.shape:18} x{case.batch} {case.context:6} {'proj' if case.projected else '':4} {row.form:36} "
+                f"{row.milliseconds:8.2f} {row.speedup:6.2f} ({row.low:.2f}-{row.high:.2f}) {row.int8_speedup:6.2f}",
+                flush=True,
+            )
+    clock = "CPU time" if arguments.threads == 1 else "time"
+    machine = (
+        f"{platform.machine()}, {arguments.threads} thread(s), {clock}, ONNX Runtime {onnxruntime.__version__}, up to "
+        f"{rounds} turns"
+    )
     if arguments.json:
-        data = {"machine": machine, "memory_mb": arguments.memory, "rounds": rounds, "rows": [asdict(r) for r in rows]}
+        data = {"machine": machine, "memory_mb": arguments.memory, "rows": [asdict(r) for r in rows]}
         arguments.json.write_text(json.dumps(data, indent=1) + "\n")
     if arguments.markdown:
         arguments.markdown.write_text(markdown(rows, machine))
+    if arguments.plot:
+        plot(rows, arguments.plot)
 
 
 if __name__ == "__main__":

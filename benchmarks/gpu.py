@@ -2,12 +2,13 @@
 
 Usage: python benchmarks/gpu.py [--quick] --json OUT
 
-In order: every kernel path against the CPU's form in float64, which the tests hold to the reference; a captured CUDA
-graph against the plain launch; where TensorRT is installed, engines of the bundled model with our kernels and without,
-against ONNX Runtime; the speed of a copy; and a table of decode attention: bytes of cache read per second as
-a share of the copy's, and the speed-up over the fastest of torch's attentions on the original model's heads, or for
-latents of fewer bits over the same with 16. Lengths are equal; caches are larger than the L2 cache or take turns so that
-nothing is found there; times are medians of replayed CUDA graphs.
+In order: every kernel path against the CPU's form in float64, which the tests hold to the reference; what TensorRT's
+plugins launch, launched by the driver, likewise; a captured CUDA graph against the plain launch; where TensorRT is
+installed, engines of the bundled model with our kernels and without, against ONNX Runtime; the speed of a copy; and a
+table of decode attention: bytes of cache read per second as a share of the copy's, and the speed-up over the fastest of
+torch's attentions on the original model's heads, or for latents of fewer bits over the same with 16. Lengths are equal;
+caches are larger than the L2 cache or take turns so that nothing is found there; times are medians of replayed CUDA
+graphs.
 
 A wrong number ends the command with an error; a slow one is a row that misses its goal.
 """
@@ -26,6 +27,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import plugin_launches
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -226,6 +228,18 @@ def captured_is_right() -> bool:
     return torch.equal(captured, attend())
 
 
+def plugins() -> list[dict[str, object]]:
+    """What TensorRT's plugins launch, against the CPU's form."""
+    major, minor = torch.cuda.get_device_capability()
+    rows = []
+    for name, dtype, error in plugin_launches.errors(plugin_launches.Driver(), 10 * major + minor):
+        rows.append({"launch": name, "type": str(dtype), "error": error, "good": error <= TOLERANCE[dtype]})
+        if not rows[-1]["good"]:
+            print(f"WRONG by {error:.1e}: {name}, {dtype}")
+    print(f"{sum(bool(row['good']) for row in rows)} of {len(rows)} launches of plugins right")
+    return rows
+
+
 def engines() -> list[dict[str, object]]:
     """Engines of the bundled model, by plugins and by standard operators; none where TensorRT is missing.
 
@@ -410,6 +424,7 @@ def main() -> None:
             print(f"WRONG by {error:.1e}, denominators by {lse_error:.1e}: {problem}")
     checks = {"append": appended_is_right(), "captured graph": captured_is_right()}
     print(f"{sum(e['good'] for e in errors)} of {len(errors)} problems right; {checks}")
+    launched = plugins()
     built = engines()
     speed = copy_speed()
     print(f"copy: {speed / 1e12:.2f} TB/s")
@@ -428,11 +443,12 @@ def main() -> None:
         "copy_bytes_per_second": speed,
         "correctness": errors,
         "checks": checks,
+        "plugin_launches": launched,
         "engines": built,
         "rows": [asdict(row) for row in rows],
     }
     arguments.json.write_text(json.dumps(report, indent=1) + "\n")
-    if not (all(e["good"] for e in (*errors, *built)) and all(checks.values())):
+    if not (all(e["good"] for e in (*errors, *launched, *built)) and all(checks.values())):
         sys.exit("Some results are wrong: see above.")
 
 

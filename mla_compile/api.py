@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch.export import ExportedProgram
 
 from mla_compile import frontend, verify
 from mla_compile.artifacts import (
+    check_cache_layout,
     check_cache_type,
     check_neighbours,
     check_pair,
@@ -25,15 +25,20 @@ from mla_compile.artifacts import (
 )
 from mla_compile.calibration import Text, TextWindows, cut_windows, read_text
 from mla_compile.checkpoint import require_blocks
+from mla_compile.checkpoint_files import require_finite
 from mla_compile.checkpoint_folder import DEFAULT_SHARD, check_folder, write_checkpoint
 from mla_compile.config import CompileConfig, make_config
+from mla_compile.conversion_cost import ConversionCost, conversion_cost
 from mla_compile.deepseek import require_expressible, with_preset
 from mla_compile.encoders import CompiledEncoder, compile_encoder, is_encoder, require_encoder
 from mla_compile.errors import QualityGateError, RefusedError, UsageError
-from mla_compile.evaluate import longest_window, original_scorer, perplexity
+from mla_compile.evaluate import longest_window, original_scorer, streamed_perplexity
 from mla_compile.gguf_file import check_gguf, write_gguf
+from mla_compile.layer_store import LayerStore
+from mla_compile.passes.converted import converted_logits, original_logits
 from mla_compile.passes.gauge import balanced
-from mla_compile.passes.layer_errors import layer_errors
+from mla_compile.passes.layer_errors import error_steps, layer_errors
+from mla_compile.passes.layerwise import Resources
 from mla_compile.passes.methods import METHODS, nothing_left_out
 from mla_compile.passes.polish import polish
 from mla_compile.passes.quantise_cache import check_quantisable
@@ -43,6 +48,7 @@ from mla_compile.passes.retype import NARROW
 from mla_compile.passes.task import BATCH, Task
 from mla_compile.passes.weights import input_width
 from mla_compile.plan import LatentPlan, clamped, plan_layers
+from mla_compile.processes import Processes, join_processes
 from mla_compile.program import AnyProgram, Assets, OtherProgram, Program
 from mla_compile.progress import Display, Stages
 from mla_compile.report import LayerError, Quality, Report
@@ -54,6 +60,7 @@ from mla_compile.statistics_cache import open_cache
 from mla_compile.tensorrt import check_tensorrt, write_compiled
 from mla_compile.training.recipe import make_recipe
 from mla_compile.training.run import finetune_module, require_accelerate
+from mla_compile.weightless import draw, is_weightless
 
 __all__ = [
     "CompiledModel",
@@ -88,11 +95,20 @@ class Planned:
         found: Its attention layers.
         plans: Shape of each one's latent.
         widths: Input width of each one's projections; empty where nothing is decoded with a cache of its own.
+        source_type: Type of the original's numbers.
+        dtype: Type of the result's.
+        conversion: What converting the model takes; None where that depends on a text, or nothing is decoded.
+        alike: Layers of the model, and how many of them were exported as the others are like them; None for a model
+            that was exported whole.
     """
 
     found: Recognition
     plans: tuple[LatentPlan, ...]
     widths: tuple[int, ...] = ()
+    source_type: str = "float32"
+    dtype: str = "float32"
+    conversion: ConversionCost | None = None
+    alike: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -240,6 +256,8 @@ def compile(
     tokenizer: Any = None,  # noqa: ANN401 - a folder or any transformers tokenizer
     config: CompileConfig | None = None,
     statistics_cache: bool | str | Path = True,
+    offload: str | Path | None = None,
+    share: bool = False,
     check: bool = True,
     max_perplexity_ratio: float | None = None,
     out: Path | None = None,
@@ -249,6 +267,7 @@ def compile(
     unsafe_load: bool = False,
     finetune: Text | None = None,
     finetune_tokens: int | None = None,
+    store: LayerStore | None = None,
     display: Display | None = None,
     **settings: Any,  # noqa: ANN401 - validated by CompileConfig
 ) -> CompiledModel | CompiledEncoder | CompiledSeq2Seq:
@@ -266,6 +285,9 @@ def compile(
         config: All settings at once.
         statistics_cache: Whether to keep what was measured on the text for the next conversion of the same model, or
             the folder to keep it in.
+        offload: A folder for activations between layers, where a model is so large that it is run layer by layer; in
+            memory by default, in as many rounds as that takes.
+        share: Share the calibration with the other processes that a launcher started, which do nothing else.
         check: Verify the conversion against the original.
         max_perplexity_ratio: Fail when perplexity grows by more than this factor; needs calibration text.
         out: Where the result will be written; checked before any work is done.
@@ -276,6 +298,8 @@ def compile(
         finetune: Text to fine-tune the result on, towards what the original predicts, by the default
             :class:`~mla_compile.training.recipe.Recipe`; for causal language models only.
         finetune_tokens: Tokens of it to train on; all of it by default.
+        store: Where finished layers are kept, from :func:`~mla_compile.layer_store.store_beside`: bounds memory, and a
+            conversion that was killed goes on behind the last of them. Only ``mha2mla`` and ``exact`` use it.
         display: Shows progress.
         **settings: Fields of :class:`~mla_compile.config.CompileConfig`, instead of ``config``.
 
@@ -290,6 +314,7 @@ def compile(
         UsageError: Settings do not fit the model.
         VerificationError: The conversion is not correct.
         QualityGateError: The conversion loses more than ``max_perplexity_ratio``.
+        ShareDone: With ``share``, in every process but the first, when it has done its part.
     """
     if config is not None and settings:
         raise UsageError("Both config and single settings were given.", "Give one of them.")
@@ -305,15 +330,39 @@ def compile(
         require_accelerate()
     if out is not None:
         check_cache_type(out, config.cache_type, tensorrt=engine is not None)
+        check_cache_layout(out, config.cache_layout, tensorrt=engine is not None)
         if engine is not None:
             check_tensorrt(out, force)
         else:
             _check_out(out, config.format, force)
     documents = read_text(calibration)
-    stages = Stages(display)
+    processes = join_processes() if share else Processes()
+    if processes.count > 1 and finetune is not None:
+        raise UsageError(
+            "Several processes share a calibration, and only the first of them goes on, which cannot train alone.",
+            "Convert without --finetune, then train with mla-compile finetune.",
+        )
+    processes.wait()  # all have checked what is there before anything is written
+    if documents is None or config.exact:
+        processes.leave_unless_first()
+    stages = Stages(display if processes.first else None)
     with stages.stage("load"):
-        loaded = _load(model, example_inputs, tokenizer, attn_implementation, unsafe_load, any_kind=config.encoders)
+        loaded = _load(
+            model,
+            example_inputs,
+            tokenizer,
+            attn_implementation,
+            unsafe_load,
+            any_kind=config.encoders,
+            dtype=wanted_type(config),
+        )
     require_known_types(loaded)
+    require_finite(loaded.exported.state_dict, loaded.source)
+    wanted = _result_type(loaded, config)
+    config = config.model_copy(update={"dtype": str(wanted).removeprefix("torch.")})
+    if "dtype" in loaded.assets.config:  # what lies beside the result says what that is in
+        stored = {**loaded.assets.config, "dtype": config.dtype}
+        loaded = dataclasses.replace(loaded, assets=dataclasses.replace(loaded.assets, config=stored))
     if out is not None:
         check_neighbours(out, loaded.source, loaded.assets, force)
     with stages.stage("recognise"):
@@ -323,9 +372,11 @@ def compile(
             raise UsageError("Text cannot be used for an encoder.", "Leave --calibration and --finetune out.")
         if config.cache == "static":
             raise UsageError("Only a causal language model can have a static cache.", "Leave --cache static out.")
+        if config.cache_layout == "genai":
+            raise UsageError("Only a causal language model is for onnxruntime-genai.", "Leave --cache-layout out.")
         if config.cache_type == "int8":
             raise UsageError("Only a causal language model can have an int8 cache.", "Leave --cache-type int8 out.")
-        _require_float32(loaded, "An encoder", "converted")
+        _require_float32(loaded, loaded.dtype, "An encoder", "converted")
         if is_seq2seq(found):
             if out is not None:
                 check_pair(out, force)
@@ -333,7 +384,7 @@ def compile(
         return compile_encoder(loaded, found, config, check=check, stages=stages)
     program = require_causal(loaded, found)
     if finetune is not None:
-        _require_float32(program, "A conversion", "fine-tuned")
+        _require_float32(program, wanted, "A conversion", "fine-tuned")
     sites, kept = found.sites, found.rejections
     if config.for_stock_code:
         require_expressible(sites, kept)
@@ -342,16 +393,29 @@ def compile(
     text = cut_windows(program, documents, tokenizer, config)
     config, notes = _settle(config, text is not None)
     windows = None if text is None else text.calibration
-    task = Task(program, sites, kept, config, windows, stages, open_cache(statistics_cache))
+    resources = Resources(folder=None if offload is None else Path(offload), device=processes.device)
+    task = Task(
+        program,
+        sites,
+        kept,
+        config,
+        windows,
+        stages,
+        open_cache(statistics_cache),
+        store,
+        resources=resources,
+        processes=processes,
+    )
     choice = nothing_left_out(task) if config.exact else METHODS[config.method](task)
     polished = polish(task, choice.weights, config.polish_steps) if config.polish_steps else None
     plans = choice.plans
     # Nothing computes another result for it, but the module is to train well.
-    weights = tuple(map(balanced, choice.weights if polished is None else polished.weights))
+    weights = choice.weights if polished is None else polished.weights
+    weights = weights if choice.balanced else tuple(map(balanced, weights))
     if config.q_rank is not None:
         weights = with_query_rank(task, weights, config.q_rank)
     with stages.stage("rewrite"):
-        converted = task.rewrite(weights, program.dtype)
+        converted = task.result(weights)
     int8 = config.cache_type == "int8"
     if int8:  # before anything takes long
         check_quantisable(converted.graph, converted.rows)  # type: ignore[arg-type]
@@ -359,16 +423,20 @@ def compile(
     ids = text.held_out[:4, :256] if text is not None else _random_ids(program, config)
     errors: tuple[LayerError, ...] = ()
     if text is not None:
-        batches = math.ceil(len(text.held_out) / BATCH)
-        errors = layer_errors(
-            program,
-            sites,
-            weights,
-            converted,
-            text.held_out,
-            gradients=config.gradients,
-            progress=lambda b: stages.each("layers", b, batches),
-        )
+        batches = text.held_out.split(BATCH)
+        with stages.stage(
+            "layers", error_steps(program, sites, batches, resources, gradients=config.gradients)
+        ) as stage:
+            errors = layer_errors(
+                program,
+                sites,
+                weights,
+                converted,
+                text.held_out,
+                gradients=config.gradients,
+                resources=resources,
+                progress=stage.each,
+            )
     if check:
         with stages.stage("verify"):
             exact = converted if config.exact and program.dtype == torch.float32 else _exact_twin(task)
@@ -384,7 +452,7 @@ def compile(
     if finetune is not None:
         recipe = make_recipe(tokens=finetune_tokens, seed=config.seed)
         training = finetune_module(converted, program, finetune, tokenizer, recipe, stages)
-    quality = _measure(program, verify.quantised(converted) if int8 else converted, text, stages)
+    quality = _measure(task, verify.quantised(converted) if int8 else converted, text, stages)
     report = Report(
         source=program.source,
         config=config.model_dump(),
@@ -392,7 +460,8 @@ def compile(
         kept=kept,
         plans=plans,
         widths=tuple(task.widths),
-        bytes_per_element=program.dtype.itemsize,
+        bytes_per_element=task.dtype.itemsize,
+        source_bytes_per_element=program.dtype.itemsize,
         selection=config.selection if config.method == "mha2mla" else config.method,
         stages=(),
         verification=verification,
@@ -426,7 +495,9 @@ def inspect(
     """Load a model of any kind and describe its attention layers, or say why they are not understood.
 
     Args:
-        model: An ``nn.Module``, an ``ExportedProgram``, an archive, a Hugging Face folder or a hub id.
+        model: An ``nn.Module``, an ``ExportedProgram``, an archive, a Hugging Face folder or a hub id. A
+            ``config.json``, or a folder without weights, is enough; layers alike are then exported once, so that the
+            program has fewer than there are.
         example_inputs: Inputs to export an ``nn.Module`` with; integers are token ids, floats anything else.
         tokenizer: Folder of the tokenizer, if the model does not bring one.
         attn_implementation: How a transformers model given by name spells its attention: auto, sdpa or eager.
@@ -435,7 +506,10 @@ def inspect(
     Raises:
         LoadError: The model cannot be read.
     """
-    program = _load(model, example_inputs, tokenizer, attn_implementation, unsafe_load, any_kind=True)
+    if isinstance(model, str | Path) and is_weightless(model):
+        blueprint = draw(model, attn_implementation)
+        return blueprint.program, blueprint.found
+    program = _load(model, example_inputs, tokenizer, attn_implementation, unsafe_load, any_kind=True, dtype=None)
     return program, recognise(program)
 
 
@@ -453,7 +527,8 @@ def plan(
     """Plan a conversion; only methods that choose sizes by text compute weights for it.
 
     Args:
-        model: An archive, a Hugging Face folder or a hub id.
+        model: An archive, a Hugging Face folder or a hub id; or a ``config.json`` or folder without weights, for
+            methods that need no text.
         config: What the user asked for.
         calibration: Text for the methods that need it, as in :func:`compile`.
         tokenizer: Folder of the tokenizer, if the model does not bring one.
@@ -465,10 +540,14 @@ def plan(
     Raises:
         UsageError: Sizes are chosen by text, and there is none; or settings do not fit the model.
     """
+    if is_weightless(model):
+        return _plan_weightless(model, config, calibration, attn_implementation)
     _require_text(config, calibration)
     documents = read_text(calibration)
-    program = frontend.load_any(model, attention=attn_implementation, unsafe=unsafe_load)
+    dtype = wanted_type(config)
+    program = frontend.load_any(model, attention=attn_implementation, unsafe=unsafe_load, dtype=dtype)
     found = recognise(program)
+    types = _type_name(program.dtype), _type_name(_result_type(program, config))
     if config.encoders and is_seq2seq(found):
         own, crossed = plan_seq2seq(program, found, config)
         return Planned(found, (*own, *crossed))
@@ -479,11 +558,51 @@ def plan(
     sites, method = found.sites, config.chosen_method
     widths = tuple(input_width(program, s) for s in sites)
     if config.exact or method == "mha2mla":
-        return Planned(found, plan_layers(sites, widths, config), widths)
+        plans = plan_layers(sites, widths, config)
+        stored = {v.data_ptr(): v.numel() for v in program.exported.state_dict.values()}  # what is tied counts once
+        count = sum(stored.values())
+        cost = conversion_cost(sites, plans, widths, config, count, _result_type(program, config).itemsize)
+        return Planned(found, plans, widths, *types, cost)
     text = cut_windows(program, documents, tokenizer, config)
     windows = None if text is None else text.calibration
     task = Task(program, sites, found.rejections, config, windows, Stages(display), open_cache(statistics_cache))
-    return Planned(found, METHODS[method](task).plans, widths)
+    return Planned(found, METHODS[method](task).plans, widths, *types)
+
+
+def _type_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _plan_weightless(
+    model: str | Path, config: CompileConfig, calibration: Text | None, attn_implementation: str
+) -> Planned:
+    """Plan from a configuration alone; ``auto`` is then the one method that needs no text.
+
+    Raises:
+        UsageError: There is text, or the method needs some, and no weights to run on it.
+    """
+    if config.method == "auto" and not config.exact:
+        config = config.model_copy(update={"method": "mha2mla"})
+    if calibration is not None or config.needs_text:
+        raise UsageError(
+            f"'{model}' has no weights, and text is of use only where the model can be run on it.",
+            "Plan with --method mha2mla and without --calibration, or give the whole checkpoint.",
+        )
+    blueprint = draw(model, attn_implementation)
+    found = blueprint.found
+    alike = (blueprint.layers, blueprint.exported) if blueprint.exported < blueprint.layers else None
+    if config.encoders and (is_encoder(found) or not isinstance(blueprint.program, Program)):
+        raise UsageError(
+            f"'{model}' has no weights, and only causal language models are planned without.",
+            "Give the whole checkpoint, or look at it with 'mla-compile inspect'.",
+        )
+    program = require_causal(blueprint.program, found)
+    widths = tuple(input_width(program, s) for s in found.sites)
+    plans = plan_layers(found.sites, widths, config)
+    types = _type_name(program.dtype), _type_name(_result_type(program, config))
+    itemsize = _result_type(program, config).itemsize
+    cost = conversion_cost(found.sites, plans, widths, config, blueprint.parameters, itemsize)
+    return Planned(found, plans, widths, *types, cost, alike)
 
 
 def convertible(
@@ -532,18 +651,19 @@ def _load(
     attention: str,
     unsafe: bool,
     any_kind: bool,
+    dtype: torch.dtype | None,
 ) -> AnyProgram:
     """Read a model from wherever it is; a module whose inputs are given must be ``any_kind`` to take other than ids."""
     folder = str(tokenizer) if isinstance(tokenizer, str | Path) else None
     if isinstance(model, str | Path):
-        return frontend.load_any(model, tokenizer=folder, attention=attention, unsafe=unsafe)
+        return frontend.load_any(model, tokenizer=folder, attention=attention, unsafe=unsafe, dtype=dtype)
     if isinstance(model, ExportedProgram):
         return frontend.read_export(model, source="ExportedProgram", assets=Assets(folder=folder))
     program: AnyProgram
     if any_kind or example_inputs is None:
-        program = frontend.capture_any(model, example_inputs, tokenizer=folder)
+        program = frontend.capture_any(model, example_inputs, tokenizer=folder, dtype=dtype)
     else:
-        program = frontend.capture(model, example_inputs, tokenizer=folder)
+        program = frontend.capture(model, example_inputs, tokenizer=folder, dtype=dtype)
     if folder is None and tokenizer is not None:
         program = dataclasses.replace(program, assets=dataclasses.replace(program.assets, tokenizer=tokenizer))
     return program
@@ -615,17 +735,49 @@ def require_known_types(program: AnyProgram) -> None:
             )
 
 
-def _require_float32(program: AnyProgram, what: str, done: str) -> None:
-    """Refuse a model of another type where only float32 will do.
+def wanted_type(config: CompileConfig) -> torch.dtype | None:
+    """The type of the result that was asked for, if any."""
+    return None if config.dtype == "auto" else getattr(torch, config.dtype)
+
+
+def _result_type(program: AnyProgram, config: CompileConfig) -> torch.dtype:
+    """Type of the result.
+
+    Raises:
+        UsageError: The model cannot be had in that type, or its cache not in another.
+    """
+    # What stock code reads is made of several matrices each: rounded once, by whoever loads it in another type.
+    wanted = wanted_type(config) or (torch.float32 if config.for_stock_code else program.dtype)
+    own, name = (str(x).removeprefix("torch.") for x in (program.dtype, wanted))
+    if wanted not in (program.dtype, torch.float32):
+        raise UsageError(
+            f"'{program.source}' was exported in {own}, and its graph does not say what {name} must not round.",
+            f"Export it in {name} (model.to(torch.{name}) before torch.export.export), or leave --dtype {name} out.",
+        )
+    if config.for_stock_code and wanted != torch.float32:
+        raise UsageError(
+            f"The format {config.format} is written in float32, not in {name}.",
+            f"Leave --dtype {name} out; what loads the result can round it.",
+        )
+    if config.cache_type != "auto" and wanted != torch.float32:
+        raise UsageError(
+            f"The cache of a model in {name} holds that type, and {config.cache_type} caches are of float32.",
+            f"Leave --cache-type {config.cache_type} out, or pass --dtype float32.",
+        )
+    return wanted
+
+
+def _require_float32(program: AnyProgram, dtype: torch.dtype, what: str, done: str) -> None:
+    """Refuse another type where only float32 will do.
 
     Raises:
         UsageError: It is of another type.
     """
-    if program.dtype != torch.float32:
-        kind = str(program.dtype).removeprefix("torch.")
+    if dtype != torch.float32:
+        kind = str(dtype).removeprefix("torch.")
         raise UsageError(
             f"{what} is {done} in float32 only, and '{program.source}' is {kind}.",
-            "Call model.float() before exporting or converting it.",
+            "Pass --dtype float32 (dtype='float32' in Python), or call model.float() before exporting it.",
         )
 
 
@@ -668,7 +820,7 @@ def _settle(config: CompileConfig, text: bool) -> tuple[CompileConfig, tuple[str
 
 def _exact_twin(task: Task) -> LatentModel:
     """The same rewrite with nothing left out."""
-    return task.rewrite(nothing_left_out(dataclasses.replace(task, stages=Stages())).weights)
+    return task.rewrite(nothing_left_out(dataclasses.replace(task, stages=Stages(), wide=True)).weights)
 
 
 def _random_ids(program: Program, config: CompileConfig) -> Tensor:
@@ -678,13 +830,14 @@ def _random_ids(program: Program, config: CompileConfig) -> Tensor:
     return torch.randint(0, vocabulary, (2, length), generator=torch.Generator().manual_seed(config.seed))
 
 
-def _measure(program: Program, converted: LatentModel, text: TextWindows | None, stages: Stages) -> Quality | None:
+def _measure(task: Task, converted: LatentModel, text: TextWindows | None, stages: Stages) -> Quality | None:
     if text is None:
         return None
-    steps = 2 * math.ceil(len(text.held_out) / 8)
-    with stages.stage("evaluate", steps) as stage:
-        before = perplexity(original_scorer(program), text.held_out, progress=stage.each)
-        after = perplexity(lambda ids: converted(ids).logits, text.held_out, progress=stage.each)
+    batches = text.held_out.split(8)
+    with stages.stage("evaluate", 2 * len(batches)) as stage:
+        original = original_logits(task.program, task.sites, batches, task.resources)
+        before = streamed_perplexity(original, batches, stage.each)
+        after = streamed_perplexity(converted_logits(converted, batches, task.resources), batches, stage.each)
     return Quality(before.value, after.value, before.tokens, text.separate)
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, fx
 from mla_compile import verify
 from mla_compile.encoder_report import EncoderReport
 from mla_compile.errors import LoadError, UsageError
+from mla_compile.genai import write_genai_config
 from mla_compile.passes.lower_onnx import (
     EncoderFace,
     export_encoder,
@@ -35,8 +36,10 @@ from mla_compile.report import Report, environment
 from mla_compile.report_page import PAGE, render_page, write_report
 from mla_compile.runtime.module import LatentModel, LatentSeq2Seq, LowRankModel
 from mla_compile.seq2seq_report import Seq2SeqReport
+from mla_compile.writing import explained, held, missing_folders, remove_empty
 
 __all__ = [
+    "check_cache_layout",
     "check_cache_type",
     "check_neighbours",
     "check_pair",
@@ -59,6 +62,7 @@ __all__ = [
     "write_seq2seq_onnx",
 ]
 
+_HIDDEN = ".mla-compile-"
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -73,6 +77,7 @@ _TOKENIZER_FILES = (
 _PROVENANCE = ("custom", "from_node", "nn_module_stack", "source_fn_stack", "stack_trace", "torch_fn")
 """What torch writes of every node besides what it computes."""
 
+_UNTRIED = "the file is for ONNX Runtime's CUDA provider, which was not there to run it on: this target is experimental"
 _AnyReport = TypeVar("_AnyReport", Report, EncoderReport, Seq2SeqReport)
 
 
@@ -116,6 +121,19 @@ def check_cache_type(path: Path, cache_type: str, *, tensorrt: bool = False) -> 
         )
 
 
+def check_cache_layout(path: Path, layout: str, *, tensorrt: bool = False) -> None:
+    """Refuse another layout than rows anywhere but in an ONNX file that is not for TensorRT.
+
+    Raises:
+        UsageError: There is no such layout there.
+    """
+    if layout != "rows" and (tensorrt or path.suffix != ".onnx"):
+        raise UsageError(
+            f"Only an ONNX file for ONNX Runtime has the cache layout {layout}, and '{path}' is none.",
+            "Name a .onnx file, without --target tensorrt, or leave --cache-layout and --target out.",
+        )
+
+
 def check_place(path: Path, force: bool) -> None:
     """Refuse a file or folder that cannot be made.
 
@@ -135,7 +153,7 @@ def check_place(path: Path, force: bool) -> None:
 
 
 def _check_free(path: Path, force: bool) -> None:
-    occupied = path.is_file() or (path.is_dir() and any(path.iterdir()))
+    occupied = path.is_file() or (path.is_dir() and any(not p.name.startswith(_HIDDEN) for p in path.iterdir()))
     if occupied and not force:
         raise UsageError(f"'{path}' exists already.", "Choose another name, or pass --force to replace it.")
 
@@ -225,6 +243,7 @@ def write_onnx(
         The completed report, also written as ``report.json`` beside the file.
     """
     _check_onnx_target(path, report.source, assets, force)
+    paged = report.config["cache_layout"] == "paged"
     with moved_into(path.parent) as folder:
         with stages.stage("lower to ONNX"):
             lower_to_onnx(
@@ -234,16 +253,22 @@ def write_onnx(
                 opset=report.config["opset"],
                 inline=report.config["inline"],
                 metadata=file_metadata(report, assets),
-                static=report.config["cache"] == "static",
+                static=paged or report.config["cache"] == "static",
                 quantised=report.config["cache_type"] == "int8",
+                halves=report.config["cache_layout"] == "genai",
+                paged=paged,
             )
-        if checks is not None:
+        if paged:
+            report = dataclasses.replace(report, warnings=(*report.warnings, _UNTRIED))
+        elif checks is not None:
             with stages.stage("verify ONNX"):
                 found = verify.check_lowering(
                     module, folder / path.name, checks, report.cache_bytes_after, report.config["cache_type"]
                 )
             if report.verification is not None:
                 report = dataclasses.replace(report, verification=dataclasses.replace(report.verification, **found))
+        if report.config["cache_layout"] == "genai":
+            write_genai_config(folder / path.name, module.rows, assets, static=report.config["cache"] == "static")
         copy_assets(assets, folder)
         report = finished(report, folder, stages)
     return report
@@ -522,18 +547,27 @@ def write_page(report: Mapping[str, Any], out: Path, measurement: Mapping[str, A
 
 @contextmanager
 def moved_into(target: Path) -> Iterator[Path]:
-    """Give a hidden folder to write in; on success move its files into ``target``, on failure remove everything."""
-    created = [p for p in (target, *target.absolute().parents) if not p.exists()]
+    """Give a hidden folder to write in; on success move its files into ``target``, on failure remove everything.
+
+    What a process that was killed left there is removed first.
+
+    Raises:
+        UsageError: Something could not be written.
+    """
+    created = missing_folders(target)
     target.mkdir(parents=True, exist_ok=True)
-    hidden = Path(tempfile.mkdtemp(prefix=".mla-compile-", dir=target))
+    for left in target.glob(f"{_HIDDEN}*"):
+        with held(left) as ours:
+            if ours:
+                shutil.rmtree(left, ignore_errors=True)
+    hidden = Path(tempfile.mkdtemp(prefix=_HIDDEN, dir=target))
     try:
-        yield hidden
-        for file in sorted(hidden.iterdir()):
-            file.replace(target / file.name)
+        with held(hidden), explained(target):
+            yield hidden
+            for file in sorted(hidden.iterdir()):
+                file.replace(target / file.name)
     except BaseException:
         shutil.rmtree(hidden, ignore_errors=True)
-        for folder in created:
-            if folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
+        remove_empty(created)
         raise
     hidden.rmdir()

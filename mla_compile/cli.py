@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from mla_compile.errors import MlaCompileError, UsageError
+from mla_compile.errors import MlaCompileError, ShareDone, UsageError
 
 if TYPE_CHECKING:
     from mla_compile.report import Report
@@ -53,6 +54,13 @@ def _known_plugin(value: str) -> str:
 
 
 Model = Annotated[str, typer.Argument(help="A torch.export archive (.pt2, .pt), a Hugging Face folder, or a hub id.")]
+Described = Annotated[
+    str,
+    typer.Argument(
+        help="A torch.export archive (.pt2, .pt), a Hugging Face folder, or a hub id; a config.json, or a folder "
+        "without weights, is enough."
+    ),
+]
 CacheRatio = Annotated[
     float | None,
     typer.Option(help="Cache size after over before, at most.", show_default="0.3125", rich_help_panel=_SIZE),
@@ -152,6 +160,14 @@ NoCache = Annotated[
         rich_help_panel=_TEXT,
     ),
 ]
+Offload = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder for activations between layers, where a model is so large that it is run layer by layer.",
+        show_default="in memory, in rounds",
+        rich_help_panel=_TEXT,
+    ),
+]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of random ids and samples.", rich_help_panel=_CHECKS)]
 AttnImplementation = Annotated[
     str,
@@ -217,8 +233,23 @@ CacheKind = Annotated[
 CacheType = Annotated[
     str,
     typer.Option(
-        help="What an ONNX file's caches hold: float32, or int8 codes with two scales per token, whose products are "
-        "of integers.",
+        help="What an ONNX file's caches hold: auto for numbers of the type --dtype, or int8 codes with two scales per "
+        "token, whose products are of integers; float32 is auto where that is the type.",
+        rich_help_panel=_OUTPUT,
+    ),
+]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="Type of weights and caches: float32, float16 or bfloat16; auto is the model's own.",
+        rich_help_panel=_OUTPUT,
+    ),
+]
+CacheLayout = Annotated[
+    str,
+    typer.Option(
+        help="How an ONNX file's caches lie: rows, or genai for onnxruntime-genai, whose configuration is then written "
+        "beside the file.",
         rich_help_panel=_OUTPUT,
     ),
 ]
@@ -229,7 +260,8 @@ Target = Annotated[
     str,
     typer.Option(
         help="What to write for: auto is what the name of --out says (ONNX Runtime for .onnx, TensorRT for .plan), "
-        "tensorrt an engine, or with .onnx the file that engines are built of.",
+        "tensorrt an engine, or with .onnx the file that engines are built of, cuda an ONNX file with the CUDA "
+        "provider's own operator for latent attention (experimental).",
         rich_help_panel=_OUTPUT,
     ),
 ]
@@ -334,10 +366,13 @@ def convert(
     calibration_tokens: CalibrationTokens = 65536,
     seq_len: SeqLen = None,
     no_cache: NoCache = False,
+    offload: Offload = None,
     tokenizer: Tokenizer = None,
+    dtype: Dtype = "auto",
     opset: Opset = None,
     cache: CacheKind = "dynamic",
-    cache_type: CacheType = "float32",
+    cache_type: CacheType = "auto",
+    cache_layout: CacheLayout = "rows",
     inline: Inline = False,
     format: Format = "auto",
     preset: Preset = "none",
@@ -406,15 +441,18 @@ def convert(
         seq_len=seq_len,
         seed=seed,
         opset=opset,
+        dtype=dtype,
         cache=cache,
         cache_type=cache_type,
+        cache_layout="paged" if target == "cuda" else cache_layout,
         inline=inline,
         encoders=encoders,
     )
     shown = display.make_display(quiet or as_json)
-    with shown:
+    with shown, contextlib.ExitStack() as kept:
         from mla_compile import api
         from mla_compile.encoder_report import EncoderReport
+        from mla_compile.layer_store import store_beside
         from mla_compile.runtime.tensorrt.engine_builder import EngineSettings
         from mla_compile.seq2seq_report import Seq2SeqReport
 
@@ -440,6 +478,8 @@ def convert(
             tokenizer=tokenizer,
             config=config,
             statistics_cache=not no_cache,
+            offload=offload,
+            share=True,
             check=not no_verify,
             max_perplexity_ratio=max_ppl_ratio,
             out=out,
@@ -449,6 +489,7 @@ def convert(
             unsafe_load=unsafe_load,
             finetune=finetune,
             finetune_tokens=finetune_tokens,
+            store=kept.enter_context(store_beside(out)),
             display=shown,
         )
         report: Report | EncoderReport | Seq2SeqReport
@@ -482,8 +523,10 @@ def _is_for_tensorrt(out: Path, target: str, format: str) -> bool:
     Raises:
         UsageError: The target is unknown, or something else is to be written.
     """
-    if target not in ("auto", "tensorrt"):
-        raise UsageError(f"--target {target} is not one of auto, tensorrt.", "Give one of them.")
+    if target not in ("auto", "cuda", "tensorrt"):
+        raise UsageError(f"--target {target} is not one of auto, cuda, tensorrt.", "Give one of them.")
+    if target == "cuda" and out.suffix != ".onnx":
+        raise UsageError(f"--target cuda is an ONNX file, and '{out}' is none.", "Name a .onnx file.")
     wanted = target == "tensorrt" or out.suffix == ".plan"
     if wanted and format != "auto":
         raise UsageError(f"The format {format} is not for TensorRT.", "Leave --format or --target out.")
@@ -492,7 +535,7 @@ def _is_for_tensorrt(out: Path, target: str, format: str) -> bool:
 
 @app.command()
 def inspect(
-    model: Model,
+    model: Described,
     encoders: Encoders = False,
     attn_implementation: AttnImplementation = "auto",
     unsafe_load: UnsafeLoad = False,
@@ -518,7 +561,7 @@ def inspect(
 
 @app.command()
 def plan(
-    model: Model,
+    model: Described,
     cache_ratio: CacheRatio = None,
     kv_rank: KvRank = None,
     uniform_rank: UniformRank = False,
@@ -533,7 +576,8 @@ def plan(
     calibration_tokens: CalibrationTokens = 65536,
     seq_len: SeqLen = None,
     no_cache: NoCache = False,
-    cache_type: CacheType = "float32",
+    dtype: Dtype = "auto",
+    cache_type: CacheType = "auto",
     context: Annotated[int, typer.Option(min=1, help="Tokens in the cache when a step's time is estimated.")] = 4096,
     batch: Annotated[int, typer.Option(min=1, help="Sequences that are decoded together.")] = 1,
     machine: Annotated[Literal["cpu", "gpu"], typer.Option(help="What to estimate the time on.")] = "cpu",
@@ -561,6 +605,7 @@ def plan(
         encoders=encoders,
         calibration_tokens=calibration_tokens,
         seq_len=seq_len,
+        dtype=dtype,
         cache_type=cache_type,
     )
     shown = display.make_display(quiet or as_json)
@@ -579,11 +624,14 @@ def plan(
         )
     step = DecodeStep(MACHINES[machine], context, batch)
     costs = decode_costs(planned.found.sites, planned.plans, planned.widths, step) if planned.widths else ()
+    held = "int8" if cache_type == "int8" else planned.dtype
     if as_json:
-        typer.echo(json.dumps(display.plan_rows(planned.plans, costs, step, cache_type), indent=2))
+        rows = display.plan_rows(planned.plans, costs, step, held, planned.source_type)
+        typer.echo(json.dumps(rows | display.conversion_row(planned.conversion, planned.alike), indent=2))
     else:
-        cached = cache_type if planned.found.sites else None
-        display.show_plan(planned.plans, costs, step, cached)
+        cached = held if planned.found.sites else None
+        display.show_plan(planned.plans, costs, step, cached, planned.source_type)
+        display.show_conversion(planned.conversion, planned.alike)
 
 
 @app.command()
@@ -967,7 +1015,8 @@ def export(
     out: Annotated[Path, typer.Option(help="The .onnx or .gguf file to write.", rich_help_panel=_OUTPUT)],
     opset: Opset = None,
     cache: CacheKind = "dynamic",
-    cache_type: CacheType = "float32",
+    cache_type: CacheType = "auto",
+    cache_layout: CacheLayout = "rows",
     inline: Inline = False,
     force: Annotated[bool, typer.Option("--force", help="Replace existing files.", rich_help_panel=_OUTPUT)] = False,
     as_json: AsJson = False,
@@ -980,7 +1029,7 @@ def export(
     if out.suffix == ".gguf":
         from mla_compile.gguf_file import export_gguf
 
-        if (opset, cache, cache_type, inline) != (None, "dynamic", "float32", False):
+        if (opset, cache, cache_type, cache_layout, inline) != (None, "dynamic", "float32", "rows", False):
             raise UsageError("Options of ONNX files were given for a GGUF file.", "Leave them out.")
         error = export_gguf(folder, out, force=force)
         if as_json:
@@ -990,7 +1039,7 @@ def export(
         return
 
     # Others are refused before anything is read.
-    config = make_config(opset=opset, cache=cache, cache_type=cache_type, inline=inline)
+    config = make_config(opset=opset, cache=cache, cache_type=cache_type, cache_layout=cache_layout, inline=inline)
     report = write_saved_onnx(open_saved(folder), out, config, force=force)
     if as_json:
         typer.echo(json.dumps(report, indent=2))
@@ -1172,6 +1221,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = app(args=words or ["--help"], prog_name="mla-compile", standalone_mode=False)
     except MlaCompileError as error:
         return _fail(str(error), error.exit_code)
+    except ShareDone:
+        return 0
     except (KeyboardInterrupt, typer.Abort):
         return _fail("Interrupted.", 130)
     except OSError as error:

@@ -50,8 +50,12 @@ class CompileConfig(BaseModel):
         opset: ONNX operator set: 23, or 24 for a static cache, where nothing is given.
         cache: What the ONNX file's caches are: ``dynamic`` ones grow by a row per token, as any caller of ONNX Runtime
             can make them do; a ``static`` one is memory of the size that the caller gives it, written in place.
-        cache_type: What the ONNX file's caches hold: numbers in ``float32``, or ``int8`` codes with two scales per
-            token.
+        dtype: Type of the result's weights and caches; ``auto`` is the model's own.
+        cache_type: What the ONNX file's caches hold: numbers of the result's type (``auto``; or ``float32``, if it is
+            that), or ``int8`` codes with two scales per token.
+        cache_layout: How the ONNX file's caches lie: ``rows``, one tensor per layer, or ``genai``, halves of rows that
+            are named key and value, equally long in all layers, for onnxruntime-genai, or ``paged``, blocks of 16
+            tokens in half precision for an operator of ONNX Runtime's CUDA provider (``--target cuda``).
         inline: Emit standard operators only, without ``LatentAttention`` nodes.
         encoders: Convert bidirectional attention too, which has no cache: its projections become low-rank.
     """
@@ -78,7 +82,9 @@ class CompileConfig(BaseModel):
     seed: int = Field(default=0, ge=0)
     opset: Literal[23, 24] = 23
     cache: Literal["dynamic", "static"] = "dynamic"
-    cache_type: Literal["float32", "int8"] = "float32"
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    cache_type: Literal["auto", "float32", "int8"] = "auto"
+    cache_layout: Literal["rows", "genai", "paged"] = "rows"
     inline: bool = False
     encoders: bool = False
 
@@ -136,6 +142,21 @@ class CompileConfig(BaseModel):
     def _settings_of_the_file(self) -> CompileConfig:
         if self.cache == "static" and self.opset < 24:
             raise ValueError("a static cache needs opset 24, whose TensorScatter writes it")
+        if self.cache_type != "auto" and self.dtype in ("float16", "bfloat16"):
+            raise ValueError(
+                f"the cache of a model in {self.dtype} holds that type, and {self.cache_type} ones are of float32"
+            )
+        if self.cache_layout == "genai" and self.cache_type == "int8":
+            raise ValueError(
+                "the cache layout genai holds float32, for onnxruntime-genai gives a layer one tensor of keys and one "
+                "of values, and int8 codes need a third for their scales"
+            )
+        if self.cache_layout == "paged" and self.cache_type == "int8":
+            raise ValueError("a file for CUDA has a cache in half precision, which int8 is not")
+        if self.cache_layout != "rows" and self.for_stock_code:
+            raise ValueError(
+                f"the cache layout {self.cache_layout} is of ONNX files, and the format {self.format} is a checkpoint"
+            )
         if self.cache_type == "int8" and self.for_stock_code:
             raise ValueError(f"int8 caches are of ONNX files, and the format {self.format} is a checkpoint")
         return self

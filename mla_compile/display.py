@@ -14,6 +14,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from mla_compile.bench import Benchmark, Spread
+    from mla_compile.conversion_cost import ConversionCost
     from mla_compile.cost import DecodeStep, LayerCost
     from mla_compile.encoder_report import EncoderReport
     from mla_compile.measure import Measurement
@@ -26,12 +27,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "StageDisplay",
+    "conversion_row",
     "generation_row",
     "make_display",
     "plan_rows",
     "show_benchmark",
     "show_check",
     "show_commands",
+    "show_conversion",
     "show_encoder_report",
     "show_exported",
     "show_generation",
@@ -191,15 +194,23 @@ def _extras(row: Mapping[str, Any]) -> str:
     return ", ".join(found)
 
 
+_ITEMSIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
 def plan_rows(
-    plans: Sequence[LatentPlan], costs: Sequence[LayerCost], step: DecodeStep, cache_type: str = "float32"
+    plans: Sequence[LatentPlan],
+    costs: Sequence[LayerCost],
+    step: DecodeStep,
+    cache_type: str = "float32",
+    source_type: str = "float32",
 ) -> dict[str, Any]:
-    """A plan as data; bytes are of float32 before and ``cache_type`` after, but those of ``costs``, the machine's."""
+    """A plan as data; bytes are of ``source_type`` before and ``cache_type`` after, those of ``costs`` of its own."""
     import dataclasses
 
     from mla_compile.plan import cache_elements
 
-    before, after = 4 * cache_elements(plans)[0], sum(_bytes_after(p, cache_type) for p in plans)
+    before = _ITEMSIZES[source_type] * cache_elements(plans)[0]
+    after = sum(_bytes_after(p, cache_type) for p in plans)
     decode = {**dataclasses.asdict(step), "layers": [dataclasses.asdict(c) for c in costs]}
     return {
         "layers": [{**dataclasses.asdict(p), "elements_after": p.elements_after} for p in plans],
@@ -213,13 +224,19 @@ def plan_rows(
 def _bytes_after(plan: LatentPlan, cache_type: str) -> int:
     from mla_compile.runtime.onnx_quantised import quantised_bytes
 
-    return quantised_bytes([plan.elements_after]) if cache_type == "int8" else 4 * plan.elements_after
+    if cache_type == "int8":
+        return quantised_bytes([plan.elements_after])
+    return _ITEMSIZES[cache_type] * plan.elements_after
 
 
 def show_plan(
-    plans: Sequence[LatentPlan], costs: Sequence[LayerCost], step: DecodeStep, cached: str | None = "float32"
+    plans: Sequence[LatentPlan],
+    costs: Sequence[LayerCost],
+    step: DecodeStep,
+    cached: str | None = "float32",
+    source_type: str = "float32",
 ) -> None:
-    """One row per layer and the sum; ``cached`` is the cache's type.
+    """One row per layer and the sum; ``cached`` is the cache's type, ``source_type`` the original's.
 
     It is None for an encoder, whose keys and values are not cached, and in which nothing is a step.
     """
@@ -234,12 +251,12 @@ def show_plan(
             f"{p.rope_groups} x {p.rope_dims}",
             p.kv_rank,
             p.exact_rank,
-            4 * p.elements_before,
+            _ITEMSIZES[source_type] * p.elements_before,
             _bytes_after(p, cached or "float32"),
         ]
         for p in plans
     ]
-    total = plan_rows(plans, costs, step, cached or "float32")
+    total = plan_rows(plans, costs, step, cached or "float32", source_type)
     before, after = total["bytes_per_token_before"], total["bytes_per_token_after"]
     rows.append(["", "all", "", "", "", before, f"{after} ({total['cache_ratio']:.2%})"])
     title = f"Plan ({cached} cache)" if cached else "Plan (no cache)"
@@ -253,6 +270,26 @@ def show_plan(
     _print_table(title, columns, rows)
     if slower := slower_layers(costs, step):
         print(f"warning: {slower}", file=sys.stderr)  # noqa: T201
+
+
+def conversion_row(cost: ConversionCost | None, alike: tuple[int, int] | None) -> dict[str, Any]:
+    """What a conversion takes, and how it is known, as data."""
+    import dataclasses
+
+    layers = None if alike is None else {"layers": alike[0], "exported": alike[1]}
+    return {"conversion": None if cost is None else dataclasses.asdict(cost), "alike": layers}
+
+
+def show_conversion(cost: ConversionCost | None, alike: tuple[int, int] | None) -> None:
+    """A line each."""
+    if alike is not None:
+        print(f"{alike[0]} layers, of which the first {alike[1]} show all kinds and were exported")  # noqa: T201
+    if cost is not None:
+        print(  # noqa: T201
+            f"converting it takes about {cost.seconds / 60:,.0f} minutes besides verification "
+            f"({cost.operations / 1e12:,.1f} TFLOP in float64 by one core), reads {cost.weight_bytes / 1e9:,.1f} GB, "
+            f"writes {cost.written_bytes / 1e9:,.1f} GB and holds {cost.memory_bytes / 1e9:,.1f} GB (estimated)"
+        )
 
 
 def _method_row(report: Report) -> list[object]:

@@ -13,6 +13,7 @@ __all__ = [
     "MlaCompileError",
     "QualityGateError",
     "RefusedError",
+    "ShareDone",
     "TrainingError",
     "UsageError",
     "VerificationError",
@@ -67,3 +68,7 @@ class TrainingError(MlaCompileError):
     """Training cannot go on; the last good checkpoint is kept (exit code 6)."""
 
     exit_code = 6
+
+
+class ShareDone(Exception):
+    """Raised in every process but the first of several when its share of the work is done: it has no more to do."""

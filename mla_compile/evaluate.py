@@ -24,6 +24,7 @@ __all__ = [
     "original_scorer",
     "perplexity",
     "relative_error",
+    "streamed_perplexity",
 ]
 
 DEFAULT_WINDOW = 512
@@ -77,6 +78,25 @@ def perplexity(
         progress: Wraps the batches to show progress.
     """
     return compare([score], windows, batch, progress)[0].perplexity
+
+
+def streamed_perplexity(
+    logits: Iterable[Tensor],
+    batches: Sequence[Tensor],
+    progress: Callable[[Iterable[Tensor]], Iterable[Tensor]] = iter,
+) -> Perplexity:
+    """Score every token but the first of every window once, by logits that are made as they are read.
+
+    Args:
+        logits: Of every batch, ``[batch, length, vocabulary]``; a model may run layer by layer over all of them.
+        batches: Token ids ``[batch, length]``.
+        progress: Wraps the batches to show progress.
+    """
+    total, count = 0.0, sum(ids[:, 1:].numel() for ids in batches)
+    for ids, found in zip(progress(batches), logits, strict=True):
+        total += float(_sums(found, ids, None)[0])
+    loss = total / count
+    return Perplexity(math.exp(min(loss, 700.0)), loss, count)
 
 
 def compare(

@@ -6,6 +6,7 @@ safetensors. A pickled module is only opened when the user says so.
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
 import logging
@@ -71,7 +72,12 @@ def language_model(program: AnyProgram) -> Program:
 
 
 def load_any(
-    source: str | Path, *, tokenizer: str | None = None, attention: str = "auto", unsafe: bool = False
+    source: str | Path,
+    *,
+    tokenizer: str | None = None,
+    attention: str = "auto",
+    unsafe: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> AnyProgram:
     """Load a model of any kind by name.
 
@@ -81,6 +87,7 @@ def load_any(
         attention: How a transformers model is to spell its attention: ``sdpa``, ``eager``, or ``auto`` for the first of
             the two that it has.
         unsafe: Unpickle a module saved by ``torch.save``; this runs whatever code the file holds.
+        dtype: Type to load it in, where it is not exported yet; its own by default.
 
     Returns:
         The program, exported without a cache, with dynamic batch and length.
@@ -94,18 +101,18 @@ def load_any(
             raise LoadError(
                 f"'{source}' is a model that was converted already.", "Give the model it was converted from instead."
             )
-        return _load_huggingface(str(path), tokenizer, attention)
+        return _load_huggingface(str(path), tokenizer, attention, dtype)
     if path.is_file():
-        return _load_file(path, tokenizer, unsafe)
+        return _load_file(path, tokenizer, unsafe, dtype)
     name = str(source)
     if path.suffix or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise LoadError(
             f"There is no file or folder '{source}'.", "Give a .pt2 archive, a Hugging Face folder or a hub id."
         )
-    return _load_huggingface(name, tokenizer, attention)
+    return _load_huggingface(name, tokenizer, attention, dtype)
 
 
-def _load_file(path: Path, tokenizer: str | None, unsafe: bool) -> AnyProgram:
+def _load_file(path: Path, tokenizer: str | None, unsafe: bool, dtype: torch.dtype | None) -> AnyProgram:
     if path.suffix == ".onnx":
         raise LoadError(
             f"'{path}' is an ONNX file, which cannot be converted.", "Give the model it was exported from instead."
@@ -126,7 +133,7 @@ def _load_file(path: Path, tokenizer: str | None, unsafe: bool) -> AnyProgram:
     if any("/code/" in n for n in names):
         raise LoadError(f"'{path}' is a TorchScript file, whose graph cannot be rewritten.", _HOW_TO_EXPORT)
     if any(n.endswith("data.pkl") for n in names):
-        return _load_pickle(path, tokenizer, unsafe)
+        return _load_pickle(path, tokenizer, unsafe, dtype)
     raise LoadError(f"'{path}' is an archive but holds no model.", _HOW_TO_EXPORT)
 
 
@@ -161,7 +168,7 @@ def _read_archive(path: Path) -> ExportedProgram:
         logger.propagate, logger.handlers = propagate, handlers
 
 
-def _load_pickle(path: Path, tokenizer: str | None, unsafe: bool) -> AnyProgram:
+def _load_pickle(path: Path, tokenizer: str | None, unsafe: bool, dtype: torch.dtype | None) -> AnyProgram:
     try:
         weights = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:
@@ -180,11 +187,11 @@ def _load_pickle(path: Path, tokenizer: str | None, unsafe: bool) -> AnyProgram:
     if not isinstance(weights, nn.Module):
         raise LoadError(f"'{path}' holds weights but no model that uses them.", _HOW_TO_EXPORT)
     inputs = None if huggingface.is_transformers_model(weights) else (torch.zeros(2, 5, dtype=torch.long),)
-    return capture_any(weights, inputs, source=str(path), tokenizer=tokenizer)
+    return capture_any(weights, inputs, source=str(path), tokenizer=tokenizer, dtype=dtype)
 
 
-def _load_huggingface(name: str, tokenizer: str | None, attention: str) -> AnyProgram:
-    model = huggingface.read_checkpoint(name, attention)
+def _load_huggingface(name: str, tokenizer: str | None, attention: str, dtype: torch.dtype | None) -> AnyProgram:
+    model = huggingface.read_checkpoint(name, attention, dtype)
     try:
         return capture_any(model, None, source=name, kind="huggingface", tokenizer=tokenizer or name)
     except LoadError as error:
@@ -211,6 +218,7 @@ def capture(
     source: str | None = None,
     kind: str = "module",
     tokenizer: str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Program:
     """Export a causal language model with dynamic batch and length.
 
@@ -222,13 +230,16 @@ def capture(
         source: What to call the model in reports.
         kind: Where it came from.
         tokenizer: Folder or hub id of the tokenizer, if the module does not know it.
+        dtype: A narrower type to export a copy of it in.
 
     Raises:
         LoadError: The module cannot be exported with dynamic shapes, or is no causal language model.
     """
     if example_inputs is not None:
         _require_ids(module, example_inputs, source or type(module).__name__)
-    return language_model(capture_any(module, example_inputs, source=source, kind=kind, tokenizer=tokenizer))
+    return language_model(
+        capture_any(module, example_inputs, source=source, kind=kind, tokenizer=tokenizer, dtype=dtype)
+    )
 
 
 def capture_any(
@@ -238,12 +249,13 @@ def capture_any(
     source: str | None = None,
     kind: str = "module",
     tokenizer: str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> AnyProgram:
     """Export a module of any kind: the batch becomes dynamic, and so do the lengths of integer inputs.
 
     Of float inputs, the second axis of three is dynamic where the module allows it, and all others are fixed.
 
-    Arguments are those of :func:`capture`.
+    Arguments are those of :func:`capture`; ``dtype`` is a narrower type to export a copy of the module in.
 
     Raises:
         LoadError: The module cannot be exported with dynamic shapes.
@@ -256,6 +268,8 @@ def capture_any(
                 "Pass token ids to export it with, e.g. (torch.zeros(2, 8, dtype=torch.long),).",
             )
         example_inputs = huggingface.plain_inputs(module)
+    if dtype in (torch.float16, torch.bfloat16):
+        module = _narrowed(module, dtype)
     config = getattr(module, "config", None)
     training = module.training
     module.eval()
@@ -271,6 +285,23 @@ def capture_any(
     known = huggingface.is_transformers_model(module)
     assets = huggingface.assets_of(module, tokenizer) if known else _assets(tokenizer, None)
     return read_export(exported, source=source, kind=kind, assets=assets, max_positions=positions)
+
+
+def _narrowed(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy in another type, or the module itself if it is of that already.
+
+    Of transformers' models only what is saved with a model is rounded, as when it is loaded in that type: rotary
+    frequencies are not, and stay what they are.
+    """
+    if {value.dtype for value in module.parameters() if value.is_floating_point()} <= {dtype}:
+        return module
+    module = copy.deepcopy(module)
+    if not huggingface.is_transformers_model(module):
+        return module.to(dtype)
+    for value in module.state_dict(keep_vars=True).values():
+        if value.is_floating_point():
+            value.data = value.data.to(dtype)
+    return module
 
 
 def _require_ids(module: nn.Module, example_inputs: Sequence[Any] | Mapping[str, Any], source: str) -> None:

@@ -9,19 +9,14 @@ from typing import Any
 
 import onnx
 
-from mla_compile.passes.lower_onnx import half_width
 from mla_compile.program import Assets
 from mla_compile.runtime.onnx_cache import KEY_VALUE
+from mla_compile.runtime.onnx_halves import half_width
 
-__all__ = ["genai_bytes", "write_genai_config"]
+__all__ = ["write_genai_config"]
 
 _CONTEXT = 2048
 """Longest sequence of a model that does not say."""
-
-
-def genai_bytes(rows: Sequence[int]) -> int:
-    """Bytes a token takes in float32 caches of two halves: all layers' rows are as long as the longest, and even."""
-    return 4 * len(rows) * 2 * half_width(rows)
 
 
 def write_genai_config(file: Path, rows: Sequence[int], assets: Assets, *, static: bool) -> None:

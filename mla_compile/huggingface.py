@@ -12,10 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mla_compile.checkpoint_files import require_files, require_fitting_weights
 from mla_compile.errors import LoadError
 from mla_compile.program import Assets
 
-__all__ = ["assets_of", "is_transformers_model", "plain_inputs", "read_checkpoint", "without_cache"]
+__all__ = [
+    "assets_of",
+    "empty_model",
+    "is_transformers_model",
+    "plain_inputs",
+    "read_checkpoint",
+    "read_config",
+    "without_cache",
+]
 
 _BATCH, _LENGTH, _TARGET = 2, 5, 7
 """Sizes of the inputs a model is exported with; a decoder's length differs from its encoder's, as it may."""
@@ -26,33 +35,94 @@ def is_transformers_model(module: nn.Module) -> bool:
     return hasattr(module, "config") and hasattr(module, "main_input_name")
 
 
-def read_checkpoint(name: str, attention: str) -> nn.Module:
+def read_checkpoint(name: str, attention: str, dtype: torch.dtype | None = None) -> nn.Module:
     """Load a checkpoint as what it says it is: a causal language model if it can be one.
 
     Args:
         name: Folder or hub id.
         attention: ``sdpa``, ``eager``, or ``auto`` for the first of the two that the model has.
+        dtype: Type to load its weights in; by default what the checkpoint is in.
 
     Raises:
         LoadError: It cannot be loaded, or lacks weights.
     """
-    from transformers import AutoConfig
     from transformers.utils import logging as transformers_logging
 
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise LoadError(f"The folder '{name}' has no config.json.", "Give a Hugging Face model folder.")
+    if Path(name).is_dir():
+        require_files(Path(name))
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     failures: list[LoadError] = []
-    try:
-        config = AutoConfig.from_pretrained(name)
-    except Exception as error:
-        raise _unreadable(name, error) from error
+    config = read_config(name)
     for kind in _classes(config):
         try:
-            return _read(kind, name, config, attention)
+            return _read(kind, name, config, attention, dtype)
         except LoadError as error:
             failures.append(error)
     raise failures[0]
+
+
+def read_config(name: str) -> Any:  # noqa: ANN401 - any transformers configuration
+    """Read a model's configuration.
+
+    Args:
+        name: A ``config.json``, a folder, or a hub id.
+
+    Raises:
+        LoadError: It cannot be read.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(name)
+    except Exception as error:
+        raise _unreadable(name, error) from error
+
+
+def empty_model(config: Any, attention: str, name: str) -> nn.Module:  # noqa: ANN401 - transformers configuration
+    """Build the model of a configuration with parameters on the device ``meta``, and real buffers.
+
+    Args:
+        config: The configuration.
+        attention: As for :func:`read_checkpoint`.
+        name: What to call it.
+
+    Raises:
+        LoadError: There is no class for it, or it cannot be built.
+    """
+    kind = _classes(config)[0]
+    build = kind.from_config if hasattr(kind, "from_config") else kind._from_config
+    settings = {"dtype": getattr(config, "dtype", None) or torch.float32}
+    try:
+        with _parameters_without_numbers():
+            try:
+                model: nn.Module = build(
+                    config, attn_implementation="sdpa" if attention == "auto" else attention, **settings
+                )
+            except ValueError as error:
+                if attention != "auto" or "scaled_dot_product_attention" not in str(error):
+                    raise
+                model = build(config, attn_implementation="eager", **settings)
+    except Exception as error:
+        raise _unreadable(name, error) from error
+    model.tie_weights()  # type: ignore[operator]  # putting parameters on another device parts what is one
+    return model.eval()
+
+
+@contextmanager
+def _parameters_without_numbers() -> Iterator[None]:
+    """Move every parameter to the device ``meta`` as soon as a module gets it, before anything is written to it."""
+    register = nn.Module.register_parameter
+
+    def emptied(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        register(self, name, None if param is None else nn.Parameter(param.detach().to("meta"), param.requires_grad))
+
+    nn.Module.register_parameter = emptied  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def _classes(config: Any) -> list[Any]:  # noqa: ANN401 - any transformers configuration
@@ -78,13 +148,14 @@ def _classes(config: Any) -> list[Any]:  # noqa: ANN401 - any transformers confi
     return [usual] if causal else [usual, named]
 
 
-def _read(kind: Any, name: str, config: Any, attention: str) -> nn.Module:  # noqa: ANN401 - transformers classes
+def _read(kind: Any, name: str, config: Any, attention: str, dtype: torch.dtype | None) -> nn.Module:  # noqa: ANN401 - transformers classes
     read: Callable[..., Any] = functools.partial(
         kind.from_pretrained,
         name,
         config=config,
-        dtype="auto",  # what the checkpoint is in: its weights stay where they are, mapped from their files
+        dtype=dtype or "auto",  # as they are, weights stay where they are: mapped from their files
         use_safetensors=True,
+        ignore_mismatched_sizes=True,  # they are refused below, by name
         output_loading_info=True,
     )
     try:
@@ -96,11 +167,7 @@ def _read(kind: Any, name: str, config: Any, attention: str) -> nn.Module:  # no
             model, info = read(attn_implementation="eager")
     except Exception as error:
         raise _unreadable(name, error) from error
-    if missing := sorted(info["missing_keys"]):  # transformers fills these with random numbers
-        raise LoadError(
-            f"The weights of '{name}' lack {len(missing)} tensors, '{missing[0]}' among them.",
-            "Get the complete checkpoint; config.json and weights must belong together.",
-        )
+    require_fitting_weights(name, info, model.state_dict())
     loaded: nn.Module = model
     return loaded
 

@@ -15,6 +15,7 @@ from mla_compile.cost import MACHINES, DecodeStep, decode_costs, summed_costs
 from mla_compile.deepseek import DeepSeekShape
 from mla_compile.plan import LatentPlan, cache_elements
 from mla_compile.progress import StageTiming
+from mla_compile.runtime.onnx_halves import halves_bytes
 from mla_compile.runtime.onnx_quantised import quantised_bytes
 from mla_compile.site import AttentionSite, Kind, Rejection
 
@@ -261,6 +262,8 @@ class Report:
         training: What fine-tuning did, if there was any; quality was measured behind it, everything else before.
         warnings: What the user should know.
         artifacts: Written files and their sizes in bytes.
+        kept: Layers with an ordinary cache.
+        source_bytes_per_element: Size of one number of the original's cache, if it is another.
     """
 
     source: str
@@ -281,6 +284,7 @@ class Report:
     warnings: tuple[str, ...] = ()
     artifacts: Mapping[str, int] = field(default_factory=dict)
     kept: tuple[Rejection, ...] = ()
+    source_bytes_per_element: int | None = None
     widths: tuple[int, ...] = ()
 
     @property
@@ -305,11 +309,16 @@ class Report:
     @property
     def cache_bytes_before(self) -> int:
         """Bytes a plain KV cache adds per token."""
-        return (cache_elements(self.plans)[0] + self._kept_elements) * self.bytes_per_element
+        itemsize = self.source_bytes_per_element or self.bytes_per_element
+        return (cache_elements(self.plans)[0] + self._kept_elements) * itemsize
 
     @property
     def cache_bytes_after(self) -> int:
         """Bytes the latent cache, and the cache of layers that were kept, add per token; scales of codes included."""
+        if self.config.get("cache_layout") == "genai":
+            return halves_bytes([p.elements_after for p in self.plans])
+        if self.config.get("cache_layout") == "paged":
+            return 2 * cache_elements(self.plans)[1]
         if self.config.get("cache_type") == "int8":
             return quantised_bytes([p.elements_after for p in self.plans])
         return (cache_elements(self.plans)[1] + self._kept_elements) * self.bytes_per_element

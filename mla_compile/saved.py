@@ -27,12 +27,14 @@ from mla_compile.artifacts import (
 )
 from mla_compile.config import CompileConfig
 from mla_compile.errors import LoadError, UsageError
+from mla_compile.genai import write_genai_config
 from mla_compile.passes.lower_onnx import lower_to_onnx
 from mla_compile.plan import LatentPlan
 from mla_compile.program import Assets
 from mla_compile.report import Training
 from mla_compile.report_page import write_report
 from mla_compile.runtime.module import LatentModel
+from mla_compile.runtime.onnx_halves import halves_bytes
 from mla_compile.runtime.onnx_quantised import quantised_bytes
 
 __all__ = ["Saved", "open_saved", "save", "write_saved_onnx", "write_trained"]
@@ -153,10 +155,11 @@ def write_saved_onnx(saved: Saved, path: Path, form: CompileConfig, *, force: bo
     check_target(path, force)
     cache = saved.report["cache"]
     int8 = form.cache_type == "int8"
-    if int8:
-        after = quantised_bytes(saved.module.rows)
+    halves = form.cache_layout == "genai"
+    if int8 or halves:
+        after = (halves_bytes if halves else quantised_bytes)(saved.module.rows)
         cache = {**cache, "bytes_per_token_after": after, "ratio": after / cache["bytes_per_token_before"]}
-    own = {name: getattr(form, name) for name in ("opset", "cache", "cache_type", "inline")}
+    own = {name: getattr(form, name) for name in ("opset", "cache", "cache_type", "cache_layout", "inline")}
     config = {**saved.report["config"], **own}
     names = [field.name for field in dataclasses.fields(LatentPlan)]
     layers = [{name: layer[name] for name in names} for layer in saved.report["layers"]]
@@ -173,7 +176,10 @@ def write_saved_onnx(saved: Saved, path: Path, form: CompileConfig, *, force: bo
             metadata=metadata,
             static=form.cache == "static",
             quantised=int8,
+            halves=halves,
         )
+        if halves:
+            write_genai_config(file, saved.module.rows, saved.assets, static=form.cache == "static")
         with torch.inference_mode():
             vocabulary = saved.module(torch.zeros(1, 1, dtype=torch.long)).logits.shape[-1]
         ids = torch.randint(0, vocabulary, (2, _CHECKED), generator=torch.Generator().manual_seed(0))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, fx
 
+from mla_compile.content import content_of, hash_tensors
 from mla_compile.passes.statistics import SiteStatistics
 from mla_compile.program import Program
 from mla_compile.site import AttentionSite
@@ -26,8 +27,6 @@ __all__ = ["Found", "StatisticsCache", "default_folder", "open_cache", "statisti
 
 _SCHEMA = 1
 """Raise it with every change of what statistics are or how they are measured."""
-_CHUNK = 2**24
-"""Bytes hashed at once."""
 
 
 @dataclass(frozen=True)
@@ -113,16 +112,8 @@ def statistics_key(program: Program, sites: Sequence[AttentionSite], windows: Te
     digest.update(repr(settled).encode())
     constants = {name: value for name, value in exported.constants.items() if isinstance(value, Tensor)}
     for tensors in ({"windows": windows}, exported.state_dict, constants):
-        _hash_tensors(digest, tensors)
+        hash_tensors(digest, tensors)
     return digest.hexdigest()
-
-
-def _hash_tensors(digest: hashlib.blake2b, tensors: Mapping[str, Tensor]) -> None:
-    for name in sorted(tensors):
-        value = tensors[name].detach().contiguous()
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        for part in value.reshape(-1).view(torch.uint8).split(_CHUNK):
-            digest.update(part.numpy())
 
 
 def _read(path: Path) -> tuple[SiteStatistics, ...]:
@@ -134,7 +125,7 @@ def _read(path: Path) -> tuple[SiteStatistics, ...]:
     with safe_open(path, "pt") as file:
         stored = file.metadata() or {}
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
-    if stored["content"] != _content(tensors):
+    if stored["content"] != content_of(tensors):
         raise ValueError("its content changed")
     sites = range(1 + max(int(name.split(".")[0]) for name in tensors))
     names = [f.name for f in fields(SiteStatistics) if f.name != "tokens"]
@@ -159,14 +150,8 @@ def _write(path: Path, statistics: Sequence[SiteStatistics]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as beside:
         whole = Path(beside) / path.name
-        save_file(tensors, whole, {"tokens": str(statistics[0].tokens), "content": _content(tensors)})
+        save_file(tensors, whole, {"tokens": str(statistics[0].tokens), "content": content_of(tensors)})
         whole.replace(path)
-
-
-def _content(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    _hash_tensors(digest, tensors)
-    return digest.hexdigest()
 
 
 def _first_line(error: Exception) -> str:

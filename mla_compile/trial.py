@@ -142,7 +142,7 @@ def measure_conversions(
             warnings.append(f"{_name(trial)} was left out: {error.message}")
             continue
         warnings += choice.notes
-        with _runnable(task, base, task.rewrite(choice.weights, program.dtype), onnxruntime) as converted:
+        with _runnable(task, base, task.result(choice.weights), onnxruntime) as converted:
             beside, *others = run_beside([base, *converted], windows, _name(trial), stages)
         measured += others
     if refused is not None and beside is None:

@@ -34,6 +34,7 @@ from mla_compile.report import Verification
 from mla_compile.runtime.generate import Ids, generate
 from mla_compile.runtime.module import LatentModel, LatentSeq2Seq, LowRankModel, cache_dtype
 from mla_compile.runtime.onnx_cache import OnnxCache
+from mla_compile.runtime.onnx_halves import halves_bytes
 from mla_compile.runtime.onnx_quantised import quantised_bytes
 from mla_compile.runtime.onnx_session import OnnxDecoder, open_session
 from mla_compile.runtime.ops import kept_rows
@@ -50,6 +51,7 @@ __all__ = [
     "check_onnx",
     "check_seq2seq_onnx",
     "greedy_original",
+    "in_float32",
     "quantised",
     "require_equal",
     "seq2seq_in_chunks",
@@ -136,7 +138,7 @@ def check_module(
     Raises:
         VerificationError: A link is broken.
     """
-    wide = _wide(converted)
+    wide = in_float32(converted)
     with torch.inference_mode():
         expected = (wide_original or original)(ids).float()
         rewrite_error = relative_error(exact(ids).logits, expected)
@@ -172,7 +174,7 @@ def check_module(
     )
 
 
-def _wide(model: LatentModel) -> LatentModel:
+def in_float32(model: LatentModel) -> LatentModel:
     """The same model computing in float32, with shared weights; the model itself, if it does already."""
     assert isinstance(model.graph, fx.GraphModule)
     graph = widened(model.graph)
@@ -243,7 +245,7 @@ def _check_narrow(converted: LatentModel, path: Path, ids: Tensor, planned_bytes
     A float32 copy of the file must equal the module in float32, as tightly as ever. ONNX Runtime's CPU provider runs
     float16 besides, whose roundings must not be much larger than the module's own.
     """
-    dtype, wide = cache_dtype(converted.graph), _wide(converted)
+    dtype, wide = cache_dtype(converted.graph), in_float32(converted)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         copy = Path(folder) / path.name
         write_float32_copy(path, copy)
@@ -302,6 +304,7 @@ def check_onnx(
     held = [decoder.measured_bytes(_filled(decoder, part)) for part in (ids[:, :1], ids)]
     _require_planned(decoder, planned_bytes)
     held_by_one = _cache_bytes if quantisation_error is None else _quantised_cache_bytes
+    held_by_one = _halved_cache_bytes if decoder.halves else held_by_one
     _require_bytes(held[1], len(ids) * held_by_one(converted, ids.shape[1]), ids)
     return error, greedy, held[0] // len(ids)
 
@@ -323,6 +326,11 @@ def _require_planned(decoder: OnnxDecoder, planned_bytes: int) -> None:
 def _cache_bytes(model: LatentModel, tokens: int) -> int:
     """Bytes that the rows of one sequence of so many tokens take."""
     return model.cached_elements(tokens) * cache_dtype(model.graph).itemsize
+
+
+def _halved_cache_bytes(model: LatentModel, tokens: int) -> int:
+    """Bytes that both halves of the rows of one sequence of so many tokens take; windows drop none."""
+    return tokens * halves_bytes(model.rows)
 
 
 def _quantised_cache_bytes(model: LatentModel, tokens: int) -> int:

@@ -3,47 +3,35 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import Tensor
 
-from mla_compile.errors import RefusedError
+from mla_compile.passes.layerwise import Layerwise, Resources
 from mla_compile.passes.layout import Layout, Sizes, per_token, token_axes
 from mla_compile.passes.operands import norm_scale, normalised
 from mla_compile.passes.retype import widened
+from mla_compile.passes.segments import Mark
 from mla_compile.passes.turned import turn_back
 from mla_compile.program import Program
 from mla_compile.runtime import ops
 from mla_compile.site import AttentionSite, Projection
 
-__all__ = ["Attended", "SiteActivations", "Watcher", "attend_site", "observe_outputs", "observe_sites", "per_head"]
-
-
-class Watcher(fx.Interpreter):
-    """Runs a graph, hands watched values to their observers, and frees every value after its last use."""
-
-    def __init__(
-        self, module: fx.GraphModule, watched: Mapping[str, Sequence[Callable[[Tensor, torch.Size], Tensor | None]]]
-    ) -> None:
-        super().__init__(module)
-        self._watched = watched
-        self._shape = torch.Size()
-
-    def observe(self, shape: torch.Size, inputs: Sequence[Tensor]) -> Any:  # noqa: ANN401 - what the graph returns
-        """Run on inputs of ``[batch, length]``, which observers are told; what an observer returns takes a place."""
-        self._shape = shape
-        return self.run(*inputs)
-
-    def run_node(self, n: fx.Node) -> Any:  # noqa: ANN401, D102 - the interpreter's own
-        value = super().run_node(n)
-        for observe in self._watched.get(n.name, ()):
-            replaced = observe(value, self._shape)
-            value = value if replaced is None else replaced
-        return value
+__all__ = [
+    "Attended",
+    "SiteActivations",
+    "SiteRun",
+    "attend_site",
+    "observe_outputs",
+    "observe_sites",
+    "output_run",
+    "per_head",
+    "site_heads",
+]
 
 
 @dataclass(frozen=True)
@@ -68,59 +56,124 @@ class SiteActivations:
     key_scale: Tensor
 
 
+class SiteRun:
+    """The original model on batches of text, as its attention sites see it.
+
+    Args:
+        program: The original model.
+        sites: Its attention sites.
+        shape: Batch and length of the batches, the last of which may be smaller.
+        gradients: Whether to run backward too, from the sum of the next tokens' losses (empirical Fisher).
+        resources: What the run may take.
+
+    Attributes:
+        layerwise: The run of the graph.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        sites: Sequence[AttentionSite],
+        shape: tuple[int, int],
+        *,
+        gradients: bool,
+        resources: Resources | None = None,
+    ) -> None:
+        nodes, sizes = {n.name: n for n in program.exported.graph.nodes}, Sizes.of(program)
+        self._program, self._sites, self._gradients = program, tuple(sites), gradients
+        watched = [_watched(site) for site in sites]
+        self._axes = {
+            name: token_axes(sizes, nodes[name].meta["val"].shape) for names in watched for name in names[:-1]
+        }
+        wanted = [*dict.fromkeys(name for names in watched for name in names)]
+        self.layerwise = Layerwise(
+            widened(program.flat_module()),
+            program.tokens,
+            [*wanted, program.logits] if gradients else wanted,
+            self.marks(sites),
+            shape,
+            resources or Resources(),
+            follow=[site.output for site in sites] if gradients else (),
+            loss=_next_token_loss if gradients else None,
+        )
+
+    @staticmethod
+    def marks(sites: Sequence[AttentionSite]) -> list[Mark]:
+        """Where the graph may be cut: between sites, each with all that is looked at of it."""
+        return [Mark(site.output, _watched(site)) for site in sites]
+
+    @property
+    def widths(self) -> list[int]:
+        """Width of the input of every site's keys and values."""
+        nodes = {n.name: n for n in self._program.exported.graph.nodes}
+        shapes = [(self._axes[s.key.source], nodes[s.key.source].meta["val"].shape) for s in self._sites]
+        return [math.prod(d for axis, d in zip(*pair, strict=True) if axis == "d") for pair in shapes]
+
+    def steps(self, batches: int) -> int:
+        """How many steps :meth:`run` takes for so many batches."""
+        return self.layerwise.steps(batches)
+
+    def run(
+        self, batches: Sequence[Tensor], progress: Callable[[Iterable[Tensor]], Iterable[Tensor]] = iter
+    ) -> Iterator[tuple[int, int, SiteActivations]]:
+        """Look at every site on every batch: batch by batch for each site, in whatever order of sites.
+
+        Args:
+            batches: Token ids ``[B, S]``.
+            progress: Wraps the batches of all steps to show progress.
+
+        Yields:
+            Number of the batch, number of the site, and what it does.
+        """
+        for seen in self.layerwise.run(batches, self._program.inputs, progress):
+            shape = batches[seen.batch].shape
+            for number, site in enumerate(self._sites):
+                if site.output in seen.values:
+                    values = {
+                        name: per_token(self._axes[name], seen.values[name], *shape) for name in _watched(site)[:-1]
+                    }
+                    slope = seen.slopes[site.output] if self._gradients else None
+                    yield seen.batch, number, _of_site(site, values, slope, len(batches[seen.batch]))
+
+
 def observe_sites(
-    program: Program, sites: Sequence[AttentionSite], *, gradients: bool
+    program: Program, sites: Sequence[AttentionSite], *, gradients: bool, resources: Resources | None = None
 ) -> Callable[[Tensor], list[SiteActivations]]:
-    """Prepare to look at every site.
+    """Prepare to look at every site on one batch at a time.
 
     Args:
         program: The original model.
         sites: Its attention sites.
         gradients: Whether to run backward too, from the sum of the next tokens' losses (empirical Fisher).
+        resources: What the run may take.
 
     Returns:
         A function from token ids ``[B, S]`` to one entry per site.
     """
-    nodes, sizes = {n.name: n for n in program.exported.graph.nodes}, Sizes.of(program)
-    seen: dict[str, Tensor] = {}
-    attended: dict[str, Tensor] = {}
-    watched: dict[str, list[Callable[[Tensor, torch.Size], Tensor | None]]] = {}
-
-    def remember(name: str) -> None:
-        axes = token_axes(sizes, nodes[name].meta["val"].shape)
-
-        def observe(value: Tensor, shape: torch.Size) -> None:
-            seen[name] = per_token(axes, value.detach(), *shape)
-
-        watched.setdefault(name, []).append(observe)
-
-    def follow(name: str) -> None:
-        """Let the loss be differentiated by a layer's outputs, and by nothing before the first layer."""
-
-        def observe(value: Tensor, _: torch.Size) -> Tensor:
-            attended[name] = value if value.requires_grad else value.detach().requires_grad_()
-            return attended[name]
-
-        watched.setdefault(name, []).append(observe)
-
-    for name in {n for s in sites for n in (s.key.source, *(_printed(p) for p in (s.query, s.key, s.value)))}:
-        remember(name)
-    for site in sites if gradients else ():
-        follow(site.output)
-    watcher = Watcher(widened(program.flat_module()), watched)
 
     def activations(ids: Tensor) -> list[SiteActivations]:
-        slopes: Sequence[Tensor | None] = [None] * len(sites)
-        with torch.set_grad_enabled(gradients):
-            logits = watcher.observe(ids.shape, program.inputs(ids))
-            if gradients:
-                slopes = _slopes(_next_token_loss(logits, ids), [attended[s.output] for s in sites])
-        found = [_of_site(site, seen, slope, len(ids)) for site, slope in zip(sites, slopes, strict=True)]
-        seen.clear()
-        attended.clear()
-        return found
+        shape = (int(ids.shape[0]), int(ids.shape[1]))
+        run = SiteRun(program, sites, shape, gradients=gradients, resources=resources)
+        found = {number: seen for _, number, seen in run.run([ids])}
+        return [found[number] for number in range(len(sites))]
 
     return activations
+
+
+def output_run(
+    program: Program, sites: Sequence[AttentionSite], shape: tuple[int, int], resources: Resources | None = None
+) -> Layerwise:
+    """The original model up to the attention outputs of its sites, forward only; see :func:`site_heads`.
+
+    Args:
+        program: The original model.
+        sites: Its attention sites.
+        shape: Batch and length of the batches.
+        resources: What the run may take.
+    """
+    outputs = [site.output for site in sites]
+    marks = [Mark(name, (name,)) for name in outputs]
+    return Layerwise(widened(program.flat_module()), program.tokens, outputs, marks, shape, resources or Resources())
 
 
 def observe_outputs(program: Program, sites: Sequence[AttentionSite]) -> Callable[[Tensor], list[Tensor]]:
@@ -129,21 +182,21 @@ def observe_outputs(program: Program, sites: Sequence[AttentionSite]) -> Callabl
     Returns:
         A function from token ids ``[B, S]`` to one tensor per site.
     """
-    seen: dict[str, Tensor] = {}
-
-    def keep(site: AttentionSite) -> Callable[[Tensor, torch.Size], None]:
-        def observe(value: Tensor, shape: torch.Size) -> None:
-            seen[site.output] = _heads(site, value, shape[0])
-
-        return observe
-
-    watcher = Watcher(widened(program.flat_module()), {site.output: [keep(site)] for site in sites})
 
     def outputs(ids: Tensor) -> list[Tensor]:
-        watcher.observe(ids.shape, program.inputs(ids))
-        return [seen.pop(site.output) for site in sites]
+        run = output_run(program, sites, (int(ids.shape[0]), int(ids.shape[1])))
+        found: dict[str, Any] = {}
+        for seen in run.run([ids], program.inputs):
+            found |= seen.values
+        return [site_heads(site, found[site.output], len(ids)) for site in sites]
 
     return outputs
+
+
+def _watched(site: AttentionSite) -> tuple[str, ...]:
+    """What is looked at of a site, its output last."""
+    operands = (_printed(p) for p in (site.query, site.key, site.value))
+    return (*dict.fromkeys((site.key.source, *operands)), site.output)
 
 
 def _printed(projection: Projection) -> str:
@@ -155,22 +208,7 @@ def _next_token_loss(logits: Tensor, ids: Tensor) -> Tensor:
     return F.cross_entropy(scored.reshape(-1, scored.shape[-1]), ids[:, 1:].reshape(-1), reduction="sum")
 
 
-def _slopes(loss: Tensor, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Derivatives of the loss by attention outputs only: the model's parameters are the user's.
-
-    Raises:
-        RefusedError: Something in the model has no derivative.
-    """
-    try:
-        return torch.autograd.grad(loss, outputs)
-    except RuntimeError as error:  # NotImplementedError too
-        raise RefusedError(
-            f"The model cannot be run backward ({str(error).splitlines()[0].rstrip('.')}).",
-            "Pass --no-gradients (gradients=False in Python).",
-        ) from error
-
-
-def _heads(site: AttentionSite, output: Tensor, batch: int) -> Tensor:
+def site_heads(site: AttentionSite, output: Tensor, batch: int) -> Tensor:
     """A layer's attention output, or something in its place, as ``[B, S, H, Dv]`` in the site's order."""
     heads = Layout(site.output_axes).arrange(output, "bshd", batch)
     return heads if site.order is None else heads[:, :, list(site.order)]
@@ -186,7 +224,7 @@ def _of_site(site: AttentionSite, seen: Mapping[str, Tensor], slope: Tensor | No
         query=query.float(),
         key=key.float(),
         value=value.float(),
-        gradient=None if slope is None else _heads(site, slope, batch).float(),
+        gradient=None if slope is None else site_heads(site, slope, batch).float(),
         key_scale=key.new_zeros(*key.shape[:2], 0).float() if scale is None else scale.float(),
     )
 

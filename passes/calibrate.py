@@ -8,12 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mla_compile.passes.activations import Watcher
-from mla_compile.passes.layout import Sizes, per_token, token_axes
-from mla_compile.passes.operands import normalised
-from mla_compile.passes.retype import widened
+from mla_compile.passes.activations import SiteRun
+from mla_compile.processes import Processes
 from mla_compile.program import Program
-from mla_compile.site import AttentionSite, Projection
+from mla_compile.site import AttentionSite
 
 __all__ = ["PairNorms", "pair_norms"]
 
@@ -36,6 +34,8 @@ def pair_norms(
     sites: Sequence[AttentionSite],
     windows: Tensor,
     batch: int = 8,
+    run: SiteRun | None = None,
+    processes: Processes | None = None,
     progress: Callable[[Iterable[Tensor]], Iterable[Tensor]] = iter,
 ) -> tuple[PairNorms, ...]:
     """Measure mean pair norms of queries and keys (MHA2MLA section 3.1, the 2-norm criterion).
@@ -45,53 +45,25 @@ def pair_norms(
         sites: Its attention sites.
         windows: Token ids ``[windows, length]``.
         batch: Windows per forward pass.
-        progress: Wraps the batches to show progress.
+        run: How the model is run, if not as a :class:`~mla_compile.passes.activations.SiteRun` by default.
+        processes: Those that share the batches; all of them get the norms of all batches.
+        progress: Wraps the batches of all steps to show progress.
 
     Returns:
         One entry per site. Memory does not grow with the number of tokens.
     """
-    sums = [
-        {role: torch.zeros(p.heads, len(s.rope.pairs), dtype=torch.float64) for role, p in _operands(s)} for s in sites
-    ]
-    watched: dict[str, list[Callable[[Tensor, torch.Size], Tensor | None]]] = {}
-    nodes, sizes = {n.name: n for n in program.exported.graph.nodes}, Sizes.of(program)
-    for site, total in zip(sites, sums, strict=True):
-        for role, projection in _operands(site):
-            name = projection.activation or projection.node
-            axes = token_axes(sizes, nodes[name].meta["val"].shape)
-
-            def observe(
-                value: Tensor,
-                shape: torch.Size,
-                axes: tuple[str, ...] = axes,
-                site: AttentionSite = site,
-                p: Projection = projection,
-                into: Tensor = total[role],
-            ) -> None:
-                into += _norms(per_token(axes, value, *shape), p, site)
-
-            watched.setdefault(name, []).append(observe)
-
-    watcher = Watcher(widened(program.flat_module()), watched)
-    with torch.inference_mode():
-        for ids in progress(windows.split(batch)):
-            watcher.observe(ids.shape, program.inputs(ids))
+    run = run or SiteRun(program, sites, (batch, windows.shape[1]), gradients=False)
+    processes = processes or Processes()
+    totals = [PairNorms(*(torch.zeros(p.heads, len(s.rope.pairs), dtype=torch.float64) for p in (s.query, s.key)))
+              for s in sites]  # fmt: skip
+    for _, number, seen in run.run(processes.share(windows.split(batch)), progress):
+        for total, heads in ((totals[number].query, seen.query), (totals[number].key, seen.key)):
+            total += _lengths(heads.double(), sites[number])
     tokens = windows.numel()
-    return tuple(PairNorms(query=total["query"] / tokens, key=total["key"] / tokens) for total in sums)
+    return tuple(PairNorms(processes.total(t.query) / tokens, processes.total(t.key) / tokens) for t in totals)
 
 
-def _operands(site: AttentionSite) -> tuple[tuple[str, Projection], ...]:
-    return (("query", site.query), ("key", site.key))
-
-
-def _norms(outputs: Tensor, projection: Projection, site: AttentionSite) -> Tensor:
-    """Sum over tokens of the length of every pair, behind the norm if there is one, ``[heads, pairs]``.
-
-    Args:
-        outputs: ``[B, S, N]``, what the projection printed, or its activation.
-        projection: Queries or keys.
-        site: Their layer.
-    """
-    heads = normalised(projection, outputs.double())
+def _lengths(heads: Tensor, site: AttentionSite) -> Tensor:
+    """Sum over tokens of the length of every pair, ``[heads, pairs]``, of ``[B, S, heads, D]``."""
     pairs = torch.tensor(site.rope.pairs, dtype=torch.long).reshape(-1, 2)
     return torch.hypot(heads[..., pairs[:, 0]], heads[..., pairs[:, 1]]).sum((0, 1))

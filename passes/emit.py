@@ -22,9 +22,11 @@ from mla_compile.program import AnyProgram, Program
 from mla_compile.runtime import ops  # noqa: F401 - registers mla::latent_attention and mla::cached_attention
 from mla_compile.site import AttentionSite, Norm, PlainSite, Projection, Scores
 
-__all__ = ["Emitter", "holder_name", "last_placeholder", "layer_parameters"]
+__all__ = ["PER_HEAD", "Emitter", "holder_name", "last_placeholder", "layer_parameters"]
 
 _aten = torch.ops.aten
+PER_HEAD = "bshd,hed->bshe"
+"""Channels of every head times its own matrix."""
 _Weights = Callable[[str], Node | None]
 """Emits the node of a weight by its name; None for one the layer does not have."""
 
@@ -179,7 +181,7 @@ class Emitter:
         chosen = self._chosen(entries, site.query.rows, self._shape(site.query.activation), batch, length)
         if site.query.turned is not None:
             chosen = self._turned_back(chosen, site, weight)
-        query = self._call(_aten.einsum.default, "bshd,hed->bshe", [chosen, weight("query")])
+        query = self._call(_aten.einsum.default, PER_HEAD, [chosen, weight("query")])
         bias = weight("query_bias")
         return query if bias is None else self._call(_aten.add.Tensor, query, bias)
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mla_compile.deepseek import deepseek_shape, require_expressible, require_table, rope_table
+from mla_compile.passes.converted import steps_beside
 from mla_compile.passes.factorise import LatentWeights
 from mla_compile.passes.gauge import balanced
 from mla_compile.passes.layers import measure_layers, no_room, rope_is_shifted
@@ -181,7 +182,7 @@ def fisher(task: Task) -> Choice:
     windows = task.require_windows()
     measured = measure_layers(task)
     layers = measured.layers
-    divergence = Divergence(task.program, windows, task.program.vocabulary)
+    divergence = Divergence(task.program, windows, task.program.vocabulary, task.sites, task.resources)
 
     @functools.cache
     def parts(index: int, components: int, own: int) -> tuple[RopeSplit, JointFactors]:
@@ -224,14 +225,11 @@ def fisher(task: Task) -> Choice:
             sizes = min(sizes, shared_ranks(layers, config, sizes, costs(sizes)), key=loss)
     weights = weights_of(sizes)
     model = task.rewrite(weights)
-    refitted = refit_values(
-        task.program,
-        task.sites,
-        weights,
-        model,
-        windows,
-        progress=lambda b: task.stages.each("refit", b, math.ceil(len(windows) / BATCH)),
-    )
+    steps = steps_beside(task.program, task.sites, windows.split(BATCH), task.resources)
+    with task.stages.stage("refit", steps) as stage:
+        refitted = refit_values(
+            task.program, task.sites, weights, model, windows, resources=task.resources, progress=stage.each
+        )
     if divergence(task.rewrite(refitted)) < divergence(model):
         weights = refitted
     plans = tuple(

@@ -88,6 +88,8 @@ def insert_latent(
     dtype: torch.dtype,
     kept: Sequence[Rejection] = (),
     cross: Sequence[tuple[AttentionSite, LatentWeights]] = (),
+    *,
+    stored: bool = False,
 ) -> LatentGraph:
     """Replace every site by latent attention, and every layer that is kept by attention with an ordinary cache.
 
@@ -99,6 +101,7 @@ def insert_latent(
             then computes.
         kept: The other attention layers; each has a ``plain`` description.
         cross: Cross attention layers of a decoder, with their latent weights.
+        stored: Store all weights as float32, if that is the type, instead of sharing the original's narrower ones.
 
     Returns:
         The rewritten graph.
@@ -150,7 +153,8 @@ def insert_latent(
     rewritten = finished(module)
     wide = widened(rewritten)  # without roundings, what is no rounding shows
     check_incremental(wide, program, rows, widths)
-    rewritten = wide if dtype == torch.float32 else rewritten
+    if dtype == torch.float32:
+        rewritten = widened(rewritten, stored=True) if stored else wide
     return LatentGraph(rewritten, tuple(rows), tuple(widths))
 
 

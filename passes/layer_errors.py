@@ -3,48 +3,39 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-from mla_compile.passes.activations import observe_outputs, observe_sites
+from mla_compile.passes.activations import SiteRun
+from mla_compile.passes.converted import side_by_side, steps_beside
 from mla_compile.passes.factorise import LatentWeights
-from mla_compile.passes.retype import widened
+from mla_compile.passes.kept import kept_values
+from mla_compile.passes.layerwise import Resources
 from mla_compile.program import Program
 from mla_compile.report import LayerError
-from mla_compile.runtime.module import LatentModel, positions_from_mask
+from mla_compile.runtime.module import LatentModel
 from mla_compile.site import AttentionSite
 
-__all__ = ["layer_errors"]
+__all__ = ["error_steps", "layer_errors"]
 
 
-class _Forced(fx.Interpreter):
-    """Runs a rewritten graph on the original's attention outputs, and keeps the errors of what its layers make."""
-
-    def __init__(self, model: LatentModel, biases: Sequence[Tensor | None]) -> None:
-        super().__init__(widened(model.graph))  # type: ignore[arg-type]
-        self._biases = biases
-        self._wanted: Iterator[tuple[Tensor, Tensor | None]] = iter(())
-        self.errors: list[Tensor] = []
-
-    def compare(self, wanted: Sequence[Tensor], *inputs: Tensor) -> list[Tensor]:
-        """Errors ``[B, S, H, Dv]`` of every latent layer; ``wanted`` are the original's outputs of these layers."""
-        self._wanted = iter(zip(wanted, self._biases, strict=True))
-        self.errors = []
-        self.run(*inputs)
-        return self.errors
-
-    def run_node(self, n: fx.Node) -> Any:  # noqa: ANN401 - the interpreter's own
-        value = super().run_node(n)
-        if n.target is not torch.ops.mla.latent_attention.default:
-            return value
-        got, present = value
-        wanted, bias = next(self._wanted)
-        inner = wanted if bias is None else wanted - bias.to(wanted.dtype)  # the bias is added behind the operator
-        self.errors.append(got - inner)
-        return inner, present
+def error_steps(
+    program: Program,
+    sites: Sequence[AttentionSite],
+    batches: Sequence[Tensor],
+    resources: Resources,
+    *,
+    gradients: bool,
+) -> int:
+    """How many steps :func:`layer_errors` takes."""
+    beside = steps_beside(program, sites, batches, resources)
+    if not gradients:
+        return beside
+    shape = (int(batches[0].shape[0]), int(batches[0].shape[1]))
+    return beside + SiteRun(program, sites, shape, gradients=True, resources=resources).steps(len(batches))
 
 
 def layer_errors(
@@ -56,6 +47,7 @@ def layer_errors(
     *,
     gradients: bool = True,
     batch: int = 4,
+    resources: Resources | None = None,
     progress: Callable[[Iterable[Tensor]], Iterable[Tensor]] = iter,
 ) -> tuple[LayerError, ...]:
     """Measure every converted layer by itself on text.
@@ -68,24 +60,36 @@ def layer_errors(
         windows: Token ids ``[windows, length]``.
         gradients: Run the original backward, for the errors' price in the loss.
         batch: Windows per pass.
-        progress: Wraps the batches to show progress.
+        resources: What running each of the models may take.
+        progress: Wraps the batches of all steps to show progress.
     """
-    outputs = observe_outputs(program, sites)
-    look = observe_sites(program, sites, gradients=True) if gradients else None
-    converted = _Forced(model, [w.output_bias for w in weights])
+    resources = resources or Resources()
+
+    def forced(index: int, given: Mapping[str, Any], wanted: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """Go on with what the original's layer made, and tell how far this one is from it."""
+        got, present = torch.ops.mla.latent_attention.default(**given)
+        bias = weights[index].output_bias  # it is added behind the operator
+        inner = wanted if bias is None else wanted - bias.to(wanted.dtype)
+        return (inner.to(got.device), present), got.cpu() - inner
+
+    batches = windows.split(batch)
+    shape = (int(batches[0].shape[0]), int(batches[0].shape[1]))
+    look = SiteRun(program, sites, shape, gradients=True, resources=resources) if gradients else None
+    count = len(batches) if look is None else look.layerwise.at_a_time(len(batches))
     errors, squares, losses = (torch.zeros(len(sites), dtype=torch.float64) for _ in range(3))
-    for ids in progress(windows.split(batch)):
-        slopes = [None] * len(sites) if look is None else [seen.gradient for seen in look(ids)]
-        with torch.inference_mode():
-            wanted, mask = outputs(ids), torch.ones_like(ids)
-            positions = positions_from_mask(mask, ids.shape[1])
-            cache = (torch.zeros(len(ids), 0, row) for row in model.rows)
-            found = converted.compare(wanted, ids, mask, positions, *cache)
-            for index, (error, output, slope) in enumerate(zip(found, wanted, slopes, strict=True)):
+    for start in range(0, len(batches), count):
+        part = batches[start : start + count]
+        with kept_values(resources.folder) as kept:
+            for place, index, wanted, error in side_by_side(program, sites, model, forced, part, resources, progress):
                 errors[index] += error.double().square().sum()
-                squares[index] += output.double().square().sum()
-                if slope is not None:
-                    losses[index] += (slope * error).sum((2, 3)).double().square().sum() / 2
+                squares[index] += wanted.double().square().sum()
+                if look is not None:
+                    kept.put(place, {str(index): error})
+            for place, index, seen in [] if look is None else look.run(part, progress):
+                assert seen.gradient is not None
+                error = kept.get(place, [str(index)])[str(index)]
+                losses[index] += (seen.gradient * error).sum((2, 3)).double().square().sum() / 2
+                kept.drop(place, [str(index)])
     return tuple(
         LayerError(math.sqrt(error / max(square, 1e-300)), loss / windows.numel() if gradients else None)
         for error, square, loss in zip(errors.tolist(), squares.tolist(), losses.tolist(), strict=True)

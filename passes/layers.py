@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -67,29 +67,59 @@ def measure_layers(task: Task) -> Measured:
 
     Raises:
         RefusedError: A layer's keys have a shift behind their norm that rotates, or activations are not finite.
+        ShareDone: In every process but the first of several, when its share of the text is measured.
     """
     windows, originals = task.require_windows(), task.read()
     for site, original in zip(task.sites, originals, strict=True):
         require_scalable(site, original)
     metrics, notes = (None, ()) if task.config.gradients else _metrics(task)
-    with task.stages.stage("statistics", math.ceil(len(windows) / BATCH)) as stage:
+    run = task.site_run(BATCH, gradients=task.config.gradients)
+    with task.stages.stage("statistics", task.shared_steps(run, BATCH)) as stage:
 
         def measure() -> tuple[SiteStatistics, ...]:
             return collect_statistics(
-                task.program, task.sites, windows, metrics=metrics, batch=BATCH, progress=stage.each
+                task.program,
+                task.sites,
+                windows,
+                metrics=metrics,
+                batch=BATCH,
+                run=run,
+                processes=task.processes,
+                progress=stage.each,
             )
 
-        if task.cache is None:
-            found = Found(measure(), "computed")
-        else:
-            key = statistics_key(task.program, task.sites, windows, gradients=task.config.gradients)
-            found = task.cache.recall(key, measure)
+        found = _measured_once(task, measure)
         stage.note = f"{windows.numel()} tokens, {found.origin}"
     layers = [
         MeasuredLayer(site, weights, measured, rotary_channels(site, weights, measured))
         for site, weights, measured in zip(task.sites, originals, map(certain, found.statistics), strict=True)
     ]
     return Measured(tuple(layers), (*found.warnings, *notes, *_too_few(layers)))
+
+
+def _measured_once(task: Task, measure: Callable[[], tuple[SiteStatistics, ...]]) -> Found:
+    """Measure, all processes together, unless the first has the statistics already; only the first goes on.
+
+    Raises:
+        ShareDone: In every process but the first.
+    """
+    processes, asked = task.processes, []
+    if not processes.first:
+        if processes.agreed(False):  # what the first says
+            measure()
+        processes.leave_unless_first()
+
+    def together() -> tuple[SiteStatistics, ...]:
+        asked.append(processes.agreed(True))
+        return measure()
+
+    if task.cache is None:
+        return Found(together(), "computed")
+    key = statistics_key(task.program, task.sites, task.require_windows(), gradients=task.config.gradients)
+    found = task.cache.recall(key, together)
+    if not asked:
+        processes.agreed(False)
+    return found
 
 
 def _metrics(task: Task) -> tuple[list[Tensor], tuple[str, ...]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import json
 import operator
 import re
@@ -24,6 +25,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
 from mla_compile.errors import RefusedError
+from mla_compile.passes.emit import PER_HEAD
 from mla_compile.passes.evaluate import example_inputs
 from mla_compile.passes.fold import fold_numbers
 from mla_compile.passes.insert_latent import ENCODER_MASK, INPUT_NAMES
@@ -36,8 +38,10 @@ from mla_compile.program import AnyProgram
 from mla_compile.quiet import quiet_exporter
 from mla_compile.runtime import ops
 from mla_compile.runtime.module import cache_dtype, cache_windows
-from mla_compile.runtime.onnx_cache import PAST, PAST_SCALE, PRESENT, PRESENT_SCALE, ROOM, WINDOW
+from mla_compile.runtime.onnx_cache import BLOCKS, PAST, PAST_SCALE, PRESENT, PRESENT_SCALE, ROOM, WINDOW
 from mla_compile.runtime.onnx_function import CACHED, DOMAIN, LATENT, VERSION, Variant, attention_function
+from mla_compile.runtime.onnx_halves import half_width
+from mla_compile.runtime.onnx_paged import BLOCK, MICROSOFT, paged_function, paged_problem
 from mla_compile.runtime.onnx_quantised import SCALES
 from mla_compile.runtime.ops import kept_rows
 
@@ -48,7 +52,6 @@ __all__ = [
     "export_encoder",
     "export_rewritten",
     "exported_to_onnx",
-    "half_width",
     "lower_encoder_to_onnx",
     "lower_to_onnx",
     "name_dimensions",
@@ -56,6 +59,7 @@ __all__ = [
     "node_variant",
     "rewritten_to_onnx",
     "save",
+    "with_float32_logits",
 ]
 
 EXTERNAL_DATA_BYTES = 1_500_000_000
@@ -106,7 +110,10 @@ def export_rewritten(
     )
     shapes = tuple({0: Dim.AUTO, 1: Dim.AUTO} for _ in example)
     with torch.no_grad(), quiet_exporter():
-        return torch.export.export(module, example, dynamic_shapes=shapes, strict=False)
+        exported = torch.export.export(module, example, dynamic_shapes=shapes, strict=False)
+    for node in exported.graph.nodes:
+        node.meta.pop("from_node", None)  # it has addresses in memory, and would be stored
+    return exported
 
 
 def lower_to_onnx(
@@ -122,6 +129,7 @@ def lower_to_onnx(
     static: bool = False,
     quantised: bool = False,
     halves: bool = False,
+    paged: bool = False,
 ) -> None:
     """Write the rewritten graph as an ONNX file.
 
@@ -133,7 +141,7 @@ def lower_to_onnx(
     ``past_key_values.{i}.scale [batch, past, 2]``, of the latent and of the rope keys.
 
     A cache in halves is ``past_key_values.{i}.key`` and ``.value``, ``[batch, 1, past, width]`` with one width for all
-    layers (:func:`half_width`), as programs expect that know of keys and values only.
+    layers, as programs expect that know of keys and values only.
 
     Args:
         module: The rewritten graph.
@@ -147,15 +155,25 @@ def lower_to_onnx(
         static: Whether caches are static.
         quantised: Whether caches are quantised.
         halves: Whether caches are in halves.
+        paged: Whether caches are blocks ``[blocks, 16, 1, row]`` in float16 or bfloat16, and attention an operator of
+            ONNX Runtime's CUDA provider; every sequence has equally many blocks.
 
     Raises:
         RefusedError: There is no ONNX form of an operator, or no static or quantised cache, or cache in halves, for a
             layer.
     """
+    if halves and cache_dtype(module) in NARROW:
+        raise RefusedError(
+            "A cache in halves is of a float32 model, and this one has half precision.",
+            "Give the model in float32, or leave --cache-layout genai out.",
+        )
     model = rewritten_to_onnx(module, rows, opset=opset, cross=cross, masked=masked, static=static, quantised=quantised)
     if halves:
         _halve(model, rows, static)
-    _add_functions(model, opset)
+    if paged:
+        _page(model, opset)
+    else:
+        _add_functions(model, opset)
     if inline:
         InlinePass()(model)
         del model.opset_imports[DOMAIN]
@@ -193,7 +211,9 @@ def rewritten_to_onnx(
         )
     symbolic = _with_symbolic_nodes(module, static, quantised)
     if dtype in NARROW:
-        _fit_types(symbolic, dtype)
+        with_float32_logits(symbolic)
+    if dtype == torch.bfloat16:
+        _without_narrow_einsums(symbolic)
     exported = export_rewritten(symbolic, rows, dtype, cross=cross, masked=masked, static=static, quantised=quantised)
     caches = [(PAST, PRESENT), *([(PAST_SCALE, PRESENT_SCALE)] if quantised else [])]
     pasts, presents = ([names[i].format(layer) for names in caches for layer in range(len(rows))] for i in (0, 1))
@@ -215,11 +235,6 @@ def rewritten_to_onnx(
     return model
 
 
-def half_width(rows: Sequence[int]) -> int:
-    """Numbers of a half row, in all layers: the longest row decides, and others are filled up with zeros."""
-    return (max(rows) + 1) // 2
-
-
 def _halve(model: ir.Model, rows: Sequence[int], static: bool) -> None:
     """Give every layer a cache in halves.
 
@@ -236,6 +251,34 @@ def _halve(model: ir.Model, rows: Sequence[int], static: bool) -> None:
     tokens = (ROOM, ROOM) if static else ("past_sequence_length", "total_sequence_length")
     for node in split_caches(model, lambda _: (size, size), ir.DataType.FLOAT, tokens):
         node.attributes.add(ir.AttrInt64("halves", 1))
+
+
+def _page(model: ir.Model, opset: int) -> None:
+    """Give every layer a cache of blocks, and the operator that reads one.
+
+    Raises:
+        RefusedError: The operator does not compute what a layer does.
+    """
+    nodes = [node for node in model.graph if node.domain == DOMAIN]
+    for layer, node in enumerate(nodes):
+        variant = dataclasses.replace(node_variant(node), static=False)
+        problem = "it was not converted" if node.op_type == CACHED else paged_problem(variant)
+        if problem is not None:
+            raise RefusedError(
+                f"Attention layer {layer} has no form for the CUDA provider's PagedAttention: {problem}.",
+                "Leave --target cuda out: standard operators run on CUDA too, with --provider cuda.",
+            )
+        past, present = node.inputs[2], node.outputs[1]
+        assert past is not None
+        assert past.shape is not None
+        dtype = ir.DataType.FLOAT16 if past.dtype == ir.DataType.FLOAT else past.dtype
+        assert dtype is not None
+        for value in (past, present):
+            value.type = ir.TensorType(dtype)
+            value.shape = ir.Shape([BLOCKS, BLOCK, 1, past.shape[-1]])
+        node.attributes.pop("static", None)
+        name_function(model, node, paged_function(opset, variant))
+    model.opset_imports[MICROSOFT] = 1
 
 
 @dataclass(frozen=True)
@@ -402,24 +445,38 @@ def _with_symbolic_nodes(module: fx.GraphModule, static: bool, quantised: bool) 
     return replaced
 
 
-def _fit_types(module: fx.GraphModule, dtype: torch.dtype) -> None:
-    """Return logits in float32, and put conversions around what ONNX does not define in a narrow type."""
-    graph, outputs = module.graph, module.graph.output_node()
-
-    def converted(node: fx.Node, wanted: torch.dtype) -> fx.Node:
-        return graph.call_function(torch.ops.aten._to_copy.default, (node,), {"dtype": wanted})
-
+def with_float32_logits(module: fx.GraphModule) -> None:
+    """Let a graph return its first output in float32, whatever it computes in: what samples tokens need not know it."""
+    outputs = module.graph.output_node()
     results: Any = outputs.args[0]
-    with graph.inserting_before(outputs):
-        outputs.args = ((converted(results[0], torch.float32), *results[1:]),)
-    for node in [n for n in graph.nodes if n.target is torch.ops.aten.einsum.default and dtype == torch.bfloat16]:
-        with graph.inserting_before(node):
-            equation, operands = node.args
-            node.args = (equation, [converted(operand, torch.float32) for operand in operands])
-        with graph.inserting_after(node):
-            rounded = converted(node, dtype)
+    with module.graph.inserting_before(outputs):
+        outputs.args = ((_converted(results[0], torch.float32), *results[1:]),)
+    module.recompile()
+
+
+def _without_narrow_einsums(module: fx.GraphModule) -> None:
+    """Write ``Einsum``, which bfloat16 does not have in ONNX, otherwise: ours as a product, others in float32."""
+    for node in [n for n in module.graph.nodes if n.target is torch.ops.aten.einsum.default]:
+        equation, operands = node.args
+        if equation == PER_HEAD:
+            node.target, node.args = _per_head, tuple(operands)
+            continue
+        with module.graph.inserting_before(node):
+            node.args = (equation, [_converted(operand, torch.float32) for operand in operands])
+        with module.graph.inserting_after(node):
+            rounded = _converted(node, torch.bfloat16)
         node.replace_all_uses_with(rounded, delete_user_cb=lambda user, own=rounded: user is not own)
     module.recompile()
+
+
+def _per_head(heads: Tensor, matrices: Tensor) -> Tensor:
+    """:data:`PER_HEAD` as one product of matrices per head."""
+    products = heads.permute(2, 0, 1, 3) @ matrices.mT.unsqueeze(1)
+    return products.permute(1, 2, 0, 3)
+
+
+def _converted(node: fx.Node, dtype: torch.dtype) -> fx.Node:
+    return node.graph.call_function(torch.ops.aten._to_copy.default, (node,), {"dtype": dtype})
 
 
 def _add_scales(graph: fx.Graph) -> None:

@@ -21,9 +21,11 @@ from torch.export import Dim
 from mla_compile.errors import RefusedError
 from mla_compile.passes.fold import fold_numbers
 from mla_compile.passes.insert_latent import INPUT_NAMES
-from mla_compile.passes.lower_onnx import exported_to_onnx, name_dimensions, save
+from mla_compile.passes.lower_onnx import exported_to_onnx, name_dimensions, save, with_float32_logits
+from mla_compile.passes.retype import NARROW
 from mla_compile.quiet import quiet_exporter
 from mla_compile.runtime import ops
+from mla_compile.runtime.module import cache_dtype
 from mla_compile.runtime.onnx_function import DOMAIN, VERSION, Variant
 from mla_compile.runtime.tensorrt.functions import APPEND, COMBINE, DECODE, OPSET, PARTIAL, PLUGIN, SPLITS, function
 
@@ -74,12 +76,15 @@ def lower_to_tensorrt_onnx(
         torch.zeros(_BATCH, _NEW, dtype=torch.long),
         torch.full((_BATCH,), _NEW, dtype=torch.int32),
         torch.zeros(_BATCH, _NEW, dtype=torch.long),
-        *(torch.zeros(_BATCH, 1, _ROOM, row) for row in rows),
+        *(torch.zeros(_BATCH, 1, _ROOM, row, dtype=cache_dtype(module)) for row in rows),
     )
     free = ((0, 1), (0,), (0, 1), *((0, 2) for _ in rows))
     shapes = tuple(dict.fromkeys(axes, Dim.AUTO) for axes in free)
+    replaced = _with_nodes(module, splits)
+    if cache_dtype(module) in NARROW:
+        with_float32_logits(replaced)
     with torch.no_grad(), quiet_exporter():
-        exported = torch.export.export(_with_nodes(module, splits), example, dynamic_shapes=shapes, strict=False)
+        exported = torch.export.export(replaced, example, dynamic_shapes=shapes, strict=False)
     layers = range(len(rows))
     inputs = ["input_ids", "lengths", "position_ids", *(f"past_key_values.{i}.latent" for i in layers)]
     outputs = ["logits", *(f"present.{i}.latent" for i in layers)]

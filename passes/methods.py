@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
+
+from mla_compile.config import CompileConfig
 from mla_compile.passes.calibrate import PairNorms, pair_norms
 from mla_compile.passes.factorise import factorise_layers
 from mla_compile.passes.fisher import fisher
-from mla_compile.passes.task import Choice, Method, Task, unpredicted
+from mla_compile.passes.gauge import balanced
+from mla_compile.passes.task import BATCH, Choice, Method, Task, unpredicted
 from mla_compile.passes.transmla import transmla
-from mla_compile.plan import plan_layers
+from mla_compile.plan import LatentPlan, plan_layers
 
 __all__ = ["METHODS", "mha2mla", "nothing_left_out"]
 
@@ -19,13 +23,13 @@ def mha2mla(task: Task) -> Choice:
     plans = plan_layers(task.sites, task.widths, task.config)
     norms: Sequence[PairNorms | None] = [None] * len(task.sites)
     if task.config.selection == "2-norm" and any(p.rope_dims for p in plans):
-        windows = task.require_windows()
-        batches = -(-len(windows) // 8)
-        norms = pair_norms(
-            task.program, task.sites, windows, progress=lambda b: task.stages.each("calibrate", b, batches)
-        )
-    weights = factorise_layers(task.program, task.sites, plans, task.config, task.stages, norms)
-    return Choice(plans, tuple(weights), unpredicted(weights, own=True))
+        windows, run = task.require_windows(), task.site_run(BATCH, gradients=False)
+        with task.stages.stage("calibrate", task.shared_steps(run, BATCH)) as stage:
+            norms = pair_norms(
+                task.program, task.sites, windows, BATCH, run=run, processes=task.processes, progress=stage.each
+            )
+    task.processes.leave_unless_first()
+    return _factorised(task, plans, task.config, norms)
 
 
 def nothing_left_out(task: Task) -> Choice:
@@ -33,8 +37,26 @@ def nothing_left_out(task: Task) -> Choice:
     config = task.config.model_copy(update={"exact": True, "selection": "uniform", "rope_dims": None})
     config = config.model_copy(update={"cache_ratio": None, "kv_rank": None, "uniform_rank": False})
     plans = plan_layers(task.sites, task.widths, config)
-    weights = factorise_layers(task.program, task.sites, plans, config, task.stages)
-    return Choice(plans, tuple(weights), unpredicted(weights, own=True))
+    return _factorised(task, plans, config)
+
+
+def _factorised(
+    task: Task, plans: tuple[LatentPlan, ...], config: CompileConfig, norms: Sequence[PairNorms | None] | None = None
+) -> Choice:
+    """Factorise layer by layer; balanced at once, unless the layers are trained before that."""
+    done = not task.config.polish_steps
+    weights = factorise_layers(
+        task.program,
+        task.sites,
+        plans,
+        config,
+        task.stages,
+        norms,
+        finish=balanced if done else None,
+        keep=None if task.store is None else task.store.recall,
+        dtype=torch.float32 if task.wide else task.dtype,
+    )
+    return Choice(plans, tuple(weights), unpredicted(weights, own=True), balanced=done)
 
 
 METHODS: Mapping[str, Method] = {"fisher": fisher, "transmla": transmla, "mha2mla": mha2mla}

@@ -72,7 +72,7 @@ def polish(task: Task, weights: Sequence[LatentWeights], steps: int) -> Polished
     """
     windows = task.require_windows()
     aside = max(1, min(_ASIDE, len(windows) // 8))
-    divergence = Divergence(task.program, windows[-aside:], task.program.vocabulary)
+    divergence = Divergence(task.program, windows[-aside:], task.program.vocabulary, task.sites, task.resources)
     before = divergence(task.rewrite(weights))
     trained, done = _train(task, weights, windows[:-aside] if len(windows) > 1 else windows, steps)
     after = divergence(task.rewrite(trained))

@@ -13,11 +13,17 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-__all__ = ["write_float32_copy"]
+__all__ = ["is_narrow_file", "write_float32_copy"]
 
 _NARROW = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 _TYPES = ("to", "dtype")
 """Attributes that name a type, of ``Cast`` and of what creates tensors."""
+
+
+def is_narrow_file(path: Path) -> bool:
+    """Whether a file's caches are float16 or bfloat16."""
+    model = ir.load(path)
+    return any(value.dtype in _NARROW for value in model.graph.inputs)
 
 
 def write_float32_copy(source: Path, target: Path) -> None:

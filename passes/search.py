@@ -13,9 +13,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mla_compile.evaluate import original_scorer
+from mla_compile.passes.converted import converted_logits, original_logits
+from mla_compile.passes.layerwise import Resources
 from mla_compile.program import Program
 from mla_compile.runtime.module import LatentModel
+from mla_compile.site import AttentionSite
 
 __all__ = ["Divergence", "Shares", "global_ranks", "search_shares"]
 
@@ -43,23 +45,37 @@ class Shares:
 
 
 class Divergence:
-    """Measures how far a converted model's predictions are from the original's: KL(original || converted) per token."""
+    """Measures how far a converted model's predictions are from the original's: KL(original || converted) per token.
 
-    def __init__(self, program: Program, windows: Tensor, vocabulary: int) -> None:
+    Args:
+        program: The original.
+        windows: Token ids ``[windows, length]``; as many are used as a probe takes.
+        vocabulary: How many tokens it predicts.
+        sites: Its attention sites, between which it is cut if it is large.
+        resources: What running a model may take.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        windows: Tensor,
+        vocabulary: int,
+        sites: Sequence[AttentionSite] = (),
+        resources: Resources | None = None,
+    ) -> None:
         length = windows.shape[1]
         count = max(1, min(_PROBE_TOKENS // length, _PROBE_LOGITS // (length * vocabulary), len(windows)))
-        self._windows = windows[:count]
-        score = original_scorer(program, wide=True)
-        with torch.inference_mode():
-            self._expected = [score(ids).float().log_softmax(-1) for ids in self._windows.split(1)]
+        self._windows, self._resources = windows[:count], resources or Resources()
+        logits = original_logits(program, sites, self._windows.split(1), self._resources, wide=True)
+        self._expected = [found.float().log_softmax(-1) for found in logits]
 
     def __call__(self, model: LatentModel) -> float:
         """KL divergence in nats per token."""
         total = 0.0
-        with torch.inference_mode():
-            for ids, expected in zip(self._windows.split(1), self._expected, strict=True):
-                got = model(ids).logits.float().log_softmax(-1)
-                total += float((expected.exp() * (expected - got)).sum())
+        logits = converted_logits(model, self._windows.split(1), self._resources)
+        for found, expected in zip(logits, self._expected, strict=True):
+            got = found.float().log_softmax(-1)
+            total += float((expected.exp() * (expected - got)).sum())
         return total / self._windows.numel()
 
 

@@ -14,17 +14,18 @@ moment, the place of ``(dL/ds_mj)^2``. Losses then have no unit, but can be comp
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from mla_compile.errors import RefusedError
-from mla_compile.passes.activations import Attended, SiteActivations, attend_site, observe_sites, per_head
+from mla_compile.passes.activations import Attended, SiteActivations, SiteRun, attend_site, per_head
+from mla_compile.processes import Processes
 from mla_compile.program import Program
 from mla_compile.site import AttentionSite
 
-__all__ = ["SiteStatistics", "collect_statistics", "key_weighting", "logit_fisher", "logit_spread"]
+__all__ = ["SiteStatistics", "SiteSums", "collect_statistics", "key_weighting", "logit_fisher", "logit_spread"]
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,13 @@ def collect_statistics(
     *,
     metrics: Sequence[Tensor] | None = None,
     batch: int = 4,
+    run: SiteRun | None = None,
+    processes: Processes | None = None,
     progress: Callable[[Iterable[Tensor]], Iterable[Tensor]] = iter,
 ) -> tuple[SiteStatistics, ...]:
     """Run the model over text: forward and backward, or forward only where metrics are given.
+
+    Of several processes each runs its share of the batches; all of them get the statistics of all batches.
 
     Args:
         program: The original model.
@@ -89,18 +94,20 @@ def collect_statistics(
         windows: Token ids ``[windows, length]``.
         metrics: What errors of every site's outputs cost, ``[H, Dv, Dv]``; by default the loss's gradients say.
         batch: Windows per pass.
-        progress: Wraps the batches to show progress.
+        run: How the model is run, if not as a :class:`~mla_compile.passes.activations.SiteRun` by default.
+        processes: Those that share the batches.
+        progress: Wraps the batches of all steps to show progress.
 
     Raises:
         RefusedError: A layer's activations or gradients are not finite.
     """
-    look = observe_sites(program, sites, gradients=metrics is None)
     costs: Sequence[Tensor | None] = [None] * len(sites) if metrics is None else metrics
-    sums = [_Sums.zeros(site, windows.shape[1]) for site in sites]
-    for ids in progress(windows.split(batch)):
-        for site, total, seen, metric in zip(sites, sums, look(ids), costs, strict=True):
-            total.add(site, seen, metric)
-    found = tuple(total.means(site, windows.numel()) for site, total in zip(sites, sums, strict=True))
+    run = run or SiteRun(program, sites, (batch, windows.shape[1]), gradients=metrics is None)
+    processes = processes or Processes()
+    sums = [SiteSums.zeros(site, width, windows.shape[1]) for site, width in zip(sites, run.widths, strict=True)]
+    for _, number, seen in run.run(processes.share(windows.split(batch)), progress):
+        sums[number].add(sites[number], seen, costs[number])
+    found = tuple(sums.pop(0).over(processes).means(site, windows.numel()) for site in sites)  # never two of all
     _require_finite(sites, found)
     return found
 
@@ -119,8 +126,12 @@ def _require_finite(sites: Sequence[AttentionSite], found: Sequence[SiteStatisti
 
 
 @dataclass
-class _Sums:
-    """Running sums of one site."""
+class SiteSums:
+    """Running sums of one site over text, in float64: what its statistics are means of.
+
+    Sums over parts of a text :meth:`merge` into those over all of it, whichever way it is cut. Additions are in float64
+    and rounded, so that another cut agrees to some 1e-15 of the largest number, not to the last bit.
+    """
 
     mean: Tensor
     moment: Tensor
@@ -134,25 +145,42 @@ class _Sums:
     key_mean: Tensor
 
     @classmethod
-    def zeros(cls, site: AttentionSite, length: int) -> _Sums:
+    def zeros(cls, site: AttentionSite, width: int, length: int) -> SiteSums:
+        """Sums over no text, of a site with inputs of some width, in windows of some length."""
+
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64)
 
         heads = site.heads
         return cls(
-            mean=zeros(1),  # takes its width from the first batch
-            moment=zeros(1),
+            mean=zeros(width),
+            moment=zeros(width, width),
             query=zeros(heads, site.qk_dim, site.qk_dim),
             distance=zeros(heads, length),
             output=zeros(heads, site.v_dim, site.v_dim),
             attended=zeros(heads),
             value=zeros(site.value.heads),
             key_squares=zeros(site.kv_heads),
-            key_moment=zeros(1),
-            key_mean=zeros(1),
+            key_moment=zeros(width, width) if site.key.norm else zeros(0),
+            key_mean=zeros(width) if site.key.norm else zeros(0),
         )
 
+    def merge(self, other: SiteSums) -> SiteSums:
+        """Sums over two parts of a text."""
+        return SiteSums(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
+
+    def over(self, processes: Processes) -> SiteSums:
+        """Sums over the parts of all processes, merged in the order of their numbers."""
+        return SiteSums(**{f.name: processes.total(getattr(self, f.name)) for f in fields(self)})
+
     def add(self, site: AttentionSite, seen: SiteActivations, metric: Tensor | None) -> None:
+        """Add what a site does on a batch.
+
+        Args:
+            site: The layer.
+            seen: Its activations.
+            metric: What errors of its outputs cost, ``[H, Dv, Dv]``; by default its gradients say.
+        """
         attended = attend_site(site, seen.query, seen.key, seen.value)
         source = seen.source.double()
         if metric is None:
@@ -162,8 +190,8 @@ class _Sums:
         else:
             cost = logit_spread(site, seen, attended, metric)
             self.output += metric * source.shape[:2].numel()
-        self.mean = self.mean + source.sum((0, 1))
-        self.moment = self.moment + torch.einsum("bsd,bse->de", source, source)
+        self.mean += source.sum((0, 1))
+        self.moment += torch.einsum("bsd,bse->de", source, source)
         weighted = seen.query * cost.sum(-1).transpose(1, 2)[..., None]
         self.query += torch.einsum("bshd,bshe->hde", weighted.double(), seen.query.double())
         self.distance += _by_distance(cost)
@@ -172,10 +200,11 @@ class _Sums:
         if seen.key_scale.shape[-1]:
             squares = seen.key_scale.double().square()
             self.key_squares += squares.sum((0, 1))  # of one norm for all heads, every head's
-            self.key_moment = self.key_moment + torch.einsum("bs,bsd,bse->de", squares.mean(-1), source, source)
-            self.key_mean = self.key_mean + torch.einsum("bs,bsd->d", squares.mean(-1), source)
+            self.key_moment += torch.einsum("bs,bsd,bse->de", squares.mean(-1), source, source)
+            self.key_mean += torch.einsum("bs,bsd->d", squares.mean(-1), source)
 
     def means(self, site: AttentionSite, tokens: int) -> SiteStatistics:
+        """Statistics over so many tokens."""
         return SiteStatistics(
             tokens=tokens,
             mean=self.mean / tokens,

@@ -14,10 +14,14 @@ from torch import Tensor
 
 from mla_compile.config import CompileConfig
 from mla_compile.deepseek import DeepSeekShape
+from mla_compile.layer_store import LayerStore
+from mla_compile.passes.activations import SiteRun
 from mla_compile.passes.factorise import LatentWeights
 from mla_compile.passes.insert_latent import insert_latent
+from mla_compile.passes.layerwise import Resources
 from mla_compile.passes.weights import SiteWeights, input_width, read_site
 from mla_compile.plan import LatentPlan
+from mla_compile.processes import Processes
 from mla_compile.program import Program
 from mla_compile.progress import Stages
 from mla_compile.report import LayerForecast
@@ -45,6 +49,10 @@ class Task:
         windows: Calibration text ``[windows, length]``, or None.
         stages: Times and shows what runs.
         cache: Where statistics are kept for the next conversion, or None.
+        store: Where finished layers are kept, or None for memory; only methods that go layer by layer use it.
+        wide: Whether layers are kept there in float32, whatever the type of the result.
+        resources: What running the original over text may take.
+        processes: Those that share the text.
     """
 
     program: Program
@@ -54,6 +62,10 @@ class Task:
     windows: Tensor | None
     stages: Stages = field(default_factory=Stages)
     cache: StatisticsCache | None = None
+    store: LayerStore | None = None
+    wide: bool = False
+    resources: Resources = field(default_factory=Resources)
+    processes: Processes = field(default_factory=Processes)
 
     @property
     def widths(self) -> list[int]:
@@ -64,15 +76,30 @@ class Task:
         """Weights of every site."""
         return [read_site(self.program, site) for site in self.sites]
 
-    def rewrite(self, weights: Sequence[LatentWeights], dtype: torch.dtype = torch.float32) -> LatentModel:
-        """The converted model with some weights.
-
-        Args:
-            weights: Of every site.
-            dtype: The model's own type, or float32 for what the same model computes without its roundings.
-        """
-        graph = insert_latent(self.program, self.sites, weights, dtype, self.kept)
+    def rewrite(self, weights: Sequence[LatentWeights]) -> LatentModel:
+        """The converted model with some weights, computing in float32."""
+        graph = insert_latent(self.program, self.sites, weights, torch.float32, self.kept)
         return LatentModel(graph.module, graph.rows)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the result: what the user chose, else the model's own."""
+        chosen = self.config.dtype
+        return self.program.dtype if chosen == "auto" else getattr(torch, chosen)
+
+    def result(self, weights: Sequence[LatentWeights]) -> LatentModel:
+        """The converted model with some weights, in its own type."""
+        graph = insert_latent(self.program, self.sites, weights, self.dtype, self.kept, stored=True)
+        return LatentModel(graph.module, graph.rows)
+
+    def site_run(self, batch: int, *, gradients: bool) -> SiteRun:
+        """The original on its text, so many windows at a time."""
+        shape = (batch, self.require_windows().shape[1])
+        return SiteRun(self.program, self.sites, shape, gradients=gradients, resources=self.resources)
+
+    def shared_steps(self, run: SiteRun, batch: int) -> int:
+        """Steps of this process over its share of the text."""
+        return run.steps(len(self.processes.share(self.require_windows().split(batch))))
 
     def require_windows(self) -> Tensor:
         """Calibration text, which the caller of a method that needs it has to give."""
@@ -91,6 +118,7 @@ class Choice:
         forecasts: What rotates in every site, and what the conversion should cost.
         deepseek: What all sites have in common, in the layout ``deepseek``.
         notes: What the user should know.
+        balanced: Whether the weights went through :func:`~mla_compile.passes.gauge.balanced` already.
     """
 
     plans: tuple[LatentPlan, ...]
@@ -98,6 +126,7 @@ class Choice:
     forecasts: tuple[LayerForecast, ...]
     deepseek: DeepSeekShape | None = None
     notes: tuple[str, ...] = ()
+    balanced: bool = False
 
 
 def unpredicted(

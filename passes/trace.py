@@ -21,6 +21,7 @@ from mla_compile.program import AnyProgram, Program
 from mla_compile.site import RejectCode
 
 __all__ = [
+    "SHAPE_ONLY",
     "Anchor",
     "DataFlow",
     "MismatchError",
@@ -48,7 +49,7 @@ _PRODUCTS = frozenset(
 )
 
 
-_SHAPE_ONLY = frozenset(
+SHAPE_ONLY = frozenset(
     {
         _aten.ones_like.default,
         _aten.zeros_like.default,
@@ -144,11 +145,11 @@ class DataFlow:
             elif node.op == "call_function" and node.target is not _aten.sym_size.int:
                 # A size is a number about a tensor, not its content: it ends the flow.
                 inputs = node.all_input_nodes
-                if node.target not in _SHAPE_ONLY and any(i in self.tokens for i in inputs):
+                if node.target not in SHAPE_ONLY and any(i in self.tokens for i in inputs):
                     self.tokens.add(node)
                 if any(i in user_dependent for i in inputs):
                     user_dependent.add(node)
-                shape_only = node.target in _SHAPE_ONLY
+                shape_only = node.target in SHAPE_ONLY
                 if (not shape_only and any(i in self.hidden for i in inputs)) or (
                     node.target is _aten.embedding.default
                     and node.args[0] in self.weighted

@@ -96,7 +96,8 @@ def transmla(task: Task) -> Choice:
         require_table(task.sites[0], task.config.rope_dims)
     measured = measure_layers(task)
     layers = measured.layers
-    divergence = Divergence(task.program, task.require_windows(), task.program.vocabulary)
+    windows, vocabulary = task.require_windows(), task.program.vocabulary
+    divergence = Divergence(task.program, windows, vocabulary, task.sites, task.resources)
     best: tuple[float, tuple[LatentPlan, ...], tuple[LatentWeights, ...], int] | None = None
     collapses = _collapses(layers, task.config)
     if not collapses:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from mla_compile.errors import UsageError
 
 __all__ = [
+    "BLOCKS",
     "KEY_VALUE",
     "PAST",
     "PAST_SCALE",
@@ -33,6 +34,8 @@ KEY_VALUE = (("past_key_values.{}.key", "present.{}.key"), ("past_key_values.{}.
 """The same where it is two tensors ``[batch, heads, tokens, channels]``: two halves of a row, or keys and values."""
 ROOM = "cache_length"
 """The dimension of a static cache by which a file is known to have one."""
+BLOCKS = "cache_blocks"
+"""The first dimension of a static cache that lies in blocks of tokens ``[blocks, tokens, 1, row]``."""
 WINDOW = "_of_window_"
 """What stands between a dimension's name and the window of its layer, if that has one."""
 _NUMPY_TYPES = {
@@ -61,6 +64,7 @@ class CacheLayer:
         window: Tokens its queries see, 0 for all.
         static: Whether it has a size of its own.
         heads: How many heads have rows of their own; None where there is no such dimension.
+        block: Tokens of a block, where the cache lies in blocks.
     """
 
     past: str
@@ -71,15 +75,18 @@ class CacheLayer:
     window: int
     static: bool
     heads: int | None = None
+    block: int | None = None
 
     @classmethod
     def of(cls, value: Any) -> CacheLayer:  # noqa: ANN401 - onnxruntime has no types
-        """Read from a session's input ``[batch, tokens, row]`` or ``[batch, heads, tokens, row]``."""
-        _, *heads, tokens, row = value.shape
+        """Read from a session's input ``[batch, tokens, row]``, with heads behind the batch or in blocks."""
+        batch, *heads, tokens, row = value.shape
         kind, _, window = str(tokens).partition(WINDOW)
         present = value.name.replace("past_key_values", "present", 1)
         dtype = _NUMPY_TYPES[value.type]
         element = _BFLOAT16 if dtype == np.uint16 else dtype
+        if batch == BLOCKS:
+            return cls(value.name, present, dtype, element, int(row), 0, static=True, block=int(heads[0]))
         return cls(value.name, present, dtype, element, int(row), int(window or 0), kind == ROOM, *map(int, heads))
 
     def empty(self, batch: int, runtime: Any, device: str) -> Any:  # noqa: ANN401
@@ -96,10 +103,14 @@ class CacheLayer:
 
     def shape(self, batch: int, rows: int) -> tuple[int, ...]:
         """Of so many rows of every sequence."""
+        if self.block is not None:
+            return (batch * rows // self.block, self.block, 1, self.row)
         return (batch, rows, self.row) if self.heads is None else (batch, self.heads, rows, self.row)
 
     def rows(self, tokens: int) -> int:
         """Rows kept of so many tokens: no more than later ones can see, of which a static cache makes a ring."""
+        if self.block is not None:
+            return -(-tokens // self.block) * self.block
         return min(tokens, self.window - 1) if self.window else tokens
 
 

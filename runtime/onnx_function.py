@@ -45,10 +45,13 @@ __all__ = [
     "VERSION",
     "Variant",
     "attention_function",
+    "folded_queries",
     "latent_context",
+    "latent_output",
     "latent_scores",
     "logit_weights",
     "scale_sizes",
+    "turned_queries",
 ]
 
 DOMAIN = "mla_compile"
@@ -615,13 +618,26 @@ def _branches(unfolded: str, folded: str) -> str:
 """
 
 
+def turned_queries(past: str) -> str:
+    """Sizes, and rotated queries ``turned_BSnhd``; ``past`` is what the cache is called, if it is no ``past_BPR``."""
+    return _SIZES.replace("past_BPR", past) + _TURNED_QUERIES
+
+
+def folded_queries() -> str:
+    """From ``plain_BSHD`` and ``turned_BSnhd`` to ``latent_query_BSHr`` and ``placed_BSHR``."""
+    return _FOLDED_SIZES + PLACED_QUERIES + _FOLDED_QUERIES
+
+
+def latent_output() -> str:
+    """From ``context_BMr`` to ``output_BSHV``."""
+    return _LATENT_OUTPUT
+
+
 def _folded_attention(variant: Variant) -> str:
     """From queries, rows and ``seen_BS1T`` to ``output_BSHV``."""
     return "".join(
         [
-            _FOLDED_SIZES,
-            PLACED_QUERIES,
-            _FOLDED_QUERIES,
+            folded_queries(),
             latent_scores(variant),
             logit_weights(variant),
             latent_context(variant),

@@ -68,6 +68,11 @@ def open_session(path: str | Path, providers: Sequence[str] | None = None, threa
                 f"'{path}' is bfloat16, for which ONNX Runtime's {wanted[0]} has no kernels.",
                 "Run it with --provider cuda, or convert the model with --dtype float16 or float32.",
             ) from error
+        if "PagedAttention" in str(error):
+            raise UsageError(
+                f"'{path}' was made with --target cuda, and ONNX Runtime's {wanted[0]} has no kernel for it.",
+                "Run it with --provider cuda, or convert the model without --target cuda.",
+            ) from error
         raise LoadError(f"ONNX Runtime cannot load '{path}' ({reason}).", "Convert the model again.") from error
     _require_providers(wanted, session.get_providers(), "cannot start the")
     return session
@@ -101,6 +106,7 @@ class OnnxDecoder:
     Attributes:
         metadata: What the compiler stored in the file.
         rows: Numbers one token adds to the cache, per layer; codes, if it is quantised, without their scales.
+        halves: Whether the cache of a layer is two tensors with a dimension of heads.
         static: Whether the cache is one allocation, written in place.
         vocabulary: How many token ids the model knows.
 
@@ -145,6 +151,7 @@ class OnnxDecoder:
         rows = [layer.row * (layer.heads or 1) for layer in self._layers[: len(caches)]]
         pairs = [layer.row * (layer.heads or 1) for layer in self._layers[len(caches) + len(scales) :]]
         self.rows = (*rows, *(a + b for a, b in zip(pairs[::2], pairs[1::2], strict=True)))
+        self.halves = bool(halves)
         self.static = any(layer.static for layer in self._layers)
         self._inputs = frozenset(inputs)
         self._device = "cuda" if self._session.get_providers()[0] == PROVIDERS["cuda"] else "cpu"

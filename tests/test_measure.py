@@ -74,7 +74,7 @@ def read_once():
     """Every model is exported once for all commands."""
     read = functools.cache(frontend.load_any)
 
-    def load_any(source, *, tokenizer=None, attention="auto", unsafe=False):
+    def load_any(source, *, tokenizer=None, attention="auto", unsafe=False, dtype=None):
         return read(str(source))
 
     with pytest.MonkeyPatch.context() as patch:

@@ -51,8 +51,8 @@ def read_once():
     """Every model is read once for all commands."""
     read = functools.cache(frontend.load_any)
 
-    def load_any(source, *, tokenizer=None, attention="auto", unsafe=False):
-        return read(str(source), tokenizer=tokenizer, attention=attention, unsafe=unsafe)
+    def load_any(source, *, tokenizer=None, attention="auto", unsafe=False, dtype=None):
+        return read(str(source), tokenizer=tokenizer, attention=attention, unsafe=unsafe, dtype=dtype)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(frontend, "load_any", load_any)

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mla_compile.corpus import token_windows
 from mla_compile.errors import UsageError
 
 __all__ = ["Packed", "order", "pack"]
@@ -71,7 +70,7 @@ def pack(
     if len(windows) < 2:
         raise UsageError(
             f"The text makes one window of {windows.shape[1]} tokens; training takes one, and measuring another.",
-            "Give more text, or a shorter window with --seq-len.",
+            "Give more text.",
         )
     aside = min(held_out, max(1, len(windows) // 10))
     train = windows[:-aside]
@@ -99,7 +98,12 @@ def _stream(documents: Iterable[str], tokenizer: Any, most: int | None) -> array
 
 
 def _windows(stream: array[int], length: int) -> Tensor:
-    if len(stream) < length:
-        return token_windows(stream, length)  # refuses them
+    if len(stream) < 2 * length:
+        shorter = f", or a shorter window with --seq-len {len(stream) // 2}" if len(stream) >= 4 else ""
+        raise UsageError(
+            f"The text has {len(stream)} tokens, fewer than two windows of {length}; training takes one, and measuring "
+            "another.",
+            f"Give more text{shorter}.",
+        )
     whole = torch.frombuffer(stream, dtype=torch.int32)[: len(stream) // length * length]
     return whole.view(-1, length)

@@ -104,6 +104,8 @@ def train(
         checkpoints.save(accelerator, state)
     else:
         checkpoints.load(accelerator, state.step)
+    if state.step == 0:
+        run.begin_counting()
     if recipe.tracker != "none":
         accelerator.init_trackers("finetune", {k: v for k, v in recipe.model_dump().items() if v is not None})
     pieces = iter(skip_first_batches(run.loader, state.step * recipe.accumulate))
@@ -113,10 +115,10 @@ def train(
         while state.step < run.steps and not run.is_over(state):
             state = run.advance(state, pieces, stage)
             checkpoints.save(accelerator, state)
-    accelerator.end_training()
     if state.best.step != state.step:
         checkpoints.load(accelerator, state.best.step)
     run.hand_back()
+    accelerator.end_training()  # at last: it parts the processes
     return Training(
         objective=recipe.objective,
         train=recipe.train,
@@ -208,6 +210,11 @@ class _Run:
             accelerator, model, whole, adapters, student, optimiser, loader, answers, text, recipe, folder, steps
         )
 
+    def begin_counting(self) -> None:
+        """Forget the step without gradients that torch took to save the state of an optimiser of sharded weights."""
+        for moments in self.optimiser.state.values():
+            moments["step"].zero_()
+
     def advance(self, state: State, pieces: Iterator[Tensor], stage: Stage) -> State:
         """Train up to the next evaluation.
 
@@ -258,7 +265,7 @@ class _Run:
             for name, parameter in [*self.model.named_parameters(remove_duplicate=False)]:
                 if f"model.{name}" in whole:
                     path, _, leaf = name.rpartition(".")
-                    gathered.setdefault(parameter, nn.Parameter(whole[f"model.{name}"]))
+                    gathered.setdefault(parameter, nn.Parameter(whole[f"model.{name}"].clone()))
                     setattr(self.model.get_submodule(path), leaf, gathered[parameter])
         merge(self.whole.graphs, self.adapters)
         self.model.to("cpu").requires_grad_(True).zero_grad()

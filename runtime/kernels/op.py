@@ -174,7 +174,9 @@ def _cache(
     sizes: list[int],
     scaled_rope: bool,
 ) -> LatentCache:
-    return LatentCache(RowLayout(*sizes, scaled_rope), latent, rest, token_scales, page_table)
+    rank, rope_groups, rope_dim, key_scales, value_scales = sizes
+    layout = RowLayout(rank, rope_groups, rope_dim, key_scales, value_scales, scaled_rope)
+    return LatentCache(layout, latent, rest, token_scales, page_table)
 
 
 @functools.cache

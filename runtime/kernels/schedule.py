@@ -167,8 +167,8 @@ def choose_tiles(spec: DecodeSpec, architecture: int) -> Tiles:
     """The largest tiles that a block's registers and shared memory hold.
 
     What registers do not hold was found by compiling: 64 rows but for Hopper's own products of halves, 64 keys of 512
-    codes or with scales per head, 512 bytes of codes or 256 of float32 at once. Blocks of 4 warps leave room
-    for a second one beside them, whose arithmetic fills the pauses of the first.
+    codes, of codes in several parts (96 is 64 + 32) or with scales per head, 512 bytes of codes or 256 of float32 at
+    once. Blocks of 4 warps leave room for a second one beside them, whose arithmetic fills the pauses of the first.
 
     Args:
         spec: The kernel.
@@ -184,7 +184,8 @@ def choose_tiles(spec: DecodeSpec, architecture: int) -> Tiles:
     shared = _SHARED[max(a for a in _SHARED if a <= architecture)]
     most_rows = 16 if exact else 64 if architecture == 90 and spec.codes is None else 32
     scaled = layout.key_scales + layout.value_scales > 0
-    most_keys = 16 if exact else 32 if scaled or (spec.codes is not None and layout.rank > 256) else 64
+    several_codes = spec.codes is not None and (layout.rank > 256 or len(widths) > 1)
+    most_keys = 16 if exact else 32 if scaled or several_codes else 64
     for rows in (r for r in (64, 32, 16) if r <= min(most_rows, power_of_two(spec.rows))):
         warps = 8 if exact or rows * (columns + rope_width) > 16 * 576 else 4
         fitting = [k for k in (64, 32, 16) if k <= most_keys and spec.page % k == 0]

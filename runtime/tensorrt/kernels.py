@@ -71,9 +71,9 @@ class Partial:
     def spec(self) -> DecodeSpec:
         """What the decode kernel is compiled for."""
         itemsize = 4 if self.dtype == "fp32" else 2
-        features = {"windowed": self.window > 0, "capped": self.softcap > 0}
+        windowed, capped = self.window > 0, self.softcap > 0
         # Two tokens stand for any number: what is compiled for several computes one too.
-        return DecodeSpec(self.layout, self.heads, self.new or 2, itemsize, **features)
+        return DecodeSpec(self.layout, self.heads, self.new or 2, itemsize, windowed=windowed, capped=capped)
 
     def tactics(self, architecture: int) -> tuple[Tiles, ...]:
         """Tiles to choose among by time: all of 48 KiB or less, or where none is so small the schedule's own.
@@ -154,7 +154,7 @@ class Append:
     dtype: str
 
     @property
-    def constants(self) -> dict[str, int]:
+    def constants(self) -> dict[str, object]:
         """The kernel's compile-time arguments."""
         made = append_constants(self.layout, 0)
         return {name: made[name] for name in append_entry.arg_names if name in made}

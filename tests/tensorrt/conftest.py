@@ -7,8 +7,10 @@ from pathlib import Path
 
 import onnx
 import pytest
+import torch
 from conversion import convert
 
+from mla_compile.passes.lower_onnx import export_rewritten
 from mla_compile.passes.lower_tensorrt import lower_to_tensorrt_onnx
 from mla_compile.runtime.module import LatentModel
 from mla_compile.runtime.tensorrt.functions import SPLITS
@@ -43,6 +45,16 @@ def lowered(programs, tmp_path_factory):
         return written[name, splits]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def folder(lowered, tmp_path_factory):
+    """A converted model, as ``convert`` writes it, with a configuration."""
+    model, place = lowered("llama-gqa").model, tmp_path_factory.mktemp("converted")
+    torch.export.save(export_rewritten(model.graph, model.rows), place / "model.pt2")
+    (place / "mla_config.yaml").write_text("method: mha2mla\n")
+    (place / "generation_config.json").write_text('{"eos_token_id": 7}')
+    return place
 
 
 class Parser:

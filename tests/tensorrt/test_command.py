@@ -17,21 +17,10 @@ import torch
 
 from mla_compile import tensorrt as tensorrt_command
 from mla_compile.cli import main
-from mla_compile.passes.lower_onnx import export_rewritten
 from mla_compile.runtime.tensorrt import engine
 from mla_compile.runtime.tensorrt.engine import facts_path
 from mla_compile.runtime.tensorrt.engine_builder import EngineSettings
 from mla_compile.runtime.tensorrt.functions import PARTIAL
-
-
-@pytest.fixture(scope="module")
-def folder(lowered, tmp_path_factory):
-    """A converted model, as ``convert`` writes it, with a configuration."""
-    model, place = lowered("llama-gqa").model, tmp_path_factory.mktemp("converted")
-    torch.export.save(export_rewritten(model.graph, model.rows), place / "model.pt2")
-    (place / "mla_config.yaml").write_text("method: mha2mla\n")
-    (place / "generation_config.json").write_text('{"eos_token_id": 7}')
-    return place
 
 
 def test_writes_a_checked_file_and_names_the_commands(folder, tmp_path, capsys):
@@ -133,8 +122,8 @@ def test_without_tensorrt_nothing_is_begun(folder, tmp_path, capsys, monkeypatch
     ("words", "sentence"),
     [
         (["--out", "x.onnx", "--max-batch", "2"], "Options of the panel TensorRT were given"),
-        (["--out", "x.onnx", "--target", "cuda"], "--target cuda is not one of auto, tensorrt"),
-        (["--out", "x.plan", "--format", "deepseek"], "A DeepSeek checkpoint is not for TensorRT"),
+        (["--out", "x.onnx", "--target", "tpu"], "--target tpu is not one of auto, cuda, tensorrt"),
+        (["--out", "x.plan", "--format", "deepseek"], "The format deepseek is not for TensorRT"),
         (["--out", "x.onnx", "--target", "tensorrt", "--encoders"], "Only a causal language model"),
         (["--out", "x", "--target", "tensorrt"], "Name it with .onnx or .plan"),
     ],

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import onnx
 import pytest
-import torch
 
 from mla_compile.cli import main
-from mla_compile.passes.lower_onnx import export_rewritten
 from mla_compile.runtime.tensorrt.functions import APPEND, DECODE
 
 
-def test_writes_a_checked_file_and_names_the_commands(lowered, tmp_path, capsys):
-    model, folder, out = lowered("llama-gqa").model, tmp_path / "converted", tmp_path / "written" / "model.onnx"
-    folder.mkdir()
-    torch.export.save(export_rewritten(model.graph, model.rows), folder / "model.pt2")
-    (folder / "mla_config.yaml").write_text("method: mha2mla\n")
+def test_writes_a_checked_file_and_names_the_commands(lowered, folder, tmp_path, capsys):
+    model, out = lowered("llama-gqa").model, tmp_path / "model.onnx"
     sizes = "--max-length", "64", "--max-prompt", "8", "--quiet"
     assert main(["tensorrt", str(folder), "--out", str(out), "--plugin", "cpp", *sizes]) == 0
     said, library = capsys.readouterr().out, out.with_name("libmla_plugin.so")

@@ -31,10 +31,13 @@ def test_a_training_killed_in_a_checkpoint_goes_on_to_the_same_curve(plain, trai
     assert not [*(out / "checkpoints").glob(".*")]
 
 
-def test_two_processes_train_as_one(plain, worker, tmp_path):
-    out = tmp_path / "model"
-    done = run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *worker(out))
+@pytest.mark.parametrize("sharded", [False, True])
+def test_two_processes_train_as_one(plain, worker, sharded, tmp_path):
+    out, options = tmp_path / "model", ["--shard"] if sharded else []
+    done = run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *worker(out, *options))
     assert done.returncode == 0, done.stderr
+    names = {p.name for p in (out / "checkpoints" / "step-00000008").iterdir()}
+    assert ("pytorch_model_fsdp_0" in names) == sharded
     # Means over halves of the batch; Adam divides by the gradient's size, which makes more of it where that is small.
     assert_same(mla_compile.load(out).state_dict(), plain.weights, 1e-3)
     curve = json.loads((out / "report.json").read_text())["training"]["curve"]

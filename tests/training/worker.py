@@ -1,4 +1,4 @@
-"""One process of a training: ``worker.py FOLDER OUT DATA SETTINGS [--kill STEP] [--resume]``."""
+"""One process of a training: ``worker.py FOLDER OUT DATA SETTINGS [--kill STEP] [--resume] [--shard]``."""
 
 from __future__ import annotations
 
@@ -25,9 +25,30 @@ def kill_in_the_middle_of(step: str) -> None:
     Path.rename = killed
 
 
+def shard() -> None:
+    """Have accelerate shard weights (FSDP2), which it does on accelerators only, on a CPU all the same."""
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    from mla_compile.training import trainer
+
+    start = trainer.start_engine
+
+    def sharding(recipe, out):
+        engine = start(recipe, out)
+        # Every new state takes the type from the partial one.
+        PartialState._shared_state["distributed_type"] = engine.state.distributed_type = DistributedType.FSDP
+        engine.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, cpu_ram_efficient_loading=False)
+        return engine
+
+    trainer.start_engine = sharding
+
+
 if __name__ == "__main__":
     folder, out, data, settings, *options = sys.argv[1:]
     torch.set_num_threads(1)
     if "--kill" in options:
         kill_in_the_middle_of(options[options.index("--kill") + 1])
+    if "--shard" in options:
+        shard()
     finetune(folder, torch.load(data), out, Recipe(**json.loads(settings)), resume="--resume" in options)

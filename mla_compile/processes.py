@@ -1,0 +1,104 @@
+"""Processes that were started together (``accelerate launch``, ``torchrun``) and share the text of a calibration.
+
+Every process runs the same program. What is summed over text is summed by each over its own batches, and then over the
+processes in the order of their numbers: the result depends on how many there are, in its last digits, but not on which
+is faster. Only the first goes on from there.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from mla_compile.errors import LoadError, ShareDone
+
+__all__ = ["Processes", "join_processes"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes, as one of them sees it.
+
+    Attributes:
+        index: Its number, from 0.
+        count: How many there are.
+        device: Where it computes.
+    """
+
+    index: int = 0
+    count: int = 1
+    device: str = "cpu"
+
+    @property
+    def first(self) -> bool:
+        """Whether it is the one that goes on."""
+        return self.index == 0
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """Its own part of some items: every ``count``-th."""
+        return items[self.index :: self.count]
+
+    def total(self, value: Tensor) -> Tensor:
+        """Sum tensors of one shape over all processes, in the order of their numbers."""
+        if self.count == 1:
+            return value
+        from accelerate.utils import gather
+
+        parts: Tensor = gather(value[None].to(self.device)).cpu()
+        total = parts[0].clone()
+        for part in parts[1:]:
+            total += part
+        return total
+
+    def wait(self) -> None:
+        """Wait until all processes have come as far."""
+        if self.count > 1:
+            from accelerate.utils import wait_for_everyone
+
+            wait_for_everyone()
+
+    def leave_unless_first(self) -> None:
+        """Go on in the first process only.
+
+        Raises:
+            ShareDone: This is another.
+        """
+        if not self.first:
+            raise ShareDone
+
+    def agreed(self, value: T) -> T:
+        """What the first process says."""
+        if self.count == 1:
+            return value
+        from accelerate.utils import broadcast_object_list
+
+        (said,) = broadcast_object_list([value])
+        found: T = said
+        return found
+
+
+def join_processes() -> Processes:
+    """Join the processes that were started together; alone, and on the CPU, where a launcher started none.
+
+    Raises:
+        LoadError: A launcher started this process, but accelerate is not installed.
+    """
+    if not any(name in os.environ for name in ("WORLD_SIZE", "ACCELERATE_MIXED_PRECISION")):
+        return Processes()
+    if importlib.util.find_spec("accelerate") is None:
+        raise LoadError(
+            "Sharing text between processes takes the package accelerate, which is not installed.",
+            "Run: pip install 'mla-compile[train]'.",
+        )
+    from accelerate import PartialState
+
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    return Processes(state.process_index, state.num_processes, str(state.device))

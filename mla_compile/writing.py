@@ -1,0 +1,80 @@
+"""Who writes, and why writing failed: a full disk, a folder that became read-only, a limit of sizes."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from mla_compile.errors import UsageError
+
+__all__ = ["explained", "held", "missing_folders", "remove_empty"]
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)
+_MORE_ROOM, _ELSEWHERE = "Free some room on that disk, or choose another folder.", "Choose another folder."
+_OTHERS = ("PytorchStreamWriter failed", "Error while serializing", "I/O error")
+"""How torch's and safetensors' own errors, which say no number, begin where a file could not be written."""
+
+
+@contextlib.contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn a failure of the body to write into a sentence.
+
+    Args:
+        path: What is written.
+
+    Raises:
+        UsageError: It could not be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (*_FULL, *_REFUSED):
+            raise
+        remedy = _MORE_ROOM if error.errno in _FULL else _ELSEWHERE
+        raise UsageError(f"'{path}' could not be written ({os.strerror(error.errno)}).", remedy) from error
+    except Exception as error:
+        text = str(error)
+        if not any(words in text for words in _OTHERS):
+            raise
+        reason = next((os.strerror(n) for n in _FULL if os.strerror(n) in text), text.strip().splitlines()[0][:120])
+        raise UsageError(f"'{path}' could not be written ({reason}).", _MORE_ROOM) from error
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[bool]:
+    """Hold a folder for as long as the body, or this process, lives; yields whether no other process holds it.
+
+    Where the system has no such locks, nobody ever holds a folder for certain, and the answer is no.
+    """
+    try:
+        import fcntl
+
+        handle = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):
+        yield False
+        return
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(handle)
+
+
+def missing_folders(path: Path) -> list[Path]:
+    """A folder and those it is in, as far as they do not exist; the innermost first."""
+    return [p for p in (path.absolute(), *path.absolute().parents) if not p.exists()]
+
+
+def remove_empty(folders: Sequence[Path]) -> None:
+    """Remove the folders that are there and hold nothing."""
+    for folder in folders:
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()

@@ -1,0 +1,219 @@
+"""Finished layers on disk: what is read back is what was made, of the very same things, and a killed run goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import models
+import pytest
+import torch
+from torch import Tensor
+
+from mla_compile.artifacts import moved_into
+from mla_compile.cli import main
+from mla_compile.config import make_config
+from mla_compile.errors import UsageError
+from mla_compile.layer_store import LayerStore, store_beside, store_folder
+from mla_compile.passes import factorise
+from mla_compile.passes.methods import mha2mla
+from mla_compile.passes.task import Task
+from mla_compile.plan import plan_layers
+from mla_compile.progress import Stages
+from mla_compile.writing import held
+
+CONFIG = make_config(method="mha2mla", selection="uniform")
+
+
+def factorised(captured, store: LayerStore, dtype: torch.dtype = torch.float32, **changes):
+    config = CONFIG.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
+    task = Task(captured.program, captured.sites, (), config, None, store=store)
+    return mha2mla(dataclasses.replace(task, **changes)).weights
+
+
+def tensors(weights) -> dict[str, Tensor]:
+    return {f.name: v for f in dataclasses.fields(weights) if isinstance(v := getattr(weights, f.name), Tensor)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama-gqa", "llama-attention-bias"])
+def test_layers_come_back_as_they_were_but_for_the_type_of_their_matrices(programs, tmp_path, name, dtype):
+    kept = factorised(programs[name], LayerStore(tmp_path), dtype)
+    for got, made in zip(kept, factorised(programs[name], None), strict=True):
+        for key, value in tensors(made).items():
+            wanted = value.to(dtype) if key in ("query", "row", "key_up", "value_up") else value
+            assert torch.equal(tensors(got)[key], wanted)
+        assert tensors(got).keys() == tensors(made).keys()
+
+
+def test_a_finished_layer_is_not_made_again(programs, tmp_path, monkeypatch):
+    first = factorised(programs["llama-gqa"], LayerStore(tmp_path))
+    monkeypatch.setattr(factorise, "factorise_mha2mla", None)
+    again = factorised(programs["llama-gqa"], LayerStore(tmp_path))
+    for one, other in zip(first, again, strict=True):
+        assert all(torch.equal(value, tensors(other)[key]) for key, value in tensors(one).items())
+
+
+def test_whatever_a_layer_follows_from_is_part_of_its_name(programs, tmp_path):
+    store, captured = LayerStore(tmp_path), programs["llama-gqa"]
+    count = models.LAYERS
+    factorised(captured, store)
+    assert len([*tmp_path.iterdir()]) == count
+    factorised(captured, store, torch.bfloat16)
+    factorised(captured, store, torch.bfloat16, wide=True)
+    assert len([*tmp_path.iterdir()]) == 2 * count
+    factorised(captured, store, config=CONFIG.model_copy(update={"cache_ratio": 0.5}))
+    factorised(captured, store, config=CONFIG.model_copy(update={"polish_steps": 1}))  # not balanced
+    assert len([*tmp_path.iterdir()]) == 4 * count
+    weight = captured.module.model.layers[1].self_attn.v_proj.weight
+    with torch.no_grad():
+        before = weight[0, 0].item()
+        weight[0, 0] += 1
+    factorised(captured, store)
+    with torch.no_grad():
+        weight[0, 0] = before
+    assert len([*tmp_path.iterdir()]) == 4 * count + 1
+
+
+def test_a_damaged_layer_is_made_again(programs, tmp_path):
+    store = LayerStore(tmp_path)
+    whole = factorised(programs["llama-gqa"], store)
+    whole = [{key: value.clone() for key, value in tensors(weights).items()} for weights in whole]
+    for path in tmp_path.iterdir():
+        path.write_bytes(path.read_bytes()[:100])
+    for one, other in zip(whole, factorised(programs["llama-gqa"], store), strict=True):
+        assert all(torch.equal(value, tensors(other)[key]) for key, value in one.items())
+
+
+def test_layers_are_mapped_from_their_files(programs, tmp_path):
+    """No copy is held: pages of a file can be dropped."""
+    (first, *_) = factorised(programs["llama-gqa"], LayerStore(tmp_path))
+    if not Path("/proc/self/maps").exists():
+        pytest.skip("there is no /proc to read what is mapped")
+    address = first.query.data_ptr()
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
+    spans = [[int(end, 16) for end in line[0].split("-")] for line in lines]
+    assert any(begin <= address < end for begin, end in spans)
+
+
+def test_layers_stay_when_a_conversion_is_interrupted_and_go_when_it_ends(tmp_path):
+    out = tmp_path / "model.onnx"
+    folder = store_folder(out)
+    for error, stays in ((KeyboardInterrupt, True), (UsageError("No.", "Try."), False), (None, False)):
+        try:
+            with store_beside(out) as store:
+                store.folder.mkdir(exist_ok=True)
+                if error is not None:
+                    raise error
+        except (KeyboardInterrupt, UsageError):
+            pass
+        assert folder.exists() == stays
+
+
+@pytest.mark.skipif(not hasattr(os, "setsid"), reason="limits of file sizes are those of POSIX")
+def test_a_full_disk_is_a_sentence_and_leaves_nothing(programs, tmp_path):
+    import resource
+
+    out = tmp_path / "new" / "folder" / "model.onnx"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
+    try:
+        with (
+            pytest.raises(UsageError, match=r"could not be written \(.*\)\. Free some room"),
+            store_beside(out) as store,
+        ):
+            factorised(programs["llama-gqa"], store)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert not [*tmp_path.iterdir()]
+
+
+SOURCE = Path(__file__).parents[1] / "examples" / "tiny-llama"
+_KILLED = """
+import os, signal, sys
+from mla_compile.artifacts import moved_into
+from mla_compile.cli import main
+from mla_compile.passes import factorise
+made, layers = factorise.factorise_mha2mla, []
+def killed_behind_the_first(site, *rest):
+    if layers:
+        os.kill(os.getpid(), signal.SIGKILL)
+    layers.append(site.index)
+    return made(site, *rest)
+factorise.factorise_mha2mla = killed_behind_the_first
+main([sys.argv[1], "--method", "mha2mla", "--no-verify", "--quiet", "--out", sys.argv[2]])
+"""
+
+
+def convert(out: Path, threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert main([str(SOURCE), "--method", "mha2mla", "--no-verify", "--quiet", "--out", str(out)]) == 0
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_killed_conversion_goes_on_and_gives_the_same_bytes(tmp_path, monkeypatch):
+    """With one thread until it is killed and two behind, and by one thread at once."""
+    resumed, whole = tmp_path / "resumed" / "model.onnx", tmp_path / "whole" / "model.onnx"
+    words = [sys.executable, "-c", _KILLED, SOURCE, resumed]
+    killed = subprocess.run([str(w) for w in words], check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert killed.returncode == -signal.SIGKILL
+    assert not resumed.exists()
+    assert len([*store_folder(resumed).glob("*.safetensors")]) == 1
+    layers, made = [], factorise.factorise_mha2mla
+
+    def counted(site, *rest):
+        layers.append(site.index)
+        return made(site, *rest)
+
+    monkeypatch.setattr(factorise, "factorise_mha2mla", counted)
+    convert(resumed, 2)
+    count = len(layers)
+    convert(whole, 1)
+    assert layers[0] == 1  # the first was read
+    assert len(layers) == 2 * count + 1
+    assert resumed.read_bytes() == whole.read_bytes()
+    assert not store_folder(resumed).exists()
+
+
+def test_progress_tells_the_layer_and_the_peak_of_memory(programs):
+    class Notes:
+        def __init__(self) -> None:
+            self.lines: list[str] = []
+
+        def started(self, name, total) -> None:
+            assert (name, total) == ("factorise", models.LAYERS)
+
+        def advanced(self, note) -> None:
+            self.lines.append(note)
+
+        def told(self, line) -> None: ...
+
+        def finished(self, timing) -> None:
+            assert not timing.note
+
+    notes, captured = Notes(), programs["llama-gqa"]
+    plans = plan_layers(captured.sites, [models.WIDTH] * models.LAYERS, CONFIG)
+    factorise.factorise_layers(captured.program, captured.sites, plans, CONFIG, Stages(notes))
+    assert [line.split(",")[0] for line in notes.lines] == [site.path for site in captured.sites]
+    assert all("peak" in line and line.endswith("GiB") for line in notes.lines)
+
+
+def test_what_a_killed_process_was_writing_is_removed_and_what_a_living_one_writes_is_not(tmp_path):
+    left, held_by_another = tmp_path / ".mla-compile-left", tmp_path / ".mla-compile-held"
+    for folder in (left, held_by_another):
+        folder.mkdir()
+        (folder / "model.onnx.data").write_bytes(bytes(10))
+    with held(held_by_another) as ours, moved_into(tmp_path) as hidden:
+        assert ours
+        (hidden / "model.onnx").write_bytes(b"x")
+        assert not left.exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".mla-compile-held", "model.onnx"]

@@ -1,0 +1,107 @@
+"""Plans and descriptions from a configuration alone: those of the model with its weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import models
+import pytest
+from transformers import Gemma2Config, LlamaConfig
+
+from mla_compile import api, weightless
+from mla_compile.config import make_config
+from mla_compile.conversion_cost import conversion_cost
+from mla_compile.errors import LoadError, UsageError
+from mla_compile.plan import plan_layers
+
+SIZES = {**models._COMMON, "head_dim": 16, "num_hidden_layers": 5}
+
+
+@pytest.fixture(scope="module")
+def alternating(tmp_path_factory):
+    """Five layers of two kinds: every other one sees six tokens only."""
+    folder = tmp_path_factory.mktemp("alternating")
+    Gemma2Config(**SIZES, sliding_window=6, architectures=["Gemma2ForCausalLM"]).save_pretrained(folder)
+    return weightless.draw(folder / "config.json", "eager")
+
+
+def test_two_of_five_layers_are_exported_and_all_are_described(alternating):
+    assert (alternating.layers, alternating.exported) == (5, 2)
+    found = alternating.found
+    layers = sorted([*found.sites, *found.rejections], key=lambda layer: layer.index)
+    assert [layer.path for layer in layers] == [f"model.layers.{i}.self_attn" for i in range(5)]
+    assert [s.mask.window for s in found.sites] == [6, None, 6, None, 6]
+    assert [s.key.weight for s in found.sites] == [f"model.layers.{i}.self_attn.k_proj.weight" for i in range(5)]
+
+
+def test_a_layer_is_described_as_it_is_where_all_are_exported(alternating, monkeypatch, tmp_path):
+    """Kinds are told apart by what layers are, so that the description of the first holds for all."""
+    Gemma2Config(**{**SIZES, "num_hidden_layers": 3}, sliding_window=6).save_pretrained(tmp_path)
+    monkeypatch.setattr(weightless, "_of_few_layers", lambda *_: None)
+    whole = weightless.draw(tmp_path, "eager")
+    assert (whole.layers, whole.exported) == (3, 3)
+    for one, other in zip(alternating.found.sites, whole.found.sites, strict=False):
+        one, other = (
+            dataclasses.replace(
+                site,
+                error=0.0,
+                output="",
+                softmax="",
+                **{r: dataclasses.replace(getattr(site, r), node="", source="") for r in ("query", "key", "value")},
+            )
+            for site in (one, other)
+        )
+        assert one == other
+
+
+def test_weights_are_counted_whole(alternating):
+    from transformers import AutoModelForCausalLM
+
+    module = AutoModelForCausalLM.from_config(Gemma2Config(**SIZES))
+    assert alternating.parameters == sum(p.numel() for p in module.parameters())
+
+
+def test_what_says_which_layer_it_is_makes_no_other_kind_and_what_it_is_does():
+    module = models.llama(num_hidden_layers=3)
+    kinds = weightless._kinds(module, module.config, "model.layers", ())
+    assert len(set(kinds)) == 1
+    module.model.layers[1].self_attn.scaling *= 2
+    kinds = weightless._kinds(module, module.config, "model.layers", ())
+    assert kinds[0] == kinds[2] != kinds[1]
+
+
+def test_plan_of_a_configuration_is_that_of_the_model(programs, tmp_path):
+    captured = programs["llama-gqa"]
+    captured.module.config.save_pretrained(tmp_path)
+    config = make_config(method="mha2mla")
+    planned = api.plan(tmp_path, config)
+    assert planned.plans == plan_layers(captured.sites, [models.WIDTH] * models.LAYERS, config)
+    assert planned.alike == (models.LAYERS, 1)
+    parameters = sum(p.numel() for p in captured.module.parameters())
+    assert planned.conversion == conversion_cost(captured.sites, planned.plans, planned.widths, config, parameters, 4)
+    assert api.plan(tmp_path, make_config()).plans == planned.plans
+
+
+def test_what_a_conversion_writes_is_what_it_has(programs):
+    captured, config = programs["llama-gqa"], make_config(method="mha2mla")
+    parameters = sum(p.numel() for p in captured.module.parameters())
+    plans = plan_layers(captured.sites, [models.WIDTH] * models.LAYERS, config)
+    cost = conversion_cost(captured.sites, plans, [models.WIDTH] * models.LAYERS, config, parameters, 4)
+    assert cost.weight_bytes == 4 * parameters
+    converted = api.compile(captured.module, models.example(captured.module), config=config, check=False)
+    assert cost.written_bytes == 4 * sum(p.numel() for p in converted.module.parameters())
+
+
+def test_text_is_of_no_use_without_weights(tmp_path):
+    LlamaConfig(**models._COMMON).save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match="has no weights"):
+        api.plan(tmp_path, make_config(method="fisher"))
+    with pytest.raises(UsageError, match="has no weights"):
+        api.plan(tmp_path, make_config(), calibration=["some text"])
+
+
+def test_a_configuration_of_nothing_known_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "no-such-model"}))
+    with pytest.raises(LoadError, match="could not be loaded"):
+        api.plan(tmp_path, make_config())
