@@ -759,6 +759,11 @@ def _result_type(program: AnyProgram, config: CompileConfig) -> torch.dtype:
             f"The format {config.format} is written in float32 or bfloat16: float16 cannot hold its small latents.",
             "Leave --dtype float16 out.",
         )
+    if config.q_rank is not None and wanted != torch.float32:
+        raise UsageError(
+            f"Rounding queries to {name} gives them more rank than --q-rank {config.q_rank}.",
+            f"Leave --dtype {name} or --q-rank out.",
+        )
     if config.cache_type != "auto" and wanted != torch.float32:
         raise UsageError(
             f"The cache of a model in {name} holds that type, and {config.cache_type} caches are of float32.",
