@@ -754,10 +754,15 @@ def _result_type(program: AnyProgram, config: CompileConfig) -> torch.dtype:
             f"'{program.source}' was exported in {own}, and its graph does not say what {name} must not round.",
             f"Export it in {name} (model.to(torch.{name}) before torch.export.export), or leave --dtype {name} out.",
         )
-    if config.for_stock_code and wanted != torch.float32:
+    if config.for_stock_code and wanted == torch.float16:
         raise UsageError(
-            f"The format {config.format} is written in float32, not in {name}.",
-            f"Leave --dtype {name} out; what loads the result can round it.",
+            f"The format {config.format} is written in float32 or bfloat16: float16 cannot hold its small latents.",
+            "Leave --dtype float16 out.",
+        )
+    if config.q_rank is not None and wanted != torch.float32:
+        raise UsageError(
+            f"Rounding queries to {name} gives them more rank than --q-rank {config.q_rank}.",
+            f"Leave --dtype {name} or --q-rank out.",
         )
     if config.cache_type != "auto" and wanted != torch.float32:
         raise UsageError(

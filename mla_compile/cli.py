@@ -1029,7 +1029,8 @@ def export(
     if out.suffix == ".gguf":
         from mla_compile.gguf_file import export_gguf
 
-        if (opset, cache, cache_type, cache_layout, inline) != (None, "dynamic", "float32", "rows", False):
+        plain = cache_type in ("auto", "float32")
+        if not plain or (opset, cache, cache_layout, inline) != (None, "dynamic", "rows", False):
             raise UsageError("Options of ONNX files were given for a GGUF file.", "Leave them out.")
         error = export_gguf(folder, out, force=force)
         if as_json:

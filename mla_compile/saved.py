@@ -101,8 +101,9 @@ def save(model: LatentModel, folder: str | Path, *, like: str | Path, force: boo
     with moved_into(path) as hidden:
         write_archive(model, hidden)
         copy_assets(read_assets(source), hidden)
-        for name in ("mla_config.yaml", "report.json"):
-            shutil.copyfile(source / name, hidden / name)
+        for name in ("mla_config.yaml", "report.json", "report.html"):
+            if (source / name).is_file():
+                shutil.copyfile(source / name, hidden / name)
 
 
 def write_trained(

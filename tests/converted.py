@@ -72,7 +72,7 @@ class Conversions:
             forecasts=choice.forecasts,
             deepseek=choice.deepseek,
         )
-        return task.rewrite(weights, dtype), report, program.assets
+        return task.result(weights), report, program.assets
 
 
 def write(conversion, folder, *, shard=10**9, force=False, checks=None, **changes):

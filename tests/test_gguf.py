@@ -63,7 +63,7 @@ def test_the_graph_of_llama_cpp_computes_the_same(conversions, files, name):
     kinds = {t.tensor_type.name for t in GGUFReader(path).tensors if len(t.shape) > 1}
     assert kinds == {"BF16" if narrow else "F32"}
     assert report.checkpoint.error <= TOLERANCE
-    assert {f.name for f in path.parent.iterdir()} == {"model.gguf", "report.json"}
+    assert {f.name for f in path.parent.iterdir()} == {"model.gguf", "report.html", "report.json"}
 
 
 @pytest.mark.skipif(not has_llama_cpp(), reason="llama-cpp-python is not installed")
