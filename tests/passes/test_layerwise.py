@@ -179,6 +179,17 @@ def test_progress_is_told_as_many_steps_as_were_announced(programs, gradients, r
     assert {*seen} == {1, 2}
 
 
+def test_segments_are_told_as_they_begin(programs):
+    captured, told = programs["llama-gqa"], []
+    batches = models.tokens(4, LENGTH).split(2)
+    [*layered(captured.program, captured.sites).run(batches, tell=told.append)]
+    forward = [f"segment {n} of {models.LAYERS + 2}" for n in range(1, models.LAYERS + 2)]
+    backward = [f"segment {n} of {models.LAYERS + 2}, backward" for n in range(models.LAYERS + 2, 1, -1)]
+    assert told == forward + backward
+    [*layered(captured.program, captured.sites, resources=Resources()).run(batches, tell=told.append)]
+    assert len(told) == len(forward + backward)
+
+
 def test_every_site_sees_the_batches_in_order(programs):
     captured = programs["llama-gqa"]
     run = layered(captured.program, captured.sites)
