@@ -73,6 +73,10 @@ class Stage:
         if self._display:
             self._display.advanced(self.note)
 
+    def noted(self, note: str) -> None:
+        """Change what is told beside the steps to come."""
+        self.note = note
+
     def tell(self, line: str) -> None:
         """Say something while it goes on."""
         if self._display:

@@ -114,18 +114,22 @@ class SiteRun:
         return self.layerwise.steps(batches)
 
     def run(
-        self, batches: Sequence[Tensor], progress: Callable[[Iterable[Tensor]], Iterable[Tensor]] = iter
+        self,
+        batches: Sequence[Tensor],
+        progress: Callable[[Iterable[Tensor]], Iterable[Tensor]] = iter,
+        tell: Callable[[str], None] | None = None,
     ) -> Iterator[tuple[int, int, SiteActivations]]:
         """Look at every site on every batch: batch by batch for each site, in whatever order of sites.
 
         Args:
             batches: Token ids ``[B, S]``.
             progress: Wraps the batches of all steps to show progress.
+            tell: Is told in a few words which segment begins, where there are several.
 
         Yields:
             Number of the batch, number of the site, and what it does.
         """
-        for seen in self.layerwise.run(batches, self._program.inputs, progress):
+        for seen in self.layerwise.run(batches, self._program.inputs, progress, tell):
             shape = batches[seen.batch].shape
             for number, site in enumerate(self._sites):
                 if site.output in seen.values:

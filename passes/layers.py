@@ -86,6 +86,7 @@ def measure_layers(task: Task) -> Measured:
                 run=run,
                 processes=task.processes,
                 progress=stage.each,
+                tell=stage.noted,
             )
 
         found = _measured_once(task, measure)

@@ -132,6 +132,7 @@ class Layerwise:
         batches: Sequence[Tensor],
         inputs: Callable[[Tensor], Sequence[Tensor]],
         progress: Callable[[Iterable[Tensor]], Iterable[Tensor]] = iter,
+        tell: Callable[[str], None] | None = None,
     ) -> Iterator[Observed]:
         """Run the graph.
 
@@ -139,6 +140,7 @@ class Layerwise:
             batches: Token ids ``[batch, length]``.
             inputs: Makes the graph's inputs of token ids.
             progress: Wraps the batches of all steps to show progress.
+            tell: Is told in a few words which segment begins, where there are several.
 
         Yields:
             One entry per step. A node is observed once per batch: in the order of segments, and in reverse with
@@ -156,6 +158,8 @@ class Layerwise:
                 if step.segment != loaded:
                     weights = {}  # before the next ones come
                     loaded, weights = step.segment, self._weights(self.segments[step.segment])
+                    if tell is not None and len(self.segments) > 1:
+                        tell(f"segment {loaded + 1} of {len(self.segments)}{', backward' if step.backward else ''}")
                 given = weights | dict(zip(self._inputs, map(self._moved, inputs(ids)), strict=True))
                 if step.backward:
                     yield self._backward(step, given, ids, kept, slopes)

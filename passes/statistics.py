@@ -83,6 +83,7 @@ def collect_statistics(
     run: SiteRun | None = None,
     processes: Processes | None = None,
     progress: Callable[[Iterable[Tensor]], Iterable[Tensor]] = iter,
+    tell: Callable[[str], None] | None = None,
 ) -> tuple[SiteStatistics, ...]:
     """Run the model over text: forward and backward, or forward only where metrics are given.
 
@@ -97,6 +98,7 @@ def collect_statistics(
         run: How the model is run, if not as a :class:`~mla_compile.passes.activations.SiteRun` by default.
         processes: Those that share the batches.
         progress: Wraps the batches of all steps to show progress.
+        tell: Is told in a few words which segment begins, where the model is cut.
 
     Raises:
         RefusedError: A layer's activations or gradients are not finite.
@@ -105,7 +107,7 @@ def collect_statistics(
     run = run or SiteRun(program, sites, (batch, windows.shape[1]), gradients=metrics is None)
     processes = processes or Processes()
     sums = [SiteSums.zeros(site, width, windows.shape[1]) for site, width in zip(sites, run.widths, strict=True)]
-    for _, number, seen in run.run(processes.share(windows.split(batch)), progress):
+    for _, number, seen in run.run(processes.share(windows.split(batch)), progress, tell):
         sums[number].add(sites[number], seen, costs[number])
     found = tuple(sums.pop(0).over(processes).means(site, windows.numel()) for site in sites)  # never two of all
     _require_finite(sites, found)

@@ -16,6 +16,7 @@ import zoo
 
 from mla_compile.config import make_config
 from mla_compile.errors import RefusedError, UsageError
+from mla_compile.frontend import capture
 from mla_compile.passes.activations import SiteRun, observe_sites
 from mla_compile.passes.converted import converted_logits, original_logits
 from mla_compile.passes.fisher import fisher
@@ -146,6 +147,18 @@ def test_what_many_layers_read_is_kept_once_and_its_gradients_are_summed():
     assert_same(collect_statistics(program, sites, IDS, batch=2, run=run), expected)
 
 
+def test_narrow_weights_are_widened_segment_by_segment():
+    module = models.handwritten(models.ComplexLlama).bfloat16()
+    program = capture(module, (models.tokens(2, 5),))
+    assert program.dtype == torch.bfloat16
+    sites, ids = recognise(program).sites, models.tokens(5, LENGTH)
+    run = layered(program, sites)
+    assert [len(s.reads) for s in run.layerwise.segments] == [0] + [1] * (models.LAYERS + 1)
+    assert all(n.meta.get("val") is not None for s in run.layerwise.segments[1:] for n in s.writes)
+    expected = collect_statistics(program, sites, ids, batch=2)
+    assert_same(collect_statistics(program, sites, ids, batch=2, run=run), expected)
+
+
 # ---- how it runs
 
 
@@ -164,6 +177,17 @@ def test_progress_is_told_as_many_steps_as_were_announced(programs, gradients, r
     assert sum(1 for _ in run.run(batches, count)) == 3 * models.LAYERS
     assert len(seen) == run.steps(3)
     assert {*seen} == {1, 2}
+
+
+def test_segments_are_told_as_they_begin(programs):
+    captured, told = programs["llama-gqa"], []
+    batches = models.tokens(4, LENGTH).split(2)
+    [*layered(captured.program, captured.sites).run(batches, tell=told.append)]
+    forward = [f"segment {n} of {models.LAYERS + 2}" for n in range(1, models.LAYERS + 2)]
+    backward = [f"segment {n} of {models.LAYERS + 2}, backward" for n in range(models.LAYERS + 2, 1, -1)]
+    assert told == forward + backward
+    [*layered(captured.program, captured.sites, resources=Resources()).run(batches, tell=told.append)]
+    assert len(told) == len(forward + backward)
 
 
 def test_every_site_sees_the_batches_in_order(programs):
