@@ -27,7 +27,6 @@ app = typer.Typer(
     "'mla-compile MODEL --out FILE.onnx' is short for 'mla-compile convert MODEL --out FILE.onnx'.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
 )
 
 _SIZE, _METHOD, _TEXT, _OUTPUT, _CHECKS = "Size", "Method", "Text", "Output", "Checks"
@@ -1197,6 +1196,7 @@ def report(
     typer.echo(str(page))
 
 
+_OF_ALL = ("--help", "--version", "--install-completion", "--show-completion")
 _COMMANDS = frozenset(
     {
         *("convert", "inspect", "plan", "run", "eval", "bench", "verify", "tensorrt", "build-plugin", "finetune"),
@@ -1215,7 +1215,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0 done, 1 our defect, 2 usage, 3 refused, 4 quality gate, 5 verification, 130 interrupted.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if words and words[0] not in _COMMANDS and words[0] not in ("--help", "--version"):
+    if words and words[0] not in _COMMANDS and words[0] not in _OF_ALL:
         words.insert(0, "convert")  # the default verb
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
