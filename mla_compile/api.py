@@ -357,7 +357,8 @@ def compile(
             dtype=wanted_type(config),
         )
     require_known_types(loaded)
-    require_finite(loaded.exported.state_dict, loaded.source)
+    # Of buffers, masks hold infinities by intent.
+    require_finite(dict(loaded.exported.named_parameters()), loaded.source)
     wanted = _result_type(loaded, config)
     config = config.model_copy(update={"dtype": str(wanted).removeprefix("torch.")})
     if "dtype" in loaded.assets.config:  # what lies beside the result says what that is in

@@ -20,7 +20,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mla_compile.content import content_of
-from mla_compile.errors import MlaCompileError
 from mla_compile.passes.factorise import LatentWeights
 from mla_compile.writing import explained, missing_folders, remove_empty
 
@@ -78,8 +77,8 @@ def store_folder(out: Path) -> Path:
 def store_beside(out: Path) -> Iterator[LayerStore]:
     """Keep finished layers beside an output while it is made.
 
-    They are removed when the body ends or fails with a reason, and stay when it is interrupted or killed: the same
-    conversion then goes on behind the last of them.
+    They are removed when the body ends, fails or is interrupted, as nothing is to be left of it, and stay only when this
+    process is killed: the same conversion then goes on behind the last of them.
 
     Args:
         out: The file or folder that is made.
@@ -88,7 +87,7 @@ def store_beside(out: Path) -> Iterator[LayerStore]:
     created = missing_folders(folder.parent)
     try:
         yield LayerStore(folder)
-    except MlaCompileError:
+    except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         remove_empty(created)
         raise

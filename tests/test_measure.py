@@ -19,6 +19,7 @@ import torch
 import mla_compile
 from mla_compile import frontend, plot, trial
 from mla_compile.cli import main
+from mla_compile.errors import UsageError
 from mla_compile.evaluate import Comparison, Perplexity
 from mla_compile.measure import Measured, Measurement
 from mla_compile.opened import Opened
@@ -281,7 +282,7 @@ def test_a_plot_that_fails_leaves_nothing(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(UsageError, match=r"could not be written \(No space left on device\)\. Free some room"):
         plot.draw(RESULT, tmp_path / "new" / "a.svg")
     assert not list(tmp_path.iterdir())
 
