@@ -77,7 +77,7 @@ def store_folder(out: Path) -> Path:
 def store_beside(out: Path) -> Iterator[LayerStore]:
     """Keep finished layers beside an output while it is made.
 
-    They are removed when the body ends, fails or is interrupted, as nothing is to be left of it, and stay only when this
+    They are removed when the body ends, fails or is interrupted, as nothing is to be left of it, and stay when this
     process is killed: the same conversion then goes on behind the last of them.
 
     Args:

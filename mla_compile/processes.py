@@ -7,6 +7,7 @@ is faster. Only the first goes on from there.
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import os
 from collections.abc import Sequence
@@ -101,4 +102,6 @@ def join_processes() -> Processes:
     from accelerate import PartialState
 
     state = PartialState(cpu=not torch.accelerator.is_available())
+    # Threads of a group that is still there when a process ends make it abort instead.
+    atexit.register(state.destroy_process_group)
     return Processes(state.process_index, state.num_processes, str(state.device))

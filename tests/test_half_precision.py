@@ -259,7 +259,7 @@ def test_a_saved_folder_is_trained_in_float32_and_keeps_its_type(tmp_path):
     saved, tuned = tmp_path / "saved", tmp_path / "tuned"
     converted("qwen3", BFLOAT16).save(saved)
     text = (TEXT[:, :1] + 3 * torch.arange(16)) % models.VOCABULARY
-    recipe = mla_compile.Recipe(batch=4, tokens=512, rate=0.02, train="latent", tracker="none")
+    recipe = mla_compile.Recipe(batch=4, tokens=2048, rate=0.02, train="latent", tracker="none")
     training = mla_compile.finetune(saved, text, tuned, recipe)["training"]
     assert training["after"] < training["before"]
     before, after = (mla_compile.load(folder).state_dict() for folder in (saved, tuned))

@@ -16,6 +16,7 @@ from mla_compile.passes import lower_onnx
 from mla_compile.passes.lower_onnx import METADATA_KEY, export_rewritten, lower_to_onnx
 from mla_compile.runtime import ops  # noqa: F401 - registers the operators
 from mla_compile.runtime.module import LatentModel
+from mla_compile.runtime.onnx_checksum import CHECKSUM_KEY
 from mla_compile.runtime.onnx_function import CACHED, DOMAIN, LATENT, VERSION, Variant
 from mla_compile.runtime.onnx_session import OnnxDecoder
 
@@ -227,9 +228,9 @@ def test_inlined_file_is_standard_and_the_same(lowered, tmp_path, opset):
 def test_file_says_who_made_it_and_what_it_is(lowered):
     model = onnx.load(lowered(FIRST).path)
     assert model.producer_name == "mla-compile"
-    (entry,) = model.metadata_props
-    assert entry.key == METADATA_KEY
-    assert json.loads(entry.value) == METADATA
+    said = {entry.key: entry.value for entry in model.metadata_props}
+    assert said.keys() == {METADATA_KEY, CHECKSUM_KEY}
+    assert json.loads(said[METADATA_KEY]) == METADATA
     assert OnnxDecoder(lowered(FIRST).path).metadata == METADATA
 
 
