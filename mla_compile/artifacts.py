@@ -33,7 +33,7 @@ from mla_compile.passes.lower_onnx import (
 from mla_compile.program import Assets
 from mla_compile.progress import Stages
 from mla_compile.report import Report, environment
-from mla_compile.report_page import PAGE, render_page, write_report
+from mla_compile.report_page import PAGE, damage_explained, render_page, write_report
 from mla_compile.runtime.module import LatentModel, LatentSeq2Seq, LowRankModel
 from mla_compile.seq2seq_report import Seq2SeqReport
 from mla_compile.writing import explained, held, missing_folders, remove_empty
@@ -508,10 +508,20 @@ def copy_assets(assets: Assets, folder: Path) -> None:
 
 
 def read_assets(folder: Path) -> Assets:
-    """Read back what :func:`copy_assets` wrote."""
+    """Read back what :func:`copy_assets` wrote.
+
+    Raises:
+        LoadError: A file is damaged.
+    """
     stored = {}
     for name in ("config.json", "generation_config.json"):
-        stored[name] = json.loads((folder / name).read_text("utf-8")) if (folder / name).is_file() else {}
+        path = folder / name
+        try:
+            stored[name] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+        except ValueError as error:
+            raise LoadError(f"'{path}' is damaged ({error}).", "Convert the model again.") from error
+        if not isinstance(stored[name], dict):
+            raise LoadError(f"'{path}' holds no settings.", "Convert the model again.")
     tokenizer = any((folder / name).is_file() for name in _TOKENIZER_FILES)
     return Assets(str(folder) if tokenizer else None, stored["config.json"], stored["generation_config.json"])
 
@@ -535,14 +545,17 @@ def write_page(report: Mapping[str, Any], out: Path, measurement: Mapping[str, A
 
     Raises:
         UsageError: The name is not that of a page, exists already, or its folder cannot be written.
+        LoadError: The report is damaged.
     """
     if out.suffix != ".html":
         raise UsageError(f"'{out}' is not named like a page.", "Name it with the suffix .html.")
     if out.is_dir():
         raise UsageError(f"'{out}' is a folder.", "Name a .html file.")
     check_place(out, force)
+    with damage_explained(out):
+        page = render_page(report, measurement)
     with moved_into(out.parent) as folder:
-        (folder / out.name).write_text(render_page(report, measurement), encoding="utf-8")
+        (folder / out.name).write_text(page, encoding="utf-8")
 
 
 @contextmanager

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
 from markupsafe import Markup
 
 from mla_compile.charts import Axis, Bar, Series, bar_chart, dot_rows, line_chart
@@ -17,6 +18,7 @@ from mla_compile.errors import LoadError
 
 __all__ = [
     "PAGE",
+    "damage_explained",
     "read_measurement",
     "read_report",
     "render_page",
@@ -52,6 +54,24 @@ def read_report(path: Path) -> Mapping[str, Any]:
     if not isinstance(found, dict) or found.get("schema_version") != 1 or "layers" not in found:
         raise LoadError(f"'{stored}' is not a report of a conversion.", "Name the report.json that a conversion wrote.")
     return found
+
+
+@contextlib.contextmanager
+def damage_explained(path: Path) -> Iterator[None]:
+    """Turn what goes wrong in the body, which reads a stored report as if it were whole, into a sentence.
+
+    Args:
+        path: Where the report is.
+
+    Raises:
+        LoadError: Something is missing in it, or of another form.
+    """
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, UndefinedError) as error:
+        raise LoadError(
+            f"The report of '{path}' is damaged ({type(error).__name__}: {error}).", "Convert the model again."
+        ) from error
 
 
 def read_measurement(path: Path) -> Mapping[str, Any]:

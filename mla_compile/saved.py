@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from mla_compile.passes.lower_onnx import lower_to_onnx
 from mla_compile.plan import LatentPlan
 from mla_compile.program import Assets
 from mla_compile.report import Training
-from mla_compile.report_page import write_report
+from mla_compile.report_page import damage_explained, read_report, render_page, write_report
 from mla_compile.runtime.module import LatentModel
 from mla_compile.runtime.onnx_halves import halves_bytes
 from mla_compile.runtime.onnx_quantised import quantised_bytes
@@ -69,14 +68,21 @@ def open_saved(folder: Path) -> Saved:
     """Read a folder.
 
     Raises:
-        LoadError: It holds no converted model.
+        LoadError: It holds no converted model, or something in it is damaged.
     """
     module = read_folder(folder)
-    stored = folder / "report.json"
-    report = json.loads(stored.read_text("utf-8")) if stored.is_file() else {}
+    report = read_report(folder) if (folder / "report.json").is_file() else {}
     if "cache" not in report:
         raise LoadError(f"'{folder}' has no report.json of its conversion.", "Convert the model again.")
+    with damage_explained(folder):
+        render_page(report)  # which reads all of it
+        [_plan_of(layer) for layer in report["layers"]]
     return Saved(folder, module, read_assets(folder), report)
+
+
+def _plan_of(layer: Mapping[str, Any]) -> dict[str, Any]:
+    """The latent shape in what a report says of a layer."""
+    return {field.name: layer[field.name] for field in dataclasses.fields(LatentPlan)}
 
 
 def save(model: LatentModel, folder: str | Path, *, like: str | Path, force: bool = False) -> None:
@@ -161,8 +167,7 @@ def write_saved_onnx(saved: Saved, path: Path, form: CompileConfig, *, force: bo
         cache = {**cache, "bytes_per_token_after": after, "ratio": after / cache["bytes_per_token_before"]}
     own = {name: getattr(form, name) for name in ("opset", "cache", "cache_type", "cache_layout", "inline")}
     config = {**saved.report["config"], **own}
-    names = [field.name for field in dataclasses.fields(LatentPlan)]
-    layers = [{name: layer[name] for name in names} for layer in saved.report["layers"]]
+    layers = [_plan_of(layer) for layer in saved.report["layers"]]
     sizes = (cache["bytes_per_token_before"], cache["bytes_per_token_after"])
     metadata = stored_metadata(saved.report["source"], config, layers, sizes, saved.assets)
     with moved_into(path.parent) as folder:

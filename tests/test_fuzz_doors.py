@@ -189,7 +189,7 @@ def test_damaged_weights(data, checkpoint, tmp_path):
         assert left == {"model"} or "out.onnx" in left
 
 
-@fuzzed
+@settings(fuzzed, max_examples=max(EXAMPLES // 3, 4))
 @given(data=st.data())
 def test_damaged_converted_folders(data, converted, tmp_path):
     name = data.draw(st.sampled_from(["model.pt2", "report.json", "mla_config.yaml", "config.json"]))
