@@ -20,6 +20,7 @@ from mla_compile.report import Report
 OWN = {
     # heads that are wider than the model, and an epsilon that is not the stock code's
     "wide": lambda: models.llama(num_key_value_heads=4, head_dim=24, rms_norm_eps=1e-5),
+    "mistral": lambda: models.mistral(window=None),
     "llama-linear": lambda: models.llama(rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}),
 }
 

@@ -48,6 +48,7 @@ def stock(folder):
 MODELS = {
     "wide": {"rope_dims": 6},
     "smollm": {"rope_dims": 8},
+    "mistral": {"rope_dims": 8},
     "llama-llama3-rope": {},
     "llama-yarn": {},
     "qwen2": {"rope_dims": 8},
@@ -82,7 +83,7 @@ def test_only_biases_and_scaled_rotations_are_for_transformers_only(conversions)
     for name, settings in MODELS.items():
         module, report, assets = conversions(name, **settings)
         found[name] = stock_checkpoint(module, report, assets.config).caveats
-    assert [name for name, caveats in found.items() if not caveats] == ["wide", "smollm"]
+    assert [name for name, caveats in found.items() if not caveats] == ["wide", "smollm", "mistral"]
     assert "biases" in found["qwen2"][0]
     assert "'llama3'" in found["llama-llama3-rope"][0]
 
@@ -371,7 +372,7 @@ def run(*words):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["stories260k", "gqa4m"])
+@pytest.mark.parametrize("name", ["stories260k", "gqa4m", "mha4m"])
 def test_trained_model_through_the_command_line(name, tmp_path):
     from transformers import AutoTokenizer
 
