@@ -28,6 +28,8 @@ __all__ = [
 
 _OF_DECODERS = ("cache", "quality", "polish", "training")
 """What reports of other models do not have."""
+_OTHER_WORDS = {("gradients", False): ["--no-gradients"], ("cache_layout", "paged"): ["--target", "cuda"]}
+"""Settings that the command line calls otherwise."""
 PAGE = "report.html"
 """What the page beside a ``report.json`` is called."""
 
@@ -101,15 +103,15 @@ def render_page(report: Mapping[str, Any], measurement: Mapping[str, Any] | None
     Returns:
         An HTML document that refers to nothing outside of it.
     """
-    loader = Environment(
+    pages = Environment(
         loader=PackageLoader("mla_compile"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    loader.filters |= {"count": _count, "bytes": _bytes, "percent": _percent, "error": _error}
-    return loader.get_template("report.html").render(
+    pages.filters |= {"count": _count, "bytes": _bytes, "percent": _percent, "error": _error}
+    return pages.get_template("report.html").render(
         report=dict.fromkeys(_OF_DECODERS) | dict(report),
         name=Path(report["source"]).name,
         kind=report.get("kind", "decoder"),
@@ -132,15 +134,15 @@ def reproducing(report: Mapping[str, Any]) -> Sequence[str]:
         report: As for :func:`render_page`.
     """
     name = Path(report["source"]).name
-    written = [n for n in report["artifacts"] if Path(n).suffix in (".onnx", ".plan") and ".encoder." not in n]
+    written = [n for n in report["artifacts"] if Path(n).suffix in (".gguf", ".onnx", ".plan") and ".encoder." not in n]
     out = next(iter(sorted(written, reverse=True)), "converted")
     parts = ["mla-compile", name, "--out", out]
     defaults = CompileConfig().model_dump()
     for setting, value in report["config"].items():
         if value == defaults.get(setting) or setting in ("schema_version", "opset"):
             continue
-        flag = "--no-gradients" if setting == "gradients" else f"--{setting.replace('_', '-')}"
-        parts += [flag] if isinstance(value, bool) else [flag, str(value)]
+        words = [f"--{setting.replace('_', '-')}", *([] if isinstance(value, bool) else [str(value)])]
+        parts += _OTHER_WORDS.get((setting, value), words)
     if report.get("quality"):
         parts += ["--calibration", "TEXT"]
     commands = [shlex.join(parts)]
@@ -214,8 +216,8 @@ def _spectrum_chart(layers: Sequence[Mapping[str, Any]]) -> Markup | None:
     if not known:
         return None
     lines = [Series("a layer", [tuple(p) for p in x["spectrum"]], "after", faint=len(known) > 3) for x in known]
-    chosen = Series("its rank", [(x["kv_rank"], _interpolated(x["spectrum"], x["kv_rank"])) for x in known], "other")
-    dots = Series(chosen.name, chosen.points, "other", line=False, dots=True)
+    chosen = [(x["kv_rank"], _interpolated(x["spectrum"], x["kv_rank"])) for x in known]
+    dots = Series("its rank", chosen, "other", line=False, dots=True)
     left_out = Axis("share left out", log=True, least=1e-6, most=1.0, written=_power)
     return line_chart("What a latent leaves out, over its rank", Axis("rank"), left_out, [*lines, dots])
 
@@ -308,14 +310,14 @@ def _roofline(name: str, steps: Sequence[Mapping[str, Any]]) -> Markup:
         for side in ("before", "after")
     ]
     ends = [x for side in points.values() for x, _ in side]
-    low, high = min(ends) / 4, max(*ends, machine["folded"] / machine["bandwidth"]) * 4
     bend = machine["folded"] / machine["bandwidth"]
+    low, high = min(ends) / 4, max(*ends, bend) * 4
     roof = [(low, low * machine["bandwidth"]), (bend, machine["folded"]), (high, machine["folded"])]
     return line_chart(
         f"Attention to the cache under the roof of {name}",
         Axis("operations per byte of the cache", log=True, written=_power),
         Axis("operations per second", log=True, written=_power),
-        [Series("roof", roof, "before"), *dots],
+        [Series("roof", roof, "third"), *dots],
     )
 
 
@@ -324,11 +326,13 @@ def _count(number: float) -> str:
 
 
 def _bytes(number: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if number < 1024 or unit == "GiB":
-            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+    if number < 1024:
+        return f"{number:.0f} B"
+    for unit in ("KiB", "MiB"):
         number /= 1024
-    raise AssertionError("unreachable")
+        if number < 1024:
+            return f"{number:.1f} {unit}"
+    return f"{number / 1024:.1f} GiB"
 
 
 def _percent(share: float) -> str:

@@ -76,7 +76,8 @@ def open_saved(folder: Path) -> Saved:
         raise LoadError(f"'{folder}' has no report.json of its conversion.", "Convert the model again.")
     with damage_explained(folder):
         render_page(report)  # which reads all of it
-        [_plan_of(layer) for layer in report["layers"]]
+        for layer in report["layers"]:
+            _plan_of(layer)
     return Saved(folder, module, read_assets(folder), report)
 
 

@@ -64,6 +64,7 @@ def report() -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def measurement() -> dict[str, Any]:
     rows = [("fisher", 0.5, 1.01), ("fisher", 0.25, 1.1), ("mha2mla", 0.5, 1.2), ("mha2mla", 0.25, 2.5)]
+    rows += [("transmla", 0.5, 1.1), ("transmla", 0.25, 1.3)]
     found = [{"model": m, "method": m, "cache_kept": kept, "perplexity_ratio": ratio} for m, kept, ratio in rows]
     return {"tokens": 8160, "models": found}
 
@@ -111,6 +112,9 @@ def test_estimated_steps_grow_with_the_context(report):
 
 def test_commands_to_make_it_again_are_ones_that_the_command_line_takes(report, tmp_path, monkeypatch, capsys):
     """With a model that does not exist, that is all that is left to refuse."""
+    paged = report | {"config": report["config"] | {"cache_layout": "paged", "gradients": False}}
+    assert all(f" {words}" in reproducing(paged)[0] for words in ("--target cuda", "--no-gradients"))
+    assert reproducing(report | {"artifacts": {"model.gguf": 1}})[0].split()[3] == "model.gguf"
     convert, *others = reproducing(report | {"source": "nowhere/absent.pt2", "artifacts": {"model.onnx": 1}})
     assert convert.startswith("mla-compile absent.pt2 --out model.onnx")
     assert "--cache-ratio 0.5" in convert
@@ -243,6 +247,7 @@ def test_a_browser_shows_every_section(browser, report, measurement, tmp_path, w
           drawings: [...document.querySelectorAll("svg")].map(s => [box(s).height, box(s).width]),
           wide: document.documentElement.scrollWidth, inner: window.innerWidth,
           ground: light(style.backgroundColor), ink: light(style.color),
+          strokes: [...document.querySelectorAll("svg .line")].map(s => getComputedStyle(s).stroke),
           small: Math.min(...[...document.querySelectorAll("svg text")].map(t => box(t).height)),
         };
         """
@@ -258,4 +263,6 @@ def test_a_browser_shows_every_section(browser, report, measurement, tmp_path, w
         if scheme == "light"
         else (seen["ground"] < 0.15 and seen["ink"] > 0.8)
     )
+    assert len(seen["strokes"]) >= 5
+    assert "none" not in seen["strokes"]
     assert seen["small"] >= 8  # pixels: text of a drawing can be read on a phone
