@@ -49,15 +49,15 @@ constexpr long kChannels = 64;     // that are interleaved at a time
 inline Vector load_as(__m512 value) { return reinterpret_cast<Vector>(value); }
 
 inline __m512i dot(__m512i sums, __m512i unsigned_bytes, __m512i signed_bytes) {
-    return _mm512_dpbusd_epi32(sums, unsigned_bytes, signed_bytes);
+    // Not the intrinsic: GCC 12 keeps what that adds to in memory.
+    asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(unsigned_bytes), "v"(signed_bytes));
+    return sums;
 }
 
 inline __m512i four_bytes(const void* from) {
     int32_t bytes;
     std::memcpy(&bytes, from, sizeof bytes);
-    __m512i found = _mm512_set1_epi32(bytes);
-    asm("" : "+v"(found));
-    return found;
+    return _mm512_set1_epi32(bytes);
 }
 
 inline long fours(long count) { return (count + 3) / 4; }
@@ -119,8 +119,6 @@ inline void code_products(const uint8_t* codes, long stride, const CodeQuery& qu
         const int8_t* low = high + query.lanes * 4;
         __m512i digits[4] = {_mm512_loadu_si512(high), _mm512_loadu_si512(high + 64), _mm512_loadu_si512(low),
                              _mm512_loadu_si512(low + 64)};
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; j++) asm("" : "+v"(digits[j]));
 #pragma GCC unroll 8
         for (int t = 0; t < kCodeTokens; t++) {
             const __m512i bytes = four_bytes(codes + t * stride + 4 * g);
@@ -129,7 +127,9 @@ inline void code_products(const uint8_t* codes, long stride, const CodeQuery& qu
         }
     }
     const __m512 finer = _mm512_set1_ps(254);
+#pragma GCC unroll 8
     for (int t = 0; t < kCodeTokens; t++)
+#pragma GCC unroll 4
         for (int j = 0; j < 2; j++)
             products[t][j] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[t][j]), finer, _mm512_cvtepi32_ps(sums[t][2 + j]));
 }
@@ -147,7 +147,9 @@ inline void code_scores(const Sizes& s, const uint8_t* codes, const float* scale
                 for (long k = 0; k < s.row; k += 64) __builtin_prefetch(row + (kCodeTokens + i) * s.row + k);
             code_products(row, s.row, latent, lane, 0, latent.groups, of_latent);
             code_products(row + s.rank, s.row, rope, lane, 0, rope.groups, of_rope);
+#pragma GCC unroll 8
             for (int i = 0; i < kCodeTokens; i++)
+#pragma GCC unroll 4
                 for (int j = 0; j < 2; j++) {
                     const long m = lane + j * kLanes;
                     const Vector whole = (load_as(of_latent[i][j]) - load(latent.excess + m)) * load(latent.scale + m),
@@ -220,10 +222,7 @@ inline void add_codes(const Sizes& s, const uint8_t* interleaved, const CodeWeig
                 const uint8_t* from = interleaved + g * step + k * 4;
                 __m512i codes[4];
 #pragma GCC unroll 4
-                for (int j = 0; j < 4; j++) {
-                    codes[j] = _mm512_loadu_si512(from + 64 * j);
-                    asm("" : "+v"(codes[j]));
-                }
+                for (int j = 0; j < 4; j++) codes[j] = _mm512_loadu_si512(from + 64 * j);
 #pragma GCC unroll 4
                 for (int h = 0; h < kCodeHeads; h++) {
                     const __m512i of_high = four_bytes(weights.high + (g * s.lanes() + m + h) * 4);
@@ -235,7 +234,9 @@ inline void add_codes(const Sizes& s, const uint8_t* interleaved, const CodeWeig
                     }
                 }
             }
+#pragma GCC unroll 4
             for (int h = 0; h < kCodeHeads; h++)
+#pragma GCC unroll 4
                 for (int j = 0; j < 4; j++) {
                     const __m512i both = _mm512_add_epi32(_mm512_slli_epi32(high[h][j], 8), low[h][j]);
                     const Vector sum =
