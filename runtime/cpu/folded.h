@@ -15,7 +15,7 @@
 namespace mla {
 
 constexpr long kBlock = 48;          // tokens of a block
-constexpr long kSplit = 1024;        // tokens that one task attends to
+constexpr long kSplit = 1024;        // tokens that one task attends to with 64 queries; with more, it has as many more
 constexpr float kNothing = -1e30f;   // a running maximum of nothing, from which -inf can be subtracted
 
 constexpr long up_to(long count, long step) { return (count + step - 1) / step * step; }
@@ -27,7 +27,8 @@ struct Sizes {
     long columns() const { return queries * heads; }                     // of the scores: one per query and head
     long lanes() const { return up_to(columns(), tile()); }
     long sum() const { return up_to(rank, kColumns * kLanes); }          // length of a sum of latents, with its padding
-    long splits() const { return std::max(1L, (tokens + kSplit - 1) / kSplit); }
+    long split() const { return kSplit * std::max(1L, lanes() / 64); }    // tokens of a task: its sums are as many as its queries
+    long splits() const { return std::max(1L, (tokens + split() - 1) / split()); }
     long partial() const { return lanes() * (2 + sum()); }               // maxima, sums of weights, sums of latents
     long query() const { return row * lanes(); }
 };
@@ -200,7 +201,7 @@ inline void add_block(const Sizes& s, const float* rows, long tokens, const floa
     }
 }
 
-// One task: attend to up to kSplit tokens of one sequence. `partial` is [maxima | totals | sums of latents]; `block`
+// One task: attend to a split of the tokens of one sequence. `partial` is [maxima | totals | sums of latents]; `block`
 // gives the rows of some tokens from one on.
 template <typename Block>
 inline void attend_blocks(const Sizes& s, long split, const bool* seen_ST, const float* query_RM, float* partial,
@@ -208,8 +209,8 @@ inline void attend_blocks(const Sizes& s, long split, const bool* seen_ST, const
     float *maxima = partial, *totals = partial + s.lanes(), *sums = partial + 2 * s.lanes();
     float *scores = scratch, *shrink = scores + kBlock * s.lanes(), *strip = shrink + s.lanes();
     begin_partial(s, partial);
-    const long end = std::min((split + 1) * kSplit, s.tokens);
-    for (long t = split * kSplit; t < end; t += kBlock) {
+    const long end = std::min((split + 1) * s.split(), s.tokens);
+    for (long t = split * s.split(); t < end; t += kBlock) {
         const long tokens = std::min(kBlock, end - t);
         if (!mask_block(s, seen_ST + t, tokens, nullptr)) continue;
         const float* rows = block(t, tokens);

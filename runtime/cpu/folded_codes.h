@@ -276,8 +276,8 @@ inline void attend_codes(const Sizes& s, long split, const uint8_t* codes, const
                               interleaved + kCodeBlock * (s.sum() + s.lanes()), shrink + s.lanes(),
                               reinterpret_cast<int32_t*>(shrink + 2 * s.lanes())};
     begin_partial(s, partial);
-    const long end = std::min((split + 1) * kSplit, s.tokens);
-    for (long t = split * kSplit; t < end; t += kCodeBlock) {
+    const long end = std::min((split + 1) * s.split(), s.tokens);
+    for (long t = split * s.split(); t < end; t += kCodeBlock) {
         const long tokens = std::min(kCodeBlock, end - t);
         if (!mask_block(s, seen_ST + t, tokens, nullptr)) continue;
         const uint8_t* block = codes + t * s.row;
