@@ -282,7 +282,8 @@ inline void attend_codes(const Sizes& s, long split, const uint8_t* codes, const
         if (!mask_block(s, seen_ST + t, tokens, nullptr)) continue;
         const uint8_t* block = codes + t * s.row;
         const float* block_scales = scales + 2 * t;
-        if (tokens < kCodeBlock || t + tokens == s.tokens) {  // nothing is read behind the cache
+        const long behind = (s.tokens - t - tokens) * s.row;
+        if (tokens < kCodeBlock || behind < kSpare) {  // nothing is read behind the cache
             std::memcpy(own_codes, block, tokens * s.row);
             std::memset(own_codes + tokens * s.row, 0, (kCodeBlock - tokens) * s.row + kSpare);
             std::memcpy(own_scales, block_scales, 2 * tokens * sizeof(float));
