@@ -509,7 +509,8 @@ def plot(rows: list[Row], path: Path) -> None:
         line[0].set_ylabel("times the fastest original")
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(DRAWN), fontsize="small", frameon=False)
-    figure.supxlabel("tokens in the cache", fontsize="medium")
+    for axes in panels[-1]:
+        axes.set_xlabel("tokens in the cache")
     figure.savefig(path, dpi=120, facecolor="white", metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
