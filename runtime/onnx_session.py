@@ -102,6 +102,7 @@ class OnnxDecoder:
         providers: Execution providers in order of preference; the CPU by default.
         threads: Threads per operator; ONNX Runtime's choice by default.
         max_length: Tokens of a sequence, prompt and continuation, at most; by default as many as are asked for.
+        session: What runs the file in place of a session of ONNX Runtime of its own.
 
     Attributes:
         metadata: What the compiler stored in the file.
@@ -121,8 +122,9 @@ class OnnxDecoder:
         providers: Sequence[str] | None = None,
         threads: int | None = None,
         max_length: int | None = None,
+        session: Any = None,  # noqa: ANN401 - onnxruntime has no types
     ) -> None:
-        self._session = open_session(path, providers, threads)
+        self._session = session or open_session(path, providers, threads)
         import onnxruntime
 
         self._runtime = onnxruntime
