@@ -173,6 +173,8 @@ def _cut(model: ir.Model, piece_bytes: int) -> list[_Piece]:
         weights_of = [v for v in values if _is_weight(v)]
         inputs = [v for v in values if not v.is_initializer()]
         constants = [v for v in values if v.is_initializer() and not _is_weight(v)]
+        for value in constants:  # what lies beside the file is not found from a session that has no file
+            value.const_value = ir.tensor(_numbers(value), name=value.name)
         frees = [v for v in inputs if last[v] == place]
         view = ir.GraphView(
             [*weights_of, *inputs],
