@@ -409,7 +409,7 @@ def check_encoder_onnx(converted: LowRankModel, path: Path, checks: Sequence[Map
     Raises:
         VerificationError: The runtimes disagree.
     """
-    session, worst = open_session(path), 0.0
+    (session, _), worst = open_session(path), 0.0
     for inputs in checks:
         with torch.inference_mode():
             expected = converted(**inputs)
@@ -455,7 +455,7 @@ def check_seq2seq_onnx(
     Raises:
         VerificationError: The runtimes disagree.
     """
-    encoder, decoder = map(open_session, files)
+    (encoder, _), (decoder, _) = map(open_session, files)
     taken = {i.name for i in decoder.get_inputs()}
     worst = 0.0
     for inputs in checks:
