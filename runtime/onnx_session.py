@@ -152,6 +152,7 @@ class OnnxDecoder:
         threads: Threads per operator; ONNX Runtime's choice by default.
         max_length: Tokens of a sequence, prompt and continuation, at most; by default as many as are asked for.
         kernel: One of :data:`KERNELS`.
+        session: What runs the file in place of a session of ONNX Runtime of its own.
 
     Attributes:
         metadata: What the compiler stored in the file.
@@ -173,8 +174,12 @@ class OnnxDecoder:
         threads: int | None = None,
         max_length: int | None = None,
         kernel: str = "standard",
+        session: Any = None,  # noqa: ANN401 - onnxruntime has no types
     ) -> None:
-        self._session, self.fused = open_session(path, providers, threads, kernel)
+        if session is None:
+            self._session, self.fused = open_session(path, providers, threads, kernel)
+        else:
+            self._session, self.fused = session, False
         import onnxruntime
 
         self._runtime = onnxruntime
