@@ -504,6 +504,9 @@ def inspect(
         attn_implementation: How a transformers model given by name spells its attention: auto, sdpa or eager.
         unsafe_load: Allow unpickling a module from a file.
 
+    Returns:
+        The exported model, and its attention layers: those recognised, and of each other one why not.
+
     Raises:
         LoadError: The model cannot be read.
     """
