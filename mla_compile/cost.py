@@ -48,8 +48,8 @@ MACHINES = {
     "cpu": Machine("one core of a server CPU, float32", 4, 25e9, 17e9, 85e9),
     "gpu": Machine("an H200 by its data sheet, bfloat16", 2, 4.8e12, 989e12, 989e12),
 }
-"""Those of the CPU fit benchmarks/decode_cpu.md: one core with AVX-512, ONNX Runtime, the fused kernel; those of the GPU
-were not measured."""
+"""Those of the CPU fit benchmarks/decode_cpu.md (one core with AVX-512, ONNX Runtime, the fused kernel); those of the
+GPU were not measured."""
 
 
 @dataclass(frozen=True, slots=True)
