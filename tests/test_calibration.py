@@ -137,4 +137,4 @@ def test_layers_whose_outputs_go_nowhere_linear_are_named(llama, monkeypatch):
     assert all(site.path in note for site in llama.sites)
     for layer in measured.layers:
         eye = torch.eye(layer.site.v_dim).double().expand(layer.site.heads, -1, -1)
-        torch.testing.assert_close(layer.statistics.output, eye, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(layer.statistics().output, eye, rtol=1e-12, atol=1e-12)

@@ -49,7 +49,7 @@ def test_the_rank_is_that_and_logits_change_least(task, weights):
         assert torch.linalg.matrix_rank(changed.query.flatten(0, 1), rtol=1e-9) == 12
         up, down = truncated_svd(layer.query.flatten(0, 1), 12)
         plain = type(layer)(**{**layer.__dict__, "query": (up @ down).view_as(layer.query)})
-        moment = measured.statistics.moment
+        moment = measured.statistics().moment
         assert logit_error(layer, changed, moment) < 0.9 * logit_error(layer, plain, moment)
 
 
