@@ -1,10 +1,11 @@
-"""The pages of the documentation as tests read them: fenced blocks, commands, links and headings, by a Markdown parser."""
+"""The pages of the documentation as tests read them: blocks, commands, links and headings, by a Markdown parser."""
 
 from __future__ import annotations
 
 import re
 import shlex
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,7 @@ def anchors(page: str) -> frozenset[str]:
     tokens = _tokens(page)
     titles = [
         "".join(c.content for c in b.children)
-        for a, b in zip(tokens, tokens[1:], strict=False)
+        for a, b in pairwise(tokens)
         if a.type == "heading_open"
     ]
     return frozenset(re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles)
