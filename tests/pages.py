@@ -117,9 +117,5 @@ def links(page: str) -> tuple[str, ...]:
 def anchors(page: str) -> frozenset[str]:
     """What headings are called in links: lower case, no punctuation, hyphens for spaces, as code hosts do it."""
     tokens = _tokens(page)
-    titles = [
-        "".join(c.content for c in b.children)
-        for a, b in pairwise(tokens)
-        if a.type == "heading_open"
-    ]
+    titles = ["".join(c.content for c in b.children) for a, b in pairwise(tokens) if a.type == "heading_open"]
     return frozenset(re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles)

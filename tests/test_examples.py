@@ -30,6 +30,7 @@ def run(capsys, monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(EXAMPLES))
 
     def run(name: str, *words: object, typed: str = "") -> str:
+        capsys.readouterr()
         monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
         monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
         runpy.run_path(str(EXAMPLES / name), run_name="__main__")
