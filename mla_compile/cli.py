@@ -46,6 +46,12 @@ def _known_provider(value: str | None) -> str | None:
     return value
 
 
+def _known_kernel(value: str | None) -> str | None:
+    if value not in (None, "auto", "fused", "standard"):
+        raise typer.BadParameter(f"'{value}' is not one of auto, fused, standard")
+    return value
+
+
 def _known_plugin(value: str) -> str:
     if value not in ("quick", "cpp"):
         raise typer.BadParameter(f"'{value}' is not one of quick, cpp")
@@ -654,6 +660,15 @@ def run(
     provider: Annotated[
         str | None, typer.Option(help="Where to run: cpu or cuda.", callback=_known_provider, show_default="cpu")
     ] = None,
+    kernel: Annotated[
+        str | None,
+        typer.Option(
+            help="What computes attention on the CPU: fused (needs a C++ compiler the first time), standard (the "
+            "operators in the file), or auto, the former where it can be had.",
+            callback=_known_kernel,
+            show_default="auto",
+        ),
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads per operator.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -672,6 +687,7 @@ def run(
         threads=threads,
         provider=provider,
         max_length=max_length,
+        kernel=kernel,
         on_text=display.stream_text if streamed else None,
     )
     if as_json:
@@ -1109,6 +1125,23 @@ def tensorrt(
         library = out.with_name("libmla_plugin.so")
         build, _ = commands(written.onnx, settings, library)
         display.show_library_commands(written.onnx, library, build)
+
+
+@app.command("fuse")
+def fuse(
+    model: Annotated[Path, typer.Argument(help="An ONNX file made by mla-compile.")],
+    out: Annotated[
+        Path,
+        typer.Option(help="The .onnx file to write, beside which goes the library, as a .so.", rich_help_panel=_OUTPUT),
+    ],
+    march: Annotated[str, typer.Option(help="Processor the library is for, as compilers name it.")] = "native",
+    force: Annotated[bool, typer.Option("--force", help="Replace existing files.", rich_help_panel=_OUTPUT)] = False,
+) -> None:
+    """Write a file whose attention is the fused kernel, and its library, for ONNX Runtime without mla-compile."""
+    from mla_compile.fuse import write_fused
+
+    library = write_fused(model, out, march=march, force=force)
+    typer.echo(f"wrote {out} and {library}")
 
 
 @app.command("build-plugin")
