@@ -55,7 +55,8 @@ def figure(rows: list[dict[str, Any]]) -> Figure:
                     kept, ratio = zip(*found, strict=True)
                     axes.plot(kept, ratio, color=color, marker=marker, markersize=4, linestyle=line, label=method)
             top = max(ratio for method in STYLES for _, ratio in points(rows, model, method))
-            ticks = [t for t in (1, 1.1, 1.2, 1.5, 2, 3, 5, 10, 20, 30) if t <= top * 1.02]
+            wanted = (1, 1.1, 1.2, 1.5, 2, 3) if top < 5 else (1, 1.5, 2, 3, 5, 10, 20, 30)
+            ticks = [tick for tick in wanted if tick <= top * 1.02]
             axes.set_yscale("log")
             axes.set_yticks(ticks)
             axes.yaxis.set_minor_locator(NullLocator())
@@ -65,7 +66,8 @@ def figure(rows: list[dict[str, Any]]) -> Figure:
             axes.set_xlabel("cache kept")
             axes.grid(visible=True, color=GREY, alpha=0.25)
         panels[0].set_ylabel("perplexity, times the original's")
-        panels[-1].legend(frameon=False, labelcolor=GREY)
+        handles, names = panels[-1].get_legend_handles_labels()  # where all methods are
+        panels[0].legend(handles, names, frameon=False, labelcolor=GREY, loc="upper right")
     return drawn
 
 

@@ -2,7 +2,7 @@
 
     python docs/make_reference.py
 
-Plain Markdown, in the tree: it reads the same on a code host, in an editor and on a site, and needs no tool to be built.
+Plain Markdown, in the tree: it reads the same on a code host, in an editor and on a site, and takes no tool to build.
 A test says when a page is not what this would write.
 """
 

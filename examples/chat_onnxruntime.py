@@ -1,10 +1,10 @@
-"""Chat with a converted model in ONNX Runtime, without any server: one cache grows over all turns, text is streamed.
+r"""Chat with a converted model in ONNX Runtime, without any server: one cache grows over all turns, text is streamed.
 
 Every turn runs only its new tokens; what was said before is in the cache. The bundled model tells stories and knows no
 conversation: it goes on where you stop. A model with a chat template in its tokenizer gets its turns in that form.
 
     python examples/chat_onnxruntime.py
-    printf 'Once there was a cat.\\nThen it rained.\\n' | python examples/chat_onnxruntime.py
+    printf 'Once there was a cat.\nThen it rained.\n' | python examples/chat_onnxruntime.py
     python examples/chat_onnxruntime.py --onnx model_mla.onnx --temperature 0.8
 """
 

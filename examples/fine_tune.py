@@ -1,7 +1,7 @@
 """Train a converted model to predict what the original does, in a training loop of one's own, and measure both.
 
-The converted module is an ordinary ``nn.Module``. `mla-compile finetune` is a ready loop (several processes, checkpoints,
-mixtures of objectives); this is what it does at heart.
+The converted module is an ordinary ``nn.Module``. `mla-compile finetune` is a ready loop (several processes,
+checkpoints, mixtures of objectives); this is what it does at heart.
 
     python examples/fine_tune.py
     python examples/fine_tune.py --model FOLDER --text FILE.txt --cache-ratio 0.125 --steps 1000

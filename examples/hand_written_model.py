@@ -1,7 +1,7 @@
 """A model of one's own: attention is found by what it computes, whatever the classes are called.
 
-The model below is ordinary PyTorch, but its attention is an operator of its own, as a fused kernel is. A few lines teach
-what that computes; everything else is recognised. Nothing is trained here, so the conversion leaves nothing out
+The model below is ordinary PyTorch, but its attention is an operator of its own, as a fused kernel is. A few lines
+teach what that computes; everything else is recognised. Nothing is trained here, so the conversion leaves nothing out
 (``exact``) and must answer as the original does.
 
     python examples/hand_written_model.py

@@ -1,4 +1,4 @@
-"""The quality curve: what every method loses at every size of the cache. Cells run one by one in an editor, or all:
+"""The quality curve: what every method loses at every size of the cache. Cells run one by one in an editor, or all.
 
 python examples/quality_curve.py
 python examples/quality_curve.py --model FOLDER --text FILE.txt --calibration OTHER.txt --plot quality.svg

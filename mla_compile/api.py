@@ -642,6 +642,9 @@ def lossless_elements(program: AnyProgram, sites: Sequence[AttentionSite]) -> tu
 def load(folder: str | Path) -> LatentModel:
     """Read back a model written by :meth:`CompiledModel.save`.
 
+    Args:
+        folder: The folder.
+
     Raises:
         LoadError: The folder holds no such model.
     """

@@ -62,6 +62,9 @@ def special_tokens(folder: str) -> dict[str, Any]:
 def read_documents(path: str | Path) -> list[str]:
     """Read a text file (documents separated by ``<|endoftext|>``) or a ``.jsonl`` file with a ``text`` field.
 
+    Args:
+        path: The file.
+
     Raises:
         LoadError: The file is missing, not UTF-8 text, or has no documents.
     """

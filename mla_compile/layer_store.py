@@ -121,6 +121,9 @@ def store_beside(out: Path) -> Iterator[LayerStore]:
 
     Args:
         out: The file or folder that is made.
+
+    Yields:
+        Where layers are kept.
     """
     folder = store_folder(out)
     created = missing_folders(folder.parent)

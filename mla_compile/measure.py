@@ -154,6 +154,9 @@ def measure(
         original: The model to compare them with.
         display: Shows progress.
 
+    Returns:
+        Figures of every model, in this order.
+
     Raises:
         LoadError: A model, the tokenizer or the text cannot be read.
         UsageError: The models have different vocabularies, or the text or a model is too short for a window.

@@ -262,7 +262,6 @@ class Report:
         training: What fine-tuning did, if there was any; quality was measured behind it, everything else before.
         warnings: What the user should know.
         artifacts: Written files and their sizes in bytes.
-        kept: Layers with an ordinary cache.
         source_bytes_per_element: Size of one number of the original's cache, if it is another.
     """
 

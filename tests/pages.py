@@ -1,10 +1,11 @@
-"""The pages of the documentation as tests read them: fenced blocks, commands, links and headings, by a Markdown parser."""
+"""The pages of the documentation as tests read them: blocks, commands, links and headings, by a Markdown parser."""
 
 from __future__ import annotations
 
 import re
 import shlex
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -116,9 +117,5 @@ def links(page: str) -> tuple[str, ...]:
 def anchors(page: str) -> frozenset[str]:
     """What headings are called in links: lower case, no punctuation, hyphens for spaces, as code hosts do it."""
     tokens = _tokens(page)
-    titles = [
-        "".join(c.content for c in b.children)
-        for a, b in zip(tokens, tokens[1:], strict=False)
-        if a.type == "heading_open"
-    ]
+    titles = ["".join(c.content for c in b.children) for a, b in pairwise(tokens) if a.type == "heading_open"]
     return frozenset(re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles)
