@@ -1232,7 +1232,19 @@ def report(
 _OF_ALL = ("--help", "--version", "--install-completion", "--show-completion")
 _COMMANDS = frozenset(
     {
-        *("convert", "inspect", "plan", "run", "eval", "bench", "verify", "tensorrt", "build-plugin", "finetune"),
+        *(
+            "convert",
+            "inspect",
+            "plan",
+            "run",
+            "eval",
+            "bench",
+            "verify",
+            "tensorrt",
+            "build-plugin",
+            "finetune",
+            "fuse",
+        ),
         *("export", "report"),
     }
 )

@@ -19,6 +19,7 @@ from latent_cases import Case, cases
 from onnx import TensorProto, helper
 from test_onnx_function import KINDS, dimensions, forms_of, input_names, make_node
 
+from mla_compile.cli import main
 from mla_compile.errors import LoadError, RefusedError, UsageError
 from mla_compile.fuse import write_fused
 from mla_compile.runtime.cpu import library as compiling
@@ -229,6 +230,13 @@ def test_a_file_and_its_library_are_written(files, tmp_path):
     with pytest.raises(UsageError, match="exists"):
         write_fused(files().paths["dynamic"], out)
     write_fused(files().paths["dynamic"], out, force=True)
+
+
+def test_the_command_line_says_what_it_wrote(files, tmp_path, capsys):
+    words = ["fuse", str(files().paths["static"]), "--out", str(tmp_path / "fused.onnx")]
+    assert main(words) == 0
+    assert capsys.readouterr().out.split() == ["wrote", words[-1], "and", str(tmp_path / "fused.so")]
+    assert main(words) == 2
 
 
 def test_what_cannot_be_written_is_said(files, tmp_path):
