@@ -35,7 +35,6 @@ EXCLUDED = {
     r"^python -m mla_compile\.harness ": "needs lm_eval and the network; tests/test_harness.py",
     r"^(vllm|trtexec|llama-cli|llama-quantize) |^python -m sglang": "other programs",
     r"^mla-compile verify \S+\.gguf": "needs llama-cpp-python, which is built from source; tests/test_gguf.py",
-    r"^python benchmarks/": "hours; tests of their parts are beside those of what they measure",
     r"import register\n": "needs TensorRT; tests/tensorrt/test_plugins.py",
     r"TensorrtExecutionProvider": "needs a GPU",
 }
