@@ -33,7 +33,8 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from mla_compile.passes.original_attention import MICROSOFT, OriginalForm, original_function
-from mla_compile.runtime.onnx_function import DOMAIN, LATENT, VERSION, Variant, attention_function
+from mla_compile.runtime.cpu.library import library
+from mla_compile.runtime.onnx_function import DOMAIN, FUSED_DOMAIN, LATENT, VERSION, Variant, attention_function
 from mla_compile.runtime.onnx_quantised import LATENT_LEVELS, ROPE_LEVELS, SCALES
 
 OPSET = 24
@@ -80,7 +81,10 @@ IN_PLACE = ", in place"
 ORIGINALS = tuple(f"{form}{IN_PLACE}" for form in OriginalForm if form != OriginalForm.GROUPED_INT8)
 LATENTS = ("latent, growing", "latent, static", "latent, nothing written")
 QUANTISED_ORIGINAL, QUANTISED_LATENT = f"{OriginalForm.GROUPED_INT8}{IN_PLACE}", "latent, int8, static"
-FORMS = (*ORIGINALS, QUANTISED_ORIGINAL, *LATENTS, QUANTISED_LATENT)
+FUSED = ", fused"
+"""Behind the name of a form, where the fused kernel computes attention."""
+FUSED_LATENT, FUSED_QUANTISED_LATENT = f"latent, static{FUSED}", f"{QUANTISED_LATENT}{FUSED}"
+FORMS = (*ORIGINALS, QUANTISED_ORIGINAL, *LATENTS, FUSED_LATENT, QUANTISED_LATENT, FUSED_QUANTISED_LATENT)
 KEY_SCALE = 4 / 127
 """Of the quantised original's keys and values, which are normal numbers."""
 
@@ -129,13 +133,18 @@ class Row:
 
 
 def latent_model(
-    shape: Shape, static: bool, written: bool = True, quantised: bool = False, projected: bool = False
+    shape: Shape,
+    static: bool,
+    written: bool = True,
+    quantised: bool = False,
+    projected: bool = False,
+    fused: bool = False,
 ) -> onnx.ModelProto:
     """The node as the compiler writes it; ``written`` False leaves out that the cache is.
 
     With ``projected`` its query and row are projected from a hidden state.
     """
-    function = attention_function(LATENT, OPSET, Variant(static=static, quantised=quantised))
+    function = attention_function(LATENT, OPSET, Variant(static=static, quantised=quantised), fused=fused)
     if not written:
         (scatter,) = (node for node in function.node if node.op_type == "TensorScatter")
         kept = helper.make_node("Identity", scatter.input[:1], scatter.output)
@@ -193,6 +202,7 @@ def latent_model(
         weights,
     )
     imports = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)]
+    imports += [helper.make_opsetid(FUSED_DOMAIN, 1)] if fused else []
     return helper.make_model(graph, functions=[function], opset_imports=imports, ir_version=10)
 
 
@@ -292,6 +302,7 @@ class Step:
     ) -> None:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
+        options.register_custom_ops_library(str(library()))
         self._session = onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
         self._outputs = {o.name for o in self._session.get_outputs()}
         taken = {i.name for i in self._session.get_inputs()}
@@ -348,22 +359,22 @@ def make_steps(
     rows = (codes - np.repeat(np.float32(middles), widths)) * np.repeat(scales, widths, 2)
 
     def latent(form: str) -> Step:
+        form, fused = form.removesuffix(FUSED), form.endswith(FUSED)
         static = form != "latent, growing"
         cache = np.zeros((batch, room if static else past, shape.row), np.float32)
         cache[:, :past] = rows
-        model = latent_model(shape, static, form != "latent, nothing written", projected=projected)
+        model = latent_model(shape, static, form != "latent, nothing written", projected=projected, fused=fused)
         copies = max(1, int(memory // cache.nbytes))
         return Step(model, inputs, {("past", "present"): cache}, static, copies, threads)
 
-    def quantised_latent() -> Step:
+    def quantised_latent(form: str) -> Step:
         held = {("past", "present"): codes, ("past_scale", "present_scale"): scales}
         caches = {names: np.zeros((batch, room, part.shape[2]), part.dtype) for names, part in held.items()}
         for names, part in held.items():
             caches[names][:, :past] = part
         copies = max(1, int(memory // sum(cache.nbytes for cache in caches.values())))
-        return Step(
-            latent_model(shape, True, quantised=True, projected=projected), inputs, caches, True, copies, threads
-        )
+        model = latent_model(shape, True, quantised=True, projected=projected, fused=form.endswith(FUSED))
+        return Step(model, inputs, caches, True, copies, threads)
 
     plain: Arrays = {
         HIDDEN: inputs[HIDDEN],
@@ -381,8 +392,9 @@ def make_steps(
         return Step(original_model(shape, form, projected), plain, caches, True, copies, threads)
 
     plain_forms = {form: functools.partial(original, form) for form in (*ORIGINALS, QUANTISED_ORIGINAL)}
-    latents = {form: functools.partial(latent, form) for form in LATENTS} | {QUANTISED_LATENT: quantised_latent}
-    return plain_forms | latents
+    latents = {form: functools.partial(latent, form) for form in (*LATENTS, FUSED_LATENT)}
+    codes_forms = (QUANTISED_LATENT, FUSED_QUANTISED_LATENT)
+    return plain_forms | latents | {form: functools.partial(quantised_latent, form) for form in codes_forms}
 
 
 def measure(case: Case, rounds: int, memory: float, threads: int, seconds: float) -> list[Row]:
@@ -392,7 +404,12 @@ def measure(case: Case, rounds: int, memory: float, threads: int, seconds: float
         form: make() for form, make in make_steps(SHAPES[name], batch, context, memory, threads, case.projected).items()
     }
     # Quantised forms round the new token too, by a hundredth of its largest number.
-    for group, rounded in ((ORIGINALS, QUANTISED_ORIGINAL), (LATENTS[:2], QUANTISED_LATENT)):
+    exact = (*LATENTS[:2], FUSED_LATENT)
+    for group, rounded in (
+        (ORIGINALS, QUANTISED_ORIGINAL),
+        (exact, QUANTISED_LATENT),
+        (exact, FUSED_QUANTISED_LATENT),
+    ):
         first, *others, last = (made[form]().reshape(batch, -1) for form in (*group, rounded))
         for other in others:
             np.testing.assert_allclose(other, first, rtol=1e-3, atol=1e-4)
@@ -452,38 +469,49 @@ def markdown(rows: list[Row], machine: str) -> str:
 
 def _cell(row: Row) -> str:
     ratio = f"{row.milliseconds:.2f} ({row.speedup:.2f}, {row.low:.2f}-{row.high:.2f})"
-    return f"{ratio}, int8: {row.int8_speedup:.2f}" if row.form in (QUANTISED_ORIGINAL, QUANTISED_LATENT) else ratio
+    return f"{ratio}, int8: {row.int8_speedup:.2f}" if "int8" in row.form else ratio
+
+
+DRAWN = {
+    f"{OriginalForm.GROUPED}{IN_PLACE}": ("GroupQueryAttention", "#8a8a8a", "--"),
+    QUANTISED_ORIGINAL: ("GroupQueryAttention, int8", "#8a8a8a", ":"),
+    "latent, static": ("latent, standard operators", "#2a78d6", "--"),
+    FUSED_LATENT: ("latent, fused kernel", "#2a78d6", "-"),
+    FUSED_QUANTISED_LATENT: ("latent, fused kernel, int8", "#d6652a", "-"),
+}
+"""Label, colour and line of the forms that are drawn: those that are best in their kind."""
 
 
 def plot(rows: list[Row], path: Path) -> None:
-    """Draw how many times as fast as the fastest float32 original each form is: a panel per shape and batch."""
+    """Draw how many times as fast as the fastest float32 original forms are: a panel per shape, batch and extent."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, NullLocator
 
-    shapes = list(dict.fromkeys((row.shape, row.projected) for row in rows))
-    batches = sorted({row.batch for row in rows})
-    figure = Figure(figsize=(4.2 * len(shapes), 3.4 * len(batches)), layout="constrained")
-    panels = figure.subplots(len(batches), len(shapes), squeeze=False)
-    for line, batch in zip(panels, batches, strict=True):
-        for axes, (shape, projected) in zip(line, shapes, strict=True):
-            for form in FORMS:
-                found = sorted(
-                    (r for r in rows if (r.shape, r.projected, r.batch, r.form) == (shape, projected, batch, form)),
-                    key=lambda r: r.context,
-                )
-                style = "dotted" if form in (*ORIGINALS, QUANTISED_ORIGINAL) else "solid"
-                axes.plot([r.context for r in found], [r.speedup for r in found], marker="o", ls=style, label=form)
-            axes.axhline(1.0, color="black", linewidth=1, linestyle="dashed")
+    shapes = list(dict.fromkeys(row.shape for row in rows))
+    lines = sorted({(row.projected, row.batch) for row in rows})
+    figure = Figure(figsize=(4.2 * len(shapes), 3 * len(lines)), layout="constrained")
+    panels = figure.subplots(len(lines), len(shapes), squeeze=False)
+    for line, (projected, batch) in zip(panels, lines, strict=True):
+        for axes, shape in zip(line, shapes, strict=True):
+            own = [r for r in rows if (r.shape, r.projected, r.batch) == (shape, projected, batch)]
+            for form, (label, color, style) in DRAWN.items():
+                found = sorted((r for r in own if r.form == form), key=lambda r: r.context)
+                contexts, speedups = [r.context for r in found], [r.speedup for r in found]
+                axes.plot(contexts, speedups, marker="o", ms=4, ls=style, color=color, label=label)
             axes.set_xscale("log", base=2)
             axes.set_xticks(sorted({row.context for row in rows}))
             axes.xaxis.set_minor_locator(NullLocator())
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            projections = ", projected" if projected else ""
-            axes.set_title(f"{shape}{projections}, batch {batch}", fontsize="medium")
+            axes.set_ylim(bottom=0)
+            what = "with projections" if projected else "attention alone"
+            axes.set_title(f"{shape}, batch {batch}, {what}", fontsize="medium")
             axes.grid(visible=True, alpha=0.3)
-        line[0].set_ylabel("times the fastest float32 original")
-    panels[0][-1].legend(fontsize="x-small")
-    figure.savefig(path, dpi=120)
+        line[0].set_ylabel("times the fastest original")
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(DRAWN), fontsize="small", frameon=False)
+    for axes in panels[-1]:
+        axes.set_xlabel("tokens in the cache")
+    figure.savefig(path, dpi=120, facecolor="white", metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
 def main() -> None:

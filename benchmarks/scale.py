@@ -1,13 +1,19 @@
 """Convert models of real size: time, memory and files per number of layers, and what factorising a layer costs.
 
-    python benchmarks/scale.py --layers 1 --layers 2 --layers 4 --json scale.json
+    python benchmarks/scale.py --layers 1 --layers 2 --layers 4 --json scale.json --markdown scale.md
 
 Checkpoints of the shapes of Llama 2 7B and Llama 3 8B with random bfloat16 weights are written in shards, converted to
-ONNX by mha2mla without text and with a little (random tokens), loaded by ONNX Runtime, and removed. Every conversion
-runs in a process of its own, in which the memory is looked at ten times a second: resident memory, and the part of it
-that is anonymous, which cannot be dropped as pages of mapped files can. 32 layers take about 45 GB of disk with
-``--no-verify``. Running a file in ONNX Runtime takes memory of its size in float32; where that is more than there is,
-or the type is bfloat16, decoding fails and the table says so.
+ONNX by mha2mla without text and with a little (random tokens), compared layer by layer with PyTorch, run once more from
+the files alone to add four tokens to a prompt, and removed. Every conversion and every such run is in a process of its
+own, in which the memory is looked at ten times a second: resident memory, and the part of it that is anonymous, which
+cannot be dropped as pages of mapped files can.
+
+ONNX Runtime's CPU provider has no kernels for bfloat16, and holds the weights of a file twice. Files are therefore run
+in pieces, in float32, with the weights of one layer or so in memory (mla_compile/passes/onnx_pieces.py); a file in
+float32 for which there is memory is run as it is.
+
+A row goes to ``--json`` when it is there, and rows that are there are not measured again: after a stop the same command
+goes on. 32 layers take about 40 GB of disk, which are asked for before anything is written.
 
 ``--factorisation`` measures ways to factorise one layer instead, in times of one ``eigh`` of the same run, with one
 thread.
@@ -16,6 +22,7 @@ thread.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import re
 import shutil
@@ -24,15 +31,24 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mla_compile.progress import StageTiming
+from mla_compile.evaluate import relative_error
+from mla_compile.passes.onnx_pieces import PiecewiseSession
+from mla_compile.passes.retype_onnx import is_narrow_file
+from mla_compile.progress import Stages, StageTiming
+from mla_compile.runtime.generate import generate
+from mla_compile.runtime.module import LatentModel
+from mla_compile.runtime.onnx_cache import GrowingCache
+from mla_compile.runtime.onnx_session import OnnxDecoder
+from mla_compile.verify import TorchDecoder, in_float32
 
 SHAPES: Mapping[str, Mapping[str, Any]] = {
     "llama-2-7b": {
@@ -55,7 +71,11 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
 }
 SHARD = 2_000_000_000
 WINDOWS, LENGTH, NEW_TOKENS = 8, 128, 4
+PROMPT = [1, 2, 3, 4, 5, 6, 7, 8]
 _GIB = 2**30
+_ITEMSIZE = {"auto": 2, "bfloat16": 2, "float16": 2, "float32": 4}
+_BESIDE = 0.25
+"""Finished layers, which lie beside the output while it is written, as a share of it."""
 
 
 def write_checkpoint(shape: Mapping[str, Any], layers: int, folder: Path) -> int:
@@ -125,9 +145,9 @@ class Memory:
 
 
 def convert(source: Path, out: Path, calibrated: bool, verified: bool, dtype: str) -> dict[str, Any]:
-    """Convert in this process."""
+    """Convert in this process, and compare the file with the module it was made of."""
     memory = Memory()
-    begin = time.perf_counter()
+    begin, worked = time.perf_counter(), time.process_time()
     from mla_compile import api
     from mla_compile.layer_store import store_beside
 
@@ -147,21 +167,56 @@ def convert(source: Path, out: Path, calibrated: bool, verified: bool, dtype: st
             display=memory,
         )
         assert isinstance(compiled, api.CompiledModel)
-        compiled.to_onnx(out, display=memory)
-    return {"seconds": time.perf_counter() - begin, "peak_gib": memory.peak, "stages": memory.stages}
+        report = compiled.to_onnx(out, display=memory)
+        found: dict[str, Any] = {"seconds": time.perf_counter() - begin, "peak_gib": dict(memory.peak)}
+        found["processor_seconds"] = time.process_time() - worked
+        found |= {"stages": memory.stages[:], "threads": torch.get_num_threads()}
+        if report.verification is not None:
+            found["verification"] = dataclasses.asdict(report.verification)
+        with Stages(memory).stage("layer by layer"):
+            found["layer_by_layer"] = layer_by_layer(compiled.module, out)
+    return found | {"layer_by_layer": found["layer_by_layer"] | memory.stages[-1]}
+
+
+def layer_by_layer(module: LatentModel, path: Path) -> dict[str, Any]:
+    """What every layer adds to the cache, and the logits: ONNX Runtime and PyTorch, both in float32, on a prompt.
+
+    Returns:
+        Largest difference as a share of the largest number, of every layer's cache and of the logits, and the tokens
+        that the module adds.
+    """
+    wide, decoder = in_float32(module), OnnxDecoder(path, session=PiecewiseSession(path, wide=True))
+    ids = np.array([PROMPT])
+    ones = np.ones_like(ids)
+    logits, cache = decoder.step(ids, ones, ones.cumsum(1) - 1, decoder.empty_cache(1))
+    assert isinstance(cache, GrowingCache)
+    with torch.inference_mode():
+        expected = wide(torch.from_numpy(ids))
+    errors = [
+        relative_error(torch.from_numpy(value.numpy()), theirs)
+        for value, theirs in zip(cache.values, expected.cache, strict=True)
+    ]
+    tokens = generate(TorchDecoder(wide), [PROMPT], NEW_TOKENS)[0]
+    return {"layers": errors, "logits": relative_error(torch.from_numpy(logits), expected.logits), "tokens": tokens}
 
 
 def decode(path: Path) -> dict[str, Any]:
-    """Load a file in ONNX Runtime and add tokens to a prompt, in this process."""
+    """Add tokens to a prompt with a file alone, in this process."""
     memory = Memory()
     begin = time.perf_counter()
-    from mla_compile.runtime.onnx_session import OnnxDecoder
-
-    decoder = OnnxDecoder(path)
+    narrow = is_narrow_file(path)
+    size = sum(p.stat().st_size for p in path.parent.glob(f"{path.name}*"))
+    session = PiecewiseSession(path, wide=narrow) if narrow or 3 * size > available() else None
+    decoder = OnnxDecoder(path, session=session)
     loaded = time.perf_counter() - begin
-    tokens = decoder.generate([[1, 2, 3]], NEW_TOKENS)[0]
-    seconds = time.perf_counter() - begin - loaded
-    return {"load_seconds": loaded, "seconds": seconds, "tokens": len(tokens), "peak_gib": memory.peak}
+    tokens = decoder.generate([PROMPT], NEW_TOKENS)[0]
+    found = {"load_seconds": loaded, "seconds": time.perf_counter() - begin - loaded, "tokens": tokens}
+    return found | {"pieces": 1 if session is None else session.pieces, "peak_gib": memory.peak}
+
+
+def available() -> int:
+    """Bytes of memory that can be had."""
+    return int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024  # type: ignore[index]
 
 
 def in_a_process(task: str, *words: object) -> dict[str, Any]:
@@ -175,23 +230,78 @@ def in_a_process(task: str, *words: object) -> dict[str, Any]:
     return found
 
 
-def measure(name: str, layers: int, folder: Path, verified: bool, dtype: str) -> list[dict[str, Any]]:
-    """Both conversions of one model."""
-    source, rows = folder / "source", []
-    size = write_checkpoint(SHAPES[name], layers, source)
-    for calibrated in (False, True):
-        out = folder / "out" / "model.onnx"
-        row: dict[str, Any] = {"model": name, "layers": layers, "calibrated": calibrated, "weight_bytes": size}
-        row["dtype"] = dtype
-        row["convert"] = in_a_process("convert", source, out, int(calibrated), int(verified), dtype)
-        if out.is_file():
-            row["output_bytes"] = sum(p.stat().st_size for p in out.parent.iterdir())
-            row["decode"] = in_a_process("decode", out)
-        print(json.dumps({k: v for k, v in row.items() if k != "convert"} | {"peak": row["convert"].get("peak_gib")}))
-        rows.append(row)
-        shutil.rmtree(folder / "out", ignore_errors=True)
-    shutil.rmtree(source)
-    return rows
+Settings = Mapping[str, Any]
+"""What a row is of: model, layers, calibrated, verified, dtype."""
+
+
+def measure(wanted: Sequence[Settings], parent: Path | None, add: Callable[[dict[str, Any]], None]) -> None:
+    """Conversions of one model; ``add`` is told of each."""
+    with tempfile.TemporaryDirectory(dir=parent, prefix="scale-") as name:
+        folder = Path(name)
+        require_room(folder, wanted)
+        source = folder / "source"
+        size = write_checkpoint(SHAPES[wanted[0]["model"]], wanted[0]["layers"], source)
+        for settings in wanted:
+            out = folder / "out" / "model.onnx"
+            words = int(settings["calibrated"]), int(settings["verified"]), settings["dtype"]
+            row = {**settings, "weight_bytes": size, "convert": in_a_process("convert", source, out, *words)}
+            if out.is_file():
+                row["output_bytes"] = sum(p.stat().st_size for p in out.parent.glob(f"{out.name}*"))
+                row["decode"] = in_a_process("decode", out)
+            shutil.rmtree(folder / "out", ignore_errors=True)
+            add(row)
+
+
+def require_room(folder: Path, wanted: Sequence[Settings]) -> None:
+    """End with a sentence where a checkpoint, the largest file made of it and its layers do not fit."""
+    shape = SHAPES[wanted[0]["model"]]
+    width, inner, heads = shape["hidden_size"], shape["intermediate_size"], shape["num_attention_heads"]
+    layer = width * (2 * width + 2 * width * shape["num_key_value_heads"] // heads + 3 * inner)
+    numbers = wanted[0]["layers"] * layer + 2 * shape["vocab_size"] * width
+    made = max(_ITEMSIZE[settings["dtype"]] for settings in wanted)
+    needed = int(numbers * (2 + made * (1 + _BESIDE))) + _GIB
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise SystemExit(
+            f"{wanted[0]['layers']} layers of {wanted[0]['model']} take {needed / 1e9:.0f} GB of disk, and there are "
+            f"{free / 1e9:.0f} GB in '{folder.parent}'. Choose another place with --folder, or fewer --layers."
+        )
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as a table."""
+    heads = (
+        "model | layers | text | checks | seconds | seconds per layer | of these factorising | peak resident, GiB | "
+        "peak anonymous, GiB | weights, GB | file, GB | largest difference of a layer | of the logits | 4 tokens"
+    )
+    lines = [f"| {heads} |", "|" + "---|" * (heads.count("|") + 1)]
+    lines += ["| " + " | ".join(_cells(row)) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    name = row["model"] if row["dtype"] == "auto" else f"{row['model']}, {row['dtype']}"
+    first = [name, str(row["layers"]), "a little" if row["calibrated"] else "none", "on" if row["verified"] else "off"]
+    made, decoded = row["convert"], row.get("decode", {})
+    if "failed" in made:
+        return [*first, f"failed ({made['failed']})", *["–"] * 9]
+    factorising = sum(stage["seconds"] for stage in made["stages"] if stage["stage"] == "factorise")
+    seconds = [made["seconds"], made["seconds"] / row["layers"], factorising / row["layers"]]
+    compared = made["layer_by_layer"]
+    if "failed" in decoded:
+        tokens = f"failed ({decoded['failed']})"
+    else:
+        same = "as PyTorch" if decoded["tokens"] == compared["tokens"] else "**not** as PyTorch"
+        pieces = "" if decoded["pieces"] == 1 else f", {decoded['pieces']} pieces"
+        tokens = f"{same}, {decoded['seconds']:.0f} s, {decoded['peak_gib']['RssAnon']:.1f} GiB anonymous{pieces}"
+    return [
+        *first,
+        *(f"{value:.0f}" for value in seconds),
+        *(f"{made['peak_gib'][kind]:.1f}" for kind in ("VmRSS", "RssAnon")),
+        *(f"{row[kind] / 1e9:.2f}" for kind in ("weight_bytes", "output_bytes")),
+        *(f"{value:.0e}" for value in (max(compared["layers"]), compared["logits"])),
+        tokens,
+    ]
 
 
 def factorisation(rows: int, width: int, rank: int) -> dict[str, Any]:
@@ -252,12 +362,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, action="append", help="layers of the models; several times for several")
     parser.add_argument("--models", choices=[*SHAPES], nargs="+", default=[*SHAPES])
-    parser.add_argument("--no-verify", action="store_true", help="skip the checks against the original")
-    parser.add_argument(
-        "--dtype", default="auto", help="of the result; ONNX Runtime's CPU provider runs float32 and float16 only"
-    )
+    parser.add_argument("--calibrated", choices=["no", "yes", "both"], default="both", help="convert with a text")
+    parser.add_argument("--no-verify", action="store_true", help="skip the compiler's own checks")
+    parser.add_argument("--dtype", choices=[*_ITEMSIZE], default="auto", help="of the result")
     parser.add_argument("--folder", type=Path, help="where checkpoints and files are written, and removed")
-    parser.add_argument("--json", type=Path, help="file for the figures")
+    parser.add_argument("--json", type=Path, help="file for the figures; rows that it has are not measured again")
+    parser.add_argument("--markdown", type=Path, help="file for the figures as a table")
     parser.add_argument("--factorisation", action="store_true", help="measure ways to factorise a layer instead")
     parser.add_argument("--task", nargs="+", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -269,16 +379,37 @@ def main() -> None:
             result = decode(Path(words[0]))
         print(json.dumps(result))
         return
-    figures: list[dict[str, Any]] = []
     if given.factorisation:
         figures = [factorisation(7680, 4096, 2048), factorisation(1920, 4096, 512)]
-    else:
-        for name in given.models:
-            for layers in given.layers or [1, 2, 4]:
-                with tempfile.TemporaryDirectory(dir=given.folder) as folder:
-                    figures += measure(name, layers, Path(folder), not given.no_verify, given.dtype)
-    if given.json:
-        given.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        if given.json:
+            write(given.json, json.dumps(figures, indent=2))
+        return
+    rows = json.loads(given.json.read_text(encoding="utf-8")) if given.json and given.json.is_file() else []
+    rows = [row for row in rows if "failed" not in row["convert"]]
+
+    def add(row: dict[str, Any]) -> None:
+        rows.append(row)
+        print(markdown([row]).splitlines()[-1], flush=True)
+        if given.json:
+            write(given.json, json.dumps(rows, indent=2))
+
+    texts = {"no": [False], "yes": [True], "both": [False, True]}[given.calibrated]
+    for name in given.models:
+        for layers in given.layers or [1, 2, 4]:
+            settings = {"model": name, "layers": layers, "verified": not given.no_verify, "dtype": given.dtype}
+            wanted = [{**settings, "calibrated": calibrated} for calibrated in texts]
+            missing = [one for one in wanted if not any(one.items() <= row.items() for row in rows)]
+            if missing:
+                measure(missing, given.folder, add)
+    if given.markdown:
+        write(given.markdown, markdown(rows))
+
+
+def write(path: Path, text: str) -> None:
+    """Write beside, then rename: a stop leaves the figures that were there."""
+    beside = path.with_name(f".{path.name}.new")
+    beside.write_text(text.rstrip() + "\n", encoding="utf-8")
+    beside.replace(path)
 
 
 if __name__ == "__main__":

@@ -301,7 +301,7 @@ def compile(
             :class:`~mla_compile.training.recipe.Recipe`; for causal language models only.
         finetune_tokens: Tokens of it to train on; all of it by default.
         store: Where finished layers are kept, from :func:`~mla_compile.layer_store.store_beside`: bounds memory, and a
-            conversion that was killed goes on behind the last of them. Only ``mha2mla`` and ``exact`` use it.
+            conversion that was killed goes on behind the last of them (``transmla`` begins again).
         display: Shows progress.
         **settings: Fields of :class:`~mla_compile.config.CompileConfig`, instead of ``config``.
 
@@ -506,6 +506,9 @@ def inspect(
         tokenizer: Folder of the tokenizer, if the model does not bring one.
         attn_implementation: How a transformers model given by name spells its attention: auto, sdpa or eager.
         unsafe_load: Allow unpickling a module from a file.
+
+    Returns:
+        The exported model, and its attention layers: those recognised, and of each other one why not.
 
     Raises:
         LoadError: The model cannot be read.

@@ -43,6 +43,8 @@ _CHECKED = 24
 _TURN, _MOST = 0.02, 20
 """Seconds that a file's turn is to last, and steps of it at most; one more before them is not counted."""
 _AS_FLOAT32 = "Give one in float32: convert has --dtype float32."
+_FUSED = ", fused kernel"
+"""Behind a file's name, where it runs with it."""
 _PATIENCE = 30.0
 """Seconds that all prompts of one length may take to be run three times."""
 
@@ -205,33 +207,40 @@ def bench(
         VerificationError: A file of the original does not compute what the original does.
     """
     stages = Stages(display)
-    decoders = {_unused(Path(f).stem, i, files): _open(Path(f), workload.threads) for i, f in enumerate(files)}
+    named = {_unused(Path(f).stem, i, files): Path(f) for i, f in enumerate(files)}
+    decoders = {name: _open(path, workload.threads) for name, path in named.items()}
     with stages.stage("load"):
         name, program = _load_original(Path(files[0]), against)
     _require_same(decoders, program, name)
     longest = [program.max_positions, *(d.metadata.get("max_position_embeddings") for d in decoders.values())]
     contexts = workload.within(min((n for n in longest if n), default=None))
-    paths = {name: Path(file) for name, file in zip(decoders, files, strict=True)}
+    with stages.stage("compile the fused kernel"):
+        fused = {
+            f"{name}{_FUSED}": OnnxDecoder(path, threads=workload.threads, kernel="auto")
+            for name, path in named.items()
+        }
+    fused = {name: decoder for name, decoder in fused.items() if decoder.fused}
+    paths = named | {name: named[name.removesuffix(_FUSED)] for name in fused}
     int8 = any(d.metadata["config"].get("cache_type") == "int8" for d in decoders.values())
     with tempfile.TemporaryDirectory(prefix="mla-compile-bench-") as folder:
         with stages.stage("lower originals"):
             originals, notes = _write_originals(program, Path(folder), int8, workload.threads)
         paths = {**originals, **paths}
-        opened = {form: OnnxDecoder(path, threads=workload.threads) for form, path in originals.items()}
-        opened |= decoders
+        everything = {form: OnnxDecoder(path, threads=workload.threads) for form, path in originals.items()}
+        everything |= decoders | fused
         with stages.stage("load each alone", len(paths)) as stage:
             found = tuple(
-                _alone(form, form in originals, path, opened[form], max(contexts), workload)
+                _alone(form, form in originals, path, everything[form], max(contexts), workload)
                 for form, path in stage.each(paths.items())
             )
         prefills, steps = [], []
         total = len(contexts) * len(workload.batches)
         with stages.stage("measure", total) as stage:
             for context in contexts:
-                caches, prompts = _prompts(opened, tuple(originals), context, workload.threads)
+                caches, prompts = _prompts(everything, tuple(originals), context, workload.threads)
                 prefills += prompts
                 for batch in workload.batches:
-                    steps += _steps(opened, tuple(originals), caches, context, batch, workload)
+                    steps += _steps(everything, tuple(originals), caches, context, batch, workload)
                     stage()
     clock = "CPU time" if workload.threads == 1 else "time"
     return Benchmark(name, found, tuple(prefills), tuple(steps), workload.threads, clock, notes)
@@ -378,7 +387,8 @@ def _scales(decoder: OnnxDecoder, ids: np.ndarray) -> list[tuple[float, float]]:
 def _alone(name: str, original: bool, path: Path, decoder: OnnxDecoder, context: int, workload: Workload) -> File:
     """Load and run a file in a process of its own."""
     sizes = ["--threads", workload.threads, "--context", context, "--batch", max(workload.batches)]
-    command = [sys.executable, "-m", "mla_compile.runtime.onnx_timing", path.absolute(), *sizes]
+    kernel = ["--kernel", "fused" if decoder.fused else "standard"]
+    command = [sys.executable, "-m", "mla_compile.runtime.onnx_timing", path.absolute(), *sizes, *kernel]
     result = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
     if result.returncode:
         reason = (result.stderr.strip().splitlines() or ["it was killed"])[-1][:200]

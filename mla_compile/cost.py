@@ -45,10 +45,11 @@ class Machine:
 
 
 MACHINES = {
-    "cpu": Machine("one core of a server CPU, float32", 4, 14.5e9, 15e9, 65e9),
+    "cpu": Machine("one core of a server CPU, float32", 4, 25e9, 17e9, 85e9),
     "gpu": Machine("an H200 by its data sheet, bfloat16", 2, 4.8e12, 989e12, 989e12),
 }
-"""Those of the CPU fit times of one core with AVX-512 in ONNX Runtime; those of the GPU were not measured."""
+"""Those of the CPU fit benchmarks/decode_cpu.md (one core with AVX-512, ONNX Runtime, the fused kernel); those of the
+GPU were not measured."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ the file: the system may drop it from memory at any time, and read it again.
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -23,7 +24,7 @@ from mla_compile.content import content_of
 from mla_compile.passes.factorise import LatentWeights
 from mla_compile.writing import explained, missing_folders, remove_empty
 
-__all__ = ["LayerStore", "store_beside", "store_folder"]
+__all__ = ["Journal", "LayerStore", "rounded", "store_beside", "store_folder"]
 
 _SCHEMA = 1
 """Raise it with every change of how layers are made."""
@@ -64,8 +65,46 @@ class LayerStore:
         with contextlib.suppress(FileNotFoundError, SafetensorError):
             return _read(path)
         with explained(path):
-            _write(path, _rounded(make(), dtype))
+            _write(path, rounded(make(), dtype))
             return _read(path)
+
+    def journal(self, settled: object) -> Journal:
+        """Numbers that were found before, of what follows from ``settled`` alone; its ``repr`` counts."""
+        return Journal(self.folder / f"{content_of({}, repr((_SCHEMA, torch.__version__, settled)))}.json")
+
+
+@dataclass(frozen=True)
+class Journal:
+    """Numbers by name, every one of which is on disk as soon as it is found.
+
+    Attributes:
+        path: The file.
+    """
+
+    path: Path
+
+    def recall(self, name: str, make: Callable[[], float]) -> float:
+        """Read a number that was found before, or find and write it.
+
+        Raises:
+            UsageError: It cannot be written.
+        """
+        found = self._read()
+        if name not in found:
+            found[name] = make()
+            with explained(self.path):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryDirectory(dir=self.path.parent, prefix="writing-") as beside:
+                    whole = Path(beside) / self.path.name
+                    whole.write_text(json.dumps(found), encoding="utf-8")
+                    whole.replace(self.path)
+        return found[name]
+
+    def _read(self) -> dict[str, float]:
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            found: dict[str, float] = json.loads(self.path.read_text(encoding="utf-8"))
+            return found
+        return {}
 
 
 def store_folder(out: Path) -> Path:
@@ -94,7 +133,8 @@ def store_beside(out: Path) -> Iterator[LayerStore]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _rounded(weights: LatentWeights, dtype: torch.dtype) -> LatentWeights:
+def rounded(weights: LatentWeights, dtype: torch.dtype) -> LatentWeights:
+    """A layer with its matrices in a type; what takes no room stays as it is."""
     return replace(weights, **{name: getattr(weights, name).to(dtype) for name in _MATRICES})
 
 

@@ -7,7 +7,6 @@ weight, graph, text or version is another name.
 from __future__ import annotations
 
 import hashlib
-import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -21,9 +20,10 @@ from torch import Tensor, fx
 from mla_compile.content import content_of, hash_tensors
 from mla_compile.passes.statistics import SiteStatistics
 from mla_compile.program import Program
+from mla_compile.runtime.user_cache import default_folder
 from mla_compile.site import AttentionSite
 
-__all__ = ["Found", "StatisticsCache", "default_folder", "open_cache", "statistics_key"]
+__all__ = ["Found", "StatisticsCache", "open_cache", "statistics_key"]
 
 _SCHEMA = 1
 """Raise it with every change of what statistics are or how they are measured."""
@@ -87,13 +87,6 @@ def open_cache(where: bool | str | Path) -> StatisticsCache | None:
     if isinstance(where, bool):
         return StatisticsCache(default_folder()) if where else None
     return StatisticsCache(Path(where))
-
-
-def default_folder() -> Path:
-    """``$MLA_COMPILE_CACHE``, else ``mla-compile`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
-    if own := os.environ.get("MLA_COMPILE_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "mla-compile"
 
 
 def statistics_key(program: Program, sites: Sequence[AttentionSite], windows: Tensor, *, gradients: bool) -> str:

@@ -54,6 +54,7 @@ def generate_text(
     threads: int | None = None,
     provider: str | None = None,
     max_length: int | None = None,
+    kernel: str | None = None,
     on_text: Callable[[str], None] | None = None,
 ) -> Generation:
     """Continue texts.
@@ -67,6 +68,8 @@ def generate_text(
         threads: Threads per operator.
         provider: Where to run an ONNX file: ``cpu``, the default, or ``cuda``.
         max_length: Tokens of a sequence at most, prompt and continuation; as many as are asked for by default.
+        kernel: What computes attention of an ONNX file: ``auto``, the default, ``fused`` or ``standard``; see
+            :data:`mla_compile.runtime.onnx_session.KERNELS`.
         on_text: Called with the first prompt and then each new piece of it, never half a character.
 
     Raises:
@@ -74,7 +77,7 @@ def generate_text(
         UsageError: A prompt has no tokens, there would be more than ``max_length``, the device is missing, or an engine
             was given what belongs to ONNX files.
     """
-    decoder = _open(model, threads, provider, max_length)
+    decoder = _open(model, threads, provider, max_length, kernel)
     words = load_tokenizer(tokenizer or str(model.absolute().parent))
     begin = [] if words.bos_token_id is None else [words.bos_token_id]
     ids = [begin + list(words(prompt, add_special_tokens=False)["input_ids"]) for prompt in prompts]
@@ -100,10 +103,10 @@ def generate_text(
 
 
 def _open(
-    model: Path, threads: int | None, provider: str | None, max_length: int | None
+    model: Path, threads: int | None, provider: str | None, max_length: int | None, kernel: str | None
 ) -> OnnxDecoder | TensorRTDecoder:
     if model.suffix != ".plan":
-        decoder = OnnxDecoder(model, [PROVIDERS[provider or "cpu"]], threads, max_length)
+        decoder = OnnxDecoder(model, [PROVIDERS[provider or "cpu"]], threads, max_length, kernel or "auto")
         require_unchanged(model)
         return decoder
     if max_length is not None:
@@ -112,6 +115,8 @@ def _open(
         raise UsageError("An engine runs on a GPU, which has no such threads.", "Leave --threads out.")
     if provider is not None:
         raise UsageError("An engine runs in TensorRT, which has no providers.", "Leave --provider out.")
+    if kernel is not None:
+        raise UsageError("An engine has its kernels built in.", "Leave --kernel out.")
     from mla_compile.runtime.tensorrt.engine import TensorRTDecoder
 
     return TensorRTDecoder(model)

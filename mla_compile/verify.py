@@ -16,8 +16,9 @@ What is left between the original and the converted model is then the price of t
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from torch import Tensor, fx
 
 from mla_compile.errors import VerificationError
 from mla_compile.evaluate import Scorer, relative_error
+from mla_compile.passes.onnx_pieces import PiecewiseSession
 from mla_compile.passes.quantise_cache import with_quantised_rows
 from mla_compile.passes.retype import NARROW, widened
 from mla_compile.passes.retype_onnx import write_float32_copy
@@ -72,6 +74,10 @@ Both multiply as many matrices, one behind the other, and every product is round
 roundings, of the latent and of what is folded into queries. What roundings do is random: 0.5 to 1.4 times what they do
 to the original was observed in models of fifteen families."""
 GREEDY_TOKENS = 32
+_WHOLE = 2**31
+"""Bytes of weights in float32 up to which a file is run as a whole: ONNX Runtime packs them for products besides."""
+_FEW_TOKENS = 4
+"""Greedy tokens of larger models, every one of which reads all weights again."""
 
 
 class TorchDecoder:
@@ -156,7 +162,7 @@ def check_module(
             )
         _require_rounding("The converted model", rounding[1], rounding[0], cache_dtype(converted.graph))
     prompt = ids[0, : ids.shape[1] - ids.shape[1] // 2]
-    count = min(GREEDY_TOKENS, ids.shape[1] // 2)
+    count = _greedy_tokens(converted, ids)
     ours = generate(TorchDecoder(converted), [prompt.tolist()], count)[0]
     with torch.inference_mode():
         one, all_of_them = ([c.nbytes for c in converted(part).cache] for part in (ids[:, :1], ids))
@@ -173,6 +179,15 @@ def check_module(
         tokens=ids.numel(),
         text=text,
     )
+
+
+def _greedy_tokens(model: LatentModel, ids: Tensor) -> int:
+    return min(GREEDY_TOKENS if wide_bytes(model) <= _WHOLE else _FEW_TOKENS, ids.shape[1] // 2)
+
+
+def wide_bytes(model: LatentModel) -> int:
+    """Bytes of a model's weights in float32."""
+    return torch.float32.itemsize * sum(p.numel() for p in (*model.parameters(), *model.buffers()))
 
 
 def in_float32(model: LatentModel) -> LatentModel:
@@ -240,7 +255,7 @@ def check_lowering(
     """
     if cache_dtype(converted.graph) in NARROW:
         return _check_narrow(converted, path, ids, planned_bytes)
-    decoder = OnnxDecoder(path)
+    decoder = _opened(path, converted)
     reference, cost = converted, None
     if cache_type == "int8":
         reference = quantised(converted)
@@ -262,11 +277,9 @@ def _check_narrow(converted: LatentModel, path: Path, ids: Tensor, planned_bytes
     float16 besides, whose roundings must not be much larger than the module's own.
     """
     dtype, wide = cache_dtype(converted.graph), in_float32(converted)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        copy = Path(folder) / path.name
-        write_float32_copy(path, copy)
+    with _float32_copy(path, converted) as decoder:
         copied = planned_bytes * torch.float32.itemsize // dtype.itemsize
-        error, greedy, measured = check_onnx(wide, OnnxDecoder(copy), ids, copied)
+        error, greedy, measured = check_onnx(wide, decoder, ids, copied)
     found = {
         "lowering_error": error,
         "lowering_greedy": greedy,
@@ -275,7 +288,7 @@ def _check_narrow(converted: LatentModel, path: Path, ids: Tensor, planned_bytes
     }
     if dtype != torch.float16:
         return found
-    decoder = OnnxDecoder(path)
+    decoder = _opened(path, converted)
     with torch.inference_mode():
         exact = wide(ids).logits
         usual = rounding_error(converted(ids).logits.float(), exact)
@@ -286,6 +299,23 @@ def _check_narrow(converted: LatentModel, path: Path, ids: Tensor, planned_bytes
     held = decoder.measured_bytes(_filled(decoder, ids))
     _require_bytes(held, len(ids) * _cache_bytes(converted, ids.shape[1]), ids)
     return {**found, "lowering_rounding": own}
+
+
+def _opened(path: Path, converted: LatentModel) -> OnnxDecoder:
+    """A file of a model; one that is large is run piece by piece."""
+    return OnnxDecoder(path, session=PiecewiseSession(path) if wide_bytes(converted) > _WHOLE else None)
+
+
+@contextlib.contextmanager
+def _float32_copy(path: Path, converted: LatentModel) -> Iterator[OnnxDecoder]:
+    """The same in float32: from a copy beside it, or one that is made piece by piece and never written."""
+    if wide_bytes(converted) > _WHOLE:
+        yield OnnxDecoder(path, session=PiecewiseSession(path, wide=True))
+        return
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        copy = Path(folder) / path.name
+        write_float32_copy(path, copy)
+        yield OnnxDecoder(copy)
 
 
 def check_onnx(
@@ -316,7 +346,7 @@ def check_onnx(
     tolerance = TOLERANCE if quantisation_error is None else max(TOLERANCE, QUANTISED_TOLERANCE * quantisation_error)
     require_equal("ONNX Runtime", "the converted PyTorch module", error, tolerance)
     prompt = ids[0, : ids.shape[1] - ids.shape[1] // 2].tolist()
-    count = min(GREEDY_TOKENS, ids.shape[1] // 2)
+    count = _greedy_tokens(converted, ids)
     greedy = _agreement(decoder.generate([prompt], count)[0], generate(TorchDecoder(converted), [prompt], count)[0])
     held = [decoder.measured_bytes(_filled(decoder, part)) for part in (ids[:, :1], ids)]
     _require_planned(decoder, planned_bytes)
@@ -379,7 +409,7 @@ def check_encoder_onnx(converted: LowRankModel, path: Path, checks: Sequence[Map
     Raises:
         VerificationError: The runtimes disagree.
     """
-    session, worst = open_session(path), 0.0
+    (session, _), worst = open_session(path), 0.0
     for inputs in checks:
         with torch.inference_mode():
             expected = converted(**inputs)
@@ -425,7 +455,7 @@ def check_seq2seq_onnx(
     Raises:
         VerificationError: The runtimes disagree.
     """
-    encoder, decoder = map(open_session, files)
+    (encoder, _), (decoder, _) = map(open_session, files)
     taken = {i.name for i in decoder.get_inputs()}
     worst = 0.0
     for inputs in checks:

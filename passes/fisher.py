@@ -12,18 +12,19 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
+from mla_compile.content import content_of
 from mla_compile.deepseek import deepseek_shape, require_expressible, require_table, rope_table
 from mla_compile.passes.converted import steps_beside
 from mla_compile.passes.factorise import LatentWeights
 from mla_compile.passes.gauge import balanced
-from mla_compile.passes.layers import measure_layers, no_room, rope_is_shifted
+from mla_compile.passes.layers import MeasuredLayer, measure_layers, no_room, rope_is_shifted
 from mla_compile.passes.refit import refit_values
-from mla_compile.passes.rope_split import RopeSplit, split_rope
+from mla_compile.passes.rope_split import RopeSplit, rotary_channels, split_rope
 from mla_compile.passes.search import Divergence, Shares, search_shares
 from mla_compile.passes.sizes import LayerSizes, same_ranks, shared_ranks, split_budget
 from mla_compile.passes.statistics import SiteStatistics, key_weighting
@@ -32,9 +33,12 @@ from mla_compile.passes.weights import SiteWeights
 from mla_compile.plan import shared_rope_plan
 from mla_compile.report import LayerForecast
 from mla_compile.site import AttentionSite
+from mla_compile.statistics_cache import statistics_key
 
 __all__ = ["JointFactors", "assemble", "fisher", "from_rows", "joint_factors", "joint_rows"]
 
+_KEPT = 2**30
+"""Bytes of components and factors that are kept for sizes asked for before; the last ones always are."""
 _FLOOR = 1e-7
 """Smallest eigenvalue of a metric, relative to its largest: directions nobody looked at cost a little."""
 
@@ -184,28 +188,25 @@ def fisher(task: Task) -> Choice:
     layers = measured.layers
     divergence = Divergence(task.program, windows, task.program.vocabulary, task.sites, task.resources)
 
-    @functools.cache
-    def parts(index: int, components: int, own: int) -> tuple[RopeSplit, JointFactors]:
-        layer = layers[index]
-        found, table = layer.channels, rope_table(layer.site, 2 * components) if even else None
-        if table is not None:
-            found = found.aimed_at(torch.tensor(table, dtype=torch.float64))
-        split = split_rope(layer.site, found, components, own, once=even)
-        # Serving engines read no biases from such a checkpoint.
-        return split, joint_factors(layer.site, layer.original, layer.statistics, split, centred=not even)
+    parts = _Parts(layers, even)
+    settled = None if task.store is None else _settled(task)
+    tries = None if task.store is None else task.store.journal(settled)
 
-    def weights_of(sizes: Sequence[LayerSizes]) -> tuple[LatentWeights, ...]:
-        return tuple(
-            assemble(layer.site, layer.original, *parts(index, s.components, s.own), s.rank)
-            for index, (layer, s) in enumerate(zip(layers, sizes, strict=True))
-        )
+    def finished(index: int, s: LayerSizes) -> LatentWeights:
+        if task.store is None:
+            return parts.weights(index, s)
+        return task.store.recall((settled, index, s), {}, torch.float64, lambda: parts.weights(index, s))
 
     @functools.cache
     def loss(sizes: tuple[LayerSizes, ...]) -> float:
         if any(s.rank < layer.least_rank for layer, s in zip(layers, sizes, strict=True)):
             return math.inf
         tried()
-        return divergence(task.rewrite(weights_of(sizes)))
+
+        def measure() -> float:
+            return divergence(task.rewrite(parts.weights(index, s) for index, s in enumerate(sizes)))
+
+        return measure() if tries is None else tries.recall(repr(sizes), measure)
 
     def at(shares: Shares) -> tuple[LayerSizes, ...]:
         sizes = tuple(split_budget(layer, config, shares) for layer in layers)
@@ -213,7 +214,7 @@ def fisher(task: Task) -> Choice:
 
     def costs(sizes: Sequence[LayerSizes]) -> list[Tensor]:
         """What every latent entry of every layer is worth; a constant one comes first, and as much as any."""
-        found = [parts(index, s.components, s.own)[1].loss for index, s in enumerate(sizes)]
+        found = [parts.worth(index, s).spectrum for index, s in enumerate(sizes)]
         return [torch.cat([loss[: layer.least_rank - 1], loss]) for layer, loss in zip(layers, found, strict=True)]
 
     with task.stages.stage("sizes") as tried:
@@ -223,22 +224,29 @@ def fisher(task: Task) -> Choice:
             raise no_room(layers, fewest, config)
         if config.kv_rank is None and len(layers) > 1 and not (even or config.uniform_rank):
             sizes = min(sizes, shared_ranks(layers, config, sizes, costs(sizes)), key=loss)
-    weights = weights_of(sizes)
+    weights = tuple(finished(index, s) for index, s in enumerate(sizes))
     model = task.rewrite(weights)
     steps = steps_beside(task.program, task.sites, windows.split(BATCH), task.resources)
     with task.stages.stage("refit", steps) as stage:
         refitted = refit_values(
-            task.program, task.sites, weights, model, windows, resources=task.resources, progress=stage.each
+            task.program,
+            task.sites,
+            weights,
+            model,
+            windows,
+            resources=task.resources,
+            folder=task.folder,
+            progress=stage.each,
         )
     if divergence(task.rewrite(refitted)) < divergence(model):
         weights = refitted
     plans = tuple(
         shared_rope_plan(layer.site, layer.width, s.components, s.rank) for layer, s in zip(layers, sizes, strict=True)
     )
-    splits = [parts(index, s.components, s.own)[0] for index, s in enumerate(sizes)]
+    splits = [parts.worth(index, s) for index, s in enumerate(sizes)]
     forecasts = tuple(
         LayerForecast(
-            tuple(split.inv_freq.tolist()),
+            split.inv_freq,
             split.own,
             # without gradients losses have no unit
             split.loss + float(cost[s.rank :].sum()) if config.gradients else None,
@@ -247,4 +255,81 @@ def fisher(task: Task) -> Choice:
         for split, cost, s in zip(splits, costs(sizes), sizes, strict=True)
     )
     shape = deepseek_shape(task.sites[0], plans[0].rope_dims, plans[0].kv_rank) if even else None
-    return Choice(plans, weights, forecasts, shape, measured.notes)
+    done = not config.polish_steps
+    if done:  # as whoever takes the choice would, but layer by layer
+        weights = tuple(task.held(balanced(layer)) for layer in weights)
+    return Choice(plans, weights, forecasts, shape, measured.notes, balanced=done)
+
+
+@dataclass(frozen=True)
+class _Worth:
+    """What is known of a layer at some sizes, of any rank.
+
+    Attributes:
+        inv_freq: Radians per position of its components.
+        own: Whether each component carries pairs of its own frequency only.
+        loss: Expected loss of letting the rest stand still, in nats per token.
+        spectrum: ``[k]`` what leaving out each latent entry costs, falling.
+    """
+
+    inv_freq: tuple[float, ...]
+    own: tuple[bool, ...]
+    loss: float
+    spectrum: Tensor
+
+
+class _Parts:
+    """Components and factors of layers at the sizes that a search asks for.
+
+    Factors of the sizes asked for last are kept while they take little room, and made anew when they are asked for
+    again; what they are worth is small, and always kept.
+    """
+
+    def __init__(self, layers: Sequence[MeasuredLayer], even: bool) -> None:
+        self._layers, self._even = layers, even
+        self._made: dict[tuple[int, int, int], tuple[RopeSplit, JointFactors]] = {}
+        self._worth: dict[tuple[int, int, int], _Worth] = {}
+
+    def worth(self, index: int, sizes: LayerSizes) -> _Worth:
+        """What is known of a layer at some sizes."""
+        key = (index, sizes.components, sizes.own)
+        if key not in self._worth:
+            self._factors(key, self._layers[index].original())
+        return self._worth[key]
+
+    def weights(self, index: int, sizes: LayerSizes) -> LatentWeights:
+        """Latent weights of a layer of some sizes."""
+        layer = self._layers[index]
+        original = layer.original()
+        split, factors = self._factors((index, sizes.components, sizes.own), original)
+        return assemble(layer.site, original, split, factors, sizes.rank)
+
+    def _factors(self, key: tuple[int, int, int], original: SiteWeights) -> tuple[RopeSplit, JointFactors]:
+        if key not in self._made:
+            split, factors = made = self._make(*key, original)
+            self._worth[key] = _Worth(tuple(split.inv_freq.tolist()), split.own, split.loss, factors.loss)
+            while self._made and sum(map(_nbytes, [made, *self._made.values()])) > _KEPT:
+                del self._made[next(iter(self._made))]
+            self._made[key] = made
+        return self._made[key]
+
+    def _make(self, index: int, components: int, own: int, original: SiteWeights) -> tuple[RopeSplit, JointFactors]:
+        layer, statistics = self._layers[index], self._layers[index].statistics()
+        found = rotary_channels(layer.site, original, statistics)
+        table = rope_table(layer.site, 2 * components) if self._even else None
+        if table is not None:
+            found = found.aimed_at(torch.tensor(table, dtype=torch.float64))
+        split = split_rope(layer.site, found, components, own, once=self._even)
+        # Serving engines read no biases from such a checkpoint.
+        return split, joint_factors(layer.site, original, statistics, split, centred=not self._even)
+
+
+def _nbytes(made: tuple[RopeSplit, JointFactors]) -> int:
+    values = (getattr(part, f.name) for part in made for f in fields(part))
+    return sum(value.nbytes for value in values if isinstance(value, Tensor))
+
+
+def _settled(task: Task) -> str:
+    """A name of all that the search follows from."""
+    key = statistics_key(task.program, task.sites, task.require_windows(), gradients=task.config.gradients)
+    return content_of({}, repr((key, task.config, task.kept)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -12,10 +13,9 @@ from torch import Tensor
 from mla_compile.config import DEFAULT_CACHE_RATIO, CompileConfig
 from mla_compile.errors import RefusedError, UsageError
 from mla_compile.passes.output_metric import output_metrics
-from mla_compile.passes.rope_split import RotaryChannels, rotary_channels
 from mla_compile.passes.statistics import SiteStatistics, collect_statistics
 from mla_compile.passes.task import BATCH, Task
-from mla_compile.passes.weights import SiteWeights
+from mla_compile.passes.weights import SiteWeights, read_site
 from mla_compile.site import AttentionSite
 from mla_compile.statistics_cache import Found, statistics_key
 
@@ -28,20 +28,27 @@ class MeasuredLayer:
 
     Attributes:
         site: The layer.
-        original: Its weights.
-        statistics: What it does on the calibration text.
-        channels: Its rotary channels.
+        original: Reads its weights: of all layers in float64 they take more room than the model.
+        measured: What it does on the calibration text.
     """
 
     site: AttentionSite
-    original: SiteWeights
-    statistics: SiteStatistics
-    channels: RotaryChannels
+    original: Callable[[], SiteWeights]
+    measured: SiteStatistics
+
+    def statistics(self) -> SiteStatistics:
+        """What is certain of what it does on the calibration text."""
+        return certain(self.measured)
 
     @property
     def width(self) -> int:
         """Input width of its key and value projections."""
-        return len(self.statistics.mean)
+        return len(self.measured.mean)
+
+    @property
+    def pairs(self) -> int:
+        """Rotary pairs of all its key heads."""
+        return self.site.kv_heads * len(self.site.rope.pairs)
 
     @property
     def least_rank(self) -> int:
@@ -63,15 +70,15 @@ class Measured:
 
 
 def measure_layers(task: Task) -> Measured:
-    """Read every layer's weights and measure it on the calibration text, as one stage.
+    """Measure every layer on the calibration text, as one stage.
 
     Raises:
         RefusedError: A layer's keys have a shift behind their norm that rotates, or activations are not finite.
         ShareDone: In every process but the first of several, when its share of the text is measured.
     """
-    windows, originals = task.require_windows(), task.read()
-    for site, original in zip(task.sites, originals, strict=True):
-        require_scalable(site, original)
+    windows = task.require_windows()
+    for site in task.sites:
+        require_scalable(site, read_site(task.program, site))
     metrics, notes = (None, ()) if task.config.gradients else _metrics(task)
     run = task.site_run(BATCH, gradients=task.config.gradients)
     with task.stages.stage("statistics", task.shared_steps(run, BATCH)) as stage:
@@ -84,6 +91,7 @@ def measure_layers(task: Task) -> Measured:
                 metrics=metrics,
                 batch=BATCH,
                 run=run,
+                folder=task.folder,
                 processes=task.processes,
                 progress=stage.each,
                 tell=stage.noted,
@@ -92,8 +100,8 @@ def measure_layers(task: Task) -> Measured:
         found = _measured_once(task, measure)
         stage.note = f"{windows.numel()} tokens, {found.origin}"
     layers = [
-        MeasuredLayer(site, weights, measured, rotary_channels(site, weights, measured))
-        for site, weights, measured in zip(task.sites, originals, map(certain, found.statistics), strict=True)
+        MeasuredLayer(site, functools.partial(read_site, task.program, site), measured)
+        for site, measured in zip(task.sites, found.statistics, strict=True)
     ]
     return Measured(tuple(layers), (*found.warnings, *notes, *_too_few(layers)))
 
@@ -137,7 +145,7 @@ def _metrics(task: Task) -> tuple[list[Tensor], tuple[str, ...]]:
 
 def _too_few(layers: Sequence[MeasuredLayer]) -> tuple[str, ...]:
     widest = max(layers, key=lambda layer: layer.width)
-    tokens = widest.statistics.tokens
+    tokens = widest.measured.tokens
     if tokens >= widest.width:
         return ()
     return (

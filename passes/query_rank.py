@@ -40,7 +40,7 @@ def with_query_rank(task: Task, weights: Sequence[LatentWeights], rank: int) -> 
     if all(rank >= full_query_rank(layer) for layer in weights):
         return tuple(weights)
     measured = measure_layers(task).layers
-    return tuple(_limited(w, layer.statistics.moment, rank) for w, layer in zip(weights, measured, strict=True))
+    return tuple(_limited(w, layer.statistics().moment, rank) for w, layer in zip(weights, measured, strict=True))
 
 
 def _limited(weights: LatentWeights, moment: Tensor, rank: int) -> LatentWeights:

@@ -8,18 +8,20 @@ to the original's attention outputs is a regression in closed form, for every qu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mla_compile.passes.converted import side_by_side
+from mla_compile.passes.converted import side_by_side, steps_beside
 from mla_compile.passes.factorise import LatentWeights
 from mla_compile.passes.layerwise import Resources
 from mla_compile.program import Program
 from mla_compile.runtime.module import LatentModel
 from mla_compile.site import AttentionSite
+from mla_compile.spill import Shelf, spilled
 
 __all__ = ["refit_values"]
 
@@ -45,6 +47,7 @@ def refit_values(
     *,
     batch: int = 4,
     resources: Resources | None = None,
+    folder: Path | None = None,
     progress: Callable[[Iterable[Tensor]], Iterable[Tensor]] = iter,
 ) -> tuple[LatentWeights, ...]:
     """Regress the original's attention outputs on the latents that a converted model averages.
@@ -57,26 +60,48 @@ def refit_values(
         windows: Token ids ``[windows, length]``.
         batch: Windows per pass.
         resources: What running each of the models may take.
+        folder: Where sums of layers lie while those of another grow, and the result; in memory by default.
         progress: Wraps the batches of all steps to show progress.
 
     Returns:
         The weights with a value up-projection per query head.
     """
-    grams = [torch.zeros(s.heads, w.value_up.shape[1], w.value_up.shape[1], dtype=torch.float64)
-             for s, w in zip(sites, weights, strict=True)]  # fmt: skip
-    crosses = [
-        torch.zeros(s.heads, w.value_up.shape[1], s.v_dim, dtype=torch.float64)
-        for s, w in zip(sites, weights, strict=True)
-    ]
-    batches = windows.split(batch)
-    for _, index, wanted, context in side_by_side(
-        program, sites, model, _context, batches, resources or Resources(), progress
-    ):
+    resources, batches = resources or Resources(), windows.split(batch)
+    in_turn = steps_beside(program, sites, batches, resources) > len(batches)
+    sums = Shelf(lambda index: _Sums.zeros(sites[index], weights[index]), folder if in_turn else None)
+    left = [len(batches)] * len(sites)
+    found: dict[int, LatentWeights] = {}
+    for _, index, wanted, context in side_by_side(program, sites, model, _context, batches, resources, progress):
         bias, context = weights[index].output_bias, context.double()
         target = wanted.double() if bias is None else wanted.double() - bias
-        grams[index] += torch.einsum("bshr,bsht->hrt", context, context)
-        crosses[index] += torch.einsum("bshr,bshv->hrv", context, target)
-    return tuple(_solve(w, g, c) for w, g, c in zip(weights, grams, crosses, strict=True))
+        grown = sums.at(index)
+        grown.gram += torch.einsum("bshr,bsht->hrt", context, context)
+        grown.cross += torch.einsum("bshr,bshv->hrv", context, target)
+        left[index] -= 1
+        if not left[index]:
+            done = sums.take(index)
+            found[index] = spilled(_solve(weights[index], done.gram, done.cross), folder)
+    return tuple(found[index] for index in range(len(sites)))
+
+
+@dataclass
+class _Sums:
+    """What a layer's regression needs of all tokens.
+
+    Attributes:
+        gram: ``[H, r, r]``, of the latents that its heads average.
+        cross: ``[H, r, Dv]``, of them and the outputs that are wanted.
+    """
+
+    gram: Tensor
+    cross: Tensor
+
+    @classmethod
+    def zeros(cls, site: AttentionSite, weights: LatentWeights) -> _Sums:
+        """Of no tokens."""
+        rank = weights.value_up.shape[1]
+        gram = torch.zeros(site.heads, rank, rank, dtype=torch.float64)
+        return cls(gram, torch.zeros(site.heads, rank, site.v_dim, dtype=torch.float64))
 
 
 def _solve(weights: LatentWeights, gram: Tensor, cross: Tensor) -> LatentWeights:

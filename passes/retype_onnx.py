@@ -7,13 +7,14 @@ to compute, on any machine and as tightly as a file that was float32 from the be
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 
-__all__ = ["is_narrow_file", "write_float32_copy"]
+__all__ = ["is_narrow_file", "widened_file", "write_float32_copy"]
 
 _NARROW = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 _TYPES = ("to", "dtype")
@@ -33,6 +34,11 @@ def write_float32_copy(source: Path, target: Path) -> None:
         source: An ONNX file.
         target: Where the copy goes.
     """
+    ir.save(widened_file(source), target, external_data=f"{target.name}.data")
+
+
+def widened_file(source: Path) -> ir.Model:
+    """A file's float32 copy, whose weights are made when they are read and not kept."""
     model = ir.load(source)
     for value in (*model.graph.inputs, *model.graph.initializers.values()):
         _widen_value(value)
@@ -40,12 +46,14 @@ def write_float32_copy(source: Path, target: Path) -> None:
     for part in parts:
         for node in ir.traversal.RecursiveGraphIterator(part):
             _widen_node(node)
-    ir.save(model, target, external_data=f"{target.name}.data")
+    return model
 
 
 def _widen_value(value: ir.Value) -> None:
     if value.const_value is not None and value.const_value.dtype in _NARROW:
-        value.const_value = _float32(value.const_value)
+        narrow = value.const_value
+        make = functools.partial(_float32, narrow)
+        value.const_value = ir.LazyTensor(make, ir.DataType.FLOAT, ir.Shape(narrow.shape.numpy()), name=narrow.name)
     if value.dtype in _NARROW:
         value.dtype = ir.DataType.FLOAT
 

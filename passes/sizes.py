@@ -33,7 +33,7 @@ def split_budget(layer: MeasuredLayer, config: CompileConfig, shares: Shares) ->
     """
     site, even = layer.site, config.layout == "deepseek"
     budget = latent_budget(site, config)
-    most = budget if even else len(layer.channels.moment)  # some frequencies of an even table may carry nothing
+    most = budget if even else layer.pairs  # some frequencies of an even table may carry nothing
     if config.rope_dims is not None:
         components = config.rope_dims // 2
     elif config.kv_rank is not None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from mla_compile.passes.activations import Attended, SiteActivations, SiteRun, a
 from mla_compile.processes import Processes
 from mla_compile.program import Program
 from mla_compile.site import AttentionSite
+from mla_compile.spill import Shelf, spilled
 
 __all__ = ["SiteStatistics", "SiteSums", "collect_statistics", "key_weighting", "logit_fisher", "logit_spread"]
 
@@ -81,6 +83,7 @@ def collect_statistics(
     metrics: Sequence[Tensor] | None = None,
     batch: int = 4,
     run: SiteRun | None = None,
+    folder: Path | None = None,
     processes: Processes | None = None,
     progress: Callable[[Iterable[Tensor]], Iterable[Tensor]] = iter,
     tell: Callable[[str], None] | None = None,
@@ -96,6 +99,8 @@ def collect_statistics(
         metrics: What errors of every site's outputs cost, ``[H, Dv, Dv]``; by default the loss's gradients say.
         batch: Windows per pass.
         run: How the model is run, if not as a :class:`~mla_compile.passes.activations.SiteRun` by default.
+        folder: Where sums of layers lie while those of another grow, if the model is run layer by layer, and the
+            statistics in the end; in memory by default.
         processes: Those that share the batches.
         progress: Wraps the batches of all steps to show progress.
         tell: Is told in a few words which segment begins, where the model is cut.
@@ -106,10 +111,16 @@ def collect_statistics(
     costs: Sequence[Tensor | None] = [None] * len(sites) if metrics is None else metrics
     run = run or SiteRun(program, sites, (batch, windows.shape[1]), gradients=metrics is None)
     processes = processes or Processes()
-    sums = [SiteSums.zeros(site, width, windows.shape[1]) for site, width in zip(sites, run.widths, strict=True)]
+    widths, in_turn = run.widths, len(run.layerwise.segments) > 1
+    sums = Shelf(
+        lambda number: SiteSums.zeros(sites[number], widths[number], windows.shape[1]), folder if in_turn else None
+    )
     for _, number, seen in run.run(processes.share(windows.split(batch)), progress, tell):
-        sums[number].add(sites[number], seen, costs[number])
-    found = tuple(sums.pop(0).over(processes).means(site, windows.numel()) for site in sites)  # never two of all
+        sums.at(number).add(sites[number], seen, costs[number])
+    found = tuple(
+        spilled(sums.take(number).over(processes).means(site, windows.numel()), folder)
+        for number, site in enumerate(sites)  # never two of all
+    )
     _require_finite(sites, found)
     return found
 

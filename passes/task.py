@@ -5,8 +5,9 @@ A method sees the whole model at once, because what one layer may keep is a ques
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -14,12 +15,12 @@ from torch import Tensor
 
 from mla_compile.config import CompileConfig
 from mla_compile.deepseek import DeepSeekShape
-from mla_compile.layer_store import LayerStore
+from mla_compile.layer_store import LayerStore, rounded
 from mla_compile.passes.activations import SiteRun
 from mla_compile.passes.factorise import LatentWeights
 from mla_compile.passes.insert_latent import insert_latent
 from mla_compile.passes.layerwise import Resources
-from mla_compile.passes.weights import SiteWeights, input_width, read_site
+from mla_compile.passes.weights import input_width
 from mla_compile.plan import LatentPlan
 from mla_compile.processes import Processes
 from mla_compile.program import Program
@@ -27,6 +28,7 @@ from mla_compile.progress import Stages
 from mla_compile.report import LayerForecast
 from mla_compile.runtime.module import LatentModel
 from mla_compile.site import AttentionSite, Rejection
+from mla_compile.spill import spilled
 from mla_compile.statistics_cache import StatisticsCache
 
 __all__ = ["BATCH", "Choice", "Method", "Task", "left_out", "unpredicted"]
@@ -49,7 +51,7 @@ class Task:
         windows: Calibration text ``[windows, length]``, or None.
         stages: Times and shows what runs.
         cache: Where statistics are kept for the next conversion, or None.
-        store: Where finished layers are kept, or None for memory; only methods that go layer by layer use it.
+        store: Where finished layers are kept, and what is not used at the moment, or None for memory.
         wide: Whether layers are kept there in float32, whatever the type of the result.
         resources: What running the original over text may take.
         processes: Those that share the text.
@@ -72,13 +74,21 @@ class Task:
         """Input width of every site's projections."""
         return [input_width(self.program, site) for site in self.sites]
 
-    def read(self) -> list[SiteWeights]:
-        """Weights of every site."""
-        return [read_site(self.program, site) for site in self.sites]
+    @property
+    def folder(self) -> Path | None:
+        """Where tensors lie that are not used at the moment; None for memory."""
+        return None if self.store is None else self.store.folder
 
-    def rewrite(self, weights: Sequence[LatentWeights]) -> LatentModel:
-        """The converted model with some weights, computing in float32."""
-        graph = insert_latent(self.program, self.sites, weights, torch.float32, self.kept)
+    def held(self, weights: LatentWeights, dtype: torch.dtype = torch.float64) -> LatentWeights:
+        """Weights of a layer, mapped from a file where there is a folder, with their matrices in some type."""
+        if self.folder is None or weights.query.dtype == dtype != torch.float64:
+            return weights
+        return spilled(rounded(weights, dtype), self.folder)
+
+    def rewrite(self, weights: Iterable[LatentWeights]) -> LatentModel:
+        """The converted model with some weights, which are read layer by layer, computing in float32."""
+        held = [self.held(layer, torch.float32) for layer in weights]
+        graph = insert_latent(self.program, self.sites, held, torch.float32, self.kept)
         return LatentModel(graph.module, graph.rows)
 
     @property
@@ -87,9 +97,10 @@ class Task:
         chosen = self.config.dtype
         return self.program.dtype if chosen == "auto" else getattr(torch, chosen)
 
-    def result(self, weights: Sequence[LatentWeights]) -> LatentModel:
-        """The converted model with some weights, in its own type."""
-        graph = insert_latent(self.program, self.sites, weights, self.dtype, self.kept, stored=True)
+    def result(self, weights: Iterable[LatentWeights]) -> LatentModel:
+        """The converted model with some weights, likewise, in its own type."""
+        held = [self.held(layer, self.dtype) for layer in weights]
+        graph = insert_latent(self.program, self.sites, held, self.dtype, self.kept, stored=True)
         return LatentModel(graph.module, graph.rows)
 
     def site_run(self, batch: int, *, gradients: bool) -> SiteRun:

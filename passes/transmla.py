@@ -18,7 +18,7 @@ from mla_compile.errors import UsageError
 from mla_compile.passes.factorise import LatentWeights
 from mla_compile.passes.fisher import JointFactors, assemble, from_rows, joint_rows
 from mla_compile.passes.layers import MeasuredLayer, measure_layers, no_room
-from mla_compile.passes.rope_split import RopeSplit, RotaryChannels, real_split, split_rope
+from mla_compile.passes.rope_split import RopeSplit, RotaryChannels, real_split, rotary_channels, split_rope
 from mla_compile.passes.search import Divergence
 from mla_compile.passes.statistics import SiteStatistics, key_weighting
 from mla_compile.passes.task import Choice, Task, unpredicted
@@ -118,7 +118,9 @@ def transmla(task: Task) -> Choice:
                 if any(p.kv_rank < layer.least_rank for layer, p in zip(layers, plans, strict=True)):
                     break
                 tried()
-                weights = tuple(_weights(layer, plan, fold) for layer, plan in zip(layers, plans, strict=True))
+                weights = tuple(
+                    task.held(_weights(layer, plan, fold)) for layer, plan in zip(layers, plans, strict=True)
+                )
                 cost = divergence(task.rewrite(weights))
                 if best is None or cost < best[0]:
                     best = cost, plans, weights, fold
@@ -135,12 +137,14 @@ def transmla(task: Task) -> Choice:
 
 def _weights(layer: MeasuredLayer, plan: LatentPlan, fold: int) -> LatentWeights:
     """A layer's latent weights."""
+    original, statistics = layer.original(), layer.statistics()
+    channels = rotary_channels(layer.site, original, statistics)
     if plan.rope_dims:
-        split = fold_frequencies(layer.site, layer.channels, plan.rope_dims // 2, fold)
+        split = fold_frequencies(layer.site, channels, plan.rope_dims // 2, fold)
     else:
-        split = split_rope(layer.site, layer.channels.unfolded(), 0, 0)
-    factors = balanced_factors(layer.site, layer.original, layer.statistics, split)
-    return assemble(layer.site, layer.original, split, factors, plan.kv_rank)
+        split = split_rope(layer.site, channels.unfolded(), 0, 0)
+    factors = balanced_factors(layer.site, original, statistics, split)
+    return assemble(layer.site, original, split, factors, plan.kv_rank)
 
 
 def _collapses(layers: Sequence[MeasuredLayer], config: CompileConfig) -> list[int]:

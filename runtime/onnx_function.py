@@ -39,6 +39,8 @@ __all__ = [
     "APPENDED_SCALES",
     "CACHED",
     "DOMAIN",
+    "FUSED",
+    "FUSED_DOMAIN",
     "LATENT",
     "PLACED_QUERIES",
     "TURNED_KEYS",
@@ -46,6 +48,7 @@ __all__ = [
     "Variant",
     "attention_function",
     "folded_queries",
+    "has_fused_form",
     "latent_context",
     "latent_output",
     "latent_scores",
@@ -58,6 +61,9 @@ DOMAIN = "mla_compile"
 LATENT = "LatentAttention"
 CACHED = "CachedAttention"
 VERSION = 1
+FUSED_DOMAIN = "mla_compile.cpu"
+FUSED = {False: "FoldedAttention", True: "FoldedAttentionOfCodes"}
+"""Operators of :mod:`mla_compile.runtime.cpu`, for rows and for their codes: the folded form in one."""
 
 
 @dataclass(frozen=True)
@@ -498,6 +504,12 @@ _CACHED_OUTPUT = """
   output_BSHV = Reshape (context_BSnhV, final_shape)
 """
 
+# A branch must say of what type its result is, and the types of operators that ONNX does not know are not inferred.
+_FUSED_ATTENTION = f"""
+  fused_BSHV = {FUSED_DOMAIN}.OPERATOR (plain_BSHD, turned_BSnhd, ROWS, seen_BST, key_up_GDr, value_up_GrV SCALES)
+  output_BSHV = Cast <to = 1> (fused_BSHV)
+"""
+
 _INPUTS = {
     LATENT: "query_BSHD row_BNR past_BPR attention_mask_BT cos_BSn sin_BSn key_up_GDr value_up_GrV",
     CACHED: "query_BSHD row_BNR past_BPR attention_mask_BT",
@@ -509,20 +521,24 @@ _ATTRIBUTES = {
 
 
 @functools.cache
-def attention_function(op_type: str, opset: int, variant: Variant = Variant()) -> onnx.FunctionProto:
+def attention_function(
+    op_type: str, opset: int, variant: Variant = Variant(), *, fused: bool = False
+) -> onnx.FunctionProto:
     """Build the function of a node.
 
     Args:
         op_type: ``LATENT`` or ``CACHED``.
         opset: Version of the standard operators, 23 or later.
         variant: What the node has.
+        fused: Whether the folded form is an operator of :mod:`mla_compile.runtime.cpu`, for float32.
 
     Returns:
         The function; its name is the variant's.
 
     Raises:
         ValueError: The variant scales rope keys without key scales, or its cache is static where keys of another
-            sequence are seen or the operator that writes to one is missing, or it is quantised where that cannot be.
+            sequence are seen or the operator that writes to one is missing, it is quantised where that cannot be, or
+            there is no fused operator for it.
     """
     if variant.scaled_rope and not variant.key_scales:
         raise ValueError("scaled_rope needs key_scales: there is nothing to scale rope keys by.")
@@ -533,6 +549,8 @@ def attention_function(op_type: str, opset: int, variant: Variant = Variant()) -
         raise ValueError("A quantised cache is of causal latent attention without scales of norms.")
     if variant.halves and (op_type == CACHED or variant.bidirectional or variant.quantised):
         raise ValueError("Two halves are of causal latent attention whose cache is not quantised.")
+    if fused and not (op_type == LATENT and has_fused_form(variant)):
+        raise ValueError("The fused operator is for causal latent attention without scales, caps, sinks and slopes.")
     # A flag for every optional input: which inputs a node has cannot be told from their number.
     attributes = {
         "key_scales": variant.key_scales,
@@ -554,12 +572,12 @@ def attention_function(op_type: str, opset: int, variant: Variant = Variant()) -
         taken = taken.replace("past_BPR", "past_key_B1PW past_value_B1PW")
         returned = returned.replace("present_BTR", "present_key_B1TW present_value_B1TW")
     text = f"""
-<opset_import: ["" : {opset}], domain: "{DOMAIN}">
+<opset_import: ["" : {opset}{f', "{FUSED_DOMAIN}" : 1' if fused else ""}], domain: "{DOMAIN}">
 {variant.named(op_type)}
   <{_listing(_ATTRIBUTES[op_type], attributes)}>
   ({_listing(taken, inputs)})
   => ({_listing(returned, outputs)})
-{{{_latent_body(variant) if op_type == LATENT else _cached_body(variant)}}}
+{{{_latent_body(variant, fused) if op_type == LATENT else _cached_body(variant)}}}
 """
     lines = [line.split("#")[0].rstrip() for line in text.splitlines()]
     return onnx.parser.parse_function("\n".join(line for line in lines if line))
@@ -569,9 +587,19 @@ def _listing(always: str, sometimes: dict[str, bool]) -> str:
     return ", ".join([*always.split(), *(name for name, present in sometimes.items() if present)])
 
 
-def _latent_body(variant: Variant) -> str:
+def has_fused_form(variant: Variant) -> bool:
+    """Whether :mod:`mla_compile.runtime.cpu` has an operator for the folded form of ``LatentAttention``."""
+    return _has_two_forms(variant) and not (variant.key_scales or variant.value_scales or variant.halves)
+
+
+def _fused_attention(variant: Variant) -> str:
+    text = _FUSED_ATTENTION.replace("OPERATOR", FUSED[variant.quantised])
+    return text.replace(" SCALES", ", ROW_SCALES" if variant.quantised else "")
+
+
+def _latent_body(variant: Variant, fused: bool) -> str:
     keys, values = variant.key_scales, variant.value_scales
-    attention = _folded_attention(variant)
+    attention = _fused_attention(variant) if fused else _folded_attention(variant)
     if _has_two_forms(variant):
         unfolded = unfolded_attention(key_scales=keys, value_scales=values, scaled_rope=variant.scaled_rope)
         unfolded = dequantised(unfolded) if variant.quantised else unfolded

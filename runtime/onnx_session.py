@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mla_compile.errors import LoadError, UsageError
+from mla_compile.errors import LoadError, MlaCompileError, UsageError
 from mla_compile.runtime.generate import Ids, Sampling, generate
 from mla_compile.runtime.onnx_cache import (
     KEY_VALUE,
@@ -22,25 +22,38 @@ from mla_compile.runtime.onnx_cache import (
     StaticCache,
 )
 
-__all__ = ["PROVIDERS", "OnnxDecoder", "open_session"]
+__all__ = ["KERNELS", "PROVIDERS", "OnnxDecoder", "open_session"]
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 """ONNX Runtime's names of the devices that users name."""
+KERNELS = ("auto", "fused", "standard")
+"""What computes latent attention: the kernel of :mod:`mla_compile.runtime.cpu` (``fused``), the operators in the file
+(``standard``), or the former where the file, the provider and a compiler allow it."""
 _DEFAULT_ROOM = 2048
 """Tokens that a static cache has room for where nobody says how many there will be."""
 
 
-def open_session(path: str | Path, providers: Sequence[str] | None = None, threads: int | None = None) -> Any:  # noqa: ANN401 - onnxruntime has no types
+def open_session(
+    path: str | Path,
+    providers: Sequence[str] | None = None,
+    threads: int | None = None,
+    kernel: str = "standard",
+) -> tuple[Any, bool]:
     """Open an ONNX file in ONNX Runtime.
 
     Args:
         path: The ``.onnx`` file.
         providers: Execution providers in order of preference; the CPU by default.
         threads: Threads per operator; ONNX Runtime's choice by default.
+        kernel: One of :data:`KERNELS`.
+
+    Returns:
+        The session, and whether it uses the fused kernel.
 
     Raises:
         LoadError: The file is missing or damaged.
-        UsageError: ONNX Runtime is not installed, or a provider is missing or does not start: no other takes its place.
+        UsageError: ONNX Runtime is not installed, a provider is missing or does not start (no other takes its place),
+            or there is no fused kernel for this file or here.
     """
     try:
         import onnxruntime
@@ -55,7 +68,10 @@ def open_session(path: str | Path, providers: Sequence[str] | None = None, threa
     if threads is not None:
         options.intra_op_num_threads = threads
     try:
-        session = onnxruntime.InferenceSession(str(path), options, wanted)
+        fused = _fused(Path(path), wanted, kernel, options)
+        session = onnxruntime.InferenceSession(fused or str(path), options, wanted)
+    except MlaCompileError:
+        raise
     except Exception as error:
         data = Path(f"{path}.data")
         if "External data" in str(error) and not data.exists():
@@ -75,7 +91,40 @@ def open_session(path: str | Path, providers: Sequence[str] | None = None, threa
             ) from error
         raise LoadError(f"ONNX Runtime cannot load '{path}' ({reason}).", "Convert the model again.") from error
     _require_providers(wanted, session.get_providers(), "cannot start the")
-    return session
+    return session, fused is not None
+
+
+def _fused(path: Path, providers: Sequence[str], kernel: str, options: Any) -> bytes | None:  # noqa: ANN401
+    """A model whose nodes use the fused kernel, which the options then know; None, where it is to run as it is."""
+    if kernel == "standard":
+        return None
+    from mla_compile.runtime.cpu.fused import fused_model
+    from mla_compile.runtime.cpu.library import compiler, library
+
+    on_cpu = list(providers) == [PROVIDERS["cpu"]]
+    if kernel == "auto" and not (on_cpu and compiler()):
+        return None
+    model = fused_model(path) if on_cpu else None
+    if model is None and kernel == "auto":
+        return None
+    if model is None:
+        raise UsageError(
+            f"'{path}' has no attention that the fused kernel computes: it is for float32 and int8 caches on the CPU, "
+            "in files written without --inline.",
+            "Run it with --kernel standard.",
+        )
+    try:
+        made = library()
+    except UsageError:
+        if kernel == "auto":
+            return None
+        raise
+    options.register_custom_ops_library(str(made))
+    options.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", str(path.parent.absolute())
+    )
+    serialised: bytes = model.SerializeToString()
+    return serialised
 
 
 def _is_bfloat16(path: Path) -> bool:
@@ -102,17 +151,20 @@ class OnnxDecoder:
         providers: Execution providers in order of preference; the CPU by default.
         threads: Threads per operator; ONNX Runtime's choice by default.
         max_length: Tokens of a sequence, prompt and continuation, at most; by default as many as are asked for.
+        kernel: One of :data:`KERNELS`.
+        session: What runs the file in place of a session of ONNX Runtime of its own.
 
     Attributes:
         metadata: What the compiler stored in the file.
         rows: Numbers one token adds to the cache, per layer; codes, if it is quantised, without their scales.
         halves: Whether the cache of a layer is two tensors with a dimension of heads.
         static: Whether the cache is one allocation, written in place.
+        fused: Whether the fused kernel computes attention.
         vocabulary: How many token ids the model knows.
 
     Raises:
         LoadError: The file is missing, damaged, or was not made by this compiler.
-        UsageError: ONNX Runtime is not installed, or has no such provider.
+        UsageError: ONNX Runtime is not installed, or has no such provider, or there is no fused kernel.
     """
 
     def __init__(
@@ -121,8 +173,13 @@ class OnnxDecoder:
         providers: Sequence[str] | None = None,
         threads: int | None = None,
         max_length: int | None = None,
+        kernel: str = "standard",
+        session: Any = None,  # noqa: ANN401 - onnxruntime has no types
     ) -> None:
-        self._session = open_session(path, providers, threads)
+        if session is None:
+            self._session, self.fused = open_session(path, providers, threads, kernel)
+        else:
+            self._session, self.fused = session, False
         import onnxruntime
 
         self._runtime = onnxruntime

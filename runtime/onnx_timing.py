@@ -79,11 +79,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--context", type=int, required=True)
     parser.add_argument("--batch", type=int, required=True)
+    parser.add_argument("--kernel", default="standard")
     given = parser.parse_args()
     import onnxruntime  # noqa: F401 - is not part of what the file costs
 
     before, begin = peak_bytes(), time.perf_counter()
-    decoder = OnnxDecoder(given.file, threads=given.threads)
+    decoder = OnnxDecoder(given.file, threads=given.threads, kernel=given.kernel)
     loaded = time.perf_counter() - begin
     ids = random_ids(decoder.vocabulary, given.context)
     cache, _ = filled(decoder, ids[:, :-1], given.context, time.perf_counter)

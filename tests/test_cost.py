@@ -75,16 +75,16 @@ def test_a_batch_shares_the_weights_and_nothing_else():
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim", "rank", "rope", "groups", "context", "milliseconds"),
     [
-        (32, 32, 128, 512, 64, 1, 4096, (9.3, 4.6)),
-        (32, 32, 128, 512, 64, 1, 16384, (41, 19)),
-        (32, 32, 128, 1024, 32, 16, 4096, (9.3, 10)),
-        (32, 8, 64, 128, 32, 1, 4096, (2.2, 1.1)),
-        (32, 8, 64, 256, 16, 8, 4096, (2.2, 2.2)),
-        (32, 8, 64, 256, 16, 8, 16384, (8.3, 9.2)),
+        (32, 32, 128, 512, 64, 1, 4096, (5.2, 3.4)),
+        (32, 32, 128, 512, 64, 1, 16384, (20.3, 12.5)),
+        (32, 8, 64, 128, 32, 1, 4096, (2.1, 1.0)),
+        (32, 8, 64, 128, 32, 1, 16384, (8.0, 3.6)),
+        (32, 8, 64, 256, 16, 8, 4096, (2.3, 2.1)),
+        (32, 8, 64, 256, 16, 8, 16384, (8.0, 7.5)),
     ],
 )
 def test_times_of_attention_are_near_measured_ones(heads, kv_heads, dim, rank, rope, groups, context, milliseconds):
-    """One core, float32, the better of two forms of the original; measured to 15 %, and the rates are one per kind."""
+    """benchmarks/decode_cpu.md without the up-projections' reading: the best original, and the fused kernel."""
     site = layer(heads, kv_heads, dim)
     found = cost(site, latent(site, rank, rope, groups), context)
     step = DecodeStep(CPU, context)

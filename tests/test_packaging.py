@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = {"mla_compile": "mla_compile", "passes": "mla_compile/passes", "runtime": "mla_compile/runtime"}
-SHIPPED = {".py", ".typed", ".cu", ".cpp", ".html"}
+SHIPPED = {".py", ".typed", ".cu", ".cpp", ".h", ".html"}
 
 
 @pytest.fixture(scope="module")

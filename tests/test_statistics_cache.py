@@ -16,7 +16,8 @@ from mla_compile.passes import layers
 from mla_compile.passes.recognise import recognise
 from mla_compile.passes.statistics import SiteStatistics
 from mla_compile.program import Program
-from mla_compile.statistics_cache import StatisticsCache, default_folder, open_cache, statistics_key
+from mla_compile.runtime.user_cache import default_folder
+from mla_compile.statistics_cache import StatisticsCache, open_cache, statistics_key
 
 WINDOWS = models.tokens(12, 16)
 

@@ -19,7 +19,7 @@ import pytest
 
 from mla_compile import display
 from mla_compile.cli import main
-from mla_compile.cli.app import COMMANDS, app
+from mla_compile.cli.program import COMMANDS, app
 
 TINY = Path(__file__).parents[1] / "examples" / "tiny-llama"
 COLOUR = re.compile(r"\x1b\[(?:[0-9;]*;)?(?:3[0-7]|4[0-7]|9[0-7]|10[0-7]|38|48)(?:;[0-9;]*)?m")
@@ -86,8 +86,8 @@ RESULTS = {
     ),
     "report": ("report {place}/folder --out {out}/page.html", {"page"}),
 }
-ELSEWHERE = {"build-plugin", "verify"}
-"""Need a compiler's headers, and a DeepSeek checkpoint, which tests/test_checkpoint.py has."""
+ELSEWHERE = {"build-plugin", "fuse", "verify"}
+"""Need a compiler, and a DeepSeek checkpoint, which tests/test_checkpoint.py has."""
 
 
 def test_every_command_is_run():

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from mla_compile.cli.app import main
+from mla_compile.cli.program import app, main
 
-__all__ = ["main"]
+__all__ = ["app", "main"]

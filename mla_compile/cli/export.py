@@ -22,7 +22,7 @@ from mla_compile.cli.options import (
 )
 from mla_compile.errors import UsageError
 
-__all__ = ["export", "report", "verify"]
+__all__ = ["export", "fuse", "report", "verify"]
 
 
 def export(
@@ -68,6 +68,30 @@ def export(
         display.print_json(report)
     else:
         display.show_exported(report["verification"], out)
+
+
+def fuse(
+    model: Annotated[Path, typer.Argument(help="An ONNX file made by mla-compile.")],
+    out: Annotated[
+        Path,
+        typer.Option(help="The .onnx file to write, beside which goes the library, as a .so.", rich_help_panel=OUTPUT),
+    ],
+    march: Annotated[str, typer.Option(help="Processor the library is for, as compilers name it.")] = "native",
+    force: Force = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Write a file whose attention is the fused kernel, and its library, for ONNX Runtime without mla-compile."""
+    from mla_compile import display
+    from mla_compile.fuse import write_fused
+
+    with display.make_display(quiet, as_json, verbose):
+        library = write_fused(model, out, march=march, force=force)
+    if as_json:
+        display.print_json({"onnx": str(out), "library": str(library)})
+    else:
+        display.say(f"wrote {out} and {library}")
 
 
 def verify(

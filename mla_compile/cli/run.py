@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mla_compile.cli.options import AsJson, Quiet, Seed, Tokenizer, Verbose, known_provider
+from mla_compile.cli.options import AsJson, Quiet, Seed, Tokenizer, Verbose, known_kernel, known_provider
 
 __all__ = ["run"]
 
@@ -32,6 +32,15 @@ def run(
     provider: Annotated[
         str | None, typer.Option(help="Where to run: cpu or cuda.", callback=known_provider, show_default="cpu")
     ] = None,
+    kernel: Annotated[
+        str | None,
+        typer.Option(
+            help="What computes attention on the CPU: fused (needs a C++ compiler the first time), standard (the "
+            "operators in the file), or auto, the former where it can be had.",
+            callback=known_kernel,
+            show_default="auto",
+        ),
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads per operator.")] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -53,6 +62,7 @@ def run(
             threads=threads,
             provider=provider,
             max_length=max_length,
+            kernel=kernel,
             on_text=display.stream_text if streamed else None,
         )
     if as_json:

@@ -31,7 +31,7 @@ class OnnxFixedDecoder(FixedCacheDecoder):
     """
 
     def __init__(self, path: Path) -> None:
-        self._session = open_session(path)
+        self._session, _ = open_session(path)
         inputs = {i.name: tuple(i.shape) for i in self._session.get_inputs()}
         stored = self._session.get_modelmeta().custom_metadata_map.get("mla_compile")
         if stored is None or "lengths" not in inputs:

@@ -23,8 +23,7 @@ from mla_compile.plan import latent_budget, liked_ranks, shared_rope_plan
 
 
 def measured(layer: Layer) -> MeasuredLayer:
-    site, weights, statistics = layer.site(), layer.weights(), layer.statistics()
-    return MeasuredLayer(site, weights, statistics, rotary_channels(site, weights, statistics))
+    return MeasuredLayer(layer.site(), layer.weights, layer.statistics())
 
 
 WIDE = measured(Layer(heads=8, kv_heads=8, dim=32, pairs=16, v_dim=32, width=256))
@@ -36,10 +35,11 @@ def test_budgets_are_kept_and_used(layer, ratio, shares):
     config = make_config(cache_ratio=ratio)
     sizes, budget = split_budget(layer, config, shares), latent_budget(layer.site, config)
     assert sizes.rank + 2 * sizes.components <= max(budget, 2)
-    assert 0 <= sizes.own <= sizes.components <= len(layer.channels.moment)
+    assert 0 <= sizes.own <= sizes.components <= layer.pairs
+    assert layer.pairs == len(rotary_channels(layer.site, layer.original(), layer.statistics()).moment)
     exact = shared_rope_plan(layer.site, layer.width, 0, 1).exact_rank
     assert sizes.rank < 1 or sizes.rank == exact or sizes.rank in liked_ranks(exact)
-    if 1 <= sizes.rank < exact and sizes.components < len(layer.channels.moment):
+    if 1 <= sizes.rank < exact and sizes.components < layer.pairs:
         assert budget - sizes.rank - 2 * sizes.components <= 1, "rope takes what is left"
 
 

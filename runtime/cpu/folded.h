@@ -1,0 +1,259 @@
+// Folded latent attention of a few queries, in one pass over the cache: what `LatentAttention` does from rotated
+// queries and rows to outputs (see mla_compile/runtime/onnx_function.py, whose suffixes name the axes here too).
+//
+// The cache is read in blocks of tokens that stay in the processor's cache while all heads score them, and while their
+// latents are added up with the weights (Dao et al. 2022, arXiv 2205.14135: a running maximum and sum per query). A
+// block's scores lie token by token, the queries of all heads side by side in the lanes of vectors: a row's number is
+// multiplied with the same channel of all queries, no sum goes across lanes, and softmax is as wide as all else.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "vectors.h"
+
+namespace mla {
+
+constexpr long kBlock = 48;          // tokens of a block
+constexpr long kSplit = 1024;        // tokens that one task attends to with 64 queries; with more, it has as many more
+constexpr float kNothing = -1e30f;   // a running maximum of nothing, from which -inf can be subtracted
+
+constexpr long up_to(long count, long step) { return (count + step - 1) / step * step; }
+
+struct Sizes {
+    long batch, queries, heads, tokens, row, rank, rope, rope_groups, plain, key_groups, value_groups, value;
+
+    long tile() const { return 2 * kLanes; }
+    long columns() const { return queries * heads; }                     // of the scores: one per query and head
+    long lanes() const { return up_to(columns(), tile()); }
+    long sum() const { return up_to(rank, kColumns * kLanes); }          // length of a sum of latents, with its padding
+    long split() const { return kSplit * std::max(1L, lanes() / 64); }    // tokens of a task: its sums are as many as its queries
+    long splits() const { return std::max(1L, (tokens + split() - 1) / split()); }
+    long partial() const { return lanes() * (2 + sum()); }               // maxima, sums of weights, sums of latents
+    long query() const { return row * lanes(); }
+};
+
+// Queries of one sequence, folded with the key up-projections of one group of heads: [row, lanes], of which these
+// heads' columns are written. `scratch` holds queries * heads-per-group rows of rank.
+inline void fold_queries(const Sizes& s, long b, long group, const float* plain_BSHD, const float* key_up_GDr,
+                         float* scratch, float* query_RM) {
+    const long per_group = s.heads / s.key_groups;
+    const float* up = key_up_GDr + group * s.plain * s.rank;
+    for (long q = 0; q < s.queries; q++) {
+        const float* plain = plain_BSHD + ((b * s.queries + q) * s.heads + group * per_group) * s.plain;
+        multiply(plain, s.plain, up, scratch, s.rank, per_group, s.plain, s.rank);
+        for (long h = 0; h < per_group; h++)
+            for (long k = 0; k < s.rank; k++)
+                query_RM[k * s.lanes() + q * s.heads + group * per_group + h] = scratch[h * s.rank + k];
+    }
+}
+
+// The rotated channels of all heads of one sequence, each at its group's place in the row; zeros elsewhere.
+inline void place_rope(const Sizes& s, long b, const float* turned_BSHd, float* query_RM) {
+    float* rope = query_RM + s.rank * s.lanes();
+    std::memset(rope, 0, (s.row - s.rank) * s.lanes() * sizeof(float));
+    for (long m = 0; m < s.columns(); m++) {
+        const long group = m % s.heads / (s.heads / s.rope_groups);
+        for (long k = 0; k < s.rope; k++)
+            rope[(group * s.rope + k) * s.lanes() + m] = turned_BSHd[(b * s.columns() + m) * s.rope + k];
+    }
+    for (long k = 0; k < s.row; k++)
+        for (long m = s.columns(); m < s.lanes(); m++) query_RM[k * s.lanes() + m] = 0;
+}
+
+// Scores of kTokens rows with 2 kLanes queries, over channels [begin, end); rows behind the last one are the last one.
+template <int Tokens>
+inline void score(const float* rows, long stride, long begin, long end, const float* query, long lanes,
+                  Vector (&sums)[Tokens][2]) {
+    constexpr long line = 64 / sizeof(float);
+    for (long start = begin; start < end; start += line) {
+        for (int t = 0; t < Tokens; t++) __builtin_prefetch(rows + (t + Tokens) * stride + start);
+        for (long k = start; k < std::min(start + line, end); k++) {
+            Vector left = load(query + k * lanes), right = load(query + k * lanes + kLanes);
+            keep(left);
+            keep(right);
+#pragma GCC unroll 16
+            for (int t = 0; t < Tokens; t++) {
+                Vector number = all(rows[t * stride + k]);
+                keep(number);
+                sums[t][0] += number * left;
+                sums[t][1] += number * right;
+            }
+        }
+    }
+}
+
+template <int Tokens>
+inline void score_tile(const Sizes& s, const float* rows, long first_rope, long last_rope, const float* query,
+                       float* scores) {
+    Vector sums[Tokens][2] = {};
+    score<Tokens>(rows, s.row, 0, s.rank, query, s.lanes(), sums);
+    score<Tokens>(rows, s.row, first_rope, last_rope, query, s.lanes(), sums);
+    for (int t = 0; t < Tokens; t++) {
+        store(scores + t * s.lanes(), sums[t][0]);
+        store(scores + t * s.lanes() + kLanes, sums[t][1]);
+    }
+}
+
+// Scores of a block of tokens with all queries: [tokens, lanes].
+inline void score_block(const Sizes& s, const float* rows, long tokens, const float* query_RM, float* scores) {
+    for (long lane = 0; lane < s.lanes(); lane += s.tile()) {
+        // Which groups' channels these heads have; all, where they are of several queries.
+        long first = 0, last = s.rope_groups - 1;
+        if (s.queries == 1) {
+            const long per_group = s.heads / s.rope_groups;
+            first = lane / per_group;
+            last = (std::min(lane + s.tile(), s.heads) - 1) / per_group;
+        }
+        const long begin = s.rank + first * s.rope, end = s.rank + (last + 1) * s.rope;
+        const float* query = query_RM + lane;
+        long t = 0;
+        for (; t + kTokens <= tokens; t += kTokens)
+            score_tile<kTokens>(s, rows + t * s.row, begin, end, query, scores + t * s.lanes() + lane);
+        for (; t < tokens; t++)
+            score_tile<1>(s, rows + t * s.row, begin, end, query, scores + t * s.lanes() + lane);
+    }
+}
+
+// Hide tokens from queries that do not see them; false if no query sees any of them.
+inline bool mask_block(const Sizes& s, const bool* seen_ST, long tokens, float* scores) {
+    bool any = false;
+    for (long q = 0; q < s.queries; q++) {
+        const bool* seen = seen_ST + q * s.tokens;
+        if (!std::memchr(seen, 0, tokens)) {
+            any = true;
+            continue;
+        }
+        for (long t = 0; t < tokens; t++) {
+            any |= seen[t];
+            if (!seen[t] && scores)
+                std::fill_n(scores + t * s.lanes() + q * s.heads, s.heads, -__builtin_inff());
+        }
+    }
+    return any;
+}
+
+inline void begin_partial(const Sizes& s, float* partial) {
+    std::fill_n(partial, s.lanes(), kNothing);
+    std::fill_n(partial + s.lanes(), s.lanes() * (1 + s.sum()), 0.0f);
+}
+
+// From scores to weights relative to the new running maxima; `shrink` is what earlier sums are to be multiplied with.
+inline void soften(const Sizes& s, long tokens, float* scores, float* maxima, float* totals, float* shrink) {
+    for (long lane = 0; lane < s.lanes(); lane += kLanes) {
+        const Vector before = load(maxima + lane);
+        Vector most = before;
+        for (long t = 0; t < tokens; t++) most = larger(most, load(scores + t * s.lanes() + lane));
+        const Vector factor = exponential(before - most);
+        Vector total = load(totals + lane) * factor;
+        for (long t = 0; t < tokens; t++) {
+            const Vector weight = exponential(load(scores + t * s.lanes() + lane) - most);
+            store(scores + t * s.lanes() + lane, weight);
+            total += weight;
+        }
+        store(maxima + lane, most);
+        store(totals + lane, total);
+        store(shrink + lane, factor);
+    }
+}
+
+// Add kColumns kLanes channels of a block's latents to the sums of kHeads columns.
+inline void add_tile(long tokens, const float* latents, long stride, const float* weights, long lanes,
+                     const float* shrink, float* sums, long sum_stride) {
+    Vector tile[kHeads][kColumns];
+    for (int h = 0; h < kHeads; h++)
+        for (int j = 0; j < kColumns; j++) tile[h][j] = load(sums + h * sum_stride + j * kLanes) * shrink[h];
+    for (long t = 0; t < tokens; t++) {
+        Vector latent[kColumns];
+#pragma GCC unroll 8
+        for (int j = 0; j < kColumns; j++) {
+            latent[j] = load(latents + t * stride + j * kLanes);
+            keep(latent[j]);
+        }
+#pragma GCC unroll 8
+        for (int h = 0; h < kHeads; h++) {
+            Vector weight = all(weights[t * lanes + h]);
+            keep(weight);
+#pragma GCC unroll 8
+            for (int j = 0; j < kColumns; j++) tile[h][j] += weight * latent[j];
+        }
+    }
+    for (int h = 0; h < kHeads; h++)
+        for (int j = 0; j < kColumns; j++) store(sums + h * sum_stride + j * kLanes, tile[h][j]);
+}
+
+inline void add_block(const Sizes& s, const float* rows, long tokens, const float* weights, const float* shrink,
+                      float* sums, float* scratch) {
+    constexpr long strip = kColumns * kLanes;
+    for (long column = 0; column < s.rank; column += strip) {
+        const float* latents = rows + column;
+        long stride = s.row;
+        if (column + strip > s.rank) {  // what is behind the latent is not to be added, nor to be read behind the cache
+            for (long t = 0; t < tokens; t++) {
+                std::memcpy(scratch + t * strip, rows + t * s.row + column, (s.rank - column) * sizeof(float));
+                std::memset(scratch + t * strip + s.rank - column, 0, (strip - s.rank + column) * sizeof(float));
+            }
+            latents = scratch;
+            stride = strip;
+        }
+        for (long h = 0; h < s.columns(); h += kHeads)
+            add_tile(tokens, latents, stride, weights + h, s.lanes(), shrink + h, sums + h * s.sum() + column, s.sum());
+    }
+}
+
+// One task: attend to a split of the tokens of one sequence. `partial` is [maxima | totals | sums of latents]; `block`
+// gives the rows of some tokens from one on.
+template <typename Block>
+inline void attend_blocks(const Sizes& s, long split, const bool* seen_ST, const float* query_RM, float* partial,
+                          float* scratch, Block block) {
+    float *maxima = partial, *totals = partial + s.lanes(), *sums = partial + 2 * s.lanes();
+    float *scores = scratch, *shrink = scores + kBlock * s.lanes(), *strip = shrink + s.lanes();
+    begin_partial(s, partial);
+    const long end = std::min((split + 1) * s.split(), s.tokens);
+    for (long t = split * s.split(); t < end; t += kBlock) {
+        const long tokens = std::min(kBlock, end - t);
+        if (!mask_block(s, seen_ST + t, tokens, nullptr)) continue;
+        const float* rows = block(t, tokens);
+        score_block(s, rows, tokens, query_RM, scores);
+        mask_block(s, seen_ST + t, tokens, scores);
+        soften(s, tokens, scores, maxima, totals, shrink);
+        add_block(s, rows, tokens, scores, shrink, sums, strip);
+    }
+}
+
+inline void attend(const Sizes& s, long split, const float* rows, const bool* seen_ST, const float* query_RM,
+                   float* partial, float* scratch) {
+    attend_blocks(s, split, seen_ST, query_RM, partial, scratch, [&](long t, long) { return rows + t * s.row; });
+}
+
+inline long attend_scratch(const Sizes& s) {
+    return kBlock * s.lanes() + s.lanes() + kBlock * kColumns * kLanes;
+}
+
+// Merge one sequence's splits for the heads of one group, and unfold the sums with its value up-projection.
+// `scratch` holds heads-per-group rows of rank.
+inline void unfold_output(const Sizes& s, long b, long group, const float* partials, const float* value_up_GrV,
+                          float* scratch, float* output_BSHV) {
+    const long per_group = s.heads / s.value_groups;
+    for (long q = 0; q < s.queries; q++) {
+        for (long h = 0; h < per_group; h++) {
+            const long m = q * s.heads + group * per_group + h;
+            float most = kNothing, total = 0;
+            for (long i = 0; i < s.splits(); i++) most = std::max(most, partials[i * s.partial() + m]);
+            float* merged = scratch + h * s.rank;
+            std::memset(merged, 0, s.rank * sizeof(float));
+            for (long i = 0; i < s.splits(); i++) {
+                const float* partial = partials + i * s.partial();
+                const float share = std::exp(partial[m] - most);
+                const float* sums = partial + 2 * s.lanes() + m * s.sum();
+                total += share * partial[s.lanes() + m];
+                for (long k = 0; k < s.rank; k++) merged[k] += share * sums[k];
+            }
+            for (long k = 0; k < s.rank; k++) merged[k] /= total;
+        }
+        float* to = output_BSHV + ((b * s.queries + q) * s.heads + group * per_group) * s.value;
+        multiply(scratch, s.rank, value_up_GrV + group * s.rank * s.value, to, s.value, per_group, s.rank, s.value);
+    }
+}
+
+}  // namespace mla

@@ -1,0 +1,55 @@
+"""Make the attention nodes of a file use the fused kernel: their functions get other bodies, nothing else changes."""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+
+import onnx
+from onnx import TensorProto, helper
+
+from mla_compile.runtime.onnx_cache import PAST
+from mla_compile.runtime.onnx_function import (
+    DOMAIN,
+    FUSED_DOMAIN,
+    LATENT,
+    VERSION,
+    Variant,
+    attention_function,
+    has_fused_form,
+)
+
+__all__ = ["fused_model"]
+
+_VARIANTS = {
+    variant.named(LATENT): variant
+    for window, static, quantised in product([False, True], repeat=3)
+    if has_fused_form(variant := Variant(window=window, static=static, quantised=quantised))
+}
+
+
+def fused_model(path: Path) -> onnx.ModelProto | None:
+    """Read a file with functions that use the operators of :mod:`mla_compile.runtime.cpu`.
+
+    Weights that lie beside the file stay there.
+
+    Args:
+        path: The ``.onnx`` file.
+
+    Returns:
+        The model, or None: no function of it has such a form, or its numbers are not float32.
+    """
+    model = onnx.load(path, load_external_data=False)
+    kinds = {i.type.tensor_type.elem_type for i in model.graph.input if i.name == PAST.format(0)}
+    versions = {o.domain: o.version for o in model.opset_import}
+    if not kinds <= {TensorProto.FLOAT, TensorProto.UINT8} or versions.get(DOMAIN) != VERSION:
+        return None
+    found = [i for i, f in enumerate(model.functions) if f.domain == DOMAIN and f.name in _VARIANTS]
+    for place in found:
+        function = model.functions[place]
+        opset = next(o.version for o in function.opset_import if not o.domain)
+        function.CopyFrom(attention_function(LATENT, opset, _VARIANTS[function.name], fused=True))
+    if not found:
+        return None
+    model.opset_import.append(helper.make_opsetid(FUSED_DOMAIN, 1))
+    return model

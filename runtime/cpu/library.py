@@ -1,0 +1,92 @@
+"""Compile the operators with the system's compiler, for this processor, once."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from mla_compile.errors import UsageError
+from mla_compile.runtime.user_cache import default_folder
+
+__all__ = ["SOURCE", "compile_library", "compiler", "library"]
+
+SOURCE = Path(__file__).parent / "operators.cpp"
+_FLAGS = ("-shared", "-fPIC", "-std=c++17", "-O3", "-fvisibility=hidden", "-Wno-maybe-uninitialized")
+_NATIVE = "-march=native"
+"""For this processor; what runs on others too is made with another ``-march``."""
+
+
+def compiler() -> str | None:
+    """``$CXX``, else ``c++``, ``g++`` or ``clang++``, or None: no C++ compiler for Linux or macOS is there."""
+    if platform.system() not in ("Linux", "Darwin"):
+        return None
+    names = [os.environ.get("CXX"), "c++", "g++", "clang++"]
+    return next((found for name in names if name and (found := shutil.which(name))), None)
+
+
+def library() -> Path:
+    """The library for this processor, compiled now unless it has been, and kept in the user's cache folder.
+
+    Raises:
+        UsageError: There is no compiler, it fails, or the folder cannot be written.
+    """
+    path = default_folder() / f"mla-compile-cpu-{_key()}.so"
+    if not path.is_file():
+        compile_library(path)
+    return path
+
+
+def compile_library(out: Path, march: str = _NATIVE) -> None:
+    """Compile the library; a file of the name appears whole or not at all.
+
+    Args:
+        out: The file.
+        march: What processor it is for, as the compiler's flag.
+
+    Raises:
+        UsageError: There is no compiler, it fails, or the file cannot be written.
+    """
+    command = compiler()
+    if command is None:
+        raise UsageError(
+            "The fused kernel needs a C++ compiler, and none was found.",
+            "Install one, such as by: apt install g++; or go on without: --kernel standard.",
+        )
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".mla-compile-", dir=out.parent) as folder:
+            made = Path(folder) / out.name
+            done = subprocess.run(
+                [command, *_FLAGS, march, str(SOURCE), "-o", str(made)], capture_output=True, text=True, check=False
+            )
+            if done.returncode:
+                said = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip())
+                raise UsageError(
+                    f"'{command}' could not compile the fused kernel ({said[:200]}).",
+                    "Name GCC 11 or Clang 14 or later in the environment variable CXX; or go on without: "
+                    "--kernel standard.",
+                )
+            made.replace(out)
+    except OSError as error:
+        raise UsageError(f"'{out}' cannot be written ({error.strerror}).", "Choose another folder.") from error
+
+
+def _key() -> str:
+    """What a library follows from: sources, compiler, flags and processor."""
+    parts = [path.read_bytes() for path in sorted(SOURCE.parent.glob("*.[ch]*"))]
+    parts += [str(compiler()).encode(), " ".join(_FLAGS).encode(), _processor().encode()]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+
+
+def _processor() -> str:
+    """What a processor can do: a cache folder may be shared by machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        return platform.machine() + platform.processor()
+    return platform.machine() + next((line for line in lines if line.startswith(("flags", "Features"))), "")

@@ -1,0 +1,232 @@
+// ONNX Runtime operators of the domain `mla_compile.cpu`, as a library for `RegisterCustomOpsLibrary`.
+//
+// FoldedAttention: plain queries [B, S, H, D], turned queries [B, S, n, h, d], rows [B, T, R], which of them each
+// query sees [B, S, T] (bool), key up-projections [G, D, r], value up-projections [G', r, V]; output [B, S, H, V].
+// FoldedAttentionOfCodes: the same with codes (uint8) for rows, and behind all others their scales [B, T, 2].
+
+#include <cmath>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <type_traits>
+#include <vector>
+
+#include "abi.h"
+#include "folded_codes.h"
+
+namespace {
+
+// Memory that steps use over and over: getting megabytes anew from the system costs more than what is computed there.
+class Pool {
+  public:
+    std::vector<float> take(size_t count) {
+        std::vector<float> found;
+        {
+            std::lock_guard<std::mutex> guard(lock_);
+            if (!free_.empty()) {
+                found = std::move(free_.back());
+                free_.pop_back();
+            }
+        }
+        if (found.size() < count) found.resize(count);
+        return found;
+    }
+
+    void give(std::vector<float> memory) {
+        std::lock_guard<std::mutex> guard(lock_);
+        free_.push_back(std::move(memory));
+    }
+
+  private:
+    std::mutex lock_;
+    std::vector<std::vector<float>> free_;
+};
+
+Pool pool;
+
+class Borrowed {
+  public:
+    explicit Borrowed(size_t count) : memory_(pool.take(count)) {}
+    ~Borrowed() { pool.give(std::move(memory_)); }
+    float* data() { return memory_.data(); }
+
+  private:
+    std::vector<float> memory_;
+};
+
+struct Kernel {
+    ort::Table table;
+};
+
+struct Failure {
+    ort::Status* status;
+};
+
+struct Call {
+    ort::Table table;
+    ort::Context* context;
+
+    void check(ort::Status* status) const {
+        if (status) throw Failure{status};
+    }
+
+    ort::Value* input(size_t index) const {
+        const ort::Value* value;
+        check(ort::call<ort::Status*>(table, ort::Place::KernelContextGetInput,
+                                      static_cast<const ort::Context*>(context), index, &value));
+        return const_cast<ort::Value*>(value);
+    }
+
+    std::vector<int64_t> shape(size_t index) const {
+        ort::TensorInfo* info;
+        check(ort::call<ort::Status*>(table, ort::Place::GetTensorTypeAndShape,
+                                      static_cast<const ort::Value*>(input(index)), &info));
+        const ort::TensorInfo* read = info;
+        size_t rank;
+        check(ort::call<ort::Status*>(table, ort::Place::GetDimensionsCount, read, &rank));
+        std::vector<int64_t> sizes(rank);
+        check(ort::call<ort::Status*>(table, ort::Place::GetDimensions, read, sizes.data(), rank));
+        ort::call<void>(table, ort::Place::ReleaseTensorTypeAndShapeInfo, info);
+        return sizes;
+    }
+
+    template <typename T>
+    T* data(ort::Value* value) const {
+        void* found;
+        check(ort::call<ort::Status*>(table, ort::Place::GetTensorMutableData, value, &found));
+        return static_cast<T*>(found);
+    }
+
+    float* output(const std::vector<int64_t>& sizes) const {
+        ort::Value* value;
+        check(ort::call<ort::Status*>(table, ort::Place::KernelContextGetOutput, context, size_t{0}, sizes.data(),
+                                      sizes.size(), &value));
+        return data<float>(value);
+    }
+
+    // Run tasks by the session's threads.
+    template <typename Task>
+    void each(size_t count, Task task) const {
+        auto run = [](void* given, size_t index) { (*static_cast<Task*>(given))(static_cast<long>(index)); };
+        void (*function)(void*, size_t) = run;
+        check(ort::call<ort::Status*>(table, ort::Place::KernelContextParallelFor,
+                                      static_cast<const ort::Context*>(context), function, count, size_t{0},
+                                      static_cast<void*>(&task)));
+    }
+};
+
+// Inputs of both operators, in order; the last of them is the quantised one's alone.
+enum Input : size_t { Plain, Turned, Rows, Seen, KeyUp, ValueUp, Scales };
+
+template <bool Quantised>
+void attention(const Call& call) {
+    const auto plain = call.shape(Plain), turned = call.shape(Turned), rows = call.shape(Rows),
+               key_up = call.shape(KeyUp), value_up = call.shape(ValueUp);
+    const mla::Sizes s{plain[0],  plain[1],  plain[2], rows[1],   rows[2],     key_up[2],
+                       turned[4], turned[2], plain[3], key_up[0], value_up[0], value_up[2]};
+    float* output = call.output({s.batch, s.queries, s.heads, s.value});
+    const auto *plain_data = call.data<float>(call.input(Plain)), *turned_data = call.data<float>(call.input(Turned)),
+               *key_data = call.data<float>(call.input(KeyUp)), *value_data = call.data<float>(call.input(ValueUp));
+    const bool* seen_data = call.data<bool>(call.input(Seen));
+    const auto* rows_data = call.data<std::conditional_t<Quantised, uint8_t, float>>(call.input(Rows));
+
+    const long query_size = Quantised ? mla::code_query(s) : s.query();
+    Borrowed memory(s.batch * (query_size + s.splits() * s.partial()));
+    float *queries = memory.data(), *partials = queries + s.batch * query_size;
+    // A group's weights are read for one sequence after another.
+    call.each(s.batch * s.key_groups, [&](long task) {
+        const long b = task % s.batch, group = task / s.batch;
+        Borrowed scratch(s.heads / s.key_groups * s.rank);
+        mla::fold_queries(s, b, group, plain_data, key_data, scratch.data(), queries + b * query_size);
+    });
+    call.each(s.batch, [&](long b) {
+        float* query = queries + b * query_size;
+        mla::place_rope(s, b, turned_data, query);
+        if constexpr (Quantised) mla::encode_queries(s, query);
+    });
+    call.each(s.batch * s.splits(), [&](long task) {
+        const long b = task / s.splits(), split = task % s.splits();
+        const auto* own_rows = rows_data + b * s.tokens * s.row;
+        const bool* seen = seen_data + b * s.queries * s.tokens;
+        const float* query = queries + b * query_size;
+        float* partial = partials + task * s.partial();
+        if constexpr (Quantised) {
+            const float* scales = call.data<float>(call.input(Scales)) + b * s.tokens * 2;
+            Borrowed scratch(mla::attend_codes_scratch(s));
+            mla::attend_codes(s, split, own_rows, scales, seen, query, partial, scratch.data());
+        } else {
+            Borrowed scratch(mla::attend_scratch(s));
+            mla::attend(s, split, own_rows, seen, query, partial, scratch.data());
+        }
+    });
+    call.each(s.batch * s.value_groups, [&](long task) {
+        const long b = task % s.batch, group = task / s.batch;
+        Borrowed scratch(s.heads / s.value_groups * s.rank);
+        mla::unfold_output(s, b, group, partials + b * s.splits() * s.partial(), value_data, scratch.data(), output);
+    });
+}
+
+template <bool Quantised>
+ort::Status* compute(void* kernel, ort::Context* context) {
+    const Call call{static_cast<Kernel*>(kernel)->table, context};
+    try {
+        attention<Quantised>(call);
+        return nullptr;
+    } catch (const Failure& failure) {
+        return failure.status;
+    } catch (const std::bad_alloc&) {
+        return ort::call<ort::Status*>(call.table, ort::Place::CreateStatus, 1, "there is no memory for attention");
+    }
+}
+
+template <bool Quantised>
+ort::Operator folded_attention() {
+    ort::Operator made{};
+    made.version = ort::kVersion;
+    made.name = [](const ort::Operator*) { return Quantised ? "FoldedAttentionOfCodes" : "FoldedAttention"; };
+    made.provider = [](const ort::Operator*) -> const char* { return "CPUExecutionProvider"; };
+    made.input_type = [](const ort::Operator*, size_t index) {
+        if (index == Seen) return ort::Element::Bool;
+        return Quantised && index == Rows ? ort::Element::UInt8 : ort::Element::Float;
+    };
+    made.input_count = [](const ort::Operator*) { return size_t{Quantised ? 7 : 6}; };
+    made.output_type = [](const ort::Operator*, size_t) { return ort::Element::Float; };
+    made.output_count = [](const ort::Operator*) { return size_t{1}; };
+    made.destroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
+    made.input_kind = [](const ort::Operator*, size_t) { return 0; };
+    made.output_kind = [](const ort::Operator*, size_t) { return 0; };
+    made.input_memory = [](const ort::Operator*, size_t) { return 0; };
+    made.variadic_input_minimum = [](const ort::Operator*) { return 0; };
+    made.variadic_input_alike = [](const ort::Operator*) { return 0; };
+    made.variadic_output_minimum = [](const ort::Operator*) { return 0; };
+    made.variadic_output_alike = [](const ort::Operator*) { return 0; };
+    made.create_checked = [](const ort::Operator*, ort::Table table, const ort::KernelInfo*,
+                             void** kernel) -> ort::Status* {
+        *kernel = new Kernel{table};
+        return nullptr;
+    };
+    made.compute_checked = compute<Quantised>;
+    made.first_version = [](const ort::Operator*) { return 1; };
+    made.last_version = [](const ort::Operator*) { return 1; };
+    return made;
+}
+
+}  // namespace
+
+extern "C" __attribute__((visibility("default"))) ort::Status* RegisterCustomOps(ort::SessionOptions* options,
+                                                                              const ort::ApiBase* base) {
+    static const ort::Operator operators[] = {folded_attention<false>(), folded_attention<true>()};
+    const ort::Table table = base->table(ort::kVersion);
+    static ort::Domain* domain = nullptr;
+    static std::mutex lock;
+    std::lock_guard<std::mutex> guard(lock);
+    if (!domain) {
+        ort::Domain* made;
+        if (auto* status = ort::call<ort::Status*>(table, ort::Place::CreateCustomOpDomain, "mla_compile.cpu", &made))
+            return status;
+        for (const ort::Operator& one : operators)
+            if (auto* status = ort::call<ort::Status*>(table, ort::Place::CustomOpDomainAdd, made, &one)) return status;
+        domain = made;  // lives as long as the library
+    }
+    return ort::call<ort::Status*>(table, ort::Place::AddCustomOpDomain, options, domain);
+}

@@ -1,0 +1,129 @@
+// Vectors of float32 as wide as the processor's, in the terms of GCC and Clang.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace mla {
+
+// Accumulators of a tile are kept in registers: 32 of them with AVX-512 and on ARM, 16 with AVX2.
+#if defined(__AVX512F__)
+constexpr int kLanes = 16, kTokens = 8, kHeads = 4, kColumns = 4;
+#elif defined(__AVX2__) && defined(__FMA__)
+constexpr int kLanes = 8, kTokens = 4, kHeads = 4, kColumns = 2;
+#else
+constexpr int kLanes = 4, kTokens = 8, kHeads = 4, kColumns = 4;
+#endif
+
+typedef float Vector __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Integers __attribute__((vector_size(4 * kLanes)));
+
+inline Vector load(const float* from) {
+    Vector found;
+    std::memcpy(&found, from, sizeof found);
+    return found;
+}
+
+inline void store(float* to, Vector value) { std::memcpy(to, &value, sizeof value); }
+
+// Keep a value in a register: compilers else read it from memory anew for each of its products, and loads are what there
+// are too few of.
+inline void keep(Vector& value) {
+#if defined(__AVX512F__)
+    asm("" : "+v"(value));
+#elif defined(__AVX__)
+    asm("" : "+x"(value));
+#elif defined(__aarch64__)
+    asm("" : "+w"(value));
+#else
+    (void)value;
+#endif
+}
+
+inline Vector all(float value) { return value - Vector{}; }
+
+inline Vector larger(Vector a, Vector b) { return a > b ? a : b; }
+
+// e^x for x <= 0, to two units in the last place; 0 where it is below what a normal number can be.
+//
+// x = n ln 2 + f with |f| <= ln(2) / 2, of which ln 2 is taken off in two parts, the first of few digits; e^f is its
+// Taylor series up to f^7, the rest of which is below 2e-8.
+inline Vector exponential(Vector x) {
+    const Vector lowest = all(-87.0f);
+    const Vector bounded = x < lowest ? lowest : x;
+    const Vector magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+    const Vector shifted = bounded * 1.44269504f + magic;
+    const Vector n = shifted - magic;
+    Vector f = bounded - n * 0.693359375f;
+    f = f + n * 2.12194440e-4f;
+    Vector sum = all(1.0f / 5040);
+    sum = sum * f + 1.0f / 720;
+    sum = sum * f + 1.0f / 120;
+    sum = sum * f + 1.0f / 24;
+    sum = sum * f + 1.0f / 6;
+    sum = sum * f + 0.5f;
+    sum = sum * f + 1.0f;
+    sum = sum * f + 1.0f;
+    Integers bits;
+    std::memcpy(&bits, &shifted, sizeof bits);
+    bits = (bits << 23) + (127 << 23);  // the integer is in the lowest bits; those of the magic number are shifted out
+    Vector power;
+    std::memcpy(&power, &bits, sizeof power);
+    return x < lowest ? Vector{} : sum * power;
+}
+
+// One row of C [rows, columns] = A [rows, inner] B [inner, columns], from its column `j` on: `Width` vectors.
+template <int Width>
+inline void multiply_strip(const float* a, const float* b, float* c, long inner, long columns) {
+    constexpr long ahead = 8;  // rows: B is not in the processor's cache, and is not read in order
+    Vector sums[Width] = {};
+    for (long k = 0; k < inner; k++) {
+        Vector number = all(a[k]);
+        keep(number);
+#pragma GCC unroll 16
+        for (int j = 0; j < Width; j++) {
+            __builtin_prefetch(b + (k + ahead) * columns + j * kLanes);
+            sums[j] += number * load(b + k * columns + j * kLanes);
+        }
+    }
+    for (int j = 0; j < Width; j++) store(c + j * kLanes, sums[j]);
+}
+
+// C [rows, columns] = A [rows, inner] B [inner, columns]. B is read once: with a row alone, sums stay in registers; with
+// several, they stay in the processor's nearest cache.
+inline void multiply(const float* a, long a_stride, const float* b, float* c, long c_stride, long rows, long inner,
+                     long columns) {
+    const long whole = columns - columns % kLanes;
+    if (rows == 1) {
+        long j = 0;
+        for (; j + 16 * kLanes <= columns; j += 16 * kLanes) multiply_strip<16>(a, b + j, c + j, inner, columns);
+        for (; j + 8 * kLanes <= columns; j += 8 * kLanes) multiply_strip<8>(a, b + j, c + j, inner, columns);
+        for (; j + 4 * kLanes <= columns; j += 4 * kLanes) multiply_strip<4>(a, b + j, c + j, inner, columns);
+        for (; j < whole; j += kLanes) multiply_strip<1>(a, b + j, c + j, inner, columns);
+        for (; j < columns; j++) {
+            float sum = 0;
+            for (long k = 0; k < inner; k++) sum += a[k] * b[k * columns + j];
+            c[j] = sum;
+        }
+        return;
+    }
+    for (long i = 0; i < rows; i++) std::memset(c + i * c_stride, 0, columns * sizeof(float));
+    long k = 0;
+    for (; k + 4 <= inner; k += 4) {
+        const float *b0 = b + k * columns, *b1 = b0 + columns, *b2 = b1 + columns, *b3 = b2 + columns;
+        for (long i = 0; i < rows; i++) {
+            const float* given = a + i * a_stride + k;
+            const float a0 = given[0], a1 = given[1], a2 = given[2], a3 = given[3];
+            float* to = c + i * c_stride;
+            for (long j = 0; j < whole; j += kLanes)
+                store(to + j, load(to + j) + (load(b0 + j) * a0 + load(b1 + j) * a1) +
+                                  (load(b2 + j) * a2 + load(b3 + j) * a3));
+            for (long j = whole; j < columns; j++) to[j] += (b0[j] * a0 + b1[j] * a1) + (b2[j] * a2 + b3[j] * a3);
+        }
+    }
+    for (; k < inner; k++)
+        for (long i = 0; i < rows; i++)
+            for (long j = 0; j < columns; j++) c[i * c_stride + j] += a[i * a_stride + k] * b[k * columns + j];
+}
+
+}  // namespace mla

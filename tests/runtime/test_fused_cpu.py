@@ -1,0 +1,288 @@
+"""The fused kernel for processors in ONNX Runtime: against the operator and the reference, and in whole models."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import test_onnx_quantised
+import test_onnx_session
+import test_onnx_static
+import torch
+from hypothesis import assume, given, settings
+from latent_cases import Case, cases
+from onnx import TensorProto, helper
+from test_onnx_function import KINDS, dimensions, forms_of, input_names, make_node
+
+from mla_compile.errors import LoadError, RefusedError, UsageError
+from mla_compile.fuse import write_fused
+from mla_compile.runtime.cpu import library as compiling
+from mla_compile.runtime.cpu.fused import fused_model
+from mla_compile.runtime.onnx_function import (
+    CACHED,
+    DOMAIN,
+    FUSED_DOMAIN,
+    LATENT,
+    VERSION,
+    Variant,
+    attention_function,
+)
+from mla_compile.runtime.onnx_session import OnnxDecoder
+
+pytestmark = pytest.mark.skipif(compiling.compiler() is None, reason="there is no C++ compiler")
+
+STEPS = {"prefill": (5, 0), "chunk": (3, 4), "decoding": (1, 6), "first token": (1, 0)}
+SHORT = {
+    name: case
+    for name, case in KINDS.items()
+    if isinstance(case, Case) and not (case.key_scales or case.value_scales or case.softcap or case.window == 1)
+}
+# Scores of real models are of size 10 at most. Blocks are of 48 and of 96 tokens and a split of 1024, tiles of 32
+# queries, of 64 channels, and of 4 and 6 tokens.
+LONG = {
+    "a block and a bit": Case(
+        scale=0.05, heads=8, rank=70, nope=9, half=3, v_dim=17, past=60, new=1, padding=((0, 0), (50, 0))
+    ),
+    "two splits, many heads": Case(
+        scale=0.05, heads=36, rope_groups=1, up_groups=12, rank=64, nope=16, half=8, v_dim=32, past=1300, new=1
+    ),
+    "hidden blocks": Case(scale=0.05, heads=6, rank=20, past=400, new=2, padding=((0, 0), (310, 0))),
+    "new tokens in two tiles": Case(scale=0.05, heads=12, rope_groups=4, up_groups=3, rank=33, past=150, new=7),
+}
+# Sums over as many tokens add up as many roundings of float32: 1e-6 was observed.
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+@pytest.fixture(scope="module")
+def library():
+    return compiling.library()
+
+
+def fused_form(variant, opset=24):
+    """The function with the folded form alone, which is the fused one."""
+    return forms_of(attention_function(LATENT, opset, variant, fused=True))[1]
+
+
+def session_of(library, node, function, inputs, outputs, codes=(), threads=1):
+    def described(name, shape):
+        kind = TensorProto.INT64 if name == "attention_mask" else TensorProto.FLOAT
+        return helper.make_tensor_value_info(name, TensorProto.UINT8 if name in codes else kind, shape)
+
+    graph = helper.make_graph(
+        [node], "node", *([described(n, s) for n, s in named.items()] for named in (inputs, outputs))
+    )
+    domains = (("", 24), (DOMAIN, VERSION), (FUSED_DOMAIN, 1))
+    imports = [helper.make_opsetid(*domain) for domain in domains]
+    model = helper.make_model(graph, functions=[function], opset_imports=imports, ir_version=10)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, 4
+    options.register_custom_ops_library(str(library))
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
+
+
+def static_session(library, case, threads=1):
+    function = fused_form(Variant(static=True, window=bool(case.window)))
+    node = make_node(case, input_names(case), ["output", "present"])
+    node.op_type = function.name
+    node.attribute.append(helper.make_attribute("static", 1))
+    inputs = dimensions(case)
+    outputs = {"output": ["B", "S", case.heads, case.v_dim], "present": inputs["past"]}
+    return session_of(library, node, function, inputs, outputs, threads=threads)
+
+
+def code_session(library, case, static, threads=1):
+    function = fused_form(Variant(static=static, window=bool(case.window), quantised=True))
+    node = make_node(case, [*input_names(case), "past_scale"], ["output", "present", "present_scale"])
+    node.op_type = function.name
+    node.attribute.extend(helper.make_attribute(n, 1) for n in ["quantised", *(["static"] if static else [])])
+    inputs = dimensions(case)
+    inputs |= {"past_scale": [*inputs["past"][:2], 2]}
+    kept = inputs["past"][:2] if static else ["B", "T"]
+    outputs = {
+        "output": ["B", "S", case.heads, case.v_dim],
+        "present": [*kept, case.width],
+        "present_scale": [*kept, 2],
+    }
+    return session_of(library, node, function, inputs, outputs, ("past", "present"), threads)
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("kind", SHORT)
+def test_equals_a_cache_that_grows(library, kind, step):
+    case = replace(SHORT[kind], new=STEPS[step][0], past=STEPS[step][1])
+    test_onnx_static.check_form(case, static_session(library, case))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("kind", LONG)
+def test_equals_the_reference_over_many_tokens(library, kind, threads):
+    case = LONG[kind]
+    test_onnx_static.check_form(case, static_session(library, case, threads))
+    x = case.tensors(torch.float32)
+    inputs = dimensions(case)
+    node = make_node(case, input_names(case), ["output", "present"])
+    outputs = {"output": ["B", "S", case.heads, case.v_dim], "present": ["B", "T", case.width]}
+    session = session_of(library, node, fused_form(Variant(), 23), inputs, outputs, threads=threads)
+    got, cache = session.run(None, {name: value.numpy() for name, value in x.items()})
+    expected, rows = case.expected({n: v.double() if v.is_floating_point() else v for n, v in x.items()})
+    torch.testing.assert_close(torch.from_numpy(got).double(), expected, **CLOSE)
+    torch.testing.assert_close(torch.from_numpy(cache).double(), rows, **CLOSE)
+
+
+@given(cases())
+@settings(max_examples=40)
+def test_equals_a_cache_that_grows_for_any_sizes(case):
+    case = replace(case, key_scales=0, value_scales=0, scaled_rope=False, softcap=0.0, sinks=False, slopes=False)
+    assume(case.window != 1)
+    test_onnx_static.check_form(case, static_session(compiling.library(), case))
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("kind", SHORT)
+def test_equals_the_reference_over_what_codes_stand_for(library, kind, step):
+    case = replace(SHORT[kind], new=STEPS[step][0], past=STEPS[step][1])
+    test_onnx_quantised.check_form(case, True, code_session(library, case, True))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("kind", LONG)
+def test_equals_the_reference_over_what_many_codes_stand_for(library, kind, threads):
+    case = LONG[kind]
+    for static in (False, True):
+        test_onnx_quantised.check_form(case, static, code_session(library, case, static, threads))
+
+
+def test_sequences_of_nothing_but_padding_attend_to_themselves(library):
+    case = Case(past=60, new=2, padding=((0, 0), (62, 0)))
+    test_onnx_static.check_form(case, static_session(library, case))
+
+
+@pytest.mark.parametrize(
+    ("op_type", "variant"),
+    [
+        (CACHED, Variant()),
+        (LATENT, Variant(softcap=True)),
+        (LATENT, Variant(key_scales=True)),
+        (LATENT, Variant(halves=True)),
+    ],
+)
+def test_what_it_does_not_compute_is_refused(op_type, variant):
+    with pytest.raises(ValueError, match="fused operator is for"):
+        attention_function(op_type, 24, variant, fused=True)
+
+
+# ---- whole models
+
+files = test_onnx_session.files
+PROMPTS = test_onnx_session.PROMPTS
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("name", test_onnx_session.NAMES)
+def test_models_say_the_same_tokens(files, name, kind):
+    own = files(name)
+    if "window" in name and kind == "dynamic":  # the folded form is its only one
+        assert not own.open(kind, kernel="auto").fused
+        return
+    fused, standard = own.open(kind, kernel="fused"), own.open(kind)
+    assert fused.fused
+    assert not standard.fused
+    ids = np.random.default_rng(0).integers(0, fused.vocabulary, (2, 12))
+    np.testing.assert_allclose(fused.logits(ids), standard.logits(ids), rtol=1e-4, atol=1e-4)
+    assert fused.generate(PROMPTS, 20) == standard.generate(PROMPTS, 20)
+
+
+def test_weights_beside_a_file_are_found(files, tmp_path):
+    model = onnx.load(files().paths["static"])
+    path = tmp_path / "outside.onnx"
+    onnx.save(model, path, save_as_external_data=True, location="outside.onnx.data")
+    assert OnnxDecoder(path, kernel="fused").generate(PROMPTS, 3) == files().open("static").generate(PROMPTS, 3)
+    with pytest.raises(UsageError, match="lie beside it"):
+        write_fused(path, tmp_path / "elsewhere" / "fused.onnx")
+    write_fused(path, tmp_path / "fused.onnx")
+    check_alone(tmp_path / "fused.onnx")
+
+
+def check_alone(path):
+    """The file and its library run in ONNX Runtime, in a process that has nothing of ours."""
+    program = f"""
+import onnxruntime, sys
+options = onnxruntime.SessionOptions()
+options.register_custom_ops_library({str(path.with_suffix(".so"))!r})
+session = onnxruntime.InferenceSession({str(path)!r}, options, ["CPUExecutionProvider"])
+assert not any(name.startswith("mla_compile") for name in sys.modules)
+print(session.get_outputs()[0].name)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "logits\n"
+
+
+def test_a_file_and_its_library_are_written(files, tmp_path):
+    out = tmp_path / "fused.onnx"
+    assert write_fused(files().paths["dynamic"], out) == tmp_path / "fused.so"
+    check_alone(out)
+    with pytest.raises(UsageError, match="exists"):
+        write_fused(files().paths["dynamic"], out)
+    write_fused(files().paths["dynamic"], out, force=True)
+
+
+def test_what_cannot_be_written_is_said(files, tmp_path):
+    path = files().paths["static"]
+    with pytest.raises(UsageError, match="with the suffix"):
+        write_fused(path, tmp_path / "fused.bin")
+    with pytest.raises(LoadError, match="no file"):
+        write_fused(tmp_path / "nothing.onnx", tmp_path / "fused.onnx")
+    (tmp_path / "damaged.onnx").write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(LoadError, match="damaged"):
+        write_fused(tmp_path / "damaged.onnx", tmp_path / "fused.onnx")
+    inlined = onnx.inliner.inline_local_functions(onnx.load(path))
+    onnx.save(inlined, tmp_path / "inlined.onnx")
+    with pytest.raises(RefusedError, match="written without --inline"):
+        write_fused(tmp_path / "inlined.onnx", tmp_path / "fused.onnx")
+    with pytest.raises(UsageError, match="--kernel standard"):
+        OnnxDecoder(tmp_path / "inlined.onnx", kernel="fused")
+    assert not OnnxDecoder(tmp_path / "inlined.onnx", kernel="auto").fused
+    with pytest.raises(UsageError, match="could not compile the fused kernel"):
+        write_fused(path, tmp_path / "fused.onnx", march="abacus")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["damaged.onnx", "inlined.onnx"]
+
+
+def test_float16_runs_as_it_is(files, tmp_path):
+    model = onnx.load(files().paths["static"])
+    for value in model.graph.input:
+        if value.name.startswith("past"):
+            value.type.tensor_type.elem_type = TensorProto.FLOAT16
+    onnx.save(model, tmp_path / "half.onnx")
+    assert fused_model(tmp_path / "half.onnx") is None
+
+
+def test_without_a_compiler_the_standard_operators_run(files, monkeypatch, tmp_path):
+    monkeypatch.setattr(compiling, "compiler", lambda: None)
+    monkeypatch.setenv("MLA_COMPILE_CACHE", str(tmp_path))
+    assert not files().open("static", kernel="auto").fused
+    with pytest.raises(UsageError, match="needs a C\\+\\+ compiler"):
+        files().open("static", kernel="fused")
+
+
+def test_a_compiler_that_fails_is_not_in_the_way(files, monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "false")
+    monkeypatch.setenv("MLA_COMPILE_CACHE", str(tmp_path))
+    assert not files().open("static", kernel="auto").fused
+    with pytest.raises(UsageError, match="could not compile"):
+        files().open("static", kernel="fused")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_library_is_compiled_once(library, monkeypatch):
+    monkeypatch.setattr(compiling, "compile_library", pytest.fail)
+    assert compiling.library() == library
+
+
+def test_generated_tokens_are_the_same_for_any_threads(files):
+    one, two = (OnnxDecoder(files().paths["static"], threads=n, kernel="fused").generate(PROMPTS, 10) for n in (1, 2))
+    assert one == two
