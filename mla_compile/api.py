@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,6 +77,7 @@ __all__ = [
     "would_be_refused",
 ]
 
+_log = logging.getLogger(__name__)
 _TYPES = (torch.float32, *NARROW)
 _RANDOM_LENGTH = 64
 """Random tokens per sequence to verify on without text: half as a prompt, half to continue it by 32 tokens."""
@@ -410,6 +412,7 @@ def compile(
     choice = nothing_left_out(task) if config.exact else METHODS[config.method](task)
     polished = polish(task, choice.weights, config.polish_steps) if config.polish_steps else None
     plans = choice.plans
+    _tell(plans)
     # Nothing computes another result for it, but the module is to train well.
     weights = choice.weights if polished is None else polished.weights
     weights = weights if choice.balanced else tuple(map(balanced, weights))
@@ -566,11 +569,23 @@ def plan(
         stored = {v.data_ptr(): v.numel() for v in program.exported.state_dict.values()}  # what is tied counts once
         count = sum(stored.values())
         cost = conversion_cost(sites, plans, widths, config, count, _result_type(program, config).itemsize)
+        _tell(plans)
         return Planned(found, plans, widths, *types, cost)
     text = cut_windows(program, documents, tokenizer, config)
     windows = None if text is None else text.calibration
     task = Task(program, sites, found.rejections, config, windows, Stages(display), open_cache(statistics_cache))
-    return Planned(found, METHODS[method](task).plans, widths, *types)
+    plans = METHODS[method](task).plans
+    _tell(plans)
+    return Planned(found, plans, widths, *types)
+
+
+def _tell(plans: Sequence[LatentPlan]) -> None:
+    """Log what was decided for each layer."""
+    for p in plans:
+        _log.info(
+            "%s: a latent of %d numbers (%d lose nothing) and %d x %d rotating channels, %d numbers per token of %d.",
+            *(p.path, p.kv_rank, p.exact_rank, p.rope_groups, p.rope_dims, p.elements_after, p.elements_before),
+        )
 
 
 def _type_name(dtype: torch.dtype) -> str:

@@ -296,6 +296,12 @@ def write_archive(module: LatentModel, folder: Path) -> None:
     for node in exported.graph.nodes:
         for name in _PROVENANCE:
             node.meta.pop(name, None)
+    for name, value in exported.state_dict.items():
+        if value.numel() * value.itemsize != value.untyped_storage().nbytes():  # a part of a larger tensor
+            whole = value.detach().clone()
+            exported.state_dict[name] = (
+                torch.nn.Parameter(whole, value.requires_grad) if isinstance(value, torch.nn.Parameter) else whole
+            )
     torch.export.save(exported, folder / "model.pt2")
 
 

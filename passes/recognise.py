@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -47,6 +48,7 @@ __all__ = ["VERIFY_TOLERANCE", "Recognition", "plain_layers", "recognise"]
 VERIFY_TOLERANCE = 1e-6
 """Relative error a description may have against its sub-graph. Both sides are float64; float32 rotation tables inside
 the model are the only rounding left, and were observed below 3e-7."""
+_log = logging.getLogger(__name__)
 _Described = TypeVar("_Described")
 _VERIFY_LENGTH = 160
 """Longer of the two lengths a description is verified at."""
@@ -114,6 +116,11 @@ def recognise(program: AnyProgram) -> Recognition:
                 rejections.append(_other_kind(site))
         except MismatchError as mismatch:
             rejections.append(Rejection(index, path, mismatch.code, mismatch.reason, _plain(context)))
+    for site in sites:
+        _log.info("%s is converted: %d query and %d key/value heads.", site.path, site.heads, site.kv_heads)
+    for rejection in rejections:
+        fate = "not converted" if rejection.plain is None else "kept with an ordinary cache"
+        _log.info("%s is %s: %s [%s].", rejection.path, fate, rejection.reason, rejection.code.value)
     return Recognition(tuple(sites), tuple(rejections))
 
 

@@ -1,0 +1,261 @@
+"""``convert``: a model becomes a smaller one."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mla_compile.errors import UsageError
+
+if TYPE_CHECKING:
+    from mla_compile.report import Report
+
+from mla_compile.cli.options import (
+    CHECKS,
+    METHOD,
+    OUTPUT,
+    AsJson,
+    AttnImplementation,
+    CacheKind,
+    CacheLayout,
+    CacheRatio,
+    CacheType,
+    Calibration,
+    CalibrationTokens,
+    Dtype,
+    Encoders,
+    Exact,
+    Force,
+    Format,
+    Inline,
+    KvRank,
+    Layout,
+    MaxBatch,
+    MaxLength,
+    MaxPrompt,
+    MethodName,
+    Model,
+    NoCache,
+    NoGradients,
+    NoPlugins,
+    Offload,
+    Opset,
+    PolishSteps,
+    Preset,
+    QRank,
+    Quiet,
+    Refit,
+    RopeDims,
+    Seed,
+    Selection,
+    SeqLen,
+    Splits,
+    Svd,
+    Target,
+    TimingCache,
+    Tokenizer,
+    TrainTokens,
+    UniformRank,
+    UnsafeLoad,
+    Verbose,
+    VersionCompatible,
+    WeightStreaming,
+)
+
+__all__ = ["convert"]
+
+
+def convert(
+    model: Model,
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="A .onnx file, a folder for the PyTorch module, a .plan file for a TensorRT engine, or a .gguf file "
+            "for llama.cpp.",
+            rich_help_panel=OUTPUT,
+        ),
+    ],
+    cache_ratio: CacheRatio = None,
+    kv_rank: KvRank = None,
+    uniform_rank: UniformRank = False,
+    exact: Exact = False,
+    encoders: Encoders = False,
+    method: MethodName = "auto",
+    layout: Layout = "free",
+    selection: Selection = "auto",
+    rope_dims: RopeDims = None,
+    svd: Svd = "joint",
+    polish_steps: PolishSteps = 0,
+    no_gradients: NoGradients = False,
+    calibration: Calibration = None,
+    calibration_tokens: CalibrationTokens = 65536,
+    seq_len: SeqLen = None,
+    no_cache: NoCache = False,
+    offload: Offload = None,
+    tokenizer: Tokenizer = None,
+    dtype: Dtype = "auto",
+    opset: Opset = None,
+    cache: CacheKind = "dynamic",
+    cache_type: CacheType = "auto",
+    cache_layout: CacheLayout = "rows",
+    inline: Inline = False,
+    format: Format = "auto",
+    preset: Preset = "none",
+    q_rank: QRank = None,
+    shard_size: Annotated[
+        float, typer.Option(min=0.001, help="GB per file of weights, with --format deepseek.", rich_help_panel=OUTPUT)
+    ] = 5.0,
+    target: Target = "auto",
+    force: Force = False,
+    max_batch: MaxBatch = 8,
+    max_length: MaxLength = 4096,
+    max_prompt: MaxPrompt = 128,
+    splits: Splits = 16,
+    timing_cache: TimingCache = None,
+    version_compatible: VersionCompatible = False,
+    weight_streaming: WeightStreaming = False,
+    refit: Refit = False,
+    no_plugins: NoPlugins = False,
+    max_ppl_ratio: Annotated[
+        float | None,
+        typer.Option(help="Fail (exit 4) if perplexity grows by more than this factor.", rich_help_panel=CHECKS),
+    ] = None,
+    no_verify: Annotated[
+        bool, typer.Option("--no-verify", help="Skip the checks against the original.", rich_help_panel=CHECKS)
+    ] = False,
+    finetune: Annotated[
+        str | None,
+        typer.Option(
+            help="Text to fine-tune on after converting, to predict what the original does; the command finetune has "
+            "settings and checkpoints.",
+            rich_help_panel=METHOD,
+        ),
+    ] = None,
+    finetune_tokens: TrainTokens = None,
+    seed: Seed = 0,
+    attn_implementation: AttnImplementation = "auto",
+    unsafe_load: UnsafeLoad = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Convert a model and write it."""
+    from mla_compile import display
+    from mla_compile.config import make_config
+
+    if finetune is None and finetune_tokens is not None:
+        raise UsageError("--finetune-tokens counts tokens of --finetune TEXT, and none was given.", "Add --finetune.")
+    if format == "auto" and out.suffix == ".gguf":
+        format = "gguf"
+    for_tensorrt = _is_for_tensorrt(out, target, format)
+    config = make_config(
+        method=method,
+        layout="deepseek" if format in ("deepseek", "gguf") else layout,
+        format=format,
+        preset=preset,
+        q_rank=q_rank,
+        selection=selection,
+        rope_dims=rope_dims,
+        svd=svd,
+        gradients=not no_gradients,
+        cache_ratio=cache_ratio,
+        kv_rank=kv_rank,
+        uniform_rank=uniform_rank,
+        exact=exact,
+        calibration_tokens=calibration_tokens,
+        polish_steps=polish_steps,
+        seq_len=seq_len,
+        seed=seed,
+        opset=opset,
+        dtype=dtype,
+        cache=cache,
+        cache_type=cache_type,
+        cache_layout="paged" if target == "cuda" else cache_layout,
+        inline=inline,
+        encoders=encoders,
+    )
+    with display.make_display(quiet, as_json, verbose) as shown, contextlib.ExitStack() as kept:
+        from mla_compile import api
+        from mla_compile.encoder_report import EncoderReport
+        from mla_compile.layer_store import store_beside
+        from mla_compile.runtime.tensorrt.engine_builder import EngineSettings
+        from mla_compile.seq2seq_report import Seq2SeqReport
+
+        engine = EngineSettings(
+            max_batch,
+            max_length,
+            max_prompt,
+            splits,
+            not no_plugins,
+            version_compatible,
+            timing_cache,
+            weight_streaming=weight_streaming,
+            refit=refit,
+        )
+        if not for_tensorrt and engine != EngineSettings():
+            raise UsageError(
+                "Options of the panel TensorRT were given, and something else is written.",
+                "Add --target tensorrt, or leave them out.",
+            )
+        compiled = api.compile(
+            model,
+            calibration=calibration,
+            tokenizer=tokenizer,
+            config=config,
+            statistics_cache=not no_cache,
+            offload=offload,
+            share=True,
+            check=not no_verify,
+            max_perplexity_ratio=max_ppl_ratio,
+            out=out,
+            engine=engine if for_tensorrt else None,
+            force=force,
+            attn_implementation=attn_implementation,
+            unsafe_load=unsafe_load,
+            finetune=finetune,
+            finetune_tokens=finetune_tokens,
+            store=kept.enter_context(store_beside(out)),
+            display=shown,
+        )
+        report: Report | EncoderReport | Seq2SeqReport
+        if config.format == "deepseek" and isinstance(compiled, api.CompiledModel):
+            report = compiled.to_deepseek(out, shard_bytes=int(shard_size * 1e9), force=force, display=shown)
+        elif config.format == "gguf" and isinstance(compiled, api.CompiledModel):
+            report = compiled.to_gguf(out, force=force, display=shown)
+        elif for_tensorrt and isinstance(compiled, api.CompiledModel):
+            report = compiled.to_tensorrt(out, engine, force=force, display=shown)
+        elif out.suffix == ".onnx":
+            report = compiled.to_onnx(out, force=force, display=shown)
+        else:
+            report = compiled.save(out, force=force)
+    if as_json:
+        display.say(report.to_json(), end="")
+    elif isinstance(report, EncoderReport):
+        display.show_encoder_report(report, out)
+    elif isinstance(report, Seq2SeqReport):
+        display.show_seq2seq_report(report, out)
+    else:
+        display.show_report(report, out)
+        if for_tensorrt and isinstance(compiled, api.CompiledModel):
+            from mla_compile.tensorrt import commands
+
+            display.show_commands(*commands(out.with_suffix(".onnx"), engine))
+
+
+def _is_for_tensorrt(out: Path, target: str, format: str) -> bool:
+    """Whether TensorRT is what a conversion is for.
+
+    Raises:
+        UsageError: The target is unknown, or something else is to be written.
+    """
+    if target not in ("auto", "cuda", "tensorrt"):
+        raise UsageError(f"--target {target} is not one of auto, cuda, tensorrt.", "Give one of them.")
+    if target == "cuda" and out.suffix != ".onnx":
+        raise UsageError(f"--target cuda is an ONNX file, and '{out}' is none.", "Name a .onnx file.")
+    wanted = target == "tensorrt" or out.suffix == ".plan"
+    if wanted and format != "auto":
+        raise UsageError(f"The format {format} is not for TensorRT.", "Leave --format or --target out.")
+    return wanted

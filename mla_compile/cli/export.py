@@ -1,0 +1,148 @@
+"""``export``, ``verify`` and ``report``: what was converted, in another form, checked, or drawn."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mla_compile.cli.options import (
+    OUTPUT,
+    AsJson,
+    CacheKind,
+    CacheLayout,
+    CacheType,
+    Force,
+    Inline,
+    Opset,
+    Quiet,
+    Verbose,
+)
+from mla_compile.errors import UsageError
+
+__all__ = ["export", "fuse", "report", "verify"]
+
+
+def export(
+    folder: Annotated[
+        Path,
+        typer.Argument(help="A folder written by 'convert' or 'finetune'; for .gguf one of --format deepseek."),
+    ],
+    out: Annotated[Path, typer.Option(help="The .onnx or .gguf file to write.", rich_help_panel=OUTPUT)],
+    opset: Opset = None,
+    cache: CacheKind = "dynamic",
+    cache_type: CacheType = "auto",
+    cache_layout: CacheLayout = "rows",
+    inline: Inline = False,
+    force: Force = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Write a saved model as ONNX, checked in ONNX Runtime, or a DeepSeek checkpoint as GGUF, checked in llama.cpp."""
+    from mla_compile import display
+    from mla_compile.config import make_config
+    from mla_compile.saved import open_saved, write_saved_onnx
+
+    if out.suffix == ".gguf":
+        from mla_compile.gguf_file import export_gguf
+
+        plain = cache_type in ("auto", "float32")
+        if not plain or (opset, cache, cache_layout, inline) != (None, "dynamic", "rows", False):
+            raise UsageError("Options of ONNX files were given for a GGUF file.", "Leave them out.")
+        with display.make_display(quiet, as_json, verbose):
+            error = export_gguf(folder, out, force=force)
+        if as_json:
+            display.print_json({"llama_cpp_error": error}, one_line=True)
+        else:
+            display.show_gguf(out, error)
+        return
+
+    # Others are refused before anything is read.
+    config = make_config(opset=opset, cache=cache, cache_type=cache_type, cache_layout=cache_layout, inline=inline)
+    with display.make_display(quiet, as_json, verbose):
+        report = write_saved_onnx(open_saved(folder), out, config, force=force)
+    if as_json:
+        display.print_json(report)
+    else:
+        display.show_exported(report["verification"], out)
+
+
+def fuse(
+    model: Annotated[Path, typer.Argument(help="An ONNX file made by mla-compile.")],
+    out: Annotated[
+        Path,
+        typer.Option(help="The .onnx file to write, beside which goes the library, as a .so.", rich_help_panel=OUTPUT),
+    ],
+    march: Annotated[str, typer.Option(help="Processor the library is for, as compilers name it.")] = "native",
+    force: Force = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Write a file whose attention is the fused kernel, and its library, for ONNX Runtime without mla-compile."""
+    from mla_compile import display
+    from mla_compile.fuse import write_fused
+
+    with display.make_display(quiet, as_json, verbose):
+        library = write_fused(model, out, march=march, force=force)
+    if as_json:
+        display.print_json({"onnx": str(out), "library": str(library)})
+    else:
+        display.say(f"wrote {out} and {library}")
+
+
+def verify(
+    checkpoint: Annotated[Path, typer.Argument(help="A folder written with --format deepseek, or a .gguf file.")],
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Check a DeepSeek checkpoint: stock transformers, or llama.cpp, against what the converted module answered."""
+    from mla_compile import display
+    from mla_compile.checkpoint_folder import verify_folder
+    from mla_compile.gguf_file import verify_gguf
+
+    found: dict[str, float | None]
+    with display.make_display(quiet, as_json, verbose):
+        if checkpoint.suffix == ".gguf":
+            error, greedy = verify_gguf(checkpoint)
+            found = {"error": error, "greedy": greedy}
+        else:
+            found = dataclasses.asdict(verify_folder(checkpoint))
+    if as_json:
+        display.print_json(found, one_line=True)
+    else:
+        display.show_check(checkpoint, found)
+
+
+def report(
+    source: Annotated[Path, typer.Argument(help="A report.json, or the folder that it is in.")],
+    measurement: Annotated[
+        Path | None,
+        typer.Option("--eval", help="What 'eval ... --original MODEL --json' printed: draws quality over cache kept."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The .html file to write.", show_default="report.html beside it", rich_help_panel=OUTPUT),
+    ] = None,
+    force: Force = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Draw the report of a conversion as one page; every conversion writes one, this draws it again."""
+    from mla_compile import display
+    from mla_compile.artifacts import write_page
+    from mla_compile.report_page import PAGE, read_measurement, read_report
+
+    page = out or (source if source.is_dir() else source.parent) / PAGE
+    with display.make_display(quiet, as_json, verbose):
+        found = read_report(source)
+        write_page(found, page, None if measurement is None else read_measurement(measurement), force)
+    if as_json:
+        display.print_json({"page": str(page)})
+    else:
+        display.say(str(page))

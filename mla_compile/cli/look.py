@@ -1,0 +1,138 @@
+"""``inspect`` and ``plan``: what is there, and what would become of it; nothing is written."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import typer
+
+from mla_compile.cli.options import (
+    AsJson,
+    AttnImplementation,
+    CacheRatio,
+    CacheType,
+    Calibration,
+    CalibrationTokens,
+    Described,
+    Dtype,
+    Encoders,
+    Exact,
+    KvRank,
+    Layout,
+    MethodName,
+    NoCache,
+    NoGradients,
+    Quiet,
+    RopeDims,
+    SeqLen,
+    Svd,
+    Tokenizer,
+    UniformRank,
+    UnsafeLoad,
+    Verbose,
+)
+
+__all__ = ["inspect", "plan"]
+
+
+def inspect(
+    model: Described,
+    encoders: Encoders = False,
+    attn_implementation: AttnImplementation = "auto",
+    unsafe_load: UnsafeLoad = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Show every attention layer: what was recognised, or why it cannot be converted."""
+    from mla_compile import api, display
+    from mla_compile.report import summarise_site
+
+    with display.make_display(quiet, as_json, verbose):
+        program, found = api.inspect(model, attn_implementation=attn_implementation, unsafe_load=unsafe_load)
+        sites, rejections = api.convertible(program, found, encoders)
+        lossless = api.lossless_elements(program, sites)
+    rows = [summarise_site(s) | {"lossless_elements_per_token": n} for s, n in zip(sites, lossless, strict=True)]
+    rows += map(summarise_site, rejections)
+    rows.sort(key=lambda row: int(row["index"]))
+    if as_json:
+        display.print_json({"model": model, "layers": rows})
+    else:
+        display.show_layers(rows)
+    if api.would_be_refused(program, found, encoders):
+        raise typer.Exit(3)
+
+
+def plan(
+    model: Described,
+    cache_ratio: CacheRatio = None,
+    kv_rank: KvRank = None,
+    uniform_rank: UniformRank = False,
+    exact: Exact = False,
+    rope_dims: RopeDims = None,
+    method: MethodName = "auto",
+    layout: Layout = "free",
+    svd: Svd = "joint",
+    no_gradients: NoGradients = False,
+    encoders: Encoders = False,
+    calibration: Calibration = None,
+    calibration_tokens: CalibrationTokens = 65536,
+    seq_len: SeqLen = None,
+    no_cache: NoCache = False,
+    dtype: Dtype = "auto",
+    cache_type: CacheType = "auto",
+    context: Annotated[int, typer.Option(min=1, help="Tokens in the cache when a step's time is estimated.")] = 4096,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences that are decoded together.")] = 1,
+    machine: Annotated[Literal["cpu", "gpu"], typer.Option(help="What to estimate the time on.")] = "cpu",
+    tokenizer: Tokenizer = None,
+    attn_implementation: AttnImplementation = "auto",
+    unsafe_load: UnsafeLoad = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Show ranks, rotating channels, cache bytes per token and the time of a step without writing anything."""
+    from mla_compile import display
+    from mla_compile.config import make_config
+    from mla_compile.cost import MACHINES, DecodeStep, decode_costs
+
+    config = make_config(
+        method=method,
+        layout=layout,
+        cache_ratio=cache_ratio,
+        kv_rank=kv_rank,
+        uniform_rank=uniform_rank,
+        exact=exact,
+        rope_dims=rope_dims,
+        svd=svd,
+        gradients=not no_gradients,
+        encoders=encoders,
+        calibration_tokens=calibration_tokens,
+        seq_len=seq_len,
+        dtype=dtype,
+        cache_type=cache_type,
+    )
+    with display.make_display(quiet, as_json, verbose) as shown:
+        from mla_compile import api
+
+        planned = api.plan(
+            model,
+            config,
+            calibration=calibration,
+            tokenizer=tokenizer,
+            statistics_cache=not no_cache,
+            attn_implementation=attn_implementation,
+            unsafe_load=unsafe_load,
+            display=shown,
+        )
+    step = DecodeStep(MACHINES[machine], context, batch)
+    costs = decode_costs(planned.found.sites, planned.plans, planned.widths, step) if planned.widths else ()
+    held = "int8" if cache_type == "int8" else planned.dtype
+    if as_json:
+        rows = display.plan_rows(planned.plans, costs, step, held, planned.source_type)
+        display.print_json(rows | display.conversion_row(planned.conversion, planned.alike))
+    else:
+        cached = held if planned.found.sites else None
+        display.show_plan(planned.plans, costs, step, cached, planned.source_type)
+        if not quiet:
+            display.show_conversion(planned.conversion, planned.alike)

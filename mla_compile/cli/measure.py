@@ -1,0 +1,187 @@
+"""``eval`` and ``bench``: quality and speed beside the original."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mla_compile.cli.options import OUTPUT, TRIALS, AsJson, ForcePlot, NoCache, Quiet, SeqLen, Tokenizer, Verbose
+from mla_compile.errors import UsageError
+
+__all__ = ["bench_speed", "evaluate"]
+
+
+def evaluate(
+    model: Annotated[
+        list[str],
+        typer.Argument(
+            help="ONNX files or folders made by mla-compile, or any models 'convert' takes; one or several."
+        ),
+    ],
+    text: Annotated[Path, typer.Option(help=".txt (documents separated by <|endoftext|>) or .jsonl.")],
+    original: Annotated[
+        str | None, typer.Option(help="The unconverted model, which the others are compared with.")
+    ] = None,
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            help="Convert MODEL by these methods, such as fisher,transmla,mha2mla, without writing anything.",
+            rich_help_panel=TRIALS,
+        ),
+    ] = None,
+    cache_ratios: Annotated[
+        str | None,
+        typer.Option(
+            help="Every method at each of these cache sizes.",
+            show_default="0.5,0.3125,0.25",
+            rich_help_panel=TRIALS,
+        ),
+    ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(help="Text to convert by, as for convert; another than --text.", rich_help_panel=TRIALS),
+    ] = None,
+    calibration_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens of it to use.", rich_help_panel=TRIALS)
+    ] = 65536,
+    onnxruntime: Annotated[
+        bool,
+        typer.Option("--onnxruntime", help="Measure each conversion in ONNX Runtime too.", rich_help_panel=TRIALS),
+    ] = False,
+    no_cache: NoCache = False,
+    seq_len: SeqLen = None,
+    max_tokens: Annotated[int | None, typer.Option(min=2, help="Measure on at most this many tokens.")] = None,
+    tokenizer: Tokenizer = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="Draw perplexity ratio against cache kept, to a .svg or .png file.", rich_help_panel=OUTPUT),
+    ] = None,
+    force: ForcePlot = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Measure quality and cache size on a text, of models or of conversions made on the spot."""
+    from mla_compile import display
+
+    _check_eval(model, original, methods, cache_ratios, calibration, onnxruntime, plot)
+    if plot is not None:
+        from mla_compile.plot import check_plot
+
+        check_plot(plot, force)
+    with display.make_display(quiet, as_json, verbose) as shown:
+        from mla_compile.measure import Sample, measure
+        from mla_compile.statistics_cache import open_cache
+        from mla_compile.trial import measure_conversions, read_trials
+
+        sample = Sample(text, seq_len, max_tokens, tokenizer)
+        if methods is None:
+            result = measure(model, sample, original=original, display=shown)
+        else:
+            ratios = "0.5,0.3125,0.25" if cache_ratios is None else cache_ratios
+            trials = read_trials(methods, ratios, calibration is not None, calibration_tokens)
+            result = measure_conversions(
+                model[0],
+                sample,
+                trials,
+                calibration=calibration,
+                onnxruntime=onnxruntime,
+                cache=open_cache(not no_cache),
+                display=shown,
+            )
+    if plot is not None:
+        from mla_compile.plot import draw
+
+        draw(result, plot)
+    if as_json:
+        display.print_json(result.to_dict(), one_line=True)
+    else:
+        display.show_measurement(result)
+
+
+def _check_eval(
+    model: list[str],
+    original: str | None,
+    methods: str | None,
+    cache_ratios: str | None,
+    calibration: str | None,
+    onnxruntime: bool,
+    plot: Path | None,
+) -> None:
+    """Refuse options of 'eval' that do not go together.
+
+    Raises:
+        UsageError: They do not.
+    """
+    given = {"--cache-ratios": cache_ratios, "--calibration": calibration, "--onnxruntime": onnxruntime}
+    idle = [flag for flag, value in given.items() if value]
+    if methods is None and idle:
+        raise UsageError(
+            f"{idle[0]} is about conversions made on the spot, and no --methods were given.",
+            "Add --methods fisher,transmla,mha2mla.",
+        )
+    if methods is not None and (original is not None or len(model) > 1):
+        raise UsageError(
+            "--methods converts one model, which is the original itself.", "Give that MODEL alone, without --original."
+        )
+    if methods is None and original is None and plot is not None:
+        raise UsageError("A plot shows models beside their original, and none was given.", "Add --original MODEL.")
+
+
+def bench_speed(
+    model: Annotated[list[Path], typer.Argument(help="ONNX files made by mla-compile, of one original.")],
+    against: Annotated[
+        str, typer.Option(help="The original: what report.json beside the first file names, or any MODEL.")
+    ] = "original",
+    contexts: Annotated[
+        str | None,
+        typer.Option(
+            help="Tokens in the cache, such as 512,4096.", show_default="512,4096; the model's limit, if that is less"
+        ),
+    ] = None,
+    batches: Annotated[str, typer.Option(help="Sequences decoded together.")] = "1,8",
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of every file.")] = 15,
+    threads: Annotated[int, typer.Option(min=1, help="Threads per operator.")] = 1,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw speed over context, to a .svg or .png file.", rich_help_panel=OUTPUT)
+    ] = None,
+    force: ForcePlot = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Measure speed and memory beside the original's fastest forms in ONNX Runtime, on the CPU."""
+    from mla_compile import display
+
+    if plot is not None:
+        from mla_compile.plot import check_plot
+
+        check_plot(plot, force)
+    sizes = _numbers("--contexts", contexts, 2) if contexts is not None else None
+    many = _numbers("--batches", batches, 1)
+    with display.make_display(quiet, as_json, verbose) as shown:
+        from mla_compile.bench import Workload, bench
+
+        result = bench(model, against, Workload(sizes, many, rounds, threads), display=shown)
+    if plot is not None:
+        from mla_compile.plot import speed_figure, write_figure
+
+        write_figure(lambda: speed_figure(result), plot)
+    if as_json:
+        display.print_json(result.to_dict())
+    else:
+        display.show_benchmark(result)
+
+
+def _numbers(flag: str, text: str, least: int) -> tuple[int, ...]:
+    """Read numbers with commas between them, in order.
+
+    Raises:
+        UsageError: One is none, or too small.
+    """
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) >= least for part in parts):
+        raise UsageError(f"{flag} {text} is no list of numbers from {least} on.", "Put commas between them: 512,4096.")
+    return tuple(sorted({int(part) for part in parts}))

@@ -1,0 +1,107 @@
+"""The program: its commands by name, and what becomes of an error. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from typing import Annotated
+
+import typer
+
+from mla_compile.cli.convert import convert
+from mla_compile.cli.export import export, fuse, report, verify
+from mla_compile.cli.finetune import fine_tune
+from mla_compile.cli.look import inspect, plan
+from mla_compile.cli.measure import bench_speed, evaluate
+from mla_compile.cli.run import run
+from mla_compile.cli.tensorrt import build_plugin, tensorrt
+from mla_compile.errors import MlaCompileError, ShareDone
+
+__all__ = ["COMMANDS", "app", "main"]
+
+app = typer.Typer(
+    name="mla-compile",
+    help="Make a trained transformer's KV cache small: rewrite its attention to latent attention, export to ONNX.\n\n"
+    "'mla-compile MODEL --out FILE.onnx' is short for 'mla-compile convert MODEL --out FILE.onnx'.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "convert": convert,
+    "inspect": inspect,
+    "plan": plan,
+    "run": run,
+    "eval": evaluate,
+    "bench": bench_speed,
+    "finetune": fine_tune,
+    "export": export,
+    "tensorrt": tensorrt,
+    "fuse": fuse,
+    "build-plugin": build_plugin,
+    "verify": verify,
+    "report": report,
+}
+_OF_ALL = ("--help", "--version", "--install-completion", "--show-completion")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"mla-compile {version('mla-compile')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """Nothing is done before a command."""
+
+
+for _name, _command in COMMANDS.items():
+    app.command(_name)(_command)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: Words after the program's name; ``sys.argv`` by default.
+
+    Returns:
+        The exit code: 0 done, 1 our defect, 2 usage, 3 refused, 4 quality gate, 5 verification, 130 interrupted.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words and words[0] not in COMMANDS and words[0] not in _OF_ALL:
+        words.insert(0, "convert")  # the default verb
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    try:
+        code = app(args=words or ["--help"], prog_name="mla-compile", standalone_mode=False)
+    except MlaCompileError as error:
+        return _fail(str(error), error.exit_code)
+    except ShareDone:
+        return 0
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("Interrupted.", 130)
+    except OSError as error:
+        return _fail(f"A file could not be written ({error}). Free some space or choose another folder.", 2)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # anything but the parser's own
+            raise
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context is not None else "mla-compile"
+        sentence = " ".join(error.format_message().split()).rstrip(".")
+        return _fail(f"{sentence}. See '{command} --help'.", 2)
+    if code == 130:  # the parser turns an interrupt into this code
+        return _fail("Interrupted.", 130)
+    return 2 if not words else code or 0
+
+
+def _fail(sentence: str, code: int) -> int:
+    typer.echo(f"mla-compile: {sentence}", err=True)
+    return code

@@ -1,0 +1,71 @@
+"""``run``: text by a converted model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mla_compile.cli.options import AsJson, Quiet, Seed, Tokenizer, Verbose, known_kernel, known_provider
+
+__all__ = ["run"]
+
+
+def run(
+    model: Annotated[Path, typer.Argument(help="An ONNX file or a TensorRT engine made by mla-compile.")],
+    prompt: Annotated[list[str], typer.Option(help="Text to continue; give it several times for a batch.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add.")] = 100,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Choose among the k most likely; 0 for all.")] = 0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Choose among the fewest tokens of this mass.")] = 1.0,
+    seed: Seed = 0,
+    tokenizer: Tokenizer = None,
+    max_length: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Tokens of a sequence at most, prompt and continuation.",
+            show_default="as many as are asked for",
+        ),
+    ] = None,
+    provider: Annotated[
+        str | None, typer.Option(help="Where to run: cpu or cuda.", callback=known_provider, show_default="cpu")
+    ] = None,
+    kernel: Annotated[
+        str | None,
+        typer.Option(
+            help="What computes attention on the CPU: fused (needs a C++ compiler the first time), standard (the "
+            "operators in the file), or auto, the former where it can be had.",
+            callback=known_kernel,
+            show_default="auto",
+        ),
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads per operator.")] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Generate text with a converted model in ONNX Runtime or TensorRT."""
+    from mla_compile import display
+    from mla_compile.runtime.generate import Sampling
+    from mla_compile.textgen import generate_text
+
+    streamed = len(prompt) == 1 and not as_json
+    with display.make_display(quiet, as_json, verbose):
+        result = generate_text(
+            model,
+            prompt,
+            max_new_tokens,
+            Sampling(temperature, top_k, top_p, seed),
+            tokenizer=tokenizer,
+            threads=threads,
+            provider=provider,
+            max_length=max_length,
+            kernel=kernel,
+            on_text=display.stream_text if streamed else None,
+        )
+    if as_json:
+        display.print_json(display.generation_row(result), one_line=True)
+    else:
+        display.show_generation(result, streamed, quiet)

@@ -1,0 +1,140 @@
+"""``tensorrt`` and ``build-plugin``: files, engines and plugins for TensorRT."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mla_compile.cli.options import (
+    OUTPUT,
+    TENSORRT,
+    AsJson,
+    Force,
+    MaxBatch,
+    MaxLength,
+    MaxPrompt,
+    NoPlugins,
+    Quiet,
+    Refit,
+    Splits,
+    TimingCache,
+    Verbose,
+    VersionCompatible,
+    WeightStreaming,
+    known_plugin,
+)
+from mla_compile.errors import UsageError
+
+__all__ = ["build_plugin", "tensorrt"]
+
+
+def tensorrt(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="A folder written by 'mla-compile convert MODEL --out FOLDER', or for an engine a file written by "
+            "this command, perhaps on another machine."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="The .onnx or .plan file to write.", rich_help_panel=OUTPUT)],
+    max_batch: MaxBatch = 8,
+    max_length: MaxLength = 4096,
+    max_prompt: MaxPrompt = 128,
+    plugin: Annotated[
+        str,
+        typer.Option(
+            help="Which plugins the file's nodes are for: quick, which engines of this command have, or cpp, a library "
+            "by 'build-plugin', which cuts caches into pieces itself.",
+            callback=known_plugin,
+            rich_help_panel=TENSORRT,
+        ),
+    ] = "quick",
+    splits: Splits = 16,
+    timing_cache: TimingCache = None,
+    version_compatible: VersionCompatible = False,
+    weight_streaming: WeightStreaming = False,
+    refit: Refit = False,
+    no_plugins: NoPlugins = False,
+    force: Force = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Write a converted model for TensorRT: caches of fixed memory, nodes that plugins can take; or build an engine."""
+    from mla_compile import display
+    from mla_compile.progress import Stages
+    from mla_compile.runtime.tensorrt.engine_builder import EngineSettings
+    from mla_compile.tensorrt import commands, write_for_tensorrt
+
+    if plugin == "cpp" and out.suffix == ".plan":
+        raise UsageError(
+            "Engines of this command have quick plugins.", "Name a .onnx file, and build its engine with trtexec."
+        )
+    pieces = None if plugin == "cpp" else splits
+    settings = EngineSettings(
+        max_batch,
+        max_length,
+        max_prompt,
+        pieces,
+        not no_plugins,
+        version_compatible,
+        timing_cache,
+        weight_streaming=weight_streaming,
+        refit=refit,
+    )
+    with display.make_display(quiet, as_json, verbose) as shown:
+        written = write_for_tensorrt(source, out, settings, force=force, stages=Stages(shown))
+    build, look = commands(written.onnx, settings)
+    if as_json:
+        display.print_json(display.written_row(written, build, look))
+        return
+    display.show_written(written)
+    display.show_commands(build, look)
+    if plugin == "cpp":
+        library = out.with_name("libmla_plugin.so")
+        build, _ = commands(written.onnx, settings, library)
+        display.show_library_commands(written.onnx, library, build)
+
+
+def build_plugin(
+    files: Annotated[
+        list[Path], typer.Argument(help="ONNX files by 'mla-compile tensorrt --plugin cpp'; one or several.")
+    ],
+    tensorrt_include: Annotated[Path, typer.Option(help="The folder of TensorRT's headers, 10.3 or later.")],
+    out: Annotated[Path, typer.Option(help="The .so file to write.", rich_help_panel=OUTPUT)],
+    cuda_include: Annotated[
+        Path | None, typer.Option(help="The folder of CUDA's headers.", show_default="Triton's own")
+    ] = None,
+    architecture: Annotated[
+        list[int] | None,
+        typer.Option(help="A compute capability, as 90 for 9.0; several times for several.", show_default="all known"),
+    ] = None,
+    self_registering: Annotated[
+        bool, typer.Option("--self-registering", help="Register at load, as ONNX Runtime's provider expects.")
+    ] = False,
+    force: Force = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Compile the plugins of ONNX files for TensorRT to a library, for trtexec and ONNX Runtime."""
+    from mla_compile import display
+    from mla_compile.plugin_library import build_plugin_library
+
+    with display.make_display(quiet, as_json, verbose) as shown:
+        build_plugin_library(
+            files,
+            out,
+            tensorrt_include=tensorrt_include,
+            cuda_include=cuda_include,
+            architectures=architecture or (),
+            self_registering=self_registering,
+            force=force,
+            display=shown,
+        )
+    if as_json:
+        display.print_json({"library": str(out), "self_registering": self_registering})
+    else:
+        display.show_library(out, self_registering)

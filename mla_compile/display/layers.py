@@ -1,0 +1,176 @@
+"""What ``inspect`` and ``plan`` know of every layer: a table, or data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from mla_compile.display.console import print_table, say, tell, warn
+
+if TYPE_CHECKING:
+    from mla_compile.conversion_cost import ConversionCost
+    from mla_compile.cost import DecodeStep, LayerCost
+    from mla_compile.plan import LatentPlan
+
+
+__all__ = ["conversion_row", "plan_rows", "show_conversion", "show_layers", "show_plan"]
+
+_SLOWED = 1.001
+"""From this on frequencies are called slowed."""
+_SCALED = 1e-4
+"""Relative difference from one over the root of the head's size from which a logit scale is shown."""
+
+
+def show_layers(rows: Sequence[Mapping[str, Any]]) -> None:
+    """One row per attention layer, recognised or not."""
+    if not rows:
+        say("No attention was found.")
+        return
+    lines = []
+    for row in rows:
+        if "rejected" in row and "kind" not in row:
+            cached = row.get("elements_per_token", "")
+            verdict = f"kept: {row['rejected']}" if row["kept"] else f"no: {row['rejected']}"
+            lines.append([row["index"], row["path"], verdict, row["reason"], "", "", "", cached, ""])
+            continue
+        rope = _rope_in_words(row)
+        heads = f"{row['heads']} q / {row['kv_heads']} kv of {row['qk_dim']}"
+        names = dict.fromkeys(str(row[r]).removeprefix(f"{row['path']}.") for r in ("query", "key", "value"))
+        weights = ", ".join(names) + (" (biased)" if row["bias"] else "")
+        cached = row["cache"]
+        if row["elements_per_token"]:
+            lossless = row["lossless_elements_per_token"] / row["elements_per_token"]
+            cached = f"{row['elements_per_token']}" + (f" (lossless: {lossless:.0%})" if lossless < 1 else "")
+        verdict = f"no: {row['rejected']}" if "rejected" in row else "yes"
+        lines.append([row["index"], row["path"], verdict, heads, rope, row["mask"], _extras(row), cached, weights])
+    columns = ["#", "layer", "converts", "heads", "rope", "mask", "also", "cached/token", "weights"]
+    print_table("Attention layers", columns, lines)
+
+
+def _rope_in_words(row: Mapping[str, Any]) -> str:
+    """Layout, channels, base, and how much slower the frequencies are than the base says."""
+    if not row["rotary_dim"]:
+        return "none"
+    words = f"{row['rope']}:{row['rotary_dim']}"
+    if row["rope_theta"] is None:
+        return words
+    least, most = row["rope_slowing"]
+    slowed = "" if most < _SLOWED else f", slowed {most:.3g}x" if least > _SLOWED else f", slowed up to {most:.3g}x"
+    return f"{words}, theta {row['rope_theta']:.6g}{slowed}"
+
+
+def _extras(row: Mapping[str, Any]) -> str:
+    """What a layer has beyond plain attention, in a few words."""
+    found = []
+    plain = row["qk_dim"] ** -0.5
+    if row["logit_scale"] is not None and abs(row["logit_scale"] / plain - 1) > _SCALED:
+        found.append(f"logits x{row['logit_scale'] / plain:.4g}")
+    if row["query_norm"] or row["key_norm"]:
+        found.append(f"qk-norm {row['key_norm'] or row['query_norm']}")
+    if row["value_norm"]:
+        found.append(f"v-norm {row['value_norm']}")
+    if row["softcap"]:
+        found.append(f"soft-cap {row['softcap']:g}")
+    if row["sinks"]:
+        found.append("sinks")
+    if row["alibi"]:
+        found.append("ALiBi")
+    return ", ".join(found)
+
+
+_ITEMSIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+def plan_rows(
+    plans: Sequence[LatentPlan],
+    costs: Sequence[LayerCost],
+    step: DecodeStep,
+    cache_type: str = "float32",
+    source_type: str = "float32",
+) -> dict[str, Any]:
+    """A plan as data; bytes are of ``source_type`` before and ``cache_type`` after, those of ``costs`` of its own."""
+    import dataclasses
+
+    from mla_compile.plan import cache_elements
+
+    before = _ITEMSIZES[source_type] * cache_elements(plans)[0]
+    after = sum(_bytes_after(p, cache_type) for p in plans)
+    decode = {**dataclasses.asdict(step), "layers": [dataclasses.asdict(c) for c in costs]}
+    return {
+        "layers": [{**dataclasses.asdict(p), "elements_after": p.elements_after} for p in plans],
+        "bytes_per_token_before": before,
+        "bytes_per_token_after": after,
+        "cache_ratio": after / before,
+        "decode_step": decode if costs else None,
+    }
+
+
+def _bytes_after(plan: LatentPlan, cache_type: str) -> int:
+    from mla_compile.runtime.onnx_quantised import quantised_bytes
+
+    if cache_type == "int8":
+        return quantised_bytes([plan.elements_after])
+    return _ITEMSIZES[cache_type] * plan.elements_after
+
+
+def show_plan(
+    plans: Sequence[LatentPlan],
+    costs: Sequence[LayerCost],
+    step: DecodeStep,
+    cached: str | None = "float32",
+    source_type: str = "float32",
+) -> None:
+    """One row per layer and the sum; ``cached`` is the cache's type, ``source_type`` the original's.
+
+    It is None for an encoder, whose keys and values are not cached, and in which nothing is a step.
+    """
+    from mla_compile.cost import slower_layers
+
+    columns = ["#", "layer", "rope dims", "rank", "exact rank"]
+    columns += ["bytes/token before" if cached else "key and value bytes", "after"]
+    rows: list[list[object]] = [
+        [
+            p.site,
+            p.path,
+            f"{p.rope_groups} x {p.rope_dims}",
+            p.kv_rank,
+            p.exact_rank,
+            _ITEMSIZES[source_type] * p.elements_before,
+            _bytes_after(p, cached or "float32"),
+        ]
+        for p in plans
+    ]
+    total = plan_rows(plans, costs, step, cached or "float32", source_type)
+    before, after = total["bytes_per_token_before"], total["bytes_per_token_after"]
+    rows.append(["", "all", "", "", "", before, f"{after} ({total['cache_ratio']:.2%})"])
+    title = f"Plan ({cached} cache)" if cached else "Plan (no cache)"
+    if costs:
+        title += f"; a step: {step.context} tokens, batch {step.batch}, {step.machine.name}, estimated"
+        columns += ["MFLOP/step before", "after", "speed"]
+        for row, cost in zip(rows, costs, strict=False):
+            row += [f"{part.attention_operations / 1e6:,.1f}" for part in (cost.before, cost.after)]
+            row.append(f"x{cost.speedup:.2f}")
+        rows[-1] += ["", "", ""]
+    print_table(title, columns, rows)
+    if slower := slower_layers(costs, step):
+        warn(slower)
+
+
+def conversion_row(cost: ConversionCost | None, alike: tuple[int, int] | None) -> dict[str, Any]:
+    """What a conversion takes, and how it is known, as data."""
+    import dataclasses
+
+    layers = None if alike is None else {"layers": alike[0], "exported": alike[1]}
+    return {"conversion": None if cost is None else dataclasses.asdict(cost), "alike": layers}
+
+
+def show_conversion(cost: ConversionCost | None, alike: tuple[int, int] | None) -> None:
+    """A line each, beside the table: on standard error."""
+    if alike is not None:
+        tell(f"{alike[0]} layers, of which the first {alike[1]} show all kinds and were exported")
+    if cost is not None:
+        tell(
+            f"converting it takes about {cost.seconds / 60:,.0f} minutes besides verification "
+            f"({cost.operations / 1e12:,.1f} TFLOP in float64 by one core), reads {cost.weight_bytes / 1e9:,.1f} GB, "
+            f"writes {cost.written_bytes / 1e9:,.1f} GB and holds {cost.memory_bytes / 1e9:,.1f} GB (estimated)"
+        )

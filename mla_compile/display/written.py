@@ -1,0 +1,101 @@
+"""What was written from a converted model, how it was checked, and what to do with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mla_compile.display.console import print_table, say
+
+if TYPE_CHECKING:
+    from mla_compile.tensorrt import Written
+
+
+__all__ = [
+    "show_check",
+    "show_commands",
+    "show_exported",
+    "show_gguf",
+    "show_library",
+    "show_library_commands",
+    "show_written",
+    "written_row",
+]
+
+
+def show_exported(verification: Mapping[str, Any], out: Path) -> None:
+    """What is known of an ONNX file of a saved model, in a line."""
+    error, cost = verification["lowering_error"], verification.get("quantisation_error")
+    rounded = "" if cost is None else f" with rows rounded to int8, which changes its logits by {cost:.1e}"
+    say(f"{out}: in ONNX Runtime it equals the PyTorch module{rounded} (largest relative difference {error:.1e}).")
+
+
+def show_gguf(out: Path, error: float | None) -> None:
+    """A file for llama.cpp, and how it was checked."""
+    checked = (
+        f"in llama.cpp it equals the converted module (largest relative difference {error:.1e})"
+        if error is not None
+        else "it was not checked, for want of llama-cpp-python or of answers in the folder"
+    )
+    say(f"{out}: {checked}.")
+
+
+def show_check(path: Path, found: Mapping[str, float | None]) -> None:
+    """How a checkpoint answers."""
+    written = {
+        "error": ("logits vs the converted module", "{:.1e}"),
+        "greedy": ("greedy tokens", "{:.0%} equal"),
+        "cache_bytes_per_token": ("cache, bytes per token in float32", "{:g}"),
+        "norm_error": ("norm of the latent changes it by", "{:.1e}"),
+        "without_biases": ("leaving out biases of attention would cost", "{:.2g} nats per token"),
+    }
+    rows = [[text, form.format(found[key])] for key, (text, form) in written.items() if found.get(key) is not None]
+    print_table(str(path), ["", "result"], rows)
+
+
+def show_written(written: Written) -> None:
+    """What was written for TensorRT, and how it was checked."""
+    if written.error is not None:
+        say(
+            f"{written.onnx}: in ONNX Runtime it equals the PyTorch module (largest relative difference "
+            f"{written.error:.1e})."
+        )
+    if written.plan is not None:
+        say(
+            f"{written.plan}: it equals the file in ONNX Runtime (largest relative difference "
+            f"{written.engine_error:.1e}); attention: {written.attention}."
+        )
+
+
+def show_commands(build: str, inspect: str) -> None:
+    """What TensorRT's own tools make of a file for it."""
+    say(f"Build an engine of its standard operators with:\n{build}")
+    say(f"See what TensorRT takes with:\n{inspect}")
+
+
+def written_row(written: Written, build: str, inspect: str) -> dict[str, Any]:
+    """What was written for TensorRT, how it was checked, and commands to go on with, as data."""
+    return {
+        "onnx": str(written.onnx),
+        "plan": None if written.plan is None else str(written.plan),
+        "lowering_error": written.error,
+        "engine_error": written.engine_error,
+        "attention": written.attention or None,
+        "build_command": build,
+        "inspect_command": inspect,
+    }
+
+
+def show_library(library: Path, self_registering: bool) -> None:
+    """Who takes a library of plugins, and how."""
+    if self_registering:
+        say(f"{library}: give ONNX Runtime's provider trt_extra_plugin_lib_paths={library}.")
+    else:
+        say(f"{library}: give it to trtexec with --dynamicPlugins={library}, or load it with load_library().")
+
+
+def show_library_commands(onnx: Path, library: Path, build: str) -> None:
+    """How to go on with a file for a library of plugins."""
+    command = f"mla-compile build-plugin {onnx} --tensorrt-include DIR --out {library}"
+    say(f"Build its plugins with:\n{command}\nand an engine with them with:\n{build}")
