@@ -274,7 +274,12 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
         "model | layers | text | checks | seconds | seconds per layer | of these factorising | peak resident, GiB | "
         "peak anonymous, GiB | weights, GB | file, GB | largest difference of a layer | of the logits | 4 tokens"
     )
-    lines = ["# Converting models of real size", "", "Written by `benchmarks/scale.py`, which says what is measured.", ""]
+    lines = [
+        "# Converting models of real size",
+        "",
+        "Written by `benchmarks/scale.py`, which says what is measured.",
+        "",
+    ]
     lines += [f"| {heads} |", "|" + "---|" * (heads.count("|") + 1)]
     lines += ["| " + " | ".join(_cells(row)) + " |" for row in rows]
     return "\n".join(lines) + "\n"
