@@ -27,7 +27,7 @@ struct Sizes {
     long columns() const { return queries * heads; }                     // of the scores: one per query and head
     long lanes() const { return up_to(columns(), tile()); }
     long sum() const { return up_to(rank, kColumns * kLanes); }          // length of a sum of latents, with its padding
-    long split() const { return kSplit * std::max(1L, lanes() / 64); }    // tokens of a task: its sums are as many as its queries
+    long split() const { return kSplit * std::max(1L, lanes() / 64); }   // tokens of a task
     long splits() const { return std::max(1L, (tokens + split() - 1) / split()); }
     long partial() const { return lanes() * (2 + sum()); }               // maxima, sums of weights, sums of latents
     long query() const { return row * lanes(); }

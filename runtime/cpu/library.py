@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -37,6 +38,7 @@ def library() -> Path:
     """
     path = default_folder() / f"mla-compile-cpu-{_key()}.so"
     if not path.is_file():
+        logging.getLogger(__name__).info("compiling the fused kernel, once, with %s", compiler())
         compile_library(path)
     return path
 

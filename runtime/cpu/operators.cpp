@@ -4,6 +4,7 @@
 // query sees [B, S, T] (bool), key up-projections [G, D, r], value up-projections [G', r, V]; output [B, S, H, V].
 // FoldedAttentionOfCodes: the same with codes (uint8) for rows, and behind all others their scales [B, T, 2].
 
+#include <atomic>
 #include <cmath>
 #include <memory>
 #include <mutex>
@@ -104,14 +105,25 @@ struct Call {
         return data<float>(value);
     }
 
-    // Run tasks by the session's threads.
+    // Run tasks by the session's threads. No exception may leave one: between them and us are functions in C.
     template <typename Task>
     void each(size_t count, Task task) const {
-        auto run = [](void* given, size_t index) { (*static_cast<Task*>(given))(static_cast<long>(index)); };
+        std::atomic<bool> failed{false};
+        auto guarded = [&](long index) {
+            try {
+                task(index);
+            } catch (...) {
+                failed = true;
+            }
+        };
+        auto run = [](void* given, size_t index) {
+            (*static_cast<decltype(guarded)*>(given))(static_cast<long>(index));
+        };
         void (*function)(void*, size_t) = run;
         check(ort::call<ort::Status*>(table, ort::Place::KernelContextParallelFor,
                                       static_cast<const ort::Context*>(context), function, count, size_t{0},
-                                      static_cast<void*>(&task)));
+                                      static_cast<void*>(&guarded)));
+        if (failed) throw std::bad_alloc();
     }
 };
 
