@@ -40,7 +40,11 @@ EXCLUDED = {
 }
 """What is not run, by what it matches, and why."""
 
-QUICKER = {"bench": ["--contexts", "32", "--batches", "1"], "eval": ["--max-tokens", "1024"]}
+QUICKER = {
+    "bench": ["--contexts", "32", "--batches", "1"],
+    "eval": ["--max-tokens", "1024"],
+    "finetune": ["--tracker", "none"],  # the default one is in an extra that tests do without
+}
 """Options that are added, so that the last of each counts."""
 
 
