@@ -34,7 +34,7 @@ if __name__ == "__main__":
             if settings.get("method"):
                 done.append([w.row for w in mha2mla(task).weights])
             else:
-                done.append([vars(layer.statistics) for layer in measure_layers(task).layers])
+                done.append([vars(layer.statistics()) for layer in measure_layers(task).layers])
         except ShareDone:
             assert not processes.first
             done.append(None)
