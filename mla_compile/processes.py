@@ -10,16 +10,17 @@ from __future__ import annotations
 import atexit
 import importlib.util
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 from torch import Tensor
 
 from mla_compile.errors import LoadError, ShareDone
 
-__all__ = ["Processes", "join_processes"]
+__all__ = ["Processes", "end_share", "join_processes"]
 
 T = TypeVar("T")
 
@@ -105,3 +106,14 @@ def join_processes() -> Processes:
     # Threads of a group that is still there when a process ends make it abort instead.
     atexit.register(state.destroy_process_group)
     return Processes(state.process_index, state.num_processes, str(state.device))
+
+
+def end_share() -> NoReturn:
+    """End a process whose share is done as it is, with exit code 0.
+
+    Its group is the first process's too, which goes on. Taking the group down here now and then met threads that were
+    still at work, so that this process aborted, and its launcher then ended the first one.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

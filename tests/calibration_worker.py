@@ -15,7 +15,7 @@ from mla_compile.passes.layers import measure_layers
 from mla_compile.passes.methods import mha2mla
 from mla_compile.passes.recognise import recognise
 from mla_compile.passes.task import Task
-from mla_compile.processes import join_processes
+from mla_compile.processes import end_share, join_processes
 from mla_compile.progress import Stages
 from mla_compile.statistics_cache import StatisticsCache
 
@@ -41,3 +41,5 @@ if __name__ == "__main__":
         else:
             assert processes.first
     torch.save(done, out / f"{processes.index}.pt")
+    if not processes.first:
+        end_share()

@@ -85,7 +85,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MlaCompileError as error:
         return _fail(str(error), error.exit_code)
     except ShareDone:
-        return 0
+        from mla_compile.processes import end_share
+
+        end_share()
     except (KeyboardInterrupt, typer.Abort):
         return _fail("Interrupted.", 130)
     except OSError as error:
