@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,8 @@ def open_session(
 
 def _fused(path: Path, providers: Sequence[str], kernel: str, options: Any) -> bytes | None:  # noqa: ANN401
     """A model whose nodes use the fused kernel, which the options then know; None, where it is to run as it is."""
+    if kernel not in KERNELS:
+        raise UsageError(f"There is no kernel '{kernel}'.", f"Choose one of {', '.join(KERNELS)}.")
     if kernel == "standard":
         return None
     from mla_compile.runtime.cpu.fused import fused_model
@@ -115,10 +118,11 @@ def _fused(path: Path, providers: Sequence[str], kernel: str, options: Any) -> b
         )
     try:
         made = library()
-    except UsageError:
-        if kernel == "auto":
-            return None
-        raise
+    except UsageError as error:
+        if kernel == "fused":
+            raise
+        logging.getLogger(__name__).info("standard operators run '%s': %s", path, error.message)
+        return None
     options.register_custom_ops_library(str(made))
     options.add_session_config_entry(
         "session.model_external_initializers_file_folder_path", str(path.parent.absolute())

@@ -66,7 +66,6 @@ __all__ = [
     "VersionCompatible",
     "WeightStreaming",
     "known_implementation",
-    "known_kernel",
     "known_plugin",
     "known_provider",
 ]
@@ -87,13 +86,6 @@ def known_provider(value: str | None) -> str | None:
     """Refuse any other provider."""
     if value not in (None, "cpu", "cuda"):
         raise typer.BadParameter(f"'{value}' is not one of cpu, cuda")
-    return value
-
-
-def known_kernel(value: str | None) -> str | None:
-    """Refuse any other kernel."""
-    if value not in (None, "auto", "fused", "standard"):
-        raise typer.BadParameter(f"'{value}' is not one of auto, fused, standard")
     return value
 
 

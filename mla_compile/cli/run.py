@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from mla_compile.cli.options import AsJson, Quiet, Seed, Tokenizer, Verbose, known_kernel, known_provider
+from mla_compile.cli.options import AsJson, Quiet, Seed, Tokenizer, Verbose, known_provider
 
 __all__ = ["run"]
 
@@ -33,11 +33,10 @@ def run(
         str | None, typer.Option(help="Where to run: cpu or cuda.", callback=known_provider, show_default="cpu")
     ] = None,
     kernel: Annotated[
-        str | None,
+        Literal["auto", "fused", "standard"] | None,
         typer.Option(
             help="What computes attention on the CPU: fused (needs a C++ compiler the first time), standard (the "
             "operators in the file), or auto, the former where it can be had.",
-            callback=known_kernel,
             show_default="auto",
         ),
     ] = None,

@@ -277,10 +277,17 @@ def test_without_a_compiler_the_standard_operators_run(files, monkeypatch, tmp_p
         files().open("static", kernel="fused")
 
 
-def test_a_compiler_that_fails_is_not_in_the_way(files, monkeypatch, tmp_path):
+def test_an_unknown_kernel_is_refused(files):
+    with pytest.raises(UsageError, match="no kernel 'fast'"):
+        files().open("static", kernel="fast")
+
+
+def test_a_compiler_that_fails_is_not_in_the_way(files, monkeypatch, tmp_path, caplog):
+    caplog.set_level("INFO")
     monkeypatch.setenv("CXX", "false")
     monkeypatch.setenv("MLA_COMPILE_CACHE", str(tmp_path))
     assert not files().open("static", kernel="auto").fused
+    assert "could not compile the fused kernel" in caplog.text
     with pytest.raises(UsageError, match="could not compile"):
         files().open("static", kernel="fused")
     assert list(tmp_path.iterdir()) == []
