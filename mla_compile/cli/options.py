@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -65,9 +66,7 @@ __all__ = [
     "Verbose",
     "VersionCompatible",
     "WeightStreaming",
-    "known_implementation",
-    "known_plugin",
-    "known_provider",
+    "one_of",
 ]
 
 SIZE, METHOD, TEXT, OUTPUT, CHECKS = "Size", "Method", "Text", "Output", "Checks"
@@ -75,25 +74,15 @@ TRIALS, TENSORRT = "Conversions on the spot", "TensorRT"
 TOWARDS, PACE = "What is trained towards what", "Pace"
 
 
-def known_implementation(value: str) -> str:
-    """Refuse any other implementation."""
-    if value not in ("auto", "sdpa", "eager"):
-        raise typer.BadParameter(f"'{value}' is not one of auto, sdpa, eager")
-    return value
+def one_of(*choices: str) -> Callable[[str | None], str | None]:
+    """A callback that refuses any other value, in words, when the command line is read."""
 
+    def checked(value: str | None) -> str | None:
+        if value is not None and value not in choices:
+            raise typer.BadParameter(f"'{value}' is not one of {', '.join(choices)}")
+        return value
 
-def known_provider(value: str | None) -> str | None:
-    """Refuse any other provider."""
-    if value not in (None, "cpu", "cuda"):
-        raise typer.BadParameter(f"'{value}' is not one of cpu, cuda")
-    return value
-
-
-def known_plugin(value: str) -> str:
-    """Refuse any other plugin."""
-    if value not in ("quick", "cpp"):
-        raise typer.BadParameter(f"'{value}' is not one of quick, cpp")
-    return value
+    return checked
 
 
 Model = Annotated[str, typer.Argument(help="A torch.export archive (.pt2, .pt), a Hugging Face folder, or a hub id.")]
@@ -214,7 +203,7 @@ AttnImplementation = Annotated[
     str,
     typer.Option(
         help="How a transformers model spells its attention: sdpa, eager, or auto for the first it has.",
-        callback=known_implementation,
+        callback=one_of("auto", "sdpa", "eager"),
     ),
 ]
 UnsafeLoad = Annotated[

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
-from mla_compile.cli.options import AsJson, Quiet, Seed, Tokenizer, Verbose, known_provider
+from mla_compile.cli.options import AsJson, Quiet, Seed, Tokenizer, Verbose, one_of
 
 __all__ = ["run"]
 
@@ -30,13 +30,14 @@ def run(
         ),
     ] = None,
     provider: Annotated[
-        str | None, typer.Option(help="Where to run: cpu or cuda.", callback=known_provider, show_default="cpu")
+        str | None, typer.Option(help="Where to run: cpu or cuda.", callback=one_of("cpu", "cuda"), show_default="cpu")
     ] = None,
     kernel: Annotated[
-        Literal["auto", "fused", "standard"] | None,
+        str | None,
         typer.Option(
             help="What computes attention on the CPU: fused (needs a C++ compiler the first time), standard (the "
             "operators in the file), or auto, the former where it can be had.",
+            callback=one_of("auto", "fused", "standard"),
             show_default="auto",
         ),
     ] = None,

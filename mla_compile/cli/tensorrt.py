@@ -23,7 +23,7 @@ from mla_compile.cli.options import (
     Verbose,
     VersionCompatible,
     WeightStreaming,
-    known_plugin,
+    one_of,
 )
 from mla_compile.errors import UsageError
 
@@ -47,7 +47,7 @@ def tensorrt(
         typer.Option(
             help="Which plugins the file's nodes are for: quick, which engines of this command have, or cpp, a library "
             "by 'build-plugin', which cuts caches into pieces itself.",
-            callback=known_plugin,
+            callback=one_of("quick", "cpp"),
             rich_help_panel=TENSORRT,
         ),
     ] = "quick",
