@@ -88,27 +88,13 @@ def session_of(library, node, function, inputs, outputs, codes=(), threads=1):
 
 def static_session(library, case, threads=1):
     function = fused_form(Variant(static=True, window=bool(case.window)))
-    node = make_node(case, input_names(case), ["output", "present"])
-    node.op_type = function.name
-    node.attribute.append(helper.make_attribute("static", 1))
-    inputs = dimensions(case)
-    outputs = {"output": ["B", "S", case.heads, case.v_dim], "present": inputs["past"]}
+    node, inputs, outputs = test_onnx_static.node_of(case, function)
     return session_of(library, node, function, inputs, outputs, threads=threads)
 
 
 def code_session(library, case, static, threads=1):
     function = fused_form(Variant(static=static, window=bool(case.window), quantised=True))
-    node = make_node(case, [*input_names(case), "past_scale"], ["output", "present", "present_scale"])
-    node.op_type = function.name
-    node.attribute.extend(helper.make_attribute(n, 1) for n in ["quantised", *(["static"] if static else [])])
-    inputs = dimensions(case)
-    inputs |= {"past_scale": [*inputs["past"][:2], 2]}
-    kept = inputs["past"][:2] if static else ["B", "T"]
-    outputs = {
-        "output": ["B", "S", case.heads, case.v_dim],
-        "present": [*kept, case.width],
-        "present_scale": [*kept, 2],
-    }
+    node, inputs, outputs = test_onnx_quantised.node_of(case, static, function)
     return session_of(library, node, function, inputs, outputs, ("past", "present"), threads)
 
 

@@ -46,8 +46,8 @@ def quantised_function(case, static) -> onnx.FunctionProto:
     return attention_function(LATENT, 24 if static else 23, replace(variant_of(case), static=static, quantised=True))
 
 
-def session_of(case, static, function) -> onnxruntime.InferenceSession:
-    """One node with a quantised cache."""
+def node_of(case, static, function):
+    """A node with a quantised cache, and the dimensions of its inputs and outputs."""
     node = make_node(case, [*input_names(case), "past_scale"], ["output", "present", "present_scale"])
     node.op_type = function.name
     flags = ["quantised", "static"] if static else ["quantised"]
@@ -60,6 +60,12 @@ def session_of(case, static, function) -> onnxruntime.InferenceSession:
         "present": [*kept, case.width],
         "present_scale": [*kept, 2],
     }
+    return node, inputs, outputs
+
+
+def session_of(case, static, function) -> onnxruntime.InferenceSession:
+    """One node with a quantised cache."""
+    node, inputs, outputs = node_of(case, static, function)
     model = make_model([node], [function], inputs, outputs, 24 if static else 23, codes=("past", "present"))
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = 1, 4

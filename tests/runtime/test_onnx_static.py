@@ -36,14 +36,19 @@ def static_function(case) -> onnx.FunctionProto:
     return attention_function(op_type, 24, replace(variant_of(case), static=True))
 
 
-def static_model(case, function: onnx.FunctionProto) -> onnx.ModelProto:
-    """One node with a static cache."""
+def node_of(case, function: onnx.FunctionProto):
+    """A node with a static cache, and the dimensions of its inputs and outputs."""
     node = make_node(case, input_names(case), ["output", "present"])
     node.op_type = function.name
     node.attribute.append(onnx.helper.make_attribute("static", 1))
     inputs = dimensions(case)
-    shapes = {"output": ["B", "S", case.heads, case.v_dim], "present": inputs["past"]}
-    return make_model([node], [function], inputs, shapes, 24)
+    return node, inputs, {"output": ["B", "S", case.heads, case.v_dim], "present": inputs["past"]}
+
+
+def static_model(case, function: onnx.FunctionProto) -> onnx.ModelProto:
+    """One node with a static cache."""
+    node, inputs, outputs = node_of(case, function)
+    return make_model([node], [function], inputs, outputs, 24)
 
 
 def session_of(case, function: onnx.FunctionProto) -> onnxruntime.InferenceSession:
