@@ -302,6 +302,9 @@ class Step:
     ) -> None:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
+        # Forms are run in turns, each with threads of its own: one form's must not still be waiting, which they do
+        # busily, while the next is timed.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         options.register_custom_ops_library(str(library()))
         self._session = onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
         self._outputs = {o.name for o in self._session.get_outputs()}
