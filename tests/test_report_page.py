@@ -128,10 +128,18 @@ def test_commands_to_make_it_again_are_ones_that_the_command_line_takes(report, 
 def test_without_text_a_page_says_what_is_not_known():
     compiled = mla_compile.compile(models.llama(), cache_ratio=0.5, method="mha2mla", check=False)
     page = render_page(compiled.report.to_dict())
-    assert "does not say what latents of other ranks would leave out" in page
+    assert "What a latent leaves out, over its rank" in page
+    assert "a share of the squares of the weights" in page
     assert "Nothing was checked." in page
     assert "not verified" in page
     assert Outline(page).sections == [s for s in SECTIONS if s != "quality"]
+
+
+def test_where_nothing_is_left_out_no_spectrum_is_drawn():
+    compiled = mla_compile.compile(models.llama(), exact=True, check=False)
+    page = render_page(compiled.report.to_dict())
+    assert "What a latent leaves out" not in page
+    assert "What latents of other ranks would leave out was not found out." in page
 
 
 @pytest.mark.parametrize("name", ["bert", "bart"])
