@@ -253,7 +253,8 @@ def _loss_chart(layers: Sequence[Mapping[str, Any]]) -> Markup | None:
             rows.append((layer["path"], dots))
     if not rows:
         return None
-    legend = {"predicted": "other", "measured": "after"}
+    seen = {kind for _, dots in rows for _, kind in dots}
+    legend = {told: kind for told, kind in (("predicted", "other"), ("measured", "after")) if kind in seen}
     axis = Axis("nats per token", log=True, written=_power)
     return dot_rows("Loss of each layer by itself", axis, rows, legend)
 

@@ -1,4 +1,4 @@
-"""``mla-compile run``: text in, text out, with a converted model in ONNX Runtime or TensorRT."""
+"""``mla-compile run``: text in, text out, with a converted model in ONNX Runtime, TensorRT or PyTorch."""
 
 from __future__ import annotations
 

@@ -61,6 +61,8 @@ def inspect(
         display.show_layers(rows)
     if api.would_be_refused(program, found, encoders):
         raise typer.Exit(3)
+    if not (as_json or quiet):
+        display.show_verdict(rows, model, encoders=encoders)
 
 
 def plan(
@@ -135,4 +137,4 @@ def plan(
         cached = held if planned.found.sites else None
         display.show_plan(planned.plans, costs, step, cached, planned.source_type)
         if not quiet:
-            display.show_conversion(planned.conversion, planned.alike)
+            display.show_conversion(planned.conversion, planned.alike, step if costs else None)
