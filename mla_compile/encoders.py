@@ -29,7 +29,7 @@ from mla_compile.plan import LatentPlan, clamped, plan_layers
 from mla_compile.program import AnyProgram, Assets, Role
 from mla_compile.progress import Display, Stages
 from mla_compile.runtime.module import LowRankModel
-from mla_compile.site import AttentionSite, Kind, Rejection
+from mla_compile.site import AttentionSite, Kind, Rejection, reasons
 
 __all__ = ["CompiledEncoder", "compile_encoder", "inputs_to_compare", "is_encoder", "require_encoder"]
 
@@ -269,8 +269,7 @@ def _warnings(
         found = []
     found += clamped(plans, config)
     if kept:
-        reasons = "; ".join(f"{r.path}: {r.reason} [{r.code.value}]" for r in kept)
-        found.append(f"{len(kept)} attention layers stay as they are ({reasons})")
+        found.append(f"{len(kept)} attention layers stay as they are ({reasons(kept)})")
     before, after = _multiplications(program, sites, plans)
     if after >= before and not config.exact:
         found.append("keys and values take no fewer multiplications at this setting; choose a smaller --cache-ratio")

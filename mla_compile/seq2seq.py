@@ -28,7 +28,7 @@ from mla_compile.program import AnyProgram, Assets, DecoderProgram
 from mla_compile.progress import Display, Stages
 from mla_compile.runtime.module import LatentModel, LatentSeq2Seq, LowRankModel
 from mla_compile.seq2seq_report import Seq2SeqReport, Seq2SeqVerification
-from mla_compile.site import AttentionSite, Kind, Rejection
+from mla_compile.site import AttentionSite, Kind, Rejection, reasons
 from mla_compile.verify import require_equal, worst_error
 from mla_compile.verify_encoders import seq2seq_in_chunks, without_padding
 
@@ -120,10 +120,9 @@ def plan_seq2seq(
         UsageError: Settings do not fit the model.
     """
     if lost := undecodable(program, found):
-        reasons = "; ".join(f"{r.path}: {r.reason} [{r.code.value}]" for r in lost)
         raise RefusedError(
             f"{len(lost)} attention layers of the decoder of '{program.source}' cannot be decoded with a cache: "
-            f"{reasons}.",
+            f"{reasons(lost)}.",
             "Run 'mla-compile inspect' for the whole table.",
         )
     return _planned(program, found.sites, config), _planned(program, _cross(found), config)
