@@ -66,7 +66,11 @@ class Passing:
     def __init__(self) -> None:
         self._last: list[Tensor | NDArray[Any]] = []
 
-    def __call__(self, value: _Stored, *_: object) -> _Stored:
+    def __call__(self, value: object, _: object = None) -> None:
+        """See :meth:`take`."""
+        self.take(value)
+
+    def take(self, value: _Stored) -> _Stored:
         """Take note of a value: a tensor, an array, or what holds one as its ``raw``."""
         drop_pages(self._last)
         raw = getattr(value, "raw", value)
@@ -106,5 +110,5 @@ def _madvise() -> Callable[[int, int, int], int] | None:
         found = ctypes.CDLL(None).madvise
         found.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
         found.restype = ctypes.c_int
-        return found  # type: ignore[no-any-return]
+        return found
     return None

@@ -174,3 +174,11 @@ def show_conversion(cost: ConversionCost | None, alike: tuple[int, int] | None) 
             f"({cost.operations / 1e12:,.1f} TFLOP in float64 by one core), reads {cost.weight_bytes / 1e9:,.1f} GB, "
             f"writes {cost.written_bytes / 1e9:,.1f} GB and holds {cost.memory_bytes / 1e9:,.1f} GB (estimated)"
         )
+        fisher = cost.fisher
+        tell(
+            f"by fisher, on {fisher.tokens:,} tokens, about {fisher.seconds / 60:,.0f} minutes "
+            f"({fisher.text_operations / 1e12:,.1f} TFLOP of running the model, {fisher.operations / 1e12:,.1f} in "
+            f"float64), {fisher.memory_bytes / 1e9:,.1f} GB, or {fisher.offload_memory_bytes / 1e9:,.1f} GB with "
+            f"{fisher.offload_bytes / 1e9:,.1f} GB of --offload, and {fisher.disk_bytes / 1e9:,.1f} GB of files beside "
+            "the output (estimated, without checks)"
+        )
