@@ -4,7 +4,8 @@
 
 A checkpoint of the shape of Llama 2 7B with random bfloat16 weights is converted by mha2mla with all checks, and
 written as a folder and as an ONNX file; then the original and the folder are evaluated on a text, each in a process of
-its own (ONNX Runtime has no kernels for files in bfloat16 on processors). Of every stage the most resident memory is told, and the most of it that is anonymous.
+its own (ONNX Runtime has no kernels for files in bfloat16 on processors). Of every stage the most resident memory is
+told, and the most of it that is anonymous.
 """
 
 from __future__ import annotations
