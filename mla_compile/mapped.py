@@ -66,16 +66,16 @@ class Passing:
     def __init__(self) -> None:
         self._last: list[Tensor | NDArray[Any]] = []
 
-    def __call__(self, value: object, _: object = None) -> None:
-        """See :meth:`take`."""
-        self.take(value)
-
-    def take(self, value: _Stored) -> _Stored:
+    def __call__(self, value: _Stored) -> _Stored:
         """Take note of a value: a tensor, an array, or what holds one as its ``raw``."""
+        self.see(value)
+        return value
+
+    def see(self, value: object, _: object = None) -> None:
+        """The same as a callback of who stores."""
         drop_pages(self._last)
         raw = getattr(value, "raw", value)
         self._last = [raw] if isinstance(raw, Tensor | np.ndarray) else []
-        return value
 
 
 def _place(value: Tensor | NDArray[Any]) -> tuple[int, int]:

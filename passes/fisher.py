@@ -139,7 +139,10 @@ def assemble(
             :func:`~mla_compile.passes.layers.require_scalable`.
     """
     if split.inv_freq.numel() and rope_is_shifted(site, weights):
-        raise ValueError(f"Keys of {site.path} have a shift behind their norm, which no shared component can carry.")
+        raise ValueError(
+            f"Keys of {site.path} have a shift behind their norm, which no shared component can carry. "
+            "Pass a split without components."
+        )
     constant = int(site.needs_constant(site.qk_dim))
     count, rank = 2 * len(split.inv_freq), rank - constant
     query_map = torch.cat([split.query_rest, split.query_rope], 1)

@@ -44,8 +44,9 @@ def check_incremental(module: fx.GraphModule, program: Program, rows: Sequence[i
     except (RuntimeError, IndexError) as error:
         reason = textwrap.shorten(str(error).strip().splitlines()[0], 120, placeholder=" ...")
         raise RefusedError(
-            f"'{program.source}' cannot be run in pieces after the rewrite ({reason}).",
-            "Something outside attention depends on the length of the sequence; compute it from positions instead.",
+            f"'{program.source}' cannot be run in pieces after the rewrite ({reason}): something outside attention "
+            "depends on the length of the sequence.",
+            "Compute it from positions instead.",
         ) from error
     for got, expected, how, what in (
         (pieces, whole, "in pieces", "the length or on other tokens"),

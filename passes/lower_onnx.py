@@ -409,12 +409,10 @@ def save(model: ir.Model, path: Path, metadata: Mapping[str, object]) -> None:
     model.metadata_props[METADATA_KEY] = json.dumps(metadata, sort_keys=True)
     weights = sorted((name, v.const_value) for name, v in model.graph.initializers.items() if v.const_value is not None)
     passing = Passing()
-    model.metadata_props[CHECKSUM_KEY] = weights_checksum(
-        (name, passing.take(weight).tobytes()) for name, weight in weights
-    )
+    model.metadata_props[CHECKSUM_KEY] = weights_checksum((name, passing(weight).tobytes()) for name, weight in weights)
     size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
     beside = f"{path.name}.data" if size > EXTERNAL_DATA_BYTES else None
-    ir.save(model, path, external_data=beside, callback=passing)
+    ir.save(model, path, external_data=beside, callback=passing.see)
 
 
 @contextlib.contextmanager

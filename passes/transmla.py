@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -177,7 +177,9 @@ def _weights(layer: MeasuredLayer, plan: LatentPlan, fold: int) -> LatentWeights
     else:
         split = split_rope(layer.site, channels.unfolded(), 0, 0)
     factors = balanced_factors(layer.site, original, statistics, split)
-    return assemble(layer.site, original, split, factors, plan.kv_rank)
+    worth = factors.loss.clamp(min=0)
+    worth = torch.cat([worth[: layer.least_rank - 1], worth])  # a constant entry is as needed as any
+    return replace(assemble(layer.site, original, split, factors, plan.kv_rank), worth=worth)
 
 
 def _collapses(layers: Sequence[MeasuredLayer], config: CompileConfig) -> list[int]:

@@ -67,7 +67,7 @@ def test_arrays_and_views_that_are_mapped_are_dropped_too(tmp_path, view):
 def test_values_go_when_the_next_one_comes(mapped):
     passing, before, highest = Passing(), of_files(), 0.0
     for value in mapped:
-        assert passing.take(value) is value
+        assert passing(value) is value
         value.sum()
         highest = max(highest, of_files() - before)
     assert highest < 16
