@@ -79,12 +79,17 @@ class Passing:
 
 
 def _place(value: Tensor | NDArray[Any]) -> tuple[int, int]:
-    """Address and bytes of a value that lies in one piece of this process's memory; of another, nothing."""
+    """Where a value begins in this process's memory, and bytes until its end; of one that lies elsewhere, nothing.
+
+    What lies between the rows of a view counts as its own: dropping that loses nothing either.
+    """
     if isinstance(value, np.ndarray):
-        return (value.ctypes.data, value.nbytes) if value.flags.c_contiguous else (0, 0)
-    if value.layout != torch.strided or value.device.type != "cpu" or not value.is_contiguous():
+        begin, end = np.lib.array_utils.byte_bounds(value)
+        return begin, end - begin
+    if value.layout != torch.strided or value.device.type != "cpu" or not value.numel():
         return 0, 0
-    return value.data_ptr(), value.nbytes
+    last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
+    return value.data_ptr(), (last + 1) * value.itemsize
 
 
 def _is_clean(first: int, count: int) -> bool:

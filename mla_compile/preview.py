@@ -103,7 +103,9 @@ def plan(
         plans = plan_layers(sites, widths, config)
         stored = {v.data_ptr(): v.numel() for v in program.exported.state_dict.values()}  # what is tied counts once
         count = sum(stored.values())
-        cost = conversion_cost(sites, plans, widths, config, count, result_type(program, config).itemsize)
+        cost = conversion_cost(
+            sites, plans, widths, config, count, result_type(program, config).itemsize, program.vocabulary
+        )
         log_sizes(plans)
         return Planned(found, plans, widths, *types, cost)
     text = cut_windows(program, documents, tokenizer, config)
@@ -142,7 +144,7 @@ def _plan_weightless(
     plans = plan_layers(found.sites, widths, config)
     types = type_name(program.dtype), type_name(result_type(program, config))
     itemsize = result_type(program, config).itemsize
-    cost = conversion_cost(found.sites, plans, widths, config, blueprint.parameters, itemsize)
+    cost = conversion_cost(found.sites, plans, widths, config, blueprint.parameters, itemsize, program.vocabulary)
     return Planned(found, plans, widths, *types, cost, alike)
 
 

@@ -194,6 +194,25 @@ def show_conversion(cost: ConversionCost | None, alike: tuple[int, int] | None, 
             f"converting it takes {taken} besides verification ({_amount(cost.operations)}FLOP in float64, one core), "
             f"reads {read}B, writes {written}B and holds {held}B (estimated)"
         )
+        fisher = cost.fisher
+        minutes = fisher.seconds / 60
+        taken = "less than a minute" if minutes < 1 else f"about {minutes:,.0f} minutes"
+        model, exact, held, less, off, beside = (
+            _amount(n)
+            for n in (
+                fisher.text_operations,
+                fisher.operations,
+                fisher.memory_bytes,
+                fisher.offload_memory_bytes,
+                fisher.offload_bytes,
+                fisher.disk_bytes,
+            )
+        )
+        tell(
+            f"by fisher, on {fisher.tokens:,} tokens, {taken} ({model}FLOP of running the model, {exact}FLOP in "
+            f"float64), {held}B of memory, or {less}B with {off}B of --offload, and {beside}B of files beside the "
+            "output (estimated, without checks)"
+        )
 
 
 def _amount(number: float) -> str:
