@@ -75,7 +75,7 @@ class Axis:
     @property
     def _ends(self) -> tuple[float, float]:
         if self.least is None or self.most is None:
-            raise ValueError(f"the axis '{self.label}' was not fitted to any data")
+            raise ValueError(f"The axis '{self.label}' has no ends yet. Call fit with data first.")
         return self.least, self.most
 
 

@@ -69,7 +69,9 @@ class LatentWeights:
     def __post_init__(self) -> None:
         """Refuse a shift that would be scaled with the rope keys."""
         if self.scaled_rope and self.rope_shift is not None:
-            raise ValueError("Rope keys in front of their norms cannot have a shift behind them.")
+            raise ValueError(
+                "Rope keys in front of their norms have no shift behind them. Pass either scaled_rope or rope_shift."
+            )
 
     def row_width(self, site: AttentionSite) -> int:
         """Numbers in one cache row: latent, rope keys, and the scales of keys and values where they have norms."""
@@ -94,7 +96,7 @@ def select_pairs(site: AttentionSite, count: int, selection: str, norms: PairNor
     ranked = sorted(range(total), key=lambda i: -site.rope.inv_freq[i])
     if selection == "2-norm":
         if norms is None:
-            raise ValueError("2-norm selection needs calibration norms")
+            raise ValueError("The 2-norm selection needs norms that were measured on text. Pass them as norms.")
         group = site.heads // site.kv_heads
         scores = norms.query.reshape(site.kv_heads, group, total).sum(1) * norms.key
         kept = [sorted(range(total), key=lambda i: (-float(row[i]), ranked.index(i)))[:count] for row in scores]

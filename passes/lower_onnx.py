@@ -25,6 +25,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
 from mla_compile.errors import RefusedError
+from mla_compile.mapped import Passing
 from mla_compile.passes.emit import PER_HEAD
 from mla_compile.passes.evaluate import example_inputs
 from mla_compile.passes.fold import fold_numbers
@@ -407,9 +408,11 @@ def save(model: ir.Model, path: Path, metadata: Mapping[str, object]) -> None:
     model.graph.name = "latent_attention_model"
     model.metadata_props[METADATA_KEY] = json.dumps(metadata, sort_keys=True)
     weights = sorted((name, v.const_value) for name, v in model.graph.initializers.items() if v.const_value is not None)
-    model.metadata_props[CHECKSUM_KEY] = weights_checksum((name, weight.tobytes()) for name, weight in weights)
+    passing = Passing()
+    model.metadata_props[CHECKSUM_KEY] = weights_checksum((name, passing(weight).tobytes()) for name, weight in weights)
     size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
-    ir.save(model, path, external_data=f"{path.name}.data" if size > EXTERNAL_DATA_BYTES else None)
+    beside = f"{path.name}.data" if size > EXTERNAL_DATA_BYTES else None
+    ir.save(model, path, external_data=beside, callback=passing.see)
 
 
 @contextlib.contextmanager

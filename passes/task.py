@@ -115,7 +115,7 @@ class Task:
     def require_windows(self) -> Tensor:
         """Calibration text, which the caller of a method that needs it has to give."""
         if self.windows is None:
-            raise ValueError(f"the method '{self.config.method}' needs calibration text")
+            raise ValueError(f"The method '{self.config.method}' needs calibration text. Pass windows of it.")
         return self.windows
 
 

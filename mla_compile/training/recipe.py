@@ -120,7 +120,7 @@ class Recipe(BaseModel):
     @model_validator(mode="after")
     def _adapters_have_a_rank(self) -> Recipe:
         if self.lora_alpha is not None and not self.lora_rank:
-            raise ValueError("lora_alpha is about adapters, which a lora_rank above 0 makes")
+            raise ValueError("lora_alpha scales adapters, and there are none without a lora_rank above 0")
         return self
 
     @model_validator(mode="after")

@@ -126,7 +126,7 @@ def finetune(
     Every process of several calls it; they share the work, and the first of them writes.
 
     Args:
-        folder: Written by :meth:`~mla_compile.api.CompiledModel.save`.
+        folder: Written by :meth:`~mla_compile.compiled.CompiledModel.save`.
         data: Text to train on, as for :func:`mla_compile.compile`.
         out: The folder to write, with checkpoints in it while and after training.
         recipe: The settings.

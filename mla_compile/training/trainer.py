@@ -56,7 +56,9 @@ def start_engine(recipe: Recipe, folder: Path) -> Accelerator:
             project_dir=str(folder),
         )
     except ValueError as error:
-        raise UsageError(f"accelerate cannot be set up so ({error}).", "Start a process of its own for it.") from error
+        raise UsageError(
+            f"accelerate refuses these settings in this process ({error}).", "Start another process for the training."
+        ) from error
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.distributed_type != DistributedType.FSDP:
         raise UsageError("accelerate shards weights on accelerators only, and there is none.", "Train without FSDP.")
     piece = recipe.batch // recipe.accumulate

@@ -8,7 +8,7 @@ import onnx
 
 from mla_compile.errors import LoadError, RefusedError
 from mla_compile.runtime.kernels.cache import RowLayout
-from mla_compile.runtime.onnx_function import DOMAIN
+from mla_compile.runtime.onnx_variant import DOMAIN
 from mla_compile.runtime.tensorrt.cubins import Decode
 from mla_compile.runtime.tensorrt.functions import APPEND, DECODE
 from mla_compile.runtime.tensorrt.kernels import Append
@@ -70,5 +70,5 @@ def _extents(tensor: onnx.TypeProto.Tensor) -> tuple[int, ...]:
     """Extents of a tensor, of which only those of batch and new tokens may be unknown."""
     extents = tensor.shape.dim
     if not all(d.HasField("dim_value") for d in extents[2:]):
-        raise ValueError("Extents are not known.")
+        raise ValueError("An extent other than those of batch and new tokens is unknown. Export with fixed sizes.")
     return tuple(d.dim_value for d in extents)

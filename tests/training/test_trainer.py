@@ -206,9 +206,9 @@ def test_a_teacher_with_another_vocabulary_is_refused(train, tmp_path):
 def test_a_folder_is_not_overwritten(plain, train, converted, data):
     with pytest.raises(UsageError, match="--resume"):
         train(plain.folder)
-    with pytest.raises(UsageError, match="another by its rate"):
+    with pytest.raises(UsageError, match="another training, with another rate"):
         train(plain.folder, resume=True, rate=0.03)
-    with pytest.raises(UsageError, match="another by its text"):
+    with pytest.raises(UsageError, match="another training, with another text"):
         train(plain.folder, resume=True, text=counting(44, seed=1))
     with pytest.raises(UsageError, match="folder of the converted model"):
         finetune(converted, data, converted, Recipe(**SETTINGS), resume=True)
