@@ -360,7 +360,10 @@ def _write_originals(
         try:
             if form == OriginalForm.GROUPED_INT8:
                 if OriginalForm.GROUPED not in written:
-                    raise RefusedError("It has no float32 form to measure scales on.", "Take another form.")
+                    raise RefusedError(
+                        "Its int8 scales are measured on the float32 form, which the original does not have.",
+                        "Take another form.",
+                    )
                 scales = _scales(OnnxDecoder(written[OriginalForm.GROUPED], threads=threads), ids.numpy())
             write_original(translated, path, form, metadata={"form": form.value}, scales=scales)
             decoder = OnnxDecoder(path, threads=threads)

@@ -77,9 +77,9 @@ class CompileConfig(BaseModel):
     exact: bool = False
     gradients: bool = True
     calibration_tokens: int = Field(default=65536, ge=1)
-    polish_steps: int = Field(default=0, ge=0)
+    polish_steps: int = Field(default=0, ge=0, le=1_000_000)
     seq_len: int | None = Field(default=None, ge=2)
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     opset: Literal[23, 24] = 23
     cache: Literal["dynamic", "static"] = "dynamic"
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"

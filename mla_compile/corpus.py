@@ -47,7 +47,7 @@ def load_tokenizer(folder: str | None) -> Any:  # noqa: ANN401 - transformers' t
     try:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        reason = str(error).strip().splitlines()[0][:200].rstrip(".") if str(error).strip() else type(error).__name__
         raise LoadError(
             f"No tokenizer could be loaded from '{folder}' ({reason}).", "Give one with --tokenizer FOLDER."
         ) from error
@@ -73,7 +73,9 @@ def read_documents(path: str | Path) -> list[str]:
         raise LoadError(f"There is no text file '{path}'.", "Give a .txt or .jsonl file.")
     try:
         content = path.read_text(encoding="utf-8-sig")  # some editors put a byte order mark in front
-    except (UnicodeDecodeError, OSError) as error:
+    except OSError as error:
+        raise LoadError(f"'{path}' cannot be read ({error.strerror}).", "Give a .txt or .jsonl file.") from error
+    except UnicodeDecodeError as error:
         raise LoadError(f"'{path}' is not UTF-8 text ({error}).", "Give a .txt or .jsonl file.") from error
     if path.suffix == ".jsonl":
         documents = []

@@ -117,6 +117,10 @@ def _load_file(path: Path, tokenizer: str | None, unsafe: bool, dtype: torch.dty
         raise LoadError(
             f"'{path}' is an ONNX file, which cannot be converted.", "Give the model it was exported from instead."
         )
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise LoadError(f"'{path}' cannot be read ({error.strerror}).", "Give yourself access to it.") from error
     if not zipfile.is_zipfile(path):
         kind = "is truncated or not a torch.export archive" if path.suffix in (".pt", ".pt2") else "is not a model"
         raise LoadError(f"'{path}' {kind}.", _HOW_TO_EXPORT)

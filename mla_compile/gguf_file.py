@@ -426,7 +426,7 @@ def verify_gguf(path: Path) -> tuple[float, float]:
         raise VerificationError(
             f"The file in llama.cpp differs from the converted PyTorch module by {error:.1e} of the largest logit "
             f"(allowed: {expected.tolerance:.0e}).",
-            "Nothing was written if this was an export; write --format deepseek instead.",
+            "Write --format deepseek instead; an export has left nothing behind.",
         )
     return error, float((logits[:-1].argmax(-1) == np.array(ids[-count:])).mean())
 

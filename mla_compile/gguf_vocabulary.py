@@ -102,7 +102,7 @@ def read_vocabulary(folder: Path, size: int) -> Vocabulary:
     stored = json.loads(file.read_text(encoding="utf-8"))
     model = stored["model"]
     if model.get("type") != "BPE":
-        raise _refused(f"it is of the type {model.get('type')}, and not of merges")
+        raise _refused(f"its type is {model.get('type')}, and only BPE is known")
     added = {token["id"]: token for token in stored.get("added_tokens", [])}
     by_id = {number: text for text, number in model["vocab"].items()}
     by_id |= {number: token["content"] for number, token in added.items()}

@@ -174,7 +174,7 @@ def _read(kind: Any, name: str, config: Any, attention: str, dtype: torch.dtype 
 
 def _unreadable(name: str, error: Exception) -> LoadError:
     lines = str(error).strip().splitlines()
-    reason = f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+    reason = f"{type(error).__name__}: {lines[0][:200].rstrip('.')}" if lines else type(error).__name__
     return LoadError(
         f"'{name}' could not be loaded as a Hugging Face causal language model ({reason}).",
         "Check the path or id, that the weights are safetensors, and that the hub can be reached.",

@@ -71,7 +71,7 @@ def build_plugin_library(
     unknown = next((a for a in architectures if a not in ARCHITECTURES), None)
     if unknown is not None:
         known = ", ".join(map(str, ARCHITECTURES))
-        raise UsageError(f"There are no kernels for compute capability {unknown / 10}.", f"Known are {known}.")
+        raise UsageError(f"There are no kernels for compute capability {unknown / 10}.", f"Choose some of {known}.")
     nodes = frozenset[Append | Decode]().union(*map(read_nodes, files))
     stages, wanted = Stages(display), tuple(dict.fromkeys(architectures)) or ARCHITECTURES
     for architecture in wanted:

@@ -119,7 +119,7 @@ def _read(path: Path) -> tuple[SiteStatistics, ...]:
         stored = file.metadata() or {}
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
     if stored["content"] != content_of(tensors):
-        raise ValueError("its content changed")
+        raise ValueError("Its content is not what was written. Remove the file.")
     sites = range(1 + max(int(name.split(".")[0]) for name in tensors))
     names = [f.name for f in fields(SiteStatistics) if f.name != "tokens"]
     return tuple(

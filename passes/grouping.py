@@ -48,7 +48,7 @@ def value_heads(projection: Projection, heads: int) -> Projection:
     """
     rows = projection.rows
     if heads % len(rows):
-        raise MismatchError(RejectCode.GROUPING, f"{heads} query heads over {len(rows)} value heads")
+        raise MismatchError(RejectCode.GROUPING, f"{heads} query heads cannot share {len(rows)} value heads evenly")
     repeats = max(
         r
         for r in range(1, len(rows) + 1)
@@ -65,7 +65,9 @@ def distinct_heads(projection: Projection, heads: int) -> Projection:
     """
     distinct = list(dict.fromkeys(projection.rows))
     if heads % len(distinct):
-        raise MismatchError(RejectCode.GROUPING, f"{heads} query heads over {len(distinct)} key/value heads")
+        raise MismatchError(
+            RejectCode.GROUPING, f"{heads} query heads cannot share {len(distinct)} key/value heads evenly"
+        )
     group = heads // len(distinct)
     if len(projection.rows) not in (heads, len(distinct)) or (
         len(projection.rows) == heads

@@ -14,6 +14,7 @@ from onnxscript.version_converter import convert_version
 from torch.export import ExportedProgram
 
 from mla_compile.errors import RefusedError
+from mla_compile.mapped import Passing
 from mla_compile.passes.onnx_translations import translations
 from mla_compile.quiet import quiet_exporter
 from mla_compile.runtime.onnx_checksum import CHECKSUM_KEY, weights_checksum
@@ -60,9 +61,11 @@ def save(model: ir.Model, path: Path, metadata: Mapping[str, object]) -> None:
     model.graph.name = "latent_attention_model"
     model.metadata_props[METADATA_KEY] = json.dumps(metadata, sort_keys=True)
     weights = sorted((name, v.const_value) for name, v in model.graph.initializers.items() if v.const_value is not None)
-    model.metadata_props[CHECKSUM_KEY] = weights_checksum((name, weight.tobytes()) for name, weight in weights)
+    passing = Passing()
+    model.metadata_props[CHECKSUM_KEY] = weights_checksum((name, passing(weight).tobytes()) for name, weight in weights)
     size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
-    ir.save(model, path, external_data=f"{path.name}.data" if size > EXTERNAL_DATA_BYTES else None)
+    beside = f"{path.name}.data" if size > EXTERNAL_DATA_BYTES else None
+    ir.save(model, path, external_data=beside, callback=passing.see)
 
 
 @contextlib.contextmanager

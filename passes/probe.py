@@ -275,7 +275,7 @@ def _frequencies(operand: Operand, rows: Tensor, gain: Tensor, pairs: list[tuple
         return Rope()
     real, imaginary = turned[:, first], turned[:, second]
     if exceeds(real.square() + imaginary.square() - 1, _TABLE):
-        raise MismatchError(RejectCode.ROPE, f"channel pairs of the {operand.role} are not rotated but also scaled")
+        raise MismatchError(RejectCode.ROPE, f"channel pairs of the {operand.role} are not only rotated but scaled too")
     unwrapped = torch.atan2(imaginary, real)
     positions = torch.arange(long, dtype=torch.float64)[:, None]
     known = 2

@@ -249,9 +249,9 @@ def _describe(context: _Context, other: AttentionSite | None = None) -> Attentio
     if not scores.mask.causal:
         site = _of_other_kind(context, site)
     if site.key.norm is not None and site.key.offset is not None and (scores.softcap or scores.sinks is not None):
-        raise MismatchError(RejectCode.NONLINEAR, "the key norm's bias meets a soft-cap or sinks")
+        raise MismatchError(RejectCode.NONLINEAR, "the key norm has a bias, and a soft-cap or sinks would see it")
     if site.value.norm is not None and site.value.offset is not None and scores.sinks is not None:
-        raise MismatchError(RejectCode.NONLINEAR, "the value norm's bias meets sinks")
+        raise MismatchError(RejectCode.NONLINEAR, "the value norm has a bias, and sinks would see it")
     return replace(site, error=_verified(context, lambda length: _compare(context, site, length)))
 
 
@@ -264,7 +264,7 @@ def _of_other_kind(context: _Context, site: AttentionSite) -> AttentionSite:
     nodes = context.evaluator.nodes
     cross = context.sizes.cross or root(nodes[site.query.source]) is not root(nodes[site.key.source])
     if cross and site.rope.pairs:
-        raise MismatchError(RejectCode.ROPE, "keys of another sequence rotate")
+        raise MismatchError(RejectCode.ROPE, "keys of another sequence rotate by position")
     if site.query.turned is not None and site.rope.pairs:
         raise MismatchError(RejectCode.NONLINEAR, "something stands behind the rotation of queries that see both ways")
     scorer = Scorer(context.evaluator, context.sizes, context.anchor, context.layouts, site.heads)

@@ -124,7 +124,9 @@ class FixedCacheDecoder(ABC):
         counts = real.cumsum(1)[:, -new:]
         self.require_length(int(counts.max()))
         if ids.min() < 0 or ids.max() >= self.vocabulary:
-            raise UsageError(f"'{self._name}' knows {self.vocabulary} token ids.", "Use its own tokenizer.")
+            raise UsageError(
+                f"A token is none of the {self.vocabulary} that '{self._name}' knows.", "Use its own tokenizer."
+            )
         together = limits.new or new
         parts = []
         for begin in range(0, new, together):

@@ -83,7 +83,7 @@ def generate(
         pairs = zip(prompts, attention_mask, strict=True)
         prompts = [[token for token, real in zip(*pair, strict=True) if real] for pair in pairs]
     if not len(prompts) or any(not len(p) for p in prompts):
-        raise UsageError("There is no prompt, or one of them is empty.", "Every prompt needs at least one token.")
+        raise UsageError("There is no prompt, or one of them is empty.", "Give every prompt at least one token.")
     sampling = sampling or Sampling()
     random = np.random.default_rng(sampling.seed)
     longest = max(map(len, prompts))

@@ -122,7 +122,9 @@ class LatentModel(nn.Module):
             attention_mask = torch.ones(batch, self._tokens(past) + new, dtype=torch.long, device=input_ids.device)
         earlier = attention_mask[:, :-new] != 0
         if any(self.windows) and bool((earlier[:, :-1] & ~earlier[:, 1:]).any()):
-            raise ValueError("A cache with windows needs the padding of earlier tokens on the left of all real ones.")
+            raise ValueError(
+                "Padding of earlier tokens stands behind real ones, and layers have windows. Pad on the left."
+            )
         if position_ids is None:
             position_ids = positions_from_mask(attention_mask, new)
         logits, *present = self.graph(input_ids, attention_mask, position_ids, *past, *context)
@@ -137,7 +139,7 @@ class LatentModel(nn.Module):
         for cache, window in zip(past, self.windows, strict=True):
             if not window or cache.shape[1] < window - 1:
                 return cache.shape[1]
-        raise ValueError("Every layer has a window, and the cache is full: pass attention_mask over all tokens so far.")
+        raise ValueError("Every layer has a window, and the cache is full. Pass attention_mask over all tokens so far.")
 
     def empty_cache(self, batch: int) -> tuple[Tensor, ...]:
         """A cache of no tokens."""
@@ -174,7 +176,8 @@ class LowRankModel(nn.Module):
         """
         given = dict(zip(self.inputs, args, strict=False))
         if len(args) > len(self.inputs) or given.keys() & kwargs.keys() or {*given, *kwargs} != {*self.inputs}:
-            raise TypeError(f"The inputs are {', '.join(self.inputs)}; each is given once, in this order or by name.")
+            names = ", ".join(self.inputs)
+            raise TypeError(f"The inputs are {names}. Give each once, in this order or by name.")
         given |= kwargs
         return dict(zip(self.outputs, self.graph(*(given[name] for name in self.inputs)), strict=True))
 

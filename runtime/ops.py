@@ -105,7 +105,9 @@ def latent_attention(
             attention is not causal, or ``scaled_rope`` without key scales.
     """
     if value_scales < 0 or (value_scales and query.shape[2] % value_scales):
-        raise ValueError(f"{value_scales} value scales do not divide {query.shape[2]} heads.")
+        raise ValueError(
+            f"{value_scales} value scales do not divide {query.shape[2]} heads. Pass 0 for none, or a divisor of them."
+        )
     scales, heads = _scales(row, cos, key_up) - value_scales, query.shape[2]
     if scales < 0 or (scales and heads % scales):
         raise ValueError(
@@ -200,7 +202,7 @@ def cached_attention(
     """
     heads, head_dim = query.shape[2:]
     if kv_heads < 1 or heads % kv_heads:
-        raise ValueError(f"{kv_heads} key/value heads do not divide {heads} query heads.")
+        raise ValueError(f"{kv_heads} key/value heads do not divide {heads} query heads. Pass a divisor of them.")
     if row.shape[2] % kv_heads or row.shape[2] <= kv_heads * head_dim:
         raise ValueError(
             f"A row of {row.shape[2]} numbers does not hold {kv_heads} keys of {head_dim} and as many values. "
@@ -485,7 +487,9 @@ def _check_arguments(
     if window < 0 or softcap < 0:
         raise ValueError(f"window is {window} and softcap {softcap}. Pass 0 for none, or a positive number.")
     if row.shape[2] != past.shape[2]:
-        raise ValueError(f"A new row has {row.shape[2]} numbers, but a cached one {past.shape[2]}.")
+        raise ValueError(
+            f"A new row has {row.shape[2]} numbers, but a cached one {past.shape[2]}. Pass rows of one width."
+        )
     earlier = attention_mask.shape[1] - row.shape[1]
     if earlier < 0 or past.shape[1] != kept_rows(earlier, window):
         raise ValueError(

@@ -60,6 +60,8 @@ def inspect(
         display.show_layers(rows)
     if would_be_refused(program, found, encoders):
         raise typer.Exit(3)
+    if not (as_json or quiet):
+        display.show_verdict(rows, model, encoders=encoders)
 
 
 @grouped
@@ -130,4 +132,4 @@ def plan(
         cached = held if planned.found.sites else None
         display.show_plan(planned.plans, costs, step, cached, planned.source_type)
         if not quiet:
-            display.show_conversion(planned.conversion, planned.alike)
+            display.show_conversion(planned.conversion, planned.alike, step if costs else None)

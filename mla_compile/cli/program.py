@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Annotated
@@ -75,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0 done, 1 our defect, 2 usage, 3 refused, 4 quality gate, 5 verification, 6 training,
-        130 interrupted.
+        130 interrupted, 141 nobody reads the result any more.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words and words[0] not in COMMANDS and words[0] not in _OF_ALL:
@@ -83,6 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
         code = app(args=words or ["--help"], prog_name="mla-compile", standalone_mode=False)
+        sys.stdout.flush()  # while there is somebody to tell that nobody reads
     except MlaCompileError as error:
         return _fail(str(error), error.exit_code)
     except ShareDone:
@@ -91,18 +94,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
         end_share()
     except (KeyboardInterrupt, typer.Abort):
         return _fail("Interrupted.", 130)
+    except BrokenPipeError:
+        return _end_quietly()
+    except SystemExit as ended:  # the parser's own answer to a closed pipe
+        if not isinstance(ended.__context__, BrokenPipeError):
+            raise
+        return _end_quietly()
     except OSError as error:
-        return _fail(f"A file could not be written ({error}). Free some space or choose another folder.", 2)
+        return _fail(_explained(error), 2)
     except Exception as error:
         if not hasattr(error, "format_message"):  # anything but the parser's own
             raise
         context = getattr(error, "ctx", None)
         command = context.command_path if context is not None else "mla-compile"
-        sentence = " ".join(error.format_message().split()).rstrip(".")
+        sentence = " ".join(error.format_message().split()).rstrip(".").replace("Value error, ", "")
         return _fail(f"{sentence}. See '{command} --help'.", 2)
     if code == 130:  # the parser turns an interrupt into this code
         return _fail("Interrupted.", 130)
     return 2 if not words else code or 0
+
+
+def _explained(error: OSError) -> str:
+    """What the system refused, and of which file, where it says so."""
+    reason = error.strerror or str(error) or type(error).__name__
+    what = f"'{error.filename}'" if error.filename else "A file"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{what} cannot be opened ({reason}). Give yourself access to it, or choose another place."
+    if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP):
+        return f"{what} cannot be used ({reason}). Give another path."
+    return f"{what} could not be read or written ({reason}). Free some space, or choose another folder."
+
+
+def _end_quietly() -> int:
+    """Nobody reads standard output any more (``| head``): end as other programs do, and do not try again."""
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
+    return 141
 
 
 def _fail(sentence: str, code: int) -> int:

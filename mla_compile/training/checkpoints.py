@@ -107,7 +107,7 @@ class Checkpoints:
         changed = _changes(stored, self.recipe.model_dump()) or ([] if state["text"] == self.text else ["text"])
         if changed:
             raise UsageError(
-                f"'{self.folder}' belongs to a training that is another by its {', '.join(changed)}.",
+                f"'{self.folder}' holds checkpoints of another training, with another {', '.join(changed)}.",
                 "Resume with the same settings and text, or pass --force to begin anew.",
             )
         return State(state["step"], tuple(TrainingPoint(**point) for point in state["curve"]))

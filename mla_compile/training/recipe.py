@@ -45,7 +45,7 @@ class Recipe(BaseModel):
         seed: Seed of the order of windows.
         mixed_precision: ``bf16`` computes products in bfloat16; weights stay float32.
         recompute: Keep activations of one layer at a time, and compute the others again on the way back.
-        tracker: Where accelerate sends the curve, or ``none``.
+        tracker: Where accelerate sends the curve; ``auto`` is TensorBoard where it is installed, ``none`` nowhere.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -72,7 +72,7 @@ class Recipe(BaseModel):
     seed: int = Field(default=0, ge=0)
     mixed_precision: Literal["no", "bf16"] = "no"
     recompute: bool = False
-    tracker: str = "tensorboard"
+    tracker: str = "auto"
 
     @property
     def weights(self) -> dict[str, float]:
@@ -120,7 +120,7 @@ class Recipe(BaseModel):
     @model_validator(mode="after")
     def _adapters_have_a_rank(self) -> Recipe:
         if self.lora_alpha is not None and not self.lora_rank:
-            raise ValueError("lora_alpha is about adapters, which a lora_rank above 0 makes")
+            raise ValueError("lora_alpha scales adapters, and there are none without a lora_rank above 0")
         return self
 
     @model_validator(mode="after")

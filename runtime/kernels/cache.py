@@ -42,7 +42,9 @@ class RowLayout:
         if self.rank < 1 or self.rope_groups < 1 or min(sizes) < 0:
             raise ValueError(f"{self} has sizes that no row has. Pass a rank and rope groups of at least 1.")
         if self.scaled_rope and not self.key_scales:
-            raise ValueError("Rope keys cannot be scaled by key scales that the rows do not have.")
+            raise ValueError(
+                "Rope keys cannot be scaled by key scales that the rows do not have. Pass scaled_rope=False."
+            )
 
     @property
     def rope_width(self) -> int:
@@ -62,7 +64,7 @@ class RowLayout:
         """
         for name in ("rope_groups", "key_scales", "value_scales"):
             if (count := getattr(self, name)) and heads % count:
-                raise ValueError(f"{name} is {count}, which does not divide {heads} heads.")
+                raise ValueError(f"{name} is {count}, which does not divide {heads} heads. Pass a divisor of them.")
 
 
 @dataclass(frozen=True, slots=True)

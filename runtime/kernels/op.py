@@ -93,7 +93,8 @@ def append_latent(row: Tensor, cos: Tensor, sin: Tensor, cache: LatentCache, len
     layout = cache.layout
     batch, new, width = row.shape
     if width != layout.rank + layout.rest_width:
-        raise ValueError(f"A new row has {width} numbers, but a cached one {layout.rank + layout.rest_width}.")
+        cached = layout.rank + layout.rest_width
+        raise ValueError(f"A new row has {width} numbers, but a cached one {cached}. Pass rows of one width.")
     angles = (batch, new, layout.rope_groups, layout.rope_dim // 2)
     if cos.shape != angles or sin.shape != angles or layout.rope_dim % 2:
         raise ValueError(f"cos has shape {list(cos.shape)} and sin {list(sin.shape)}. Pass {list(angles)}.")
@@ -117,7 +118,7 @@ def _check(
     if q_latent.shape[3] != layout.rank or q_rope.shape != (*q_latent.shape[:3], layout.rope_dim):
         raise ValueError(
             f"q_latent has shape {list(q_latent.shape)} and q_rope {list(q_rope.shape)}, but rows have a latent of "
-            f"{layout.rank} and rope keys of {layout.rope_dim}."
+            f"{layout.rank} and rope keys of {layout.rope_dim}. Pass queries of these sizes."
         )
     layout.check_heads(heads)
     _check_memory(cache, lengths, len(q_latent))

@@ -196,10 +196,12 @@ def launchable_ptx(ptx: str, name: str, parameters: int) -> str:
     entry = re.search(rf"\.entry {re.escape(name)}\((.*?)\n\)", ptx, re.DOTALL)
     declared = [line.strip().rstrip(",") for line in entry[1].strip().splitlines()] if entry else []
     if entry is None or len(declared) < parameters:
-        raise ValueError(f"{name} has {len(declared)} parameters, not {parameters} or more.")
+        raise ValueError(
+            f"{name} has {len(declared)} parameters, not {parameters} or more. Pass the PTX of that kernel."
+        )
     body = ptx[entry.end() :]
     for place in range(parameters, len(declared)):
         if re.search(rf"\b{re.escape(name)}_param_{place}\b", body):
-            raise ValueError(f"{name} uses scratch memory, which TensorRT does not give.")
+            raise ValueError(f"{name} uses scratch memory, which TensorRT does not give. Compile it without.")
     kept = ",\n\t".join(declared[:parameters])
     return f"{ptx[: entry.start(1)]}\n\t{kept}{ptx[entry.end(1) :]}"

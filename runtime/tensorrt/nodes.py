@@ -70,5 +70,5 @@ def _extents(tensor: onnx.TypeProto.Tensor) -> tuple[int, ...]:
     """Extents of a tensor, of which only those of batch and new tokens may be unknown."""
     extents = tensor.shape.dim
     if not all(d.HasField("dim_value") for d in extents[2:]):
-        raise ValueError("Extents are not known.")
+        raise ValueError("An extent other than those of batch and new tokens is unknown. Export with fixed sizes.")
     return tuple(d.dim_value for d in extents)

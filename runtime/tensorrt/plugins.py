@@ -81,7 +81,9 @@ def register(architecture: int) -> None:
     """
     if architecture not in ARCHITECTURES:
         known = ", ".join(f"{a / 10}" for a in ARCHITECTURES)
-        raise UsageError(f"There are no kernels for compute capability {architecture / 10}.", f"Known are {known}.")
+        raise UsageError(
+            f"There are no kernels for compute capability {architecture / 10}.", f"Use a GPU of one of {known}."
+        )
     trt, trtp = require_tensorrt(), require_tensorrt("tensorrt.plugin")
     make = {APPEND: _append, PARTIAL: _partial, COMBINE: _combine}
     for op_type, variant in variants():
@@ -225,7 +227,9 @@ def _sign(function: Any, parameters: Mapping[str, Any], result: Any) -> None:  #
 def _static(extent: Any) -> int:  # noqa: ANN401
     """An extent that every converted model knows."""
     if not extent.is_constant:
-        raise ValueError("Heads, ranks and rope channels must be known when an engine is built.")
+        raise ValueError(
+            "Heads, ranks and rope channels are unknown in a network. Build of a file made by mla-compile."
+        )
     return int(extent.constant_value())
 
 

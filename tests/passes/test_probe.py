@@ -137,7 +137,7 @@ def test_channels_that_stand_still(zoo_programs):
 
 @pytest.mark.parametrize(
     ("kind", "reason"),
-    [(zoo.RopePerHead, "heads of the query rotate differently"), (zoo.DecayingRope, "not rotated but also scaled")],
+    [(zoo.RopePerHead, "heads of the query rotate differently"), (zoo.DecayingRope, "not only rotated but scaled too")],
 )
 def test_other_rotations_are_a_mismatch(zoo_programs, kind, reason):
     with pytest.raises(MismatchError, match=reason) as caught:

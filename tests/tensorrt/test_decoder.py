@@ -135,7 +135,7 @@ def test_a_graph_is_captured_anew_when_another_cache_had_the_context(lowered, pl
         (np.ones((4, 2), np.int64), np.ones((4, 2), np.int64), "takes 3 sequences at once, and these are 4.*max-batch"),
         (np.ones((1, 1), np.int64), np.ones((1, 33), np.int64), "A sequence of 33 tokens .* room for 32.*--max-length"),
         (np.ones((1, 3), np.int64), np.array([[1, 0, 1]]), "Padding stands behind earlier tokens. Pad prompts on the"),
-        (np.full((1, 1), models.VOCABULARY), np.ones((1, 1), np.int64), "knows 97 token ids"),
+        (np.full((1, 1), models.VOCABULARY), np.ones((1, 1), np.int64), "none of the 97 that"),
     ],
     ids=["batch", "room", "padding", "token"],
 )

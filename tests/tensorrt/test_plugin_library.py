@@ -490,7 +490,7 @@ def test_what_is_missing_is_named(tmp_path, capsys, monkeypatch):
     refused(
         capsys,
         2,
-        r"There are no kernels for compute capability 7.5. Known are 80, 86",
+        r"There are no kernels for compute capability 7.5. Choose some of 80, 86",
         path,
         *more,
         "--architecture",

@@ -177,7 +177,7 @@ def test_sizes_that_are_not_known_are_refused(trt):
 
 
 def test_other_architectures_are_refused():
-    with pytest.raises(UsageError, match=r"no kernels for compute capability 7\.5\. Known are 8\.0, 8\.6"):
+    with pytest.raises(UsageError, match=r"no kernels for compute capability 7\.5\. Use a GPU of one of 8\.0, 8\.6"):
         register(75)
 
 
