@@ -68,10 +68,11 @@ def _require_some(program: AnyProgram, found: Recognition) -> Recognition:
     """Refuse a model with nothing to convert, or with a layer that cannot even be kept as it is."""
     lost = [r for r in found.rejections if r.plain is None]
     if lost or (found.rejections and not found.sites):
+        why = reasons(lost or found.rejections)
         verb = "decoded with a cache" if lost and found.sites else "converted"
         raise RefusedError(
             f"{len(lost or found.rejections)} of {len(found.rejections) + len(found.sites)} attention layers of "
-            f"'{program.source}' cannot be {verb}: {reasons(lost or found.rejections)}.",
+            f"'{program.source}' cannot be {verb}: {why}.",
             "Pass --encoders to make its projections low-rank instead."
             if is_encoder(found)
             else "Run 'mla-compile inspect' for the whole table.",

@@ -120,9 +120,9 @@ def plan_seq2seq(
         UsageError: Settings do not fit the model.
     """
     if lost := undecodable(program, found):
+        why = reasons(lost)
         raise RefusedError(
-            f"{len(lost)} attention layers of the decoder of '{program.source}' cannot be decoded with a cache: "
-            f"{reasons(lost)}.",
+            f"{len(lost)} attention layers of the decoder of '{program.source}' cannot be decoded with a cache: {why}.",
             "Run 'mla-compile inspect' for the whole table.",
         )
     return _planned(program, found.sites, config), _planned(program, _cross(found), config)
