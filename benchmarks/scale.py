@@ -13,7 +13,9 @@ in pieces, in float32, with the weights of one layer or so in memory (mla_compil
 float32 for which there is memory is run as it is.
 
 A row goes to ``--json`` when it is there, and rows that are there are not measured again: after a stop the same command
-goes on. 32 layers take about 40 GB of disk, which are asked for before anything is written.
+goes on. Where ``--folder`` is given and all was killed, it goes on inside a row: the checkpoint and finished layers are
+there still, and so are the time and the memory of the conversion until then, to which those of the rest are added. 32
+layers take about 40 GB of disk, which are asked for before anything is written.
 
 ``--factorisation`` measures ways to factorise one layer instead, in times of one ``eigh`` of the same run, with one
 thread.
@@ -22,6 +24,7 @@ thread.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import re
@@ -31,7 +34,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,10 +115,16 @@ def write_checkpoint(shape: Mapping[str, Any], layers: int, folder: Path) -> int
 class Memory:
     """Looks at this process's memory ten times a second; also a display, so that every stage has peaks of its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, record: Path | None = None) -> None:
         self.stages: list[dict[str, Any]] = []
         self.peak = {"VmRSS": 0.0, "RssAnon": 0.0}
-        self._stage = dict(self.peak)
+        self._stage, self._name = dict(self.peak), ""
+        self._record, self._begin, self._stage_begin = record, time.perf_counter(), time.perf_counter()
+        self._before: dict[str, Any] = {"seconds": 0.0, "processor_seconds": 0.0, "stages": [], "starts": 0}
+        if record is not None and record.is_file():
+            stopped = json.loads(record.read_text())
+            self.peak, self._before = stopped["peak_gib"], stopped
+            self.stages = stopped["stages"]
         threading.Thread(target=self._watch, daemon=True).start()
 
     def _watch(self) -> None:
@@ -127,27 +136,44 @@ class Memory:
                 self._stage[name] = max(self._stage[name], value)
             time.sleep(0.1)
 
+    def spent(self) -> dict[str, Any]:
+        """Time and memory until now, with those of processes that were killed."""
+        return {
+            "seconds": self._before["seconds"] + time.perf_counter() - self._begin,
+            "processor_seconds": self._before["processor_seconds"] + time.process_time(),
+            "peak_gib": dict(self.peak),
+            "starts": self._before["starts"] + 1,
+            "stages": self.stages[:],
+        }
+
     def started(self, name: str, total: int | None) -> None:
         """A stage begins."""
+        self._name, self._stage_begin = name, time.perf_counter()
         self._stage.update(dict.fromkeys(self._stage, 0.0))
 
     def advanced(self, note: str) -> None:
-        """A step is done."""
+        """A step is done: from here the conversion can go on, if it is killed."""
+        if self._record is not None:
+            spent = self.spent()
+            spent["stages"].append(self._found(self._name, time.perf_counter() - self._stage_begin))
+            self._record.parent.mkdir(parents=True, exist_ok=True)
+            write(self._record, json.dumps(spent))
+
+    def _found(self, name: str, seconds: float) -> dict[str, Any]:
+        return {"stage": name, "seconds": round(seconds, 2)} | {k: round(v, 3) for k, v in self._stage.items()}
 
     def told(self, line: str) -> None:
         """Something is said."""
 
     def finished(self, timing: StageTiming) -> None:
         """A stage is done."""
-        found = {"stage": timing.name, "seconds": round(timing.seconds, 2)}
-        self.stages.append(found | {name: round(value, 3) for name, value in self._stage.items()})
+        self.stages.append(self._found(timing.name, timing.seconds))
         print(json.dumps(self.stages[-1]), file=sys.stderr, flush=True)
 
 
 def convert(source: Path, out: Path, calibrated: bool, verified: bool, dtype: str) -> dict[str, Any]:
     """Convert in this process, and compare the file with the module it was made of."""
-    memory = Memory()
-    begin, worked = time.perf_counter(), time.process_time()
+    memory = Memory(out.parent / ".spent.json")
     from mla_compile import api
     from mla_compile.layer_store import store_beside
 
@@ -168,9 +194,7 @@ def convert(source: Path, out: Path, calibrated: bool, verified: bool, dtype: st
         )
         assert isinstance(compiled, api.CompiledModel)
         report = compiled.to_onnx(out, display=memory)
-        found: dict[str, Any] = {"seconds": time.perf_counter() - begin, "peak_gib": dict(memory.peak)}
-        found["processor_seconds"] = time.process_time() - worked
-        found |= {"stages": memory.stages[:], "threads": torch.get_num_threads()}
+        found: dict[str, Any] = {**memory.spent(), "threads": torch.get_num_threads()}
         if report.verification is not None:
             found["verification"] = dataclasses.asdict(report.verification)
         with Stages(memory).stage("layer by layer"):
@@ -236,20 +260,38 @@ Settings = Mapping[str, Any]
 
 def measure(wanted: Sequence[Settings], parent: Path | None, add: Callable[[dict[str, Any]], None]) -> None:
     """Conversions of one model; ``add`` is told of each."""
-    with tempfile.TemporaryDirectory(dir=parent, prefix="scale-") as name:
-        folder = Path(name)
-        require_room(folder, wanted)
-        source = folder / "source"
-        size = write_checkpoint(SHAPES[wanted[0]["model"]], wanted[0]["layers"], source)
+    model, layers = wanted[0]["model"], wanted[0]["layers"]
+    with place(parent, f"scale-{model}-{layers}") as folder:
+        source, whole = folder / "source", folder / "source.json"
+        if not whole.is_file():
+            require_room(folder, wanted)
+            shutil.rmtree(source, ignore_errors=True)
+            write(whole, json.dumps(write_checkpoint(SHAPES[model], layers, source)))
+        size = json.loads(whole.read_text())
         for settings in wanted:
-            out = folder / "out" / "model.onnx"
+            out = folder / "-".join(str(settings[key]) for key in ("calibrated", "verified", "dtype")) / "model.onnx"
             words = int(settings["calibrated"]), int(settings["verified"]), settings["dtype"]
             row = {**settings, "weight_bytes": size, "convert": in_a_process("convert", source, out, *words)}
             if out.is_file():
                 row["output_bytes"] = sum(p.stat().st_size for p in out.parent.glob(f"{out.name}*"))
                 row["decode"] = in_a_process("decode", out)
-            shutil.rmtree(folder / "out", ignore_errors=True)
+            shutil.rmtree(out.parent, ignore_errors=True)
             add(row)
+
+
+@contextlib.contextmanager
+def place(parent: Path | None, name: str) -> Iterator[Path]:
+    """A folder that is removed in the end, but not by a kill; one that a killed run left is gone on with."""
+    if parent is None:
+        with tempfile.TemporaryDirectory(prefix="scale-") as made:
+            yield Path(made)
+        return
+    folder = parent / name
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def require_room(folder: Path, wanted: Sequence[Settings]) -> None:
@@ -271,8 +313,9 @@ def require_room(folder: Path, wanted: Sequence[Settings]) -> None:
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows as a table."""
     heads = (
-        "model | layers | text | checks | seconds | seconds per layer | of these factorising | peak resident, GiB | "
-        "peak anonymous, GiB | weights, GB | file, GB | largest difference of a layer | of the logits | 4 tokens"
+        "model | layers | text | checks | seconds (of the processor) | seconds per layer | of these factorising | "
+        "peak resident, GiB | peak anonymous, GiB | weights, GB | file, GB | largest difference of a layer | "
+        "of the logits | 4 tokens"
     )
     lines = [
         "# Converting models of real size",
@@ -292,7 +335,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
     if "failed" in made:
         return [*first, f"failed ({made['failed']})", *["–"] * 9]
     factorising = sum(stage["seconds"] for stage in made["stages"] if stage["stage"] == "factorise")
-    seconds = [made["seconds"], made["seconds"] / row["layers"], factorising / row["layers"]]
+    seconds = [made["seconds"] / row["layers"], factorising / row["layers"]]
     compared = made["layer_by_layer"]
     if "failed" in decoded:
         tokens = f"failed ({decoded['failed']})"
@@ -302,6 +345,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
         tokens = f"{same}, {decoded['seconds']:.0f} s, {decoded['peak_gib']['RssAnon']:.1f} GiB anonymous{pieces}"
     return [
         *first,
+        f"{made['seconds']:.0f} ({made['processor_seconds']:.0f})",
         *(f"{value:.0f}" for value in seconds),
         *(f"{made['peak_gib'][kind]:.1f}" for kind in ("VmRSS", "RssAnon")),
         *(f"{row[kind] / 1e9:.2f}" for kind in ("weight_bytes", "output_bytes")),

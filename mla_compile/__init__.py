@@ -21,7 +21,8 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from mla_compile.api import CompiledModel, compile, inspect, load
+    from mla_compile.api import compile, inspect, load
+    from mla_compile.compiled import CompiledModel
     from mla_compile.config import CompileConfig
     from mla_compile.errors import MlaCompileError
     from mla_compile.patterns import register_pattern
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 else:  # hidden from type checkers, to whom a module __getattr__ would make every misspelt name valid
     _HOMES = {
         "CompileConfig": "mla_compile.config",
-        "CompiledModel": "mla_compile.api",
+        "CompiledModel": "mla_compile.compiled",
         "MlaCompileError": "mla_compile.errors",
         "Recipe": "mla_compile.training.recipe",
         "compile": "mla_compile.api",

@@ -19,7 +19,7 @@ from mla_compile.errors import UsageError
 from mla_compile.evaluate import longest_window, original_scorer
 from mla_compile.program import Program
 
-__all__ = ["Text", "TextWindows", "cut_windows", "read_text"]
+__all__ = ["Text", "TextWindows", "cut_windows", "read_text", "require_text"]
 
 Text = str | Path | Sequence[str] | Tensor
 """Calibration text: a file, ``hf:`` and a dataset, documents, or token windows ``[windows, length]``."""
@@ -40,6 +40,24 @@ class TextWindows:
     calibration: Tensor
     held_out: Tensor
     separate: bool
+
+
+def require_text(config: CompileConfig, calibration: Text | None) -> None:
+    """Refuse what chooses or trains by what the model does on text, without text.
+
+    Raises:
+        UsageError: The method or polishing needs text.
+    """
+    if calibration is not None or not config.needs_text:
+        return
+    if config.polish_steps:
+        raise UsageError("Polishing needs text to train on.", "Give some with --calibration FILE.")
+    if config.chosen_method == "mha2mla":
+        raise UsageError("The 2-norm selection needs text to measure on.", "Give some with --calibration FILE.")
+    raise UsageError(
+        f"The method '{config.chosen_method}' chooses by what the model does on text, and none was given.",
+        "Give some with --calibration FILE, or choose --method mha2mla, which does without and loses more.",
+    )
 
 
 def read_text(text: Text | None) -> Iterable[str] | Tensor | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 from markupsafe import Markup, escape
 
@@ -14,6 +15,8 @@ _WIDTH = 440
 _LEFT, _RIGHT, _TOP, _BOTTOM = 54, 12, 18, 40
 _ROW = 18
 """Height of a line of a chart that has one per layer."""
+_NAME = 15
+"""Letters that its name has room for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,9 +168,10 @@ def bar_chart(title: str, x: Axis, bars: Sequence[Bar], legend: dict[str, str]) 
     x = Axis(x.label, x.log, 0.0, x.most, x.written).fitted([sum(n for n, _ in bar.pieces) for bar in bars])
     left, right = 96, _WIDTH - 64
     drawn = []
-    for line, bar in enumerate(bars):
+    names = _told_apart([bar.name for bar in bars])
+    for line, (bar, short) in enumerate(zip(bars, names, strict=True)):
         top = _TOP + line * _ROW
-        drawn.append(_text(left - 6, top + 12, _shortened(bar.name, 15), "end"))
+        drawn.append(_text(left - 6, top + 12, short, "end"))
         start = 0.0
         for length, kind in bar.pieces:
             a, b = (left + x.place(v) * (right - left) for v in (start, start + length))
@@ -201,9 +205,10 @@ def dot_rows(
         a = left + x.place(tick) * (right - left)
         drawn.append(f'<line class="grid" x1="{a:.1f}" x2="{a:.1f}" y1="{_TOP}" y2="{bottom}"/>')
         drawn.append(_text(a, bottom + 14, x.written(tick), "middle"))
-    for line, (name, dots) in enumerate(rows):
+    names = _told_apart([name for name, _ in rows])
+    for line, ((name, dots), short) in enumerate(zip(rows, names, strict=True)):
         middle = _TOP + line * _ROW + _ROW / 2
-        drawn.append(_text(left - 6, middle + 4, _shortened(name, 15), "end"))
+        drawn.append(_text(left - 6, middle + 4, short, "end"))
         for place, kind in dots:
             a = left + x.place(place) * (right - left)
             told = f"{name}: {x.written(place)}"
@@ -232,6 +237,25 @@ def _tooltip(told: str) -> str:
     return f"<title>{escape(told)}</title>"
 
 
-def _shortened(name: str, most: int) -> str:
-    """The end of a module path, which tells layers apart."""
-    return name if len(name) <= most else f"…{name[1 - most :]}"
+def _told_apart(names: Sequence[str]) -> list[str]:
+    """Module paths as short as still tells them apart: what all of them have alike is left out."""
+    parts = [name.split(".") for name in names]
+    if len(parts) < 2 or len({*names}) < len(names):
+        return [_shortened(name) for name in names]
+    if len({*map(len, parts)}) == 1:
+        kept = [place for place, same in enumerate(zip(*parts, strict=True)) if len({*same}) > 1]
+        if kept[0] and all(words[kept[0]].isdigit() for words in parts):
+            named = [".".join([words[kept[0] - 1], *(words[k] for k in kept)]) for words in parts]
+            if max(map(len, named)) <= _NAME:
+                return named  # layers.7 rather than 7
+        short = [".".join(words[k] for k in kept) for words in parts]
+    else:
+        alike = list(takewhile(lambda same: len({*same}) == 1, zip(*parts, strict=False)))
+        short = [".".join(words[min(len(alike), len(words) - 1) :]) for words in parts]
+    begun = [name if len(name) <= _NAME else f"{name[: _NAME - 1]}…" for name in short]
+    return begun if len({*begun}) == len(begun) else [_shortened(name) for name in short]
+
+
+def _shortened(name: str) -> str:
+    """The end of a module path."""
+    return name if len(name) <= _NAME else f"…{name[1 - _NAME :]}"

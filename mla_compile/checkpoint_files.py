@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mla_compile.errors import LoadError
+from mla_compile.mapped import drop_pages
 
 __all__ = ["has_weights", "require_files", "require_finite", "require_fitting_weights"]
 
@@ -110,3 +111,4 @@ def require_finite(weights: Mapping[str, Tensor], source: str) -> None:
                     f"The tensor '{name}' of '{source}' has {count} numbers that are NaN or infinite.",
                     "Get a whole checkpoint, or repair that tensor.",
                 )
+        drop_pages([value])

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from mla_compile.mapped import drop_pages
+
 __all__ = ["content_of", "hash_tensors"]
 
 _CHUNK = 2**24
@@ -24,6 +26,7 @@ def hash_tensors(digest: hashlib.blake2b, tensors: Mapping[str, Tensor]) -> None
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         for part in value.reshape(-1).view(torch.uint8).split(_CHUNK):
             digest.update(part.numpy())
+        drop_pages([value])
 
 
 def content_of(tensors: Mapping[str, Tensor], settled: str = "") -> str:

@@ -30,6 +30,12 @@ _OF_DECODERS = ("cache", "quality", "polish", "training")
 """What reports of other models do not have."""
 _OTHER_WORDS = {("gradients", False): ["--no-gradients"], ("cache_layout", "paged"): ["--target", "cuda"]}
 """Settings that the command line calls otherwise."""
+_UNITS = {
+    "fisher": "what errors of keys and values would cost, by the statistics of the calibration text",
+    "transmla": "the variance of keys and values, balanced to one length, on the calibration text",
+    "mha2mla": "the squares of the weights of keys and values, whatever text they meet",
+}
+"""What a method's spectrum is a share of, by the method."""
 PAGE = "report.html"
 """What the page beside a ``report.json`` is called."""
 
@@ -123,6 +129,7 @@ def render_page(report: Mapping[str, Any], measurement: Mapping[str, Any] | None
         cache_chart=_cache_chart(report["layers"]),
         frequency_chart=_frequency_chart(report["layers"]),
         spectrum_chart=_spectrum_chart(report["layers"]),
+        spectrum_unit=_UNITS.get(report["config"].get("method", ""), "what all of it carries"),
         loss_chart=_loss_chart(report["layers"]),
         training_chart=_training_chart(report.get("training")),
         quality_chart=_quality_chart(measurement),
@@ -250,7 +257,8 @@ def _loss_chart(layers: Sequence[Mapping[str, Any]]) -> Markup | None:
             rows.append((layer["path"], dots))
     if not rows:
         return None
-    legend = {"predicted": "other", "measured": "after"}
+    seen = {kind for _, dots in rows for _, kind in dots}
+    legend = {told: kind for told, kind in (("predicted", "other"), ("measured", "after")) if kind in seen}
     axis = Axis("nats per token", log=True, written=_power)
     return dot_rows("Loss of each layer by itself", axis, rows, legend)
 

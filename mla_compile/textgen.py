@@ -1,4 +1,4 @@
-"""``mla-compile run``: text in, text out, with a converted model in ONNX Runtime or TensorRT."""
+"""``mla-compile run``: text in, text out, with a converted model in ONNX Runtime, TensorRT or PyTorch."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mla_compile.archives import is_converted_folder
 from mla_compile.corpus import check_vocabulary, load_tokenizer
 from mla_compile.errors import UsageError
 from mla_compile.runtime.generate import Sampling
@@ -15,6 +16,7 @@ from mla_compile.runtime.onnx_checksum import require_unchanged
 from mla_compile.runtime.onnx_session import PROVIDERS, OnnxDecoder
 
 if TYPE_CHECKING:
+    from mla_compile.folder_decoder import FolderDecoder
     from mla_compile.runtime.tensorrt.engine import TensorRTDecoder
 
 __all__ = ["Generation", "continuation", "generate_text"]
@@ -60,11 +62,11 @@ def generate_text(
     """Continue texts.
 
     Args:
-        model: The ONNX file, or the engine.
+        model: The ONNX file, the engine, or a converted folder.
         prompts: Texts to continue, together.
         max_new_tokens: Tokens to add to each, at most.
         sampling: How tokens are chosen.
-        tokenizer: Folder of the tokenizer, if it is not beside the file.
+        tokenizer: Folder of the tokenizer, if it is not beside the file, or in the folder.
         threads: Threads per operator.
         provider: Where to run an ONNX file: ``cpu``, the default, or ``cuda``.
         max_length: Tokens of a sequence at most, prompt and continuation; as many as are asked for by default.
@@ -75,10 +77,10 @@ def generate_text(
     Raises:
         LoadError: The file or its tokenizer cannot be read.
         UsageError: A prompt has no tokens, there would be more than ``max_length``, the device is missing, or an engine
-            was given what belongs to ONNX files.
+            or a folder was given what belongs to ONNX files.
     """
     decoder = _open(model, threads, provider, max_length, kernel)
-    words = load_tokenizer(tokenizer or str(model.absolute().parent))
+    words = load_tokenizer(tokenizer or str(model if model.is_dir() else model.absolute().parent))
     begin = [] if words.bos_token_id is None else [words.bos_token_id]
     ids = [begin + list(words(prompt, add_special_tokens=False)["input_ids"]) for prompt in prompts]
     if not all(ids):
@@ -96,7 +98,7 @@ def generate_text(
     new = decoder.generate(ids, max_new_tokens, sampling=sampling, stop=stop, on_tokens=stream)
     seconds = time.perf_counter() - start
     texts = [p + continuation(words, before, after) for p, before, after in zip(prompts, ids, new, strict=True)]
-    grows = isinstance(decoder, OnnxDecoder) and not decoder.static
+    grows = not decoder.static if isinstance(decoder, OnnxDecoder) else model.is_dir()
     added = max(map(len, new)) if grows else max_new_tokens
     held = decoder.cache_bytes(len(ids), longest + max(added - 1, 0))
     return Generation(tuple(texts), tuple(map(len, new)), seconds, decoder.cache_bytes_per_token, held)
@@ -104,7 +106,17 @@ def generate_text(
 
 def _open(
     model: Path, threads: int | None, provider: str | None, max_length: int | None, kernel: str | None
-) -> OnnxDecoder | TensorRTDecoder:
+) -> OnnxDecoder | TensorRTDecoder | FolderDecoder:
+    if is_converted_folder(model):
+        if provider is not None or kernel is not None or threads is not None:
+            raise UsageError(
+                f"'{model}' is a folder, which runs in PyTorch: without providers and kernels, and with as many "
+                "threads as OMP_NUM_THREADS says.",
+                "Leave --provider, --kernel and --threads out, or export the folder to an ONNX file.",
+            )
+        from mla_compile.folder_decoder import FolderDecoder
+
+        return FolderDecoder(model, max_length)
     if model.suffix != ".plan":
         decoder = OnnxDecoder(model, [PROVIDERS[provider or "cpu"]], threads, max_length, kernel or "auto")
         require_unchanged(model)

@@ -13,12 +13,13 @@ from pathlib import Path
 from torch import fx
 
 from mla_compile import frontend
-from mla_compile.api import require_causal, require_known_types
+from mla_compile.admission import require_causal
 from mla_compile.calibration import read_text
 from mla_compile.config import CompileConfig, make_config
 from mla_compile.corpus import load_tokenizer, read_documents, token_windows, tokenize
 from mla_compile.errors import RefusedError, UsageError
 from mla_compile.measure import Measured, Measurement, Sample, run_beside
+from mla_compile.number_types import require_known_types
 from mla_compile.opened import ONNX_RUNTIME, Opened, latent_bytes, module_scorer, onnx_scorer, open_program
 from mla_compile.passes.lower_onnx import lower_to_onnx
 from mla_compile.passes.methods import METHODS

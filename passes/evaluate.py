@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
 
+from mla_compile.mapped import drop_pages
 from mla_compile.passes.layout import Sizes
 from mla_compile.program import AnyProgram, Program, Role
 
@@ -181,5 +182,7 @@ def _promote(value: Tensor) -> Tensor:
         # A weight without values: the gain of a norm, at most, since products with weights are never evaluated.
         return torch.ones(value.shape, dtype=torch.float64)
     if value.dtype in _FLOATS:
-        return value.double()
+        wide = value.double()
+        drop_pages([value])
+        return wide
     return value.to(torch.complex128) if value.dtype == torch.complex64 else value

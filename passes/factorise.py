@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -49,6 +50,8 @@ class LatentWeights:
         rope_shift: ``[rope_groups, rope_dim]`` added to the rope keys behind their norm, or None.
         scaled_rope: Whether rope keys are cached in front of the norms of the keys they are made from, whose scales
             then multiply whole logits. Nothing can be added behind the norms, so that ``rope_shift`` is None.
+        worth: ``[k]`` what every entry that a latent could have is worth, those it has first, in a unit of the method;
+            nothing multiplies with it, reports draw it. None where nobody knows.
     """
 
     query: Tensor
@@ -61,6 +64,7 @@ class LatentWeights:
     inv_freq: Tensor
     rope_shift: Tensor | None = None
     scaled_rope: bool = False
+    worth: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Refuse a shift that would be scaled with the rope keys."""
@@ -121,27 +125,35 @@ def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     Returns:
         ``up`` ``[rows, rank]`` (carrying the singular values) and ``down`` ``[rank, width]`` with orthonormal rows.
     """
+    up, down, _ = _svd(matrix, rank)
+    return up, down
+
+
+def _svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`truncated_svd`, and squares of all singular values, falling."""
     available = min(rank, *matrix.shape)
     if matrix.shape[0] < matrix.shape[1]:
-        left = torch.linalg.eigh(matrix @ matrix.mT)[1].flip(1)[:, :available]
-        down = torch.linalg.qr(matrix.mT @ left)[0].mT
+        squares, left = torch.linalg.eigh(matrix @ matrix.mT)
+        down = torch.linalg.qr(matrix.mT @ left.flip(1)[:, :available])[0].mT
     else:
-        down = torch.linalg.eigh(matrix.mT @ matrix)[1].flip(1)[:, :available].mT
+        squares, right = torch.linalg.eigh(matrix.mT @ matrix)
+        down = right.flip(1)[:, :available].mT
     down = down * down.gather(1, down.abs().argmax(1, keepdim=True)).sign()
     up = matrix @ down.mT
     missing = rank - available
-    return torch.nn.functional.pad(up, (0, missing)), torch.nn.functional.pad(down, (0, 0, 0, missing))
+    pad = torch.nn.functional.pad
+    return pad(up, (0, missing)), pad(down, (0, 0, 0, missing)), squares.flip(0).clamp(min=0)
 
 
-def _factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """:func:`truncated_svd`, but where nothing is left out by a basis of the rows in no order, which costs far less."""
+def _factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """:func:`_svd`, but where nothing is left out by a basis of the rows in no order, which costs far less."""
     smaller = min(matrix.shape)
     if rank < smaller:
-        return truncated_svd(matrix, rank)
+        return _svd(matrix, rank)
     down = torch.linalg.qr(matrix[:smaller].mT)[0].mT
     down = down * down.gather(1, down.abs().argmax(1, keepdim=True)).sign()
     up, missing = matrix @ down.mT, rank - smaller
-    return torch.nn.functional.pad(up, (0, missing)), torch.nn.functional.pad(down, (0, 0, 0, missing))
+    return torch.nn.functional.pad(up, (0, missing)), torch.nn.functional.pad(down, (0, 0, 0, missing)), None
 
 
 def factorise_mha2mla(
@@ -171,12 +183,13 @@ def factorise_mha2mla(
     constant = int(site.needs_constant(nope))
     rank = plan.kv_rank - constant
     if config.svd == "joint":
-        up, down = _factors(torch.cat([keys, values]), rank)
+        up, down, worth = _factors(torch.cat([keys, values]), rank)
         key_part, value_part = up[: keys.shape[0]], up[keys.shape[0] :]
     else:
         key_rank, value_rank = _split_rank(rank, min(keys.shape), min(values.shape))
-        key_up, key_down = _factors(keys, key_rank)
-        value_up, value_down = _factors(values, value_rank)
+        key_up, key_down, of_keys = _factors(keys, key_rank)
+        value_up, value_down, of_values = _factors(values, value_rank)
+        worth = None if of_keys is None or of_values is None else _alternating(of_keys, of_values)
         down = torch.cat([key_down, value_down])
         key_part = torch.nn.functional.pad(key_up, (0, value_rank))
         value_part = torch.nn.functional.pad(value_up, (key_rank, 0))
@@ -186,6 +199,7 @@ def factorise_mha2mla(
         value_column = weights.value.bias.reshape(-1, 1) * site.value_bias_matters
         key_part, value_part = torch.cat([key_part, key_column], 1), torch.cat([value_part, value_column], 1)
         down = torch.cat([down, down.new_zeros(1, width)])
+        worth = None if worth is None else torch.cat([worth[:1], worth])  # as needed as any
 
     rope_bias = key_bias[:, nope:].reshape(-1)
     row_bias = torch.cat([rope_bias.new_zeros(rank), rope_bias.new_ones(constant), rope_bias])
@@ -205,6 +219,7 @@ def factorise_mha2mla(
         if half
         else torch.zeros(1, 0, dtype=torch.float64),
         rope_shift=rope_shift if rope_shift.any() else None,
+        worth=worth,
     )
 
 
@@ -307,3 +322,10 @@ def _split_rank(rank: int, key_limit: int, value_limit: int) -> tuple[int, int]:
     keys = min(rank // 2, key_limit)
     values = min(rank - keys, value_limit)
     return rank - values, values
+
+
+def _alternating(keys: Tensor, values: Tensor) -> Tensor:
+    """What is worth what where both halves grow by turns, as :func:`_split_rank` shares a rank."""
+    ranks = [_split_rank(rank, len(keys), len(values)) for rank in range(len(keys) + len(values) + 1)]
+    grown = [(after[0] > before[0], before) for before, after in pairwise(ranks)]
+    return torch.stack([keys[k] if of_keys else values[v] for of_keys, (k, v) in grown])

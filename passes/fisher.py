@@ -17,12 +17,11 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from mla_compile.content import content_of
 from mla_compile.deepseek import deepseek_shape, require_expressible, require_table, rope_table
 from mla_compile.passes.converted import steps_beside
 from mla_compile.passes.factorise import LatentWeights
 from mla_compile.passes.gauge import balanced
-from mla_compile.passes.layers import MeasuredLayer, measure_layers, no_room, rope_is_shifted
+from mla_compile.passes.layers import MeasuredLayer, measure_layers, no_room, rope_is_shifted, settled_by
 from mla_compile.passes.refit import refit_values
 from mla_compile.passes.rope_split import RopeSplit, rotary_channels, split_rope
 from mla_compile.passes.search import Divergence, Shares, search_shares
@@ -33,7 +32,6 @@ from mla_compile.passes.weights import SiteWeights
 from mla_compile.plan import shared_rope_plan
 from mla_compile.report import LayerForecast
 from mla_compile.site import AttentionSite
-from mla_compile.statistics_cache import statistics_key
 
 __all__ = ["JointFactors", "assemble", "fisher", "from_rows", "joint_factors", "joint_rows"]
 
@@ -192,7 +190,7 @@ def fisher(task: Task) -> Choice:
     divergence = Divergence(task.program, windows, task.program.vocabulary, task.sites, task.resources)
 
     parts = _Parts(layers, even)
-    settled = None if task.store is None else _settled(task)
+    settled = None if task.store is None else settled_by(task)
     tries = None if task.store is None else task.store.journal(settled)
 
     def finished(index: int, s: LayerSizes) -> LatentWeights:
@@ -330,9 +328,3 @@ class _Parts:
 def _nbytes(made: tuple[RopeSplit, JointFactors]) -> int:
     values = (getattr(part, f.name) for part in made for f in fields(part))
     return sum(value.nbytes for value in values if isinstance(value, Tensor))
-
-
-def _settled(task: Task) -> str:
-    """A name of all that the search follows from."""
-    key = statistics_key(task.program, task.sites, task.require_windows(), gradients=task.config.gradients)
-    return content_of({}, repr((key, task.config, task.kept)))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from mla_compile.errors import RefusedError
+from mla_compile.mapped import DroppingInterpreter
 from mla_compile.passes.evaluate import example_inputs
 from mla_compile.program import DecoderProgram, Program
 
@@ -75,12 +76,12 @@ def _run_in_pieces(
     module: fx.GraphModule, ids: Tensor, sizes: Sequence[int], rows: Sequence[int], context: Sequence[Tensor]
 ) -> Tensor:
     cache = [torch.zeros(len(ids), 0, row) for row in rows]
-    parts, done = [], 0
+    parts, done, interpreter = [], 0, DroppingInterpreter(module)
     with torch.no_grad():
         for size in sizes:
             mask = torch.ones(len(ids), done + size, dtype=torch.long)
             positions = torch.arange(done, done + size).expand(len(ids), size)
-            logits, *cache = module(ids[:, done : done + size], mask, positions, *cache, *context)
+            logits, *cache = interpreter.run(ids[:, done : done + size], mask, positions, *cache, *context)
             parts.append(logits)
             done += size
     return torch.cat(parts, 1)
@@ -96,5 +97,5 @@ def _run_padded(module: fx.GraphModule, ids: Tensor, rows: Sequence[int], contex
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     cache = [torch.zeros(len(ids), 0, row) for row in rows]
     with torch.no_grad():
-        logits: Tensor = module(batch, mask, positions, *cache, *context)[0]
+        logits: Tensor = DroppingInterpreter(module).run(batch, mask, positions, *cache, *context)[0]
     return logits[:1, _PADDING:]

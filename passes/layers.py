@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mla_compile.config import DEFAULT_CACHE_RATIO, CompileConfig
+from mla_compile.content import content_of
 from mla_compile.errors import RefusedError, UsageError
 from mla_compile.passes.output_metric import output_metrics
 from mla_compile.passes.statistics import SiteStatistics, collect_statistics
@@ -19,7 +20,15 @@ from mla_compile.passes.weights import SiteWeights, read_site
 from mla_compile.site import AttentionSite
 from mla_compile.statistics_cache import Found, statistics_key
 
-__all__ = ["Measured", "MeasuredLayer", "measure_layers", "no_room", "require_scalable", "rope_is_shifted"]
+__all__ = [
+    "Measured",
+    "MeasuredLayer",
+    "measure_layers",
+    "no_room",
+    "require_scalable",
+    "rope_is_shifted",
+    "settled_by",
+]
 
 
 @dataclass(frozen=True)
@@ -222,3 +231,9 @@ def rope_is_shifted(site: AttentionSite, weights: SiteWeights) -> bool:
     """Whether keys have a shift behind their norm that rotates; another is the same for all logits of a query."""
     rotating = sorted({channel for pair in site.rope.pairs for channel in pair})
     return bool(weights.key.shift[:, rotating].any())
+
+
+def settled_by(task: Task) -> str:
+    """A name of all that a search for sizes follows from."""
+    key = statistics_key(task.program, task.sites, task.require_windows(), gradients=task.config.gradients)
+    return content_of({}, repr((key, task.config, task.kept)))

@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from torch.fx import Node
 
 from mla_compile.errors import RefusedError
+from mla_compile.mapped import drop_pages
 from mla_compile.passes.kept import KeptValues, kept_values
 from mla_compile.passes.segments import Mark, Segment, cut_graph, downstream, value_bytes
 
@@ -156,6 +157,7 @@ class Layerwise:
             loaded, weights = -1, dict[Node, Any]()
             for ids, step in zip(progress([batches[s.batch] for s in steps]), steps, strict=True):
                 if step.segment != loaded:
+                    drop_pages(w for w in weights.values() if isinstance(w, Tensor))
                     weights = {}  # before the next ones come
                     loaded, weights = step.segment, self._weights(self.segments[step.segment])
                     if tell is not None and len(self.segments) > 1:

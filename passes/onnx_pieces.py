@@ -19,6 +19,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from mla_compile.mapped import drop_pages
 from mla_compile.passes.retype_onnx import widened_file
 
 __all__ = ["PIECE_BYTES", "PiecewiseSession"]
@@ -142,6 +143,7 @@ def _run(piece: _Piece, binding: _Binding, values: Mapping[str, Any]) -> dict[st
         else:
             own.bind_output(name, "cpu")
     piece.session.run_with_iobinding(own)
+    drop_pages(weights)
     return dict(zip(piece.outputs, own.get_outputs(), strict=True))
 
 

@@ -17,7 +17,8 @@ from enum import StrEnum
 import onnx
 import onnx.parser
 
-from mla_compile.runtime.onnx_function import DOMAIN, Variant, logit_weights
+from mla_compile.runtime.onnx_logits import logit_weights
+from mla_compile.runtime.onnx_variant import DOMAIN, Variant
 
 __all__ = ["MICROSOFT", "ORIGINAL", "ORIGINAL_OPSET", "OriginalForm", "form_problem", "original_function"]
 

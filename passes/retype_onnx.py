@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from mla_compile.mapped import drop_pages
+
 __all__ = ["is_narrow_file", "widened_file", "write_float32_copy"]
 
 _NARROW = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
@@ -81,4 +83,7 @@ def _graphs(node: ir.Node) -> Iterable[ir.Graph]:
 
 
 def _float32(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
-    return ir.tensor(tensor.numpy().astype(np.float32), name=tensor.name)
+    narrow = tensor.numpy()
+    wide = ir.tensor(narrow.astype(np.float32), name=tensor.name)
+    drop_pages([narrow])
+    return wide

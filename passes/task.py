@@ -140,21 +140,17 @@ class Choice:
     balanced: bool = False
 
 
-def unpredicted(
-    weights: Sequence[LatentWeights], *, own: bool, worth: Sequence[Tensor] | None = None
-) -> tuple[LayerForecast, ...]:
+def unpredicted(weights: Sequence[LatentWeights], *, own: bool) -> tuple[LayerForecast, ...]:
     """Forecasts of a method that does not count in units of the loss.
 
     Args:
         weights: Latent weights of every site.
         own: Whether components carry pairs of their own frequency only.
-        worth: What every entry of every site's latent is worth, ``[k]`` falling, in any unit.
     """
-    frequencies = [tuple(layer.inv_freq.flatten().tolist()) for layer in weights]
-    spectra = [()] * len(weights) if worth is None else [left_out(w) for w in worth]
+    found = [(tuple(layer.inv_freq.flatten().tolist()), layer.worth) for layer in weights]
     return tuple(
-        LayerForecast(found, (own,) * len(found), spectrum=spectrum)
-        for found, spectrum in zip(frequencies, spectra, strict=True)
+        LayerForecast(kept, (own,) * len(kept), spectrum=() if worth is None else left_out(worth))
+        for kept, worth in found
     )
 
 
@@ -162,7 +158,7 @@ def left_out(worth: Tensor) -> tuple[tuple[int, float], ...]:
     """Ranks, and the share of all that latents of each leave out.
 
     Args:
-        worth: What every entry is worth, ``[k]`` falling.
+        worth: What every entry is worth, ``[k]``, in the order in which a latent takes them.
     """
     behind = [*worth.flip(0).cumsum(0).flip(0).tolist(), 0.0]
     if not behind[0]:

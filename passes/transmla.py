@@ -7,8 +7,10 @@ latent of activations balanced by their norms. Queries and biases are placed exa
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -17,7 +19,7 @@ from mla_compile.deepseek import deepseek_shape, require_expressible, require_ta
 from mla_compile.errors import UsageError
 from mla_compile.passes.factorise import LatentWeights
 from mla_compile.passes.fisher import JointFactors, assemble, from_rows, joint_rows
-from mla_compile.passes.layers import MeasuredLayer, measure_layers, no_room
+from mla_compile.passes.layers import MeasuredLayer, measure_layers, no_room, settled_by
 from mla_compile.passes.rope_split import RopeSplit, RotaryChannels, real_split, rotary_channels, split_rope
 from mla_compile.passes.search import Divergence
 from mla_compile.passes.statistics import SiteStatistics, key_weighting
@@ -98,8 +100,9 @@ def transmla(task: Task) -> Choice:
     layers = measured.layers
     windows, vocabulary = task.require_windows(), task.program.vocabulary
     divergence = Divergence(task.program, windows, vocabulary, task.sites, task.resources)
-    best: tuple[float, tuple[LatentPlan, ...], tuple[LatentWeights, ...], int] | None = None
-    collapses = _collapses(layers, task.config)
+    tries = None if task.store is None else task.store.journal(settled_by(task))
+    best: _Try | None = None
+    least, collapses = math.inf, _collapses(layers, task.config)
     if not collapses:
         raise UsageError(
             f"--rope-dims {task.config.rope_dims} does not divide the rotating channels of a head.",
@@ -118,21 +121,51 @@ def transmla(task: Task) -> Choice:
                 if any(p.kv_rank < layer.least_rank for layer, p in zip(layers, plans, strict=True)):
                     break
                 tried()
-                weights = tuple(
-                    task.held(_weights(layer, plan, fold)) for layer, plan in zip(layers, plans, strict=True)
-                )
-                cost = divergence(task.rewrite(weights))
-                if best is None or cost < best[0]:
-                    best = cost, plans, weights, fold
+                this = _Try(task, layers, plans, fold)
+                measure = functools.partial(this.cost, divergence)
+                cost = measure() if tries is None else tries.recall(this.name, measure)
+                if best is None or cost < least:
+                    best, least = this, cost
                 if cost >= smallest:
                     break
                 smallest, fold = cost, 2 * fold
     if best is None:
         fewest = [len(layer.site.rope.pairs) // max(collapses) for layer in layers]
         raise no_room(layers, fewest, task.config)
-    _, plans, weights, fold = best
-    shape = deepseek_shape(task.sites[0], plans[0].rope_dims, plans[0].kv_rank) if even else None
-    return Choice(plans, weights, unpredicted(weights, own=fold == 1), shape, measured.notes)
+    shape = deepseek_shape(task.sites[0], best.plans[0].rope_dims, best.plans[0].kv_rank) if even else None
+    return Choice(best.plans, best.weights, unpredicted(best.weights, own=best.fold == 1), shape, measured.notes)
+
+
+@dataclass(frozen=True)
+class _Try:
+    """Sizes that are tried.
+
+    Attributes:
+        task: The model.
+        layers: Its layers.
+        plans: Shape of every layer's cache.
+        fold: Frequencies per block.
+    """
+
+    task: Task
+    layers: Sequence[MeasuredLayer]
+    plans: tuple[LatentPlan, ...]
+    fold: int
+
+    @property
+    def name(self) -> str:
+        """What tells it from others of the same search."""
+        return repr((self.plans, self.fold))
+
+    @functools.cached_property
+    def weights(self) -> tuple[LatentWeights, ...]:
+        """Latent weights of every layer; made when they are needed, which those of an earlier process are not."""
+        layers = zip(self.layers, self.plans, strict=True)
+        return tuple(self.task.held(_weights(layer, plan, self.fold)) for layer, plan in layers)
+
+    def cost(self, divergence: Divergence) -> float:
+        """How far the converted model is from the original."""
+        return divergence(self.task.rewrite(self.weights))
 
 
 def _weights(layer: MeasuredLayer, plan: LatentPlan, fold: int) -> LatentWeights:
@@ -144,7 +177,9 @@ def _weights(layer: MeasuredLayer, plan: LatentPlan, fold: int) -> LatentWeights
     else:
         split = split_rope(layer.site, channels.unfolded(), 0, 0)
     factors = balanced_factors(layer.site, original, statistics, split)
-    return assemble(layer.site, original, split, factors, plan.kv_rank)
+    worth = factors.loss.clamp(min=0)
+    worth = torch.cat([worth[: layer.least_rank - 1], worth])  # a constant entry is as needed as any
+    return replace(assemble(layer.site, original, split, factors, plan.kv_rank), worth=worth)
 
 
 def _collapses(layers: Sequence[MeasuredLayer], config: CompileConfig) -> list[int]:

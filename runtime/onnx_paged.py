@@ -15,15 +15,9 @@ import functools
 import onnx
 import onnx.parser
 
-from mla_compile.runtime.onnx_function import (
-    DOMAIN,
-    LATENT,
-    TURNED_KEYS,
-    Variant,
-    folded_queries,
-    latent_output,
-    turned_queries,
-)
+from mla_compile.runtime.onnx_folded import latent_output
+from mla_compile.runtime.onnx_queries import TURNED_KEYS, folded_queries, turned_queries
+from mla_compile.runtime.onnx_variant import DOMAIN, LATENT, Variant
 
 __all__ = ["BLOCK", "MICROSOFT", "paged_function", "paged_problem"]
 

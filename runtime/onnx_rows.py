@@ -179,7 +179,7 @@ _SEEN_OPEN = """
 def rows_and_masks(*, static: bool, window: bool, slopes: bool, bidirectional: bool, halves: bool = False) -> list[str]:
     """From ``new_BNR`` to the rows to attend to, the new cache, and which of the rows each query sees.
 
-    Arguments are the features of :class:`~mla_compile.runtime.onnx_function.Variant`. ``ROWS`` is what the caller calls
+    Arguments are the features of :class:`~mla_compile.runtime.onnx_variant.Variant`. ``ROWS`` is what the caller calls
     the rows to attend to.
     """
     if bidirectional:

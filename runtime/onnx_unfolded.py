@@ -103,7 +103,7 @@ EXPAND value_factors_BwT1 w one value_factors_BHT1
 def unfolded_attention(*, key_scales: bool, value_scales: bool, scaled_rope: bool) -> str:
     """From queries, rows and ``seen_BST`` to ``unfolded_BSHV``.
 
-    Arguments are the features of :class:`~mla_compile.runtime.onnx_function.Variant`. ``ROWS`` is what the caller calls
+    Arguments are the features of :class:`~mla_compile.runtime.onnx_variant.Variant`. ``ROWS`` is what the caller calls
     the rows to attend to.
     """
     keys = _UNFOLDED_KEYS

@@ -43,7 +43,7 @@ EXCLUDED = {
 QUICKER = {
     "bench": ["--contexts", "32", "--batches", "1"],
     "eval": ["--max-tokens", "1024"],
-    "finetune": ["--tracker", "none"],  # the default one is in an extra that tests do without
+    "finetune": ["--tracker", "none"],
 }
 """Options that are added, so that the last of each counts."""
 

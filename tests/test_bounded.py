@@ -53,7 +53,8 @@ def test_what_lies_on_disk_is_the_same(programs, tmp_path, monkeypatch, method):
     require_same(converted(programs["llama-gqa"], method, LayerStore(tmp_path / "store")), expected)
 
 
-def test_a_stopped_search_goes_on_behind_its_last_try(programs, tmp_path, monkeypatch):
+@pytest.mark.parametrize("method", ["fisher", "transmla"])
+def test_a_stopped_search_goes_on_behind_its_last_try(programs, tmp_path, monkeypatch, method):
     captured, store = programs["llama-gqa"], LayerStore(tmp_path)
     compare, tries = Divergence.__call__, []
 
@@ -65,12 +66,12 @@ def test_a_stopped_search_goes_on_behind_its_last_try(programs, tmp_path, monkey
 
     monkeypatch.setattr(Divergence, "__call__", counted)
     with pytest.raises(KeyboardInterrupt):
-        converted(captured, "fisher", store)
+        converted(captured, method, store)
     expected = []
     monkeypatch.setattr(Divergence, "__call__", lambda self, model: (expected.append(0), compare(self, model))[1])
-    whole = converted(captured, "fisher", None)
+    whole = converted(captured, method, None)
     count = len(expected)
-    require_same(converted(captured, "fisher", store), whole)
+    require_same(converted(captured, method, store), whole)
     assert len(expected) == 2 * count - 2
 
 
@@ -111,35 +112,35 @@ import os, signal, sys
 from mla_compile.cli import main
 from mla_compile.passes.search import Divergence
 compare, tries = Divergence.__call__, []
-def killed_behind_the_third(self, model):
-    if len(tries) == 3:
+def killed(self, model):
+    if len(tries) == int(sys.argv[1]):
         os.kill(os.getpid(), signal.SIGKILL)
     tries.append(0)
     return compare(self, model)
-if sys.argv[1] == "killed":
-    Divergence.__call__ = killed_behind_the_third
+Divergence.__call__ = killed
 main(sys.argv[2:])
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="processes are killed as POSIX kills them")
-def test_a_killed_conversion_by_text_gives_the_same_bytes(tmp_path):
+@pytest.mark.parametrize("method", ["fisher", "transmla"])
+def test_a_killed_conversion_by_text_gives_the_same_bytes(tmp_path, method):
     text = tmp_path / "text.txt"
     text.write_text("the small grey cat sat on the mat and looked at the moon. " * 40)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
-    def run(kind: str, name: str) -> int:
+    def run(tries: int, name: str) -> int:
         out = tmp_path / name / "model.onnx"
-        words = [SOURCE, "--calibration", text, "--method", "fisher", "--no-verify", "--quiet", "--out", out]
-        command = [sys.executable, "-c", _KILLED, kind, *map(str, words)]
+        words = [SOURCE, "--calibration", text, "--method", method, "--no-verify", "--quiet", "--out", out]
+        command = [sys.executable, "-c", _KILLED, str(tries), *map(str, words)]
         return subprocess.run(command, check=False, env=environment).returncode
 
-    assert run("killed", "resumed") == -signal.SIGKILL
+    assert run(3, "resumed") == -signal.SIGKILL
     (journal,) = store_folder(tmp_path / "resumed" / "model.onnx").glob("*.json")
     assert len(json.loads(journal.read_text())) == 3
-    assert run("whole", "resumed") == 0
-    assert run("whole", "whole") == 0
+    assert run(-1, "resumed") == 0
+    assert run(-1, "whole") == 0
     resumed, whole = (tmp_path / name / "model.onnx" for name in ("resumed", "whole"))
     assert resumed.read_bytes() == whole.read_bytes()
     assert not store_folder(resumed).exists()

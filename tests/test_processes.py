@@ -114,10 +114,10 @@ def test_without_a_launcher_a_process_is_alone(monkeypatch):
 
 
 def test_another_process_has_nothing_to_do_without_text(monkeypatch, programs):
-    from mla_compile import api
+    from mla_compile import api, request
 
     monkeypatch.setattr(Processes, "wait", lambda self: None)
-    monkeypatch.setattr(api, "join_processes", lambda: Processes(1, 2))
+    monkeypatch.setattr(request, "join_processes", lambda: Processes(1, 2))
     with pytest.raises(ShareDone):
         api.compile(programs["nanogpt"].program.exported, method="mha2mla", share=True)
     with pytest.raises(UsageError, match="Convert without --finetune"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -128,10 +129,18 @@ def test_commands_to_make_it_again_are_ones_that_the_command_line_takes(report, 
 def test_without_text_a_page_says_what_is_not_known():
     compiled = mla_compile.compile(models.llama(), cache_ratio=0.5, method="mha2mla", check=False)
     page = render_page(compiled.report.to_dict())
-    assert "does not say what latents of other ranks would leave out" in page
+    assert "What a latent leaves out, over its rank" in page
+    assert "a share of the squares of the weights" in page
     assert "Nothing was checked." in page
     assert "not verified" in page
     assert Outline(page).sections == [s for s in SECTIONS if s != "quality"]
+
+
+def test_where_nothing_is_left_out_no_spectrum_is_drawn():
+    compiled = mla_compile.compile(models.llama(), exact=True, check=False)
+    page = render_page(compiled.report.to_dict())
+    assert "What a latent leaves out" not in page
+    assert "What latents of other ranks would leave out was not found out." in page
 
 
 @pytest.mark.parametrize("name", ["bert", "bart"])
@@ -207,6 +216,27 @@ def test_names_in_drawings_are_escaped():
     assert not any("<script" in d for d in drawn)
 
 
+@pytest.mark.parametrize(
+    ("names", "shown"),
+    [
+        (["model.layers.0.self_attn", "model.layers.31.self_attn"], ["layers.0", "layers.31"]),
+        (["a.layers_of_the_decoder.3.attention", "a.layers_of_the_decoder.4.attention"], ["3", "4"]),
+        (["e.layers.0.self_attn", "d.layers.0.self_attn", "d.layers.0.cross_attn"], 3),
+        (["h.0.attn", "h.1.mixer.attn"], ["0.attn", "1.mixer.attn"]),
+        (["a", "a.b"], ["a", "b"]),
+        (["only.layers.of.a.long.path.0.self_attn"], ["…th.0.self_attn"]),
+        (["twice", "twice"], ["twice", "twice"]),
+    ],
+)
+def test_rows_are_named_by_what_tells_them_apart(names, shown):
+    """And by all of it where a pointer rests."""
+    drawn = str(dot_rows("t", Axis("x"), [(name, [(1, "after")]) for name in names], {}))
+    found = re.findall(r'<text class="tick"[^>]*text-anchor="end">([^<]*)</text>', drawn)
+    assert all(len(name) <= 15 for name in found)
+    assert len({*found}) == shown if isinstance(shown, int) else found == shown
+    assert all(f"<title>{name}: 1</title>" in drawn for name in names)
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """Headless Chromium, driven by chromedriver."""
@@ -224,6 +254,29 @@ def browser() -> Iterator[Any]:
     found = webdriver.Chrome(options=options, service=service)
     yield found
     found.quit()
+
+
+def crowded(report: dict[str, Any]) -> dict[str, Any]:
+    """The same of a model with long names, forty layers of many shapes, and some that are kept."""
+    path = "language_model.transformer.decoder.blocks.{}.attention.self_attention"
+    layers = [report["layers"][0] | {"index": i, "path": path.format(i), "kv_rank": 1 + i % 8} for i in range(40)]
+    kept = [{"index": i, "path": path.format(i), "reason": f"the mask of {path.format(i)} is odd"} for i in (40, 41)]
+    return report | {"source": "a-model-with-a-very-long-name" * 4, "layers": layers, "kept": kept}
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_browser_has_room_for_long_names_and_many_layers(browser, report, tmp_path, width):
+    page = tmp_path / "report.html"
+    full = crowded(report) | {"warnings": [f"{'language_model.transformer.decoder.blocks' * 3} is sensitive"]}
+    page.write_text(render_page(full), encoding="utf-8")
+    screen = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+    browser.get(page.as_uri())
+    assert browser.get_log("browser") == []
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    shown = browser.execute_script("return document.body.innerText")
+    assert "The four most frequent of 8 shapes" in shown
+    assert "2 stay as they are" in shown
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

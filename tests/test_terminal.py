@@ -128,6 +128,30 @@ def test_where_an_error_happened_is_shown_when_asked_for(place):
     assert told.splitlines()[-1].startswith("mla-compile: There is no file or folder")
 
 
+def test_a_folder_is_run_as_the_file_made_of_it(place):
+    words = ("--prompt", "One day", "--prompt", "A", "--max-new-tokens", 12, "--json")
+    of_folder, of_file = (json.loads(command("run", place / name, *words)[0]) for name in ("folder", "model.onnx"))
+    assert of_folder["texts"] == of_file["texts"]
+    for key in ("new_tokens", "cache_bytes_per_token", "cache_bytes"):
+        assert of_folder[key] == of_file[key]
+    for option in (("--threads", 1), ("--provider", "cpu"), ("--kernel", "auto")):
+        assert "runs in PyTorch" in command("run", place / "folder", *words, *option, code=2)[1]
+    assert "Raise --max-length" in command("run", place / "folder", *words, "--max-length", 4, code=2)[1]
+
+
+def test_what_comes_next_is_told_beside_the_result(place):
+    out, err = command("inspect", place / "model")
+    assert "sizes:" not in out
+    assert f"1 of 1 attention layers convert; sizes: mla-compile plan {place / 'model'} --calibration TEXT" in err
+    assert "convert" not in command("inspect", place / "model", "-q")[1]
+    out, err = command("plan", place / "model", "--method", "mha2mla", "--context", 64)
+    assert "speed is estimated: a step after 64 tokens, batch 1" in err
+    told = command("plan", place / "model" / "config.json")[1]
+    assert re.search(r"takes less than a minute besides verification \([0-9.]+ [MG]FLOP in float64, one core\)", told)
+    converted = command(place / "model", "--out", place / "seen", "--method", "mha2mla", "--no-verify")[0]
+    assert f"to look at\t{place / 'seen' / 'report.html'}" in converted
+
+
 def test_less_and_more_exclude_each_other(place):
     assert "exclude each other" in command("inspect", place / "model", "-q", "-v", code=2)[1]
 

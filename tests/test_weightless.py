@@ -79,7 +79,9 @@ def test_plan_of_a_configuration_is_that_of_the_model(programs, tmp_path):
     assert planned.plans == plan_layers(captured.sites, [models.WIDTH] * models.LAYERS, config)
     assert planned.alike == (models.LAYERS, 1)
     parameters = sum(p.numel() for p in captured.module.parameters())
-    assert planned.conversion == conversion_cost(captured.sites, planned.plans, planned.widths, config, parameters, 4)
+    assert planned.conversion == conversion_cost(
+        captured.sites, planned.plans, planned.widths, config, parameters, 4, captured.program.vocabulary
+    )
     assert api.plan(tmp_path, make_config()).plans == planned.plans
 
 
@@ -87,10 +89,38 @@ def test_what_a_conversion_writes_is_what_it_has(programs):
     captured, config = programs["llama-gqa"], make_config(method="mha2mla")
     parameters = sum(p.numel() for p in captured.module.parameters())
     plans = plan_layers(captured.sites, [models.WIDTH] * models.LAYERS, config)
-    cost = conversion_cost(captured.sites, plans, [models.WIDTH] * models.LAYERS, config, parameters, 4)
+    cost = conversion_cost(
+        captured.sites, plans, [models.WIDTH] * models.LAYERS, config, parameters, 4, captured.program.vocabulary
+    )
     assert cost.weight_bytes == 4 * parameters
     converted = api.compile(captured.module, models.example(captured.module), config=config, check=False)
     assert cost.written_bytes == 4 * sum(p.numel() for p in converted.module.parameters())
+
+
+def test_what_text_costs_follows_from_how_much_there_is(programs):
+    captured = programs["llama-gqa"]
+    parameters = sum(p.numel() for p in captured.module.parameters())
+
+    def fisher(layers=1, **settings):
+        config = make_config(method="mha2mla", seq_len=16, **settings)
+        sites = captured.sites * layers
+        widths = [models.WIDTH] * len(sites)
+        plans = plan_layers(sites, widths, config)
+        given = (config, parameters * layers, 4, captured.program.vocabulary)
+        return conversion_cost(sites, plans, widths, *given).fisher
+
+    one = fisher(calibration_tokens=2**14)
+    more = fisher(calibration_tokens=2**15)
+    forward = fisher(calibration_tokens=2**14, gradients=False)
+    deep = fisher(calibration_tokens=2**14, layers=3)
+    assert one.tokens == 2**14
+    assert more.offload_bytes == 2 * one.offload_bytes == 2 * 4 * 2**14 * models.WIDTH * len(captured.sites)
+    assert one.memory_bytes == one.offload_memory_bytes + one.offload_bytes
+    assert more.offload_memory_bytes == one.offload_memory_bytes
+    assert deep.offload_memory_bytes == pytest.approx(one.offload_memory_bytes, rel=0.01)  # tables count as layers
+    assert one.seconds < more.seconds < 2 * one.seconds
+    assert forward.text_operations < one.text_operations
+    assert deep.disk_bytes == 3 * one.disk_bytes
 
 
 def test_text_is_of_no_use_without_weights(tmp_path):

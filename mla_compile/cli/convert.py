@@ -4,71 +4,52 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from mla_compile.errors import UsageError
-
-if TYPE_CHECKING:
-    from mla_compile.report import Report
-
+from mla_compile.cli.groups import EngineOptions, FileOptions, SizeOptions, grouped
 from mla_compile.cli.options import (
     CHECKS,
     METHOD,
     OUTPUT,
     AsJson,
     AttnImplementation,
-    CacheKind,
-    CacheLayout,
-    CacheRatio,
-    CacheType,
     Calibration,
     CalibrationTokens,
     Dtype,
     Encoders,
-    Exact,
     Force,
     Format,
-    Inline,
-    KvRank,
     Layout,
-    MaxBatch,
-    MaxLength,
-    MaxPrompt,
     MethodName,
     Model,
     NoCache,
     NoGradients,
-    NoPlugins,
     Offload,
-    Opset,
     PolishSteps,
     Preset,
     QRank,
     Quiet,
-    Refit,
     RopeDims,
     Seed,
     Selection,
     SeqLen,
-    Splits,
     Svd,
     Target,
-    TimingCache,
     Tokenizer,
     TrainTokens,
-    UniformRank,
     UnsafeLoad,
     Verbose,
-    VersionCompatible,
-    WeightStreaming,
 )
+from mla_compile.errors import UsageError
 
 __all__ = ["convert"]
 
 
+@grouped
 def convert(
+    *,
     model: Model,
     out: Annotated[
         Path,
@@ -78,10 +59,7 @@ def convert(
             rich_help_panel=OUTPUT,
         ),
     ],
-    cache_ratio: CacheRatio = None,
-    kv_rank: KvRank = None,
-    uniform_rank: UniformRank = False,
-    exact: Exact = False,
+    sizes: SizeOptions,
     encoders: Encoders = False,
     method: MethodName = "auto",
     layout: Layout = "free",
@@ -97,11 +75,7 @@ def convert(
     offload: Offload = None,
     tokenizer: Tokenizer = None,
     dtype: Dtype = "auto",
-    opset: Opset = None,
-    cache: CacheKind = "dynamic",
-    cache_type: CacheType = "auto",
-    cache_layout: CacheLayout = "rows",
-    inline: Inline = False,
+    form: FileOptions,
     format: Format = "auto",
     preset: Preset = "none",
     q_rank: QRank = None,
@@ -110,15 +84,7 @@ def convert(
     ] = 5.0,
     target: Target = "auto",
     force: Force = False,
-    max_batch: MaxBatch = 8,
-    max_length: MaxLength = 4096,
-    max_prompt: MaxPrompt = 128,
-    splits: Splits = 16,
-    timing_cache: TimingCache = None,
-    version_compatible: VersionCompatible = False,
-    weight_streaming: WeightStreaming = False,
-    refit: Refit = False,
-    no_plugins: NoPlugins = False,
+    for_engine: EngineOptions,
     max_ppl_ratio: Annotated[
         float | None,
         typer.Option(help="Fail (exit 4) if perplexity grows by more than this factor.", rich_help_panel=CHECKS),
@@ -152,6 +118,8 @@ def convert(
         format = "gguf"
     for_tensorrt = _is_for_tensorrt(out, target, format)
     config = make_config(
+        **sizes.settings(),
+        **form.settings() | ({"cache_layout": "paged"} if target == "cuda" else {}),
         method=method,
         layout="deepseek" if format in ("deepseek", "gguf") else layout,
         format=format,
@@ -161,45 +129,26 @@ def convert(
         rope_dims=rope_dims,
         svd=svd,
         gradients=not no_gradients,
-        cache_ratio=cache_ratio,
-        kv_rank=kv_rank,
-        uniform_rank=uniform_rank,
-        exact=exact,
         calibration_tokens=calibration_tokens,
         polish_steps=polish_steps,
         seq_len=seq_len,
         seed=seed,
-        opset=opset,
         dtype=dtype,
-        cache=cache,
-        cache_type=cache_type,
-        cache_layout="paged" if target == "cuda" else cache_layout,
-        inline=inline,
         encoders=encoders,
     )
     with display.make_display(quiet, as_json, verbose) as shown, contextlib.ExitStack() as kept:
         from mla_compile import api
         from mla_compile.encoder_report import EncoderReport
         from mla_compile.layer_store import store_beside
-        from mla_compile.runtime.tensorrt.engine_builder import EngineSettings
         from mla_compile.seq2seq_report import Seq2SeqReport
+        from mla_compile.targets import Destination, write
 
-        engine = EngineSettings(
-            max_batch,
-            max_length,
-            max_prompt,
-            splits,
-            not no_plugins,
-            version_compatible,
-            timing_cache,
-            weight_streaming=weight_streaming,
-            refit=refit,
-        )
-        if not for_tensorrt and engine != EngineSettings():
+        if not for_tensorrt and for_engine.given:
             raise UsageError(
-                "Options of the panel TensorRT were given, and something else is written.",
-                "Add --target tensorrt, or leave them out.",
+                f"{', '.join(for_engine.given)}: only an engine of TensorRT is built for that, and none is written.",
+                "Add --target tensorrt, or leave it out; what an ONNX file is run with is said when it is run.",
             )
+        engine = for_engine.settings() if for_tensorrt else None
         compiled = api.compile(
             model,
             calibration=calibration,
@@ -211,7 +160,7 @@ def convert(
             check=not no_verify,
             max_perplexity_ratio=max_ppl_ratio,
             out=out,
-            engine=engine if for_tensorrt else None,
+            engine=engine,
             force=force,
             attn_implementation=attn_implementation,
             unsafe_load=unsafe_load,
@@ -220,17 +169,7 @@ def convert(
             store=kept.enter_context(store_beside(out)),
             display=shown,
         )
-        report: Report | EncoderReport | Seq2SeqReport
-        if config.format == "deepseek" and isinstance(compiled, api.CompiledModel):
-            report = compiled.to_deepseek(out, shard_bytes=int(shard_size * 1e9), force=force, display=shown)
-        elif config.format == "gguf" and isinstance(compiled, api.CompiledModel):
-            report = compiled.to_gguf(out, force=force, display=shown)
-        elif for_tensorrt and isinstance(compiled, api.CompiledModel):
-            report = compiled.to_tensorrt(out, engine, force=force, display=shown)
-        elif out.suffix == ".onnx":
-            report = compiled.to_onnx(out, force=force, display=shown)
-        else:
-            report = compiled.save(out, force=force)
+        report = write(compiled, Destination(out, format, engine, int(shard_size * 1e9), force), shown)
     if as_json:
         display.say(report.to_json(), end="")
     elif isinstance(report, EncoderReport):
@@ -239,7 +178,7 @@ def convert(
         display.show_seq2seq_report(report, out)
     else:
         display.show_report(report, out)
-        if for_tensorrt and isinstance(compiled, api.CompiledModel):
+        if engine is not None:
             from mla_compile.tensorrt import commands
 
             display.show_commands(*commands(out.with_suffix(".onnx"), engine))

@@ -8,15 +8,11 @@ from typing import Annotated
 
 import typer
 
+from mla_compile.cli.groups import FileOptions, grouped
 from mla_compile.cli.options import (
     OUTPUT,
     AsJson,
-    CacheKind,
-    CacheLayout,
-    CacheType,
     Force,
-    Inline,
-    Opset,
     Quiet,
     Verbose,
 )
@@ -25,17 +21,15 @@ from mla_compile.errors import UsageError
 __all__ = ["export", "fuse", "report", "verify"]
 
 
+@grouped
 def export(
+    *,
     folder: Annotated[
         Path,
         typer.Argument(help="A folder written by 'convert' or 'finetune'; for .gguf one of --format deepseek."),
     ],
     out: Annotated[Path, typer.Option(help="The .onnx or .gguf file to write.", rich_help_panel=OUTPUT)],
-    opset: Opset = None,
-    cache: CacheKind = "dynamic",
-    cache_type: CacheType = "auto",
-    cache_layout: CacheLayout = "rows",
-    inline: Inline = False,
+    form: FileOptions,
     force: Force = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -49,8 +43,7 @@ def export(
     if out.suffix == ".gguf":
         from mla_compile.gguf_file import export_gguf
 
-        plain = cache_type in ("auto", "float32")
-        if not plain or (opset, cache, cache_layout, inline) != (None, "dynamic", "rows", False):
+        if form not in (FileOptions(), FileOptions(cache_type="float32")):
             raise UsageError("Options of ONNX files were given for a GGUF file.", "Leave them out.")
         with display.make_display(quiet, as_json, verbose):
             error = export_gguf(folder, out, force=force)
@@ -61,7 +54,7 @@ def export(
         return
 
     # Others are refused before anything is read.
-    config = make_config(opset=opset, cache=cache, cache_type=cache_type, cache_layout=cache_layout, inline=inline)
+    config = make_config(**form.settings())
     with display.make_display(quiet, as_json, verbose):
         report = write_saved_onnx(open_saved(folder), out, config, force=force)
     if as_json:
@@ -135,7 +128,7 @@ def report(
 ) -> None:
     """Draw the report of a conversion as one page; every conversion writes one, this draws it again."""
     from mla_compile import display
-    from mla_compile.artifacts import write_page
+    from mla_compile.page_file import write_page
     from mla_compile.report_page import PAGE, read_measurement, read_report
 
     page = out or (source if source.is_dir() else source.parent) / PAGE

@@ -108,8 +108,12 @@ def fine_tune(
         bool, typer.Option("--recompute", help="Less memory, more time: activations twice.", rich_help_panel=PACE)
     ] = False,
     tracker: Annotated[
-        str, typer.Option(help="Where accelerate sends the curve, or none.", rich_help_panel=OUTPUT)
-    ] = "tensorboard",
+        str,
+        typer.Option(
+            help="Where accelerate sends the curve: auto is TensorBoard where it is installed, none nowhere.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = "auto",
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.", rich_help_panel=OUTPUT)
     ] = False,

@@ -6,18 +6,16 @@ from typing import Annotated, Literal
 
 import typer
 
+from mla_compile.cli.groups import SizeOptions, grouped
 from mla_compile.cli.options import (
     AsJson,
     AttnImplementation,
-    CacheRatio,
     CacheType,
     Calibration,
     CalibrationTokens,
     Described,
     Dtype,
     Encoders,
-    Exact,
-    KvRank,
     Layout,
     MethodName,
     NoCache,
@@ -27,7 +25,6 @@ from mla_compile.cli.options import (
     SeqLen,
     Svd,
     Tokenizer,
-    UniformRank,
     UnsafeLoad,
     Verbose,
 )
@@ -46,12 +43,14 @@ def inspect(
 ) -> None:
     """Show every attention layer: what was recognised, or why it cannot be converted."""
     from mla_compile import api, display
+    from mla_compile.admission import convertible, would_be_refused
+    from mla_compile.preview import lossless_elements
     from mla_compile.report import summarise_site
 
     with display.make_display(quiet, as_json, verbose):
         program, found = api.inspect(model, attn_implementation=attn_implementation, unsafe_load=unsafe_load)
-        sites, rejections = api.convertible(program, found, encoders)
-        lossless = api.lossless_elements(program, sites)
+        sites, rejections = convertible(program, found, encoders)
+        lossless = lossless_elements(program, sites)
     rows = [summarise_site(s) | {"lossless_elements_per_token": n} for s, n in zip(sites, lossless, strict=True)]
     rows += map(summarise_site, rejections)
     rows.sort(key=lambda row: int(row["index"]))
@@ -59,16 +58,17 @@ def inspect(
         display.print_json({"model": model, "layers": rows})
     else:
         display.show_layers(rows)
-    if api.would_be_refused(program, found, encoders):
+    if would_be_refused(program, found, encoders):
         raise typer.Exit(3)
+    if not (as_json or quiet):
+        display.show_verdict(rows, model, encoders=encoders)
 
 
+@grouped
 def plan(
+    *,
     model: Described,
-    cache_ratio: CacheRatio = None,
-    kv_rank: KvRank = None,
-    uniform_rank: UniformRank = False,
-    exact: Exact = False,
+    sizes: SizeOptions,
     rope_dims: RopeDims = None,
     method: MethodName = "auto",
     layout: Layout = "free",
@@ -99,10 +99,7 @@ def plan(
     config = make_config(
         method=method,
         layout=layout,
-        cache_ratio=cache_ratio,
-        kv_rank=kv_rank,
-        uniform_rank=uniform_rank,
-        exact=exact,
+        **sizes.settings(),
         rope_dims=rope_dims,
         svd=svd,
         gradients=not no_gradients,
@@ -135,4 +132,4 @@ def plan(
         cached = held if planned.found.sites else None
         display.show_plan(planned.plans, costs, step, cached, planned.source_type)
         if not quiet:
-            display.show_conversion(planned.conversion, planned.alike)
+            display.show_conversion(planned.conversion, planned.alike, step if costs else None)

@@ -13,7 +13,7 @@ __all__ = ["run"]
 
 
 def run(
-    model: Annotated[Path, typer.Argument(help="An ONNX file or a TensorRT engine made by mla-compile.")],
+    model: Annotated[Path, typer.Argument(help="An ONNX file, a folder or a TensorRT engine made by mla-compile.")],
     prompt: Annotated[list[str], typer.Option(help="Text to continue; give it several times for a batch.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add.")] = 100,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")] = 0.0,
@@ -46,7 +46,7 @@ def run(
     quiet: Quiet = False,
     verbose: Verbose = 0,
 ) -> None:
-    """Generate text with a converted model in ONNX Runtime or TensorRT."""
+    """Generate text with a converted model in ONNX Runtime, PyTorch or TensorRT."""
     from mla_compile import display
     from mla_compile.runtime.generate import Sampling
     from mla_compile.textgen import generate_text

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from mla_compile.cli.groups import EngineOptions, grouped
 from mla_compile.cli.options import (
     OUTPUT,
     TENSORRT,
     AsJson,
     Force,
-    MaxBatch,
-    MaxLength,
-    MaxPrompt,
-    NoPlugins,
     Quiet,
-    Refit,
-    Splits,
-    TimingCache,
     Verbose,
-    VersionCompatible,
-    WeightStreaming,
     one_of,
 )
 from mla_compile.errors import UsageError
@@ -30,7 +23,9 @@ from mla_compile.errors import UsageError
 __all__ = ["build_plugin", "tensorrt"]
 
 
+@grouped
 def tensorrt(
+    *,
     source: Annotated[
         Path,
         typer.Argument(
@@ -39,9 +34,6 @@ def tensorrt(
         ),
     ],
     out: Annotated[Path, typer.Option(help="The .onnx or .plan file to write.", rich_help_panel=OUTPUT)],
-    max_batch: MaxBatch = 8,
-    max_length: MaxLength = 4096,
-    max_prompt: MaxPrompt = 128,
     plugin: Annotated[
         str,
         typer.Option(
@@ -51,12 +43,7 @@ def tensorrt(
             rich_help_panel=TENSORRT,
         ),
     ] = "quick",
-    splits: Splits = 16,
-    timing_cache: TimingCache = None,
-    version_compatible: VersionCompatible = False,
-    weight_streaming: WeightStreaming = False,
-    refit: Refit = False,
-    no_plugins: NoPlugins = False,
+    for_engine: EngineOptions,
     force: Force = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -65,25 +52,15 @@ def tensorrt(
     """Write a converted model for TensorRT: caches of fixed memory, nodes that plugins can take; or build an engine."""
     from mla_compile import display
     from mla_compile.progress import Stages
-    from mla_compile.runtime.tensorrt.engine_builder import EngineSettings
     from mla_compile.tensorrt import commands, write_for_tensorrt
 
     if plugin == "cpp" and out.suffix == ".plan":
         raise UsageError(
             "Engines of this command have quick plugins.", "Name a .onnx file, and build its engine with trtexec."
         )
-    pieces = None if plugin == "cpp" else splits
-    settings = EngineSettings(
-        max_batch,
-        max_length,
-        max_prompt,
-        pieces,
-        not no_plugins,
-        version_compatible,
-        timing_cache,
-        weight_streaming=weight_streaming,
-        refit=refit,
-    )
+    settings = for_engine.settings()
+    if plugin == "cpp":
+        settings = dataclasses.replace(settings, splits=None)
     with display.make_display(quiet, as_json, verbose) as shown:
         written = write_for_tensorrt(source, out, settings, force=force, stages=Stages(shown))
     build, look = commands(written.onnx, settings)

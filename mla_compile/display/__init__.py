@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mla_compile.display.console import make_display, print_json, say
-from mla_compile.display.layers import conversion_row, plan_rows, show_conversion, show_layers, show_plan
+from mla_compile.display.layers import conversion_row, plan_rows, show_conversion, show_layers, show_plan, show_verdict
 from mla_compile.display.measured import generation_row, show_benchmark, show_generation, show_measurement, stream_text
 from mla_compile.display.outcome import show_encoder_report, show_report, show_seq2seq_report, show_training
 from mla_compile.display.written import (
@@ -40,6 +40,7 @@ __all__ = [
     "show_report",
     "show_seq2seq_report",
     "show_training",
+    "show_verdict",
     "show_written",
     "stream_text",
     "written_row",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from mla_compile.plan import LatentPlan
 
 
-__all__ = ["conversion_row", "plan_rows", "show_conversion", "show_layers", "show_plan"]
+__all__ = ["conversion_row", "plan_rows", "show_conversion", "show_layers", "show_plan", "show_verdict"]
 
 _SLOWED = 1.001
 """From this on frequencies are called slowed."""
@@ -43,8 +44,16 @@ def show_layers(rows: Sequence[Mapping[str, Any]]) -> None:
             cached = f"{row['elements_per_token']}" + (f" (lossless: {lossless:.0%})" if lossless < 1 else "")
         verdict = f"no: {row['rejected']}" if "rejected" in row else "yes"
         lines.append([row["index"], row["path"], verdict, heads, rope, row["mask"], _extras(row), cached, weights])
-    columns = ["#", "layer", "converts", "heads", "rope", "mask", "also", "cached/token", "weights"]
+    columns = ["#", "layer", "converts", "heads", "rope", "mask", "also", "numbers cached", "weights"]
     print_table("Attention layers", columns, lines)
+
+
+def show_verdict(rows: Sequence[Mapping[str, Any]], model: str, *, encoders: bool) -> None:
+    """How many layers convert, of a model that is not refused, and what comes next: on standard error."""
+    converted = sum("rejected" not in row for row in rows)
+    others = f", {len(rows) - converted} stay as they are" if converted < len(rows) else ""
+    words = ["mla-compile", "plan", model, *(["--encoders"] if encoders else ["--calibration", "TEXT"])]
+    tell(f"{converted} of {len(rows)} attention layers convert{others}; sizes: {shlex.join(words)}")
 
 
 def _rope_in_words(row: Mapping[str, Any]) -> str:
@@ -164,13 +173,51 @@ def conversion_row(cost: ConversionCost | None, alike: tuple[int, int] | None) -
     return {"conversion": None if cost is None else dataclasses.asdict(cost), "alike": layers}
 
 
-def show_conversion(cost: ConversionCost | None, alike: tuple[int, int] | None) -> None:
-    """A line each, beside the table: on standard error."""
+def show_conversion(cost: ConversionCost | None, alike: tuple[int, int] | None, step: DecodeStep | None = None) -> None:
+    """What a plan is of, in a line each beside the table: on standard error.
+
+    Args:
+        cost: What converting takes, where that is known.
+        alike: How many layers there are, and how many were exported, where these are fewer.
+        step: The step whose speed the table has, if it has one.
+    """
+    if step is not None:
+        tell(f"speed is estimated: a step after {step.context} tokens, batch {step.batch}, {step.machine.name}")
     if alike is not None:
-        tell(f"{alike[0]} layers, of which the first {alike[1]} show all kinds and were exported")
+        first = "the first shows" if alike[1] == 1 else f"the first {alike[1]} show"
+        tell(f"{alike[0]} layers, of which {first} all kinds; no more was exported")
     if cost is not None:
+        minutes = cost.seconds / 60
+        taken = "less than a minute" if minutes < 1 else f"about {minutes:,.0f} minutes"
+        read, written, held = (_amount(n) for n in (cost.weight_bytes, cost.written_bytes, cost.memory_bytes))
         tell(
-            f"converting it takes about {cost.seconds / 60:,.0f} minutes besides verification "
-            f"({cost.operations / 1e12:,.1f} TFLOP in float64 by one core), reads {cost.weight_bytes / 1e9:,.1f} GB, "
-            f"writes {cost.written_bytes / 1e9:,.1f} GB and holds {cost.memory_bytes / 1e9:,.1f} GB (estimated)"
+            f"converting it takes {taken} besides verification ({_amount(cost.operations)}FLOP in float64, one core), "
+            f"reads {read}B, writes {written}B and holds {held}B (estimated)"
         )
+        fisher = cost.fisher
+        minutes = fisher.seconds / 60
+        taken = "less than a minute" if minutes < 1 else f"about {minutes:,.0f} minutes"
+        model, exact, held, less, off, beside = (
+            _amount(n)
+            for n in (
+                fisher.text_operations,
+                fisher.operations,
+                fisher.memory_bytes,
+                fisher.offload_memory_bytes,
+                fisher.offload_bytes,
+                fisher.disk_bytes,
+            )
+        )
+        tell(
+            f"by fisher, on {fisher.tokens:,} tokens, {taken} ({model}FLOP of running the model, {exact}FLOP in "
+            f"float64), {held}B of memory, or {less}B with {off}B of --offload, and {beside}B of files beside the "
+            "output (estimated, without checks)"
+        )
+
+
+def _amount(number: float) -> str:
+    """A number with the prefix of its unit."""
+    for prefix, size in (("T", 1e12), ("G", 1e9)):
+        if number >= size:
+            return f"{number / size:,.1f} {prefix}"
+    return f"{number / 1e6:,.1f} M"

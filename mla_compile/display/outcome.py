@@ -16,9 +16,14 @@ if TYPE_CHECKING:
 
 __all__ = ["show_encoder_report", "show_report", "show_seq2seq_report", "show_training"]
 
+_MUCH = 1.05
+"""Growth of perplexity from which ways to a smaller one are named."""
+
 
 def show_report(report: Report, out: Path) -> None:
     """What was done, in a few lines."""
+    from mla_compile.report_page import PAGE
+
     rows: list[list[object]] = [
         ["attention layers", f"{len(report.plans)} converted" + (f", {len(report.kept)} kept" if report.kept else "")],
         _method_row(report),
@@ -63,7 +68,11 @@ def show_report(report: Report, out: Path) -> None:
             rows.append(["int8 cache vs float32 cache, PyTorch", f"{v.quantisation_error:.1e}"])
         if v.engine_error is not None:
             rows.append(["TensorRT vs ONNX Runtime", f"{v.engine_error:.1e}"])
-        rows.append(["converted vs original", f"{v.conversion_error:.1e}, greedy {v.conversion_greedy:.0%} equal"])
+        if report.config.get("exact"):
+            equal = f"{v.conversion_error:.1e}, greedy {v.conversion_greedy:.0%} equal"
+            rows.append(["converted vs original", equal])
+        else:  # where texts part they stay apart, so that equal tokens would say nothing
+            rows.append(["largest change of a logit by what was left out", f"{v.conversion_error:.0%} of the largest"])
         rows.append(["measured cache bytes per token", v.cache_bytes_per_token])
     if report.checkpoint:
         c = report.checkpoint
@@ -81,6 +90,12 @@ def show_report(report: Report, out: Path) -> None:
         if c.llama_cpp_error is not None:
             rows.append(["llama.cpp vs PyTorch", f"{c.llama_cpp_error:.1e}"])
     rows.append(["written", f"{out} ({sum(report.artifacts.values()) / 2**20:.1f} MiB)"])
+    page = (out if out.is_dir() else out.parent) / PAGE
+    if page.is_file():
+        rows.append(["to look at", page])
+    if report.quality and report.quality.ratio > _MUCH:
+        trained = "" if report.polish or report.training else ", --polish-steps 128, or mla-compile finetune"
+        rows.append(["to lose less", f"a larger --cache-ratio{trained}"])
     print_table(report.source, ["", "result"], rows)
     _show_errors(report)
     warn(*report.warnings)

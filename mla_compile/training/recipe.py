@@ -45,7 +45,7 @@ class Recipe(BaseModel):
         seed: Seed of the order of windows.
         mixed_precision: ``bf16`` computes products in bfloat16; weights stay float32.
         recompute: Keep activations of one layer at a time, and compute the others again on the way back.
-        tracker: Where accelerate sends the curve, or ``none``.
+        tracker: Where accelerate sends the curve; ``auto`` is TensorBoard where it is installed, ``none`` nowhere.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -72,7 +72,7 @@ class Recipe(BaseModel):
     seed: int = Field(default=0, ge=0)
     mixed_precision: Literal["no", "bf16"] = "no"
     recompute: bool = False
-    tracker: str = "tensorboard"
+    tracker: str = "auto"
 
     @property
     def weights(self) -> dict[str, float]:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs, skip_first_batches
-from accelerate.utils import DistributedType
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedType, LoggerType
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -43,6 +44,7 @@ def start_engine(recipe: Recipe, folder: Path) -> Accelerator:
         UsageError: This process computes in another precision already, the device cannot do what is asked for, or the
             processes cannot share a batch.
     """
+    tracker = _tracker(recipe)
     try:
         accelerator = Accelerator(
             cpu=not torch.accelerator.is_available(),
@@ -50,7 +52,7 @@ def start_engine(recipe: Recipe, folder: Path) -> Accelerator:
             gradient_accumulation_steps=recipe.accumulate,
             dataloader_config=DataLoaderConfiguration(split_batches=True, dispatch_batches=False),
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=recipe.skips_the_output)],
-            log_with=None if recipe.tracker == "none" else recipe.tracker,
+            log_with=tracker,
             project_dir=str(folder),
         )
     except ValueError as error:
@@ -66,6 +68,21 @@ def start_engine(recipe: Recipe, folder: Path) -> Accelerator:
             "Make --batch over --accumulate a multiple of them.",
         )
     return accelerator
+
+
+def _tracker(recipe: Recipe) -> str | None:
+    """What the curve is sent to, which has to be installed; ``auto`` is TensorBoard if it is.
+
+    Raises:
+        UsageError: It is not installed.
+    """
+    available = ["all", *map(str, get_available_trackers())]
+    if recipe.tracker == "none" or (recipe.tracker == "auto" and "tensorboard" not in available):
+        return None
+    wanted = "tensorboard" if recipe.tracker == "auto" else recipe.tracker
+    if wanted in list(map(str, LoggerType)) and wanted not in available:
+        raise UsageError(f"The tracker '{wanted}' is not installed.", "Install it, or leave --tracker out.")
+    return wanted
 
 
 def train(
@@ -108,7 +125,7 @@ def train(
         checkpoints.load(accelerator, state.step)
     if state.step == 0:
         run.begin_counting()
-    if recipe.tracker != "none":
+    if _tracker(recipe) is not None:
         accelerator.init_trackers("finetune", {k: v for k, v in recipe.model_dump().items() if v is not None})
     pieces = iter(skip_first_batches(run.loader, state.step * recipe.accumulate))
     with stages.stage("train", run.steps) as stage:

@@ -12,7 +12,7 @@ from mla_compile.runtime.kernels.aot import Compiled, compile_kernel
 from mla_compile.runtime.kernels.cache import RowLayout
 from mla_compile.runtime.kernels.decode import combine_kernel
 from mla_compile.runtime.kernels.schedule import DecodeSpec, Tiles, choose_tiles, combine_constants, shared_bytes
-from mla_compile.runtime.onnx_function import Variant
+from mla_compile.runtime.onnx_variant import Variant
 from mla_compile.runtime.tensorrt.entries import decode_entry
 from mla_compile.runtime.tensorrt.functions import DECODE
 

@@ -4,7 +4,7 @@ Where a plugin of a node's name is registered in :data:`NAMESPACE` TensorRT take
 every other runtime. What TensorRT's parser (that of 11 and of RTX 1.7) does not do decides their form:
 
 * It knows a function by its name alone and takes no notice of overloads: one function per name, so that a variant (see
-  :class:`~mla_compile.runtime.onnx_function.Variant`) has a name of its own.
+  :class:`~mla_compile.runtime.onnx_variant.Variant`) has a name of its own.
 * An attribute that a function hands on to a function within is 0 there, without a word: no function calls another.
 * It takes a plugin for a node that has a function only if the node itself says so, by ``plugin_namespace``.
 * ``TensorScatter`` writes in place (a KV-cache update layer) if the cache is an input of the whole network with four
@@ -24,16 +24,9 @@ from itertools import product
 import onnx
 import onnx.parser
 
-from mla_compile.runtime.onnx_function import (
-    APPENDED_SCALES,
-    DOMAIN,
-    PLACED_QUERIES,
-    TURNED_KEYS,
-    Variant,
-    latent_context,
-    latent_scores,
-    scale_sizes,
-)
+from mla_compile.runtime.onnx_folded import APPENDED_SCALES, latent_context, latent_scores, scale_sizes
+from mla_compile.runtime.onnx_queries import PLACED_QUERIES, TURNED_KEYS
+from mla_compile.runtime.onnx_variant import DOMAIN, Variant
 
 __all__ = ["APPEND", "COMBINE", "DECODE", "NAMESPACE", "OPSET", "PARTIAL", "PLUGIN", "SPLITS", "function", "variants"]
 

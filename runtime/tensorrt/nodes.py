@@ -8,7 +8,7 @@ import onnx
 
 from mla_compile.errors import LoadError, RefusedError
 from mla_compile.runtime.kernels.cache import RowLayout
-from mla_compile.runtime.onnx_function import DOMAIN
+from mla_compile.runtime.onnx_variant import DOMAIN
 from mla_compile.runtime.tensorrt.cubins import Decode
 from mla_compile.runtime.tensorrt.functions import APPEND, DECODE
 from mla_compile.runtime.tensorrt.kernels import Append

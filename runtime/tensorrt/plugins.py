@@ -19,7 +19,7 @@ from typing import Any
 from mla_compile.errors import UsageError
 from mla_compile.runtime.kernels.aot import ARCHITECTURES
 from mla_compile.runtime.kernels.cache import RowLayout
-from mla_compile.runtime.onnx_function import Variant
+from mla_compile.runtime.onnx_variant import Variant
 from mla_compile.runtime.tensorrt.functions import APPEND, COMBINE, NAMESPACE, PARTIAL, variants
 from mla_compile.runtime.tensorrt.installed import require_tensorrt
 from mla_compile.runtime.tensorrt.kernels import Append, Combine, Kernel, Partial, launchable

@@ -42,6 +42,8 @@ def task_of(folder: Path, layers: int, method: str) -> Task:
     ids = torch.randint(0, VOCABULARY, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(1))
     # Sizes that are given leave little to try: four shares of components by fisher, one fold by transmla.
     config = make_config(method=method, kv_rank=64, rope_dims=64)
+    if method == "mha2mla":
+        config = config.model_copy(update={"selection": "uniform"})
     sites: tuple[AttentionSite, ...] = recognise(program).sites
     return Task(program, sites, (), config, ids, store=LayerStore(folder / "store"), resources=Resources(whole=0))
 

@@ -69,20 +69,20 @@ def mapped_weights(module, folder):
     return found
 
 
-def anonymous():
-    """Anonymous memory of this process, in MiB."""
-    return int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text()).group(1)) / 1024
+def memory(kind):
+    """Memory of this process of some kind, in MiB."""
+    return int(re.search(rf"{kind}:\s+(\d+)", Path("/proc/self/status").read_text()).group(1)) / 1024
 
 
-def peak(work):
-    """How far it grows."""
+def peak(work, kind="RssAnon"):
+    """How far anonymous memory, or that of another kind, grows."""
     gc.collect()
-    begin, highest, done = anonymous(), 0.0, threading.Event()
+    begin, highest, done = memory(kind), 0.0, threading.Event()
 
     def look():
         nonlocal highest
         while not done.is_set():
-            highest = max(highest, anonymous())
+            highest = max(highest, memory(kind))
             time.sleep(0.002)
 
     watcher = threading.Thread(target=look)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from mla_compile.config import make_config
@@ -214,6 +214,24 @@ def test_residuals_of_split_factors_are_the_tails_of_keys_and_values(rank):
     for up, rows, share in parts:
         error = torch.linalg.matrix_norm(up @ down_projection(latent) - rows)
         torch.testing.assert_close(error, torch.linalg.svdvals(rows)[share:].norm(), **EXACT)
+
+
+@given(shapes(), st.sampled_from(["joint", "split"]), st.data())
+def test_worth_is_what_a_shorter_latent_leaves_out(shape: Shape, svd, data):
+    """What reports draw: of every rank, measured on the layer that this rank really makes."""
+    settings = {"svd": svd, "selection": "high", "rope_dims": 2 * data.draw(st.integers(0, shape.pairs))}
+    stack = torch.cat(stacked(shape, shape.weights(), list(range(settings["rope_dims"] // 2))))
+    latent = shape.factorise(kv_rank=1, **settings)
+    assume(latent.worth is not None)  # where one entry is all that keys or values have
+    torch.testing.assert_close(latent.worth.sum(), stack.square().sum(), **EXACT)
+    rank = data.draw(st.integers(1, len(latent.worth)))
+    shorter = shape.factorise(kv_rank=rank, **settings)
+    residual = torch.cat(up_projections(shorter)) @ down_projection(shorter) - stack
+    torch.testing.assert_close(residual.square().sum(), latent.worth[rank:].sum(), **EXACT)
+
+
+def test_a_layer_that_leaves_nothing_out_does_not_know_what_others_would():
+    assert Shape().factorise(exact=True).worth is None, "a basis in no order is all that it takes"
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from mla_compile import api
+from mla_compile import api, verify
 from mla_compile.passes.onnx_pieces import PiecewiseSession
 from mla_compile.passes.retype_onnx import write_float32_copy
 from mla_compile.runtime.onnx_session import OnnxDecoder
@@ -81,7 +81,7 @@ def test_large_models_are_checked_in_pieces(programs, tmp_path, monkeypatch):
     assert report.verification.lowering_greedy == 1
     with torch.no_grad():
         next(compiled.module.parameters()).mul_(2)
-    with pytest.raises(api.verify.VerificationError, match="ONNX Runtime differs"):
-        api.verify.check_lowering(
+    with pytest.raises(verify.VerificationError, match="ONNX Runtime differs"):
+        verify.check_lowering(
             compiled.module, tmp_path / "model.onnx", compiled.checks, report.cache_bytes_after, "auto"
         )

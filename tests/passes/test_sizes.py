@@ -7,18 +7,20 @@ import math
 import models
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from layers import Layer, layers
 
 from mla_compile.config import make_config
 from mla_compile.errors import RefusedError, UsageError
+from mla_compile.passes.fisher import joint_rows
 from mla_compile.passes.layers import MeasuredLayer
 from mla_compile.passes.methods import METHODS
-from mla_compile.passes.rope_split import rotary_channels
+from mla_compile.passes.rope_split import rotary_channels, split_rope
 from mla_compile.passes.search import Shares
 from mla_compile.passes.sizes import LayerSizes, same_ranks, shared_ranks, split_budget
 from mla_compile.passes.task import Task
+from mla_compile.passes.transmla import balanced_factors
 from mla_compile.plan import latent_budget, liked_ranks, shared_rope_plan
 
 
@@ -139,3 +141,41 @@ def test_forecasts_say_what_rotates_and_what_it_costs(chosen):
         assert math.isfinite(forecast.predicted_loss)
         assert forecast.predicted_loss >= 0
     assert choice.deepseek is None
+
+
+@given(layers(), st.data())
+def test_worth_by_transmla_is_the_variance_of_balanced_keys_and_values(layer, data):
+    """Of its principal components: what the first ones leave out of keys and values that are equally long."""
+    assume(not layer.key_norm and not layer.value_norm)
+    site, statistics = layer.site(), layer.statistics()
+    split = split_rope(site, rotary_channels(site, layer.weights(), statistics), 0, 0)
+    factors = balanced_factors(site, layer.weights(), statistics, split)
+    rows, keys = joint_rows(site, layer.weights(), split), site.kv_heads * site.qk_dim
+    covariance = statistics.moment
+
+    def lengths(matrix):
+        return ((matrix @ covariance) * matrix).sum(1).sqrt()
+
+    assume(float(lengths(rows[:keys]).mean()) > 1e-6 * float(lengths(rows[keys:]).mean()))
+    balance = lengths(rows[:keys]).mean() / lengths(rows[keys:]).mean()
+    scale = torch.ones(len(rows), 1).double()
+    scale[:keys] /= balance
+    rank = data.draw(st.integers(0, len(factors.loss)))
+    owners = [site.value_owners.index(i) for i in range(max(site.value_owners) + 1)]
+    up = torch.cat([factors.key_up.flatten(0, 1), factors.value_up[owners].flatten(0, 1)])
+    rest = scale * (rows - up[:, :rank] @ factors.down[:rank])
+    whole = float(lengths(scale * rows).square().sum())
+    assert float(lengths(rest).square().nan_to_num().sum()) == pytest.approx(
+        float(factors.loss[rank:].sum()), abs=1e-9 * whole
+    )
+
+
+def test_other_methods_say_what_ranks_leave_out_too(chosen):
+    for settings in ({"method": "transmla"}, {"method": "mha2mla", "selection": "uniform"}):
+        choice = chosen(**settings)
+        for plan, forecast in zip(choice.plans, choice.forecasts, strict=True):
+            ranks, shares = zip(*forecast.spectrum, strict=True)
+            assert (shares[0], shares[-1]) == (1.0, 0.0)
+            assert list(shares) == sorted(shares, reverse=True)
+            assert ranks[-1] == plan.exact_rank > plan.kv_rank
+            assert forecast.predicted_loss is None

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -56,8 +57,37 @@ LONG = {
     "hidden blocks": Case(scale=0.05, heads=6, rank=20, past=400, new=2, padding=((0, 0), (310, 0))),
     "new tokens in two tiles": Case(scale=0.05, heads=12, rope_groups=4, up_groups=3, rank=33, past=150, new=7),
 }
+CPU_FLAGS = Path("/proc/cpuinfo")
+MULTIPLIES_BYTES = CPU_FLAGS.exists() and " avx512_vnni" in CPU_FLAGS.read_text()
 # Sums over as many tokens add up as many roundings of float32: 1e-6 was observed.
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+def with_digits(case, x):
+    """The problem with queries of latents as the kernel rounds them where processors multiply bytes: of 127 levels."""
+    plain, turned = x["query"].split([case.nope, 2 * case.half], -1)
+    per_head = x["key_up"].repeat_interleave(case.heads // case.up_groups, 0)
+    latent = torch.einsum("bshd,hdr->bshr", plain, per_head)
+    unit = latent.abs().amax(-1, keepdim=True).clamp_min(1e-20) / 127
+    query = torch.cat([(latent / unit).round() * unit, turned], -1)
+    return x | {"query": query, "key_up": torch.eye(case.rank, dtype=query.dtype)[None]}
+
+
+def within(share):
+    """A comparison with what rounded queries make, up to such a share of the largest output."""
+
+    def compare(output, case, x) -> None:
+        if not MULTIPLIES_BYTES:
+            test_onnx_quantised.exactly(output, case, x)
+            return
+        expected, _ = case.expected(with_digits(case, x))
+        torch.testing.assert_close(output, expected, rtol=0, atol=share * expected.abs().max().item())
+
+    return compare
+
+
+# Weights of 254 levels: 1.2 % was seen, where a few of hundreds of random rows have most of the weight.
+nearly = within(0.02)
 
 
 @pytest.fixture(scope="module")
@@ -132,17 +162,26 @@ def test_equals_a_cache_that_grows_for_any_sizes(case):
 
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("kind", SHORT)
-def test_equals_the_reference_over_what_codes_stand_for(library, kind, step):
+def test_is_near_the_reference_over_what_codes_stand_for(library, kind, step):
     case = replace(SHORT[kind], new=STEPS[step][0], past=STEPS[step][1])
-    test_onnx_quantised.check_form(case, True, code_session(library, case, True))
+    test_onnx_quantised.check_form(case, True, code_session(library, case, True), nearly)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("kind", LONG)
-def test_equals_the_reference_over_what_many_codes_stand_for(library, kind, threads):
+def test_is_near_the_reference_over_what_many_codes_stand_for(library, kind, threads):
     case = LONG[kind]
     for static in (False, True):
-        test_onnx_quantised.check_form(case, static, code_session(library, case, static, threads))
+        test_onnx_quantised.check_form(case, static, code_session(library, case, static, threads), nearly)
+
+
+@pytest.mark.parametrize("kind", LONG)
+def test_equal_weights_are_exact(library, kind):
+    """No row is left out or counted twice: of equal weights, only those of the new rows, which have smaller scales, are
+    rounded."""
+    case = replace(LONG[kind], scale=1e-9)
+    check = test_onnx_quantised.check_form
+    check(case, True, code_session(library, case, True), within(0.001), scale=(0.06, 0.06))
 
 
 def test_sequences_of_nothing_but_padding_attend_to_themselves(library):

@@ -223,3 +223,25 @@ def test_the_command_names_what_is_wrong(converted, tmp_path, capsys):
     assert main(words) == 2
     assert "tokenizer" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("asked", "installed", "used"),
+    [
+        ("auto", [], None),
+        ("auto", ["wandb"], None),
+        ("auto", ["tensorboard", "wandb"], "tensorboard"),
+        ("none", ["tensorboard"], None),
+        ("wandb", ["wandb"], "wandb"),
+        ("all", [], "all"),
+    ],
+)
+def test_the_curve_goes_to_what_is_installed(monkeypatch, asked, installed, used):
+    monkeypatch.setattr(trainer, "get_available_trackers", lambda: installed)
+    assert trainer._tracker(Recipe(tracker=asked)) == used
+
+
+def test_a_tracker_that_is_not_installed_is_refused(monkeypatch):
+    monkeypatch.setattr(trainer, "get_available_trackers", lambda: [])
+    with pytest.raises(UsageError, match="'wandb' is not installed"):
+        trainer._tracker(Recipe(tracker="wandb"))

@@ -1,0 +1,79 @@
+"""What the user is told of a conversion: the sizes that were chosen, warnings, and the quality gate."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from mla_compile.config import CompileConfig
+from mla_compile.errors import QualityGateError
+from mla_compile.plan import LatentPlan, clamped
+from mla_compile.report import LayerError, Quality
+from mla_compile.site import Rejection, reasons
+
+__all__ = ["costly_layers", "log_sizes", "require_quality", "warnings_of"]
+
+_log = logging.getLogger(__name__)
+_MUCH_WORSE = 2.0
+"""Perplexity ratio from which the user is warned."""
+_HURT = 0.1
+"""Loss of one layer by itself from which it is named, in nats per token: a tenth more perplexity."""
+_NAMED = 3
+"""Layers named, at most."""
+
+
+def log_sizes(plans: Sequence[LatentPlan]) -> None:
+    """Log what was decided for each layer."""
+    for p in plans:
+        _log.info(
+            "%s: a latent of %d numbers (%d lose nothing) and %d x %d rotating channels, %d numbers per token of %d.",
+            *(p.path, p.kv_rank, p.exact_rank, p.rope_groups, p.rope_dims, p.elements_after, p.elements_before),
+        )
+
+
+def warnings_of(
+    plans: Sequence[LatentPlan], kept: Sequence[Rejection], quality: Quality | None, config: CompileConfig
+) -> tuple[str, ...]:
+    """What a user should look at: layers left as they are, sizes that were not kept, and much lost."""
+    found = []
+    if kept:
+        found.append(f"{len(kept)} attention layers were not converted and keep an ordinary cache ({reasons(kept)})")
+    found += clamped(plans, config)
+    grown = [p.path for p in plans if p.elements_after >= p.elements_before]
+    if grown and not config.exact:
+        found.append(f"the cache of {len(grown)} layers does not shrink at this setting")
+    if quality is not None and not quality.held_out:
+        found.append("the text is too short to hold any back: perplexity was measured on the calibration text itself")
+    if quality is not None and quality.ratio > _MUCH_WORSE:
+        found.append(
+            f"perplexity grows {quality.ratio:.1f} times; keep more cache with --cache-ratio, or "
+            "spend it differently with --rope-dims"
+        )
+    return tuple(found)
+
+
+def costly_layers(plans: Sequence[LatentPlan], errors: Sequence[LayerError]) -> tuple[str, ...]:
+    """Name the layers that cost much by themselves, the worst first."""
+    worst = sorted(
+        ((e.loss or 0.0, plan.path) for plan, e in zip(plans, errors, strict=False) if (e.loss or 0.0) > _HURT),
+        reverse=True,
+    )
+    if not worst:
+        return ()
+    named = ", ".join(f"{path} ({loss:.2f})" for loss, path in worst[:_NAMED])
+    more = f" and {len(worst) - _NAMED} more" if len(worst) > _NAMED else ""
+    return (f"layers that cost more than {_HURT:g} nats per token each, by themselves: {named}{more}",)
+
+
+def require_quality(quality: Quality | None, limit: float | None) -> None:
+    """Refuse a conversion that loses more than the user allows.
+
+    Raises:
+        QualityGateError: Perplexity grows by more than the limit.
+    """
+    if quality is not None and limit is not None and quality.ratio > limit:
+        raise QualityGateError(
+            f"Perplexity grows {quality.ratio:.3f} times ({quality.original:.3f} to {quality.converted:.3f}), above "
+            f"the limit of {limit:g}.",
+            "Raise --cache-ratio or --max-ppl-ratio.",
+        )

@@ -1,0 +1,57 @@
+"""Our nodes in an ONNX file: their names, and what each has beyond plain attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+__all__ = ["CACHED", "DOMAIN", "LATENT", "PLAIN", "VERSION", "Variant"]
+
+DOMAIN = "mla_compile"
+LATENT = "LatentAttention"
+CACHED = "CachedAttention"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a node has beyond plain attention.
+
+    Attributes:
+        key_scales: Rows hold key scales (``LatentAttention`` only); attribute ``key_scales``, how many.
+        softcap: Logits are bounded; attribute ``softcap``.
+        window: Queries see the last real tokens only, and later rows are all the cache keeps; attribute ``window``.
+        sinks: The softmax has a further logit per head; an input, and the attribute ``has_sinks``.
+        slopes: Logits fall with distance; an input after ``sinks``, and the attribute ``has_slopes``.
+        value_scales: Rows end in value scales (``LatentAttention`` only); attribute ``value_scales``, how many.
+        bidirectional: Every real key is seen, and there may be more or fewer new rows than queries
+            (``LatentAttention`` only, without slopes); attribute ``bidirectional``, 1.
+        scaled_rope: Key scales multiply the product of rope keys too (only beside ``key_scales``); attribute
+            ``scaled_rope``, 1.
+        static: The cache has the size that the caller gives it, of which a layer with a window makes a ring
+            (not beside ``bidirectional``, and from operator set 24 on); attribute ``static``, 1.
+        quantised: The cache holds codes of rows, and two scales per token: an input behind all others, and an output
+            (``LatentAttention`` only, neither ``bidirectional`` nor with scales of norms); attribute ``quantised``, 1.
+        halves: The cache is two tensors ``[B, 1, P, W]``, named key and value: halves of rows of ``2 W`` numbers, of
+            which those behind the row's own are zeros. A window hides rows and drops none (``LatentAttention`` only,
+            neither ``bidirectional`` nor ``quantised``); attribute ``halves``, 1.
+    """
+
+    key_scales: bool = False
+    softcap: bool = False
+    window: bool = False
+    sinks: bool = False
+    slopes: bool = False
+    value_scales: bool = False
+    bidirectional: bool = False
+    scaled_rope: bool = False
+    static: bool = False
+    quantised: bool = False
+    halves: bool = False
+
+    def named(self, op_type: str) -> str:
+        """Name of a function's variant: the function's own, and behind it the features that the variant has."""
+        return "_".join([op_type, *(field.name for field in fields(self) if getattr(self, field.name))])
+
+
+PLAIN = Variant()
+"""Plain attention."""
