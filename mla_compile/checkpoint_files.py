@@ -47,6 +47,8 @@ def require_files(folder: Path) -> None:
         files = {_SINGLE: []} if (folder / _SINGLE).is_file() else {}
     for name, tensors in files.items():
         path = folder / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise LoadError(f"'{index}' leads out of its folder, to '{name}'.", _COPY)
         if not path.is_file():
             raise LoadError(f"The checkpoint '{folder}' lacks the file '{name}', which its index names.", _COPY)
         try:

@@ -6,13 +6,13 @@ safetensors. A pickled module is only opened when the user says so.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib
 import inspect
 import logging
 import re
 import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -127,8 +127,9 @@ def _load_file(path: Path, tokenizer: str | None, unsafe: bool, dtype: torch.dty
     try:
         with zipfile.ZipFile(path) as archive:
             names, damaged = archive.namelist(), archive.testzip()
-    except (zipfile.BadZipFile, EOFError, OSError, zlib.error) as error:
-        raise LoadError(f"'{path}' is a damaged archive ({error}).", "Copy or export it again.") from error
+    except Exception as error:  # of a name, a size, a method or a flag that is none: each is another error
+        reason = _first_line(error)
+        raise LoadError(f"'{path}' is a damaged archive ({reason}).", "Copy or export it again.") from error
     if damaged is not None:
         raise LoadError(f"'{path}' is a damaged archive ('{damaged}' in it).", "Copy or export it again.")
     if any(n.endswith("archive_format") or n.endswith("serialized_exported_program.json") for n in names):
@@ -149,7 +150,8 @@ def _read_archive(path: Path) -> ExportedProgram:
                 # A transformers model returns its own classes, which torch knows once their module is imported.
                 content = archive.read(name)
                 for module in set(re.findall(rb'"(transformers\.[a-z0-9_.]+)\.[A-Z]', content)):
-                    importlib.import_module(module.decode())
+                    with contextlib.suppress(ImportError):  # then the archive does not load, and says why
+                        importlib.import_module(module.decode())
                 if b"transformers.cache_utils." in content:
                     raise LoadError(
                         f"'{path}' takes or returns a transformers cache object, which cannot be read back.",

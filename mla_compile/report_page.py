@@ -94,7 +94,11 @@ def read_measurement(path: Path) -> Mapping[str, Any]:
     except (OSError, ValueError) as error:
         raise LoadError(f"'{path}' could not be read as a measurement ({error}).", remedy) from error
     models = found.get("models") if isinstance(found, dict) else None
-    if not isinstance(models, list) or not all(isinstance(m, dict) and m.get("perplexity_ratio") for m in models):
+    if (
+        not isinstance(models, list)
+        or not models
+        or not all(isinstance(m, dict) and m.get("perplexity_ratio") for m in models)
+    ):
         raise LoadError(f"'{path}' is not a measurement of models beside their original.", remedy)
     return dict(found)
 

@@ -120,11 +120,13 @@ def _choose(logits: NDArray[Any], sampling: Sampling, random: np.random.Generato
     """Pick one token per row of ``[batch, vocabulary]``."""
     if sampling.temperature <= 0:
         return np.asarray(logits.argmax(-1), dtype=np.int64)
-    scaled = logits.astype(np.float64) / sampling.temperature
+    exact = logits.astype(np.float64)
+    with np.errstate(over="ignore"):  # a temperature next to 0 sends all but the most likely to minus infinity
+        scaled = (exact - exact.max(-1, keepdims=True)) / sampling.temperature
     if 0 < sampling.top_k < scaled.shape[-1]:
         least = np.partition(scaled, -sampling.top_k, -1)[:, -sampling.top_k, None]
         scaled = np.where(scaled < least, -np.inf, scaled)
-    weights = np.exp(scaled - scaled.max(-1, keepdims=True))
+    weights = np.exp(scaled)
     weights /= weights.sum(-1, keepdims=True)
     if sampling.top_p < 1:
         order = np.argsort(-weights, -1, kind="stable")

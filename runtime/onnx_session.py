@@ -62,6 +62,10 @@ def open_session(
         raise UsageError("ONNX Runtime is not installed.", "Run: pip install 'mla-compile[cpu]'.") from error
     if not Path(path).is_file():
         raise LoadError(f"There is no file '{path}'.", "Convert a model first: mla-compile MODEL --out FILE.onnx.")
+    try:
+        Path(path).open("rb").close()
+    except OSError as error:
+        raise LoadError(f"'{path}' cannot be read ({error.strerror}).", "Give yourself access to it.") from error
     wanted = list(providers or [PROVIDERS["cpu"]])
     _require_providers(wanted, onnxruntime.get_available_providers(), "has no")
     options = onnxruntime.SessionOptions()

@@ -87,7 +87,8 @@ RESULTS = {
     "report": ("report {place}/folder --out {out}/page.html", {"page"}),
 }
 ELSEWHERE = {"build-plugin", "fuse", "verify"}
-"""Need a compiler, and a DeepSeek checkpoint, which tests/test_checkpoint.py has."""
+"""Need a compiler, for which see tests/tensorrt/test_plugin_library.py and tests/runtime/test_fused_cpu.py, and a
+DeepSeek checkpoint, which tests/test_checkpoint.py has."""
 
 
 def test_every_command_is_run():

@@ -143,7 +143,7 @@ def bench_speed(
     ] = None,
     batches: Annotated[str, typer.Option(help="Sequences decoded together.")] = "1,8",
     rounds: Annotated[int, typer.Option(min=1, help="Turns of every file.")] = 15,
-    threads: Annotated[int, typer.Option(min=1, help="Threads per operator.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, max=1024, help="Threads per operator.")] = 1,
     plot: Annotated[
         Path | None, typer.Option(help="Draw speed over context, to a .svg or .png file.", rich_help_panel=OUTPUT)
     ] = None,

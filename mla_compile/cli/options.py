@@ -198,7 +198,9 @@ Offload = Annotated[
         rich_help_panel=TEXT,
     ),
 ]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of random ids and samples.", rich_help_panel=CHECKS)]
+Seed = Annotated[
+    int, typer.Option(min=0, max=2**63 - 1, help="Seed of random ids and samples.", rich_help_panel=CHECKS)
+]
 AttnImplementation = Annotated[
     str,
     typer.Option(

@@ -41,7 +41,7 @@ def run(
             show_default="auto",
         ),
     ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads per operator.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, max=1024, help="Threads per operator.")] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
     verbose: Verbose = 0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -262,6 +263,11 @@ def test_the_command_line_says_what_it_wrote(files, tmp_path, capsys):
     assert main(words) == 0
     assert capsys.readouterr().out.split() == ["wrote", words[-1], "and", str(tmp_path / "fused.so")]
     assert main(words) == 2
+    capsys.readouterr()
+    assert main([*words, "--force", "--json"]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out) == {"onnx": words[-1], "library": str(tmp_path / "fused.so")}
+    assert said.err == ""
 
 
 def test_what_cannot_be_written_is_said(files, tmp_path):

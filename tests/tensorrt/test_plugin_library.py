@@ -6,7 +6,9 @@ the Python of the kernels' schedule says.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 import json
 import os
 import re
@@ -359,8 +361,15 @@ def test_without_a_logger_it_speaks_to_standard_error_and_lives_on(registering):
 def registering(built):
     """A library that registers itself when it is opened."""
     path = built / "libmla_registering.so"
-    assert build([built / "nodes.onnx"], path, "--self-registering") == 0
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        assert build([built / "nodes.onnx"], path, "--self-registering", "--json") == 0
+    (built / "said.json").write_text(said.getvalue())
     return path
+
+
+def test_json_is_one_object_and_nothing_else(registering):
+    said = json.loads((registering.parent / "said.json").read_text())
+    assert said == {"library": str(registering), "self_registering": True}
 
 
 @pytest.fixture(scope="module")
