@@ -317,11 +317,6 @@ class Reference:
         self._model = model
         self._accepted = inspect.signature(model.forward).parameters
 
-    @property
-    def places_itself(self) -> bool:
-        """Whether the model takes no positions, and so counts them itself."""
-        return "position_ids" not in self._accepted
-
     def __call__(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """Logits ``[batch, length, vocabulary]``."""
         import torch

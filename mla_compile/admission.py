@@ -10,7 +10,7 @@ from mla_compile.errors import RefusedError
 from mla_compile.passes.recognise import Recognition
 from mla_compile.program import AnyProgram, OtherProgram, Program
 from mla_compile.seq2seq import is_seq2seq, undecodable
-from mla_compile.site import AttentionSite, Kind, Rejection
+from mla_compile.site import AttentionSite, Kind, Rejection, reasons
 
 __all__ = ["convertible", "is_beyond_causal", "require_causal", "would_be_refused"]
 
@@ -68,11 +68,10 @@ def _require_some(program: AnyProgram, found: Recognition) -> Recognition:
     """Refuse a model with nothing to convert, or with a layer that cannot even be kept as it is."""
     lost = [r for r in found.rejections if r.plain is None]
     if lost or (found.rejections and not found.sites):
-        reasons = "; ".join(f"{r.path}: {r.reason} [{r.code.value}]" for r in lost or found.rejections)
         verb = "decoded with a cache" if lost and found.sites else "converted"
         raise RefusedError(
             f"{len(lost or found.rejections)} of {len(found.rejections) + len(found.sites)} attention layers of "
-            f"'{program.source}' cannot be {verb}: {reasons}.",
+            f"'{program.source}' cannot be {verb}: {reasons(lost or found.rejections)}.",
             "Pass --encoders to make its projections low-rank instead."
             if is_encoder(found)
             else "Run 'mla-compile inspect' for the whole table.",

@@ -10,7 +10,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from mla_compile.admission import is_beyond_causal, require_causal
-from mla_compile.artifacts import read_folder
+from mla_compile.archives import read_folder
 from mla_compile.calibration import Text
 from mla_compile.causal import (
     Findings,

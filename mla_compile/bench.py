@@ -27,6 +27,7 @@ from mla_compile.errors import LoadError, MlaCompileError, RefusedError, UsageEr
 from mla_compile.evaluate import original_scorer, relative_error
 from mla_compile.passes.lower_original import original_to_onnx, with_plain_caches, write_original
 from mla_compile.passes.original_attention import OriginalForm
+from mla_compile.passes.retype import type_name
 from mla_compile.program import Program
 from mla_compile.progress import Display, Stages
 from mla_compile.report import environment
@@ -320,7 +321,7 @@ def _float32(name: str) -> Program:
     """
     program = frontend.language_model(frontend.load_any(name, dtype=torch.float32))
     if program.dtype != torch.float32:
-        kind = str(program.dtype).removeprefix("torch.")
+        kind = type_name(program.dtype)
         raise UsageError(f"'{name}' is an archive in {kind}, and originals are measured in float32.", _AS_FLOAT32)
     return program
 

@@ -21,17 +21,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mla_compile import huggingface
-from mla_compile.artifacts import check_neighbours, check_place, copy_assets, finished, moved_into
 from mla_compile.checkpoint import Checkpoint, stock_checkpoint
+from mla_compile.companions import copy_assets, finished
 from mla_compile.errors import LoadError, UsageError, VerificationError
 from mla_compile.evaluate import relative_error
-from mla_compile.passes.retype import widened
+from mla_compile.passes.retype import type_name, widened
+from mla_compile.places import check_neighbours, check_place
 from mla_compile.program import Assets
 from mla_compile.progress import Stages
 from mla_compile.report import CheckpointFacts, Report
 from mla_compile.runtime.generate import generate
 from mla_compile.runtime.module import LatentModel, cache_dtype
 from mla_compile.verify import ROUNDING_FACTOR, TOLERANCE, TorchDecoder
+from mla_compile.writing import moved_into
 
 __all__ = [
     "DEFAULT_SHARD",
@@ -173,7 +175,7 @@ def write_checkpoint(
             cache_bytes_measured=found.cache_bytes_per_token * written_in.itemsize / torch.float32.itemsize,
             norm_error_measured=found.norm_error,
             without_biases=found.without_biases,
-            dtype=str(written_in).removeprefix("torch."),
+            dtype=type_name(written_in),
             rounding_error=rounded,
         )
         notes = [f"this checkpoint is for transformers only: {caveat}" for caveat in facts.caveats]

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from mla_compile.artifacts import write_folder, write_onnx
+from mla_compile.archives import write_folder
 from mla_compile.checkpoint_folder import DEFAULT_SHARD, write_checkpoint
 from mla_compile.gguf_file import write_gguf
+from mla_compile.onnx_files import write_onnx
 from mla_compile.program import Assets
 from mla_compile.progress import Display, Stages
 from mla_compile.report import Report

@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 
 from mla_compile import verify
-from mla_compile.artifacts import write_encoder_folder, write_encoder_onnx
+from mla_compile.archives import write_encoder_folder
 from mla_compile.config import CompileConfig, make_config
 from mla_compile.encoder_report import EncoderReport, EncoderVerification, projection_multiplications
 from mla_compile.errors import RefusedError, UsageError
+from mla_compile.onnx_files import write_encoder_onnx
 from mla_compile.passes.evaluate import example_inputs
 from mla_compile.passes.factorise import factorise_layers
 from mla_compile.passes.insert_low_rank import insert_low_rank
 from mla_compile.passes.layout import Sizes
-from mla_compile.passes.lower_onnx import EncoderFace
+from mla_compile.passes.lower_encoder import EncoderFace
 from mla_compile.passes.recognise import Recognition
 from mla_compile.passes.scores import layer_sizes
 from mla_compile.passes.weights import input_width
@@ -28,7 +29,7 @@ from mla_compile.plan import LatentPlan, clamped, plan_layers
 from mla_compile.program import AnyProgram, Assets, Role
 from mla_compile.progress import Display, Stages
 from mla_compile.runtime.module import LowRankModel
-from mla_compile.site import AttentionSite, Kind, Rejection
+from mla_compile.site import AttentionSite, Kind, Rejection, reasons
 
 __all__ = ["CompiledEncoder", "compile_encoder", "inputs_to_compare", "is_encoder", "require_encoder"]
 
@@ -268,8 +269,7 @@ def _warnings(
         found = []
     found += clamped(plans, config)
     if kept:
-        reasons = "; ".join(f"{r.path}: {r.reason} [{r.code.value}]" for r in kept)
-        found.append(f"{len(kept)} attention layers stay as they are ({reasons})")
+        found.append(f"{len(kept)} attention layers stay as they are ({reasons(kept)})")
     before, after = _multiplications(program, sites, plans)
     if after >= before and not config.exact:
         found.append("keys and values take no fewer multiplications at this setting; choose a smaller --cache-ratio")

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from mla_compile.artifacts import read_assets, read_folder
+from mla_compile.archives import read_folder
+from mla_compile.companions import read_assets
 from mla_compile.errors import UsageError
 from mla_compile.runtime.generate import Sampling, generate
 from mla_compile.runtime.module import cache_dtype

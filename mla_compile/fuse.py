@@ -7,10 +7,11 @@ from pathlib import Path
 import onnx
 from onnx.external_data_helper import uses_external_data
 
-from mla_compile.artifacts import check_place, moved_into
 from mla_compile.errors import LoadError, RefusedError, UsageError
+from mla_compile.places import check_place
 from mla_compile.runtime.cpu.fused import fused_model
 from mla_compile.runtime.cpu.library import compile_library
+from mla_compile.writing import moved_into
 
 __all__ = ["write_fused"]
 

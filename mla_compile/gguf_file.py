@@ -23,16 +23,18 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import Tensor
 
-from mla_compile.artifacts import check_neighbours, check_place, finished, moved_into
 from mla_compile.checkpoint import stock_rotation
 from mla_compile.checkpoint_folder import DEFAULT_SHARD, Expected, read_expected, write_checkpoint
+from mla_compile.companions import finished
 from mla_compile.errors import LoadError, RefusedError, UsageError, VerificationError
 from mla_compile.evaluate import relative_error
 from mla_compile.gguf_vocabulary import read_vocabulary
+from mla_compile.places import check_neighbours, check_place
 from mla_compile.program import Assets
 from mla_compile.progress import Stages
 from mla_compile.report import Report
 from mla_compile.runtime.module import LatentModel
+from mla_compile.writing import moved_into
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter

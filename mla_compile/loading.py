@@ -9,9 +9,10 @@ import torch
 from torch.export import ExportedProgram
 
 from mla_compile import frontend
-from mla_compile.artifacts import check_neighbours
 from mla_compile.checkpoint_files import require_finite
-from mla_compile.number_types import require_known_types, result_type, type_name, wanted_type
+from mla_compile.number_types import require_known_types, result_type, wanted_type
+from mla_compile.passes.retype import type_name
+from mla_compile.places import check_neighbours
 from mla_compile.program import AnyProgram, Assets
 from mla_compile.request import ModelSource, Session
 

@@ -6,24 +6,19 @@ import torch
 
 from mla_compile.config import CompileConfig
 from mla_compile.errors import UsageError
-from mla_compile.passes.retype import NARROW
+from mla_compile.passes.retype import NARROW, type_name
 from mla_compile.program import AnyProgram
 
-__all__ = ["require_float32", "require_known_types", "result_type", "type_name", "wanted_type"]
+__all__ = ["require_float32", "require_known_types", "result_type", "wanted_type"]
 
 _TYPES = (torch.float32, *NARROW)
-
-
-def type_name(dtype: torch.dtype) -> str:
-    """A type as users write it, such as ``bfloat16``."""
-    return str(dtype).removeprefix("torch.")
 
 
 def require_known_types(program: AnyProgram) -> None:
     """Refuse weights of types that the rewrite, its checks and the cache do not know."""
     for name, value in program.exported.state_dict.items():
         if value.is_floating_point() and value.dtype not in _TYPES:
-            kind = str(value.dtype).removeprefix("torch.")
+            kind = type_name(value.dtype)
             raise UsageError(
                 f"'{name}' of '{program.source}' is {kind}; only float32, float16 and bfloat16 are converted.",
                 "Call model.float() before exporting or converting it.",
@@ -43,7 +38,7 @@ def result_type(program: AnyProgram, config: CompileConfig) -> torch.dtype:
     """
     # What stock code reads is made of several matrices each: rounded once, by whoever loads it in another type.
     wanted = wanted_type(config) or (torch.float32 if config.for_stock_code else program.dtype)
-    own, name = (str(x).removeprefix("torch.") for x in (program.dtype, wanted))
+    own, name = map(type_name, (program.dtype, wanted))
     if wanted not in (program.dtype, torch.float32):
         raise UsageError(
             f"'{program.source}' was exported in {own}, and its graph does not say what {name} must not round.",
@@ -74,7 +69,7 @@ def require_float32(program: AnyProgram, dtype: torch.dtype, what: str, done: st
         UsageError: It is of another type.
     """
     if dtype != torch.float32:
-        kind = str(dtype).removeprefix("torch.")
+        kind = type_name(dtype)
         raise UsageError(
             f"{what} is {done} in float32 only, and '{program.source}' is {kind}.",
             "Pass --dtype float32 (dtype='float32' in Python), or call model.float() before exporting it.",

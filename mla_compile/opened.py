@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from mla_compile import frontend
-from mla_compile.artifacts import is_converted_folder, read_folder
+from mla_compile.archives import is_converted_folder, read_folder
 from mla_compile.evaluate import Scorer, original_scorer
 from mla_compile.passes.recognise import Recognition, recognise
 from mla_compile.program import Program

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from mla_compile.artifacts import check_pair
 from mla_compile.encoders import CompiledEncoder, compile_encoder
 from mla_compile.errors import UsageError
 from mla_compile.number_types import require_float32
 from mla_compile.passes.recognise import Recognition
+from mla_compile.places import check_pair
 from mla_compile.program import AnyProgram
 from mla_compile.request import Request, Session
 from mla_compile.seq2seq import CompiledSeq2Seq, compile_seq2seq, is_seq2seq

@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mla_compile.artifacts import check_place, moved_into
 from mla_compile.errors import UsageError
+from mla_compile.places import check_place
+from mla_compile.writing import moved_into
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -8,9 +8,10 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from mla_compile.artifacts import check_place, moved_into
 from mla_compile.errors import LoadError, RefusedError, UsageError
+from mla_compile.places import check_place
 from mla_compile.progress import Display, Stages
+from mla_compile.writing import moved_into
 
 __all__ = ["build_plugin_library"]
 

@@ -13,9 +13,10 @@ from mla_compile.config import CompileConfig, make_config
 from mla_compile.conversion_cost import ConversionCost, conversion_cost
 from mla_compile.encoders import require_encoder
 from mla_compile.errors import UsageError
-from mla_compile.number_types import result_type, type_name, wanted_type
+from mla_compile.number_types import result_type, wanted_type
 from mla_compile.passes.methods import METHODS
 from mla_compile.passes.recognise import Recognition, recognise
+from mla_compile.passes.retype import type_name
 from mla_compile.passes.task import Task
 from mla_compile.passes.weights import input_width
 from mla_compile.plan import LatentPlan, plan_layers

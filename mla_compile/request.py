@@ -10,11 +10,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from mla_compile.artifacts import check_cache_layout, check_cache_type
 from mla_compile.calibration import Text, read_text, require_text
 from mla_compile.config import CompileConfig
 from mla_compile.errors import UsageError
 from mla_compile.layer_store import LayerStore
+from mla_compile.places import check_cache_layout, check_cache_type
 from mla_compile.processes import Processes, join_processes
 from mla_compile.progress import Display, Stages
 from mla_compile.targets import Destination, target_of

@@ -13,21 +13,14 @@ import torch
 import yaml
 
 from mla_compile import verify
-from mla_compile.artifacts import (
-    check_place,
-    check_target,
-    copy_assets,
-    is_converted_folder,
-    moved_into,
-    read_assets,
-    read_folder,
-    stored_metadata,
-    write_archive,
-)
+from mla_compile.archives import is_converted_folder, read_folder, write_archive
+from mla_compile.companions import copy_assets, read_assets
 from mla_compile.config import CompileConfig
 from mla_compile.errors import LoadError, UsageError
 from mla_compile.genai import write_genai_config
+from mla_compile.onnx_files import stored_metadata
 from mla_compile.passes.lower_onnx import lower_to_onnx
+from mla_compile.places import check_place, check_target
 from mla_compile.plan import LatentPlan
 from mla_compile.program import Assets
 from mla_compile.report import Training
@@ -35,6 +28,7 @@ from mla_compile.report_page import damage_explained, read_report, render_page, 
 from mla_compile.runtime.module import LatentModel
 from mla_compile.runtime.onnx_halves import halves_bytes
 from mla_compile.runtime.onnx_quantised import quantised_bytes
+from mla_compile.writing import moved_into
 
 __all__ = ["Saved", "open_saved", "save", "write_saved_onnx", "write_trained"]
 

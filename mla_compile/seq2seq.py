@@ -10,15 +10,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mla_compile import verify
-from mla_compile.artifacts import write_seq2seq_onnx
 from mla_compile.config import CompileConfig, make_config
 from mla_compile.encoders import inputs_to_compare
 from mla_compile.errors import RefusedError, UsageError
+from mla_compile.onnx_files import write_seq2seq_onnx
 from mla_compile.passes.factorise import factorise_layers
 from mla_compile.passes.insert_latent import LatentGraph, insert_latent
 from mla_compile.passes.insert_low_rank import insert_rows
-from mla_compile.passes.lower_onnx import CROSS_NAME, EncoderFace
+from mla_compile.passes.lower_encoder import EncoderFace
+from mla_compile.passes.lower_onnx import CROSS_NAME
 from mla_compile.passes.recognise import Recognition, recognise
 from mla_compile.passes.scores import layer_sizes
 from mla_compile.passes.split_decoder import encoder_inputs, encoder_layers, split_decoder
@@ -28,7 +28,9 @@ from mla_compile.program import AnyProgram, Assets, DecoderProgram
 from mla_compile.progress import Display, Stages
 from mla_compile.runtime.module import LatentModel, LatentSeq2Seq, LowRankModel
 from mla_compile.seq2seq_report import Seq2SeqReport, Seq2SeqVerification
-from mla_compile.site import AttentionSite, Kind, Rejection
+from mla_compile.site import AttentionSite, Kind, Rejection, reasons
+from mla_compile.verify import require_equal, worst_error
+from mla_compile.verify_encoders import seq2seq_in_chunks, without_padding
 
 __all__ = ["CompiledSeq2Seq", "compile_seq2seq", "is_seq2seq", "plan_seq2seq", "undecodable"]
 
@@ -118,10 +120,9 @@ def plan_seq2seq(
         UsageError: Settings do not fit the model.
     """
     if lost := undecodable(program, found):
-        reasons = "; ".join(f"{r.path}: {r.reason} [{r.code.value}]" for r in lost)
         raise RefusedError(
             f"{len(lost)} attention layers of the decoder of '{program.source}' cannot be decoded with a cache: "
-            f"{reasons}.",
+            f"{reasons(lost)}.",
             "Run 'mla-compile inspect' for the whole table.",
         )
     return _planned(program, found.sites, config), _planned(program, _cross(found), config)
@@ -247,20 +248,20 @@ def _verified(
     tokens = 0
     with torch.inference_mode():
         for inputs in checks:
-            whole = verify.without_padding(inputs, parts.decoder.attention_mask)
+            whole = without_padding(inputs, parts.decoder.attention_mask)
             ids = whole[parts.decoder.tokens]
             expected = {"logits": original(*whole.values())[logits]}
             results = []
             for model in (exact, converted):
                 context = model.encode(**{name: whole[name] for name in model.encoder.inputs})
                 results.append({"logits": model(ids, context).logits})
-            pieces = verify.seq2seq_in_chunks(converted, ids, context)
-            rewrite = max(rewrite, verify.worst_error(results[0], expected))
-            conversion = max(conversion, verify.worst_error(results[1], expected))
-            decode = max(decode, verify.worst_error({"logits": pieces}, results[1]))
+            pieces = seq2seq_in_chunks(converted, ids, context)
+            rewrite = max(rewrite, worst_error(results[0], expected))
+            conversion = max(conversion, worst_error(results[1], expected))
+            decode = max(decode, worst_error({"logits": pieces}, results[1]))
             tokens += ids.numel()
-    verify.require_equal("The rewritten graph at full rank", "the original model", rewrite)
-    verify.require_equal("Decoding with the latent cache", "the same model on the whole sequence", decode)
+    require_equal("The rewritten graph at full rank", "the original model", rewrite)
+    require_equal("Decoding with the latent cache", "the same model on the whole sequence", decode)
     return Seq2SeqVerification(rewrite, None, conversion, tokens, decode)
 
 

@@ -7,6 +7,7 @@ site can be printed, compared and stored, and so that recognition needs no weigh
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -21,6 +22,7 @@ __all__ = [
     "Rejection",
     "Rope",
     "Scores",
+    "reasons",
 ]
 
 
@@ -316,11 +318,6 @@ class AttentionSite:
         return self.scores.slopes
 
     @property
-    def key_norm(self) -> Norm | None:
-        """The norm of the keys, if there is one."""
-        return self.key.norm
-
-    @property
     def key_bias_matters(self) -> bool:
         """Whether a bias of keys that do not rotate changes the result.
 
@@ -452,3 +449,8 @@ class Rejection:
     reason: str
     plain: PlainSite | None = None
     site: AttentionSite | None = None
+
+
+def reasons(rejections: Iterable[Rejection]) -> str:
+    """Which layers are not converted, and why, as a clause."""
+    return "; ".join(f"{r.path}: {r.reason} [{r.code.value}]" for r in rejections)

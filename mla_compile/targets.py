@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mla_compile.artifacts import check_target
 from mla_compile.checkpoint_folder import DEFAULT_SHARD, check_folder
 from mla_compile.compiled import CompiledModel
 from mla_compile.encoder_report import EncoderReport
 from mla_compile.encoders import CompiledEncoder
 from mla_compile.errors import UsageError
 from mla_compile.gguf_file import check_gguf
+from mla_compile.places import check_target
 from mla_compile.progress import Display
 from mla_compile.report import Report
 from mla_compile.runtime.tensorrt.engine_builder import EngineSettings

@@ -17,22 +17,14 @@ import onnx
 import torch
 from torch import fx
 
-from mla_compile.artifacts import (
-    check_cache_type,
-    check_neighbours,
-    check_place,
-    check_target,
-    copy_assets,
-    file_metadata,
-    finished,
-    moved_into,
-    read_assets,
-    read_folder,
-)
+from mla_compile.archives import read_folder
+from mla_compile.companions import copy_assets, finished, read_assets
 from mla_compile.errors import UsageError, VerificationError
 from mla_compile.evaluate import relative_error
+from mla_compile.onnx_files import file_metadata
 from mla_compile.passes.lower_tensorrt import lower_to_tensorrt_onnx
 from mla_compile.passes.retype_onnx import is_narrow_file, write_float32_copy
+from mla_compile.places import check_cache_type, check_neighbours, check_place, check_target
 from mla_compile.program import Assets
 from mla_compile.progress import Stages
 from mla_compile.report import Report
@@ -43,6 +35,7 @@ from mla_compile.runtime.tensorrt.engine_builder import EngineSettings, build_en
 from mla_compile.runtime.tensorrt.installed import architecture, require_device, require_tensorrt
 from mla_compile.runtime.tensorrt.reference import PAST, OnnxFixedDecoder
 from mla_compile.verify import in_float32, require_equal
+from mla_compile.writing import moved_into
 
 __all__ = ["ENGINE_TOLERANCE", "Written", "check_tensorrt", "commands", "write_compiled", "write_for_tensorrt"]
 

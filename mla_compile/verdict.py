@@ -9,7 +9,7 @@ from mla_compile.config import CompileConfig
 from mla_compile.errors import QualityGateError
 from mla_compile.plan import LatentPlan, clamped
 from mla_compile.report import LayerError, Quality
-from mla_compile.site import Rejection
+from mla_compile.site import Rejection, reasons
 
 __all__ = ["costly_layers", "log_sizes", "require_quality", "warnings_of"]
 
@@ -37,8 +37,7 @@ def warnings_of(
     """What a user should look at: layers left as they are, sizes that were not kept, and much lost."""
     found = []
     if kept:
-        reasons = "; ".join(f"{r.path}: {r.reason} [{r.code.value}]" for r in kept)
-        found.append(f"{len(kept)} attention layers were not converted and keep an ordinary cache ({reasons})")
+        found.append(f"{len(kept)} attention layers were not converted and keep an ordinary cache ({reasons(kept)})")
     found += clamped(plans, config)
     grown = [p.path for p in plans if p.elements_after >= p.elements_before]
     if grown and not config.exact:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +30,15 @@ from mla_compile.errors import VerificationError
 from mla_compile.evaluate import Scorer, relative_error
 from mla_compile.passes.onnx_pieces import PiecewiseSession
 from mla_compile.passes.quantise_cache import with_quantised_rows
-from mla_compile.passes.retype import NARROW, widened
+from mla_compile.passes.retype import NARROW, type_name, widened
 from mla_compile.passes.retype_onnx import write_float32_copy
 from mla_compile.report import Verification
 from mla_compile.runtime.generate import Ids, generate
-from mla_compile.runtime.module import LatentModel, LatentSeq2Seq, LowRankModel, cache_dtype
+from mla_compile.runtime.module import LatentModel, LatentOutput, cache_dtype
 from mla_compile.runtime.onnx_cache import OnnxCache
 from mla_compile.runtime.onnx_halves import halves_bytes
 from mla_compile.runtime.onnx_quantised import quantised_bytes
-from mla_compile.runtime.onnx_session import OnnxDecoder, open_session
+from mla_compile.runtime.onnx_session import OnnxDecoder
 from mla_compile.runtime.ops import kept_rows
 
 __all__ = [
@@ -47,18 +47,16 @@ __all__ = [
     "ROUNDING_FACTOR",
     "TOLERANCE",
     "TorchDecoder",
-    "check_encoder_onnx",
     "check_lowering",
     "check_module",
     "check_onnx",
-    "check_seq2seq_onnx",
+    "chunks",
     "greedy_original",
     "in_float32",
+    "in_steps",
     "quantised",
     "require_equal",
     "rounding_error",
-    "seq2seq_in_chunks",
-    "without_padding",
     "worst_error",
 ]
 
@@ -220,7 +218,7 @@ def _require_rounding(what: str, error: float, usual: float, dtype: torch.dtype)
     """
     limit = ROUNDING_FACTOR * max(usual, torch.finfo(dtype).eps)
     if not error <= limit:
-        name = str(dtype).removeprefix("torch.")
+        name = type_name(dtype)
         raise VerificationError(
             f"{what} in {name} differs from itself in float32 by {error:.1e} of the largest logit, and the original by "
             f"{usual:.1e} (allowed: {limit:.0e}).",
@@ -395,97 +393,6 @@ def _require_bytes(held: int, expected: int, ids: Tensor) -> None:
         )
 
 
-def check_encoder_onnx(converted: LowRankModel, path: Path, checks: Sequence[Mapping[str, Tensor]]) -> float:
-    """Compare an encoder's ONNX file with its PyTorch module.
-
-    Args:
-        converted: The PyTorch module.
-        path: The file.
-        checks: Inputs by name.
-
-    Returns:
-        The worst relative error.
-
-    Raises:
-        VerificationError: The runtimes disagree.
-    """
-    (session, _), worst = open_session(path), 0.0
-    for inputs in checks:
-        with torch.inference_mode():
-            expected = converted(**inputs)
-        fed = {i.name: inputs[i.name].numpy() for i in session.get_inputs()}
-        got = session.run(list(expected), fed)
-        named = {name: torch.from_numpy(value) for name, value in zip(expected, got, strict=True)}
-        worst = max(worst, worst_error(named, expected))
-    require_equal("ONNX Runtime", "the converted PyTorch module", worst)
-    return worst
-
-
-def without_padding(inputs: Mapping[str, Tensor], mask: str | None) -> dict[str, Tensor]:
-    """The same inputs with nothing padded in one mask: a decoder's positions are counted from its own."""
-    return {name: torch.ones_like(value) if name == mask else value for name, value in inputs.items()}
-
-
-def seq2seq_in_chunks(model: LatentSeq2Seq, ids: Tensor, context: Sequence[Tensor]) -> Tensor:
-    """Logits of a decoder that is fed part by part."""
-    past, done = None, 0
-    parts: list[Tensor] = []
-    for part in ids.split(_chunks(ids.shape[1]), 1):
-        done += part.shape[1]
-        result = model(part, context, torch.ones(len(ids), done, dtype=torch.long), past=past)
-        past = result.cache
-        parts.append(result.logits)
-    return torch.cat(parts, 1)
-
-
-def check_seq2seq_onnx(
-    converted: LatentSeq2Seq, files: tuple[Path, Path], tokens: str, checks: Sequence[Mapping[str, Tensor]]
-) -> float:
-    """Compare the two ONNX files of an encoder-decoder with its PyTorch module, the decoder in pieces.
-
-    Args:
-        converted: The PyTorch module.
-        files: The encoder's file and the decoder's.
-        tokens: Name of the decoder's token input in ``checks``.
-        checks: Inputs by name.
-
-    Returns:
-        The worst relative error of the logits.
-
-    Raises:
-        VerificationError: The runtimes disagree.
-    """
-    (encoder, _), (decoder, _) = map(open_session, files)
-    taken = {i.name for i in decoder.get_inputs()}
-    worst = 0.0
-    for inputs in checks:
-        ids, given = inputs[tokens], {name: inputs[name] for name in converted.encoder.inputs}
-        with torch.inference_mode():
-            expected = converted(ids, converted.encode(**given)).logits
-        names = list(converted.encoder.outputs)
-        fed = {i.name: given[i.name].numpy() for i in encoder.get_inputs()}
-        context = dict(zip(names, encoder.run(names, fed), strict=True))
-        if converted.mask is not None:
-            context["encoder_attention_mask"] = given[converted.mask].numpy()
-        cache = [np.zeros((len(ids), 0, row), np.float32) for row in converted.decoder.rows]
-        parts: list[np.ndarray] = []
-        done = 0
-        for size in _chunks(ids.shape[1]):
-            step = {
-                "input_ids": ids[:, done : done + size].numpy(),
-                "attention_mask": np.ones((len(ids), done + size), np.int64),
-                "position_ids": np.broadcast_to(np.arange(done, done + size), (len(ids), size)).copy(),
-                **{f"past_key_values.{i}.latent": past for i, past in enumerate(cache)},
-                **context,
-            }
-            logits, *cache = decoder.run(None, {name: value for name, value in step.items() if name in taken})
-            parts.append(logits)
-            done += size
-        worst = max(worst, relative_error(torch.from_numpy(np.concatenate(parts, 1)), expected))
-    require_equal("ONNX Runtime", "the converted PyTorch module", worst)
-    return worst
-
-
 def require_equal(what: str, reference: str, error: float, tolerance: float | None = None) -> None:
     """Refuse a relative error that is no rounding.
 
@@ -500,7 +407,7 @@ def require_equal(what: str, reference: str, error: float, tolerance: float | No
         )
 
 
-def _chunks(length: int) -> list[int]:
+def chunks(length: int) -> list[int]:
     """A long prefill, a chunk, and single tokens that add up to the length."""
     if length < 4:
         return [1] * length
@@ -509,10 +416,16 @@ def _chunks(length: int) -> list[int]:
 
 
 def _in_chunks(model: LatentModel, ids: Tensor) -> Tensor:
-    past, parts, done = None, [], 0
-    for part in ids.split(_chunks(ids.shape[1]), 1):
+    return in_steps(lambda part, mask, past: model(part, attention_mask=mask, past=past), ids)
+
+
+def in_steps(step: Callable[[Tensor, Tensor, Sequence[Tensor] | None], LatentOutput], ids: Tensor) -> Tensor:
+    """Logits of tokens that are fed part by part, with a mask over all tokens so far and the cache of those before."""
+    past: Sequence[Tensor] | None = None
+    parts, done = [], 0
+    for part in ids.split(chunks(ids.shape[1]), 1):
         done += part.shape[1]
-        result = model(part, attention_mask=torch.ones_like(ids[:, :done]), past=past)
+        result = step(part, torch.ones_like(ids[:, :done]), past)
         past = result.cache
         parts.append(result.logits)
     return torch.cat(parts, 1)
@@ -520,7 +433,7 @@ def _in_chunks(model: LatentModel, ids: Tensor) -> Tensor:
 
 def _onnx_in_chunks(decoder: OnnxDecoder, ids: Ids) -> np.ndarray:
     cache, parts, done = decoder.empty_cache(*ids.shape), [], 0
-    for size in _chunks(ids.shape[1]):
+    for size in chunks(ids.shape[1]):
         part = ids[:, done : done + size]
         positions = np.broadcast_to(np.arange(done, done + size), part.shape)
         logits, cache = decoder.step(part, np.ones((len(ids), done + size), np.int64), positions, cache)

@@ -1,17 +1,24 @@
-"""Who writes, and why writing failed: a full disk, a folder that became read-only, a limit of sizes."""
+"""Write so that a name either holds a whole result or nothing new, and say why writing failed.
+
+Everything is written into a hidden folder beside the target and moved into place at the end. What fails is a full disk,
+a folder that became read-only, or a limit of sizes.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mla_compile.errors import UsageError
 
-__all__ = ["explained", "held", "missing_folders", "remove_empty"]
+__all__ = ["explained", "held", "is_occupied", "missing_folders", "moved_into", "remove_empty"]
 
+_HIDDEN = ".mla-compile-"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)
 _MORE_ROOM, _ELSEWHERE = "Free some room on that disk, or choose another folder.", "Choose another folder."
@@ -78,3 +85,36 @@ def remove_empty(folders: Sequence[Path]) -> None:
     for folder in folders:
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
+
+
+def is_occupied(path: Path) -> bool:
+    """Whether there is a file, or a folder with anything but what a process that was killed left in it."""
+    return path.is_file() or (path.is_dir() and any(not p.name.startswith(_HIDDEN) for p in path.iterdir()))
+
+
+@contextlib.contextmanager
+def moved_into(target: Path) -> Iterator[Path]:
+    """Give a hidden folder to write in; on success move its files into ``target``, on failure remove everything.
+
+    What a process that was killed left there is removed first.
+
+    Raises:
+        UsageError: Something could not be written.
+    """
+    created = missing_folders(target)
+    target.mkdir(parents=True, exist_ok=True)
+    for left in target.glob(f"{_HIDDEN}*"):
+        with held(left) as ours:
+            if ours:
+                shutil.rmtree(left, ignore_errors=True)
+    hidden = Path(tempfile.mkdtemp(prefix=_HIDDEN, dir=target))
+    try:
+        with held(hidden), explained(target):
+            yield hidden
+            for file in sorted(hidden.iterdir()):
+                file.replace(target / file.name)
+    except BaseException:
+        shutil.rmtree(hidden, ignore_errors=True)
+        remove_empty(created)
+        raise
+    hidden.rmdir()

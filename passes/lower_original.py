@@ -15,7 +15,9 @@ import torch
 
 from mla_compile.errors import RefusedError
 from mla_compile.passes.insert_latent import LatentGraph, insert_latent
-from mla_compile.passes.lower_onnx import name_function, node_variant, rewritten_to_onnx, save
+from mla_compile.passes.lower_onnx import rewritten_to_onnx
+from mla_compile.passes.onnx_export import save
+from mla_compile.passes.onnx_nodes import name_function, node_variant
 from mla_compile.passes.original_attention import (
     MICROSOFT,
     ORIGINAL_OPSET,

@@ -21,12 +21,13 @@ from torch.export import Dim
 from mla_compile.errors import RefusedError
 from mla_compile.passes.fold import fold_numbers
 from mla_compile.passes.insert_latent import INPUT_NAMES
-from mla_compile.passes.lower_onnx import exported_to_onnx, name_dimensions, save, with_float32_logits
+from mla_compile.passes.narrow_onnx import with_float32_logits
+from mla_compile.passes.onnx_export import exported_to_onnx, name_dimensions, save
 from mla_compile.passes.retype import NARROW
 from mla_compile.quiet import quiet_exporter
 from mla_compile.runtime import ops
 from mla_compile.runtime.module import cache_dtype
-from mla_compile.runtime.onnx_function import DOMAIN, VERSION, Variant
+from mla_compile.runtime.onnx_variant import DOMAIN, VERSION, Variant
 from mla_compile.runtime.tensorrt.functions import APPEND, COMBINE, DECODE, OPSET, PARTIAL, PLUGIN, SPLITS, function
 
 __all__ = ["lower_to_tensorrt_onnx"]

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from mla_compile.passes.evaluate import example_inputs
 from mla_compile.passes.mismatch import MismatchError
 from mla_compile.passes.probe import Operand, exceeds, matching_rows, probe_linear
 from mla_compile.passes.trace import DataFlow
@@ -146,10 +145,7 @@ def _fit(kind: str, size: int, rows: Tensor, operand: Operand, later: Operand, p
 
 def _values(operand: Operand, target: Operand, outputs: Tensor) -> Tensor:
     """Entries ``[B, S, N]`` of another operand's base for given projection outputs ``[B, S, M]``."""
-    batch, length = outputs.shape[:2]
-    inputs = example_inputs(operand.evaluator.program, batch, length, sizes=operand.sizes)
-    (value,) = operand.evaluator.run([target.base], {operand.base: operand.place(outputs)}, inputs)
-    return target.flatten(value, batch, length)
+    return target.flatten(operand.value_of(target.base, outputs), *outputs.shape[:2])
 
 
 def nodes_between(operand: Operand, end: Node, flow: DataFlow) -> list[Node]:

@@ -19,7 +19,7 @@ from mla_compile.errors import RefusedError
 from mla_compile.passes.evaluate import GraphEvaluator, example_inputs
 from mla_compile.passes.layout import Sizes
 from mla_compile.passes.probe import longest_length
-from mla_compile.passes.trace import DataFlow
+from mla_compile.passes.trace import DataFlow, upstream
 from mla_compile.program import Program
 
 __all__ = ["repair_positions"]
@@ -270,15 +270,7 @@ def _look_up(
 
 def _with_sizes(node: Node) -> set[Node]:
     """Everything a value is made from, sizes included, but not what they are sizes of."""
-    seen: set[Node] = set()
-    stack = [node]
-    while stack:
-        current = stack.pop()
-        if current not in seen:
-            seen.add(current)
-            if current.target is not _aten.sym_size.int:
-                stack.extend(current.all_input_nodes)
-    return seen
+    return upstream([node], lambda n: n.target is _aten.sym_size.int)
 
 
 def _counters(program: Program, evaluator: GraphEvaluator, flow: DataFlow, alive: Mapping[str, Node]) -> dict[str, int]:

@@ -98,10 +98,15 @@ class Operand:
 
     def __call__(self, values: Tensor) -> Tensor:
         """Map values of the base ``[B, S, N]`` to the operand ``[B, S, H, D]``."""
+        result = self.value_of(self.node, values.double())
+        return self.layout.arrange(result, "bthd" if "t" in self.layout.axes else "bshd", len(values))
+
+    def value_of(self, node: Node, values: Tensor) -> Tensor:
+        """Value of a node, as it is in the graph, for values of the base ``[B, S, N]``."""
         batch, length = values.shape[:2]
         inputs = example_inputs(self.evaluator.program, batch, length, sizes=self.sizes)
-        (result,) = self.evaluator.run([self.node], {self.base: self.place(values.double())}, inputs)
-        return self.layout.arrange(result, "bthd" if "t" in self.layout.axes else "bshd", batch)
+        (result,) = self.evaluator.run([node], {self.base: self.place(values)}, inputs)
+        return result
 
 
 def exceeds(values: Tensor, limit: float) -> bool:

@@ -18,13 +18,18 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx import Node
 
-__all__ = ["NARROW", "is_narrow", "widened"]
+__all__ = ["NARROW", "is_narrow", "type_name", "widened"]
 
 _aten = torch.ops.aten
 NARROW = frozenset({torch.float16, torch.bfloat16})
 """Types that have half the bytes of float32."""
 _SOFTMAX = frozenset({_aten._softmax.default, _aten._log_softmax.default})
 """Their last argument says that a float16 input has a float32 output."""
+
+
+def type_name(dtype: torch.dtype) -> str:
+    """A type as users write it, such as ``bfloat16``."""
+    return str(dtype).removeprefix("torch.")
 
 
 def is_narrow(module: nn.Module) -> bool:

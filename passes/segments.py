@@ -11,17 +11,17 @@ Any graph can be cut anywhere. A model without a narrow place only hands on more
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.fx import Node
 
-from mla_compile.passes.trace import SHAPE_ONLY
+from mla_compile.passes.trace import SHAPE_ONLY, upstream
 
 __all__ = ["Mark", "Segment", "cut_graph", "downstream", "value_bytes"]
 
@@ -80,7 +80,7 @@ def cut_graph(graph: fx.Graph, tokens: str, wanted: Sequence[str], marks: Sequen
         The segments in order.
     """
     nodes = {n.name: n for n in graph.nodes}
-    needed = _behind(nodes[name] for name in wanted)
+    needed = upstream(nodes[name] for name in wanted)
     order = [n for n in graph.nodes if n in needed]
     content = _content(order, nodes[tokens])
     own = [n for n in order if n in content]
@@ -100,7 +100,7 @@ def cut_graph(graph: fx.Graph, tokens: str, wanted: Sequence[str], marks: Sequen
     for begin, end in itertools.pairwise(starts):
         part = own[begin:end]
         reads = [n for n in own[:begin] if until[n] >= begin and _is_read(n, part, at, begin, end)]
-        inside = _behind(part, stop=lambda n, begin=begin: place.get(n, begin) < begin)
+        inside = upstream(part, functools.partial(_is_before, place, begin))
         found = [n for n in order if n in inside and place.get(n, begin) >= begin]
         writes = [n for n in part if until[n] >= end]
         with_marks = {n for position, together in at.items() if begin <= position < end for n in together}
@@ -171,17 +171,8 @@ def downstream(graph: fx.Graph, sources: Iterable[str]) -> set[str]:
     return found
 
 
-def _behind(targets: Iterable[Node], stop: Any = lambda _: False) -> set[Node]:  # noqa: ANN401 - a predicate
-    """Nodes that some depend on, themselves included, not looking behind ``stop``."""
-    seen: set[Node] = set()
-    stack = [*targets]
-    while stack:
-        node = stack.pop()
-        if node not in seen:
-            seen.add(node)
-            if not stop(node):
-                stack.extend(node.all_input_nodes)
-    return seen
+def _is_before(place: Mapping[Node, int], begin: int, node: Node) -> bool:
+    return place.get(node, begin) < begin
 
 
 def value_bytes(node: Node, tokens: Node, batch: int, length: int) -> int:

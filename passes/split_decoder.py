@@ -18,7 +18,7 @@ from mla_compile.passes.insert_latent import erase_dead, finished
 from mla_compile.passes.insert_low_rank import read_sizes_from
 from mla_compile.passes.layout import Sizes
 from mla_compile.passes.operands import root
-from mla_compile.passes.trace import Anchor, DataFlow, find_anchors
+from mla_compile.passes.trace import Anchor, DataFlow, find_anchors, upstream
 from mla_compile.program import AnyProgram, DecoderProgram, Role
 from mla_compile.quiet import quiet_exporter
 from mla_compile.site import AttentionSite
@@ -113,14 +113,7 @@ def encoder_layers(program: AnyProgram, cross: Sequence[AttentionSite]) -> froze
 def _behind(program: AnyProgram, names: Sequence[str]) -> set[str]:
     """Names of everything that values are made from, sizes excepted."""
     originals = {n.name: n for n in program.exported.graph.nodes}
-    seen: set[Node] = set()
-    stack = [originals[name] for name in names]
-    while stack:
-        node = stack.pop()
-        if node not in seen:
-            seen.add(node)
-            if node.target is not _aten.sym_size.int:
-                stack.extend(node.all_input_nodes)
+    seen = upstream((originals[name] for name in names), lambda node: node.target is _aten.sym_size.int)
     return {node.name for node in seen}
 
 

@@ -7,7 +7,7 @@ products of an activation with a weight. Nothing here looks at module classes or
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,7 @@ __all__ = [
     "operator_argument",
     "projections_behind",
     "read_projection",
+    "upstream",
 ]
 
 _aten = torch.ops.aten
@@ -62,6 +63,21 @@ SHAPE_ONLY = frozenset(
     }
 )
 """Operators that read the shape of their input and not its content."""
+
+
+def upstream(
+    targets: Iterable[Node], stop: Callable[[Node], bool] = lambda _: False, *, among: Container[Node] | None = None
+) -> set[Node]:
+    """Nodes that some depend on, themselves included, not looking behind ``stop``, nor at others than ``among``."""
+    seen: set[Node] = set()
+    stack = [*targets]
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            if not stop(node):
+                stack.extend(i for i in node.all_input_nodes if among is None or i in among)
+    return seen
 
 
 @dataclass(frozen=True)
@@ -176,15 +192,7 @@ class DataFlow:
 
     def behind(self, node: Node, stop: Callable[[Node], bool] = lambda _: False) -> set[Node]:
         """Return the activation-carrying nodes ``node`` depends on, itself included, not looking behind ``stop``."""
-        seen: set[Node] = set()
-        stack = [node]
-        while stack:
-            current = stack.pop()
-            if current not in seen:
-                seen.add(current)
-                if not stop(current):
-                    stack.extend(i for i in current.all_input_nodes if i in self.hidden)
-        return seen
+        return upstream([node], stop, among=self.hidden)
 
     def projection(self, node: Node) -> ProjectionNode | None:
         """Return the node as a product of one activation with one weight expression, if it is one."""

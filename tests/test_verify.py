@@ -99,7 +99,7 @@ def test_any_length_from_two_can_be_verified(original, exact, compiled, decoder,
 
 @pytest.mark.parametrize("length", range(1, 40))
 def test_chunks_add_up(length):
-    sizes = verify._chunks(length)
+    sizes = verify.chunks(length)
     assert sum(sizes) == length
     assert min(sizes) >= 1
     assert sizes[-1] == 1  # the step that decoding consists of

@@ -143,10 +143,10 @@ def convert(
         from mla_compile.seq2seq_report import Seq2SeqReport
         from mla_compile.targets import Destination, write
 
-        if not for_tensorrt and for_engine != EngineOptions():
+        if not for_tensorrt and for_engine.given:
             raise UsageError(
-                "Options of the panel TensorRT were given, and something else is written.",
-                "Add --target tensorrt, or leave them out.",
+                f"{', '.join(for_engine.given)}: only an engine of TensorRT is built for that, and none is written.",
+                "Add --target tensorrt, or leave it out; what an ONNX file is run with is said when it is run.",
             )
         engine = for_engine.settings() if for_tensorrt else None
         compiled = api.compile(

@@ -128,7 +128,7 @@ def report(
 ) -> None:
     """Draw the report of a conversion as one page; every conversion writes one, this draws it again."""
     from mla_compile import display
-    from mla_compile.artifacts import write_page
+    from mla_compile.page_file import write_page
     from mla_compile.report_page import PAGE, read_measurement, read_report
 
     page = out or (source if source.is_dir() else source.parent) / PAGE

@@ -78,6 +78,11 @@ class EngineOptions:
     refit: Refit = False
     no_plugins: NoPlugins = False
 
+    @property
+    def given(self) -> tuple[str, ...]:
+        """Names of the options that are not as they are by default."""
+        return tuple(f"--{f.name.replace('_', '-')}" for f in fields(self) if getattr(self, f.name) != f.default)
+
     def settings(self) -> EngineSettings:
         """As the builder takes them."""
         from mla_compile.runtime.tensorrt.engine_builder import EngineSettings

@@ -44,7 +44,7 @@ def show_layers(rows: Sequence[Mapping[str, Any]]) -> None:
             cached = f"{row['elements_per_token']}" + (f" (lossless: {lossless:.0%})" if lossless < 1 else "")
         verdict = f"no: {row['rejected']}" if "rejected" in row else "yes"
         lines.append([row["index"], row["path"], verdict, heads, rope, row["mask"], _extras(row), cached, weights])
-    columns = ["#", "layer", "converts", "heads", "rope", "mask", "also", "cached/token", "weights"]
+    columns = ["#", "layer", "converts", "heads", "rope", "mask", "also", "numbers cached", "weights"]
     print_table("Attention layers", columns, lines)
 
 

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, fx
 
 from mla_compile import frontend
-from mla_compile.artifacts import check_place
 from mla_compile.calibration import Text, read_text
 from mla_compile.corpus import check_vocabulary, load_tokenizer
 from mla_compile.errors import LoadError, UsageError
 from mla_compile.evaluate import longest_window
 from mla_compile.opened import module_scorer
 from mla_compile.passes.retype import is_narrow, widened
+from mla_compile.places import check_place
 from mla_compile.program import Program
 from mla_compile.progress import Display, Stages
 from mla_compile.report import Training

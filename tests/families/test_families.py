@@ -53,8 +53,8 @@ def described(site: AttentionSite) -> Layer:
         rotary_dim=site.rope.rotary_dim,
         window=site.mask.window,
         sinks=site.sinks,
-        key_norm=None if site.key_norm is None else site.key_norm.kind,
-        per_head=site.key_norm is None or site.key_norm.per_head,
+        key_norm=None if site.key.norm is None else site.key.norm.kind,
+        per_head=site.key.norm is None or site.key.norm.per_head,
         value_norm=None if site.value.norm is None else site.value.norm.kind,
         value_heads=None if site.value_rows == site.kv_heads * site.v_dim else site.value_rows // site.v_dim,
     )
@@ -128,7 +128,7 @@ def test_channels_that_stand_still_go_through_the_latent_exactly(name, kept, tmp
     for site, plan in zip(compiled.report.sites, compiled.report.plans, strict=True):
         assert site.rope.rotary_dim == plan.rope_dims
         assert plan.rope_dims < site.qk_dim
-        assert plan.key_scales == (0 if site.key_norm is None else len(site.key_norm.groups))
+        assert plan.key_scales == (0 if site.key.norm is None else len(site.key.norm.groups))
     ids = tokens(3, LENGTH, seed=11)
     assert_equal(compiled, module, ids)
     assert_equal_in_onnx(compiled, module, ids, tmp_path)

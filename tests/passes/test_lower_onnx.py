@@ -12,8 +12,9 @@ import torch
 from conversion import convert, difference
 from torch import nn
 
-from mla_compile.passes import lower_onnx
-from mla_compile.passes.lower_onnx import METADATA_KEY, export_rewritten, lower_to_onnx
+from mla_compile.passes import onnx_export
+from mla_compile.passes.lower_onnx import export_rewritten, lower_to_onnx
+from mla_compile.passes.onnx_export import METADATA_KEY
 from mla_compile.runtime import ops  # noqa: F401 - registers the operators
 from mla_compile.runtime.module import LatentModel
 from mla_compile.runtime.onnx_checksum import CHECKSUM_KEY
@@ -248,7 +249,7 @@ def test_every_weight_is_stored_once(lowered):
 
 
 def test_large_weights_lie_beside_the_file(lowered, tmp_path, monkeypatch):
-    monkeypatch.setattr(lower_onnx, "EXTERNAL_DATA_BYTES", 1)
+    monkeypatch.setattr(onnx_export, "EXTERNAL_DATA_BYTES", 1)
     case = lowered(FIRST)
     path = case.write(tmp_path / "model.onnx")
     assert {p.name for p in tmp_path.iterdir()} == {"model.onnx", "model.onnx.data"}

@@ -20,7 +20,7 @@ from conversion import convert, difference
 from onnx import numpy_helper
 
 from mla_compile.errors import LoadError, RefusedError, UsageError
-from mla_compile.passes import lower_onnx
+from mla_compile.passes import onnx_export
 from mla_compile.passes.lower_onnx import lower_to_onnx
 from mla_compile.runtime import onnx_cache
 from mla_compile.runtime.onnx_checksum import require_unchanged
@@ -212,8 +212,8 @@ def pair(files, tmp_path_factory):
     """A folder with a file and its weights beside it."""
     folder, whole = tmp_path_factory.mktemp("pair"), files().paths["static"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lower_onnx, "EXTERNAL_DATA_BYTES", 1)
-        lower_onnx.save(onnx_ir.load(whole), folder / "model.onnx", {})
+        patch.setattr(onnx_export, "EXTERNAL_DATA_BYTES", 1)
+        onnx_export.save(onnx_ir.load(whole), folder / "model.onnx", {})
     return folder
 
 

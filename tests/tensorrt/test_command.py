@@ -121,7 +121,10 @@ def test_without_tensorrt_nothing_is_begun(folder, tmp_path, capsys, monkeypatch
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--out", "x.onnx", "--max-batch", "2"], "Options of the panel TensorRT were given"),
+        (
+            ["--out", "x.onnx", "--max-batch", "2", "--no-plugins"],
+            "--max-batch, --no-plugins: only an engine of TensorRT",
+        ),
         (["--out", "x.onnx", "--target", "tpu"], "--target tpu is not one of auto, cuda, tensorrt"),
         (["--out", "x.plan", "--format", "deepseek"], "The format deepseek is not for TensorRT"),
         (["--out", "x.onnx", "--target", "tensorrt", "--encoders"], "Only a causal language model"),
