@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 import yaml
 from torch import fx
+from torch.export import ExportedProgram
 
 from mla_compile.companions import copy_assets, finished
 from mla_compile.encoder_report import EncoderReport
@@ -18,7 +19,7 @@ from mla_compile.program import Assets
 from mla_compile.progress import Stages
 from mla_compile.report import Report
 from mla_compile.runtime.module import LatentModel, LowRankModel
-from mla_compile.writing import moved_into
+from mla_compile.writing import moved_into, unseen_errors
 
 __all__ = ["is_converted_folder", "read_folder", "write_archive", "write_encoder_folder", "write_folder"]
 
@@ -54,7 +55,12 @@ def write_archive(module: LatentModel, folder: Path) -> None:
             exported.state_dict[name] = (
                 torch.nn.Parameter(whole, value.requires_grad) if isinstance(value, torch.nn.Parameter) else whole
             )
-    torch.export.save(exported, folder / "model.pt2")
+    _save(exported, folder)
+
+
+def _save(exported: ExportedProgram, folder: Path) -> None:
+    with unseen_errors(folder / "model.pt2") as file:  # which torch's writer would end the process for
+        torch.export.save(exported, file)
 
 
 def write_encoder_folder(
@@ -69,7 +75,7 @@ def write_encoder_folder(
     check_target(path, force)
     check_neighbours(path, report.source, assets, force)
     with moved_into(path) as folder:
-        torch.export.save(export_encoder(module.graph, face), folder / "model.pt2")
+        _save(export_encoder(module.graph, face), folder)
         copy_assets(assets, folder)
         (folder / "mla_config.yaml").write_text(yaml.safe_dump(dict(report.config), sort_keys=False), encoding="utf-8")
         return finished(report, folder, Stages())

@@ -62,7 +62,7 @@ class LayerStore:
         """
         key = content_of(tensors, repr((_SCHEMA, torch.__version__, dtype, settled)))
         path = self.folder / f"{key}.safetensors"
-        with contextlib.suppress(FileNotFoundError, SafetensorError):
+        with contextlib.suppress(FileNotFoundError, SafetensorError, KeyError, TypeError, ValueError):  # or damaged
             return _read(path)
         with explained(path):
             _write(path, rounded(make(), dtype))
@@ -102,8 +102,9 @@ class Journal:
 
     def _read(self) -> dict[str, float]:
         with contextlib.suppress(FileNotFoundError, ValueError):
-            found: dict[str, float] = json.loads(self.path.read_text(encoding="utf-8"))
-            return found
+            found = json.loads(self.path.read_text(encoding="utf-8"))
+            if isinstance(found, dict):
+                return {name: value for name, value in found.items() if isinstance(value, float | int)}
         return {}
 
 

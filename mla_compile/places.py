@@ -30,6 +30,8 @@ def check_target(path: Path, force: bool) -> None:
     Raises:
         UsageError: The name is not one this version writes, exists already, or its folder cannot be written.
     """
+    if not path.name:
+        raise UsageError(f"'{path}' names no file.", "Name a .onnx file, or a folder.")
     if path.name == ".onnx":
         raise UsageError(f"'{path}' is only a suffix.", "Name a file, such as model.onnx.")
     if path.suffix and path.suffix != ".onnx":

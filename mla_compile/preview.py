@@ -87,7 +87,9 @@ def plan(
     require_text(config, calibration)
     documents = read_text(calibration)
     dtype = wanted_type(config)
-    program = frontend.load_any(model, attention=attn_implementation, unsafe=unsafe_load, dtype=dtype)
+    program = frontend.load_any(
+        model, tokenizer=tokenizer, attention=attn_implementation, unsafe=unsafe_load, dtype=dtype
+    )
     found = recognise(program)
     types = type_name(program.dtype), type_name(result_type(program, config))
     if config.encoders and is_seq2seq(found):

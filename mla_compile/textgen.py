@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mla_compile.archives import is_converted_folder
 from mla_compile.corpus import check_vocabulary, load_tokenizer
-from mla_compile.errors import UsageError
+from mla_compile.errors import LoadError, UsageError
 from mla_compile.runtime.generate import Sampling
 from mla_compile.runtime.onnx_checksum import require_unchanged
 from mla_compile.runtime.onnx_session import PROVIDERS, OnnxDecoder
@@ -117,6 +117,8 @@ def _open(
         from mla_compile.folder_decoder import FolderDecoder
 
         return FolderDecoder(model, max_length)
+    if model.is_dir():
+        raise LoadError(f"'{model}' holds no converted model that runs here.", _what_to_run(model))
     if model.suffix != ".plan":
         decoder = OnnxDecoder(model, [PROVIDERS[provider or "cpu"]], threads, max_length, kernel or "auto")
         require_unchanged(model)
@@ -132,6 +134,17 @@ def _open(
     from mla_compile.runtime.tensorrt.engine import TensorRTDecoder
 
     return TensorRTDecoder(model)
+
+
+def _what_to_run(folder: Path) -> str:
+    """What to do about a folder that is not one of ours."""
+    files = sorted(p for p in folder.iterdir() if p.suffix in (".onnx", ".plan"))
+    if files:
+        return f"Name a file in it, such as '{files[0]}'."
+    return (
+        "A DeepSeek checkpoint runs in transformers, vLLM or SGLang; anything else is first converted: "
+        "mla-compile MODEL --out FILE.onnx."
+    )
 
 
 def continuation(tokenizer: Any, prompt: list[int], new: list[int]) -> str:  # noqa: ANN401 - see load_tokenizer

@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
 
 from mla_compile.errors import UsageError
 
-__all__ = ["explained", "held", "is_occupied", "missing_folders", "moved_into", "remove_empty"]
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+
+__all__ = ["explained", "held", "is_occupied", "missing_folders", "moved_into", "remove_empty", "unseen_errors"]
 
 _HIDDEN = ".mla-compile-"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -49,6 +54,52 @@ def explained(path: Path) -> Iterator[None]:
             raise
         reason = next((os.strerror(n) for n in _FULL if os.strerror(n) in text), text.strip().splitlines()[0][:120])
         raise UsageError(f"'{path}' could not be written ({reason}).", _MORE_ROOM) from error
+
+
+@contextlib.contextmanager
+def unseen_errors(path: Path) -> Iterator[BinaryIO]:
+    """A file for a writer that must not see it fail: what goes wrong is raised when the body has ended.
+
+    Args:
+        path: The file to write.
+
+    Raises:
+        OSError: Something could not be written.
+    """
+    with path.open("wb", buffering=0) as file:
+        to = _Unfailing(file)
+        with io.BufferedWriter(to) as buffered:
+            yield buffered
+        if to.error is not None:
+            raise to.error
+
+
+class _Unfailing(io.RawIOBase):
+    """Writes until something goes wrong, keeps that, and takes whatever comes after it."""
+
+    def __init__(self, file: io.FileIO) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def write(self, data: ReadableBuffer, /) -> int:
+        return self._unless_failed(lambda: self._file.write(data), memoryview(data).nbytes)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        return self._unless_failed(lambda: self._file.seek(offset, whence), offset)
+
+    def _unless_failed(self, action: Callable[[], int], otherwise: int) -> int:
+        if self.error is None:
+            try:
+                return action()  # of a large piece, perhaps a part: the rest is asked for again
+            except OSError as error:
+                self.error = error
+        return otherwise
 
 
 @contextlib.contextmanager

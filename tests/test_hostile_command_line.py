@@ -116,14 +116,15 @@ def test_an_interrupt_of_the_real_program_leaves_nothing(model, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_real_limit_of_file_sizes_leaves_nothing(model, tmp_path):
+@pytest.mark.parametrize("name", ["out.onnx", "folder"])
+def test_a_real_limit_of_file_sizes_leaves_nothing(name, model, tmp_path):
     """A limit of the system, not a stand-in for one: a disk that is full says the same in other words."""
 
     def limited() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
-    words = (model, "--out", tmp_path / "new" / "out.onnx", "--method", "mha2mla", "--no-verify", "-q")
+    words = (model, "--out", tmp_path / "new" / name, "--method", "mha2mla", "--no-verify", "-q")
     child = process(*words, preexec_fn=limited)
     out, err = child.communicate(timeout=300)
     assert (child.returncode, out) == (2, ""), err
@@ -131,6 +132,17 @@ def test_a_real_limit_of_file_sizes_leaves_nothing(model, tmp_path):
     assert "could not be written" in err
     assert len(err.splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("out", ["", ".", "/"])
+def test_a_name_that_is_none(out, model):
+    assert "names no file. Name a .onnx file, or a folder." in told(model, "--out", out, "--method", "mha2mla")
+
+
+def test_a_folder_that_does_not_run_says_what_does(model, tmp_path):
+    assert "runs here. A DeepSeek checkpoint runs in transformers" in told("run", model, "--prompt", "x")
+    (tmp_path / "b.onnx").touch()
+    assert f"Name a file in it, such as '{tmp_path / 'b.onnx'}'." in told("run", tmp_path, "--prompt", "x")
 
 
 def test_names_in_any_script(model, tmp_path):
