@@ -202,7 +202,7 @@ def test_places_and_ticks_lie_between_the_ends(values, log):
 
 
 def test_an_axis_that_was_never_fitted_says_so():
-    with pytest.raises(ValueError, match="'x' was not fitted"):
+    with pytest.raises(ValueError, match="'x' has no ends yet"):
         Axis("x").place(1.0)
 
 

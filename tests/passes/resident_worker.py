@@ -15,7 +15,7 @@ from bounded_worker import FEW, MANY, task_of
 from memory_worker import VOCABULARY, peak
 
 from mla_compile.checkpoint_files import require_finite
-from mla_compile.passes import lower_onnx
+from mla_compile.passes import lower_onnx, onnx_export
 from mla_compile.passes.methods import METHODS
 from mla_compile.passes.onnx_pieces import PiecewiseSession
 from mla_compile.passes.task import Task
@@ -36,7 +36,7 @@ def convert(task: Task, path: Path) -> None:
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    lower_onnx.EXTERNAL_DATA_BYTES = 0
+    onnx_export.EXTERNAL_DATA_BYTES = 0
     found = {}
     for name, layers in (("warm", 1), ("few", FEW), ("many", MANY)):
         task = task_of(folder / name, layers, "mha2mla")

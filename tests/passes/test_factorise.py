@@ -135,7 +135,7 @@ def test_two_norm_of_equal_pairs_prefers_high_frequencies():
 
 
 def test_two_norm_needs_measurements():
-    with pytest.raises(ValueError, match="calibration norms"):
+    with pytest.raises(ValueError, match="needs norms that were measured on text"):
         select_pairs(falling(8), 3, "2-norm", None)
 
 

@@ -383,7 +383,7 @@ def test_without_components_no_rope_key_is_scaled(normed):
 
 def test_rope_keys_in_front_of_their_norms_have_no_shift_behind_them(normed):
     weights = normed[PerHead].whole()[0]
-    with pytest.raises(ValueError, match="cannot have a shift behind"):
+    with pytest.raises(ValueError, match="in front of their norms have no shift behind them"):
         replace(weights, rope_shift=torch.ones(1, 2))
 
 

@@ -94,7 +94,7 @@ def test_empty_cache_holds_no_tokens_in_the_weights_type(dtype):
 def test_a_full_window_does_not_tell_how_many_tokens_there_were():
     model = LatentModel(Recorder(), ROWS, (3, 4))
     past = [torch.zeros(1, 2, 3), torch.zeros(1, 3, 5)]
-    with pytest.raises(ValueError, match="pass attention_mask over all tokens so far"):
+    with pytest.raises(ValueError, match="Pass attention_mask over all tokens so far"):
         model(torch.zeros(1, 1, dtype=torch.long), past=past)
     model(torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 9, dtype=torch.long), past=past)
     # One layer whose window is not full yet, or that has none, is enough.
