@@ -293,7 +293,7 @@ OTHERS = {
     "run max-length": ("run {good} --prompt x --max-length 0", 2, "--max-length"),
     "run threads": ("run {good} --prompt x --threads 0", 2, "--threads"),
     "run missing": ("run {place}/none.onnx --prompt x", 2, "There is no file"),
-    "run folder": ("run {place}/full --prompt x", 2, "There is no file"),
+    "run folder": ("run {place}/full --prompt x", 2, "holds no converted model that runs here"),
     "run garbage": ("run {place}/garbage.onnx --prompt x", 2, "ONNX Runtime cannot load"),
     "run empty": ("run {place}/empty.onnx --prompt x", 2, "ONNX Runtime cannot load"),
     "run another model": ("run {place}/plain.onnx --prompt x", 2, "Give a file made by mla-compile."),
