@@ -9,7 +9,7 @@ import yaml
 from torch import fx
 from torch.export import ExportedProgram
 
-from mla_compile.companions import copy_assets, finished
+from mla_compile.companions import copy_assets, finished, is_converted_folder
 from mla_compile.encoder_report import EncoderReport
 from mla_compile.errors import LoadError
 from mla_compile.passes.lower_encoder import EncoderFace, export_encoder
@@ -21,7 +21,7 @@ from mla_compile.report import Report
 from mla_compile.runtime.module import LatentModel, LowRankModel
 from mla_compile.writing import moved_into, unseen_errors
 
-__all__ = ["is_converted_folder", "read_folder", "write_archive", "write_encoder_folder", "write_folder"]
+__all__ = ["read_folder", "write_archive", "write_encoder_folder", "write_folder"]
 
 _PROVENANCE = ("custom", "from_node", "nn_module_stack", "source_fn_stack", "stack_trace", "torch_fn")
 """What torch writes of every node besides what it computes."""
@@ -79,11 +79,6 @@ def write_encoder_folder(
         copy_assets(assets, folder)
         (folder / "mla_config.yaml").write_text(yaml.safe_dump(dict(report.config), sort_keys=False), encoding="utf-8")
         return finished(report, folder, Stages())
-
-
-def is_converted_folder(path: Path) -> bool:
-    """Whether a folder was written by :func:`write_folder`."""
-    return (path / "mla_config.yaml").is_file() and (path / "model.pt2").is_file()
 
 
 def read_folder(path: Path) -> LatentModel:

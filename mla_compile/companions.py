@@ -1,4 +1,4 @@
-"""What lies beside every result: configuration, tokenizer, report and its page."""
+"""What lies beside every result (configuration, tokenizer, report and its page), and by which a folder is told."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mla_compile.report import Report
 from mla_compile.report_page import write_report
 from mla_compile.seq2seq_report import Seq2SeqReport
 
-__all__ = ["copy_assets", "finished", "read_assets"]
+__all__ = ["copy_assets", "finished", "is_converted_folder", "read_assets"]
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -30,6 +30,11 @@ _TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 _AnyReport = TypeVar("_AnyReport", Report, EncoderReport, Seq2SeqReport)
+
+
+def is_converted_folder(path: Path) -> bool:
+    """Whether a folder was written by :func:`~mla_compile.archives.write_folder`."""
+    return (path / "mla_config.yaml").is_file() and (path / "model.pt2").is_file()
 
 
 def copy_assets(assets: Assets, folder: Path) -> None:

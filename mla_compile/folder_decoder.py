@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,6 @@ import torch
 from mla_compile.archives import read_folder
 from mla_compile.companions import read_assets
 from mla_compile.errors import UsageError
-from mla_compile.runtime.generate import Sampling, generate
 from mla_compile.runtime.module import cache_dtype
 from mla_compile.verify import TorchDecoder
 
@@ -19,7 +18,7 @@ __all__ = ["FolderDecoder"]
 
 
 class FolderDecoder(TorchDecoder):
-    """Generates with a converted folder, as :class:`~mla_compile.runtime.onnx_session.OnnxDecoder` does with a file.
+    """A converted folder step by step, as :class:`~mla_compile.runtime.onnx_session.OnnxDecoder` is a file.
 
     Args:
         folder: A folder written by ``mla-compile convert MODEL --out FOLDER``.
@@ -61,15 +60,3 @@ class FolderDecoder(TorchDecoder):
                 f"{self._max_length}.",
                 "Raise --max-length, or ask for fewer tokens.",
             )
-
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        max_new_tokens: int,
-        *,
-        sampling: Sampling | None = None,
-        stop: Sequence[int] = (),
-        on_tokens: Callable[[list[int | None]], None] | None = None,
-    ) -> list[list[int]]:
-        """Continue prompts; see :func:`mla_compile.runtime.generate.generate`."""
-        return generate(self, prompts, max_new_tokens, sampling=sampling, stop=stop, on_tokens=on_tokens)

@@ -13,7 +13,8 @@ import torch
 import yaml
 
 from mla_compile import frontend
-from mla_compile.archives import is_converted_folder, read_folder
+from mla_compile.archives import read_folder
+from mla_compile.companions import is_converted_folder
 from mla_compile.evaluate import Scorer, original_scorer
 from mla_compile.passes.recognise import Recognition, recognise
 from mla_compile.program import Program

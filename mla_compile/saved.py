@@ -13,8 +13,8 @@ import torch
 import yaml
 
 from mla_compile import verify
-from mla_compile.archives import is_converted_folder, read_folder, write_archive
-from mla_compile.companions import copy_assets, read_assets
+from mla_compile.archives import read_folder, write_archive
+from mla_compile.companions import copy_assets, is_converted_folder, read_assets
 from mla_compile.config import CompileConfig
 from mla_compile.errors import LoadError, UsageError
 from mla_compile.genai import write_genai_config

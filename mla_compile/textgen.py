@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mla_compile.archives import is_converted_folder
+from mla_compile.companions import is_converted_folder
 from mla_compile.corpus import check_vocabulary, load_tokenizer
 from mla_compile.errors import LoadError, UsageError
-from mla_compile.runtime.generate import Sampling
+from mla_compile.runtime.generate import Sampling, generate
 from mla_compile.runtime.onnx_checksum import require_unchanged
 from mla_compile.runtime.onnx_session import PROVIDERS, OnnxDecoder
 
@@ -95,7 +95,7 @@ def generate_text(
         on_text(prompts[0])
         stream = _Stream(words, ids[0], on_text)
     start = time.perf_counter()
-    new = decoder.generate(ids, max_new_tokens, sampling=sampling, stop=stop, on_tokens=stream)
+    new = generate(decoder, ids, max_new_tokens, sampling=sampling, stop=stop, on_tokens=stream)
     seconds = time.perf_counter() - start
     texts = [p + continuation(words, before, after) for p, before, after in zip(prompts, ids, new, strict=True)]
     grows = not decoder.static if isinstance(decoder, OnnxDecoder) else model.is_dir()

@@ -9,17 +9,27 @@ import sys
 import pytest
 
 HEAVY = {"onnx", "onnxruntime", "torch", "transformers"}
+COMPILER = {"onnxscript", "onnx_ir", "mla_compile.passes"}
 
 
-@pytest.mark.parametrize("arguments", [("-c", "import mla_compile"), ("-m", "mla_compile", "--help")], ids=" ".join)
-def test_start_up_imports_nothing_heavy(arguments, tmp_path):
+def imported_by(arguments, folder):
+    """Names of the modules that a process loads."""
     command = [sys.executable, "-X", "importtime", *arguments]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     report = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
     imported = {line.rsplit("|", 1)[1].strip() for line in report}
     assert "mla_compile" in imported  # the report was read correctly
-    assert not imported & HEAVY
+    return imported
+
+
+@pytest.mark.parametrize("arguments", [("-c", "import mla_compile"), ("-m", "mla_compile", "--help")], ids=" ".join)
+def test_start_up_imports_nothing_heavy(arguments, tmp_path):
+    assert not imported_by(arguments, tmp_path) & HEAVY
+
+
+def test_a_file_runs_without_the_compiler(tmp_path):
+    assert not imported_by(("-c", "import mla_compile.textgen"), tmp_path) & COMPILER
 
 
 @pytest.mark.parametrize(
