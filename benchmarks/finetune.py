@@ -340,7 +340,7 @@ def main() -> None:
         every=2**20,  # the end
     )
     settings = {
-        "recipe": recipe.model_dump(),
+        "recipe": recipe.model_dump(exclude={"tracker"}),  # changes nothing that is measured
         "text": arguments.text.name,
         "calibration": arguments.calibration.name,
         "calibration_windows": arguments.calibration_windows,
