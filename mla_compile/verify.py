@@ -27,7 +27,6 @@ import torch
 from torch import Tensor, fx
 
 from mla_compile.errors import VerificationError
-from mla_compile.evaluate import Scorer, relative_error
 from mla_compile.passes.onnx_pieces import PiecewiseSession
 from mla_compile.passes.quantise_cache import with_quantised_rows
 from mla_compile.passes.retype import NARROW, type_name, widened
@@ -40,6 +39,7 @@ from mla_compile.runtime.onnx_halves import halves_bytes
 from mla_compile.runtime.onnx_quantised import quantised_bytes
 from mla_compile.runtime.onnx_session import OnnxDecoder
 from mla_compile.runtime.ops import kept_rows
+from mla_compile.text.evaluate import Scorer, relative_error
 
 __all__ = [
     "GREEDY_TOKENS",

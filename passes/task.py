@@ -15,21 +15,21 @@ from torch import Tensor
 
 from mla_compile.config import CompileConfig
 from mla_compile.deepseek import DeepSeekShape
-from mla_compile.layer_store import LayerStore, rounded
+from mla_compile.disk.layer_store import LayerStore, rounded
+from mla_compile.disk.spill import spilled
+from mla_compile.disk.statistics_cache import StatisticsCache
 from mla_compile.passes.activations import SiteRun
 from mla_compile.passes.factorise import LatentWeights
 from mla_compile.passes.insert_latent import insert_latent
 from mla_compile.passes.layerwise import Resources
 from mla_compile.passes.weights import input_width
 from mla_compile.plan import LatentPlan
-from mla_compile.processes import Processes
 from mla_compile.program import Program
 from mla_compile.progress import Stages
 from mla_compile.report import LayerForecast
 from mla_compile.runtime.module import LatentModel
 from mla_compile.site import AttentionSite, Rejection
-from mla_compile.spill import spilled
-from mla_compile.statistics_cache import StatisticsCache
+from mla_compile.text.processes import Processes
 
 __all__ = ["BATCH", "Choice", "Method", "Task", "left_out", "unpredicted"]
 

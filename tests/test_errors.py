@@ -22,7 +22,7 @@ import torch
 from families import huggingface
 from torch import nn
 
-from mla_compile import frontend, verify
+from mla_compile import verify
 from mla_compile.cli import main
 from mla_compile.errors import (
     LoadError,
@@ -33,6 +33,7 @@ from mla_compile.errors import (
     VerificationError,
 )
 from mla_compile.runtime.onnx_session import OnnxDecoder
+from mla_compile.sources import frontend
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "examples" / "tiny-llama"
@@ -500,7 +501,7 @@ def test_a_full_disk_leaves_nothing(place, tmp_path, name, monkeypatch):
     def full(*arguments, **keywords):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("mla_compile.onnx_files.lower_to_onnx", full)
+    monkeypatch.setattr("mla_compile.artifacts.onnx_files.lower_to_onnx", full)
     monkeypatch.setattr("torch.export.save", full)
     done = convert(place / "nano.pt2", "--out", tmp_path / "new" / name, "-q")
     assert_one_sentence(done, 2, "No space left on device")
@@ -511,7 +512,7 @@ def test_an_interrupt_leaves_nothing(place, tmp_path, monkeypatch):
     def interrupt(*arguments, **keywords):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mla_compile.onnx_files.lower_to_onnx", interrupt)
+    monkeypatch.setattr("mla_compile.artifacts.onnx_files.lower_to_onnx", interrupt)
     done = convert(place / "nano.pt2", "--out", tmp_path / "new" / "o.onnx", "-q")
     assert (done.code, done.err) == (130, "mla-compile: Interrupted.\n")
     assert not list(tmp_path.iterdir())

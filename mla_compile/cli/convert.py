@@ -138,10 +138,10 @@ def convert(
     )
     with display.make_display(quiet, as_json, verbose) as shown, contextlib.ExitStack() as kept:
         from mla_compile import api
-        from mla_compile.encoder_report import EncoderReport
-        from mla_compile.layer_store import store_beside
-        from mla_compile.seq2seq_report import Seq2SeqReport
-        from mla_compile.targets import Destination, write
+        from mla_compile.conversion.targets import Destination, write
+        from mla_compile.disk.layer_store import store_beside
+        from mla_compile.reporting.encoder_report import EncoderReport
+        from mla_compile.reporting.seq2seq_report import Seq2SeqReport
 
         if not for_tensorrt and for_engine.given:
             raise UsageError(
@@ -179,7 +179,7 @@ def convert(
     else:
         display.show_report(report, out)
         if engine is not None:
-            from mla_compile.tensorrt import commands
+            from mla_compile.artifacts.tensorrt import commands
 
             display.show_commands(*commands(out.with_suffix(".onnx"), engine))
 

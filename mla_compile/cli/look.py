@@ -43,8 +43,8 @@ def inspect(
 ) -> None:
     """Show every attention layer: what was recognised, or why it cannot be converted."""
     from mla_compile import api, display
-    from mla_compile.admission import convertible, would_be_refused
-    from mla_compile.preview import lossless_elements
+    from mla_compile.conversion.admission import convertible, would_be_refused
+    from mla_compile.conversion.preview import lossless_elements
     from mla_compile.report import summarise_site
 
     with display.make_display(quiet, as_json, verbose):

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from mla_compile.display.console import print_table, warn
 
 if TYPE_CHECKING:
-    from mla_compile.encoder_report import EncoderReport
     from mla_compile.report import Report
-    from mla_compile.seq2seq_report import Seq2SeqReport
+    from mla_compile.reporting.encoder_report import EncoderReport
+    from mla_compile.reporting.seq2seq_report import Seq2SeqReport
 
 
 __all__ = ["show_encoder_report", "show_report", "show_seq2seq_report", "show_training"]
@@ -22,7 +22,7 @@ _MUCH = 1.05
 
 def show_report(report: Report, out: Path) -> None:
     """What was done, in a few lines."""
-    from mla_compile.report_page import PAGE
+    from mla_compile.reporting.report_page import PAGE
 
     rows: list[list[object]] = [
         ["attention layers", f"{len(report.plans)} converted" + (f", {len(report.kept)} kept" if report.kept else "")],

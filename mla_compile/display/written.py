@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mla_compile.display.console import print_table, say
 
 if TYPE_CHECKING:
-    from mla_compile.tensorrt import Written
+    from mla_compile.artifacts.tensorrt import Written
 
 
 __all__ = [
