@@ -24,7 +24,14 @@ from mla_compile.runtime.module import LatentModel, LatentSeq2Seq, LowRankModel
 from mla_compile.verify import check_lowering
 from mla_compile.verify_encoders import check_encoder_onnx, check_seq2seq_onnx
 
-__all__ = ["file_metadata", "stored_metadata", "write_encoder_onnx", "write_onnx", "write_seq2seq_onnx"]
+__all__ = [
+    "file_metadata",
+    "lower_and_check",
+    "stored_metadata",
+    "write_encoder_onnx",
+    "write_onnx",
+    "write_seq2seq_onnx",
+]
 
 _UNTRIED = "the file is for ONNX Runtime's CUDA provider, which was not there to run it on: this target is experimental"
 
@@ -47,35 +54,76 @@ def write_onnx(
         The completed report, also written as ``report.json`` beside the file.
     """
     check_onnx_target(path, report.source, assets, force)
-    paged = report.config["cache_layout"] == "paged"
     with moved_into(path.parent) as folder:
-        with stages.stage("lower to ONNX"):
-            lower_to_onnx(
-                module.graph,  # type: ignore[arg-type]
-                module.rows,
-                folder / path.name,
-                opset=report.config["opset"],
-                inline=report.config["inline"],
-                metadata=file_metadata(report, assets),
-                static=paged or report.config["cache"] == "static",
-                quantised=report.config["cache_type"] == "int8",
-                halves=report.config["cache_layout"] == "genai",
-                paged=paged,
-            )
-        if paged:
-            report = dataclasses.replace(report, warnings=(*report.warnings, _UNTRIED))
-        elif checks is not None:
-            with stages.stage("verify ONNX"):
-                found = check_lowering(
-                    module, folder / path.name, checks, report.cache_bytes_after, report.config["cache_type"]
-                )
-            if report.verification is not None:
-                report = dataclasses.replace(report, verification=dataclasses.replace(report.verification, **found))
-        if report.config["cache_layout"] == "genai":
-            write_genai_config(folder / path.name, module.rows, assets, static=report.config["cache"] == "static")
+        found, warnings = lower_and_check(
+            module,
+            folder / path.name,
+            report.config,
+            file_metadata(report, assets),
+            assets,
+            checks,
+            report.cache_bytes_after,
+            stages,
+        )
+        report = dataclasses.replace(report, warnings=(*report.warnings, *warnings))
+        if report.verification is not None:
+            report = dataclasses.replace(report, verification=dataclasses.replace(report.verification, **found))
         copy_assets(assets, folder)
-        report = finished(report, folder, stages)
-    return report
+        return finished(report, folder, stages)
+
+
+def lower_and_check(
+    module: LatentModel,
+    file: Path,
+    form: Mapping[str, Any],
+    metadata: Mapping[str, object],
+    assets: Assets,
+    checks: Tensor | None,
+    cache_bytes: int,
+    stages: Stages,
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Write a converted model as ONNX in the form that its settings say, and compare the two.
+
+    Args:
+        module: The converted model.
+        file: The ``.onnx`` file, in a folder from which it is moved if nothing is raised.
+        form: Settings of the conversion, of which those of the file are read.
+        metadata: What the file says of itself.
+        assets: Configuration, for what onnxruntime-genai is told.
+        checks: Token ids to compare on; None to skip the comparison.
+        cache_bytes: Bytes per token that the file's cache should have.
+        stages: Times and shows what runs.
+
+    Returns:
+        What was measured on the file, as fields of :class:`~mla_compile.report.Verification`, and what the user should
+        know of it.
+
+    Raises:
+        RefusedError: A layer's cache cannot be quantised, or has no ONNX form.
+        VerificationError: ONNX Runtime computes something else.
+    """
+    paged, static = form["cache_layout"] == "paged", form["cache"] == "static"
+    with stages.stage("lower to ONNX"):
+        lower_to_onnx(
+            module.graph,  # type: ignore[arg-type]
+            module.rows,
+            file,
+            opset=form["opset"],
+            inline=form["inline"],
+            metadata=metadata,
+            static=paged or static,
+            quantised=form["cache_type"] == "int8",
+            halves=form["cache_layout"] == "genai",
+            paged=paged,
+        )
+    if form["cache_layout"] == "genai":
+        write_genai_config(file, module.rows, assets, static=static)
+    if paged:
+        return {}, (_UNTRIED,)
+    if checks is None:
+        return {}, ()
+    with stages.stage("verify ONNX"):
+        return check_lowering(module, file, checks, cache_bytes, form["cache_type"]), ()
 
 
 def write_encoder_onnx(

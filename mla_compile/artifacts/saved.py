@@ -12,18 +12,16 @@ from typing import Any
 import torch
 import yaml
 
-from mla_compile import verify
 from mla_compile.artifacts.archives import read_folder, write_archive
 from mla_compile.artifacts.companions import copy_assets, is_converted_folder, read_assets
-from mla_compile.artifacts.genai import write_genai_config
-from mla_compile.artifacts.onnx_files import stored_metadata
+from mla_compile.artifacts.onnx_files import lower_and_check, stored_metadata
 from mla_compile.artifacts.places import check_place, check_target
 from mla_compile.config import CompileConfig
 from mla_compile.disk.writing import moved_into
 from mla_compile.errors import LoadError, UsageError
-from mla_compile.passes.lower_onnx import lower_to_onnx
 from mla_compile.plan import LatentPlan
 from mla_compile.program import Assets
+from mla_compile.progress import Stages
 from mla_compile.report import Training
 from mla_compile.reporting.report_page import damage_explained, read_report, render_page, write_report
 from mla_compile.runtime.module import LatentModel
@@ -166,26 +164,19 @@ def write_saved_onnx(saved: Saved, path: Path, form: CompileConfig, *, force: bo
     sizes = (cache["bytes_per_token_before"], cache["bytes_per_token_after"])
     metadata = stored_metadata(saved.report["source"], config, layers, sizes, saved.assets)
     with moved_into(path.parent) as folder:
-        file, graph = folder / path.name, saved.module.graph
-        lower_to_onnx(
-            graph,  # type: ignore[arg-type]
-            saved.module.rows,
-            file,
-            opset=form.opset,
-            inline=form.inline,
-            metadata=metadata,
-            static=form.cache == "static",
-            quantised=int8,
-            halves=halves,
-        )
-        if halves:
-            write_genai_config(file, saved.module.rows, saved.assets, static=form.cache == "static")
         with torch.inference_mode():
             vocabulary = saved.module(torch.zeros(1, 1, dtype=torch.long)).logits.shape[-1]
         ids = torch.randint(0, vocabulary, (2, _CHECKED), generator=torch.Generator().manual_seed(0))
-        checked = verify.check_lowering(saved.module, file, ids, sizes[1], form.cache_type)
-        verification = {**(saved.report["verification"] or {}), **checked}
-        report = {**saved.report, "config": config, "cache": cache, "verification": verification}
+        found, warnings = lower_and_check(
+            saved.module, folder / path.name, config, metadata, saved.assets, ids, sizes[1], Stages()
+        )
+        report = {
+            **saved.report,
+            "config": config,
+            "cache": cache,
+            "verification": {**(saved.report["verification"] or {}), **found},
+            "warnings": [*saved.report["warnings"], *warnings],
+        }
         copy_assets(saved.assets, folder)
         return _finished(report, folder)
 

@@ -60,7 +60,7 @@ def export(
     if as_json:
         display.print_json(report)
     else:
-        display.show_exported(report["verification"], out)
+        display.show_exported(report, out)
 
 
 def fuse(
