@@ -87,9 +87,7 @@ class Task:
 
     def rewrite(self, weights: Iterable[LatentWeights]) -> LatentModel:
         """The converted model with some weights, which are read layer by layer, computing in float32."""
-        held = [self.held(layer, torch.float32) for layer in weights]
-        graph = insert_latent(self.program, self.sites, held, torch.float32, self.kept)
-        return LatentModel(graph.module, graph.rows)
+        return self._model(weights, torch.float32, stored=False)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -99,8 +97,11 @@ class Task:
 
     def result(self, weights: Iterable[LatentWeights]) -> LatentModel:
         """The converted model with some weights, likewise, in its own type."""
-        held = [self.held(layer, self.dtype) for layer in weights]
-        graph = insert_latent(self.program, self.sites, held, self.dtype, self.kept, stored=True)
+        return self._model(weights, self.dtype, stored=True)
+
+    def _model(self, weights: Iterable[LatentWeights], dtype: torch.dtype, *, stored: bool) -> LatentModel:
+        held = [self.held(layer, dtype) for layer in weights]
+        graph = insert_latent(self.program, self.sites, held, dtype, self.kept, stored=stored)
         return LatentModel(graph.module, graph.rows)
 
     def site_run(self, batch: int, *, gradients: bool) -> SiteRun:
