@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mla_compile.disk.content import content_of
-from mla_compile.disk.writing import explained, missing_folders, remove_empty
+from mla_compile.disk.writing import explained, missing_folders, remove_empty, whole_file
 from mla_compile.passes.factorise import LatentWeights
 
 __all__ = ["Journal", "LayerStore", "rounded", "store_beside", "store_folder"]
@@ -92,12 +91,8 @@ class Journal:
         found = self._read()
         if name not in found:
             found[name] = make()
-            with explained(self.path):
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                with tempfile.TemporaryDirectory(dir=self.path.parent, prefix="writing-") as beside:
-                    whole = Path(beside) / self.path.name
-                    whole.write_text(json.dumps(found), encoding="utf-8")
-                    whole.replace(self.path)
+            with explained(self.path), whole_file(self.path) as file:
+                file.write_text(json.dumps(found), encoding="utf-8")
         return found[name]
 
     def _read(self) -> dict[str, float]:
@@ -143,15 +138,11 @@ def rounded(weights: LatentWeights, dtype: torch.dtype) -> LatentWeights:
 
 
 def _write(path: Path, weights: LatentWeights) -> None:
-    """Write beside, then rename: a name holds a whole layer or nothing."""
     tensors = {
         f.name: value.contiguous() for f in fields(weights) if isinstance(value := getattr(weights, f.name), Tensor)
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix="writing-") as beside:
-        whole = Path(beside) / path.name
-        save_file(tensors, whole, {"scaled_rope": str(int(weights.scaled_rope))})
-        whole.replace(path)
+    with whole_file(path) as file:
+        save_file(tensors, file, {"scaled_rope": str(int(weights.scaled_rope))})
 
 
 def _read(path: Path) -> LatentWeights:

@@ -7,7 +7,6 @@ weight, graph, text or version is another name.
 from __future__ import annotations
 
 import hashlib
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, fx
 
 from mla_compile.disk.content import content_of, hash_tensors
+from mla_compile.disk.writing import whole_file
 from mla_compile.passes.statistics import SiteStatistics
 from mla_compile.program import Program
 from mla_compile.runtime.user_cache import default_folder
@@ -129,7 +129,7 @@ def _read(path: Path) -> tuple[SiteStatistics, ...]:
 
 
 def _write(path: Path, statistics: Sequence[SiteStatistics]) -> None:
-    """Write beside, then rename: a name holds whole statistics or nothing.
+    """Write statistics.
 
     Raises:
         OSError, SafetensorError: The folder cannot be written to.
@@ -140,11 +140,8 @@ def _write(path: Path, statistics: Sequence[SiteStatistics]) -> None:
         for f in fields(found)
         if isinstance(value := getattr(found, f.name), Tensor)
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as beside:
-        whole = Path(beside) / path.name
-        save_file(tensors, whole, {"tokens": str(statistics[0].tokens), "content": content_of(tensors)})
-        whole.replace(path)
+    with whole_file(path) as file:
+        save_file(tensors, file, {"tokens": str(statistics[0].tokens), "content": content_of(tensors)})
 
 
 def _first_line(error: Exception) -> str:

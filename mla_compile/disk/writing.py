@@ -21,7 +21,16 @@ from mla_compile.errors import UsageError
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
-__all__ = ["explained", "held", "is_occupied", "missing_folders", "moved_into", "remove_empty", "unseen_errors"]
+__all__ = [
+    "explained",
+    "held",
+    "is_occupied",
+    "missing_folders",
+    "moved_into",
+    "remove_empty",
+    "unseen_errors",
+    "whole_file",
+]
 
 _HIDDEN = ".mla-compile-"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -54,6 +63,20 @@ def explained(path: Path) -> Iterator[None]:
             raise
         reason = next((os.strerror(n) for n in _FULL if os.strerror(n) in text), text.strip().splitlines()[0][:120])
         raise UsageError(f"'{path}' could not be written ({reason}).", _MORE_ROOM) from error
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Give a path to write a file at, which gets its name when the body has ended: it holds all of it or nothing new.
+
+    Args:
+        path: The file; its folder is made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as beside:
+        written = Path(beside) / path.name
+        yield written
+        written.replace(path)
 
 
 @contextlib.contextmanager
