@@ -237,8 +237,9 @@ CONVERT = {
     # ---- where to write
     "below a file": ("{nano} --out {place}/file/o.onnx", 2, "cannot be created"),
     "far below a file": ("{nano} --out {place}/file/a/b", 2, "cannot be created"),
-    "over a file": ("{nano} --out {place}/file", 2, "is a file"),
-    "over a file, forced": ("{nano} --out {place}/file --force", 2, "is a file"),
+    "over a file": ("{nano} --out {place}/file", 2, "is no folder"),
+    "over a file, forced": ("{nano} --out {place}/file --force", 2, "is no folder"),
+    "over a device": ("{nano} --out /dev/null", 2, "'/dev/null' is no folder"),
     "taken": ("{nano} --out {place}/taken.onnx", 2, "exists already"),
     "folder taken": ("{nano} --out {place}/full", 2, "exists already"),
     "other model's files": (
@@ -303,6 +304,7 @@ OTHERS = {
     "run past the end": ("run {good} --prompt x --max-new-tokens 300 --json", 2, "128"),
     "eval without text": ("eval {good}", 2, "--text"),
     "eval missing": ("eval {place}/none.onnx --text {text}", 2, "There is no file"),
+    "eval folder of a file": ("eval {place}/good --text {text}", 2, "but wide.onnx. Name the file:"),
     "eval garbage": ("eval {place}/garbage.onnx --text {text}", 2, "ONNX Runtime cannot load"),
     "eval garbage, json": ("eval {place}/garbage.onnx --text {text} --json", 2, "ONNX Runtime cannot load"),
     "eval another model": ("eval {place}/plain.onnx --text {text}", 2, "Give a file made by mla-compile."),

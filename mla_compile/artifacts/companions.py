@@ -16,7 +16,7 @@ from mla_compile.reporting.encoder_report import EncoderReport
 from mla_compile.reporting.report_page import write_report
 from mla_compile.reporting.seq2seq_report import Seq2SeqReport
 
-__all__ = ["copy_assets", "finished", "is_converted_folder", "read_assets"]
+__all__ = ["copy_assets", "finished", "is_converted_folder", "read_assets", "written_files"]
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -35,6 +35,11 @@ _AnyReport = TypeVar("_AnyReport", Report, EncoderReport, Seq2SeqReport)
 def is_converted_folder(path: Path) -> bool:
     """Whether a folder was written by :func:`~mla_compile.artifacts.archives.write_folder`."""
     return (path / "mla_config.yaml").is_file() and (path / "model.pt2").is_file()
+
+
+def written_files(folder: Path) -> list[Path]:
+    """Files in a folder that are opened by their own names: converted models as ONNX, and engines."""
+    return sorted(p for p in folder.glob("*.*") if p.suffix in (".onnx", ".plan"))
 
 
 def copy_assets(assets: Assets, folder: Path) -> None:

@@ -13,7 +13,8 @@ import torch
 import yaml
 
 from mla_compile.artifacts.archives import read_folder
-from mla_compile.artifacts.companions import is_converted_folder
+from mla_compile.artifacts.companions import is_converted_folder, written_files
+from mla_compile.errors import LoadError
 from mla_compile.passes.recognise import Recognition, recognise
 from mla_compile.program import Program
 from mla_compile.runtime.generate import Decoder
@@ -86,6 +87,8 @@ def open_model(name: str, tokenizer: str | None = None) -> Opened:
         return _open_decoder(path, name)
     if is_converted_folder(path):
         return _open_folder(path, name)
+    if (path / "report.json").is_file() and (files := written_files(path)):
+        raise LoadError(f"'{name}' holds no model in PyTorch, but {files[0].name}.", f"Name the file: {files[0]}.")
     program = frontend.load_program(name, tokenizer=tokenizer)
     return open_program(name, program, recognise(program))
 

@@ -46,8 +46,8 @@ def check_target(path: Path, force: bool) -> None:
         )
     if path.suffix == ".onnx" and path.is_dir():
         raise UsageError(f"'{path}' is a folder.", "Name a .onnx file.")
-    if not path.suffix and path.is_file():
-        raise UsageError(f"'{path}' is a file.", "Name a .onnx file, or a folder.")
+    if not path.suffix and path.exists() and not path.is_dir():
+        raise UsageError(f"'{path}' is no folder.", "Name a .onnx file, or a folder.")
     _check_free(path.with_name(f"{path.name}.data"), force)
     check_place(path, force)
 

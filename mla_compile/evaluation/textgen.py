@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mla_compile.artifacts.companions import is_converted_folder
+from mla_compile.artifacts.companions import is_converted_folder, written_files
 from mla_compile.errors import LoadError, UsageError
 from mla_compile.runtime.generate import Sampling, generate
 from mla_compile.runtime.onnx_checksum import require_unchanged
@@ -138,8 +138,7 @@ def _open(
 
 def _what_to_run(folder: Path) -> str:
     """What to do about a folder that is not one of ours."""
-    files = sorted(p for p in folder.iterdir() if p.suffix in (".onnx", ".plan"))
-    if files:
+    if files := written_files(folder):
         return f"Name a file in it, such as '{files[0]}'."
     return (
         "A DeepSeek checkpoint runs in transformers, vLLM or SGLang; anything else is first converted: "
