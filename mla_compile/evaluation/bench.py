@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -165,7 +165,7 @@ class Benchmark:
         steps: Steps.
         threads: Threads per operator.
         clock: What times are of: the process's CPU time with one thread, the clock's otherwise.
-        notes: Forms of the original that there are not, and why.
+        notes: What to know of the figures: forms of the original that there are not, and where it is faster.
         environment: Versions.
     """
 
@@ -244,7 +244,30 @@ def bench(
                     steps += _steps(everything, tuple(originals), caches, context, batch, workload)
                     stage()
     clock = "CPU time" if workload.threads == 1 else "time"
+    notes += slower(steps, originals)
     return Benchmark(name, found, tuple(prefills), tuple(steps), workload.threads, clock, notes)
+
+
+def slower(steps: Sequence[Step], originals: Container[str]) -> tuple[str, ...]:
+    """What to know where even the fastest converted file takes longer than the original.
+
+    Args:
+        steps: What was measured.
+        originals: Names of the original's files.
+    """
+    best: dict[tuple[int, int], float] = {}
+    for step in steps:
+        if step.file not in originals:
+            place = (step.context, step.batch)
+            best[place] = max(best.get(place, 0.0), step.speedup.median)
+    lost = sum(speedup < 1 for speedup in best.values())
+    if not lost:
+        return ()
+    return (
+        f"slower than the original in {lost} of {len(best)} settings: a smaller cache takes less time to read, and its "
+        "longer rows more multiplications; small models and short contexts have little to read ('mla-compile plan' "
+        "counts both)",
+    )
 
 
 def turns(
