@@ -127,6 +127,8 @@ def render_page(report: Mapping[str, Any], measurement: Mapping[str, Any] | None
         name=Path(report["source"]).name,
         kind=report.get("kind", "decoder"),
         shapes=_shapes(report["layers"]),
+        predicted=any(layer.get("predicted_loss") is not None for layer in report["layers"]),
+        measured=any(layer.get("measured") for layer in report["layers"]),
         cache_chart=_cache_chart(report["layers"]),
         frequency_chart=_frequency_chart(report["layers"]),
         spectrum_chart=_spectrum_chart(report["layers"]),
@@ -198,7 +200,9 @@ def _cache_chart(layers: Sequence[Mapping[str, Any]]) -> Markup:
         pieces = [(layer["kv_rank"], "after"), (rope, "other"), (scales, "third")]
         pieces.append((max(layer["elements_before"] - row, 0), "before"))
         bars.append(Bar(layer["path"], [p for p in pieces if p[0]], f"{row} / {layer['elements_before']}"))
+    seen = {kind for bar in bars for _, kind in bar.pieces}
     legend = {"latent": "after", "rope keys": "other", "saved": "before"}
+    legend = {told: kind for told, kind in legend.items() if kind in seen}
     if any(_row(x) > x["kv_rank"] + x["rope_groups"] * x["rope_dims"] for x in layers):
         legend["scales of norms"] = "third"
     return bar_chart("Numbers per token, layer by layer", Axis("numbers per token"), bars, legend)
