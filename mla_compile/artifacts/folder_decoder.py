@@ -10,7 +10,7 @@ import torch
 
 from mla_compile.artifacts.archives import read_folder
 from mla_compile.artifacts.companions import read_assets
-from mla_compile.errors import UsageError
+from mla_compile.runtime.generate import check_length
 from mla_compile.runtime.module import cache_dtype
 from mla_compile.verify import TorchDecoder
 
@@ -54,9 +54,4 @@ class FolderDecoder(TorchDecoder):
         Raises:
             UsageError: These are more than ``max_length``.
         """
-        if self._max_length is not None and tokens > self._max_length:
-            raise UsageError(
-                f"A prompt and its continuation take {tokens} tokens of cache, but the longest sequence allowed has "
-                f"{self._max_length}.",
-                "Raise --max-length, or ask for fewer tokens.",
-            )
+        check_length(tokens, self._max_length)
