@@ -128,7 +128,8 @@ def check_length(tokens: int, most: int | None) -> None:
     """
     if most is not None and tokens > most:
         raise UsageError(
-            f"A prompt and its continuation take {tokens} tokens of cache, but the longest sequence allowed has {most}.",
+            f"A prompt and its continuation take {tokens} tokens of cache, but the longest sequence allowed has "
+            f"{most}.",
             "Raise --max-length, or ask for fewer tokens.",
         )
 
