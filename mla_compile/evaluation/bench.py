@@ -34,7 +34,7 @@ from mla_compile.runtime.onnx_session import OnnxDecoder
 from mla_compile.runtime.onnx_timing import filled, last_token, random_ids
 from mla_compile.sources import frontend
 from mla_compile.text.evaluate import original_scorer, relative_error
-from mla_compile.verify import require_equal
+from mla_compile.verification.agreement import require_equal
 
 __all__ = ["Benchmark", "File", "Prefill", "Spread", "Step", "Workload", "bench", "spread", "turns"]
 
