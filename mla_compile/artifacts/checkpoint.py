@@ -45,11 +45,8 @@ _Any = TypeVar("_Any")
 
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Scalings that are one table of frequencies, whatever the length of the text."""
-
 _EMBEDDING = "model.embed_tokens.weight"
-
 _TABLES = (_EMBEDDING, "lm_head.weight")
-
 _OUTSIDE = (*_TABLES, "model.norm.weight")
 
 

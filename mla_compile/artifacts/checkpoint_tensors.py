@@ -18,16 +18,11 @@ __all__ = ["BLOCKS", "BLOCK_PARTS", "OUTPUT", "REMEDY", "Layer", "Stock", "block
 
 _GAIN = 2.0**20
 """Gain of the norms of latents; a power of two, which no type rounds."""
-
 _NORM_TOLERANCE = 1e-3
 """Largest relative error of a norm that is taken for none."""
-
 _RANK_TOLERANCE = 1e-5
 """Largest singular value, over the largest of all, that is taken for rounding of float32."""
-
 BLOCKS, OUTPUT = "model.layers.", "self_attn.o_proj"
-
-
 BLOCK_PARTS = (
     "input_layernorm.weight",
     "post_attention_layernorm.weight",

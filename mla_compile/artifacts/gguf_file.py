@@ -19,6 +19,8 @@ from torch import Tensor
 
 from mla_compile.artifacts.checkpoint_folder import DEFAULT_SHARD, read_expected, write_checkpoint
 from mla_compile.artifacts.companions import finished
+from mla_compile.artifacts.gguf_check import GREEDY, IDS, LOGITS, TOLERANCE, has_llama_cpp, verify_gguf
+from mla_compile.artifacts.gguf_tensors import Stored, write_tensors
 from mla_compile.artifacts.gguf_vocabulary import read_vocabulary
 from mla_compile.artifacts.places import check_neighbours, check_place
 from mla_compile.disk.writing import moved_into
@@ -30,22 +32,15 @@ from mla_compile.runtime.module import LatentModel
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
-from mla_compile.artifacts.gguf_check import GREEDY, IDS, LOGITS, TOLERANCE, has_llama_cpp, verify_gguf
-from mla_compile.artifacts.gguf_tensors import Stored, write_tensors
 
 __all__ = ["check_gguf", "export_gguf", "write_gguf"]
 
 _ARCHITECTURE = "deepseek2"
-
 _LITE_LAYERS = (26, 27)
-
 _LITE_VOCABULARY = (48, 128256)
 """Models that llama.cpp takes for DeepSeek-V2-Lite, by layers or by layers and tokens; it has no query latent."""
-
 _LAYERS, _EXPERTS = 512, 0
-
 _REMEDY = "Write --format deepseek instead."
-
 _UNCHECKED = "the file was not checked in llama.cpp: llama-cpp-python is not installed"
 
 

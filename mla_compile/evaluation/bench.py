@@ -38,12 +38,9 @@ __all__ = ["bench"]
 
 _CHECKED = 24
 """Random tokens that an original's file is compared on."""
-
 _AS_FLOAT32 = "Give one in float32: convert has --dtype float32."
-
 _FUSED = ", fused kernel"
 """Behind a file's name, where it runs with it."""
-
 _PATIENCE = 30.0
 """Seconds that all prompts of one length may take to be run three times."""
 

@@ -39,23 +39,18 @@ __all__ = [
 
 TOLERANCE = 1e-4
 """Largest relative logit difference taken for rounding: float32 through tens of layers stays below 1e-5 in practice."""
-
 QUANTISED_TOLERANCE = 0.5
 """The same where rows are quantised, over what quantising changes: a number that lies between two codes gets either by
 a rounding of float32, and every row behind it is another. A tenth was observed in models of four million parameters."""
-
 ROUNDING_FACTOR = 4
 """How much more the roundings of float16 or bfloat16 may change in a converted model than in the original.
 
 Both multiply as many matrices, one behind the other, and every product is rounded once; a latent layer adds two
 roundings, of the latent and of what is folded into queries. What roundings do is random: 0.5 to 1.4 times what they do
 to the original was observed in models of fifteen families."""
-
 GREEDY_TOKENS = 32
-
 WHOLE = 2**31
 """Bytes of weights in float32 up to which a file is run as a whole: ONNX Runtime packs them for products besides."""
-
 _FEW_TOKENS = 4
 """Greedy tokens of larger models, every one of which reads all weights again."""
 
