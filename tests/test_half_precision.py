@@ -29,7 +29,7 @@ from mla_compile.runtime.generate import generate
 from mla_compile.runtime.module import LatentModel
 from mla_compile.runtime.onnx_cache import CacheLayer, GrowingCache
 from mla_compile.runtime.onnx_session import OnnxDecoder
-from mla_compile.sources.frontend import capture
+from mla_compile.sources.capture import capture
 from mla_compile.text.evaluate import original_scorer
 from mla_compile.verification.agreement import ROUNDING_FACTOR, TorchDecoder, require_rounding, rounding_error
 from mla_compile.verification.module import check_module

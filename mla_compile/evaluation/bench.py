@@ -31,6 +31,7 @@ from mla_compile.runtime.onnx_cache import StaticCache
 from mla_compile.runtime.onnx_session import OnnxDecoder
 from mla_compile.runtime.onnx_timing import filled, last_token, random_ids
 from mla_compile.sources import frontend
+from mla_compile.sources.exported import language_model
 from mla_compile.text.evaluate import original_scorer, relative_error
 from mla_compile.verification.agreement import require_equal
 
@@ -145,7 +146,7 @@ def _float32(name: str) -> Program:
     Raises:
         UsageError: It is an archive of another type.
     """
-    program = frontend.language_model(frontend.load_any(name, dtype=torch.float32))
+    program = language_model(frontend.load_any(name, dtype=torch.float32))
     if program.dtype != torch.float32:
         kind = type_name(program.dtype)
         raise UsageError(f"'{name}' is an archive in {kind}, and originals are measured in float32.", _AS_FLOAT32)
