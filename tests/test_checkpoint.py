@@ -292,9 +292,11 @@ def test_sizes_above_those_of_the_preset_are_refused(conversions):
 
 
 def test_a_wrong_tensor_is_found_and_leaves_no_folder(conversions, tmp_path, monkeypatch):
-    from mla_compile.artifacts import checkpoint
+    from mla_compile.artifacts import checkpoint_tensors
 
-    monkeypatch.setattr(checkpoint, "_output_bias", lambda layer: layer.rest["self_attn.o_proj.weight"][:, 0] * 0)
+    monkeypatch.setattr(
+        checkpoint_tensors, "_output_bias", lambda layer: layer.rest["self_attn.o_proj.weight"][:, 0] * 0
+    )
     with pytest.raises(VerificationError, match="differs from the converted PyTorch module"):
         write(conversions("qwen2", **MODELS["qwen2"]), tmp_path / "out")
     assert not (tmp_path / "out").exists()
