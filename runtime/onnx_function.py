@@ -57,12 +57,6 @@ _APPEND = """
   new_BNR = Concat <axis = -1> (latent_BNr, key_turned_BNR)
 """
 
-# A branch must say of what type its result is, and the types of operators that ONNX does not know are not inferred.
-_FUSED_ATTENTION = f"""
-  fused_BSHV = {FUSED_DOMAIN}.OPERATOR (plain_BSHD, turned_BSnhd, ROWS, seen_BST, key_up_GDr, value_up_GrV SCALES)
-  output_BSHV = Cast <to = 1> (fused_BSHV)
-"""
-
 _INPUTS = {
     LATENT: "query_BSHD row_BNR past_BPR attention_mask_BT cos_BSn sin_BSn key_up_GDr value_up_GrV",
     CACHED: "query_BSHD row_BNR past_BPR attention_mask_BT",
@@ -103,7 +97,7 @@ def attention_function(
     if variant.halves and (op_type == CACHED or variant.bidirectional or variant.quantised):
         raise ValueError("Two halves are of causal latent attention whose cache is not quantised.")
     if fused and not (op_type == LATENT and has_fused_form(variant)):
-        raise ValueError("The fused operator is for causal latent attention without scales, caps, sinks and slopes.")
+        raise ValueError("The fused operator is for causal latent attention whose cache is in one piece.")
     # A flag for every optional input: which inputs a node has cannot be told from their number.
     attributes = {
         "key_scales": variant.key_scales,
@@ -142,19 +136,33 @@ def _listing(always: str, sometimes: dict[str, bool]) -> str:
 
 def has_fused_form(variant: Variant) -> bool:
     """Whether :mod:`mla_compile.runtime.cpu` has an operator for the folded form of ``LatentAttention``."""
-    return _has_two_forms(variant) and not (variant.key_scales or variant.value_scales or variant.halves)
+    return not (variant.bidirectional or variant.halves)
 
 
 def _fused_attention(variant: Variant) -> str:
-    text = _FUSED_ATTENTION.replace("OPERATOR", FUSED[variant.quantised])
-    return text.replace(" SCALES", ", ROW_SCALES" if variant.quantised else "")
+    numbers = {"key_scales": "int", "value_scales": "int", "scaled_rope": "int", "softcap": "float"}
+    features = ", ".join(f"{name}: {kind} = @{name}" for name, kind in numbers.items() if getattr(variant, name))
+    optional = {
+        "ROW_SCALES": variant.quantised,
+        "sinks_H": variant.sinks,
+        "slopes_H": variant.slopes,
+        "distance_float_BST": variant.slopes,
+    }
+    given = ", ".join(name if present else "" for name, present in optional.items()).rstrip(", ")
+    # A branch must say of what type its result is, and the types of operators that ONNX does not know are not inferred.
+    return f"""
+  {"distance_float_BST = Cast <to = 1> (distance_BST)" if variant.slopes else ""}
+  fused_BSHV = {FUSED_DOMAIN}.{FUSED[variant.quantised]} {f"<{features}>" if features else ""}
+    (plain_BSHD, turned_BSnhd, ROWS, seen_BST, key_up_GDr, value_up_GrV{f", {given}" if given else ""})
+  output_BSHV = Cast <to = 1> (fused_BSHV)
+"""
 
 
 def _latent_body(variant: Variant, fused: bool) -> str:
     keys, values = variant.key_scales, variant.value_scales
     attention = _fused_attention(variant) if fused else folded_attention(variant)
-    if _has_two_forms(variant):
-        unfolded = unfolded_attention(key_scales=keys, value_scales=values, scaled_rope=variant.scaled_rope)
+    if fused or _has_two_forms(variant):
+        unfolded = unfolded_attention(variant)
         unfolded = dequantised(unfolded) if variant.quantised else unfolded
         unfolded = JOINED_HALVES + unfolded if variant.halves and not joins_halves(variant) else unfolded
         attention = MANY_QUERIES + _branches(unfolded, attention)
@@ -178,10 +186,10 @@ def _latent_body(variant: Variant, fused: bool) -> str:
 
 
 def _has_two_forms(variant: Variant) -> bool:
-    """Whether there is an unfolded form: for the features that are rare there is none.
+    """Whether there is an unfolded form of standard operators alone: for the features that are rare there is none.
 
     Nor for a cache that grows within a window: TensorRT 1.7 for RTX, which reads such a file, builds neither of its two
-    parts, a branch and a cumulative sum, when it has both.
+    parts, a branch and a cumulative sum, when it has both. No such file has fused operators: beside them there is one.
     """
     rare = variant.softcap or variant.sinks or variant.slopes or variant.bidirectional
     return not rare and (variant.static or not variant.window)

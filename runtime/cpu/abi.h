@@ -30,8 +30,11 @@ enum class Place {
     GetDimensionsCount = 61,
     GetDimensions = 62,
     GetTensorTypeAndShape = 65,
+    KernelInfoGetAttributeFloat = 85,
+    KernelInfoGetAttributeInt64 = 86,
     KernelContextGetInput = 90,
     KernelContextGetOutput = 91,
+    ReleaseStatus = 93,
     ReleaseTensorTypeAndShapeInfo = 99,
     KernelContextParallelFor = 274,
 };

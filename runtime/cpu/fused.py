@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from itertools import product
 from pathlib import Path
 
@@ -23,8 +24,8 @@ __all__ = ["fused_model"]
 
 _VARIANTS = {
     variant.named(LATENT): variant
-    for window, static, quantised in product([False, True], repeat=3)
-    if has_fused_form(variant := Variant(window=window, static=static, quantised=quantised))
+    for features in product([False, True], repeat=len(fields(Variant)))
+    if has_fused_form(variant := Variant(*features))
 }
 
 

@@ -44,12 +44,18 @@ inline Vector all(float value) { return value - Vector{}; }
 
 inline Vector larger(Vector a, Vector b) { return a > b ? a : b; }
 
-// e^x for x <= 0, to two units in the last place; 0 where it is below what a normal number can be.
+constexpr float kLowest = -87.0f;  // e^x is hardly a normal number below
+
+// e^x = power * (1 + f * slope) for x <= 0, or for kLowest where x is below it.
 //
 // x = n ln 2 + f with |f| <= ln(2) / 2, of which ln 2 is taken off in two parts, the first of few digits; e^f is its
 // Taylor series up to f^7, the rest of which is below 2e-8.
-inline Vector exponential(Vector x) {
-    const Vector lowest = all(-87.0f);
+struct Exponential {
+    Vector power, f, slope;
+};
+
+inline Exponential exponential_parts(Vector x) {
+    const Vector lowest = all(kLowest);
     const Vector bounded = x < lowest ? lowest : x;
     const Vector magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
     const Vector shifted = bounded * 1.44269504f + magic;
@@ -63,13 +69,27 @@ inline Vector exponential(Vector x) {
     sum = sum * f + 1.0f / 6;
     sum = sum * f + 0.5f;
     sum = sum * f + 1.0f;
-    sum = sum * f + 1.0f;
     Integers bits;
     std::memcpy(&bits, &shifted, sizeof bits);
     bits = (bits << 23) + (127 << 23);  // the integer is in the lowest bits; those of the magic number are shifted out
     Vector power;
     std::memcpy(&power, &bits, sizeof power);
-    return x < lowest ? Vector{} : sum * power;
+    return {power, f, sum};
+}
+
+// e^x for x <= 0, to two units in the last place; 0 where it is below what a normal number can be.
+inline Vector exponential(Vector x) {
+    const auto [power, f, slope] = exponential_parts(x);
+    return x < all(kLowest) ? Vector{} : (slope * f + 1.0f) * power;
+}
+
+// tanh x = -e / (2 + e) with e = e^(-2 |x|) - 1, which is made without the one where it would leave few digits.
+inline Vector hyperbolic_tangent(Vector x) {
+    const Vector size = larger(x, -x);
+    const auto [power, f, slope] = exponential_parts(-2.0f * size);
+    const Vector less = power * (slope * f) + (power - 1.0f);
+    const Vector found = -less / (less + 2.0f);
+    return x < Vector{} ? -found : found;
 }
 
 // One row of C [rows, columns] = A [rows, inner] B [inner, columns], from its column `j` on: `Width` vectors.
