@@ -193,9 +193,11 @@ inline bool mask_block(const Sizes& s, const bool* seen_ST, long tokens, float* 
 
 // From the scores of a block, which begins with token `first`, to logits.
 inline void finish_scores(const Sizes& s, const Logits& logits, long first, long tokens, float* scores) {
-    if (logits.softcap)
+    if (logits.softcap) {
+        const float share = 1 / logits.softcap;
         for (long i = 0; i < tokens * s.lanes(); i += kLanes)
-            store(scores + i, hyperbolic_tangent(load(scores + i) / logits.softcap) * logits.softcap);
+            store(scores + i, hyperbolic_tangent(load(scores + i) * share) * logits.softcap);
+    }
     if (logits.slopes_H)
         for (long q = 0; q < s.queries; q++) {
             const float* distance = logits.distance_ST + q * s.tokens + first;
