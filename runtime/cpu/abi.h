@@ -52,7 +52,7 @@ Result call(Table table, Place place, Arguments... arguments) {
     return reinterpret_cast<Function>(table[static_cast<int>(place)])(arguments...);
 }
 
-enum class Element : int { Float = 1, UInt8 = 2, Bool = 9 };
+enum class Element : int { Float = 1, UInt8 = 2, Bool = 9, Float16 = 10 };
 
 // What ONNX Runtime asks about an operator. It reads no further than the version says.
 struct Operator {

@@ -298,9 +298,9 @@ inline void attend_blocks(const Sizes& s, long split, const Logits& logits, cons
     }
 }
 
-inline void attend(const Sizes& s, long split, const float* rows, const Logits& logits, const float* query_RM,
-                   float* partial, float* scratch) {
-    const auto block = [&](long t, long) { return rows + t * s.row; };
+template <typename Block>
+inline void attend_scaled(const Sizes& s, long split, const Logits& logits, const float* query_RM, float* partial,
+                          float* scratch, Block block) {
     if (!s.key_scales)
         attend_blocks<Scaled::Nothing>(s, split, logits, query_RM, partial, scratch, block);
     else if (s.scaled_rope)
@@ -311,6 +311,23 @@ inline void attend(const Sizes& s, long split, const float* rows, const Logits& 
 
 inline long attend_scratch(const Sizes& s) {
     return kBlock * s.lanes() + s.lanes() + kBlock * kColumns * kLanes;
+}
+
+inline void attend(const Sizes& s, long split, const float* rows, const Logits& logits, const float* query_RM,
+                   float* partial, float* scratch) {
+    attend_scaled(s, split, logits, query_RM, partial, scratch, [&](long t, long) { return rows + t * s.row; });
+}
+
+// The same over halves, a block of which at a time becomes numbers.
+inline long attend_halves_scratch(const Sizes& s) { return attend_scratch(s) + kBlock * s.row; }
+
+inline void attend_halves(const Sizes& s, long split, const Half* halves, const Logits& logits, const float* query_RM,
+                          float* partial, float* scratch) {
+    float* rows = scratch + attend_scratch(s);
+    attend_scaled(s, split, logits, query_RM, partial, scratch, [&](long t, long tokens) {
+        widen(halves + t * s.row, tokens * s.row, rows);
+        return static_cast<const float*>(rows);
+    });
 }
 
 // Merge one sequence's splits for the heads of one group, and unfold the sums with its value up-projection. A sink is

@@ -2,9 +2,10 @@
 //
 // FoldedAttention: plain queries [B, S, H, D], turned queries [B, S, n, h, d], rows [B, T, R], which of them each
 // query sees [B, S, T] (bool), key up-projections [G, D, r], value up-projections [G', r, V]; output [B, S, H, V].
+// FoldedAttentionOfHalves: the same with rows in float16. All else is float32 there too.
 // FoldedAttentionOfCodes: the same with codes (uint8) for rows, and behind these inputs their scales [B, T, 2].
-// Optional inputs of both, behind scales or nothing in their place: sinks [H]; slopes [H], and with them distances of
-// tokens from queries [B, S, T]. Optional attributes: softcap; and of the first, how many key_scales and value_scales a
+// Optional inputs of all, behind scales or nothing in their place: sinks [H]; slopes [H], and with them distances of
+// tokens from queries [B, S, T]. Optional attributes: softcap; and but with codes, how many key_scales and value_scales a
 // row ends in, and scaled_rope.
 
 #include <atomic>
@@ -147,10 +148,32 @@ struct Call {
     }
 };
 
-// Inputs of both operators, in order.
+// What rows are, and so which operator it is.
+struct Numbers {
+    using Row = float;
+    static constexpr ort::Element element = ort::Element::Float;
+    static constexpr const char* name = "FoldedAttention";
+};
+
+struct Halves {
+    using Row = mla::Half;
+    static constexpr ort::Element element = ort::Element::Float16;
+    static constexpr const char* name = "FoldedAttentionOfHalves";
+};
+
+struct Codes {
+    using Row = uint8_t;
+    static constexpr ort::Element element = ort::Element::UInt8;
+    static constexpr const char* name = "FoldedAttentionOfCodes";
+};
+
+template <typename Form>
+constexpr bool quantised = std::is_same_v<Form, Codes>;
+
+// Inputs of all operators, in order.
 enum Input : size_t { Plain, Turned, Rows, Seen, KeyUp, ValueUp, Scales, Sinks, Slopes, Distance, Inputs };
 
-template <bool Quantised>
+template <typename Form>
 void attention(const Call& call, const Kernel& kernel) {
     const auto plain = call.shape(Plain), turned = call.shape(Turned), rows = call.shape(Rows),
                key_up = call.shape(KeyUp), value_up = call.shape(ValueUp);
@@ -162,9 +185,9 @@ void attention(const Call& call, const Kernel& kernel) {
                *key_data = call.data<float>(call.input(KeyUp)), *value_data = call.data<float>(call.input(ValueUp));
     const bool* seen_data = call.data<bool>(call.input(Seen));
     const float *sinks = call.optional(Sinks), *slopes = call.optional(Slopes), *distance = call.optional(Distance);
-    const auto* rows_data = call.data<std::conditional_t<Quantised, uint8_t, float>>(call.input(Rows));
+    const auto* rows_data = call.data<typename Form::Row>(call.input(Rows));
 
-    const long query_size = Quantised ? mla::code_query(s) : s.query();
+    const long query_size = quantised<Form> ? mla::code_query(s) : s.query();
     Borrowed memory(s.batch * (query_size + s.splits() * s.partial()));
     float *queries = memory.data(), *partials = queries + s.batch * query_size;
     // A group's weights are read for one sequence after another.
@@ -177,7 +200,7 @@ void attention(const Call& call, const Kernel& kernel) {
         float* query = queries + b * query_size;
         mla::place_rope(s, b, turned_data, query);
         mla::place_scales(s, query);
-        if constexpr (Quantised) mla::encode_queries(s, query);
+        if constexpr (quantised<Form>) mla::encode_queries(s, query);
     });
     call.each(s.batch * s.splits(), [&](long task) {
         const long b = task / s.splits(), split = task % s.splits();
@@ -186,10 +209,13 @@ void attention(const Call& call, const Kernel& kernel) {
         const mla::Logits logits{seen_data + first, kernel.softcap, slopes, slopes ? distance + first : nullptr};
         const float* query = queries + b * query_size;
         float* partial = partials + task * s.partial();
-        if constexpr (Quantised) {
+        if constexpr (quantised<Form>) {
             const float* scales = call.data<float>(call.input(Scales)) + b * s.tokens * 2;
             Borrowed scratch(mla::attend_codes_scratch(s));
             mla::attend_codes(s, split, own_rows, scales, logits, query, partial, scratch.data());
+        } else if constexpr (std::is_same_v<Form, Halves>) {
+            Borrowed scratch(mla::attend_halves_scratch(s));
+            mla::attend_halves(s, split, own_rows, logits, query, partial, scratch.data());
         } else {
             Borrowed scratch(mla::attend_scratch(s));
             mla::attend(s, split, own_rows, logits, query, partial, scratch.data());
@@ -203,12 +229,12 @@ void attention(const Call& call, const Kernel& kernel) {
     });
 }
 
-template <bool Quantised>
+template <typename Form>
 ort::Status* compute(void* made, ort::Context* context) {
     const Kernel& kernel = *static_cast<Kernel*>(made);
     const Call call{kernel.table, context};
     try {
-        attention<Quantised>(call, kernel);
+        attention<Form>(call, kernel);
         return nullptr;
     } catch (const Failure& failure) {
         return failure.status;
@@ -217,15 +243,15 @@ ort::Status* compute(void* made, ort::Context* context) {
     }
 }
 
-template <bool Quantised>
+template <typename Form>
 ort::Operator folded_attention() {
     ort::Operator made{};
     made.version = ort::kVersion;
-    made.name = [](const ort::Operator*) { return Quantised ? "FoldedAttentionOfCodes" : "FoldedAttention"; };
+    made.name = [](const ort::Operator*) { return Form::name; };
     made.provider = [](const ort::Operator*) -> const char* { return "CPUExecutionProvider"; };
     made.input_type = [](const ort::Operator*, size_t index) {
         if (index == Seen) return ort::Element::Bool;
-        return Quantised && index == Rows ? ort::Element::UInt8 : ort::Element::Float;
+        return index == Rows ? Form::element : ort::Element::Float;
     };
     made.input_count = [](const ort::Operator*) { return size_t{Inputs}; };
     made.output_type = [](const ort::Operator*, size_t) { return ort::Element::Float; };
@@ -233,7 +259,7 @@ ort::Operator folded_attention() {
     made.destroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
     made.input_kind = [](const ort::Operator*, size_t index) {
         constexpr int required = 0, optional = 1;
-        return index < (Quantised ? Sinks : Scales) ? required : optional;
+        return index < (quantised<Form> ? Sinks : Scales) ? required : optional;
     };
     made.output_kind = [](const ort::Operator*, size_t) { return 0; };
     made.input_memory = [](const ort::Operator*, size_t) { return 0; };
@@ -250,7 +276,7 @@ ort::Operator folded_attention() {
                              attribute<float>(table, info, ort::Place::KernelInfoGetAttributeFloat, "softcap")};
         return nullptr;
     };
-    made.compute_checked = compute<Quantised>;
+    made.compute_checked = compute<Form>;
     made.first_version = [](const ort::Operator*) { return 1; };
     made.last_version = [](const ort::Operator*) { return 1; };
     return made;
@@ -260,7 +286,8 @@ ort::Operator folded_attention() {
 
 extern "C" __attribute__((visibility("default"))) ort::Status* RegisterCustomOps(ort::SessionOptions* options,
                                                                               const ort::ApiBase* base) {
-    static const ort::Operator operators[] = {folded_attention<false>(), folded_attention<true>()};
+    static const ort::Operator operators[] = {folded_attention<Numbers>(), folded_attention<Halves>(),
+                                              folded_attention<Codes>()};
     const ort::Table table = base->table(ort::kVersion);
     static ort::Domain* domain = nullptr;
     static std::mutex lock;

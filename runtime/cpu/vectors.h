@@ -4,6 +4,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
 namespace mla {
 
 // Accumulators of a tile are kept in registers: 32 of them with AVX-512 and on ARM, 16 with AVX2.
@@ -25,6 +29,36 @@ inline Vector load(const float* from) {
 }
 
 inline void store(float* to, Vector value) { std::memcpy(to, &value, sizeof value); }
+
+// The bits of a float16.
+struct Half {
+    uint16_t bits;
+};
+
+// Its number: 112 is what the middles of exponents are apart. Numbers below 2^-14 have no exponent in either form.
+inline float number(Half half) {
+    uint32_t bits = static_cast<uint32_t>(half.bits & 0x7fff) << 13;
+    float size;
+    std::memcpy(&size, &bits, sizeof size);
+    size *= 0x1p112f;
+    std::memcpy(&bits, &size, sizeof bits);
+    if ((half.bits & 0x7c00) == 0x7c00) bits |= 0x7f800000;  // infinite, or no number
+    bits |= static_cast<uint32_t>(half.bits & 0x8000) << 16;
+    std::memcpy(&size, &bits, sizeof size);
+    return size;
+}
+
+inline void widen(const Half* from, long count, float* to) {
+    long i = 0;
+#if defined(__AVX512F__)
+    for (; i + 16 <= count; i += 16)
+        _mm512_storeu_ps(to + i, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i))));
+#elif defined(__F16C__)
+    for (; i + 8 <= count; i += 8)
+        _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
+#endif
+    for (; i < count; i++) to[i] = number(from[i]);
+}
 
 // Keep a value in a register: compilers else read it from memory anew for each of its products, and loads are what there
 // are too few of.

@@ -146,10 +146,12 @@ def fused_form(case, opset=24, **cache):
     return fused
 
 
-def session_of(library, node, function, inputs, outputs, codes=(), threads=1):
+def session_of(library, node, function, inputs, outputs, codes=(), halves=(), threads=1):
+    kinds = {"attention_mask": TensorProto.INT64}
+    kinds |= dict.fromkeys(codes, TensorProto.UINT8) | dict.fromkeys(halves, TensorProto.FLOAT16)
+
     def described(name, shape):
-        kind = TensorProto.INT64 if name == "attention_mask" else TensorProto.FLOAT
-        return helper.make_tensor_value_info(name, TensorProto.UINT8 if name in codes else kind, shape)
+        return helper.make_tensor_value_info(name, kinds.get(name, TensorProto.FLOAT), shape)
 
     graph = helper.make_graph(
         [node], "node", *([described(n, s) for n, s in named.items()] for named in (inputs, outputs))
@@ -172,7 +174,7 @@ def static_session(library, case, threads=1):
 def code_session(library, case, static, threads=1):
     function = fused_form(case, static=static, quantised=True)
     node, inputs, outputs = test_onnx_quantised.node_of(case, static, function)
-    return session_of(library, node, function, inputs, outputs, ("past", "present"), threads)
+    return session_of(library, node, function, inputs, outputs, ("past", "present"), threads=threads)
 
 
 def check_growing(library, case, function, threads=1):
@@ -239,6 +241,71 @@ def test_equal_weights_are_exact(library, kind):
     case = replace(LONG[kind], scale=1e-9, slopes=False)
     check = test_onnx_quantised.check_form
     check(case, True, code_session(library, case, True), within(0.001), scale=(0.06, 0.06))
+
+
+def half_session(library, case, form, threads=1):
+    inputs = dimensions(case)
+    outputs = {"output": ["B", "S", case.heads, case.v_dim], "present": ["B", "T", case.width]}
+    node = make_node(case, input_names(case), list(outputs))
+    halves = {*inputs, *outputs} - {"attention_mask", "cos", "sin"}
+    return session_of(library, node, form, inputs, outputs, halves=halves, threads=threads)
+
+
+def half_forms(case):
+    return forms_of(attention_function(LATENT, 23, variant_of(case), fused=True, float16=True))
+
+
+def check_halves(case, session):
+    """What is given and what comes out are rounded by 2^-11, and a few roundings lie between: 1e-3 was seen."""
+    x = {n: v if n in ("attention_mask", "cos", "sin") else v.half() for n, v in case.tensors(torch.float32).items()}
+    got, cache = (torch.from_numpy(y).double() for y in session.run(None, {n: v.numpy() for n, v in x.items()}))
+    expected, rows = case.expected({n: v.double() if v.is_floating_point() else v for n, v in x.items()})
+    torch.testing.assert_close(got, expected, rtol=0, atol=3e-3 * expected.abs().max().item())
+    torch.testing.assert_close(cache, rows, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", SHORT)
+def test_halves_are_near_the_reference(library, kind):
+    case = replace(SHORT[kind], new=2, past=5)
+    for form in half_forms(case):
+        check_halves(case, half_session(library, case, form))
+
+
+@pytest.mark.parametrize("kind", LONG_WITH_SCALES)
+def test_many_halves_are_near_the_reference(library, kind):
+    case = LONG_WITH_SCALES[kind]
+    check_halves(case, half_session(library, case, half_forms(case)[1], threads=2))
+
+
+@pytest.mark.parametrize("rank", [7, 64])
+def test_every_half_is_read_as_it_is(library, rank):
+    """A token by itself has the weight of one, and its latent is the output. So few are read one by one, more in
+    vectors."""
+    every = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    every = np.random.default_rng(0).permutation(every[np.isfinite(every)])
+    latents = np.resize(every, (-(-len(every) // rank), rank))
+    case = Case(
+        batch=len(latents),
+        new=1,
+        past=0,
+        heads=1,
+        rope_groups=1,
+        up_groups=1,
+        half=0,
+        rank=rank,
+        v_dim=rank,
+        padding=(),
+    )
+    session = half_session(library, case, half_forms(case)[1])
+    x = {name: np.zeros([n if isinstance(n, int) else 1 for n in shape]) for name, shape in dimensions(case).items()}
+    x = {
+        name: np.zeros((len(latents), *value.shape[1:])) if name not in ("key_up", "value_up") else value
+        for name, value in x.items()
+    }
+    x |= {"row": latents[:, None], "past": np.zeros((len(latents), 0, rank)), "value_up": np.eye(rank)[None]}
+    kinds = {"attention_mask": np.int64, "cos": np.float32, "sin": np.float32}
+    got, _ = session.run(None, {name: value.astype(kinds.get(name, np.float16)) for name, value in x.items()})
+    np.testing.assert_array_equal(got[:, 0, 0], latents)
 
 
 def test_sequences_of_nothing_but_padding_attend_to_themselves(library):
@@ -383,11 +450,11 @@ def test_what_cannot_be_written_is_said(files, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["damaged.onnx", "inlined.onnx"]
 
 
-def test_float16_runs_as_it_is(files, tmp_path):
+def test_bfloat16_runs_as_it_is(files, tmp_path):
     model = onnx.load(files().paths["static"])
     for value in model.graph.input:
         if value.name.startswith("past"):
-            value.type.tensor_type.elem_type = TensorProto.FLOAT16
+            value.type.tensor_type.elem_type = TensorProto.BFLOAT16
     onnx.save(model, tmp_path / "half.onnx")
     assert fused_model(tmp_path / "half.onnx") is None
 
