@@ -27,19 +27,19 @@ import torch
 from torch import Tensor, fx
 
 from mla_compile.errors import VerificationError
-from mla_compile.evaluate import Scorer, relative_error
 from mla_compile.passes.onnx_pieces import PiecewiseSession
 from mla_compile.passes.quantise_cache import with_quantised_rows
 from mla_compile.passes.retype import NARROW, type_name, widened
 from mla_compile.passes.retype_onnx import write_float32_copy
 from mla_compile.report import Verification
 from mla_compile.runtime.generate import Ids, generate
+from mla_compile.runtime.masks import kept_rows
 from mla_compile.runtime.module import LatentModel, LatentOutput, cache_dtype
 from mla_compile.runtime.onnx_cache import OnnxCache
 from mla_compile.runtime.onnx_halves import halves_bytes
 from mla_compile.runtime.onnx_quantised import quantised_bytes
 from mla_compile.runtime.onnx_session import OnnxDecoder
-from mla_compile.runtime.ops import kept_rows
+from mla_compile.text.evaluate import Scorer, relative_error
 
 __all__ = [
     "GREEDY_TOKENS",

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mla_compile.evaluate import relative_error
 from mla_compile.runtime.module import LatentSeq2Seq, LowRankModel
 from mla_compile.runtime.onnx_session import open_session
+from mla_compile.text.evaluate import relative_error
 from mla_compile.verify import chunks, in_steps, require_equal, worst_error
 
 __all__ = ["check_encoder_onnx", "check_seq2seq_onnx", "seq2seq_in_chunks", "without_padding"]

@@ -20,8 +20,8 @@ from converted import write
 from safetensors.torch import load_file
 
 from mla_compile import api
-from mla_compile.checkpoint import Checkpoint, require_blocks, stock_checkpoint
-from mla_compile.checkpoint_folder import _write_weights, check_folder, verify_folder
+from mla_compile.artifacts.checkpoint import Checkpoint, require_blocks, stock_checkpoint
+from mla_compile.artifacts.checkpoint_folder import _write_weights, check_folder, verify_folder
 from mla_compile.cli import main
 from mla_compile.config import make_config
 from mla_compile.deepseek import with_preset
@@ -292,7 +292,7 @@ def test_sizes_above_those_of_the_preset_are_refused(conversions):
 
 
 def test_a_wrong_tensor_is_found_and_leaves_no_folder(conversions, tmp_path, monkeypatch):
-    from mla_compile import checkpoint
+    from mla_compile.artifacts import checkpoint
 
     monkeypatch.setattr(checkpoint, "_output_bias", lambda layer: layer.rest["self_attn.o_proj.weight"][:, 0] * 0)
     with pytest.raises(VerificationError, match="differs from the converted PyTorch module"):

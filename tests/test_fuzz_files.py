@@ -23,10 +23,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx.external_data_helper import ExternalDataInfo
 
-from mla_compile.corpus import read_documents
+from mla_compile.disk.statistics_cache import StatisticsCache
 from mla_compile.errors import LoadError
 from mla_compile.passes.statistics import SiteStatistics
-from mla_compile.statistics_cache import StatisticsCache
+from mla_compile.text.corpus import read_documents
 
 TINY = Path(__file__).parents[1] / "examples" / "tiny-llama"
 RUN = ("--prompt", "One", "--max-new-tokens", 2, "--kernel", "standard")
@@ -248,7 +248,7 @@ def test_measurements_of_anything(content, model, converted, tmp_path):
 def test_damaged_gguf_files(data, tmp_path):
     """The answers that a GGUF file keeps are read before llama.cpp is asked."""
     gguf = pytest.importorskip("gguf")
-    from mla_compile import gguf_file
+    from mla_compile.artifacts import gguf_file
 
     with entrance(tmp_path) as folder:
         path = folder / "model.gguf"

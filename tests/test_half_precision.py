@@ -23,8 +23,6 @@ import mla_compile
 from mla_compile import verify
 from mla_compile.config import make_config
 from mla_compile.errors import UsageError, VerificationError
-from mla_compile.evaluate import original_scorer
-from mla_compile.frontend import capture
 from mla_compile.passes.insert_latent import insert_latent
 from mla_compile.passes.methods import nothing_left_out
 from mla_compile.passes.recognise import recognise
@@ -33,6 +31,8 @@ from mla_compile.runtime.cpu.library import compiler
 from mla_compile.runtime.module import LatentModel
 from mla_compile.runtime.onnx_cache import CacheLayer, GrowingCache
 from mla_compile.runtime.onnx_session import OnnxDecoder
+from mla_compile.sources.frontend import capture
+from mla_compile.text.evaluate import original_scorer
 
 BFLOAT16, FLOAT16 = torch.bfloat16, torch.float16
 TEXT = torch.randint(0, models.VOCABULARY, (12, 24), generator=torch.Generator().manual_seed(3))

@@ -11,10 +11,10 @@ import torch
 
 from mla_compile import api, verify
 from mla_compile.errors import UsageError, VerificationError
-from mla_compile.evaluate import original_scorer
 from mla_compile.runtime.generate import generate
 from mla_compile.runtime.module import LatentModel, LatentOutput
 from mla_compile.runtime.onnx_session import OnnxDecoder
+from mla_compile.text.evaluate import original_scorer
 
 ROUNDING = 1e-5  # float32 through two layers; ten times below what is allowed
 

@@ -117,7 +117,8 @@ inline Vector exponential(Vector x) {
     return x < all(kLowest) ? Vector{} : (slope * f + 1.0f) * power;
 }
 
-// tanh x = -e / (2 + e) with e = e^(-2 |x|) - 1, which is made without the one where it would leave few digits.
+// tanh x, to four units in the last place, as -e / (2 + e) with e = e^(-2 |x|) - 1: for small x the two ones of that are
+// left out, which would leave few digits.
 inline Vector hyperbolic_tangent(Vector x) {
     const Vector size = larger(x, -x);
     const auto [power, f, slope] = exponential_parts(-2.0f * size);

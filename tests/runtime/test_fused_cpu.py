@@ -23,10 +23,14 @@ from latent_cases import Case, cases
 from onnx import TensorProto, helper
 from test_onnx_function import KINDS, dimensions, forms_of, input_names, make_node, variant_of
 
+from mla_compile.artifacts.fuse import write_fused
 from mla_compile.cli import main
 from mla_compile.errors import LoadError, RefusedError, UsageError
+<<<<<<< HEAD
 from mla_compile.frontend import capture
 from mla_compile.fuse import write_fused
+=======
+>>>>>>> a8c832ceaa882ea63d5aad1211c7dec551f4f0fb
 from mla_compile.runtime.cpu import library as compiling
 from mla_compile.runtime.cpu.fused import fused_model
 from mla_compile.runtime.onnx_function import (
