@@ -26,11 +26,6 @@ from test_onnx_function import KINDS, dimensions, forms_of, input_names, make_no
 from mla_compile.artifacts.fuse import write_fused
 from mla_compile.cli import main
 from mla_compile.errors import LoadError, RefusedError, UsageError
-<<<<<<< HEAD
-from mla_compile.frontend import capture
-from mla_compile.fuse import write_fused
-=======
->>>>>>> a8c832ceaa882ea63d5aad1211c7dec551f4f0fb
 from mla_compile.runtime.cpu import library as compiling
 from mla_compile.runtime.cpu.fused import fused_model
 from mla_compile.runtime.onnx_function import (
@@ -43,6 +38,7 @@ from mla_compile.runtime.onnx_function import (
     attention_function,
 )
 from mla_compile.runtime.onnx_session import OnnxDecoder
+from mla_compile.sources.frontend import capture
 
 pytestmark = pytest.mark.skipif(compiling.compiler() is None, reason="there is no C++ compiler")
 
