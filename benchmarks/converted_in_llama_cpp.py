@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from mla_compile.artifacts.checkpoint_folder import read_expected
-from mla_compile.artifacts.gguf_file import verify_gguf
+from mla_compile.artifacts.gguf_check import verify_gguf
 from mla_compile.cli import main as mla_compile
 
 CHARACTERS = 30_000

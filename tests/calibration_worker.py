@@ -16,7 +16,7 @@ from mla_compile.passes.methods import mha2mla
 from mla_compile.passes.recognise import recognise
 from mla_compile.passes.task import Task
 from mla_compile.progress import Stages
-from mla_compile.sources.frontend import program_from_export
+from mla_compile.sources.exported import program_from_export
 from mla_compile.text.processes import end_share, join_processes
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from torch import nn
 from mla_compile.passes.recognise import Recognition, recognise
 from mla_compile.program import Program
 from mla_compile.site import AttentionSite
-from mla_compile.sources.frontend import capture
+from mla_compile.sources.capture import capture
 
 GOLDEN = Path(__file__).parent / "golden"
 

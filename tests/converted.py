@@ -15,7 +15,7 @@ from mla_compile.passes.recognise import recognise
 from mla_compile.passes.task import Task
 from mla_compile.progress import Stages
 from mla_compile.report import Report
-from mla_compile.sources.frontend import capture
+from mla_compile.sources.capture import capture
 
 OWN = {
     # heads that are wider than the model, and an epsilon that is not the stock code's

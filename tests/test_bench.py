@@ -16,7 +16,9 @@ from conversion import convert, difference
 from mla_compile import cli
 from mla_compile.errors import LoadError, RefusedError, UsageError
 from mla_compile.evaluation import bench as module
-from mla_compile.evaluation.bench import Spread, Step, Workload, bench, slower, spread, turns
+from mla_compile.evaluation.bench import bench
+from mla_compile.evaluation.benchmark import Spread, Step, Workload, slower
+from mla_compile.evaluation.turns import spread, turns
 from mla_compile.passes.lower_onnx import lower_to_onnx
 from mla_compile.passes.lower_original import original_to_onnx, with_plain_caches, write_original
 from mla_compile.passes.original_attention import OriginalForm, form_problem

@@ -22,7 +22,6 @@ import torch
 from families import huggingface
 from torch import nn
 
-from mla_compile import verify
 from mla_compile.cli import main
 from mla_compile.errors import (
     LoadError,
@@ -34,6 +33,7 @@ from mla_compile.errors import (
 )
 from mla_compile.runtime.onnx_session import OnnxDecoder
 from mla_compile.sources import frontend
+from mla_compile.verification import agreement
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "examples" / "tiny-llama"
@@ -471,7 +471,7 @@ def test_json_changes_nothing_about_errors(place, tmp_path):
 
 @pytest.mark.parametrize("name", ["o.onnx", "folder"])
 def test_verification_that_fails_leaves_nothing(place, tmp_path, name, monkeypatch):
-    monkeypatch.setattr(verify, "TOLERANCE", 0.0)
+    monkeypatch.setattr(agreement, "TOLERANCE", 0.0)
     done = convert(place / "nano.pt2", "--out", tmp_path / "new" / name, "-q")
     assert_one_sentence(done, 5, "The rewritten graph at full rank differs from the original model by ")
     assert not list(tmp_path.iterdir())

@@ -20,7 +20,9 @@ from torch.export import Dim
 from mla_compile import api
 from mla_compile.errors import LoadError
 from mla_compile.passes.recognise import recognise
-from mla_compile.sources.frontend import capture, load_program, program_from_export
+from mla_compile.sources.capture import capture
+from mla_compile.sources.exported import program_from_export
+from mla_compile.sources.frontend import load_program
 from mla_compile.sources.huggingface import plain_inputs
 from mla_compile.text.evaluate import original_scorer
 

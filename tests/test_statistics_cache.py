@@ -17,7 +17,7 @@ from mla_compile.passes.recognise import recognise
 from mla_compile.passes.statistics import SiteStatistics
 from mla_compile.program import Program
 from mla_compile.runtime.user_cache import default_folder
-from mla_compile.sources.frontend import capture
+from mla_compile.sources.capture import capture
 
 WINDOWS = models.tokens(12, 16)
 

@@ -21,7 +21,17 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from mla_compile.deepseek import FLASHMLA, same_frequency
+from mla_compile.artifacts.checkpoint_tensors import (
+    BLOCK_PARTS,
+    BLOCKS,
+    OUTPUT,
+    REMEDY,
+    Layer,
+    Stock,
+    block_tensors,
+    norm_error,
+)
+from mla_compile.deepseek import FLASHMLA
 from mla_compile.errors import LoadError, RefusedError, UsageError
 from mla_compile.passes.emit import holder_name
 from mla_compile.program import AnyProgram
@@ -33,25 +43,11 @@ __all__ = ["Checkpoint", "require_blocks", "stock_checkpoint", "stock_rotation"]
 
 _Any = TypeVar("_Any")
 
-_GAIN = 2.0**20
-"""Gain of the norms of latents; a power of two, which no type rounds."""
-_NORM_TOLERANCE = 1e-3
-"""Largest relative error of a norm that is taken for none."""
-_RANK_TOLERANCE = 1e-5
-"""Largest singular value, over the largest of all, that is taken for rounding of float32."""
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Scalings that are one table of frequencies, whatever the length of the text."""
-_BLOCKS, _OUTPUT = "model.layers.", "self_attn.o_proj"
 _EMBEDDING = "model.embed_tokens.weight"
 _TABLES = (_EMBEDDING, "lm_head.weight")
 _OUTSIDE = (*_TABLES, "model.norm.weight")
-_BLOCK = (
-    "input_layernorm.weight",
-    "post_attention_layernorm.weight",
-    f"{_OUTPUT}.weight",
-    *(f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")),
-)
-_REMEDY = "Write a .onnx file instead."
 
 
 @dataclass(frozen=True)
@@ -84,75 +80,16 @@ class Checkpoint:
         """Every tensor by its name, float32; those of one block are in memory at a time."""
         at, block = -1, {}
         for name, shape in self.shapes.items():
-            if not name.startswith(_BLOCKS):
+            if not name.startswith(BLOCKS):
                 value = self.outside(name)
             else:
-                number, part = name.removeprefix(_BLOCKS).split(".", 1)
+                number, part = name.removeprefix(BLOCKS).split(".", 1)
                 if int(number) != at:
                     at = int(number)
                     block = dict(self.block(at))
                 value = block.pop(part)
             assert value.shape == shape, name
             yield name, value.float().contiguous()
-
-
-@dataclass(frozen=True)
-class _Layer:
-    """One block of the converted model.
-
-    Attributes:
-        site: Its attention.
-        latent: Its latent weights, named as :func:`~mla_compile.passes.emit.layer_parameters` names them.
-        rest: Its other weights, by their names inside it.
-        frequencies: Those of its rope components, in their order.
-    """
-
-    site: AttentionSite
-    latent: Mapping[str, Tensor]
-    rest: Mapping[str, Tensor]
-    frequencies: tuple[float, ...]
-
-    @property
-    def rank(self) -> int:
-        """Length of the latent."""
-        return self.latent["key_up"].shape[2]
-
-    def matrix(self, name: str) -> Tensor:
-        """A latent weight in float64."""
-        return self.latent[name].double()
-
-    def bias(self, name: str) -> Tensor:
-        """The bias of a latent weight in float64; zeros where there is none."""
-        found = self.latent.get(f"{name}_bias")
-        return torch.zeros(len(self.latent[name]), dtype=torch.float64) if found is None else found.double()
-
-
-@dataclass(frozen=True)
-class _Stock:
-    """What the stock code computes with by itself.
-
-    Attributes:
-        config: Its configuration.
-        shapes: Shape of every tensor.
-        table: Frequencies of its rope key.
-        rope_factor: Factor of its rotations.
-        scale: Factor of its logits.
-        eps: What norms of latents add to the mean square.
-        residual: What everything in the residual stream is scaled by, so that other norms can add the same.
-    """
-
-    config: Any
-    shapes: Mapping[str, torch.Size]
-    table: tuple[float, ...]
-    rope_factor: float
-    scale: float
-    eps: float
-    residual: float
-
-    @property
-    def small(self) -> float:
-        """What latents are scaled by in front of their norm."""
-        return math.sqrt(self.eps) / _GAIN
 
 
 def require_blocks(program: AnyProgram, sites: Sequence[AttentionSite]) -> None:
@@ -197,7 +134,7 @@ def stock_checkpoint(module: LatentModel, report: Report, config: Mapping[str, A
     holders = [f"{holder_name(site.path, site.index)}." for site in report.sites]
     _require_names({n for n in weights if not n.startswith(tuple(holders))}, report.source, len(holders))
     layers = [
-        _Layer(site, _inside(weights, holder), _inside(weights, f"{_BLOCKS}{i}."), forecast.rope_frequencies)
+        Layer(site, _inside(weights, holder), _inside(weights, f"{BLOCKS}{i}."), forecast.rope_frequencies)
         for i, (site, holder, forecast) in enumerate(zip(report.sites, holders, report.forecasts, strict=True))
     ]
     stock = _stock(layers, weights, report, config)
@@ -205,8 +142,8 @@ def stock_checkpoint(module: LatentModel, report: Report, config: Mapping[str, A
         config=_written(stock.config),
         shapes=stock.shapes,
         outside=lambda name: weights[name].float() * (stock.residual if name == _EMBEDDING else 1.0),
-        block=lambda number: _block(layers[number], stock),
-        norm_error=_norm_error(layers, stock),
+        block=lambda number: block_tensors(layers[number], stock),
+        norm_error=norm_error(layers, stock),
         caveats=_caveats(stock.config),
     )
 
@@ -231,30 +168,30 @@ def _require_config(config: Mapping[str, Any], source: str) -> None:
     scaling = (config.get("rope_parameters") or {}).get("rope_type", "default")
     if scaling not in _ROPE_TYPES:
         raise RefusedError(
-            f"Rotations of '{source}' are scaled by '{scaling}', which follows the length of the text.", _REMEDY
+            f"Rotations of '{source}' are scaled by '{scaling}', which follows the length of the text.", REMEDY
         )
 
 
 def _require_names(found: Set[str], source: str, layers: int) -> None:
     """Refuse weights that are not those of Llama's blocks; attention is told by what it does, and not among them."""
-    blocks = {f"{_BLOCKS}{i}.{name}" for i in range(layers) for name in _BLOCK}
-    biases = {f"{_BLOCKS}{i}.{_OUTPUT}.bias" for i in range(layers)}
+    blocks = {f"{BLOCKS}{i}.{name}" for i in range(layers) for name in BLOCK_PARTS}
+    biases = {f"{BLOCKS}{i}.{OUTPUT}.bias" for i in range(layers)}
     missing, foreign = sorted({*blocks, *_OUTSIDE} - found), sorted(found - blocks - biases - {*_OUTSIDE})
     experts = next((name for name in foreign if ".experts." in name), None)
     if experts:
         raise RefusedError(
             f"'{source}' has experts ('{experts}'), and routers of DeepSeek-V3 weigh experts by sigmoids: a softmax, "
             "as Mixtral and Qwen have it, gives other weights, and a router has no bias to make up for it.",
-            _REMEDY,
+            REMEDY,
         )
     if foreign or missing:
         what = f"no place for '{foreign[0]}'" if foreign else f"a '{missing[0]}', which it lacks"
         raise RefusedError(
-            f"The blocks of '{source}' are not those of a DeepSeek checkpoint, which has {what}.", _REMEDY
+            f"The blocks of '{source}' are not those of a DeepSeek checkpoint, which has {what}.", REMEDY
         )
 
 
-def _stock(layers: Sequence[_Layer], weights: Mapping[str, Tensor], report: Report, given: Mapping[str, Any]) -> _Stock:
+def _stock(layers: Sequence[Layer], weights: Mapping[str, Tensor], report: Report, given: Mapping[str, Any]) -> Stock:
     """Configure the stock code, and read from it what it computes with."""
     from transformers.models.deepseek_v3 import modeling_deepseek_v3 as code
 
@@ -262,14 +199,14 @@ def _stock(layers: Sequence[_Layer], weights: Mapping[str, Tensor], report: Repo
     config = _configure(layers[0], len(layers), weights, report, given)
     biases = ("query_bias", "row_bias", "output_bias")
     own = any(name in layer.latent for layer in layers for name in biases)
-    config.attention_bias = own or any(name.endswith(f"{_OUTPUT}.bias") for name in weights)
+    config.attention_bias = own or any(name.endswith(f"{OUTPUT}.bias") for name in weights)
     config.q_lora_rank = _query_latent(layers, report.config.get("q_rank"))
     with torch.device("meta"):
         model = code.DeepseekV3ForCausalLM(config)
     table, rope_factor, scale = _rotation(config)
     eps = float(model.model.layers[0].self_attn.kv_a_layernorm.variance_epsilon)
     config.rms_norm_eps = eps
-    return _Stock(
+    return Stock(
         config=config,
         shapes={name: value.shape for name, value in sorted(model.state_dict().items())},
         table=table,
@@ -280,7 +217,7 @@ def _stock(layers: Sequence[_Layer], weights: Mapping[str, Tensor], report: Repo
     )
 
 
-def _query_latent(layers: Sequence[_Layer], asked: int | None) -> int | None:
+def _query_latent(layers: Sequence[Layer], asked: int | None) -> int | None:
     """Length of the latent of queries, which carries biases in one entry that is always 1; None where there is none."""
     rows, width = layers[0].latent["query"].shape
     constant = int(any("query_bias" in layer.latent for layer in layers))
@@ -310,7 +247,7 @@ def _rotation(config: Any) -> tuple[tuple[float, ...], float, float]:  # noqa: A
 
 
 def _configure(
-    layer: _Layer, layers: int, weights: Mapping[str, Tensor], report: Report, given: Mapping[str, Any]
+    layer: Layer, layers: int, weights: Mapping[str, Tensor], report: Report, given: Mapping[str, Any]
 ) -> Any:  # noqa: ANN401 - transformers' own
     from transformers import DeepseekV3Config
 
@@ -372,127 +309,3 @@ def _caveats(config: Any) -> tuple[str, ...]:  # noqa: ANN401 - transformers' ow
         f"the activation is '{config.hidden_act}', and vLLM and SGLang have silu only": config.hidden_act != "silu",
     }
     return tuple(caveat for caveat, present in found.items() if present)
-
-
-def _norm_error(layers: Sequence[_Layer], stock: _Stock) -> float:
-    """Bound of ``mean(c^2) / (2 eps)`` for latents ``c`` of any input ``x``, with ``|x|^2`` at most the width.
-
-    Inputs are behind a norm, whose gain is counted with the projection.
-
-    Raises:
-        RefusedError: It is too large to be taken for none.
-    """
-    squares = []
-    for layer in layers:
-        gain = layer.rest["input_layernorm.weight"].double()
-        length = (layer.matrix("row")[: layer.rank] * gain).norm() * math.sqrt(len(gain))
-        length = length + layer.bias("row")[: layer.rank].norm()
-        squares.append(float(length) ** 2 / layer.rank)
-        if stock.config.q_lora_rank is not None:  # of an input that is turned, and of the entry that is always 1
-            squares.append((float(gain.abs().max()) ** 2 * len(gain) + 1) / stock.config.q_lora_rank)
-    error = max(squares) * stock.small**2 / (2 * stock.eps)
-    if not error <= _NORM_TOLERANCE:
-        raise RefusedError(
-            f"Latents are so large that the norm of a DeepSeek checkpoint might change them by {error:.1e}.", _REMEDY
-        )
-    return error
-
-
-def _block(layer: _Layer, stock: _Stock) -> dict[str, Tensor]:
-    """The tensors of one block, by their names inside it."""
-    mlp = {name: layer.rest[name] for name in _BLOCK}
-    scaled = {name: layer.rest[name].float() * stock.residual for name in ("mlp.down_proj.weight", f"{_OUTPUT}.weight")}
-    row = _row(layer, layer.matrix("row"), stock)
-    found = {"kv_a_proj_with_mqa.weight": row, "kv_b_proj.weight": _up(layer, stock), **_query(layer, stock)}
-    found["kv_a_layernorm.weight"] = torch.full((stock.config.kv_lora_rank,), _GAIN)
-    if stock.config.attention_bias:
-        found["kv_a_proj_with_mqa.bias"] = _row(layer, layer.bias("row")[:, None], stock)[:, 0]
-        found["o_proj.bias"] = _output_bias(layer) * stock.residual
-    return mlp | scaled | {f"self_attn.{name}": value for name, value in found.items()}
-
-
-def _query(layer: _Layer, stock: _Stock) -> dict[str, Tensor]:
-    """Projections of queries: one matrix, or two with a latent between them."""
-    weight = layer.matrix("query")
-    length = stock.config.q_lora_rank
-    if length is None:
-        return {"q_proj.weight": _query_rows(weight, layer, stock)}
-    constant = int(stock.config.attention_bias and "query_bias" in layer.latent)
-    down, up = _query_factors(weight, length - constant, layer)
-    made = {
-        "q_a_proj.weight": torch.nn.functional.pad(down, (0, 0, 0, length - len(down))) * stock.small,
-        "q_a_layernorm.weight": torch.full((length,), _GAIN),
-    }
-    if stock.config.attention_bias:
-        made["q_a_proj.bias"] = torch.zeros(length, dtype=weight.dtype)
-    up = torch.nn.functional.pad(up, (0, length - up.shape[1]))
-    if constant:
-        made["q_a_proj.bias"][-1] = stock.small
-        up[:, -1] = layer.bias("query")
-    return made | {"q_b_proj.weight": _query_rows(up, layer, stock)}
-
-
-def _query_factors(weight: Tensor, rank: int, layer: _Layer) -> tuple[Tensor, Tensor]:
-    """A query matrix in two; rows of the first, which stands in front of the norm, are of length 1.
-
-    Raises:
-        RefusedError: It has a higher rank.
-    """
-    rows, width = weight.shape
-    if rank >= width:
-        return torch.eye(width, dtype=weight.dtype), weight
-    left, values, right = torch.linalg.svd(weight, full_matrices=False)
-    if rank < rows and values[rank] > _RANK_TOLERANCE * values[0]:
-        raise RefusedError(
-            f"The queries of {layer.site.path} are of more than rank {rank}: training gave them more.",
-            "Leave --q-rank or the training out.",
-        )
-    return right[:rank], left[:, :rank] * values[:rank]
-
-
-def _query_rows(weight: Tensor, layer: _Layer, stock: _Stock) -> Tensor:
-    """Rows of a query matrix in the order of the stock code, with its factor of logits taken out."""
-    still = layer.latent["key_up"].shape[1]
-    heads = weight.unflatten(0, (layer.site.heads, -1)) * (layer.site.scale / stock.scale)
-    return torch.cat([heads[:, :still], _arranged(heads[:, still:], layer, stock)], 1).flatten(0, 1)
-
-
-def _row(layer: _Layer, rows: Tensor, stock: _Stock) -> Tensor:
-    """What is made of rows ``[latent | rope key]``: small latents, zeros up to the stock sizes."""
-    latent = rows.new_zeros(stock.config.kv_lora_rank, rows.shape[1])
-    latent[: layer.rank] = rows[: layer.rank] * stock.small
-    return torch.cat([latent, _arranged(rows[layer.rank :], layer, stock)])
-
-
-def _up(layer: _Layer, stock: _Stock) -> Tensor:
-    """Keys that do not rotate and values, of every query head, from the latent."""
-    heads = layer.site.heads
-    keys, values = layer.matrix("key_up"), layer.matrix("value_up").mT
-    parts = [x.repeat_interleave(heads // len(x), 0) for x in (keys, values)]
-    missing = stock.config.kv_lora_rank - layer.rank
-    return torch.nn.functional.pad(torch.cat(parts, 1), (0, missing)).flatten(0, 1)
-
-
-def _output_bias(layer: _Layer) -> Tensor:
-    """The bias of the output projection, with what is added to attention outputs in front of it."""
-    projection = layer.rest[f"{_OUTPUT}.weight"].double()
-    found = layer.rest.get(f"{_OUTPUT}.bias", projection.new_zeros(len(projection))).double()
-    return found + projection @ layer.matrix("output_bias").flatten() if "output_bias" in layer.latent else found
-
-
-def _arranged(rows: Tensor, layer: _Layer, stock: _Stock) -> Tensor:
-    """Rotating rows ``[..., real | imaginary, n]`` as the stock code pairs them, side by side in its table's order.
-
-    Raises:
-        RefusedError: A frequency is not in its table, or twice.
-    """
-    places = [next((i for i, f in enumerate(stock.table) if same_frequency(f, own)), -1) for own in layer.frequencies]
-    if -1 in places or len({*places}) < len(places):
-        raise RefusedError(
-            f"The frequencies of {layer.site.path} are not those of a rope key of {2 * len(stock.table)} channels.",
-            f"Give a divisor of {2 * len(stock.table)} as --rope-dims.",
-        )
-    half, at = len(places), torch.tensor(places)
-    found = rows.new_zeros(*rows.shape[:-2], 2 * len(stock.table), rows.shape[-1])
-    found[..., 2 * at, :], found[..., 2 * at + 1, :] = rows[..., :half, :], rows[..., half:, :]
-    return found / stock.rope_factor

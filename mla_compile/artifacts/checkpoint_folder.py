@@ -33,7 +33,7 @@ from mla_compile.runtime.generate import generate
 from mla_compile.runtime.module import LatentModel, cache_dtype
 from mla_compile.sources import huggingface
 from mla_compile.text.evaluate import relative_error
-from mla_compile.verify import ROUNDING_FACTOR, TOLERANCE, TorchDecoder
+from mla_compile.verification.agreement import ROUNDING_FACTOR, TOLERANCE, TorchDecoder
 
 __all__ = [
     "DEFAULT_SHARD",

@@ -21,8 +21,8 @@ from mla_compile.report import Report, environment
 from mla_compile.reporting.encoder_report import EncoderReport
 from mla_compile.reporting.seq2seq_report import Seq2SeqReport
 from mla_compile.runtime.module import LatentModel, LatentSeq2Seq, LowRankModel
-from mla_compile.verify import check_lowering
-from mla_compile.verify_encoders import check_encoder_onnx, check_seq2seq_onnx
+from mla_compile.verification.encoders import check_encoder_onnx, check_seq2seq_onnx
+from mla_compile.verification.onnx import check_lowering
 
 __all__ = [
     "file_metadata",

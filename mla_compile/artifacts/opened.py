@@ -24,7 +24,7 @@ from mla_compile.runtime.onnx_session import OnnxDecoder
 from mla_compile.runtime.tensorrt.engine import TensorRTDecoder
 from mla_compile.sources import frontend
 from mla_compile.text.evaluate import Scorer, original_scorer
-from mla_compile.verify import TorchDecoder
+from mla_compile.verification.agreement import TorchDecoder
 
 __all__ = [
     "ONNX_RUNTIME",

@@ -35,7 +35,7 @@ from mla_compile.runtime.tensorrt.engine_builder import EngineSettings, build_en
 from mla_compile.runtime.tensorrt.installed import architecture, require_device, require_tensorrt
 from mla_compile.runtime.tensorrt.reference import PAST, OnnxFixedDecoder
 from mla_compile.text.evaluate import relative_error
-from mla_compile.verify import in_float32, require_equal
+from mla_compile.verification.agreement import in_float32, require_equal
 
 __all__ = ["ENGINE_TOLERANCE", "Written", "check_tensorrt", "commands", "write_compiled", "write_for_tensorrt"]
 

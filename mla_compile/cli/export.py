@@ -96,7 +96,7 @@ def verify(
     """Check a DeepSeek checkpoint: stock transformers, or llama.cpp, against what the converted module answered."""
     from mla_compile import display
     from mla_compile.artifacts.checkpoint_folder import verify_folder
-    from mla_compile.artifacts.gguf_file import verify_gguf
+    from mla_compile.artifacts.gguf_check import verify_gguf
 
     found: dict[str, float | None]
     with display.make_display(quiet, as_json, verbose):

@@ -162,7 +162,8 @@ def bench_speed(
     sizes = _numbers("--contexts", contexts, 2) if contexts is not None else None
     many = _numbers("--batches", batches, 1)
     with display.make_display(quiet, as_json, verbose) as shown:
-        from mla_compile.evaluation.bench import Workload, bench
+        from mla_compile.evaluation.bench import bench
+        from mla_compile.evaluation.benchmark import Workload
 
         result = bench(model, against, Workload(sizes, many, rounds, threads), display=shown)
     if plot is not None:

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mla_compile import verify
 from mla_compile.artifacts.checkpoint import require_blocks
 from mla_compile.config import CompileConfig
 from mla_compile.conversion.number_types import require_float32
@@ -37,6 +36,8 @@ from mla_compile.text.calibration import TextWindows, cut_windows
 from mla_compile.text.evaluate import longest_window, original_scorer, streamed_perplexity
 from mla_compile.training.recipe import make_recipe
 from mla_compile.training.run import finetune_module
+from mla_compile.verification.module import check_module
+from mla_compile.verification.onnx import quantised
 
 __all__ = [
     "Case",
@@ -220,7 +221,7 @@ def verify_module(case: Case, converted: LatentModel, ids: Tensor) -> Verificati
     program = case.task.program
     with case.task.stages.stage("verify"):
         exact = case.task.config.exact and program.dtype == torch.float32
-        return verify.check_module(
+        return check_module(
             original_scorer(program),
             converted if exact else _exact_twin(case.task),
             converted,
@@ -244,7 +245,7 @@ def measure(case: Case, converted: LatentModel) -> Quality | None:
     if case.text is None:
         return None
     task = case.task
-    model = verify.quantised(converted) if task.config.cache_type == "int8" else converted
+    model = quantised(converted) if task.config.cache_type == "int8" else converted
     batches = case.text.held_out.split(8)
     with task.stages.stage("evaluate", 2 * len(batches)) as stage:
         original = original_logits(task.program, task.sites, batches, task.resources)

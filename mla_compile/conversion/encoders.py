@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mla_compile import verify
 from mla_compile.artifacts.archives import write_encoder_folder
 from mla_compile.artifacts.onnx_files import write_encoder_onnx
 from mla_compile.config import CompileConfig, make_config
@@ -30,6 +29,7 @@ from mla_compile.progress import Display, Stages
 from mla_compile.reporting.encoder_report import EncoderReport, EncoderVerification, projection_multiplications
 from mla_compile.runtime.module import LowRankModel
 from mla_compile.site import AttentionSite, Kind, Rejection, reasons
+from mla_compile.verification.agreement import require_equal, worst_error
 
 __all__ = ["CompiledEncoder", "compile_encoder", "inputs_to_compare", "is_encoder", "require_encoder"]
 
@@ -237,10 +237,10 @@ def _verified(
     with torch.inference_mode():
         for inputs in checks:
             expected = dict(zip(program.outputs, original(*inputs.values()), strict=True))
-            rewrite = max(rewrite, verify.worst_error(exact(**inputs), expected))
-            conversion = max(conversion, verify.worst_error(converted(**inputs), expected))
+            rewrite = max(rewrite, worst_error(exact(**inputs), expected))
+            conversion = max(conversion, worst_error(converted(**inputs), expected))
             tokens += math.prod(next(iter(inputs.values())).shape[:2])
-    verify.require_equal("The rewritten graph at full rank", "the original model", rewrite)
+    require_equal("The rewritten graph at full rank", "the original model", rewrite)
     return EncoderVerification(rewrite, None, conversion, tokens)
 
 

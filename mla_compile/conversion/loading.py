@@ -14,7 +14,9 @@ from mla_compile.conversion.request import ModelSource, Session
 from mla_compile.passes.retype import type_name
 from mla_compile.program import AnyProgram, Assets
 from mla_compile.sources import frontend
+from mla_compile.sources.capture import capture, capture_any
 from mla_compile.sources.checkpoint_files import require_finite
+from mla_compile.sources.exported import read_export
 
 __all__ = ["load_original", "load_source"]
 
@@ -36,12 +38,12 @@ def load_source(source: ModelSource, *, any_kind: bool, dtype: torch.dtype | Non
     if isinstance(model, str | Path):
         return frontend.load_any(model, tokenizer=folder, attention=source.attention, unsafe=source.unsafe, dtype=dtype)
     if isinstance(model, ExportedProgram):
-        return frontend.read_export(model, source="ExportedProgram", assets=Assets(folder=folder))
+        return read_export(model, source="ExportedProgram", assets=Assets(folder=folder))
     program: AnyProgram
     if any_kind or example is None:
-        program = frontend.capture_any(model, example, tokenizer=folder, dtype=dtype)
+        program = capture_any(model, example, tokenizer=folder, dtype=dtype)
     else:
-        program = frontend.capture(model, example, tokenizer=folder, dtype=dtype)
+        program = capture(model, example, tokenizer=folder, dtype=dtype)
     if folder is None and tokenizer is not None:
         program = dataclasses.replace(program, assets=dataclasses.replace(program.assets, tokenizer=tokenizer))
     return program

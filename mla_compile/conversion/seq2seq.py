@@ -29,8 +29,8 @@ from mla_compile.progress import Display, Stages
 from mla_compile.reporting.seq2seq_report import Seq2SeqReport, Seq2SeqVerification
 from mla_compile.runtime.module import LatentModel, LatentSeq2Seq, LowRankModel
 from mla_compile.site import AttentionSite, Kind, Rejection, reasons
-from mla_compile.verify import require_equal, worst_error
-from mla_compile.verify_encoders import seq2seq_in_chunks, without_padding
+from mla_compile.verification.agreement import require_equal, worst_error
+from mla_compile.verification.encoders import seq2seq_in_chunks, without_padding
 
 __all__ = ["CompiledSeq2Seq", "compile_seq2seq", "is_seq2seq", "plan_seq2seq", "undecodable"]
 

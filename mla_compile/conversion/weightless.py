@@ -24,7 +24,8 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from mla_compile.passes.recognise import Recognition, recognise
 from mla_compile.program import AnyProgram
 from mla_compile.site import AttentionSite, Projection, Rejection
-from mla_compile.sources import frontend, huggingface
+from mla_compile.sources import huggingface
+from mla_compile.sources.capture import capture_any
 from mla_compile.sources.checkpoint_files import has_weights
 
 __all__ = ["Blueprint", "draw", "is_weightless"]
@@ -166,7 +167,7 @@ def _captured(module: nn.Module, source: str) -> AnyProgram:
                         empty = torch.empty(value.shape, dtype=value.dtype)
                     made[id(value)] = nn.Parameter(empty, requires_grad=False)
                 part._parameters[name] = made[id(value)]
-    return frontend.capture_any(module, None, source=source, kind="huggingface")
+    return capture_any(module, None, source=source, kind="huggingface")
 
 
 def _blocks(module: nn.Module, config: Any) -> _Blocks | None:  # noqa: ANN401 - any transformers configuration

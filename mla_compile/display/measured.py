@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from mla_compile.display.console import print_table, say, tell, warn
 
 if TYPE_CHECKING:
-    from mla_compile.evaluation.bench import Benchmark, Spread
+    from mla_compile.evaluation.benchmark import Benchmark, Spread
     from mla_compile.evaluation.measure import Measurement
     from mla_compile.evaluation.textgen import Generation
 

@@ -6,16 +6,13 @@ whatever else the machine does falls on both.
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import math
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,26 +20,25 @@ import numpy as np
 import torch
 
 from mla_compile.errors import LoadError, MlaCompileError, RefusedError, UsageError
+from mla_compile.evaluation.benchmark import USUAL, Benchmark, File, Prefill, Step, Workload, slower
+from mla_compile.evaluation.turns import spread, turns
 from mla_compile.passes.lower_original import original_to_onnx, with_plain_caches, write_original
 from mla_compile.passes.original_attention import OriginalForm
 from mla_compile.passes.retype import type_name
 from mla_compile.program import Program
 from mla_compile.progress import Display, Stages
-from mla_compile.report import environment
 from mla_compile.runtime.onnx_cache import StaticCache
 from mla_compile.runtime.onnx_session import OnnxDecoder
 from mla_compile.runtime.onnx_timing import filled, last_token, random_ids
 from mla_compile.sources import frontend
+from mla_compile.sources.exported import language_model
 from mla_compile.text.evaluate import original_scorer, relative_error
-from mla_compile.verify import require_equal
+from mla_compile.verification.agreement import require_equal
 
-__all__ = ["Benchmark", "File", "Prefill", "Spread", "Step", "Workload", "bench", "spread", "turns"]
+__all__ = ["bench"]
 
-_CONTEXTS, _BATCHES = (512, 4096), (1, 8)
 _CHECKED = 24
 """Random tokens that an original's file is compared on."""
-_TURN, _MOST = 0.02, 20
-"""Seconds that a file's turn is to last, and steps of it at most; one more before them is not counted."""
 _AS_FLOAT32 = "Give one in float32: convert has --dtype float32."
 _FUSED = ", fused kernel"
 """Behind a file's name, where it runs with it."""
@@ -50,146 +46,10 @@ _PATIENCE = 30.0
 """Seconds that all prompts of one length may take to be run three times."""
 
 
-@dataclass(frozen=True)
-class Workload:
-    """What is measured.
-
-    Attributes:
-        contexts: Tokens in the cache, the new one among them; 512 and 4096 by default, within the longest sequence.
-        batches: Sequences decoded together.
-        rounds: Turns of every file.
-        threads: Threads per operator.
-    """
-
-    contexts: tuple[int, ...] | None = None
-    batches: tuple[int, ...] = _BATCHES
-    rounds: int = 15
-    threads: int = 1
-
-    def within(self, longest: int | None) -> tuple[int, ...]:
-        """The contexts, for a model whose longest sequence is known or not.
-
-        Raises:
-            UsageError: One is longer.
-        """
-        if self.contexts is None:
-            return tuple(sorted({min(c, longest or c) for c in _CONTEXTS}))
-        beyond = [c for c in self.contexts if longest is not None and c > longest]
-        if beyond:
-            raise UsageError(
-                f"The model's longest sequence has {longest} tokens, and --contexts asks for {beyond[0]}.",
-                "Give smaller contexts.",
-            )
-        return self.contexts
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Ratios of many turns: the median, and what a quarter of them is below and above."""
-
-    median: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class File:
-    """A file that was measured.
-
-    Attributes:
-        name: What it is: the name of a converted file, or the form of the original.
-        original: Whether it is the original.
-        load_seconds: To load it, in a process of its own.
-        peak_bytes: Memory that process took for it at most, at the largest context and batch.
-        cache_bytes_per_token: Bytes a token of one sequence takes in the cache.
-    """
-
-    name: str
-    original: bool
-    load_seconds: float
-    peak_bytes: int
-    cache_bytes_per_token: int
-
-
-@dataclass(frozen=True)
-class Prefill:
-    """A prompt of one sequence, run in pieces of 512 tokens.
-
-    Attributes:
-        file: Name of the file.
-        tokens: Its length.
-        seconds: Median time.
-        speedup: Time of the fastest float32 original over this one's.
-    """
-
-    file: str
-    tokens: int
-    seconds: float
-    speedup: Spread
-
-
-@dataclass(frozen=True)
-class Step:
-    """One new token of every sequence.
-
-    Attributes:
-        file: Name of the file.
-        context: Tokens of every sequence, the new one among them.
-        batch: Sequences.
-        seconds: Median time.
-        cache_bytes: Measured on the cache.
-        speedup: Time of the fastest original over this one's; an int8 original counts only for int8 files.
-    """
-
-    file: str
-    context: int
-    batch: int
-    seconds: float
-    cache_bytes: int
-    speedup: Spread
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Of all sequences."""
-        return self.batch / self.seconds
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """What was found.
-
-    Attributes:
-        original: What the user called the original.
-        files: All files, originals first.
-        prefills: Prompts.
-        steps: Steps.
-        threads: Threads per operator.
-        clock: What times are of: the process's CPU time with one thread, the clock's otherwise.
-        notes: What to know of the figures: forms of the original that there are not, and where it is faster.
-        environment: Versions.
-    """
-
-    original: str
-    files: tuple[File, ...]
-    prefills: tuple[Prefill, ...]
-    steps: tuple[Step, ...]
-    threads: int
-    clock: str
-    notes: tuple[str, ...] = ()
-    environment: Mapping[str, str] = field(default_factory=environment)
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON-able data."""
-        found = dataclasses.asdict(self)
-        for row, step in zip(found["steps"], self.steps, strict=True):
-            row["tokens_per_second"] = step.tokens_per_second
-        return found
-
-
 def bench(
     files: Sequence[str | Path],
     against: str = "original",
-    workload: Workload = Workload(),
+    workload: Workload = USUAL,
     *,
     display: Display | None = None,
 ) -> Benchmark:
@@ -248,62 +108,6 @@ def bench(
     return Benchmark(name, found, tuple(prefills), tuple(steps), workload.threads, clock, notes)
 
 
-def slower(steps: Sequence[Step], originals: Container[str]) -> tuple[str, ...]:
-    """What to know where even the fastest converted file takes longer than the original.
-
-    Args:
-        steps: What was measured.
-        originals: Names of the original's files.
-    """
-    best: dict[tuple[int, int], float] = {}
-    for step in steps:
-        if step.file not in originals:
-            place = (step.context, step.batch)
-            best[place] = max(best.get(place, 0.0), step.speedup.median)
-    lost = sum(speedup < 1 for speedup in best.values())
-    if not lost:
-        return ()
-    return (
-        f"slower than the original in {lost} of {len(best)} settings: a smaller cache takes less time to read, and its "
-        "longer rows more multiplications; small models and short contexts have little to read ('mla-compile plan' "
-        "counts both)",
-    )
-
-
-def turns(
-    runs: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = time.process_time
-) -> dict[str, list[float]]:
-    """Seconds that each of some functions takes, in every round.
-
-    A turn is one call that is not counted, which meets what the others left in the processor's caches, and as many
-    behind it as take about 20 ms.
-
-    Args:
-        runs: The functions.
-        rounds: Turns of each.
-        clock: Seconds.
-    """
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            begin = clock()
-            run()
-            first = clock() - begin
-            count = max(1, min(_MOST, math.ceil(_TURN / max(first, 1e-6))))
-            begin = clock()
-            for _ in range(count):
-                run()
-            times[name].append((clock() - begin) / count)
-    return times
-
-
-def spread(above: Sequence[float], below: Sequence[float]) -> Spread:
-    """Ratios of the times of equal rounds."""
-    ratios = [a / b for a, b in zip(above, below, strict=True)]
-    low, median, high = np.quantile(ratios, [0.25, 0.5, 0.75])
-    return Spread(float(median), float(low), float(high))
-
-
 def _open(path: Path, threads: int) -> OnnxDecoder:
     if path.suffix != ".onnx":
         raise UsageError(f"'{path}' is not named like an ONNX file.", "Give a .onnx file made by mla-compile.")
@@ -342,7 +146,7 @@ def _float32(name: str) -> Program:
     Raises:
         UsageError: It is an archive of another type.
     """
-    program = frontend.language_model(frontend.load_any(name, dtype=torch.float32))
+    program = language_model(frontend.load_any(name, dtype=torch.float32))
     if program.dtype != torch.float32:
         kind = type_name(program.dtype)
         raise UsageError(f"'{name}' is an archive in {kind}, and originals are measured in float32.", _AS_FLOAT32)

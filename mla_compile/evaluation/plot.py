@@ -14,7 +14,7 @@ from mla_compile.errors import UsageError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from mla_compile.evaluation.bench import Benchmark
+    from mla_compile.evaluation.benchmark import Benchmark
     from mla_compile.evaluation.measure import Measurement
 
 __all__ = ["check_plot", "curves", "draw", "figure", "speed_figure", "write_figure"]

@@ -23,7 +23,7 @@ from mla_compile.passes.methods import METHODS
 from mla_compile.passes.recognise import recognise
 from mla_compile.passes.task import Task
 from mla_compile.site import AttentionSite
-from mla_compile.sources.frontend import program_from_export
+from mla_compile.sources.exported import program_from_export
 
 FEW, MANY = 2, 6
 WINDOWS, LENGTH = 24, 24

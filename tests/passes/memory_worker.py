@@ -24,7 +24,7 @@ from mla_compile.passes.activations import SiteRun
 from mla_compile.passes.layerwise import Resources
 from mla_compile.passes.recognise import recognise
 from mla_compile.passes.statistics import collect_statistics
-from mla_compile.sources.frontend import program_from_export
+from mla_compile.sources.exported import program_from_export
 
 LAYERS, WIDTH, HEADS, VOCABULARY = 24, 512, 8, 101
 BATCH, LENGTH = 4, 64

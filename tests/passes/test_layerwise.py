@@ -26,7 +26,7 @@ from mla_compile.passes.methods import nothing_left_out
 from mla_compile.passes.recognise import recognise
 from mla_compile.passes.statistics import collect_statistics
 from mla_compile.passes.task import Task
-from mla_compile.sources.frontend import capture
+from mla_compile.sources.capture import capture
 
 LENGTH = 8
 IDS = torch.randint(0, zoo.VOCABULARY, (5, LENGTH), generator=torch.Generator().manual_seed(1))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mla_compile.passes.retype import is_narrow, widened
-from mla_compile.sources.frontend import capture
+from mla_compile.sources.capture import capture
 from mla_compile.text.evaluate import original_scorer
 
 

@@ -39,7 +39,7 @@ from mla_compile.runtime.onnx_function import (
     attention_function,
 )
 from mla_compile.runtime.onnx_session import OnnxDecoder
-from mla_compile.sources.frontend import capture
+from mla_compile.sources.capture import capture
 
 pytestmark = pytest.mark.skipif(compiling.compiler() is None, reason="there is no C++ compiler")
 

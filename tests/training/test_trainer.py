@@ -19,7 +19,7 @@ import mla_compile
 from mla_compile import Recipe, finetune
 from mla_compile.cli import main
 from mla_compile.errors import LoadError, TrainingError, UsageError
-from mla_compile.sources.frontend import capture
+from mla_compile.sources.capture import capture
 from mla_compile.training import trainer
 from training import LENGTH, SETTINGS, assert_same, counting
 

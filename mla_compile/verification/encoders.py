@@ -1,4 +1,4 @@
-"""Check encoders and encoder-decoders: the same links as :mod:`mla_compile.verify`, with other inputs."""
+"""Check encoders and encoder-decoders: the same links as :mod:`mla_compile.verification`, with other inputs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from mla_compile.runtime.module import LatentSeq2Seq, LowRankModel
 from mla_compile.runtime.onnx_session import open_session
 from mla_compile.text.evaluate import relative_error
-from mla_compile.verify import chunks, in_steps, require_equal, worst_error
+from mla_compile.verification.agreement import chunks, in_steps, require_equal, worst_error
 
 __all__ = ["check_encoder_onnx", "check_seq2seq_onnx", "seq2seq_in_chunks", "without_padding"]
 
