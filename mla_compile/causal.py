@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mla_compile import verify
+from mla_compile.admission import require_room_to_polish
 from mla_compile.calibration import TextWindows, cut_windows
 from mla_compile.checkpoint import require_blocks
 from mla_compile.config import CompileConfig
@@ -141,6 +142,7 @@ def prepare(program: Program, found: Recognition, session: Session) -> Case:
         resources=Resources(folder=folder, device=session.processes.device),
         processes=session.processes,
     )
+    require_room_to_polish(task)
     return Case(request, task, text, notes)
 
 
