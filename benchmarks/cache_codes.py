@@ -23,11 +23,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mla_compile.calibration import cut_windows, read_text
 from mla_compile.config import make_config
-from mla_compile.corpus import load_tokenizer, read_documents, token_windows, tokenize
-from mla_compile.evaluate import compare
-from mla_compile.frontend import load_program
+from mla_compile.disk.statistics_cache import open_cache
 from mla_compile.passes.gauge import balanced
 from mla_compile.passes.methods import METHODS
 from mla_compile.passes.quantise_cache import with_rows
@@ -36,7 +33,10 @@ from mla_compile.passes.task import Task
 from mla_compile.report import environment
 from mla_compile.runtime.kernels.codes import Codes, decode, encode
 from mla_compile.runtime.module import LatentModel
-from mla_compile.statistics_cache import open_cache
+from mla_compile.sources.frontend import load_program
+from mla_compile.text.calibration import cut_windows, read_text
+from mla_compile.text.corpus import load_tokenizer, read_documents, token_windows, tokenize
+from mla_compile.text.evaluate import compare
 
 _LENGTH = 256
 _GROUPS = (64, 32, 16)

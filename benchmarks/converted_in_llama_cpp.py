@@ -24,9 +24,9 @@ import llama_cpp
 import numpy as np
 import torch
 
-from mla_compile.checkpoint_folder import read_expected
+from mla_compile.artifacts.checkpoint_folder import read_expected
+from mla_compile.artifacts.gguf_check import verify_gguf
 from mla_compile.cli import main as mla_compile
-from mla_compile.gguf_file import verify_gguf
 
 CHARACTERS = 30_000
 """Of the text: the first to calibrate on, the next to compare tokens on."""

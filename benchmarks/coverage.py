@@ -154,8 +154,8 @@ def _run_stages(row: Row, path: Path, stages: Sequence[str], skip_onnx: bool) ->
 
     import mla_compile
     from mla_compile.errors import MlaCompileError, RefusedError, VerificationError
-    from mla_compile.frontend import capture
     from mla_compile.passes.recognise import recognise
+    from mla_compile.sources.capture import capture
 
     torch.set_num_threads(1)
 

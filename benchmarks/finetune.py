@@ -36,12 +36,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mla_compile import frontend
+from mla_compile.artifacts.opened import module_scorer
 from mla_compile.config import make_config
-from mla_compile.corpus import load_tokenizer, read_documents, token_windows, tokenize
+from mla_compile.disk.statistics_cache import open_cache
 from mla_compile.errors import UsageError
-from mla_compile.evaluate import original_scorer, perplexity
-from mla_compile.opened import module_scorer
 from mla_compile.passes.gauge import balanced
 from mla_compile.passes.methods import METHODS
 from mla_compile.passes.recognise import recognise
@@ -49,7 +47,9 @@ from mla_compile.passes.task import Task
 from mla_compile.program import Program
 from mla_compile.progress import Stages
 from mla_compile.report import environment
-from mla_compile.statistics_cache import open_cache
+from mla_compile.sources import frontend
+from mla_compile.text.corpus import load_tokenizer, read_documents, token_windows, tokenize
+from mla_compile.text.evaluate import original_scorer, perplexity
 from mla_compile.training.recipe import Recipe, make_recipe
 from mla_compile.training.run import finetune_module
 

@@ -21,8 +21,8 @@ from typing import Any
 import scale
 
 from mla_compile import api
-from mla_compile.layer_store import store_beside
-from mla_compile.measure import Sample, measure
+from mla_compile.disk.layer_store import store_beside
+from mla_compile.evaluation.measure import Sample, measure
 from mla_compile.progress import Stages
 
 WORDS, TOKENS, WINDOW = 200, 512, 128

@@ -27,11 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mla_compile import frontend
 from mla_compile.config import make_config
-from mla_compile.corpus import load_tokenizer, read_documents, token_windows, tokenize
+from mla_compile.disk.statistics_cache import open_cache
 from mla_compile.errors import UsageError
-from mla_compile.evaluate import original_scorer, perplexity
 from mla_compile.passes.methods import METHODS
 from mla_compile.passes.polish import polish
 from mla_compile.passes.recognise import recognise
@@ -39,7 +37,9 @@ from mla_compile.passes.search import Divergence
 from mla_compile.passes.task import Choice, Task
 from mla_compile.program import Program
 from mla_compile.report import environment
-from mla_compile.statistics_cache import open_cache
+from mla_compile.sources import frontend
+from mla_compile.text.corpus import load_tokenizer, read_documents, token_windows, tokenize
+from mla_compile.text.evaluate import original_scorer, perplexity
 
 _RATIOS = (0.625, 0.5, 0.375, 0.3125, 0.25, 0.125)
 _LENGTH = 256

@@ -17,11 +17,11 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mla_compile.frontend import capture
 from mla_compile.passes.evaluate import GraphEvaluator
 from mla_compile.passes.kinds import kind_of
 from mla_compile.passes.recognise import recognise
 from mla_compile.passes.trace import Anchor, DataFlow, find_anchors
+from mla_compile.sources.capture import capture
 
 SHAPES = {
     "llama": ("LlamaConfig", {"num_key_value_heads": 32, "max_position_embeddings": 4096}),

@@ -43,7 +43,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mla_compile.evaluate import relative_error
 from mla_compile.passes.onnx_pieces import PiecewiseSession
 from mla_compile.passes.retype_onnx import is_narrow_file
 from mla_compile.progress import Stages, StageTiming
@@ -51,7 +50,8 @@ from mla_compile.runtime.generate import generate
 from mla_compile.runtime.module import LatentModel
 from mla_compile.runtime.onnx_cache import GrowingCache
 from mla_compile.runtime.onnx_session import OnnxDecoder
-from mla_compile.verify import TorchDecoder, in_float32
+from mla_compile.text.evaluate import relative_error
+from mla_compile.verification.agreement import TorchDecoder, in_float32
 
 SHAPES: Mapping[str, Mapping[str, Any]] = {
     "llama-2-7b": {
@@ -175,7 +175,7 @@ def convert(source: Path, out: Path, calibrated: bool, verified: bool, dtype: st
     """Convert in this process, and compare the file with the module it was made of."""
     memory = Memory(out.parent / ".spent.json")
     from mla_compile import api
-    from mla_compile.layer_store import store_beside
+    from mla_compile.disk.layer_store import store_beside
 
     vocabulary = json.loads((source / "config.json").read_text())["vocab_size"]
     text = torch.randint(0, vocabulary, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(1))

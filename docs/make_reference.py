@@ -35,10 +35,10 @@ PUBLIC: dict[str, tuple[str, tuple[str, ...]]] = {
     "mla_compile.runtime.onnx_session": ("Running in ONNX Runtime", ("OnnxDecoder", "open_session")),
     "mla_compile.runtime.generate": ("Generating with anything that steps", ("generate", "Sampling", "Decoder")),
     "mla_compile.runtime.tensorrt": ("TensorRT", ("engine_builder.EngineSettings", "engine.TensorRTDecoder")),
-    "mla_compile.corpus": ("Text", ("read_documents", "tokenize", "token_windows")),
-    "mla_compile.evaluate": ("Measuring", ("perplexity", "compare", "Perplexity", "Comparison")),
-    "mla_compile.measure": ("Measuring files and folders by name", ("measure", "Sample", "Measurement")),
-    "mla_compile.layer_store": ("Going on after a kill", ("store_beside",)),
+    "mla_compile.text.corpus": ("Text", ("read_documents", "tokenize", "token_windows")),
+    "mla_compile.text.evaluate": ("Measuring", ("perplexity", "compare", "Perplexity", "Comparison")),
+    "mla_compile.evaluation.measure": ("Measuring files and folders by name", ("measure", "Sample", "Measurement")),
+    "mla_compile.disk.layer_store": ("Going on after a kill", ("store_beside",)),
     "mla_compile.errors": (
         "Errors",
         (

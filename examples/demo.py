@@ -20,10 +20,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging as transformers_logging
 
 import mla_compile
-from mla_compile.corpus import token_windows, tokenize
 from mla_compile.display import make_display, show_report
-from mla_compile.evaluate import perplexity
 from mla_compile.runtime.onnx_session import OnnxDecoder
+from mla_compile.text.corpus import token_windows, tokenize
+from mla_compile.text.evaluate import perplexity
 
 MODEL = Path(__file__).parent / "tiny-llama"
 RATIO = 0.25

@@ -18,7 +18,7 @@ from torch.nn.functional import kl_div, log_softmax
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mla_compile
-from mla_compile.corpus import read_documents, token_windows, tokenize
+from mla_compile.text.corpus import read_documents, token_windows, tokenize
 from mla_compile.training.trained import trained_names
 
 HERE = Path(__file__).parent

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from story_grammar import HELD_OUT_SEEDS, SEPARATOR, TRAIN_SEEDS, stories
 
-from mla_compile.measure import Sample
-from mla_compile.trial import measure_conversions, read_trials
+from mla_compile.evaluation.measure import Sample
+from mla_compile.evaluation.trial import measure_conversions, read_trials
 
 HERE = Path(__file__).parent
 
@@ -56,7 +56,7 @@ for measured in result.models:
 
 # %% The curve.
 if options.plot:
-    from mla_compile.plot import draw
+    from mla_compile.evaluation.plot import draw
 
     draw(result, options.plot)
     print(f"drawn: {options.plot}")

@@ -22,11 +22,11 @@ __all__ = [
 
 if TYPE_CHECKING:
     from mla_compile.api import compile, inspect, load
-    from mla_compile.compiled import CompiledModel
+    from mla_compile.artifacts.saved import save
     from mla_compile.config import CompileConfig
+    from mla_compile.conversion.compiled import CompiledModel
     from mla_compile.errors import MlaCompileError
-    from mla_compile.patterns import register_pattern
-    from mla_compile.saved import save
+    from mla_compile.sources.patterns import register_pattern
     from mla_compile.training.recipe import Recipe
     from mla_compile.training.run import finetune
 
@@ -34,15 +34,15 @@ if TYPE_CHECKING:
 else:  # hidden from type checkers, to whom a module __getattr__ would make every misspelt name valid
     _HOMES = {
         "CompileConfig": "mla_compile.config",
-        "CompiledModel": "mla_compile.compiled",
+        "CompiledModel": "mla_compile.conversion.compiled",
         "MlaCompileError": "mla_compile.errors",
         "Recipe": "mla_compile.training.recipe",
         "compile": "mla_compile.api",
         "finetune": "mla_compile.training.run",
         "inspect": "mla_compile.api",
         "load": "mla_compile.api",
-        "register_pattern": "mla_compile.patterns",
-        "save": "mla_compile.saved",
+        "register_pattern": "mla_compile.sources.patterns",
+        "save": "mla_compile.artifacts.saved",
     }
 
     def __getattr__(name: str) -> object:

@@ -9,10 +9,10 @@ from typing import Any
 from torch import nn
 from torch.export import ExportedProgram
 
-from mla_compile.admission import is_beyond_causal, require_causal
-from mla_compile.archives import read_folder
-from mla_compile.calibration import Text
-from mla_compile.causal import (
+from mla_compile.artifacts.archives import read_folder
+from mla_compile.config import CompileConfig, make_config
+from mla_compile.conversion.admission import is_beyond_causal, require_causal
+from mla_compile.conversion.causal import (
     Findings,
     choose,
     fine_tune,
@@ -25,24 +25,24 @@ from mla_compile.causal import (
     rewrite,
     verify_module,
 )
-from mla_compile.compiled import CompiledModel
-from mla_compile.config import CompileConfig, make_config
-from mla_compile.encoders import CompiledEncoder
+from mla_compile.conversion.compiled import CompiledModel
+from mla_compile.conversion.encoders import CompiledEncoder
+from mla_compile.conversion.loading import load_original, load_source
+from mla_compile.conversion.other_kinds import compile_other_kind
+from mla_compile.conversion.preview import Planned, plan
+from mla_compile.conversion.request import ModelSource, Request, begin, check_request
+from mla_compile.conversion.seq2seq import CompiledSeq2Seq
+from mla_compile.conversion.targets import Destination
+from mla_compile.conversion.verdict import require_quality
+from mla_compile.conversion.weightless import draw, is_weightless
+from mla_compile.disk.layer_store import LayerStore
 from mla_compile.errors import UsageError
-from mla_compile.layer_store import LayerStore
-from mla_compile.loading import load_original, load_source
-from mla_compile.other_kinds import compile_other_kind
 from mla_compile.passes.recognise import Recognition, recognise
-from mla_compile.preview import Planned, plan
 from mla_compile.program import AnyProgram
 from mla_compile.progress import Display
-from mla_compile.request import ModelSource, Request, begin, check_request
 from mla_compile.runtime.module import LatentModel
 from mla_compile.runtime.tensorrt.engine_builder import EngineSettings
-from mla_compile.seq2seq import CompiledSeq2Seq
-from mla_compile.targets import Destination
-from mla_compile.verdict import require_quality
-from mla_compile.weightless import draw, is_weightless
+from mla_compile.text.calibration import Text
 
 __all__ = ["CompiledModel", "Planned", "compile", "inspect", "load", "plan"]
 
@@ -97,15 +97,15 @@ def compile(
         finetune: Text to fine-tune the result on, towards what the original predicts, by the default
             :class:`~mla_compile.training.recipe.Recipe`; for causal language models only.
         finetune_tokens: Tokens of it to train on; all of it by default.
-        store: Where finished layers are kept, from :func:`~mla_compile.layer_store.store_beside`: bounds memory, and a
-            conversion that was killed goes on behind the last of them.
+        store: Where finished layers are kept, from :func:`~mla_compile.disk.layer_store.store_beside`: bounds memory,
+            and a conversion that was killed goes on behind the last of them.
         display: Shows progress.
         **settings: Fields of :class:`~mla_compile.config.CompileConfig`, instead of ``config``.
 
     Returns:
         The converted model. With the setting ``encoders``, and only then, also a
-        :class:`~mla_compile.encoders.CompiledEncoder` for a model whose attention is bidirectional, or a
-        :class:`~mla_compile.seq2seq.CompiledSeq2Seq` for an encoder-decoder.
+        :class:`~mla_compile.conversion.encoders.CompiledEncoder` for a model whose attention is bidirectional, or a
+        :class:`~mla_compile.conversion.seq2seq.CompiledSeq2Seq` for an encoder-decoder.
 
     Raises:
         LoadError: The model or text cannot be read.

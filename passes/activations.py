@@ -18,7 +18,7 @@ from mla_compile.passes.retype import widened
 from mla_compile.passes.segments import Mark
 from mla_compile.passes.turned import turn_back
 from mla_compile.program import Program
-from mla_compile.runtime import ops
+from mla_compile.runtime.masks import score_mask
 from mla_compile.site import AttentionSite, Projection
 
 __all__ = [
@@ -290,7 +290,7 @@ def site_weights(site: AttentionSite, scores: Tensor) -> tuple[Tensor, Tensor | 
         scores, slope = cap * bent, 1 - bent.square()
     ones = torch.ones(1, length, dtype=torch.long)
     slopes = None if site.slopes is None else torch.tensor(site.slopes)
-    mask = ops.score_mask(ones, length, site.mask.window or 0, slopes, scores.dtype)
+    mask = score_mask(ones, length, site.mask.window or 0, slopes, scores.dtype)
     scores = scores + mask if mask.is_floating_point() else scores.masked_fill(~mask, -math.inf)
     if site.scores.sinks is not None:
         column = torch.tensor(site.scores.sinks, dtype=scores.dtype).reshape(1, -1, 1, 1)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from mla_compile.passes.activations import SiteRun
-from mla_compile.processes import Processes
 from mla_compile.program import Program
 from mla_compile.site import AttentionSite
+from mla_compile.text.processes import Processes
 
 __all__ = ["PairNorms", "pair_norms"]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
 
-from mla_compile.mapped import drop_pages
+from mla_compile.disk.mapped import drop_pages
 from mla_compile.passes.layout import Sizes
 from mla_compile.program import AnyProgram, Program, Role
 

@@ -224,7 +224,7 @@ def factorise_mha2mla(
 
 
 class Keep(Protocol):
-    """Where finished layers are kept; see :meth:`mla_compile.layer_store.LayerStore.recall`."""
+    """Where finished layers are kept; see :meth:`mla_compile.disk.layer_store.LayerStore.recall`."""
 
     def __call__(
         self,

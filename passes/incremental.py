@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, fx
 
+from mla_compile.disk.mapped import DroppingInterpreter
 from mla_compile.errors import RefusedError
-from mla_compile.mapped import DroppingInterpreter
 from mla_compile.passes.evaluate import example_inputs
 from mla_compile.program import DecoderProgram, Program
 

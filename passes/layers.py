@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from mla_compile.config import DEFAULT_CACHE_RATIO, CompileConfig
-from mla_compile.content import content_of
+from mla_compile.disk.content import content_of
+from mla_compile.disk.statistics_cache import Found, statistics_key
 from mla_compile.errors import RefusedError, UsageError
 from mla_compile.passes.output_metric import output_metrics
 from mla_compile.passes.statistics import SiteStatistics, collect_statistics
 from mla_compile.passes.task import BATCH, Task
 from mla_compile.passes.weights import SiteWeights, read_site
 from mla_compile.site import AttentionSite
-from mla_compile.statistics_cache import Found, statistics_key
 
 __all__ = [
     "Measured",

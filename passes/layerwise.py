@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, fx
 from torch.fx import Node
 
+from mla_compile.disk.mapped import drop_pages
 from mla_compile.errors import RefusedError
-from mla_compile.mapped import drop_pages
 from mla_compile.passes.kept import KeptValues, kept_values
 from mla_compile.passes.segments import Mark, Segment, cut_graph, downstream, value_bytes
 

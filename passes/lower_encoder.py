@@ -18,7 +18,9 @@ from mla_compile.passes.layout import Sizes
 from mla_compile.passes.onnx_export import exported_to_onnx, save
 from mla_compile.program import AnyProgram
 from mla_compile.quiet import quiet_exporter
-from mla_compile.runtime import ops
+from mla_compile.runtime import ops  # noqa: F401 - registers the operators
+from mla_compile.runtime.attention import attend_unfolded, rotate_and_append
+from mla_compile.runtime.masks import open_keys
 
 __all__ = ["ENCODER_LENGTH", "EncoderFace", "export_encoder", "lower_encoder_to_onnx"]
 
@@ -120,8 +122,8 @@ def _unfolded_attention(
     scaled_rope: bool,
 ) -> tuple[Tensor, Tensor]:
     """``mla::latent_attention`` of a sequence to itself in standard operators."""
-    query, present = ops.rotate_and_append(query, row, past, cos, sin, key_up.shape[2])
-    mask = ops.open_keys(attention_mask, query.shape[1]).unsqueeze(1)
+    query, present = rotate_and_append(query, row, past, cos, sin, key_up.shape[2])
+    mask = open_keys(attention_mask, query.shape[1]).unsqueeze(1)
     up = (key_up, value_up, cos.shape[2])
-    attended = ops.attend_unfolded(query, present, mask, *up, sinks, scale, softcap, value_scales, scaled_rope)
+    attended = attend_unfolded(query, present, mask, *up, sinks, scale, softcap, value_scales, scaled_rope)
     return attended, present

@@ -25,7 +25,8 @@ from mla_compile.passes.narrow_onnx import with_float32_logits
 from mla_compile.passes.onnx_export import exported_to_onnx, name_dimensions, save
 from mla_compile.passes.retype import NARROW
 from mla_compile.quiet import quiet_exporter
-from mla_compile.runtime import ops
+from mla_compile.runtime import ops  # noqa: F401 - registers the operators
+from mla_compile.runtime.attention import rotate_and_append
 from mla_compile.runtime.module import cache_dtype
 from mla_compile.runtime.onnx_variant import DOMAIN, VERSION, Variant
 from mla_compile.runtime.tensorrt.functions import APPEND, COMBINE, DECODE, OPSET, PARTIAL, PLUGIN, SPLITS, function
@@ -181,7 +182,7 @@ def _attention(
         shape=cache.shape,
         version=VERSION,
     )
-    rotated, _ = ops.rotate_and_append(query, row, row[:, :0], cos, sin, rank)
+    rotated, _ = rotate_and_append(query, row, row[:, :0], cos, sin, rank)
     plain, rope_query = rotated.split([head_dim - rope_dim, rope_dim], -1)
     grouped = plain.unflatten(2, (key_up.shape[0], -1))
     latent_query = torch.einsum("bsghd,gdr->bsghr", grouped, key_up).flatten(2, 3)

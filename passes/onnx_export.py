@@ -13,8 +13,8 @@ import torch
 from onnxscript.version_converter import convert_version
 from torch.export import ExportedProgram
 
+from mla_compile.disk.mapped import Passing
 from mla_compile.errors import RefusedError
-from mla_compile.mapped import Passing
 from mla_compile.passes.onnx_translations import translations
 from mla_compile.quiet import quiet_exporter
 from mla_compile.runtime.onnx_checksum import CHECKSUM_KEY, weights_checksum

@@ -19,7 +19,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from mla_compile.mapped import drop_pages
+from mla_compile.disk.mapped import drop_pages
 from mla_compile.passes.retype_onnx import widened_file
 
 __all__ = ["PIECE_BYTES", "PiecewiseSession"]

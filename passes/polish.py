@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from mla_compile.evaluate import original_scorer
 from mla_compile.passes.emit import holder_name
 from mla_compile.passes.factorise import LatentWeights
 from mla_compile.passes.gauge import balanced
@@ -30,6 +29,7 @@ from mla_compile.passes.search import Divergence
 from mla_compile.passes.task import Task
 from mla_compile.report import Polish
 from mla_compile.site import AttentionSite
+from mla_compile.text.evaluate import original_scorer
 
 __all__ = ["Polished", "polish"]
 

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mla_compile.disk.spill import Shelf, spilled
 from mla_compile.passes.converted import side_by_side, steps_beside
 from mla_compile.passes.factorise import LatentWeights
 from mla_compile.passes.layerwise import Resources
 from mla_compile.program import Program
 from mla_compile.runtime.module import LatentModel
 from mla_compile.site import AttentionSite
-from mla_compile.spill import Shelf, spilled
 
 __all__ = ["refit_values"]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from mla_compile.mapped import drop_pages
+from mla_compile.disk.mapped import drop_pages
 
 __all__ = ["is_narrow_file", "widened_file", "write_float32_copy"]
 

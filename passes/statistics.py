@@ -20,12 +20,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mla_compile.disk.spill import Shelf, spilled
 from mla_compile.errors import RefusedError
 from mla_compile.passes.activations import Attended, SiteActivations, SiteRun, attend_site, per_head
-from mla_compile.processes import Processes
 from mla_compile.program import Program
 from mla_compile.site import AttentionSite
-from mla_compile.spill import Shelf, spilled
+from mla_compile.text.processes import Processes
 
 __all__ = ["SiteStatistics", "SiteSums", "collect_statistics", "key_weighting", "logit_fisher", "logit_spread"]
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, fx
 
 from mla_compile.passes.fold import fold_numbers
+from mla_compile.runtime.masks import kept_rows
 from mla_compile.runtime.onnx_quantised import SCALES
 from mla_compile.runtime.onnx_variant import CACHED, DOMAIN, LATENT, VERSION
-from mla_compile.runtime.ops import kept_rows
 
 __all__ = ["with_symbolic_nodes"]
 

@@ -15,21 +15,21 @@ from torch import Tensor
 
 from mla_compile.config import CompileConfig
 from mla_compile.deepseek import DeepSeekShape
-from mla_compile.layer_store import LayerStore, rounded
+from mla_compile.disk.layer_store import LayerStore, rounded
+from mla_compile.disk.spill import spilled
+from mla_compile.disk.statistics_cache import StatisticsCache
 from mla_compile.passes.activations import SiteRun
 from mla_compile.passes.factorise import LatentWeights
 from mla_compile.passes.insert_latent import insert_latent
 from mla_compile.passes.layerwise import Resources
 from mla_compile.passes.weights import input_width
 from mla_compile.plan import LatentPlan
-from mla_compile.processes import Processes
 from mla_compile.program import Program
 from mla_compile.progress import Stages
 from mla_compile.report import LayerForecast
 from mla_compile.runtime.module import LatentModel
 from mla_compile.site import AttentionSite, Rejection
-from mla_compile.spill import spilled
-from mla_compile.statistics_cache import StatisticsCache
+from mla_compile.text.processes import Processes
 
 __all__ = ["BATCH", "Choice", "Method", "Task", "left_out", "unpredicted"]
 
@@ -87,9 +87,7 @@ class Task:
 
     def rewrite(self, weights: Iterable[LatentWeights]) -> LatentModel:
         """The converted model with some weights, which are read layer by layer, computing in float32."""
-        held = [self.held(layer, torch.float32) for layer in weights]
-        graph = insert_latent(self.program, self.sites, held, torch.float32, self.kept)
-        return LatentModel(graph.module, graph.rows)
+        return self._model(weights, torch.float32, stored=False)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -99,8 +97,11 @@ class Task:
 
     def result(self, weights: Iterable[LatentWeights]) -> LatentModel:
         """The converted model with some weights, likewise, in its own type."""
-        held = [self.held(layer, self.dtype) for layer in weights]
-        graph = insert_latent(self.program, self.sites, held, self.dtype, self.kept, stored=True)
+        return self._model(weights, self.dtype, stored=True)
+
+    def _model(self, weights: Iterable[LatentWeights], dtype: torch.dtype, *, stored: bool) -> LatentModel:
+        held = [self.held(layer, dtype) for layer in weights]
+        graph = insert_latent(self.program, self.sites, held, dtype, self.kept, stored=stored)
         return LatentModel(graph.module, graph.rows)
 
     def site_run(self, batch: int, *, gradients: bool) -> SiteRun:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from mla_compile.errors import UsageError
 
-__all__ = ["Decoder", "Sampling", "generate"]
+__all__ = ["Decoder", "Sampling", "check_length", "generate"]
 
 Ids = NDArray[np.int64]
 
@@ -114,6 +114,24 @@ def generate(
         mask = np.concatenate([mask, np.ones((len(prompts), 1), dtype=np.int64)], 1)
         positions = positions[:, -1:] + 1
     return results
+
+
+def check_length(tokens: int, most: int | None) -> None:
+    """Refuse sequences of which so many tokens would be cached.
+
+    Args:
+        tokens: Tokens of a sequence, prompt and continuation.
+        most: Of the longest sequence that is allowed; None for any.
+
+    Raises:
+        UsageError: These are more.
+    """
+    if most is not None and tokens > most:
+        raise UsageError(
+            f"A prompt and its continuation take {tokens} tokens of cache, but the longest sequence allowed has "
+            f"{most}.",
+            "Raise --max-length, or ask for fewer tokens.",
+        )
 
 
 def _choose(logits: NDArray[Any], sampling: Sampling, random: np.random.Generator) -> Ids:

@@ -10,7 +10,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
-from mla_compile.runtime import ops
+from mla_compile.runtime import ops  # noqa: F401 - registers the operators
+from mla_compile.runtime.masks import kept_rows
 
 __all__ = [
     "LatentModel",
@@ -132,7 +133,7 @@ class LatentModel(nn.Module):
 
     def cached_elements(self, tokens: int) -> int:
         """Numbers the cache keeps of one sequence of so many tokens."""
-        return sum(row * ops.kept_rows(tokens, window) for row, window in zip(self.rows, self.windows, strict=True))
+        return sum(row * kept_rows(tokens, window) for row, window in zip(self.rows, self.windows, strict=True))
 
     def _tokens(self, past: Sequence[Tensor]) -> int:
         """How many tokens a cache was made from."""

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mla_compile.errors import LoadError, MlaCompileError, UsageError
-from mla_compile.runtime.generate import Ids, Sampling, generate
+from mla_compile.runtime.generate import Ids, Sampling, check_length, generate
 from mla_compile.runtime.onnx_cache import (
     KEY_VALUE,
     PAST,
@@ -238,12 +238,7 @@ class OnnxDecoder:
         Raises:
             UsageError: These are more than ``max_length``.
         """
-        if self._max_length is not None and tokens > self._max_length:
-            raise UsageError(
-                f"A prompt and its continuation take {tokens} tokens of cache, but the longest sequence allowed has "
-                f"{self._max_length}.",
-                "Raise --max-length, or ask for fewer tokens.",
-            )
+        check_length(tokens, self._max_length)
 
     def empty_cache(self, batch: int, tokens: int | None = None) -> OnnxCache:
         """A cache of no tokens.

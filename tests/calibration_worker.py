@@ -9,15 +9,15 @@ import torch
 from torch.export import load
 
 from mla_compile.config import make_config
+from mla_compile.disk.statistics_cache import StatisticsCache
 from mla_compile.errors import ShareDone
-from mla_compile.frontend import program_from_export
 from mla_compile.passes.layers import measure_layers
 from mla_compile.passes.methods import mha2mla
 from mla_compile.passes.recognise import recognise
 from mla_compile.passes.task import Task
-from mla_compile.processes import end_share, join_processes
 from mla_compile.progress import Stages
-from mla_compile.statistics_cache import StatisticsCache
+from mla_compile.sources.exported import program_from_export
+from mla_compile.text.processes import end_share, join_processes
 
 if __name__ == "__main__":
     archive, text, out, cache = map(Path, sys.argv[1:])

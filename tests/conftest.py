@@ -14,10 +14,10 @@ import torch
 from converted import Conversions
 from torch import nn
 
-from mla_compile.frontend import capture
 from mla_compile.passes.recognise import Recognition, recognise
 from mla_compile.program import Program
 from mla_compile.site import AttentionSite
+from mla_compile.sources.capture import capture
 
 GOLDEN = Path(__file__).parent / "golden"
 

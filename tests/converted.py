@@ -7,15 +7,15 @@ import dataclasses
 import models
 import torch
 
-from mla_compile.checkpoint_folder import write_checkpoint
+from mla_compile.artifacts.checkpoint_folder import write_checkpoint
 from mla_compile.config import make_config
-from mla_compile.frontend import capture
 from mla_compile.passes.methods import METHODS
 from mla_compile.passes.query_rank import with_query_rank
 from mla_compile.passes.recognise import recognise
 from mla_compile.passes.task import Task
 from mla_compile.progress import Stages
 from mla_compile.report import Report
+from mla_compile.sources.capture import capture
 
 OWN = {
     # heads that are wider than the model, and an epsilon that is not the stock code's

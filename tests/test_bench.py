@@ -13,11 +13,12 @@ import pytest
 import torch
 from conversion import convert, difference
 
-from mla_compile import bench as module
 from mla_compile import cli
-from mla_compile.bench import Workload, bench, spread, turns
 from mla_compile.errors import LoadError, RefusedError, UsageError
-from mla_compile.evaluate import original_scorer
+from mla_compile.evaluation import bench as module
+from mla_compile.evaluation.bench import bench
+from mla_compile.evaluation.benchmark import Spread, Step, Workload, slower
+from mla_compile.evaluation.turns import spread, turns
 from mla_compile.passes.lower_onnx import lower_to_onnx
 from mla_compile.passes.lower_original import original_to_onnx, with_plain_caches, write_original
 from mla_compile.passes.original_attention import OriginalForm, form_problem
@@ -25,6 +26,7 @@ from mla_compile.passes.recognise import recognise
 from mla_compile.runtime.cpu.library import compiler
 from mla_compile.runtime.onnx_function import Variant
 from mla_compile.runtime.onnx_session import OnnxDecoder
+from mla_compile.text.evaluate import original_scorer
 
 LOGITS = 1e-4  # as in tests/passes/test_lower_onnx.py: 1e-6 was observed
 BYTES = 0.2  # int8 keys and values of random models, over the largest logit: 0.06 was observed
@@ -142,6 +144,15 @@ def test_turns_and_ratios():
     assert times["fast"] == pytest.approx([0.01] * 3)
     found = spread([3.0, 4.0, 8.0], [1.0, 2.0, 2.0])
     assert (found.low, found.median, found.high) == (2.5, 3.0, 3.5)
+
+
+def test_where_the_original_is_faster_is_said():
+    def step(file, context, speedup):
+        return Step(file, context, 1, 0.01, 100, Spread(speedup, speedup, speedup))
+
+    steps = [step("MatMul", 512, 1.0), step("a", 512, 0.7), step("b", 512, 0.9), step("a", 4096, 1.5)]
+    assert "in 1 of 2 settings" in slower(steps, {"MatMul"})[0]
+    assert slower(steps[3:], {"MatMul"}) == ()
 
 
 def test_contexts_follow_the_longest_sequence():

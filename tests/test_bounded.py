@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from mla_compile.config import make_config
-from mla_compile.layer_store import Journal, LayerStore, store_folder
+from mla_compile.disk.layer_store import Journal, LayerStore, store_folder
+from mla_compile.disk.spill import Shelf, spilled
 from mla_compile.passes.layerwise import Resources
 from mla_compile.passes.methods import METHODS
 from mla_compile.passes.search import Divergence
 from mla_compile.passes.task import Task
-from mla_compile.spill import Shelf, spilled
 
 TEXT = models.tokens(8, 16, seed=3)
 LAYER_BY_LAYER = Resources(whole=0, kept=0)

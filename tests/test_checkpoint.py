@@ -20,8 +20,8 @@ from converted import write
 from safetensors.torch import load_file
 
 from mla_compile import api
-from mla_compile.checkpoint import Checkpoint, require_blocks, stock_checkpoint
-from mla_compile.checkpoint_folder import _write_weights, check_folder, verify_folder
+from mla_compile.artifacts.checkpoint import Checkpoint, require_blocks, stock_checkpoint
+from mla_compile.artifacts.checkpoint_folder import _write_weights, check_folder, verify_folder
 from mla_compile.cli import main
 from mla_compile.config import make_config
 from mla_compile.deepseek import with_preset
@@ -29,7 +29,7 @@ from mla_compile.errors import LoadError, RefusedError, UsageError, Verification
 from mla_compile.passes.methods import METHODS
 from mla_compile.passes.task import Task
 from mla_compile.runtime.generate import generate
-from mla_compile.verify import TorchDecoder
+from mla_compile.verification.agreement import TorchDecoder
 
 TOLERANCE = 1e-5
 """Of the largest logit: float32 through two layers, with other matrices between the same numbers, stays below 1e-6."""
@@ -292,9 +292,11 @@ def test_sizes_above_those_of_the_preset_are_refused(conversions):
 
 
 def test_a_wrong_tensor_is_found_and_leaves_no_folder(conversions, tmp_path, monkeypatch):
-    from mla_compile import checkpoint
+    from mla_compile.artifacts import checkpoint_tensors
 
-    monkeypatch.setattr(checkpoint, "_output_bias", lambda layer: layer.rest["self_attn.o_proj.weight"][:, 0] * 0)
+    monkeypatch.setattr(
+        checkpoint_tensors, "_output_bias", lambda layer: layer.rest["self_attn.o_proj.weight"][:, 0] * 0
+    )
     with pytest.raises(VerificationError, match="differs from the converted PyTorch module"):
         write(conversions("qwen2", **MODELS["qwen2"]), tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mla_compile.checkpoint_files import has_weights, require_finite
 from mla_compile.cli import main
 from mla_compile.errors import LoadError
+from mla_compile.sources.checkpoint_files import has_weights, require_finite
 
 NAME = "model.layers.1.self_attn.v_proj.weight"
 
@@ -108,7 +108,7 @@ def test_a_configuration_of_another_model_is_refused(checkpoint, capsys, setting
 
 
 def test_numbers_in_all_parts_of_a_tensor_are_looked_at(monkeypatch):
-    monkeypatch.setattr("mla_compile.checkpoint_files._CHUNK", 7)
+    monkeypatch.setattr("mla_compile.sources.checkpoint_files._CHUNK", 7)
     weights = {"a": torch.zeros(3, 5), "ids": torch.zeros(4, dtype=torch.long), "b": torch.zeros(20).half()}
     require_finite(weights, "model")
     weights["b"][19] = torch.inf

@@ -10,8 +10,8 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from mla_compile.corpus import load_tokenizer, read_documents, special_tokens, token_windows, tokenize
 from mla_compile.errors import LoadError, UsageError
+from mla_compile.text.corpus import load_tokenizer, read_documents, special_tokens, token_windows, tokenize
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "examples" / "tiny-llama"

@@ -7,6 +7,7 @@ been run. What is tested is everything around it: packing, lengths, blocks, and 
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import models
 import numpy as np
@@ -29,6 +30,7 @@ from mla_compile.runtime.onnx_function import Variant
 from mla_compile.runtime.onnx_paged import BLOCK, MICROSOFT, paged_function, paged_problem
 from mla_compile.runtime.onnx_session import OnnxDecoder
 
+TINY = str(Path(__file__).parent.parent / "examples" / "tiny-llama")
 HALF = 5e-3  # of the largest logit: caches and queries have eleven bits; 1e-3 was observed
 
 
@@ -169,3 +171,11 @@ def test_without_the_provider_a_sentence_says_what_to_install(made, tmp_path, ca
         OnnxDecoder(path, providers=["CUDAExecutionProvider"])
     assert cli.main(["model", "--out", str(tmp_path / "folder"), "--target", "cuda"]) == 2
     assert "--target cuda is an ONNX file" in capsys.readouterr().err
+
+
+def test_a_saved_folder_becomes_such_a_file_too(tmp_path, capsys):
+    saved, file = tmp_path / "saved", tmp_path / "out" / "model.onnx"
+    assert cli.main([TINY, "--out", str(saved), "--kv-rank", "16", "--method", "mha2mla", "--no-verify"]) == 0
+    assert cli.main(["export", str(saved), "--out", str(file), "--cache-layout", "paged"]) == 0
+    assert "this target is experimental" in capsys.readouterr().out
+    assert "PagedAttention" in {n.op_type for f in onnx.load(file).functions for n in f.node}

@@ -9,10 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from mla_compile.calibration import cut_windows, read_text
 from mla_compile.config import make_config
-from mla_compile.dataset import is_dataset, stream_documents
 from mla_compile.errors import LoadError, UsageError
+from mla_compile.text.calibration import cut_windows, read_text
+from mla_compile.text.dataset import is_dataset, stream_documents
 
 
 @pytest.fixture

@@ -120,3 +120,14 @@ def test_every_page_is_linked_from_another():
         if not re.match(r"[a-z]+:", link) and not link.startswith("#")
     }
     assert {ROOT / page for page in pages.PAGES} - {ROOT / "README.md"} <= linked
+
+
+def test_the_architecture_page_names_every_file_and_no_other():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    folders = (ROOT / "mla_compile", ROOT / "passes", ROOT / "runtime")
+    files = {str(path.relative_to(ROOT)) for folder in folders for path in folder.rglob("*.py")}
+    elsewhere = ("runtime/kernels/", "runtime/tensorrt/", "runtime/cpu/")  # these have pages of their own
+    told = {name for name in files if "__" not in name and not name.startswith(elsewhere)}
+    named = re.findall(r"`([\w/]+\.py)`", page)
+    assert not {name for name in told if name.rpartition("/")[2] not in {n.rpartition("/")[2] for n in named}}
+    assert not {name for name in named if not any(f"/{file}".endswith(f"/{name}") for file in files)}

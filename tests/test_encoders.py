@@ -17,7 +17,7 @@ from torch import nn
 
 import mla_compile
 from mla_compile.cli import main
-from mla_compile.encoders import CompiledEncoder
+from mla_compile.conversion.encoders import CompiledEncoder
 from mla_compile.errors import LoadError, MlaCompileError, RefusedError, UsageError, VerificationError
 from mla_compile.site import RejectCode
 

@@ -22,11 +22,11 @@ import torch
 import torch.nn.functional as F
 
 import mla_compile
-from mla_compile import frontend
 from mla_compile.cli import main
-from mla_compile.corpus import load_tokenizer, read_documents, token_windows, tokenize
 from mla_compile.errors import LoadError, UsageError
 from mla_compile.runtime.onnx_session import OnnxDecoder
+from mla_compile.sources import frontend
+from mla_compile.text.corpus import load_tokenizer, read_documents, token_windows, tokenize
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "examples" / "tiny-llama"

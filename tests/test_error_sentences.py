@@ -107,11 +107,10 @@ def validators(tree: ast.AST) -> set[ast.AST]:
     return {inner for node in decorated for inner in ast.walk(node)}
 
 
-def said_in(tree: ast.Module) -> Iterator[tuple[Said, ast.Call]]:
-    """What a module says."""
-    assigned = [n for n in tree.body if isinstance(n, ast.Assign)]
+def constants_of(tree: ast.Module) -> dict[str, str]:
+    """Texts that a module gives names to."""
     constants: dict[str, str] = {}
-    for statement in assigned:
+    for statement in (n for n in tree.body if isinstance(n, ast.Assign)):
         names, values = statement.targets[0], statement.value
         pairs = (
             zip(names.elts, values.elts, strict=False)
@@ -123,6 +122,25 @@ def said_in(tree: ast.Module) -> Iterator[tuple[Said, ast.Call]]:
             for n, v in pairs
             if isinstance(n, ast.Name) and isinstance(v, ast.Constant | ast.JoinedStr | ast.BinOp) and is_text(v)
         }
+    return constants
+
+
+def imported(tree: ast.Module) -> dict[str, str]:
+    """Texts that a module takes from others of ours."""
+    found: dict[str, str] = {}
+    for statement in tree.body:
+        if isinstance(statement, ast.ImportFrom) and (statement.module or "").startswith("mla_compile."):
+            parts = str(statement.module).split(".")
+            folder = ROOT.joinpath(*(parts if parts[1] not in ("passes", "runtime") else parts[1:]))
+            home = sources().get(folder.with_suffix(".py"))
+            known = {} if home is None else constants_of(home)
+            found |= {name.name: known[name.name] for name in statement.names if name.name in known}
+    return found
+
+
+def said_in(tree: ast.Module) -> Iterator[tuple[Said, ast.Call]]:
+    """What a module says."""
+    constants = imported(tree) | constants_of(tree)
     inside = validators(tree)
     raised = {node.exc for node in ast.walk(tree) if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)}
     for node in ast.walk(tree):

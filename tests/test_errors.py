@@ -22,7 +22,6 @@ import torch
 from families import huggingface
 from torch import nn
 
-from mla_compile import frontend, verify
 from mla_compile.cli import main
 from mla_compile.errors import (
     LoadError,
@@ -33,6 +32,8 @@ from mla_compile.errors import (
     VerificationError,
 )
 from mla_compile.runtime.onnx_session import OnnxDecoder
+from mla_compile.sources import frontend
+from mla_compile.verification import agreement
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "examples" / "tiny-llama"
@@ -236,8 +237,9 @@ CONVERT = {
     # ---- where to write
     "below a file": ("{nano} --out {place}/file/o.onnx", 2, "cannot be created"),
     "far below a file": ("{nano} --out {place}/file/a/b", 2, "cannot be created"),
-    "over a file": ("{nano} --out {place}/file", 2, "is a file"),
-    "over a file, forced": ("{nano} --out {place}/file --force", 2, "is a file"),
+    "over a file": ("{nano} --out {place}/file", 2, "is no folder"),
+    "over a file, forced": ("{nano} --out {place}/file --force", 2, "is no folder"),
+    "over a device": ("{nano} --out /dev/null", 2, "'/dev/null' is no folder"),
     "taken": ("{nano} --out {place}/taken.onnx", 2, "exists already"),
     "folder taken": ("{nano} --out {place}/full", 2, "exists already"),
     "other model's files": (
@@ -302,6 +304,7 @@ OTHERS = {
     "run past the end": ("run {good} --prompt x --max-new-tokens 300 --json", 2, "128"),
     "eval without text": ("eval {good}", 2, "--text"),
     "eval missing": ("eval {place}/none.onnx --text {text}", 2, "There is no file"),
+    "eval folder of a file": ("eval {place}/good --text {text}", 2, "but wide.onnx. Name the file:"),
     "eval garbage": ("eval {place}/garbage.onnx --text {text}", 2, "ONNX Runtime cannot load"),
     "eval garbage, json": ("eval {place}/garbage.onnx --text {text} --json", 2, "ONNX Runtime cannot load"),
     "eval another model": ("eval {place}/plain.onnx --text {text}", 2, "Give a file made by mla-compile."),
@@ -468,7 +471,7 @@ def test_json_changes_nothing_about_errors(place, tmp_path):
 
 @pytest.mark.parametrize("name", ["o.onnx", "folder"])
 def test_verification_that_fails_leaves_nothing(place, tmp_path, name, monkeypatch):
-    monkeypatch.setattr(verify, "TOLERANCE", 0.0)
+    monkeypatch.setattr(agreement, "TOLERANCE", 0.0)
     done = convert(place / "nano.pt2", "--out", tmp_path / "new" / name, "-q")
     assert_one_sentence(done, 5, "The rewritten graph at full rank differs from the original model by ")
     assert not list(tmp_path.iterdir())
@@ -500,7 +503,7 @@ def test_a_full_disk_leaves_nothing(place, tmp_path, name, monkeypatch):
     def full(*arguments, **keywords):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("mla_compile.onnx_files.lower_to_onnx", full)
+    monkeypatch.setattr("mla_compile.artifacts.onnx_files.lower_to_onnx", full)
     monkeypatch.setattr("torch.export.save", full)
     done = convert(place / "nano.pt2", "--out", tmp_path / "new" / name, "-q")
     assert_one_sentence(done, 2, "No space left on device")
@@ -511,7 +514,7 @@ def test_an_interrupt_leaves_nothing(place, tmp_path, monkeypatch):
     def interrupt(*arguments, **keywords):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mla_compile.onnx_files.lower_to_onnx", interrupt)
+    monkeypatch.setattr("mla_compile.artifacts.onnx_files.lower_to_onnx", interrupt)
     done = convert(place / "nano.pt2", "--out", tmp_path / "new" / "o.onnx", "-q")
     assert (done.code, done.err) == (130, "mla-compile: Interrupted.\n")
     assert not list(tmp_path.iterdir())

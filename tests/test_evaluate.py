@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from mla_compile.evaluate import compare, perplexity
+from mla_compile.text.evaluate import compare, perplexity
 
 VOCABULARY = 11
 EXACT = 1e-12  # float64 sums of a few hundred terms in another order

@@ -11,7 +11,7 @@ import pytest
 from pages import ROOT
 from small_folder import model_folder
 
-from mla_compile.patterns import patterns
+from mla_compile.sources.patterns import patterns
 
 EXAMPLES = ROOT / "examples"
 
@@ -66,7 +66,7 @@ def test_hand_written_model(run):
     try:
         printed = run("hand_written_model.py", "--layers", 1)
     finally:
-        from mla_compile import patterns as module
+        from mla_compile.sources import patterns as module
 
         for operator in set(patterns()) - known:
             del module._MEANINGS[operator]

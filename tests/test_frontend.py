@@ -19,10 +19,12 @@ from torch.export import Dim
 
 from mla_compile import api
 from mla_compile.errors import LoadError
-from mla_compile.evaluate import original_scorer
-from mla_compile.frontend import capture, load_program, program_from_export
-from mla_compile.huggingface import plain_inputs
 from mla_compile.passes.recognise import recognise
+from mla_compile.sources.capture import capture
+from mla_compile.sources.exported import program_from_export
+from mla_compile.sources.frontend import load_program
+from mla_compile.sources.huggingface import plain_inputs
+from mla_compile.text.evaluate import original_scorer
 
 DYNAMIC = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
 HOW_TO_EXPORT = "Export it with torch.export.save(torch.export.export(model.eval(), (ids,), dynamic_shapes="

@@ -23,10 +23,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx.external_data_helper import ExternalDataInfo
 
-from mla_compile.corpus import read_documents
+from mla_compile.disk.statistics_cache import StatisticsCache
 from mla_compile.errors import LoadError
 from mla_compile.passes.statistics import SiteStatistics
-from mla_compile.statistics_cache import StatisticsCache
+from mla_compile.text.corpus import read_documents
 
 TINY = Path(__file__).parents[1] / "examples" / "tiny-llama"
 RUN = ("--prompt", "One", "--max-new-tokens", 2, "--kernel", "standard")
@@ -248,21 +248,21 @@ def test_measurements_of_anything(content, model, converted, tmp_path):
 def test_damaged_gguf_files(data, tmp_path):
     """The answers that a GGUF file keeps are read before llama.cpp is asked."""
     gguf = pytest.importorskip("gguf")
-    from mla_compile import gguf_file
+    from mla_compile.artifacts import gguf_check
 
     with entrance(tmp_path) as folder:
         path = folder / "model.gguf"
         writer = gguf.GGUFWriter(path, "deepseek2")
-        writer.add_array(gguf_file._IDS, [1, 2, 3])
-        writer.add_uint32(gguf_file._GREEDY, 1)
-        writer.add_array(gguf_file._LOGITS, [0.5, 1.5])
-        writer.add_float32(gguf_file._TOLERANCE, 0.25)
+        writer.add_array(gguf_check.IDS, [1, 2, 3])
+        writer.add_uint32(gguf_check.GREEDY, 1)
+        writer.add_array(gguf_check.LOGITS, [0.5, 1.5])
+        writer.add_float32(gguf_check.TOLERANCE, 0.25)
         writer.add_tensor("x", np.ones(8, np.float32))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        assert gguf_file._kept(path).ids.tolist() == [1, 2, 3]
+        assert gguf_check._kept(path).ids.tolist() == [1, 2, 3]
         path.write_bytes(data.draw(damages(path.read_bytes())))
         with refused_by_name(path):
-            assert gguf_file._kept(path).logits.dim() == 2
+            assert gguf_check._kept(path).logits.dim() == 2

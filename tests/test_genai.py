@@ -11,9 +11,9 @@ import pytest
 import torch
 from conversion import convert, difference
 
+from mla_compile.artifacts.genai import write_genai_config
 from mla_compile.config import make_config
 from mla_compile.errors import RefusedError, UsageError
-from mla_compile.genai import write_genai_config
 from mla_compile.passes.lower_onnx import lower_to_onnx
 from mla_compile.program import Assets
 from mla_compile.runtime.onnx_function import CACHED, LATENT, Variant, attention_function

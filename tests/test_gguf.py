@@ -13,10 +13,11 @@ from converted import write
 from gguf import GGUFReader, TokenType
 from llama_cpp_graph import Graph
 
+from mla_compile.artifacts.gguf_check import has_llama_cpp, verify_gguf
+from mla_compile.artifacts.gguf_file import check_gguf, export_gguf, write_gguf
+from mla_compile.artifacts.gguf_vocabulary import read_vocabulary
 from mla_compile.cli import main
 from mla_compile.errors import LoadError, RefusedError, UsageError
-from mla_compile.gguf_file import check_gguf, export_gguf, has_llama_cpp, verify_gguf, write_gguf
-from mla_compile.gguf_vocabulary import read_vocabulary
 from mla_compile.progress import Stages
 
 SHARED = Path(__file__).parents[1].parent / "shared"

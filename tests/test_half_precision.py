@@ -1,7 +1,7 @@
 """Models in float16 and bfloat16, whole: oracles are the same weights in float32, and the original's own roundings.
 
 A narrow conversion must be exactly right where it is computed in float32, and its own roundings no larger than a few
-times the original's (``verify.ROUNDING_FACTOR``).
+times the original's (``ROUNDING_FACTOR``).
 """
 
 from __future__ import annotations
@@ -19,18 +19,20 @@ import torch
 from torch import nn
 
 import mla_compile
-from mla_compile import verify
 from mla_compile.config import make_config
 from mla_compile.errors import UsageError, VerificationError
-from mla_compile.evaluate import original_scorer
-from mla_compile.frontend import capture
 from mla_compile.passes.insert_latent import insert_latent
 from mla_compile.passes.methods import nothing_left_out
 from mla_compile.passes.recognise import recognise
 from mla_compile.passes.task import Task
+from mla_compile.runtime.generate import generate
 from mla_compile.runtime.module import LatentModel
 from mla_compile.runtime.onnx_cache import CacheLayer, GrowingCache
 from mla_compile.runtime.onnx_session import OnnxDecoder
+from mla_compile.sources.capture import capture
+from mla_compile.text.evaluate import original_scorer
+from mla_compile.verification.agreement import ROUNDING_FACTOR, TorchDecoder, require_rounding, rounding_error
+from mla_compile.verification.module import check_module
 
 BFLOAT16, FLOAT16 = torch.bfloat16, torch.float16
 TEXT = torch.randint(0, models.VOCABULARY, (12, 24), generator=torch.Generator().manual_seed(3))
@@ -93,7 +95,7 @@ def test_a_narrow_model_is_converted_in_its_type(name, dtype):
     assert checks.rewrite_error < 1e-5
     assert checks.decode_error < 1e-5
     before, after = checks.rounding
-    assert 0 < after <= verify.ROUNDING_FACTOR * before
+    assert 0 < after <= ROUNDING_FACTOR * before
     elements = sum(p.elements_after for p in result.report.plans)
     assert checks.cache_bytes_per_token == result.report.cache_bytes_after == 2 * elements
     assert result.report.cache_bytes_before == 2 * sum(p.elements_before for p in result.report.plans)
@@ -108,7 +110,7 @@ def test_a_narrow_model_loses_no_more_than_it_loses_itself(name, dtype):
         # Frequencies that were rounded with the model are the model's own.
         exact = copy.deepcopy(module).double()(ids).logits
         errors = [(x.double() - exact).abs().max() for x in (result.module(ids).logits, module(ids).logits)]
-    assert errors[0] <= verify.ROUNDING_FACTOR * errors[1]
+    assert errors[0] <= ROUNDING_FACTOR * errors[1]
 
 
 def test_a_lossy_conversion_is_chosen_by_float32_statistics():
@@ -136,15 +138,15 @@ def test_an_error_below_the_types_rounding_is_found():
     exact = LatentModel(rewritten.module, rewritten.rows)
     scorers = original_scorer(program), original_scorer(program, wide=True)
     with pytest.raises(VerificationError, match="rewritten graph at full rank"):
-        verify.check_module(scorers[0], exact, good.module, TEXT[:2], text=True, wide_original=scorers[1])
+        check_module(scorers[0], exact, good.module, TEXT[:2], text=True, wide_original=scorers[1])
 
 
 @pytest.mark.parametrize("error", [0.5, float("nan")])
 def test_roundings_that_are_none_are_refused(error):
     with pytest.raises(VerificationError, match=r"float16 differs from itself in float32") as caught:
-        verify._require_rounding("The converted model", error, 1e-3, FLOAT16)
+        require_rounding("The converted model", error, 1e-3, FLOAT16)
     assert "--dtype bfloat16" in caught.value.remedy
-    verify._require_rounding("The converted model", 3e-3, 1e-3, FLOAT16)
+    require_rounding("The converted model", 3e-3, 1e-3, FLOAT16)
 
 
 def test_what_roundings_do_is_that_of_most_tokens():
@@ -152,10 +154,10 @@ def test_what_roundings_do_is_that_of_most_tokens():
     exact = torch.ones(2, 3, 5)
     got = exact + 0.01
     got[0, 1] = 7
-    assert verify.rounding_error(got, exact) == pytest.approx(0.01, rel=1e-3)
+    assert rounding_error(got, exact) == pytest.approx(0.01, rel=1e-3)
     for value in (torch.inf, torch.nan):
         got[1, 2, 3] = value
-        assert verify.rounding_error(got, exact) == torch.inf
+        assert rounding_error(got, exact) == torch.inf
 
 
 # ---- the type of the result
@@ -317,8 +319,8 @@ def test_float16_runs_in_onnx_runtime(files):
         exact = copy.deepcopy(original("llama", FLOAT16)).double()(ids).logits
     got = decoder.logits(ids.numpy())
     assert got.dtype == np.float32
-    error = verify.rounding_error(torch.from_numpy(got), exact)
-    assert error <= verify.ROUNDING_FACTOR * report.verification.rounding[0]
+    error = rounding_error(torch.from_numpy(got), exact)
+    assert error <= ROUNDING_FACTOR * report.verification.rounding[0]
     assert decoder.cache_bytes_per_token == report.cache_bytes_after
     assert len(decoder.generate([[1, 2, 3], [4]], 5)[1]) == 5
 
@@ -338,7 +340,7 @@ def test_a_static_float16_cache_is_written_in_place(tmp_path):
     assert decoder.static
     assert decoder.measured_bytes(cache) == 2 * 64 * report.cache_bytes_after
     growing = converted("llama", FLOAT16).module
-    assert decoder.generate([[1, 2, 3]], 6) == verify.generate(verify.TorchDecoder(growing), [[1, 2, 3]], 6)
+    assert decoder.generate([[1, 2, 3]], 6) == generate(TorchDecoder(growing), [[1, 2, 3]], 6)
 
 
 def test_a_growing_bfloat16_cache_needs_no_numpy_type():

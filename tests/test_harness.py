@@ -28,17 +28,17 @@ class Request:
 
 def test_without_the_harness_the_error_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    monkeypatch.delitem(sys.modules, "mla_compile.harness", raising=False)
+    monkeypatch.delitem(sys.modules, "mla_compile.evaluation.harness", raising=False)
     with pytest.raises(UsageError, match=r"not installed\. Run: pip install 'mla-compile\[lm-eval\]'\."):
-        import mla_compile.harness  # noqa: F401
+        import mla_compile.evaluation.harness  # noqa: F401
 
 
 @pytest.fixture(scope="module")
 def harness():
     pytest.importorskip("lm_eval", reason="the lm-evaluation-harness is not installed")
-    import mla_compile.harness
+    import mla_compile.evaluation.harness
 
-    return mla_compile.harness
+    return mla_compile.evaluation.harness
 
 
 @pytest.fixture(scope="module")

@@ -17,14 +17,14 @@ from torch import Tensor
 
 from mla_compile.cli import main
 from mla_compile.config import make_config
+from mla_compile.disk.layer_store import LayerStore, store_beside, store_folder
+from mla_compile.disk.writing import held, moved_into
 from mla_compile.errors import UsageError
-from mla_compile.layer_store import LayerStore, store_beside, store_folder
 from mla_compile.passes import factorise
 from mla_compile.passes.methods import mha2mla
 from mla_compile.passes.task import Task
 from mla_compile.plan import plan_layers
 from mla_compile.progress import Stages
-from mla_compile.writing import held, moved_into
 
 CONFIG = make_config(method="mha2mla", selection="uniform")
 
@@ -134,7 +134,7 @@ def test_a_full_disk_is_a_sentence_and_leaves_nothing(programs, tmp_path):
 SOURCE = Path(__file__).parents[1] / "examples" / "tiny-llama"
 _KILLED = """
 import os, signal, sys
-from mla_compile.writing import moved_into
+from mla_compile.disk.writing import moved_into
 from mla_compile.cli import main
 from mla_compile.passes import factorise
 made, layers = factorise.factorise_mha2mla, []

@@ -29,7 +29,7 @@ def test_start_up_imports_nothing_heavy(arguments, tmp_path):
 
 
 def test_a_file_runs_without_the_compiler(tmp_path):
-    assert not imported_by(("-c", "import mla_compile.textgen"), tmp_path) & COMPILER
+    assert not imported_by(("-c", "import mla_compile.evaluation.textgen"), tmp_path) & COMPILER
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mla_compile.likelihood import log_likelihoods, scored_windows
+from mla_compile.text.likelihood import log_likelihoods, scored_windows
 
 VOCABULARY, PREFIX, LONGEST = 13, 5, 6
 EXACT = 1e-12  # the same float64 sums in another order

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import fx, nn
 
-from mla_compile.mapped import DroppingInterpreter, Passing, drop_pages
+from mla_compile.disk.mapped import DroppingInterpreter, Passing, drop_pages
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/pagemap").exists(), reason="pages are told by Linux")
 SIZE = 2**21

@@ -17,13 +17,14 @@ import pytest
 import torch
 
 import mla_compile
-from mla_compile import frontend, plot, trial
+from mla_compile.artifacts.opened import Opened
 from mla_compile.cli import main
 from mla_compile.errors import UsageError
-from mla_compile.evaluate import Comparison, Perplexity
-from mla_compile.measure import Measured, Measurement
-from mla_compile.opened import Opened
+from mla_compile.evaluation import plot, trial
+from mla_compile.evaluation.measure import Measured, Measurement
 from mla_compile.runtime.onnx_session import OnnxDecoder
+from mla_compile.sources import frontend
+from mla_compile.text.evaluate import Comparison, Perplexity
 
 LENGTH = 16
 ROUNDING = 1e-5  # of a perplexity: float32 through two layers in another order of operations

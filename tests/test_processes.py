@@ -18,8 +18,8 @@ from mla_compile.passes.layers import measure_layers
 from mla_compile.passes.methods import mha2mla
 from mla_compile.passes.statistics import SiteSums
 from mla_compile.passes.task import Task
-from mla_compile.processes import Processes, join_processes
 from mla_compile.progress import Stages
+from mla_compile.text.processes import Processes, join_processes
 
 pytest.importorskip("accelerate")
 
@@ -114,7 +114,8 @@ def test_without_a_launcher_a_process_is_alone(monkeypatch):
 
 
 def test_another_process_has_nothing_to_do_without_text(monkeypatch, programs):
-    from mla_compile import api, request
+    from mla_compile import api
+    from mla_compile.conversion import request
 
     monkeypatch.setattr(Processes, "wait", lambda self: None)
     monkeypatch.setattr(request, "join_processes", lambda: Processes(1, 2))

@@ -19,9 +19,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mla_compile
-from mla_compile.charts import Axis, Bar, Series, bar_chart, dot_rows, line_chart
 from mla_compile.cli import main
-from mla_compile.report_page import render_page, reproducing
+from mla_compile.reporting.charts import Axis, Bar, Series, bar_chart, dot_rows, line_chart
+from mla_compile.reporting.report_page import render_page, reproducing
 
 SECTIONS = ["warnings", "architecture", "layers", "choices", "quality", "speed", "checks", "reproduce", "environment"]
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import mla_compile
 from mla_compile.cli import main
+from mla_compile.conversion.seq2seq import CompiledSeq2Seq
 from mla_compile.errors import RefusedError, UsageError, VerificationError
-from mla_compile.seq2seq import CompiledSeq2Seq
 
 TOLERANCE = 1e-4
 """Of the largest logit; float32 through a few layers stays below 1e-6."""

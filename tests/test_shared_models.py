@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 
 import mla_compile
-from mla_compile import frontend
 from mla_compile.cli import main
 from mla_compile.passes.methods import METHODS
 from mla_compile.runtime.onnx_session import OnnxDecoder
+from mla_compile.sources import frontend
 
 SHARED = Path(__file__).parents[1].parent / "shared"
 TEXT, CALIBRATION = SHARED / "text" / "tinystories_valid_a.txt", SHARED / "text" / "tinystories_train_head.txt"

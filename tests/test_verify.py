@@ -9,12 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from mla_compile import api, verify
+from mla_compile import api
 from mla_compile.errors import UsageError, VerificationError
-from mla_compile.evaluate import original_scorer
 from mla_compile.runtime.generate import generate
 from mla_compile.runtime.module import LatentModel, LatentOutput
 from mla_compile.runtime.onnx_session import OnnxDecoder
+from mla_compile.text.evaluate import original_scorer
+from mla_compile.verification import agreement
+from mla_compile.verification.agreement import QUANTISED_TOLERANCE, TorchDecoder, chunks, equal_share, greedy_original
+from mla_compile.verification.module import check_module
+from mla_compile.verification.onnx import check_onnx
 
 ROUNDING = 1e-5  # float32 through two layers; ten times below what is allowed
 
@@ -60,7 +64,7 @@ class Changed(LatentModel):
 
 
 def check(original, exact, converted, ids=None):
-    return verify.check_module(original, exact, converted, models.tokens(2, 24) if ids is None else ids, False)
+    return check_module(original, exact, converted, models.tokens(2, 24) if ids is None else ids, False)
 
 
 def test_a_right_conversion_passes(original, exact, compiled):
@@ -92,14 +96,14 @@ def test_an_exact_conversion_costs_nothing(original, exact):
 def test_any_length_from_two_can_be_verified(original, exact, compiled, decoder, length):
     ids = models.tokens(2, length)
     assert check(original, exact, compiled.module, ids).tokens == 2 * length
-    error, greedy, _ = verify.check_onnx(compiled.module, decoder, ids, compiled.report.cache_bytes_after)
+    error, greedy, _ = check_onnx(compiled.module, decoder, ids, compiled.report.cache_bytes_after)
     assert error < ROUNDING
     assert greedy == 1.0
 
 
 @pytest.mark.parametrize("length", range(1, 40))
 def test_chunks_add_up(length):
-    sizes = verify.chunks(length)
+    sizes = chunks(length)
     assert sum(sizes) == length
     assert min(sizes) >= 1
     assert sizes[-1] == 1  # the step that decoding consists of
@@ -145,13 +149,13 @@ def test_not_a_number_is_caught(original, exact, compiled):
 
 
 def test_the_tolerance_is_the_one_of_the_module(original, exact, compiled, monkeypatch):
-    monkeypatch.setattr(verify, "TOLERANCE", 0.0)
+    monkeypatch.setattr(agreement, "TOLERANCE", 0.0)
     with refuses("The rewritten graph"):
         check(original, exact, compiled.module)
 
 
 def test_a_right_file_passes(compiled, decoder):
-    error, greedy, measured = verify.check_onnx(
+    error, greedy, measured = check_onnx(
         compiled.module, decoder, models.tokens(3, 20), compiled.report.cache_bytes_after
     )
     assert error < ROUNDING
@@ -166,7 +170,7 @@ def test_an_int8_file_says_what_it_costs(program, compiled, tmp_path):
     found = report.verification
     assert found.cache_bytes_per_token == report.cache_bytes_after == sum(row + 8 for row in int8.module.rows)
     assert report.cache_bytes_after < compiled.report.cache_bytes_after / 2
-    assert found.lowering_error <= verify.QUANTISED_TOLERANCE * found.quantisation_error
+    assert found.lowering_error <= QUANTISED_TOLERANCE * found.quantisation_error
     assert 1e-4 < found.quantisation_error < 0.1
     refused = pytest.raises(UsageError, match="Only an ONNX file for ONNX Runtime has an int8 cache")
     with refused:
@@ -184,13 +188,13 @@ def test_a_wrong_file_is_caught(compiled, decoder, monkeypatch):
 
     monkeypatch.setattr(OnnxDecoder, "step", step)  # only single tokens are wrong
     with refuses("ONNX Runtime differs from the converted PyTorch module"):
-        verify.check_onnx(compiled.module, decoder, models.tokens(2, 20), compiled.report.cache_bytes_after)
+        check_onnx(compiled.module, decoder, models.tokens(2, 20), compiled.report.cache_bytes_after)
 
 
 def test_a_cache_of_another_size_than_planned_is_caught(compiled, decoder):
     planned = compiled.report.cache_bytes_after
     with refuses(re.escape(f"A token takes {planned} bytes of cache, but the plan says {planned - 4}.")):
-        verify.check_onnx(compiled.module, decoder, models.tokens(2, 20), planned - 4)
+        check_onnx(compiled.module, decoder, models.tokens(2, 20), planned - 4)
 
 
 def test_greedy_continuation_of_the_original_equals_the_models_own(programs, original):
@@ -199,17 +203,17 @@ def test_greedy_continuation_of_the_original_equals_the_models_own(programs, ori
     ids = prompt.tolist()
     for _ in range(12):
         ids.append(int(models.logits(module, torch.tensor([ids]))[0, -1].argmax()))
-    assert verify.greedy_original(original, prompt, 12) == ids[7:]
+    assert greedy_original(original, prompt, 12) == ids[7:]
 
 
 def test_the_torch_decoder_continues_like_the_onnx_one(compiled, decoder):
     prompts = [[3, 5, 8], [1], [4, 4, 9, 2, 7]]
-    assert generate(verify.TorchDecoder(compiled.module), prompts, 16) == decoder.generate(prompts, 16)
+    assert generate(TorchDecoder(compiled.module), prompts, 16) == decoder.generate(prompts, 16)
 
 
 @pytest.mark.parametrize(
-    ("ours", "theirs", "agreement"),
+    ("ours", "theirs", "share"),
     [([1, 2, 3, 4], [1, 2, 3, 4], 1.0), ([1, 2, 9, 4], [1, 2, 3, 4], 0.5), ([9, 2], [1, 2], 0.0), ([], [], 1.0)],
 )
-def test_agreement_is_the_share_before_the_first_difference(ours, theirs, agreement):
-    assert verify._agreement(ours, theirs) == agreement
+def test_agreement_is_the_share_before_the_first_difference(ours, theirs, share):
+    assert equal_share(ours, theirs) == share

@@ -9,8 +9,9 @@ import models
 import pytest
 from transformers import Gemma2Config, LlamaConfig
 
-from mla_compile import api, weightless
+from mla_compile import api
 from mla_compile.config import make_config
+from mla_compile.conversion import weightless
 from mla_compile.conversion_cost import conversion_cost
 from mla_compile.errors import LoadError, UsageError
 from mla_compile.passes.search import Divergence

@@ -8,38 +8,24 @@ from typing import Annotated
 
 import typer
 
-from mla_compile.cli.groups import EngineOptions, FileOptions, SizeOptions, grouped
+from mla_compile.cli.groups import EngineOptions, FileOptions, MethodOptions, SizeOptions, SourceOptions, grouped
 from mla_compile.cli.options import (
     CHECKS,
     METHOD,
     OUTPUT,
     AsJson,
-    AttnImplementation,
-    Calibration,
-    CalibrationTokens,
-    Dtype,
-    Encoders,
     Force,
     Format,
-    Layout,
-    MethodName,
     Model,
-    NoCache,
-    NoGradients,
     Offload,
     PolishSteps,
     Preset,
     QRank,
     Quiet,
-    RopeDims,
     Seed,
     Selection,
-    SeqLen,
-    Svd,
     Target,
-    Tokenizer,
     TrainTokens,
-    UnsafeLoad,
     Verbose,
 )
 from mla_compile.errors import UsageError
@@ -60,21 +46,11 @@ def convert(
         ),
     ],
     sizes: SizeOptions,
-    encoders: Encoders = False,
-    method: MethodName = "auto",
-    layout: Layout = "free",
+    how: MethodOptions,
     selection: Selection = "auto",
-    rope_dims: RopeDims = None,
-    svd: Svd = "joint",
     polish_steps: PolishSteps = 0,
-    no_gradients: NoGradients = False,
-    calibration: Calibration = None,
-    calibration_tokens: CalibrationTokens = 65536,
-    seq_len: SeqLen = None,
-    no_cache: NoCache = False,
+    source: SourceOptions,
     offload: Offload = None,
-    tokenizer: Tokenizer = None,
-    dtype: Dtype = "auto",
     form: FileOptions,
     format: Format = "auto",
     preset: Preset = "none",
@@ -102,8 +78,6 @@ def convert(
     ] = None,
     finetune_tokens: TrainTokens = None,
     seed: Seed = 0,
-    attn_implementation: AttnImplementation = "auto",
-    unsafe_load: UnsafeLoad = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
     verbose: Verbose = 0,
@@ -119,29 +93,21 @@ def convert(
     for_tensorrt = _is_for_tensorrt(out, target, format)
     config = make_config(
         **sizes.settings(),
+        **how.settings() | ({"layout": "deepseek"} if format in ("deepseek", "gguf") else {}),
         **form.settings() | ({"cache_layout": "paged"} if target == "cuda" else {}),
-        method=method,
-        layout="deepseek" if format in ("deepseek", "gguf") else layout,
         format=format,
         preset=preset,
         q_rank=q_rank,
         selection=selection,
-        rope_dims=rope_dims,
-        svd=svd,
-        gradients=not no_gradients,
-        calibration_tokens=calibration_tokens,
         polish_steps=polish_steps,
-        seq_len=seq_len,
         seed=seed,
-        dtype=dtype,
-        encoders=encoders,
     )
     with display.make_display(quiet, as_json, verbose) as shown, contextlib.ExitStack() as kept:
         from mla_compile import api
-        from mla_compile.encoder_report import EncoderReport
-        from mla_compile.layer_store import store_beside
-        from mla_compile.seq2seq_report import Seq2SeqReport
-        from mla_compile.targets import Destination, write
+        from mla_compile.conversion.targets import Destination, write
+        from mla_compile.disk.layer_store import store_beside
+        from mla_compile.reporting.encoder_report import EncoderReport
+        from mla_compile.reporting.seq2seq_report import Seq2SeqReport
 
         if not for_tensorrt and for_engine.given:
             raise UsageError(
@@ -151,10 +117,8 @@ def convert(
         engine = for_engine.settings() if for_tensorrt else None
         compiled = api.compile(
             model,
-            calibration=calibration,
-            tokenizer=tokenizer,
+            **source.arguments(),
             config=config,
-            statistics_cache=not no_cache,
             offload=offload,
             share=True,
             check=not no_verify,
@@ -162,8 +126,6 @@ def convert(
             out=out,
             engine=engine,
             force=force,
-            attn_implementation=attn_implementation,
-            unsafe_load=unsafe_load,
             finetune=finetune,
             finetune_tokens=finetune_tokens,
             store=kept.enter_context(store_beside(out)),
@@ -179,7 +141,7 @@ def convert(
     else:
         display.show_report(report, out)
         if engine is not None:
-            from mla_compile.tensorrt import commands
+            from mla_compile.artifacts.tensorrt import commands
 
             display.show_commands(*commands(out.with_suffix(".onnx"), engine))
 

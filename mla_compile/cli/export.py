@@ -37,11 +37,11 @@ def export(
 ) -> None:
     """Write a saved model as ONNX, checked in ONNX Runtime, or a DeepSeek checkpoint as GGUF, checked in llama.cpp."""
     from mla_compile import display
+    from mla_compile.artifacts.saved import open_saved, write_saved_onnx
     from mla_compile.config import make_config
-    from mla_compile.saved import open_saved, write_saved_onnx
 
     if out.suffix == ".gguf":
-        from mla_compile.gguf_file import export_gguf
+        from mla_compile.artifacts.gguf_file import export_gguf
 
         if form not in (FileOptions(), FileOptions(cache_type="float32")):
             raise UsageError("Options of ONNX files were given for a GGUF file.", "Leave them out.")
@@ -60,7 +60,7 @@ def export(
     if as_json:
         display.print_json(report)
     else:
-        display.show_exported(report["verification"], out)
+        display.show_exported(report, out)
 
 
 def fuse(
@@ -77,7 +77,7 @@ def fuse(
 ) -> None:
     """Write a file whose attention is the fused kernel, and its library, for ONNX Runtime without mla-compile."""
     from mla_compile import display
-    from mla_compile.fuse import write_fused
+    from mla_compile.artifacts.fuse import write_fused
 
     with display.make_display(quiet, as_json, verbose):
         library = write_fused(model, out, march=march, force=force)
@@ -95,8 +95,8 @@ def verify(
 ) -> None:
     """Check a DeepSeek checkpoint: stock transformers, or llama.cpp, against what the converted module answered."""
     from mla_compile import display
-    from mla_compile.checkpoint_folder import verify_folder
-    from mla_compile.gguf_file import verify_gguf
+    from mla_compile.artifacts.checkpoint_folder import verify_folder
+    from mla_compile.artifacts.gguf_check import verify_gguf
 
     found: dict[str, float | None]
     with display.make_display(quiet, as_json, verbose):
@@ -128,8 +128,8 @@ def report(
 ) -> None:
     """Draw the report of a conversion as one page; every conversion writes one, this draws it again."""
     from mla_compile import display
-    from mla_compile.page_file import write_page
-    from mla_compile.report_page import PAGE, read_measurement, read_report
+    from mla_compile.artifacts.page_file import write_page
+    from mla_compile.reporting.report_page import PAGE, read_measurement, read_report
 
     page = out or (source if source.is_dir() else source.parent) / PAGE
     with display.make_display(quiet, as_json, verbose):

@@ -9,22 +9,36 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from mla_compile.cli.options import (
+    AttnImplementation,
     CacheKind,
     CacheLayout,
     CacheRatio,
     CacheType,
+    Calibration,
+    CalibrationTokens,
+    Dtype,
+    Encoders,
     Exact,
     Inline,
     KvRank,
+    Layout,
     MaxBatch,
     MaxLength,
     MaxPrompt,
+    MethodName,
+    NoCache,
+    NoGradients,
     NoPlugins,
     Opset,
     Refit,
+    RopeDims,
+    SeqLen,
     Splits,
+    Svd,
     TimingCache,
+    Tokenizer,
     UniformRank,
+    UnsafeLoad,
     VersionCompatible,
     WeightStreaming,
 )
@@ -32,7 +46,7 @@ from mla_compile.cli.options import (
 if TYPE_CHECKING:
     from mla_compile.runtime.tensorrt.engine_builder import EngineSettings
 
-__all__ = ["EngineOptions", "FileOptions", "SizeOptions", "grouped"]
+__all__ = ["EngineOptions", "FileOptions", "MethodOptions", "SizeOptions", "SourceOptions", "grouped"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +61,42 @@ class SizeOptions:
     def settings(self) -> dict[str, Any]:
         """As fields of :class:`~mla_compile.config.CompileConfig`."""
         return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class MethodOptions:
+    """How a smaller cache is chosen."""
+
+    method: MethodName = "auto"
+    layout: Layout = "free"
+    rope_dims: RopeDims = None
+    svd: Svd = "joint"
+    no_gradients: NoGradients = False
+    calibration_tokens: CalibrationTokens = 65536
+    seq_len: SeqLen = None
+    dtype: Dtype = "auto"
+    encoders: Encoders = False
+
+    def settings(self) -> dict[str, Any]:
+        """As fields of :class:`~mla_compile.config.CompileConfig`."""
+        given = dataclasses.asdict(self)
+        return given | {"gradients": not given.pop("no_gradients")}
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """What is read besides the model, and how the model is read."""
+
+    calibration: Calibration = None
+    tokenizer: Tokenizer = None
+    no_cache: NoCache = False
+    attn_implementation: AttnImplementation = "auto"
+    unsafe_load: UnsafeLoad = False
+
+    def arguments(self) -> dict[str, Any]:
+        """As arguments of :func:`mla_compile.compile`."""
+        given = dataclasses.asdict(self)
+        return given | {"statistics_cache": not given.pop("no_cache")}
 
 
 @dataclass(frozen=True)

@@ -6,25 +6,14 @@ from typing import Annotated, Literal
 
 import typer
 
-from mla_compile.cli.groups import SizeOptions, grouped
+from mla_compile.cli.groups import MethodOptions, SizeOptions, SourceOptions, grouped
 from mla_compile.cli.options import (
     AsJson,
     AttnImplementation,
     CacheType,
-    Calibration,
-    CalibrationTokens,
     Described,
-    Dtype,
     Encoders,
-    Layout,
-    MethodName,
-    NoCache,
-    NoGradients,
     Quiet,
-    RopeDims,
-    SeqLen,
-    Svd,
-    Tokenizer,
     UnsafeLoad,
     Verbose,
 )
@@ -43,8 +32,8 @@ def inspect(
 ) -> None:
     """Show every attention layer: what was recognised, or why it cannot be converted."""
     from mla_compile import api, display
-    from mla_compile.admission import convertible, would_be_refused
-    from mla_compile.preview import lossless_elements
+    from mla_compile.conversion.admission import convertible, would_be_refused
+    from mla_compile.conversion.preview import lossless_elements
     from mla_compile.report import summarise_site
 
     with display.make_display(quiet, as_json, verbose):
@@ -69,24 +58,12 @@ def plan(
     *,
     model: Described,
     sizes: SizeOptions,
-    rope_dims: RopeDims = None,
-    method: MethodName = "auto",
-    layout: Layout = "free",
-    svd: Svd = "joint",
-    no_gradients: NoGradients = False,
-    encoders: Encoders = False,
-    calibration: Calibration = None,
-    calibration_tokens: CalibrationTokens = 65536,
-    seq_len: SeqLen = None,
-    no_cache: NoCache = False,
-    dtype: Dtype = "auto",
+    how: MethodOptions,
+    source: SourceOptions,
     cache_type: CacheType = "auto",
     context: Annotated[int, typer.Option(min=1, help="Tokens in the cache when a step's time is estimated.")] = 4096,
     batch: Annotated[int, typer.Option(min=1, help="Sequences that are decoded together.")] = 1,
     machine: Annotated[Literal["cpu", "gpu"], typer.Option(help="What to estimate the time on.")] = "cpu",
-    tokenizer: Tokenizer = None,
-    attn_implementation: AttnImplementation = "auto",
-    unsafe_load: UnsafeLoad = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
     verbose: Verbose = 0,
@@ -96,32 +73,11 @@ def plan(
     from mla_compile.config import make_config
     from mla_compile.cost import MACHINES, DecodeStep, decode_costs
 
-    config = make_config(
-        method=method,
-        layout=layout,
-        **sizes.settings(),
-        rope_dims=rope_dims,
-        svd=svd,
-        gradients=not no_gradients,
-        encoders=encoders,
-        calibration_tokens=calibration_tokens,
-        seq_len=seq_len,
-        dtype=dtype,
-        cache_type=cache_type,
-    )
+    config = make_config(**how.settings(), **sizes.settings(), cache_type=cache_type)
     with display.make_display(quiet, as_json, verbose) as shown:
         from mla_compile import api
 
-        planned = api.plan(
-            model,
-            config,
-            calibration=calibration,
-            tokenizer=tokenizer,
-            statistics_cache=not no_cache,
-            attn_implementation=attn_implementation,
-            unsafe_load=unsafe_load,
-            display=shown,
-        )
+        planned = api.plan(model, config, **source.arguments(), display=shown)
     step = DecodeStep(MACHINES[machine], context, batch)
     costs = decode_costs(planned.found.sites, planned.plans, planned.widths, step) if planned.widths else ()
     held = "int8" if cache_type == "int8" else planned.dtype

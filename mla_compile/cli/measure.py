@@ -68,13 +68,13 @@ def evaluate(
 
     _check_eval(model, original, methods, cache_ratios, calibration, onnxruntime, plot)
     if plot is not None:
-        from mla_compile.plot import check_plot
+        from mla_compile.evaluation.plot import check_plot
 
         check_plot(plot, force)
     with display.make_display(quiet, as_json, verbose) as shown:
-        from mla_compile.measure import Sample, measure
-        from mla_compile.statistics_cache import open_cache
-        from mla_compile.trial import measure_conversions, read_trials
+        from mla_compile.disk.statistics_cache import open_cache
+        from mla_compile.evaluation.measure import Sample, measure
+        from mla_compile.evaluation.trial import measure_conversions, read_trials
 
         sample = Sample(text, seq_len, max_tokens, tokenizer)
         if methods is None:
@@ -92,7 +92,7 @@ def evaluate(
                 display=shown,
             )
     if plot is not None:
-        from mla_compile.plot import draw
+        from mla_compile.evaluation.plot import draw
 
         draw(result, plot)
     if as_json:
@@ -156,17 +156,18 @@ def bench_speed(
     from mla_compile import display
 
     if plot is not None:
-        from mla_compile.plot import check_plot
+        from mla_compile.evaluation.plot import check_plot
 
         check_plot(plot, force)
     sizes = _numbers("--contexts", contexts, 2) if contexts is not None else None
     many = _numbers("--batches", batches, 1)
     with display.make_display(quiet, as_json, verbose) as shown:
-        from mla_compile.bench import Workload, bench
+        from mla_compile.evaluation.bench import bench
+        from mla_compile.evaluation.benchmark import Workload
 
         result = bench(model, against, Workload(sizes, many, rounds, threads), display=shown)
     if plot is not None:
-        from mla_compile.plot import speed_figure, write_figure
+        from mla_compile.evaluation.plot import speed_figure, write_figure
 
         write_figure(lambda: speed_figure(result), plot)
     if as_json:

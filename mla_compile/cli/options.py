@@ -278,8 +278,8 @@ Dtype = Annotated[
 CacheLayout = Annotated[
     str,
     typer.Option(
-        help="How an ONNX file's caches lie: rows, or genai for onnxruntime-genai, whose configuration is then written "
-        "beside the file.",
+        help="How an ONNX file's caches lie: rows; genai for onnxruntime-genai, whose configuration is then written "
+        "beside the file; or paged, blocks for ONNX Runtime's CUDA provider (experimental), as --target cuda says too.",
         rich_help_panel=OUTPUT,
     ),
 ]

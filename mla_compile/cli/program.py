@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MlaCompileError as error:
         return _fail(str(error), error.exit_code)
     except ShareDone:
-        from mla_compile.processes import end_share
+        from mla_compile.text.processes import end_share
 
         end_share()
     except (KeyboardInterrupt, typer.Abort):

@@ -48,8 +48,8 @@ def run(
 ) -> None:
     """Generate text with a converted model in ONNX Runtime, PyTorch or TensorRT."""
     from mla_compile import display
+    from mla_compile.evaluation.textgen import generate_text
     from mla_compile.runtime.generate import Sampling
-    from mla_compile.textgen import generate_text
 
     streamed = len(prompt) == 1 and not as_json
     with display.make_display(quiet, as_json, verbose):

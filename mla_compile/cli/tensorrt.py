@@ -51,8 +51,8 @@ def tensorrt(
 ) -> None:
     """Write a converted model for TensorRT: caches of fixed memory, nodes that plugins can take; or build an engine."""
     from mla_compile import display
+    from mla_compile.artifacts.tensorrt import commands, write_for_tensorrt
     from mla_compile.progress import Stages
-    from mla_compile.tensorrt import commands, write_for_tensorrt
 
     if plugin == "cpp" and out.suffix == ".plan":
         raise UsageError(
@@ -98,7 +98,7 @@ def build_plugin(
 ) -> None:
     """Compile the plugins of ONNX files for TensorRT to a library, for trtexec and ONNX Runtime."""
     from mla_compile import display
-    from mla_compile.plugin_library import build_plugin_library
+    from mla_compile.artifacts.plugin_library import build_plugin_library
 
     with display.make_display(quiet, as_json, verbose) as shown:
         build_plugin_library(

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 from mla_compile.display.console import print_table, say, tell, warn
 
 if TYPE_CHECKING:
-    from mla_compile.bench import Benchmark, Spread
-    from mla_compile.measure import Measurement
-    from mla_compile.textgen import Generation
+    from mla_compile.evaluation.benchmark import Benchmark, Spread
+    from mla_compile.evaluation.measure import Measurement
+    from mla_compile.evaluation.textgen import Generation
 
 
 __all__ = ["generation_row", "show_benchmark", "show_generation", "show_measurement", "stream_text"]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from mla_compile.display.console import print_table, warn
 
 if TYPE_CHECKING:
-    from mla_compile.encoder_report import EncoderReport
     from mla_compile.report import Report
-    from mla_compile.seq2seq_report import Seq2SeqReport
+    from mla_compile.reporting.encoder_report import EncoderReport
+    from mla_compile.reporting.seq2seq_report import Seq2SeqReport
 
 
 __all__ = ["show_encoder_report", "show_report", "show_seq2seq_report", "show_training"]
@@ -20,76 +20,20 @@ _MUCH = 1.05
 """Growth of perplexity from which ways to a smaller one are named."""
 
 
+_Rows: TypeAlias = list[list[object]]
+
+
 def show_report(report: Report, out: Path) -> None:
     """What was done, in a few lines."""
-    from mla_compile.report_page import PAGE
+    from mla_compile.reporting.report_page import PAGE
 
-    rows: list[list[object]] = [
-        ["attention layers", f"{len(report.plans)} converted" + (f", {len(report.kept)} kept" if report.kept else "")],
-        _method_row(report),
-        [
-            "cache bytes per token",
-            f"{report.cache_bytes_before} -> {report.cache_bytes_after} ({report.cache_ratio:.2%})",
-        ],
+    rows = [
+        *_layer_rows(report),
+        *_quality_rows(report),
+        *_verification_rows(report),
+        *_checkpoint_rows(report),
+        _written_row(report.artifacts, str(out)),
     ]
-    for window, layers in report.windows.items():
-        rows.append([f"{layers} layers with a window", f"cache the last {window - 1} tokens at most"])
-    if report.polish:
-        p = report.polish
-        rows.append([f"divergence, {p.steps} polish steps", f"{p.before:.4f} -> {p.after:.4f} nats per token"])
-    if report.training:
-        t = report.training
-        rows.append(
-            [f"held-out loss, {t.tokens:,} tokens of training", f"{t.before:.4f} -> {t.after:.4f} nats per token"]
-        )
-    if report.quality:
-        quality = report.quality
-        rows.append(
-            [
-                f"perplexity, {'held-out' if quality.held_out else 'calibration'} text",
-                f"{quality.original:.4f} -> {quality.converted:.4f} (x{quality.ratio:.3f}, {quality.tokens} tokens)",
-            ]
-        )
-    if report.verification:
-        v = report.verification
-        rows += [
-            ["rewrite at full rank vs original", f"{v.rewrite_error:.1e}"],
-            ["decode vs whole sequence", f"{v.decode_error:.1e}"],
-        ]
-        if v.rounding is not None:
-            rows.append(["roundings of the type, original -> converted", "{:.1e} -> {:.1e}".format(*v.rounding)])
-        if v.lowering_error is not None:
-            greedy = "" if v.lowering_greedy is None else f", greedy {v.lowering_greedy:.0%} equal"
-            copied = " (a float32 copy of the file)" if v.lowering_copy else ""
-            rows.append(["ONNX Runtime vs PyTorch", f"{v.lowering_error:.1e}{greedy}{copied}"])
-        if v.lowering_rounding is not None:
-            rows.append(["roundings of the file in ONNX Runtime", f"{v.lowering_rounding:.1e}"])
-        if v.quantisation_error is not None:
-            rows.append(["int8 cache vs float32 cache, PyTorch", f"{v.quantisation_error:.1e}"])
-        if v.engine_error is not None:
-            rows.append(["TensorRT vs ONNX Runtime", f"{v.engine_error:.1e}"])
-        if report.config.get("exact"):
-            equal = f"{v.conversion_error:.1e}, greedy {v.conversion_greedy:.0%} equal"
-            rows.append(["converted vs original", equal])
-        else:  # where texts part they stay apart, so that equal tokens would say nothing
-            rows.append(["largest change of a logit by what was left out", f"{v.conversion_error:.0%} of the largest"])
-        rows.append(["measured cache bytes per token", v.cache_bytes_per_token])
-    if report.checkpoint:
-        c = report.checkpoint
-        rows += [
-            ["checkpoint", f"DeepSeek-V3, latent {c.latent}, rope {c.rope}: {c.cache_bytes_per_token} bytes per token"],
-            ["transformers vs PyTorch", f"{c.error:.1e}, greedy {c.greedy:.0%} equal"],
-            ["cache in transformers, measured", f"{c.cache_bytes_measured:g} bytes per token"],
-            [
-                "norm of the latent changes it by",
-                f"{c.norm_error:.1e} at most, {c.norm_error_measured:.1e} on the text",
-            ],
-        ]
-        if c.rounding_error is not None:
-            rows.append([f"weights in {c.dtype} change logits by", f"{c.rounding_error:.1e}"])
-        if c.llama_cpp_error is not None:
-            rows.append(["llama.cpp vs PyTorch", f"{c.llama_cpp_error:.1e}"])
-    rows.append(["written", f"{out} ({sum(report.artifacts.values()) / 2**20:.1f} MiB)"])
     page = (out if out.is_dir() else out.parent) / PAGE
     if page.is_file():
         rows.append(["to look at", page])
@@ -99,6 +43,87 @@ def show_report(report: Report, out: Path) -> None:
     print_table(report.source, ["", "result"], rows)
     _show_errors(report)
     warn(*report.warnings)
+
+
+def _layer_rows(report: Report) -> _Rows:
+    """Which layers were converted, how, and what a token of cache takes."""
+    kept = f", {len(report.kept)} kept" if report.kept else ""
+    cache = f"{report.cache_bytes_before} -> {report.cache_bytes_after} ({report.cache_ratio:.2%})"
+    rows: _Rows = [
+        ["attention layers", f"{len(report.plans)} converted{kept}"],
+        _method_row(report),
+        ["cache bytes per token", cache],
+    ]
+    for window, layers in report.windows.items():
+        rows.append([f"{layers} layers with a window", f"cache the last {window - 1} tokens at most"])
+    return rows
+
+
+def _quality_rows(report: Report) -> _Rows:
+    """What training and the conversion changed, on text."""
+    rows: _Rows = []
+    if report.polish:
+        p = report.polish
+        rows.append([f"divergence, {p.steps} polish steps", f"{p.before:.4f} -> {p.after:.4f} nats per token"])
+    if report.training:
+        t = report.training
+        name = f"held-out loss, {t.tokens:,} tokens of training"
+        rows.append([name, f"{t.before:.4f} -> {t.after:.4f} nats per token"])
+    if report.quality:
+        q = report.quality
+        name = f"perplexity, {'held-out' if q.held_out else 'calibration'} text"
+        rows.append([name, f"{q.original:.4f} -> {q.converted:.4f} (x{q.ratio:.3f}, {q.tokens} tokens)"])
+    return rows
+
+
+def _verification_rows(report: Report) -> _Rows:
+    """How far apart the original, the rewrite, the conversion and the file are."""
+    v = report.verification
+    if v is None:
+        return []
+    rows: _Rows = [
+        ["rewrite at full rank vs original", f"{v.rewrite_error:.1e}"],
+        ["decode vs whole sequence", f"{v.decode_error:.1e}"],
+    ]
+    if v.rounding is not None:
+        rows.append(["roundings of the type, original -> converted", "{:.1e} -> {:.1e}".format(*v.rounding)])
+    if v.lowering_error is not None:
+        greedy = "" if v.lowering_greedy is None else f", greedy {v.lowering_greedy:.0%} equal"
+        copied = " (a float32 copy of the file)" if v.lowering_copy else ""
+        rows.append(["ONNX Runtime vs PyTorch", f"{v.lowering_error:.1e}{greedy}{copied}"])
+    if v.lowering_rounding is not None:
+        rows.append(["roundings of the file in ONNX Runtime", f"{v.lowering_rounding:.1e}"])
+    if v.quantisation_error is not None:
+        rows.append(["int8 cache vs float32 cache, PyTorch", f"{v.quantisation_error:.1e}"])
+    if v.engine_error is not None:
+        rows.append(["TensorRT vs ONNX Runtime", f"{v.engine_error:.1e}"])
+    if report.config.get("exact"):
+        rows.append(["converted vs original", f"{v.conversion_error:.1e}, greedy {v.conversion_greedy:.0%} equal"])
+    else:  # where texts part they stay apart, so that equal tokens would say nothing
+        rows.append(["largest change of a logit by what was left out", f"{v.conversion_error:.0%} of the largest"])
+    return [*rows, ["measured cache bytes per token", v.cache_bytes_per_token]]
+
+
+def _checkpoint_rows(report: Report) -> _Rows:
+    """What a DeepSeek checkpoint holds, and how it was checked."""
+    c = report.checkpoint
+    if c is None:
+        return []
+    rows: _Rows = [
+        ["checkpoint", f"DeepSeek-V3, latent {c.latent}, rope {c.rope}: {c.cache_bytes_per_token} bytes per token"],
+        ["transformers vs PyTorch", f"{c.error:.1e}, greedy {c.greedy:.0%} equal"],
+        ["cache in transformers, measured", f"{c.cache_bytes_measured:g} bytes per token"],
+        ["norm of the latent changes it by", f"{c.norm_error:.1e} at most, {c.norm_error_measured:.1e} on the text"],
+    ]
+    if c.rounding_error is not None:
+        rows.append([f"weights in {c.dtype} change logits by", f"{c.rounding_error:.1e}"])
+    if c.llama_cpp_error is not None:
+        rows.append(["llama.cpp vs PyTorch", f"{c.llama_cpp_error:.1e}"])
+    return rows
+
+
+def _written_row(artifacts: Mapping[str, int], files: str) -> list[object]:
+    return ["written", f"{files} ({sum(artifacts.values()) / 2**20:.1f} MiB)"]
 
 
 def _method_row(report: Report) -> list[object]:
@@ -137,7 +162,7 @@ def _nats(loss: float | None) -> str:
 def show_encoder_report(report: EncoderReport, out: Path) -> None:
     """What was done to an encoder, in a few lines."""
     kept = f", {len(report.kept)} stay as they are" if report.kept else ""
-    rows: list[list[object]] = [["attention layers", f"{len(report.plans)} converted{kept}"], ["cache", "none"]]
+    rows: _Rows = [["attention layers", f"{len(report.plans)} converted{kept}"], ["cache", "none"]]
     for name, (before, after) in (
         ("parameters", report.parameters),
         ("multiplications per token, keys and values", report.multiplications),
@@ -149,7 +174,7 @@ def show_encoder_report(report: EncoderReport, out: Path) -> None:
         if v.lowering_error is not None:
             rows.append(["ONNX Runtime vs PyTorch", f"{v.lowering_error:.1e}"])
         rows.append(["converted vs original", f"{v.conversion_error:.1e}"])
-    rows.append(["written", f"{out} ({sum(report.artifacts.values()) / 2**20:.1f} MiB)"])
+    rows.append(_written_row(report.artifacts, str(out)))
     print_table(report.source, ["", "result"], rows)
     warn(*report.warnings)
 
@@ -157,7 +182,7 @@ def show_encoder_report(report: EncoderReport, out: Path) -> None:
 def show_seq2seq_report(report: Seq2SeqReport, out: Path) -> None:
     """What was done to an encoder-decoder, in a few lines."""
     converted = f"{len(report.plans)} self and {len(report.cross_plans)} cross converted"
-    rows: list[list[object]] = [["attention layers of the decoder", converted]]
+    rows: _Rows = [["attention layers of the decoder", converted]]
     for name, (before, after) in (
         ("cache bytes per decoder token", report.cache_bytes),
         ("cross cache bytes per encoder token", report.cross_cache_bytes),
@@ -170,8 +195,7 @@ def show_seq2seq_report(report: Seq2SeqReport, out: Path) -> None:
         if v.lowering_error is not None:
             rows.append(["ONNX Runtime vs PyTorch", f"{v.lowering_error:.1e}"])
         rows.append(["converted vs original", f"{v.conversion_error:.1e}"])
-    files = f"{out} and {out.with_suffix('.encoder.onnx').name}"
-    rows.append(["written", f"{files} ({sum(report.artifacts.values()) / 2**20:.1f} MiB)"])
+    rows.append(_written_row(report.artifacts, f"{out} and {out.with_suffix('.encoder.onnx').name}"))
     print_table(report.source, ["", "result"], rows)
     warn(*report.warnings)
 
@@ -182,11 +206,11 @@ def show_training(report: Mapping[str, Any], out: Path) -> None:
 
     t = report["training"]
     before, after = (f"{t[key]:.4f} (perplexity {math.exp(min(t[key], 700.0)):.4f})" for key in ("before", "after"))
-    rows: list[list[object]] = [
+    rows: _Rows = [
         ["trained", f"{t['train']}, towards {t['objective']}"],
         ["tokens", f"{t['tokens']:,} in {t['steps']} steps; the weights of step {t['best_step']}"],
         [f"held-out loss, {t['held_out_tokens']} tokens", f"{before} -> {after}"],
-        ["written", f"{out} ({sum(report['artifacts'].values()) / 2**20:.1f} MiB)"],
+        _written_row(report["artifacts"], str(out)),
     ]
     print_table(report["source"], ["", "result"], rows)
     curve = [[p["step"], p["tokens"], _nats(p["loss"]), _nats(p["held_out"])] for p in t["curve"]]

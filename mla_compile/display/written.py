@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mla_compile.display.console import print_table, say
 
 if TYPE_CHECKING:
-    from mla_compile.tensorrt import Written
+    from mla_compile.artifacts.tensorrt import Written
 
 
 __all__ = [
@@ -24,9 +24,15 @@ __all__ = [
 ]
 
 
-def show_exported(verification: Mapping[str, Any], out: Path) -> None:
+def show_exported(report: Mapping[str, Any], out: Path) -> None:
     """What is known of an ONNX file of a saved model, in a line."""
-    error, cost = verification["lowering_error"], verification.get("quantisation_error")
+    checked = report["verification"]
+    if checked.get("lowering_error") is None:
+        say(f"{out}: written, and not compared with the PyTorch module.")
+        for warning in report["warnings"]:
+            say(f"warning: {warning}")
+        return
+    error, cost = checked["lowering_error"], checked.get("quantisation_error")
     rounded = "" if cost is None else f" with rows rounded to int8, which changes its logits by {cost:.1e}"
     say(f"{out}: in ONNX Runtime it equals the PyTorch module{rounded} (largest relative difference {error:.1e}).")
 

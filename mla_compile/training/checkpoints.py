@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import pickle
+import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,7 @@ import yaml
 from accelerate import Accelerator
 from safetensors import SafetensorError
 
-from mla_compile.errors import TrainingError, UsageError
+from mla_compile.errors import LoadError, TrainingError, UsageError
 from mla_compile.report import TrainingPoint
 from mla_compile.training.recipe import Recipe
 
@@ -21,6 +24,9 @@ __all__ = ["Checkpoints", "State"]
 
 _FREE = ("keep", "patience", "tracker")
 """Settings that may change from one run to the next: they do not change what a step does."""
+_NAME = re.compile(r"step-(\d{8,})")
+_DAMAGE = (OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, SafetensorError, pickle.UnpicklingError)
+"""What readers of JSON, safetensors and torch's files raise where bytes are not theirs."""
 
 
 @dataclass(frozen=True)
@@ -96,29 +102,53 @@ class Checkpoints:
         """What the last checkpoint says of itself; None where there is none.
 
         Raises:
+            LoadError: It is damaged.
             UsageError: It belongs to a training with other settings or another text.
         """
         steps = self._steps()
         if not steps:
             return None
         found = self.folder / _name(steps[-1])
-        state = json.loads((found / "state.json").read_text("utf-8"))
-        stored = yaml.safe_load((found / "recipe.yaml").read_text("utf-8"))
-        changed = _changes(stored, self.recipe.model_dump()) or ([] if state["text"] == self.text else ["text"])
+        with _damage_explained(found):
+            written = json.loads((found / "state.json").read_text("utf-8"))
+            state = State(int(written["step"]), tuple(TrainingPoint(**point) for point in written["curve"]))
+            stored = dict(yaml.safe_load((found / "recipe.yaml").read_text("utf-8")))
+            changed = _changes(stored, self.recipe.model_dump()) or ([] if written["text"] == self.text else ["text"])
         if changed:
             raise UsageError(
                 f"'{self.folder}' holds checkpoints of another training, with another {', '.join(changed)}.",
                 "Resume with the same settings and text, or pass --force to begin anew.",
             )
-        return State(state["step"], tuple(TrainingPoint(**point) for point in state["curve"]))
+        return state
 
     def load(self, accelerator: Accelerator, step: int) -> None:
-        """Take weights and states of one checkpoint; called by every process."""
-        accelerator.load_state(str(self.folder / _name(step)))
+        """Take weights and states of one checkpoint; called by every process.
+
+        What accelerate writes by pickling is read as plain data: no code in it is run.
+
+        Raises:
+            LoadError: It is damaged.
+        """
+        found = self.folder / _name(step)
+        with _damage_explained(found):
+            accelerator.load_state(str(found))
 
     def _steps(self) -> Sequence[int]:
         """Steps of which there is a checkpoint, in order."""
-        return sorted(int(path.name.removeprefix("step-")) for path in self.folder.glob("step-*"))
+        return sorted(int(found[1]) for path in self.folder.glob("step-*") if (found := _NAME.fullmatch(path.name)))
+
+
+@contextlib.contextmanager
+def _damage_explained(checkpoint: Path) -> Iterator[None]:
+    """Turn what reading a damaged checkpoint raises into a sentence."""
+    try:
+        yield
+    except (*_DAMAGE, yaml.YAMLError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")
+        raise LoadError(
+            f"The checkpoint '{checkpoint}' is damaged ({reason}).",
+            "Remove it to go on from the one before, or pass --force to begin anew.",
+        ) from error
 
 
 def _name(step: int) -> str:

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from mla_compile.evaluate import Scorer
 from mla_compile.program import Program
 from mla_compile.runtime.module import LatentModel
+from mla_compile.text.evaluate import Scorer
 from mla_compile.training.graphs import matched, recomputed, with_attention_outputs
 from mla_compile.training.recipe import ATTENTION, DIVERGENCE, NEXT_TOKEN
 

@@ -13,19 +13,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
-from mla_compile import frontend
-from mla_compile.calibration import Text, read_text
-from mla_compile.corpus import check_vocabulary, load_tokenizer
+from mla_compile.artifacts.opened import module_scorer
+from mla_compile.artifacts.places import check_place
+from mla_compile.artifacts.saved import open_saved, write_trained
 from mla_compile.errors import LoadError, UsageError
-from mla_compile.evaluate import longest_window
-from mla_compile.opened import module_scorer
 from mla_compile.passes.retype import is_narrow, widened
-from mla_compile.places import check_place
 from mla_compile.program import Program
 from mla_compile.progress import Display, Stages
 from mla_compile.report import Training
 from mla_compile.runtime.module import LatentModel
-from mla_compile.saved import open_saved, write_trained
+from mla_compile.sources import frontend
+from mla_compile.text.calibration import Text, read_text
+from mla_compile.text.corpus import check_vocabulary, load_tokenizer
+from mla_compile.text.evaluate import longest_window
 from mla_compile.training.packing import Packed, pack
 from mla_compile.training.recipe import DIVERGENCE, NEXT_TOKEN, Recipe
 
@@ -126,7 +126,7 @@ def finetune(
     Every process of several calls it; they share the work, and the first of them writes.
 
     Args:
-        folder: Written by :meth:`~mla_compile.compiled.CompiledModel.save`.
+        folder: Written by :meth:`~mla_compile.conversion.compiled.CompiledModel.save`.
         data: Text to train on, as for :func:`mla_compile.compile`.
         out: The folder to write, with checkpoints in it while and after training.
         recipe: The settings.

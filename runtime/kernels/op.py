@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from mla_compile.errors import UsageError
+from mla_compile.runtime.gradient import register_gradient
 from mla_compile.runtime.kernels import folded
 from mla_compile.runtime.kernels.cache import LatentCache, RowLayout
 from mla_compile.runtime.kernels.codes import Codes
-from mla_compile.runtime.ops import register_gradient
 
 __all__ = ["append_latent", "latent_attention"]
 

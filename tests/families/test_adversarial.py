@@ -20,9 +20,9 @@ from zoo import DIM, HEADS, SCALE, WIDTH, Attention, HalfRope, Masked, SpelledOu
 import mla_compile
 from families import PIECES, assert_equal, assert_equal_in_onnx, difference, in_pieces, logits, tokens
 from mla_compile.errors import LoadError, MlaCompileError, RefusedError
-from mla_compile.frontend import capture
 from mla_compile.passes.recognise import Recognition, recognise
 from mla_compile.site import Mask, RejectCode
+from mla_compile.sources.capture import capture
 
 CONVERTS, KEPT, REFUSED = "converts", "kept", "refused"
 ANY = frozenset({CONVERTS, KEPT, REFUSED})

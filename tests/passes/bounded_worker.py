@@ -16,14 +16,14 @@ from torch import nn
 from torch.export import Dim, export
 
 from mla_compile.config import make_config
-from mla_compile.frontend import program_from_export
-from mla_compile.layer_store import LayerStore
+from mla_compile.disk.layer_store import LayerStore
 from mla_compile.passes import fisher
 from mla_compile.passes.layerwise import Resources
 from mla_compile.passes.methods import METHODS
 from mla_compile.passes.recognise import recognise
 from mla_compile.passes.task import Task
 from mla_compile.site import AttentionSite
+from mla_compile.sources.exported import program_from_export
 
 FEW, MANY = 2, 6
 WINDOWS, LENGTH = 24, 24

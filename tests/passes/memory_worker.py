@@ -20,11 +20,11 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.export import Dim, export
 
-from mla_compile.frontend import program_from_export
 from mla_compile.passes.activations import SiteRun
 from mla_compile.passes.layerwise import Resources
 from mla_compile.passes.recognise import recognise
 from mla_compile.passes.statistics import collect_statistics
+from mla_compile.sources.exported import program_from_export
 
 LAYERS, WIDTH, HEADS, VOCABULARY = 24, 512, 8, 101
 BATCH, LENGTH = 4, 64

@@ -14,12 +14,12 @@ import torch
 from bounded_worker import FEW, MANY, task_of
 from memory_worker import VOCABULARY, peak
 
-from mla_compile.checkpoint_files import require_finite
 from mla_compile.passes import lower_onnx, onnx_export
 from mla_compile.passes.methods import METHODS
 from mla_compile.passes.onnx_pieces import PiecewiseSession
 from mla_compile.passes.task import Task
 from mla_compile.runtime.onnx_session import OnnxDecoder
+from mla_compile.sources.checkpoint_files import require_finite
 
 PIECE = 2**22
 

@@ -433,7 +433,7 @@ def test_padding_mask_that_something_else_reads_is_that_of_the_new_tokens():
         def forward(self, ids, attention_mask):
             return super().forward(ids) * attention_mask[..., None]
 
-    from mla_compile.frontend import capture
+    from mla_compile.sources.capture import capture
 
     ids = torch.zeros(2, 5, dtype=torch.long)
     program = capture(zoo.model(zoo.Attention, kind=MaskedLM), (ids, torch.ones_like(ids)))

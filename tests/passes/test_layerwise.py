@@ -16,7 +16,6 @@ import zoo
 
 from mla_compile.config import make_config
 from mla_compile.errors import RefusedError, UsageError
-from mla_compile.frontend import capture
 from mla_compile.passes.activations import SiteRun, observe_sites
 from mla_compile.passes.converted import converted_logits, original_logits
 from mla_compile.passes.fisher import fisher
@@ -27,6 +26,7 @@ from mla_compile.passes.methods import nothing_left_out
 from mla_compile.passes.recognise import recognise
 from mla_compile.passes.statistics import collect_statistics
 from mla_compile.passes.task import Task
+from mla_compile.sources.capture import capture
 
 LENGTH = 8
 IDS = torch.randint(0, zoo.VOCABULARY, (5, LENGTH), generator=torch.Generator().manual_seed(1))

@@ -5,10 +5,12 @@ import numpy as np
 import pytest
 import torch
 
-from mla_compile import api, verify
+from mla_compile import api
+from mla_compile.errors import VerificationError
 from mla_compile.passes.onnx_pieces import PiecewiseSession
 from mla_compile.passes.retype_onnx import write_float32_copy
 from mla_compile.runtime.onnx_session import OnnxDecoder
+from mla_compile.verification.onnx import check_lowering
 
 PIECE = 20_000
 
@@ -63,7 +65,7 @@ def test_one_piece_is_the_whole_file(files):
 
 def test_large_models_are_checked_in_pieces(programs, tmp_path, monkeypatch):
     """The links of a conversion hold where files are run in pieces, and a broken file is still found."""
-    monkeypatch.setattr("mla_compile.verify._WHOLE", 0)
+    monkeypatch.setattr("mla_compile.verification.onnx.WHOLE", 0)
     opened = []
 
     class Watched(PiecewiseSession):
@@ -71,7 +73,7 @@ def test_large_models_are_checked_in_pieces(programs, tmp_path, monkeypatch):
             super().__init__(*args, piece_bytes=PIECE, **kwargs)
             opened.append(self.pieces)
 
-    monkeypatch.setattr("mla_compile.verify.PiecewiseSession", Watched)
+    monkeypatch.setattr("mla_compile.verification.onnx.PiecewiseSession", Watched)
     module = programs["llama-gqa"].module
     compiled = api.compile(module, models.example(module), method="mha2mla", dtype="bfloat16", cache_ratio=0.4)
     report = compiled.to_onnx(tmp_path / "model.onnx")
@@ -81,7 +83,5 @@ def test_large_models_are_checked_in_pieces(programs, tmp_path, monkeypatch):
     assert report.verification.lowering_greedy == 1
     with torch.no_grad():
         next(compiled.module.parameters()).mul_(2)
-    with pytest.raises(verify.VerificationError, match="ONNX Runtime differs"):
-        verify.check_lowering(
-            compiled.module, tmp_path / "model.onnx", compiled.checks, report.cache_bytes_after, "auto"
-        )
+    with pytest.raises(VerificationError, match="ONNX Runtime differs"):
+        check_lowering(compiled.module, tmp_path / "model.onnx", compiled.checks, report.cache_bytes_after, "auto")

@@ -11,8 +11,8 @@ import zoo
 from conversion import latent_weights
 
 from mla_compile import api
-from mla_compile.admission import require_room_to_polish
 from mla_compile.config import make_config
+from mla_compile.conversion.admission import require_room_to_polish
 from mla_compile.conversion_cost import polish_cost
 from mla_compile.errors import UsageError
 from mla_compile.passes import polish as module
@@ -178,8 +178,8 @@ def test_a_single_window_is_trained_on(programs, polished):
 def test_what_cannot_fit_is_refused_before_anything_is_measured(programs, monkeypatch):
     captured = programs["llama-gqa"]
     asked = {"method": "fisher", "calibration": TEXT, "check": False, "statistics_cache": False}
-    monkeypatch.setattr("mla_compile.admission.machine_memory", lambda: 10**5)
-    monkeypatch.setattr("mla_compile.causal.METHODS", {})
+    monkeypatch.setattr("mla_compile.conversion.admission.machine_memory", lambda: 10**5)
+    monkeypatch.setattr("mla_compile.conversion.causal.METHODS", {})
     with pytest.raises(UsageError, match=r"matrices alone take .* GB, and this machine has 0\.0 GB") as caught:
         api.compile(captured.module, models.example(captured.module), polish_steps=1, **asked)
     assert "--polish-steps" in caught.value.remedy
@@ -189,7 +189,7 @@ def test_what_cannot_fit_is_refused_before_anything_is_measured(programs, monkey
 
 @pytest.mark.parametrize("memory", [10**12, None])
 def test_what_fits_and_what_nobody_can_tell_is_polished(programs, monkeypatch, memory):
-    monkeypatch.setattr("mla_compile.admission.machine_memory", lambda: memory)
+    monkeypatch.setattr("mla_compile.conversion.admission.machine_memory", lambda: memory)
     require_room_to_polish(task_of(programs["llama-gqa"], method="fisher", polish_steps=1))
 
 

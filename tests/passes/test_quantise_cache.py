@@ -15,7 +15,6 @@ from conversion import convert, difference, latent_weights
 from onnx import TensorProto
 from test_kept import NormBehindRope
 
-from mla_compile import verify
 from mla_compile.errors import RefusedError, VerificationError
 from mla_compile.passes.insert_latent import insert_latent
 from mla_compile.passes.lower_onnx import lower_to_onnx
@@ -23,6 +22,8 @@ from mla_compile.passes.quantise_cache import check_quantisable
 from mla_compile.passes.recognise import recognise
 from mla_compile.runtime.generate import generate
 from mla_compile.runtime.onnx_session import OnnxDecoder
+from mla_compile.verification.agreement import TorchDecoder
+from mla_compile.verification.onnx import check_lowering, quantised
 
 # A number between two codes gets either by a rounding, and moves the logits: to 1e-3 in these models, where quantising
 # all rows moves them by 1e-2. Most runs stay below 1e-5.
@@ -39,7 +40,7 @@ class File:
         self.path = path
         self.windows = [site.mask.window or 0 for site in captured.sites]
         self.model = convert(captured.program, captured.sites, exact=False, cache_ratio=0.5)
-        self.rounded = verify.quantised(self.model)
+        self.rounded = quantised(self.model)
         settings = {"opset": 24 if static else 23, "inline": False, "metadata": {}, "static": static}
         lower_to_onnx(self.model.graph, self.model.rows, path, **settings, quantised=True)
 
@@ -97,24 +98,24 @@ def test_the_interface_is_as_documented(file):
 
 def test_generation_goes_on_as_the_module_does(file):
     prompts = [[5, 9, 40, 7, 3], [8], [11, 12, 13]]
-    expected = generate(verify.TorchDecoder(file.rounded), prompts, 6)
+    expected = generate(TorchDecoder(file.rounded), prompts, 6)
     assert OnnxDecoder(file.path, threads=1).generate(prompts, 6) == expected
 
 
 def test_a_file_is_checked_against_rounded_rows(file):
     """And one that computes with other rows is caught, by more than rounding explains."""
     ids, planned = models.tokens(2, 16), sum(row + 8 for row in file.model.rows)
-    found = verify.check_lowering(file.model, file.path, ids, planned, "int8")
+    found = check_lowering(file.model, file.path, ids, planned, "int8")
     assert found["cache_bytes_per_token"] == planned
     assert found["lowering_error"] <= LOGITS < found["quantisation_error"] < 0.2
     with pytest.raises(VerificationError, match=re.escape(f"but the plan says {planned + 1}")):
-        verify.check_lowering(file.model, file.path, ids, planned + 1, "int8")
+        check_lowering(file.model, file.path, ids, planned + 1, "int8")
     other = copy.deepcopy(file.model)
     for parameter in other.parameters():
         if parameter.dim() == 3:  # up-projections
             parameter.data *= 1.5
     with pytest.raises(VerificationError, match="ONNX Runtime differs from the converted PyTorch module"):
-        verify.check_lowering(other, file.path, ids, planned, "int8")
+        check_lowering(other, file.path, ids, planned, "int8")
 
 
 def test_what_cannot_be_quantised_is_named(mixed):

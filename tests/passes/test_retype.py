@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mla_compile.evaluate import original_scorer
-from mla_compile.frontend import capture
 from mla_compile.passes.retype import is_narrow, widened
+from mla_compile.sources.capture import capture
+from mla_compile.text.evaluate import original_scorer
 
 
 class Typed(nn.Module):

@@ -135,7 +135,7 @@ def model(*layers: Callable[[], nn.Module], kind: type[TinyLM] = TinyLM) -> nn.M
 
 def program_of(module: nn.Module) -> Program:
     """Capture a tiny language model."""
-    from mla_compile.frontend import capture
+    from mla_compile.sources.capture import capture
 
     return capture(module, (torch.randint(0, VOCABULARY, (2, 5), generator=torch.Generator().manual_seed(0)),))
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mla_compile.runtime import ops, reference
+from mla_compile.runtime.masks import kept_rows
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class _Problem:
         for name in ("sinks", "slopes"):
             if getattr(self, name):
                 tensors[name] = torch.randn(self.heads, generator=generator, dtype=torch.float64)
-        tensors["past"] = tensors["past"][:, past - ops.kept_rows(past, self.window) :]
+        tensors["past"] = tensors["past"][:, past - kept_rows(past, self.window) :]
         return {name: x if name == "attention_mask" else x.to(dtype) for name, x in self.adapt(tensors).items()}
 
     def adapt(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

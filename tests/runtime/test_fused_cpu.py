@@ -21,9 +21,9 @@ from latent_cases import Case, cases
 from onnx import TensorProto, helper
 from test_onnx_function import KINDS, dimensions, forms_of, input_names, make_node
 
+from mla_compile.artifacts.fuse import write_fused
 from mla_compile.cli import main
 from mla_compile.errors import LoadError, RefusedError, UsageError
-from mla_compile.fuse import write_fused
 from mla_compile.runtime.cpu import library as compiling
 from mla_compile.runtime.cpu.fused import fused_model
 from mla_compile.runtime.onnx_function import (

@@ -14,6 +14,8 @@ from onnx import TensorProto, helper
 from torch import Tensor
 
 from mla_compile.runtime import ops, reference
+from mla_compile.runtime.attention import attend_folded, attend_unfolded, rotate_and_append
+from mla_compile.runtime.masks import open_keys
 from mla_compile.runtime.onnx_function import DOMAIN, LATENT, VERSION, Variant, attention_function
 
 # Float64 on both sides, in another order of additions.
@@ -118,9 +120,9 @@ def test_equals_the_reference(problem):
 def test_both_forms_equal_the_reference(problem):
     x = problem.tensors()
     expected, _ = problem.expected(x)
-    query, present = ops.rotate_and_append(x["query"], x["row"], x["past"], x["cos"], x["sin"], problem.rank)
-    mask = ops.open_keys(x["attention_mask"], problem.queries).unsqueeze(1)
-    for form in (ops.attend_folded, ops.attend_unfolded):
+    query, present = rotate_and_append(x["query"], x["row"], x["past"], x["cos"], x["sin"], problem.rank)
+    mask = open_keys(x["attention_mask"], problem.queries).unsqueeze(1)
+    for form in (attend_folded, attend_unfolded):
         up = x["key_up"], x["value_up"], problem.rope_groups, x.get("sinks")
         torch.testing.assert_close(form(query, present, mask, *up, 0.4, problem.softcap), expected, **EXACT)
 

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from latent_cases import CachedCase, Case, cases, problems
 
 from mla_compile.runtime import ops, reference
+from mla_compile.runtime.attention import rotate_and_append
+from mla_compile.runtime.masks import kept_rows, score_mask, visible_keys
 
 # Both sides compute in float64 and differ in the order of additions only: some 1e-15 per number of size one.
 EXACT = {"rtol": 1e-10, "atol": 1e-11}
@@ -72,8 +74,8 @@ def form(name):
         sinks=None,
         slopes=None,
     ):
-        query, rows = ops.rotate_and_append(query, row, past, cos, sin, key_up.shape[2])
-        mask = ops.score_mask(attention_mask[:, -rows.shape[1] :], query.shape[1], window, slopes, query.dtype)
+        query, rows = rotate_and_append(query, row, past, cos, sin, key_up.shape[2])
+        mask = score_mask(attention_mask[:, -rows.shape[1] :], query.shape[1], window, slopes, query.dtype)
         return getattr(ops, name)(
             query, rows, mask, key_up, value_up, cos.shape[2], sinks, scale, softcap, value_scales, scaled_rope
         )
@@ -120,7 +122,7 @@ def test_takes_the_cheaper_form(case, folds, features, monkeypatch):
 @given(cases())
 def test_sees_the_keys_the_reference_sees(case: Case):
     mask = case.mask(case.past + case.new)
-    got = ops.visible_keys(mask, case.new, case.window)
+    got = visible_keys(mask, case.new, case.window)
     assert torch.equal(got, reference.visible_keys(mask, case.new, case.window or None))
 
 
@@ -150,7 +152,7 @@ def test_a_window_keeps_what_later_tokens_see(window, past, new):
     _, cache = case.operator(**x, **case.settings())
     rows = torch.cat([x["past"], x["row"]], 1)
     kept = min(past + new + 1, window - 1)
-    assert cache.shape[1] == kept == ops.kept_rows(past + new + 1, window)
+    assert cache.shape[1] == kept == kept_rows(past + new + 1, window)
     assert torch.equal(cache, rows[:, rows.shape[1] - kept :])
     assert cache.untyped_storage().nbytes() == cache.nbytes  # no view that keeps the other rows alive
 

@@ -15,7 +15,7 @@ import pytest
 import stand_in_engine
 import torch
 
-from mla_compile import tensorrt as tensorrt_command
+from mla_compile.artifacts import tensorrt as tensorrt_command
 from mla_compile.cli import main
 from mla_compile.runtime.tensorrt import engine
 from mla_compile.runtime.tensorrt.engine import facts_path

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import stand_in_engine
 
-from mla_compile import opened
-from mla_compile import tensorrt as tensorrt_command
+from mla_compile.artifacts import opened
+from mla_compile.artifacts import tensorrt as tensorrt_command
 from mla_compile.cli import main
-from mla_compile.corpus import load_tokenizer
 from mla_compile.runtime.tensorrt import engine
 from mla_compile.runtime.tensorrt.reference import OnnxFixedDecoder
+from mla_compile.text.corpus import load_tokenizer
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny-llama"
 PROMPTS = ("Once upon a time there was", "Lily")

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import mla_compile
+from mla_compile.artifacts.saved import open_saved, write_saved_onnx
 from mla_compile.cli import main
 from mla_compile.config import make_config
 from mla_compile.errors import UsageError
 from mla_compile.runtime.onnx_session import OnnxDecoder
-from mla_compile.saved import open_saved, write_saved_onnx
 from training import LENGTH, counting
 
 ROUNDING = 1e-5  # of the largest logit; float32 in another order of operations

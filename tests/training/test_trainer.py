@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 import resource
 import shutil
+from pathlib import Path
 
 import models
 import pytest
@@ -16,8 +18,8 @@ from accelerate.state import AcceleratorState
 import mla_compile
 from mla_compile import Recipe, finetune
 from mla_compile.cli import main
-from mla_compile.errors import TrainingError, UsageError
-from mla_compile.frontend import capture
+from mla_compile.errors import LoadError, TrainingError, UsageError
+from mla_compile.sources.capture import capture
 from mla_compile.training import trainer
 from training import LENGTH, SETTINGS, assert_same, counting
 
@@ -245,3 +247,31 @@ def test_a_tracker_that_is_not_installed_is_refused(monkeypatch):
     monkeypatch.setattr(trainer, "get_available_trackers", lambda: [])
     with pytest.raises(UsageError, match="'wandb' is not installed"):
         trainer._tracker(Recipe(tracker="wandb"))
+
+
+# ---- damaged checkpoints
+
+
+class Payload:
+    """Pickled, it makes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("name", ["state.json", "recipe.yaml", "model.safetensors", "optimizer.bin"])
+@pytest.mark.parametrize("damage", ["cut", "other", "pickle"])
+def test_a_damaged_checkpoint_is_told_and_runs_no_code(plain, train, tmp_path, name, damage):
+    out, run = tmp_path / "model", tmp_path / "was run"
+    shutil.copytree(plain.folder / "checkpoints", out / "checkpoints")
+    (out / "checkpoints" / "step-notes").mkdir()  # what is none of ours is left alone
+    file = out / "checkpoints" / "step-00000008" / name
+    content = {"cut": file.read_bytes()[:20], "other": b"[1, 2]", "pickle": pickle.dumps(Payload(run), protocol=2)}
+    file.write_bytes(content[damage])
+    with pytest.raises(LoadError, match=r"step-00000008' is damaged \(.*Remove it"):
+        train(out, resume=True)
+    assert not run.exists()
+    assert not (out / "model.pt2").exists()

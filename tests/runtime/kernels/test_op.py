@@ -12,7 +12,7 @@ from absorbed_cases import Problem, expected, problems
 from hypothesis import given, settings
 
 from mla_compile.errors import UsageError
-from mla_compile.runtime import ops
+from mla_compile.runtime.attention import rotate_and_append
 from mla_compile.runtime.kernels import Codes, LatentCache, RowLayout, append_latent, folded, latent_attention, op
 
 # Both sides compute in float64 and differ in the order of additions only; denominators are told from shares in the
@@ -98,7 +98,7 @@ def test_appended_rows_are_those_of_the_graph_operator(page, codes):
     before = torch.cat(cache.parts(torch.float64, 37), -1)
     append_latent(row, angle.cos(), angle.sin(), cache, lengths)
     query = torch.zeros(3, 3, 4, 8, dtype=torch.float64)
-    _, exact = ops.rotate_and_append(query, row, row[:, :0], angle.cos(), angle.sin(), 16)
+    _, exact = rotate_and_append(query, row, row[:, :0], angle.cos(), angle.sin(), 16)
     after = torch.cat(cache.parts(torch.float64, 37), -1)
     for sequence, length in enumerate(problem.lengths):
         count = min(3, length)

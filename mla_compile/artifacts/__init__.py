@@ -1,0 +1,1 @@
+"""Results: written, checked before they get their names, read back and run."""

@@ -1,0 +1,89 @@
+"""What lies beside every result (configuration, tokenizer, report and its page), and by which a folder is told."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import TypeVar
+
+from mla_compile.errors import LoadError
+from mla_compile.program import Assets
+from mla_compile.progress import Stages
+from mla_compile.report import Report
+from mla_compile.reporting.encoder_report import EncoderReport
+from mla_compile.reporting.report_page import write_report
+from mla_compile.reporting.seq2seq_report import Seq2SeqReport
+
+__all__ = ["copy_assets", "finished", "is_converted_folder", "read_assets", "written_files"]
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+)
+_AnyReport = TypeVar("_AnyReport", Report, EncoderReport, Seq2SeqReport)
+
+
+def is_converted_folder(path: Path) -> bool:
+    """Whether a folder was written by :func:`~mla_compile.artifacts.archives.write_folder`."""
+    return (path / "mla_config.yaml").is_file() and (path / "model.pt2").is_file()
+
+
+def written_files(folder: Path) -> list[Path]:
+    """Files in a folder that are opened by their own names: converted models as ONNX, and engines."""
+    return sorted(p for p in folder.glob("*.*") if p.suffix in (".onnx", ".plan"))
+
+
+def copy_assets(assets: Assets, folder: Path) -> None:
+    """Write configuration, generation settings and tokenizer into a folder."""
+    for name, content in (("config.json", assets.config), ("generation_config.json", assets.generation)):
+        if content:
+            (folder / name).write_text(
+                json.dumps(content, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8"
+            )
+    local = assets.local_folder
+    if local is not None:
+        for name in _TOKENIZER_FILES:
+            if (local / name).is_file():
+                shutil.copyfile(local / name, folder / name)
+    elif assets.folder is not None:
+        from mla_compile.text.corpus import load_tokenizer
+
+        load_tokenizer(assets.folder).save_pretrained(folder)
+    elif assets.tokenizer is not None:
+        assets.tokenizer.save_pretrained(folder)
+
+
+def read_assets(folder: Path) -> Assets:
+    """Read back what :func:`copy_assets` wrote.
+
+    Raises:
+        LoadError: A file is damaged.
+    """
+    stored = {}
+    for name in ("config.json", "generation_config.json"):
+        path = folder / name
+        try:
+            stored[name] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+        except ValueError as error:
+            raise LoadError(f"'{path}' is damaged ({error}).", "Convert the model again.") from error
+        if not isinstance(stored[name], dict):
+            raise LoadError(f"'{path}' holds no settings.", "Convert the model again.")
+    tokenizer = any((folder / name).is_file() for name in _TOKENIZER_FILES)
+    return Assets(str(folder) if tokenizer else None, stored["config.json"], stored["generation_config.json"])
+
+
+def finished(report: _AnyReport, folder: Path, stages: Stages) -> _AnyReport:
+    """Complete a report with the sizes of what lies in its folder, and write it there."""
+    sizes = {p.name: p.stat().st_size for p in sorted(folder.iterdir())}
+    report = dataclasses.replace(report, artifacts=sizes, stages=(*report.stages, *stages.timings))
+    write_report(report.to_dict(), folder)
+    return report

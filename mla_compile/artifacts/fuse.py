@@ -1,0 +1,62 @@
+"""``mla-compile fuse``: a file and a library with the fused kernel, for ONNX Runtime where mla-compile is not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+from onnx.external_data_helper import uses_external_data
+
+from mla_compile.artifacts.places import check_place
+from mla_compile.disk.writing import moved_into
+from mla_compile.errors import LoadError, RefusedError, UsageError
+from mla_compile.runtime.cpu.fused import fused_model
+from mla_compile.runtime.cpu.library import compile_library
+
+__all__ = ["write_fused"]
+
+
+def write_fused(model: Path, out: Path, *, march: str = "native", force: bool = False) -> Path:
+    """Write a file whose attention nodes use the fused kernel, and the library of its operators.
+
+    A program registers the library (``SessionOptions.register_custom_ops_library``) and opens the file. Weights beside
+    the given file are used where they lie.
+
+    Args:
+        model: An ONNX file made by this compiler.
+        out: The ``.onnx`` file to write; the library has its name, with the suffix ``.so``.
+        march: Processor the library is for, as the compiler names it: ``x86-64-v4``, say.
+        force: Replace existing files.
+
+    Returns:
+        The library's path.
+
+    Raises:
+        LoadError: The file is missing or damaged.
+        RefusedError: No attention of the file is what the kernel computes.
+        UsageError: There is no compiler, it fails, or the files cannot be written there.
+    """
+    if out.suffix != ".onnx":
+        raise UsageError(f"'{out}' is not named like an ONNX file.", "Name it with the suffix .onnx.")
+    library = out.with_suffix(".so")
+    for path in (out, library):
+        check_place(path, force)
+    if not model.is_file():
+        raise LoadError(f"There is no file '{model}'.", "Convert a model first: mla-compile MODEL --out FILE.onnx.")
+    try:
+        fused = fused_model(model)
+    except Exception as error:  # protobuf's own, and onnx's
+        raise LoadError(f"'{model}' is no ONNX file, or a damaged one.", "Give a file made by mla-compile.") from error
+    if fused is None:
+        raise RefusedError(
+            f"'{model}' has no attention that the fused kernel computes: it is for float32 and int8 caches, in files "
+            "written without --inline.",
+            "Run the file as it is.",
+        )
+    outside = any(uses_external_data(tensor) for tensor in fused.graph.initializer)
+    if outside and out.absolute().parent != model.absolute().parent:
+        raise UsageError(f"The weights of '{model}' lie beside it.", f"Write to the same folder: {model.parent}.")
+    with moved_into(out.parent) as folder:
+        onnx.save(fused, folder / out.name)
+        compile_library(folder / library.name, f"-march={march}")
+    return library

@@ -1,0 +1,179 @@
+"""Tensors of a DeepSeek checkpoint as llama.cpp names and arranges them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import safe_open
+from torch import Tensor
+
+from mla_compile.artifacts.checkpoint import stock_rotation
+from mla_compile.errors import LoadError
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+
+__all__ = ["Stored", "write_tensors"]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A DeepSeek checkpoint in a folder.
+
+    Attributes:
+        folder: The folder.
+        config: Its ``config.json``.
+        files: The file of every tensor.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    files: Mapping[str, str]
+
+    @classmethod
+    def read(cls, folder: Path) -> Stored:
+        """Read what is in a folder; tensors are read when they are asked for.
+
+        Raises:
+            LoadError: It is no such checkpoint.
+        """
+        try:
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            index = folder / "model.safetensors.index.json"
+            if index.is_file():
+                files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            else:
+                with safe_open(folder / "model.safetensors", "pt") as opened:
+                    files = dict.fromkeys(opened.keys(), "model.safetensors")
+        except (OSError, ValueError, KeyError) as error:
+            raise LoadError(
+                f"'{folder}' holds no DeepSeek checkpoint ({error}).",
+                "Give a folder written by mla-compile with --format deepseek.",
+            ) from error
+        if config.get("architectures") != ["DeepseekV3ForCausalLM"]:
+            raise LoadError(
+                f"'{folder}' holds no DeepSeek checkpoint, but {config.get('architectures')}.",
+                "Give a folder written by mla-compile with --format deepseek.",
+            )
+        return cls(folder, config, dict(sorted(files.items())))
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor by its name; one is in memory at a time."""
+        for name, file in self.files.items():
+            with safe_open(self.folder / file, "pt") as opened:
+                yield name, opened.get_tensor(name)
+
+    def shapes(self) -> Iterator[tuple[str, tuple[int, ...], str]]:
+        """Name, shape and type of every tensor, without reading it."""
+        for name, file in self.files.items():
+            with safe_open(self.folder / file, "pt") as opened:
+                part = opened.get_slice(name)
+                yield name, tuple(part.get_shape()), part.get_dtype()
+
+
+@dataclass(frozen=True)
+class _Correction:
+    """What transformers computes with, over what llama.cpp does.
+
+    Attributes:
+        logits: Factor of logits.
+        rotation: Factor of rotations.
+    """
+
+    logits: float
+    rotation: float
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> _Correction:
+        """Of a checkpoint.
+
+        ``build_arch_graph`` of ``deepseek2`` makes up for a factor of YaRN that it takes for given: with a factor ``s``
+        and ``m = 1 + 0.1 ln s`` logits are multiplied by ``m^2`` wherever rotations are scaled, and rotations by ``m``
+        where that is by YaRN.
+        """
+        kind = config["rope_parameters"]["rope_type"]
+        if kind == "default":
+            return cls(1.0, 1.0)
+        theirs = 1 + 0.1 * math.log(config["rope_parameters"]["factor"])
+        _, factor, scale = stock_rotation(config)
+        width = int(config["qk_nope_head_dim"]) + int(config["qk_rope_head_dim"])
+        return cls(scale * math.sqrt(width) / theirs**2, factor / (theirs if kind == "yarn" else 1.0))
+
+
+def write_tensors(writer: GGUFWriter, stored: Stored) -> None:
+    """Write every tensor, one in memory at a time."""
+    import gguf
+
+    layers = int(stored.config["num_hidden_layers"])
+    known = gguf.get_tensor_name_map(gguf.MODEL_ARCH.DEEPSEEK2, layers)
+    correction = _Correction.of(stored.config)
+    half = False
+    for name, shape, kind in stored.shapes():
+        for part, size in _parts(name, shape, stored.config):
+            found = known.get_name(part, try_suffixes=(".weight",))
+            assert found is not None, part
+            narrow = kind == "BF16" and len(size) > 1  # its norms are float32
+            half = half or narrow
+            raw = gguf.GGMLQuantizationType.BF16 if narrow else None
+            bytes_each = 2 if narrow else 4
+            dtype = np.dtype(np.int16 if narrow else np.float32)
+            writer.add_tensor_info(found, size, dtype, math.prod(size) * bytes_each, raw)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16 if half else gguf.LlamaFileType.ALL_F32)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for name, value in stored.tensors():
+        corrected = _corrected(name, value, stored.config, correction)
+        for piece in _split(name, corrected, stored.config):
+            writer.write_tensor_data(_numbers(piece))
+    writer.close()
+
+
+def _parts(name: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names, still of transformers' kind, and shapes of what a tensor becomes."""
+    if not name.endswith("kv_b_proj.weight"):
+        yield name, shape
+        return
+    heads, latent = int(config["num_attention_heads"]), shape[1]
+    yield name.replace("kv_b_proj", "k_b_proj"), (heads, latent, int(config["qk_nope_head_dim"]))
+    yield name.replace("kv_b_proj", "v_b_proj"), (heads, int(config["v_head_dim"]), latent)
+
+
+def _split(name: str, value: Tensor, config: Mapping[str, Any]) -> Iterator[Tensor]:
+    if not name.endswith("kv_b_proj.weight"):
+        yield value
+        return
+    keys, values = value.unflatten(0, (int(config["num_attention_heads"]), -1)).split(
+        [int(config["qk_nope_head_dim"]), int(config["v_head_dim"])], 1
+    )
+    yield keys.mT
+    yield values
+
+
+def _corrected(name: str, value: Tensor, config: Mapping[str, Any], correction: _Correction) -> Tensor:
+    if correction == _Correction(1.0, 1.0):
+        return value
+    rope = int(config["qk_rope_head_dim"])
+    if name.endswith(("q_proj.weight", "q_b_proj.weight")):
+        heads = value.double().unflatten(0, (int(config["num_attention_heads"]), -1)) * correction.logits
+        heads[:, -rope:] *= correction.rotation
+        return torch.flatten(heads, 0, 1).to(value.dtype)
+    if name.endswith("kv_a_proj_with_mqa.weight"):
+        rows = value.double()
+        rows[-rope:] *= correction.rotation
+        return rows.to(value.dtype)
+    return value
+
+
+def _numbers(value: Tensor) -> NDArray[Any]:
+    narrow = value.dtype == torch.bfloat16 and value.dim() > 1
+    found: NDArray[Any] = (value.contiguous().view(torch.int16) if narrow else value.contiguous().float()).numpy()
+    return found

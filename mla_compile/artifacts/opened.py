@@ -1,0 +1,184 @@
+"""Any model the compiler reads or writes, ready to be run on text: originals, converted files and converted folders."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from mla_compile.artifacts.archives import read_folder
+from mla_compile.artifacts.companions import is_converted_folder, written_files
+from mla_compile.errors import LoadError
+from mla_compile.passes.recognise import Recognition, recognise
+from mla_compile.program import Program
+from mla_compile.runtime.generate import Decoder
+from mla_compile.runtime.module import LatentModel, cache_dtype
+from mla_compile.runtime.onnx_checksum import require_unchanged
+from mla_compile.runtime.onnx_session import OnnxDecoder
+from mla_compile.runtime.tensorrt.engine import TensorRTDecoder
+from mla_compile.sources import frontend
+from mla_compile.text.evaluate import Scorer, original_scorer
+from mla_compile.verification.agreement import TorchDecoder
+
+__all__ = [
+    "ONNX_RUNTIME",
+    "TENSORRT",
+    "TORCH",
+    "Opened",
+    "latent_bytes",
+    "module_scorer",
+    "onnx_scorer",
+    "open_model",
+    "open_program",
+]
+
+ONNX_RUNTIME, TENSORRT, TORCH = "onnxruntime", "tensorrt", "torch"
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model that can be run.
+
+    Attributes:
+        name: What the user called it.
+        runtime: ``onnxruntime``, ``tensorrt`` or ``torch``.
+        score: Token ids to logits.
+        cache_bytes: Cache bytes per token; None where some attention was not understood.
+        longest: Longest sequence, if the model says.
+        known: How many token ids it can be given.
+        vocabulary: How many logits it returns.
+        tokenizer: Folder or hub id where its tokenizer may be.
+        decoder: The model step by step; None for an original, which is run without a cache.
+        method: How it was converted, as far as it says: a method's name, or ``exact``.
+        cache_ratio: The cache ratio that was asked for, likewise.
+    """
+
+    name: str
+    runtime: str
+    score: Scorer
+    cache_bytes: int | None
+    longest: int | None
+    known: int
+    vocabulary: int
+    tokenizer: str | None
+    decoder: Decoder | None = None
+    method: str | None = None
+    cache_ratio: float | None = None
+
+
+def open_model(name: str, tokenizer: str | None = None) -> Opened:
+    """Open a model of any kind.
+
+    Args:
+        name: An ONNX file, engine or folder made by this compiler, an archive, a Hugging Face folder or a hub id.
+        tokenizer: Folder of the tokenizer, if the model does not bring one.
+
+    Raises:
+        LoadError: It cannot be read.
+    """
+    path = Path(name)
+    if path.suffix in (".onnx", ".plan"):
+        return _open_decoder(path, name)
+    if is_converted_folder(path):
+        return _open_folder(path, name)
+    if (path / "report.json").is_file() and (files := written_files(path)):
+        raise LoadError(f"'{name}' holds no model in PyTorch, but {files[0].name}.", f"Name the file: {files[0]}.")
+    program = frontend.load_program(name, tokenizer=tokenizer)
+    return open_program(name, program, recognise(program))
+
+
+def open_program(name: str, program: Program, found: Recognition) -> Opened:
+    """Open an original that was read and recognised already."""
+    logits = next(n for n in program.exported.graph.nodes if n.name == program.logits)
+    return Opened(
+        name=name,
+        runtime=TORCH,
+        score=original_scorer(program),
+        cache_bytes=_plain_bytes(found, program.dtype),
+        longest=program.max_positions,
+        known=program.vocabulary,
+        vocabulary=int(logits.meta["val"].shape[-1]),
+        tokenizer=program.assets.folder,
+    )
+
+
+def latent_bytes(model: LatentModel) -> int:
+    """Bytes the cache of a converted model keeps per token."""
+    return sum(model.rows) * cache_dtype(model.graph).itemsize
+
+
+def _plain_bytes(found: Recognition, dtype: torch.dtype) -> int | None:
+    """Bytes an ordinary cache keeps per token; None where some attention was not understood."""
+    plain = [r.plain for r in found.rejections if r.plain is not None]
+    if len(plain) < len(found.rejections) or not (plain or found.sites):
+        return None
+    elements = sum(s.elements_per_token for s in found.sites) + sum(p.elements_per_token for p in plain)
+    return elements * dtype.itemsize
+
+
+def onnx_scorer(decoder: OnnxDecoder | TensorRTDecoder) -> Scorer:
+    """A converted model in ONNX Runtime or TensorRT as a function of whole sequences."""
+    return lambda ids: torch.from_numpy(decoder.logits(ids.numpy()))
+
+
+def module_scorer(model: LatentModel) -> Scorer:
+    """A converted model in PyTorch as a function of whole sequences."""
+    return lambda ids: model(ids).logits
+
+
+def _open_decoder(path: Path, name: str) -> Opened:
+    if path.suffix == ".plan":
+        engine = TensorRTDecoder(path)  # whose room is no more than the model's longest sequence
+        return dataclasses.replace(_opened(path, name, TENSORRT, engine), longest=engine.limits.room)
+    decoder = OnnxDecoder(path)
+    require_unchanged(path)
+    return _opened(path, name, ONNX_RUNTIME, decoder)
+
+
+def _opened(path: Path, name: str, runtime: str, decoder: OnnxDecoder | TensorRTDecoder) -> Opened:
+    method, ratio = _asked_for(decoder.metadata.get("config", {}))
+    return Opened(
+        name=name,
+        runtime=runtime,
+        score=onnx_scorer(decoder),
+        cache_bytes=decoder.cache_bytes_per_token,
+        longest=decoder.metadata.get("max_position_embeddings"),
+        known=decoder.vocabulary,
+        vocabulary=decoder.vocabulary,
+        tokenizer=str(path.absolute().parent),
+        decoder=decoder,
+        method=method,
+        cache_ratio=ratio,
+    )
+
+
+def _open_folder(path: Path, name: str) -> Opened:
+    model = read_folder(path)
+    config = json.loads((path / "config.json").read_text("utf-8")) if (path / "config.json").is_file() else {}
+    with torch.inference_mode():
+        vocabulary = model(torch.zeros(1, 1, dtype=torch.long)).logits.shape[-1]
+    method, ratio = _asked_for(yaml.safe_load((path / "mla_config.yaml").read_text("utf-8")))
+    return Opened(
+        name=name,
+        runtime=TORCH,
+        score=module_scorer(model),
+        cache_bytes=latent_bytes(model),
+        longest=config.get("max_position_embeddings"),
+        known=vocabulary,
+        vocabulary=vocabulary,
+        tokenizer=name,
+        decoder=TorchDecoder(model),
+        method=method,
+        cache_ratio=ratio,
+    )
+
+
+def _asked_for(config: Mapping[str, Any]) -> tuple[str | None, float | None]:
+    """Method and cache ratio of a stored configuration."""
+    return "exact" if config.get("exact") else config.get("method"), config.get("cache_ratio")

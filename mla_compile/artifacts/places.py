@@ -1,0 +1,169 @@
+"""Where results may be written: what cannot be is refused before any work is done."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import tempfile
+from pathlib import Path
+
+from mla_compile.artifacts.companions import copy_assets
+from mla_compile.disk.writing import is_occupied
+from mla_compile.errors import UsageError
+from mla_compile.program import Assets
+from mla_compile.reporting.report_page import PAGE
+
+__all__ = [
+    "check_cache_layout",
+    "check_cache_type",
+    "check_neighbours",
+    "check_onnx_target",
+    "check_pair",
+    "check_place",
+    "check_target",
+]
+
+
+def check_target(path: Path, force: bool) -> None:
+    """Refuse a target that cannot be written, before any work is done.
+
+    Raises:
+        UsageError: The name is not one this version writes, exists already, or its folder cannot be written.
+    """
+    if not path.name:
+        raise UsageError(f"'{path}' names no file.", "Name a .onnx file, or a folder.")
+    if path.name == ".onnx":
+        raise UsageError(f"'{path}' is only a suffix.", "Name a file, such as model.onnx.")
+    if path.suffix and path.suffix != ".onnx":
+        raise UsageError(
+            f"'{path}' does not say what to write: '{path.suffix}' is not known.",
+            "Name a .onnx, .plan or .gguf file, or a folder without a suffix.",
+        )
+    if path.suffix == ".onnx" and importlib.util.find_spec("onnxruntime") is None:
+        raise UsageError(
+            "ONNX Runtime, which every ONNX file is checked with, is not installed.",
+            "Run: pip install 'mla-compile[cpu]'.",
+        )
+    if path.suffix == ".onnx" and path.is_dir():
+        raise UsageError(f"'{path}' is a folder.", "Name a .onnx file.")
+    if not path.suffix and path.exists() and not path.is_dir():
+        raise UsageError(f"'{path}' is no folder.", "Name a .onnx file, or a folder.")
+    _check_free(path.with_name(f"{path.name}.data"), force)
+    check_place(path, force)
+
+
+def check_cache_type(path: Path, cache_type: str, *, tensorrt: bool = False) -> None:
+    """Refuse a quantised cache where caches hold floats: anywhere but in an ONNX file that is not for TensorRT.
+
+    Raises:
+        UsageError: It cannot be quantised there.
+    """
+    if cache_type == "int8" and (tensorrt or path.suffix != ".onnx"):
+        raise UsageError(
+            f"Only an ONNX file for ONNX Runtime has an int8 cache, and '{path}' is none.",
+            "Name a .onnx file without --target tensorrt, or leave --cache-type int8 out; "
+            "mla-compile export writes such a file of a folder.",
+        )
+
+
+def check_cache_layout(path: Path, layout: str, *, tensorrt: bool = False) -> None:
+    """Refuse another layout than rows anywhere but in an ONNX file that is not for TensorRT.
+
+    Raises:
+        UsageError: There is no such layout there.
+    """
+    if layout != "rows" and (tensorrt or path.suffix != ".onnx"):
+        raise UsageError(
+            f"Only an ONNX file for ONNX Runtime has the cache layout {layout}, and '{path}' is none.",
+            "Name a .onnx file, without --target tensorrt, or leave --cache-layout and --target out.",
+        )
+
+
+def check_place(path: Path, force: bool) -> None:
+    """Refuse a file or folder that cannot be made.
+
+    Raises:
+        UsageError: Something exists there already, or its folder cannot be written.
+    """
+    _check_free(path, force)
+    parent = path if path.is_dir() else path.parent
+    existing = next((p for p in (parent, *parent.absolute().parents) if p.exists()), None)
+    if existing is None or not existing.is_dir():
+        raise UsageError(f"The folder of '{path}' cannot be created.", "Choose another folder.")
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise UsageError(f"'{existing}' cannot be written ({error.strerror}).", "Choose another folder.") from error
+
+
+def _check_free(path: Path, force: bool) -> None:
+    if is_occupied(path) and not force:
+        raise UsageError(f"'{path}' exists already.", "Choose another name, or pass --force to replace it.")
+
+
+def check_pair(path: Path, force: bool) -> None:
+    """Refuse targets of an encoder-decoder that cannot be written, before any work is done.
+
+    Raises:
+        UsageError: The name is not that of an ONNX file, or one of the two files cannot be written.
+    """
+    if path.suffix != ".onnx":
+        raise UsageError(
+            f"'{path}' is not named like an ONNX file, and an encoder-decoder is written as two of them.",
+            "Name it with the suffix .onnx.",
+        )
+    for target in (path, path.with_suffix(".encoder.onnx")):
+        check_target(target, force)
+
+
+def check_neighbours(path: Path, source: str, assets: Assets, force: bool) -> None:
+    """Refuse to put a model's files beside those of another, before any work is done.
+
+    Raises:
+        UsageError: Configuration, tokenizer or report of something else lies where this model's would go, or it is the
+            folder of the original, which is never written to.
+    """
+    folder = path.parent if path.suffix in (".onnx", ".plan", ".gguf") else path
+    if Path(source).is_dir() and folder.exists() and folder.samefile(source):
+        raise UsageError(f"'{folder}' is the folder of the original model.", "Choose another folder.")
+    if force:
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        copy_assets(assets, Path(scratch))
+        for new in sorted(Path(scratch).iterdir()):
+            old = folder / new.name
+            if old.is_file() and old.read_bytes() != new.read_bytes():
+                raise _belongs_to_another(old)
+    report, page = folder / "report.json", folder / PAGE
+    if report.is_file() and not _is_report(report):
+        raise _belongs_to_another(report)
+    if page.is_file() and not report.is_file():
+        raise _belongs_to_another(page)
+
+
+def check_onnx_target(path: Path, source: str, assets: Assets, force: bool) -> None:
+    """Refuse an ONNX file that cannot be written where it is to go.
+
+    Raises:
+        UsageError: As :func:`check_target` and :func:`check_neighbours`, or for another suffix.
+    """
+    check_target(path, force)
+    if path.suffix != ".onnx":
+        raise UsageError(f"'{path}' is not named like an ONNX file.", "Name it with the suffix .onnx.")
+    check_neighbours(path, source, assets, force)
+
+
+def _is_report(path: Path) -> bool:
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        return stored.get("kind") == "encoder" or "bytes_per_token_after" in stored["cache"]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def _belongs_to_another(path: Path) -> UsageError:
+    return UsageError(
+        f"'{path}' exists already and belongs to something else.",
+        "Choose a folder of its own, or pass --force to replace it.",
+    )

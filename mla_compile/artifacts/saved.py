@@ -1,0 +1,188 @@
+"""A converted model in a folder of its own: read back to be trained, written again, and lowered to ONNX."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from mla_compile.artifacts.archives import read_folder, write_archive
+from mla_compile.artifacts.companions import copy_assets, is_converted_folder, read_assets
+from mla_compile.artifacts.onnx_files import lower_and_check, stored_metadata
+from mla_compile.artifacts.places import check_place, check_target
+from mla_compile.config import CompileConfig
+from mla_compile.disk.writing import moved_into
+from mla_compile.errors import LoadError, UsageError
+from mla_compile.plan import LatentPlan
+from mla_compile.program import Assets
+from mla_compile.progress import Stages
+from mla_compile.report import Training
+from mla_compile.reporting.report_page import damage_explained, read_report, render_page, write_report
+from mla_compile.runtime.module import LatentModel
+from mla_compile.runtime.onnx_halves import halves_bytes
+from mla_compile.runtime.onnx_quantised import quantised_bytes
+
+__all__ = ["Saved", "open_saved", "save", "write_saved_onnx", "write_trained"]
+
+_CHECKED = 24
+"""Random tokens per sequence that an ONNX file is compared on."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a folder written by ``mla-compile convert`` holds.
+
+    Attributes:
+        folder: The folder.
+        module: The model.
+        assets: Configuration, and where the tokenizer is.
+        report: What its conversion did, as stored.
+    """
+
+    folder: Path
+    module: LatentModel
+    assets: Assets
+    report: Mapping[str, Any]
+
+    @property
+    def longest(self) -> int | None:
+        """Longest sequence, if the model says."""
+        return self.assets.config.get("max_position_embeddings")
+
+
+def open_saved(folder: Path) -> Saved:
+    """Read a folder.
+
+    Raises:
+        LoadError: It holds no converted model, or something in it is damaged.
+    """
+    module = read_folder(folder)
+    report = read_report(folder) if (folder / "report.json").is_file() else {}
+    if "cache" not in report:
+        raise LoadError(f"'{folder}' has no report.json of its conversion.", "Convert the model again.")
+    with damage_explained(folder):
+        render_page(report)  # which reads all of it
+        for layer in report["layers"]:
+            _plan_of(layer)
+    return Saved(folder, module, read_assets(folder), report)
+
+
+def _plan_of(layer: Mapping[str, Any]) -> dict[str, Any]:
+    """The latent shape in what a report says of a layer."""
+    return {field.name: layer[field.name] for field in dataclasses.fields(LatentPlan)}
+
+
+def save(model: LatentModel, folder: str | Path, *, like: str | Path, force: bool = False) -> None:
+    """Write a model that was read back with :func:`mla_compile.load`, perhaps after training it.
+
+    What was not changed is the same bytes again.
+
+    Args:
+        model: The model.
+        folder: A folder that does not exist yet, or an empty one.
+        like: The folder that it was read from, whose configuration, tokenizer and report it keeps.
+        force: Replace existing files.
+
+    Raises:
+        LoadError: ``like`` holds no converted model.
+        UsageError: The folder cannot be written, or is not empty.
+    """
+    source, path = Path(like), Path(folder)
+    if not is_converted_folder(source):
+        raise LoadError(f"'{source}' holds no converted model.", "Give the folder that the model was read from.")
+    check_place(path, force)
+    with moved_into(path) as hidden:
+        write_archive(model, hidden)
+        copy_assets(read_assets(source), hidden)
+        for name in ("mla_config.yaml", "report.json", "report.html"):
+            if (source / name).is_file():
+                shutil.copyfile(source / name, hidden / name)
+
+
+def write_trained(
+    saved: Saved, module: LatentModel, training: Training, recipe: Mapping[str, Any], path: Path
+) -> dict[str, Any]:
+    """Write a model that was fine-tuned: a folder as the one it came from, with the training in its report.
+
+    Args:
+        saved: The model before.
+        module: The model now.
+        training: What was done.
+        recipe: The settings.
+        path: The folder; what it holds of the same name is replaced.
+
+    Returns:
+        The report.
+    """
+    report = {**saved.report, "training": dataclasses.asdict(training)}
+    with moved_into(path) as folder:
+        write_archive(module, folder)
+        copy_assets(saved.assets, folder)
+        (folder / "mla_config.yaml").write_bytes((saved.folder / "mla_config.yaml").read_bytes())
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(dict(recipe), sort_keys=False), encoding="utf-8")
+        return _finished(report, folder)
+
+
+def write_saved_onnx(saved: Saved, path: Path, form: CompileConfig, *, force: bool) -> dict[str, Any]:
+    """Lower a saved model, verify it in ONNX Runtime, and only then give the file its name.
+
+    Args:
+        saved: The model.
+        path: The ``.onnx`` file.
+        form: What the file is to be: its operator set, its kind and type of cache, and whether it has nodes of ours.
+        force: Replace existing files.
+
+    Returns:
+        Its report, completed with what was measured on the file.
+
+    Raises:
+        RefusedError: A layer's cache cannot be quantised, or has no ONNX form.
+        UsageError: The path cannot be written.
+        VerificationError: ONNX Runtime computes something else.
+    """
+    if path.suffix != ".onnx":
+        raise UsageError(
+            f"'{path}' is not named like an ONNX file, and a saved model becomes nothing else.",
+            "Name it with the suffix .onnx. A DeepSeek checkpoint is written by convert --format deepseek --finetune.",
+        )
+    check_target(path, force)
+    cache = saved.report["cache"]
+    int8 = form.cache_type == "int8"
+    halves = form.cache_layout == "genai"
+    if int8 or halves:
+        after = (halves_bytes if halves else quantised_bytes)(saved.module.rows)
+        cache = {**cache, "bytes_per_token_after": after, "ratio": after / cache["bytes_per_token_before"]}
+    own = {name: getattr(form, name) for name in ("opset", "cache", "cache_type", "cache_layout", "inline")}
+    config = {**saved.report["config"], **own}
+    layers = [_plan_of(layer) for layer in saved.report["layers"]]
+    sizes = (cache["bytes_per_token_before"], cache["bytes_per_token_after"])
+    metadata = stored_metadata(saved.report["source"], config, layers, sizes, saved.assets)
+    with moved_into(path.parent) as folder:
+        with torch.inference_mode():
+            vocabulary = saved.module(torch.zeros(1, 1, dtype=torch.long)).logits.shape[-1]
+        ids = torch.randint(0, vocabulary, (2, _CHECKED), generator=torch.Generator().manual_seed(0))
+        found, warnings = lower_and_check(
+            saved.module, folder / path.name, config, metadata, saved.assets, ids, sizes[1], Stages()
+        )
+        report = {
+            **saved.report,
+            "config": config,
+            "cache": cache,
+            "verification": {**(saved.report["verification"] or {}), **found},
+            "warnings": [*saved.report["warnings"], *warnings],
+        }
+        copy_assets(saved.assets, folder)
+        return _finished(report, folder)
+
+
+def _finished(report: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Complete a report with what lies in its folder, and write it there."""
+    report = {**report, "artifacts": {p.name: p.stat().st_size for p in sorted(folder.iterdir())}}
+    write_report(report, folder)
+    return report

@@ -1,0 +1,117 @@
+"""Which models a conversion takes, and which of their layers: the rest is refused with its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mla_compile.config import CompileConfig
+from mla_compile.conversion.encoders import is_encoder, require_encoder
+from mla_compile.conversion.seq2seq import is_seq2seq, undecodable
+from mla_compile.conversion_cost import polish_cost
+from mla_compile.errors import RefusedError, UsageError
+from mla_compile.passes.recognise import Recognition
+from mla_compile.passes.task import Task
+from mla_compile.passes.weights import stored_numbers
+from mla_compile.plan import latent_budget, shared_rope_plan
+from mla_compile.program import AnyProgram, OtherProgram, Program
+from mla_compile.progress import machine_memory
+from mla_compile.site import AttentionSite, Kind, Rejection, reasons
+
+__all__ = ["convertible", "is_beyond_causal", "require_causal", "require_room_to_polish", "would_be_refused"]
+
+
+def is_beyond_causal(program: AnyProgram, found: Recognition, config: CompileConfig) -> bool:
+    """Whether a model is converted as an encoder or an encoder-decoder, which the user has to ask for."""
+    return config.encoders and (is_encoder(found) or not isinstance(program, Program))
+
+
+def convertible(
+    program: AnyProgram, found: Recognition, encoders: bool
+) -> tuple[Sequence[AttentionSite], Sequence[Rejection]]:
+    """Split what was found into layers that a conversion changes and others."""
+    if encoders and is_encoder(found):
+        return require_encoder(program, found)
+    crossed = [r for r in found.rejections if r.site is not None and r.site.kind == Kind.CROSS]
+    if encoders and is_seq2seq(found):
+        sites = [*found.sites, *(r.site for r in crossed if r.site is not None)]
+        return sites, [r for r in found.rejections if r not in crossed]
+    return found.sites, found.rejections
+
+
+def would_be_refused(program: AnyProgram, found: Recognition, encoders: bool) -> bool:
+    """Whether a conversion would refuse the model for its attention."""
+    if encoders and is_encoder(found):
+        return False
+    if encoders and is_seq2seq(found):
+        return bool(undecodable(program, found))
+    lost = any(r.plain is None for r in found.rejections)
+    return not isinstance(program, Program) or not found.sites or lost
+
+
+def require_causal(program: AnyProgram, found: Recognition) -> Program:
+    """Refuse what is no causal language model, or has a layer that is not understood.
+
+    Raises:
+        RefusedError: Its attention is of another kind, or a layer is not understood.
+        LoadError: It is no causal language model for another reason.
+    """
+    kinds = sorted({r.site.kind.value for r in found.rejections if r.site is not None})
+    if isinstance(program, OtherProgram) and not kinds:
+        raise program.why
+    if isinstance(program, Program) or is_encoder(found):
+        _require_some(program, found)
+    if isinstance(program, Program):
+        return program
+    remedy = "Pass --encoders to convert what its decoder caches." if is_seq2seq(found) else ""
+    raise RefusedError(
+        f"'{program.source}' is no causal language model: some of its attention is {' and '.join(kinds)}.",
+        remedy or "Run 'mla-compile inspect' for the whole table.",
+    )
+
+
+def _require_some(program: AnyProgram, found: Recognition) -> Recognition:
+    """Refuse a model with nothing to convert, or with a layer that cannot even be kept as it is."""
+    lost = [r for r in found.rejections if r.plain is None]
+    if lost or (found.rejections and not found.sites):
+        why = reasons(lost or found.rejections)
+        verb = "decoded with a cache" if lost and found.sites else "converted"
+        raise RefusedError(
+            f"{len(lost or found.rejections)} of {len(found.rejections) + len(found.sites)} attention layers of "
+            f"'{program.source}' cannot be {verb}: {why}.",
+            "Pass --encoders to make its projections low-rank instead."
+            if is_encoder(found)
+            else "Run 'mla-compile inspect' for the whole table.",
+        )
+    if not found.sites:
+        raise RefusedError(
+            f"No attention was found in '{program.source}'.",
+            "Export with run_decompositions({}) at most, so that attention is still a softmax between two products.",
+        )
+    return found
+
+
+def require_room_to_polish(task: Task) -> None:
+    """Refuse, before anything is measured, to polish a model whose matrices alone do not fit in this machine.
+
+    Sizes are not known yet: all of a layer's budget is taken to be latent, or the rank is the one that was asked for.
+
+    Raises:
+        UsageError: They do not fit.
+    """
+    config, memory = task.config, machine_memory()
+    if not config.polish_steps or memory is None:
+        return
+    plans = [
+        shared_rope_plan(site, width, 0, config.kv_rank or max(1, latent_budget(site, config)))
+        for site, width in zip(task.sites, task.widths, strict=True)
+    ]
+    program = task.program
+    cost = polish_cost(
+        task.sites, plans, task.widths, config, stored_numbers(program), program.dtype.itemsize, program.vocabulary
+    )
+    if cost.least_memory_bytes > memory:
+        raise UsageError(
+            f"Polishing trains all layers at once, whose matrices alone take {cost.least_memory_bytes / 1e9:,.1f} GB, "
+            f"and this machine has {memory / 1e9:,.1f} GB of memory.",
+            "Leave --polish-steps out, or give it a machine with more memory; 'mla-compile plan' says what it takes.",
+        )

@@ -1,0 +1,139 @@
+"""One conversion, as it was asked for; what cannot be is refused before anything is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from mla_compile.artifacts.places import check_cache_layout, check_cache_type
+from mla_compile.config import CompileConfig
+from mla_compile.conversion.targets import Destination, target_of
+from mla_compile.disk.layer_store import LayerStore
+from mla_compile.errors import UsageError
+from mla_compile.progress import Display, Stages
+from mla_compile.text.calibration import Text, read_text, require_text
+from mla_compile.text.processes import Processes, join_processes
+from mla_compile.training.run import require_accelerate
+
+__all__ = ["ModelSource", "Request", "Session", "begin", "check_request"]
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model, and how to read it.
+
+    Attributes:
+        model: An ``nn.Module``, an ``ExportedProgram``, an archive, a Hugging Face folder or a hub id.
+        example_inputs: Inputs to export an ``nn.Module`` with.
+        tokenizer: Tokenizer for text, or the folder it is in, when the model does not bring one.
+        attention: How a transformers model given by name spells its attention: auto, sdpa or eager.
+        unsafe: Allow unpickling a module from a file.
+    """
+
+    model: nn.Module | ExportedProgram | str | Path
+    example_inputs: Sequence[Any] | Mapping[str, Any] | None = None
+    tokenizer: Any = None
+    attention: str = "auto"
+    unsafe: bool = False
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a user asked for.
+
+    Attributes:
+        source: The model, and how to read it.
+        config: Settings of the conversion.
+        calibration: Text to choose by and to measure on.
+        destination: Where the result will be written; None where that is not known yet.
+        statistics_cache: Whether to keep what was measured on the text, or the folder to keep it in.
+        offload: A folder for activations between layers; None for memory.
+        store: Where finished layers are kept; None for memory.
+        share: Share the calibration with the other processes that a launcher started.
+        check: Verify the conversion against the original.
+        max_perplexity_ratio: Fail when perplexity grows by more than this factor.
+        finetune: Text to fine-tune the result on.
+        finetune_tokens: Tokens of it to train on; all of it by default.
+    """
+
+    source: ModelSource
+    config: CompileConfig
+    calibration: Text | None = None
+    destination: Destination | None = None
+    statistics_cache: bool | str | Path = True
+    offload: str | Path | None = None
+    store: LayerStore | None = None
+    share: bool = False
+    check: bool = True
+    max_perplexity_ratio: float | None = None
+    finetune: Text | None = None
+    finetune_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Session:
+    """A conversion that has begun.
+
+    Attributes:
+        request: What was asked for.
+        documents: Its text, as far as it is read: documents or token windows; None without text.
+        processes: Those that share the text.
+        stages: Times and shows what runs.
+    """
+
+    request: Request
+    documents: Iterable[str] | Tensor | None
+    processes: Processes
+    stages: Stages
+
+
+def check_request(request: Request) -> None:
+    """Refuse what cannot be done, before anything is read.
+
+    Raises:
+        UsageError: Something that is needed was not given, or the result cannot be written where it is to go.
+        LoadError: Training was asked for, and the package that does it is not installed.
+    """
+    config, limit = request.config, request.max_perplexity_ratio
+    require_text(config, request.calibration)
+    if limit is not None and not limit > 0:
+        raise UsageError(f"--max-ppl-ratio {limit} is not a factor.", "Give a number above 0.")
+    if request.calibration is None and limit is not None:
+        raise UsageError("A perplexity limit needs text to measure on.", "Give some with --calibration FILE.")
+    if request.finetune is not None:
+        require_accelerate()
+    if request.destination is not None:
+        _check_destination(request.destination, config)
+
+
+def _check_destination(to: Destination, config: CompileConfig) -> None:
+    for_tensorrt = to.engine is not None
+    check_cache_type(to.path, config.cache_type, tensorrt=for_tensorrt)
+    check_cache_layout(to.path, config.cache_layout, tensorrt=for_tensorrt)
+    target_of(to).check(to.path, to.force)
+
+
+def begin(request: Request, display: Display | None) -> Session:
+    """Open the text, and join the processes that share it.
+
+    Raises:
+        LoadError: The text cannot be read.
+        UsageError: Training was asked for, which one of several processes cannot do alone.
+        ShareDone: Another process does all there is to do.
+    """
+    documents = read_text(request.calibration)
+    processes = join_processes() if request.share else Processes()
+    if processes.count > 1 and request.finetune is not None:
+        raise UsageError(
+            "Several processes share a calibration, and only the first of them goes on, which cannot train alone.",
+            "Convert without --finetune, then train with mla-compile finetune.",
+        )
+    processes.wait()  # all have checked what is there before anything is written
+    if documents is None or request.config.exact:
+        processes.leave_unless_first()
+    return Session(request, documents, processes, Stages(display if processes.first else None))

@@ -1,0 +1,1 @@
+"""What lies on disk while work goes on: files written whole or not at all, mapped weights, journals, caches."""

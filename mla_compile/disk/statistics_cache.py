@@ -1,0 +1,148 @@
+"""Statistics of a model on a text, kept between conversions: measuring them is most of the work of a large model.
+
+A file is named by a hash of everything that its content follows from, so that it never has to be invalidated: another
+weight, graph, text or version is another name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, fx
+
+from mla_compile.disk.content import content_of, hash_tensors
+from mla_compile.disk.writing import whole_file
+from mla_compile.passes.statistics import SiteStatistics
+from mla_compile.program import Program
+from mla_compile.runtime.user_cache import default_folder
+from mla_compile.site import AttentionSite
+
+__all__ = ["Found", "StatisticsCache", "open_cache", "statistics_key"]
+
+_SCHEMA = 1
+"""Raise it with every change of what statistics are or how they are measured."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """Statistics, and where they came from.
+
+    Attributes:
+        statistics: One entry per site.
+        origin: In a few words.
+        warnings: What the user should know.
+    """
+
+    statistics: tuple[SiteStatistics, ...]
+    origin: str
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class StatisticsCache:
+    """A folder of statistics.
+
+    Attributes:
+        folder: It is made when something is written.
+    """
+
+    folder: Path
+
+    def recall(self, key: str, measure: Callable[[], tuple[SiteStatistics, ...]]) -> Found:
+        """Read what was measured before, or measure and keep it. A cache that fails costs time and nothing else.
+
+        Args:
+            key: Name of the statistics, from :func:`statistics_key`.
+            measure: Measures them.
+        """
+        path = self.folder / f"{key}.safetensors"
+        warnings = []
+        try:
+            return Found(_read(path), f"reused from {path}")
+        except FileNotFoundError:
+            pass
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            warnings.append(f"saved statistics could not be read and were measured anew ({path}: {_first_line(error)})")
+        statistics = measure()
+        try:
+            _write(path, statistics)
+        except (OSError, SafetensorError) as error:
+            warnings.append(f"statistics could not be saved to {self.folder} ({_first_line(error)})")
+            return Found(statistics, "computed", tuple(warnings))
+        return Found(statistics, f"computed, saved to {path}", tuple(warnings))
+
+
+def open_cache(where: bool | str | Path) -> StatisticsCache | None:
+    """The cache a user asked for.
+
+    Args:
+        where: True for the usual folder, False for none, or a folder.
+    """
+    if isinstance(where, bool):
+        return StatisticsCache(default_folder()) if where else None
+    return StatisticsCache(Path(where))
+
+
+def statistics_key(program: Program, sites: Sequence[AttentionSite], windows: Tensor, *, gradients: bool) -> str:
+    """Hash everything that statistics follow from.
+
+    Args:
+        program: The model: its graph, and every weight and constant of it.
+        sites: What was recognised in it.
+        windows: Token ids.
+        gradients: Whether errors are weighed by the loss's gradients.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    exported = program.exported
+    code = [m.code for m in exported.graph_module.modules() if isinstance(m, fx.GraphModule)]
+    settled = (_SCHEMA, torch.__version__, gradients, tuple(sites), code, program.logits)
+    digest.update(repr(settled).encode())
+    constants = {name: value for name, value in exported.constants.items() if isinstance(value, Tensor)}
+    for tensors in ({"windows": windows}, exported.state_dict, constants):
+        hash_tensors(digest, tensors)
+    return digest.hexdigest()
+
+
+def _read(path: Path) -> tuple[SiteStatistics, ...]:
+    """Read statistics.
+
+    Raises:
+        OSError, SafetensorError, KeyError, ValueError: The file is missing or not what was written.
+    """
+    with safe_open(path, "pt") as file:
+        stored = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+    if stored["content"] != content_of(tensors):
+        raise ValueError("Its content is not what was written. Remove the file.")
+    sites = range(1 + max(int(name.split(".")[0]) for name in tensors))
+    names = [f.name for f in fields(SiteStatistics) if f.name != "tokens"]
+    return tuple(
+        SiteStatistics(int(stored["tokens"]), **{name: tensors.get(f"{index}.{name}") for name in names})  # type: ignore[arg-type]
+        for index in sites
+    )
+
+
+def _write(path: Path, statistics: Sequence[SiteStatistics]) -> None:
+    """Write statistics.
+
+    Raises:
+        OSError, SafetensorError: The folder cannot be written to.
+    """
+    tensors = {
+        f"{index}.{f.name}": value.contiguous()
+        for index, found in enumerate(statistics)
+        for f in fields(found)
+        if isinstance(value := getattr(found, f.name), Tensor)
+    }
+    with whole_file(path) as file:
+        save_file(tensors, file, {"tokens": str(statistics[0].tokens), "content": content_of(tensors)})
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,194 @@
+"""Write so that a name either holds a whole result or nothing new, and say why writing failed.
+
+Everything is written into a hidden folder beside the target and moved into place at the end. What fails is a full disk,
+a folder that became read-only, or a limit of sizes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from mla_compile.errors import UsageError
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+
+__all__ = [
+    "explained",
+    "held",
+    "is_occupied",
+    "missing_folders",
+    "moved_into",
+    "remove_empty",
+    "unseen_errors",
+    "whole_file",
+]
+
+_HIDDEN = ".mla-compile-"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)
+_MORE_ROOM, _ELSEWHERE = "Free some room on that disk, or choose another folder.", "Choose another folder."
+_OTHERS = ("PytorchStreamWriter failed", "Error while serializing", "I/O error")
+"""How torch's and safetensors' own errors, which say no number, begin where a file could not be written."""
+
+
+@contextlib.contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn a failure of the body to write into a sentence.
+
+    Args:
+        path: What is written.
+
+    Raises:
+        UsageError: It could not be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (*_FULL, *_REFUSED):
+            raise
+        remedy = _MORE_ROOM if error.errno in _FULL else _ELSEWHERE
+        raise UsageError(f"'{path}' could not be written ({os.strerror(error.errno)}).", remedy) from error
+    except Exception as error:
+        text = str(error)
+        if not any(words in text for words in _OTHERS):
+            raise
+        reason = next((os.strerror(n) for n in _FULL if os.strerror(n) in text), text.strip().splitlines()[0][:120])
+        raise UsageError(f"'{path}' could not be written ({reason}).", _MORE_ROOM) from error
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Give a path to write a file at, which gets its name when the body has ended: it holds all of it or nothing new.
+
+    Args:
+        path: The file; its folder is made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as beside:
+        written = Path(beside) / path.name
+        yield written
+        written.replace(path)
+
+
+@contextlib.contextmanager
+def unseen_errors(path: Path) -> Iterator[BinaryIO]:
+    """A file for a writer that must not see it fail: what goes wrong is raised when the body has ended.
+
+    Args:
+        path: The file to write.
+
+    Raises:
+        OSError: Something could not be written.
+    """
+    with path.open("wb", buffering=0) as file:
+        to = _Unfailing(file)
+        with io.BufferedWriter(to) as buffered:
+            yield buffered
+        if to.error is not None:
+            raise to.error
+
+
+class _Unfailing(io.RawIOBase):
+    """Writes until something goes wrong, keeps that, and takes whatever comes after it."""
+
+    def __init__(self, file: io.FileIO) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def write(self, data: ReadableBuffer, /) -> int:
+        return self._unless_failed(lambda: self._file.write(data), memoryview(data).nbytes)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        return self._unless_failed(lambda: self._file.seek(offset, whence), offset)
+
+    def _unless_failed(self, action: Callable[[], int], otherwise: int) -> int:
+        if self.error is None:
+            try:
+                return action()  # of a large piece, perhaps a part: the rest is asked for again
+            except OSError as error:
+                self.error = error
+        return otherwise
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[bool]:
+    """Hold a folder for as long as the body, or this process, lives; yields whether no other process holds it.
+
+    Where the system has no such locks, nobody ever holds a folder for certain, and the answer is no.
+    """
+    try:
+        import fcntl
+
+        handle = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):
+        yield False
+        return
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(handle)
+
+
+def missing_folders(path: Path) -> list[Path]:
+    """A folder and those it is in, as far as they do not exist; the innermost first."""
+    return [p for p in (path.absolute(), *path.absolute().parents) if not p.exists()]
+
+
+def remove_empty(folders: Sequence[Path]) -> None:
+    """Remove the folders that are there and hold nothing."""
+    for folder in folders:
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def is_occupied(path: Path) -> bool:
+    """Whether there is a file, or a folder with anything but what a process that was killed left in it."""
+    return path.is_file() or (path.is_dir() and any(not p.name.startswith(_HIDDEN) for p in path.iterdir()))
+
+
+@contextlib.contextmanager
+def moved_into(target: Path) -> Iterator[Path]:
+    """Give a hidden folder to write in; on success move its files into ``target``, on failure remove everything.
+
+    What a process that was killed left there is removed first.
+
+    Raises:
+        UsageError: Something could not be written.
+    """
+    created = missing_folders(target)
+    target.mkdir(parents=True, exist_ok=True)
+    for left in target.glob(f"{_HIDDEN}*"):
+        with held(left) as ours:
+            if ours:
+                shutil.rmtree(left, ignore_errors=True)
+    hidden = Path(tempfile.mkdtemp(prefix=_HIDDEN, dir=target))
+    try:
+        with held(hidden), explained(target):
+            yield hidden
+            for file in sorted(hidden.iterdir()):
+                file.replace(target / file.name)
+    except BaseException:
+        shutil.rmtree(hidden, ignore_errors=True)
+        remove_empty(created)
+        raise
+    hidden.rmdir()

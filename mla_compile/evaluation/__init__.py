@@ -1,0 +1,1 @@
+"""Models measured and compared by their users: on text, in time, by harnesses."""

@@ -1,0 +1,226 @@
+"""``mla-compile eval``: how models of any kind do on the user's text, beside their original."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mla_compile.artifacts.opened import Opened, open_model
+from mla_compile.errors import LoadError, UsageError
+from mla_compile.progress import Display, Stages
+from mla_compile.text.corpus import check_vocabulary, load_tokenizer, read_documents, token_windows, tokenize
+from mla_compile.text.evaluate import Comparison, compare, longest_window
+
+__all__ = ["Measured", "Measurement", "Sample", "measure", "run_beside"]
+
+_BATCH = 8
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What to measure on: a stream of documents, each led by the begin token, cut into consecutive windows.
+
+    Every token of a window but the first is scored once.
+
+    Attributes:
+        text: The text file.
+        seq_len: Tokens per window; what all of the models can run, at most 512, by default.
+        max_tokens: Use at most this many tokens.
+        tokenizer: Folder of the tokenizer, if the models have none.
+    """
+
+    text: Path
+    seq_len: int | None = None
+    max_tokens: int | None = None
+    tokenizer: str | None = None
+
+    def windows(self, documents: Sequence[str], tokenizer: Any, models: Sequence[Opened]) -> Tensor:  # noqa: ANN401
+        """Cut documents into windows ``[windows, length]`` that all models can run.
+
+        Raises:
+            UsageError: The text is shorter than one window, or a model cannot run it.
+        """
+        length = self.seq_len or min(longest_window(m.score, m.longest) for m in models)
+        windows = token_windows(tokenize(documents, tokenizer), length, self.max_tokens)
+        for model in models:
+            _require_room(model, windows)
+        return windows
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A model and what was found; the comparison with the first model counts only where that is the original."""
+
+    model: Opened
+    found: Comparison
+
+    def kept(self, original: Measured | None) -> float | None:
+        """Share of the original's cache that is kept; None where one of them is not known."""
+        if original is None or not original.model.cache_bytes or self.model.cache_bytes is None:
+            return None
+        return self.model.cache_bytes / original.model.cache_bytes
+
+    def ratio(self, original: Measured | None) -> float | None:
+        """Perplexity over the original's."""
+        return None if original is None else self.found.perplexity.value / original.found.perplexity.value
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is known without an original, as JSON-able data."""
+        return {
+            "model": self.model.name,
+            "perplexity": self.found.perplexity.value,
+            "loss": self.found.perplexity.loss,
+            "cache_bytes_per_token": self.model.cache_bytes,
+            "runtime": self.model.runtime,
+            "seconds": self.found.seconds,
+        }
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Models on one text.
+
+    Attributes:
+        text: The text file.
+        tokens: Scored tokens.
+        seq_len: Tokens per window.
+        original: The model that the others are compared with, if there is one.
+        models: The others.
+        warnings: What the user should know.
+    """
+
+    text: str
+    tokens: int
+    seq_len: int
+    original: Measured | None
+    models: tuple[Measured, ...]
+    warnings: tuple[str, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        sample: Sample,
+        windows: Tensor,
+        original: Measured | None,
+        models: Sequence[Measured],
+        warnings: Sequence[str] = (),
+    ) -> Measurement:
+        """Models that were run on windows ``[windows, length]`` of a sample; a warning is told once."""
+        told = tuple(dict.fromkeys(warnings))
+        return cls(str(sample.text), windows[:, 1:].numel(), windows.shape[1], original, tuple(models), told)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The measurement as JSON-able data; of a single model, its figures stand at the top too."""
+        rows = [self._row(model) for model in self.models]
+        alone = ("perplexity", "loss", "cache_bytes_per_token") if len(rows) == 1 else ()
+        return {
+            "text": self.text,
+            "tokens": self.tokens,
+            "seq_len": self.seq_len,
+            **{key: rows[0][key] for key in alone},
+            "original": None if self.original is None else self.original.to_dict(),
+            "models": rows,
+            "warnings": list(self.warnings),
+        }
+
+    def _row(self, measured: Measured) -> dict[str, Any]:
+        compared = self.original is not None
+        return {
+            **measured.to_dict(),
+            "method": measured.model.method,
+            "cache_ratio": measured.model.cache_ratio,
+            "cache_kept": measured.kept(self.original),
+            "perplexity_ratio": measured.ratio(self.original),
+            "kl": measured.found.kl if compared else None,
+            "top1": measured.found.top1 if compared else None,
+        }
+
+
+def measure(
+    models: Sequence[str], sample: Sample, *, original: str | None = None, display: Display | None = None
+) -> Measurement:
+    """Measure models on the same windows of a text.
+
+    With an original all models are held in memory, for they run side by side.
+
+    Args:
+        models: ONNX files, converted folders, archives, Hugging Face folders or hub ids.
+        sample: What to measure on.
+        original: The model to compare them with.
+        display: Shows progress.
+
+    Returns:
+        Figures of every model, in this order.
+
+    Raises:
+        LoadError: A model, the tokenizer or the text cannot be read.
+        UsageError: The models have different vocabularies, or the text or a model is too short for a window.
+    """
+    stages = Stages(display)
+    documents = read_documents(sample.text)
+    opened: list[Opened] = []
+    for name in (*models, *([] if original is None else [original])):
+        with stages.stage("load"):
+            opened.append(open_model(name, sample.tokenizer))
+    windows = sample.windows(documents, _one_tokenizer(opened, sample.tokenizer), opened)
+    if original is None:
+        return Measurement.of(sample, windows, None, [run_beside([m], windows, "evaluate", stages)[0] for m in opened])
+    base, *others = run_beside([opened[-1], *opened[:-1]], windows, "evaluate", stages)
+    return Measurement.of(sample, windows, base, others)
+
+
+def run_beside(models: Sequence[Opened], windows: Tensor, stage: str, stages: Stages) -> list[Measured]:
+    """Compare models with the first of them on windows ``[windows, length]``, as a stage with one step per batch."""
+    steps = math.ceil(len(windows) / _BATCH)
+    found = compare([m.score for m in models], windows, _BATCH, lambda batches: stages.each(stage, batches, steps))
+    return [Measured(*pair) for pair in zip(models, found, strict=True)]
+
+
+def _one_tokenizer(opened: Sequence[Opened], given: str | None) -> Any:  # noqa: ANN401 - see load_tokenizer
+    """The tokenizer of all models, which must be one: figures per token of different ones cannot be compared.
+
+    Raises:
+        LoadError: There is no tokenizer.
+        UsageError: Two models have different vocabularies.
+    """
+    first, *others = opened
+    for other in others:
+        if other.vocabulary != first.vocabulary:
+            raise _different(first, other, f" ({first.vocabulary} and {other.vocabulary} tokens)")
+    tokenizer = load_tokenizer(given or first.tokenizer)
+    for other in others if given is None else ():
+        try:
+            same = load_tokenizer(other.tokenizer).get_vocab() == tokenizer.get_vocab()
+        except LoadError:  # it brings none to compare
+            continue
+        if not same:
+            raise _different(first, other, "")
+    return tokenizer
+
+
+def _different(one: Opened, other: Opened, sizes: str) -> UsageError:
+    return UsageError(
+        f"'{one.name}' and '{other.name}' have different vocabularies{sizes}, so that figures per token cannot be "
+        "compared.",
+        "Measure each by itself.",
+    )
+
+
+def _require_room(model: Opened, windows: Tensor) -> None:
+    """Refuse windows that a model cannot be run on.
+
+    Raises:
+        UsageError: They hold ids it does not know, or are too long.
+    """
+    check_vocabulary(int(windows.max()), model.known, model.name)
+    length = windows.shape[1]
+    longest = longest_window(model.score, model.longest, length)
+    if longest < length:
+        raise UsageError(
+            f"Windows of {length} tokens are longer than '{model.name}' can run.", f"Use --seq-len {longest} or less."
+        )

@@ -1,0 +1,173 @@
+"""``mla-compile run``: text in, text out, with a converted model in ONNX Runtime, TensorRT or PyTorch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mla_compile.artifacts.companions import is_converted_folder, written_files
+from mla_compile.errors import LoadError, UsageError
+from mla_compile.runtime.generate import Sampling, generate
+from mla_compile.runtime.onnx_checksum import require_unchanged
+from mla_compile.runtime.onnx_session import PROVIDERS, OnnxDecoder
+from mla_compile.text.corpus import check_vocabulary, load_tokenizer
+
+if TYPE_CHECKING:
+    from mla_compile.artifacts.folder_decoder import FolderDecoder
+    from mla_compile.runtime.tensorrt.engine import TensorRTDecoder
+
+__all__ = ["Generation", "continuation", "generate_text"]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What was generated.
+
+    Attributes:
+        texts: Every prompt with its continuation.
+        new_tokens: Tokens added to each.
+        seconds: Wall-clock time, prompts included.
+        cache_bytes_per_token: Bytes one token of one sequence takes in the cache.
+        cache_bytes: Bytes of the whole cache in the end, or of the memory that was allocated for it.
+    """
+
+    texts: tuple[str, ...]
+    new_tokens: tuple[int, ...]
+    seconds: float
+    cache_bytes_per_token: int
+    cache_bytes: int
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens of all sequences over the time."""
+        return sum(self.new_tokens) / self.seconds
+
+
+def generate_text(
+    model: Path,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    sampling: Sampling,
+    *,
+    tokenizer: str | None = None,
+    threads: int | None = None,
+    provider: str | None = None,
+    max_length: int | None = None,
+    kernel: str | None = None,
+    on_text: Callable[[str], None] | None = None,
+) -> Generation:
+    """Continue texts.
+
+    Args:
+        model: The ONNX file, the engine, or a converted folder.
+        prompts: Texts to continue, together.
+        max_new_tokens: Tokens to add to each, at most.
+        sampling: How tokens are chosen.
+        tokenizer: Folder of the tokenizer, if it is not beside the file, or in the folder.
+        threads: Threads per operator.
+        provider: Where to run an ONNX file: ``cpu``, the default, or ``cuda``.
+        max_length: Tokens of a sequence at most, prompt and continuation; as many as are asked for by default.
+        kernel: What computes attention of an ONNX file: ``auto``, the default, ``fused`` or ``standard``; see
+            :data:`mla_compile.runtime.onnx_session.KERNELS`.
+        on_text: Called with the first prompt and then each new piece of it, never half a character.
+
+    Raises:
+        LoadError: The file or its tokenizer cannot be read.
+        UsageError: A prompt has no tokens, there would be more than ``max_length``, the device is missing, or an engine
+            or a folder was given what belongs to ONNX files.
+    """
+    decoder = _open(model, threads, provider, max_length, kernel)
+    words = load_tokenizer(tokenizer or str(model if model.is_dir() else model.absolute().parent))
+    begin = [] if words.bos_token_id is None else [words.bos_token_id]
+    ids = [begin + list(words(prompt, add_special_tokens=False)["input_ids"]) for prompt in prompts]
+    if not all(ids):
+        raise UsageError("A prompt is empty, and this tokenizer has no begin token.", "Give at least one word.")
+    check_vocabulary(max(map(max, ids)), decoder.vocabulary, str(model))
+    longest = max(map(len, ids))
+    decoder.require_length(longest + max_new_tokens - 1)
+    end = decoder.metadata.get("eos_token_id")
+    stop = end if isinstance(end, list) else [] if end is None else [end]
+    stream = None
+    if on_text:
+        on_text(prompts[0])
+        stream = _Stream(words, ids[0], on_text)
+    start = time.perf_counter()
+    new = generate(decoder, ids, max_new_tokens, sampling=sampling, stop=stop, on_tokens=stream)
+    seconds = time.perf_counter() - start
+    texts = [p + continuation(words, before, after) for p, before, after in zip(prompts, ids, new, strict=True)]
+    grows = not decoder.static if isinstance(decoder, OnnxDecoder) else model.is_dir()
+    added = max(map(len, new)) if grows else max_new_tokens
+    held = decoder.cache_bytes(len(ids), longest + max(added - 1, 0))
+    return Generation(tuple(texts), tuple(map(len, new)), seconds, decoder.cache_bytes_per_token, held)
+
+
+def _open(
+    model: Path, threads: int | None, provider: str | None, max_length: int | None, kernel: str | None
+) -> OnnxDecoder | TensorRTDecoder | FolderDecoder:
+    if is_converted_folder(model):
+        if provider is not None or kernel is not None or threads is not None:
+            raise UsageError(
+                f"'{model}' is a folder, which runs in PyTorch: without providers and kernels, and with as many "
+                "threads as OMP_NUM_THREADS says.",
+                "Leave --provider, --kernel and --threads out, or export the folder to an ONNX file.",
+            )
+        from mla_compile.artifacts.folder_decoder import FolderDecoder
+
+        return FolderDecoder(model, max_length)
+    if model.is_dir():
+        raise LoadError(f"'{model}' holds no converted model that runs here.", _what_to_run(model))
+    if model.suffix != ".plan":
+        decoder = OnnxDecoder(model, [PROVIDERS[provider or "cpu"]], threads, max_length, kernel or "auto")
+        require_unchanged(model)
+        return decoder
+    if max_length is not None:
+        raise UsageError("An engine's longest sequence was settled when it was built.", "Leave --max-length out.")
+    if threads is not None:
+        raise UsageError("An engine runs on a GPU, which has no such threads.", "Leave --threads out.")
+    if provider is not None:
+        raise UsageError("An engine runs in TensorRT, which has no providers.", "Leave --provider out.")
+    if kernel is not None:
+        raise UsageError("An engine has its kernels built in.", "Leave --kernel out.")
+    from mla_compile.runtime.tensorrt.engine import TensorRTDecoder
+
+    return TensorRTDecoder(model)
+
+
+def _what_to_run(folder: Path) -> str:
+    """What to do about a folder that is not one of ours."""
+    if files := written_files(folder):
+        return f"Name a file in it, such as '{files[0]}'."
+    return (
+        "A DeepSeek checkpoint runs in transformers, vLLM or SGLang; anything else is first converted: "
+        "mla-compile MODEL --out FILE.onnx."
+    )
+
+
+def continuation(tokenizer: Any, prompt: list[int], new: list[int]) -> str:  # noqa: ANN401 - see load_tokenizer
+    """Text that new tokens add to a prompt; decoded by themselves they may lose their leading space."""
+    before: str = tokenizer.decode(prompt, skip_special_tokens=True)
+    after: str = tokenizer.decode([*prompt, *new], skip_special_tokens=True)
+    return after[len(before) :]
+
+
+class _Stream:
+    """Turns the first sequence's tokens into pieces of text as they arrive."""
+
+    def __init__(self, tokenizer: Any, prompt: list[int], on_text: Callable[[str], None]) -> None:  # noqa: ANN401
+        self._tokenizer = tokenizer
+        self._prompt = prompt
+        self._on_text = on_text
+        self._ids: list[int] = []
+        self._shown = 0
+
+    def __call__(self, tokens: list[int | None]) -> None:
+        if tokens[0] is None:
+            return
+        self._ids.append(tokens[0])
+        text = continuation(self._tokenizer, self._prompt, self._ids)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # the character goes on in the next token
+            self._on_text(text[self._shown :])
+            self._shown = len(text)

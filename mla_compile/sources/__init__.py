@@ -1,0 +1,1 @@
+"""Any source of a model becomes a program."""

@@ -1,0 +1,220 @@
+"""What the inputs and outputs of an exported graph mean: a causal language model, or why it is none."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from mla_compile.errors import LoadError, MlaCompileError
+from mla_compile.program import AnyProgram, Assets, OtherProgram, Program
+from mla_compile.quiet import quiet_exporter
+from mla_compile.sources.patterns import patterns
+
+__all__ = [
+    "HOW_TO_EXPORT",
+    "assets_of",
+    "first_line",
+    "language_model",
+    "program_from_export",
+    "read_export",
+    "require_integers",
+]
+
+_log = logging.getLogger(__name__)
+_ASSERTION = torch.ops.aten._assert_tensor_metadata.default
+_RESPELLED = {torch.ops.aten.type_as.default: lambda value, other: value.to(other.dtype)}
+"""Operators that read a value for its type only: what attention scores are read for is looked at closely."""
+HOW_TO_EXPORT = (
+    "Export it with torch.export.save(torch.export.export(model.eval(), (ids,), dynamic_shapes="
+    "({0: Dim.DYNAMIC, 1: Dim.DYNAMIC},)), 'model.pt2'), ids being a batch of at least 2 by 3 token ids."
+)
+
+
+def language_model(program: AnyProgram) -> Program:
+    """Return the program as a causal language model.
+
+    Raises:
+        LoadError: It is none.
+    """
+    if isinstance(program, OtherProgram):
+        raise program.why
+    assert isinstance(program, Program)
+    return program
+
+
+def assets_of(tokenizer: str | None, beside: Path | None) -> Assets:
+    """Tokenizer and configuration given by the user, or lying beside an archive."""
+    if tokenizer is None and beside is not None and (beside / "tokenizer_config.json").is_file():
+        tokenizer = str(beside)
+    if tokenizer is None:
+        return Assets()
+    from mla_compile.text.corpus import special_tokens
+
+    return Assets(folder=tokenizer, generation=special_tokens(tokenizer))
+
+
+def require_integers(name: str, value: Tensor, source: str) -> None:
+    """Refuse what are no token ids.
+
+    Args:
+        name: Name of the input.
+        value: What it is.
+        source: What to call the model.
+
+    Raises:
+        LoadError: It is not ``[batch, length]`` of integers.
+    """
+    if value.is_floating_point() or value.dim() != 2:
+        raise LoadError(
+            f"Input '{name}' of '{source}' is {str(value.dtype).removeprefix('torch.')} of rank {value.dim()}.",
+            "Give example_inputs, or export a model, of token ids [batch, length], and optionally attention_mask and "
+            "position_ids.",
+        )
+
+
+def program_from_export(
+    exported: ExportedProgram,
+    *,
+    source: str,
+    kind: str = "pt2",
+    assets: Assets | None = None,
+    max_positions: int | None = None,
+) -> Program:
+    """Read an exported causal language model; see :func:`read_export`.
+
+    Raises:
+        LoadError: Batch or length is static, an input is not understood, or no output looks like logits.
+    """
+    return language_model(read_export(exported, source=source, kind=kind, assets=assets, max_positions=max_positions))
+
+
+def read_export(
+    exported: ExportedProgram,
+    *,
+    source: str,
+    kind: str = "pt2",
+    assets: Assets | None = None,
+    max_positions: int | None = None,
+) -> AnyProgram:
+    """Normalise an exported program and find out what its inputs and outputs mean.
+
+    Returns:
+        A :class:`Program` where it is a causal language model, else an :class:`OtherProgram` that says why not.
+
+    Raises:
+        LoadError: The graph cannot be normalised, or its batch is static.
+    """
+    try:
+        with quiet_exporter():
+            if _has_compositions(exported):
+                exported = exported.run_decompositions({**_RESPELLED, **patterns()})
+                _drop_type_assertions(exported)
+    except Exception as error:
+        raise LoadError(
+            f"The graph of '{source}' could not be normalised ({first_line(error)}).", HOW_TO_EXPORT
+        ) from error
+    common: dict[str, Any] = {"exported": exported, "source": source, "kind": kind, "assets": assets or Assets()}
+    try:
+        return _as_language_model(common, max_positions)
+    except LoadError as why:
+        found = OtherProgram(**common, max_positions=max_positions, why=why)
+        inputs = [value for _, value in found.user_inputs.values() if value.dim() >= 2]
+        if not inputs or not all(_is_symbolic(value.shape[0]) for value in inputs):
+            raise
+        return found
+
+
+def _as_language_model(common: Mapping[str, Any], max_positions: int | None) -> Program:
+    exported: ExportedProgram = common["exported"]
+    source: str = common["source"]
+    signature = exported.graph_signature
+    placeholders = {n.name: n for n in exported.graph.nodes if n.op == "placeholder"}
+    tensors = {
+        name: placeholders[name].meta["val"]
+        for name in signature.user_inputs
+        if isinstance(name, str) and isinstance(placeholders[name].meta.get("val"), Tensor)
+    }
+    roles: dict[str, list[str]] = {"mask": [], "position": [], "tokens": []}
+    for name, value in tensors.items():
+        role = "mask" if "mask" in name else "position" if "pos" in name else "tokens"
+        require_integers(name, value, source)
+        roles[role].append(name)
+    if len(roles["tokens"]) != 1 or len(roles["mask"]) > 1 or len(roles["position"]) > 1:
+        raise LoadError(
+            f"The inputs of '{source}' are {', '.join(tensors) or 'none'}; which one holds the token ids is unclear.",
+            "Export a model whose only other inputs are attention_mask and position_ids.",
+        )
+    tokens = roles["tokens"][0]
+    for dim, name in enumerate(("batch", "length")):
+        if not _is_symbolic(tensors[tokens].shape[dim]):
+            raise LoadError(
+                f"'{source}' was exported with a static {name} of {tensors[tokens].shape[dim]}.", HOW_TO_EXPORT
+            )
+    return Program(
+        **common,
+        tokens=tokens,
+        attention_mask=next(iter(roles["mask"]), None),
+        position_ids=next(iter(roles["position"]), None),
+        logits=_logits(exported, tensors[tokens], source),
+        max_positions=max_positions or _length_limit(exported, tensors[tokens]),
+    )
+
+
+def _is_symbolic(size: Any) -> bool:  # noqa: ANN401 - int or SymInt
+    """Whether a size is a free symbol; a guard may have made a constant of one."""
+    return not isinstance(size, int) and not size.node.expr.is_number
+
+
+def _length_limit(exported: ExportedProgram, tokens: Tensor) -> int | None:
+    """Longest sequence the exporting user allowed, if a bound was given."""
+    bounds = exported.range_constraints.get(tokens.shape[1].node.expr)  # type: ignore[attr-defined]
+    return int(bounds.upper) if bounds is not None and bounds.upper < 2**24 else None  # else it is "no bound"
+
+
+def _logits(exported: ExportedProgram, tokens: Tensor, source: str) -> str:
+    """Name the first float output shaped ``[batch, length, vocabulary]``."""
+    nodes = {n.name: n for n in exported.graph.nodes}
+    for name in exported.graph_signature.user_outputs:
+        value = nodes[name].meta.get("val") if isinstance(name, str) else None
+        if (
+            isinstance(value, Tensor)
+            and value.is_floating_point()
+            and value.dim() == 3
+            and [str(d) for d in value.shape[:2]] == [str(d) for d in tokens.shape]
+        ):
+            extra = len(exported.graph_signature.user_outputs) - 1
+            if extra:
+                _log.warning("%s has %d outputs besides the logits; they are dropped.", source, extra)
+            return str(name)
+    raise LoadError(
+        f"No output of '{source}' is shaped [batch, length, vocabulary].",
+        "Export a causal language model that returns the logits of every position.",
+    )
+
+
+def _has_compositions(exported: ExportedProgram) -> bool:
+    """Whether a graph was never decomposed, asserts types, or calls an operator that is spelled in another way."""
+    unwanted = {_ASSERTION, *_RESPELLED, *patterns()}
+    return exported.dialect != "ATEN" or any(n.target in unwanted for n in exported.graph.nodes)
+
+
+def _drop_type_assertions(exported: ExportedProgram) -> None:
+    """Take away what torch.export adds to conversions of types: reading a value there is no use of it."""
+    for node in [*exported.graph.nodes]:
+        if node.target is _ASSERTION:
+            exported.graph.erase_node(node)
+    exported.graph_module.recompile()
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, without what stands below."""
+    if isinstance(error, MlaCompileError):
+        return error.message
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

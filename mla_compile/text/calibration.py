@@ -1,0 +1,127 @@
+"""The user's text as token windows: most to calibrate on, the last part held out to measure on.
+
+Text is read as far as it is needed, so that it may be as long as it likes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mla_compile.config import CompileConfig
+from mla_compile.errors import UsageError
+from mla_compile.program import Program
+from mla_compile.text.corpus import check_vocabulary, load_tokenizer, read_documents, token_windows, tokenize
+from mla_compile.text.dataset import is_dataset, stream_documents
+from mla_compile.text.evaluate import longest_window, original_scorer
+
+__all__ = ["Text", "TextWindows", "cut_windows", "read_text", "require_text"]
+
+Text = str | Path | Sequence[str] | Tensor
+"""Calibration text: a file, ``hf:`` and a dataset, documents, or token windows ``[windows, length]``."""
+_HELD_OUT = 16
+"""Windows kept for measuring, at most; a tenth of the text if that is less."""
+
+
+@dataclass(frozen=True)
+class TextWindows:
+    """Token windows ``[windows, length]``.
+
+    Attributes:
+        calibration: What statistics are measured on.
+        held_out: What perplexity is measured on; the same window where there is only one.
+        separate: Whether no window is in both.
+    """
+
+    calibration: Tensor
+    held_out: Tensor
+    separate: bool
+
+
+def require_text(config: CompileConfig, calibration: Text | None) -> None:
+    """Refuse what chooses or trains by what the model does on text, without text.
+
+    Raises:
+        UsageError: The method or polishing needs text.
+    """
+    if calibration is not None or not config.needs_text:
+        return
+    if config.polish_steps:
+        raise UsageError("Polishing needs text to train on.", "Give some with --calibration FILE.")
+    if config.chosen_method == "mha2mla":
+        raise UsageError("The 2-norm selection needs text to measure on.", "Give some with --calibration FILE.")
+    raise UsageError(
+        f"The method '{config.chosen_method}' chooses by what the model does on text, and none was given.",
+        "Give some with --calibration FILE, or choose --method mha2mla, which does without and loses more.",
+    )
+
+
+def read_text(text: Text | None) -> Iterable[str] | Tensor | None:
+    """Read documents from a file or open a dataset; pass on what is neither.
+
+    Raises:
+        LoadError: The file or dataset is missing or holds no text.
+        UsageError: Token windows are not an integer matrix.
+    """
+    if isinstance(text, str) and is_dataset(text):
+        return stream_documents(text)
+    if isinstance(text, str | Path):
+        return read_documents(text)
+    if isinstance(text, Tensor) and (
+        text.dim() != 2 or text.is_floating_point() or text.shape[0] < 1 or text.shape[1] < 2
+    ):
+        raise UsageError(
+            f"Calibration ids are {text.dtype} of shape {tuple(text.shape)}.",
+            "Pass integers [windows, length], at least one window of two tokens.",
+        )
+    return text
+
+
+def cut_windows(
+    program: Program,
+    text: Iterable[str] | Tensor | None,
+    tokenizer: Any,  # noqa: ANN401 - a folder or any transformers tokenizer
+    config: CompileConfig,
+) -> TextWindows | None:
+    """Tokenize documents, cut windows the model can run, and hold the last part back.
+
+    Args:
+        program: The model, for its tokenizer and its longest window.
+        text: Documents or windows, from :func:`read_text`.
+        tokenizer: A tokenizer, if the model does not bring one.
+        config: Window length and number of tokens.
+
+    Raises:
+        LoadError: There is no tokenizer.
+        UsageError: The text is shorter than one window, or a window is longer than the model can run.
+    """
+    if text is None:
+        return None
+    if isinstance(text, Tensor):
+        windows = text
+    else:
+        if tokenizer is None or isinstance(tokenizer, str | Path):
+            tokenizer = load_tokenizer(program.assets.folder)
+        length = config.seq_len or longest_window(original_scorer(program), program.max_positions)
+        enough = (_used(config, length) + _HELD_OUT) * length
+        windows = token_windows(tokenize(text, tokenizer, enough), length)
+    check_vocabulary(int(windows.max()), program.vocabulary, program.source)
+    length = windows.shape[1]
+    longest = longest_window(original_scorer(program), program.max_positions, length)
+    if longest < length:
+        raise UsageError(
+            f"Windows of {length} tokens are longer than '{program.source}' can run.",
+            f"Use --seq-len {longest} or less.",
+        )
+    held_out = min(_HELD_OUT, max(1, len(windows) // 10))
+    calibration = windows[: max(1, len(windows) - held_out)][: _used(config, length)]
+    return TextWindows(calibration, windows[-held_out:], len(windows) > 1)
+
+
+def _used(config: CompileConfig, length: int) -> int:
+    """Windows to calibrate on."""
+    return max(1, config.calibration_tokens // length)
