@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import resource
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol, TypeVar
 
-__all__ = ["Display", "Stage", "StageTiming", "Stages", "peak_memory_mib"]
+__all__ = ["Display", "Stage", "StageTiming", "Stages", "machine_memory", "peak_memory_mib"]
 
 T = TypeVar("T")
 
@@ -19,6 +22,16 @@ def peak_memory_mib() -> float:
     """Largest resident memory of this process so far, in MiB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def machine_memory() -> int | None:
+    """Bytes of memory that this process can have at most: the machine's, or a container's; None where nobody says."""
+    limits = []
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    with contextlib.suppress(OSError, ValueError):  # "max" where there is no limit
+        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min((limit for limit in limits if limit > 0), default=None)
 
 
 @dataclass(frozen=True, slots=True)

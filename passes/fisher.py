@@ -22,6 +22,7 @@ from mla_compile.passes.converted import steps_beside
 from mla_compile.passes.factorise import LatentWeights
 from mla_compile.passes.gauge import balanced
 from mla_compile.passes.layers import MeasuredLayer, measure_layers, no_room, rope_is_shifted, settled_by
+from mla_compile.passes.principal import principal_components
 from mla_compile.passes.refit import refit_values
 from mla_compile.passes.rope_split import RopeSplit, rotary_channels, split_rope
 from mla_compile.passes.search import Divergence, Shares, search_shares
@@ -71,8 +72,7 @@ def joint_factors(
     squared scale, exactly; tokens, for keys and values alike, halfway between how keys weigh them and how values do.
     One moment for both keeps the factors exact at full rank, and nested. Norms of values weigh nothing.
     """
-    rows = joint_rows(site, weights, split)
-    width, kv_heads = rows.shape[1], site.kv_heads
+    rows, kv_heads = joint_rows(site, weights, split), site.kv_heads
     factors, _, of_keys = key_weighting(site, statistics)
     mean, moment = torch.zeros_like(statistics.mean), (statistics.moment + of_keys) / 2
     if centred and not (site.key_bias_matters or site.value_bias_matters):
@@ -84,17 +84,13 @@ def joint_factors(
     values_metric = output.new_zeros(int(owners.max()) + 1, *output.shape[1:]).index_add_(0, owners, output)
     keys_metric = query.unflatten(0, (kv_heads, -1)).sum(1) * factors[:, None, None]
     metrics = [_root(keys_metric), _root(values_metric)]
-    roots, inverses = (torch.block_diag(*metrics[0][i], *metrics[1][i]) for i in (0, 1))
-    weighted = roots @ rows
-    values, vectors = torch.linalg.eigh(weighted @ moment @ weighted.T)
-    values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
-    count = min(len(values), width)
-    values, vectors = values[:count], vectors[:, :count]
-    vectors = vectors * vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
+    roots, inverses = ([metrics[0][i], metrics[1][i]] for i in (0, 1))
+    values, vectors, seen = principal_components(_per_head(roots, rows), moment)
+    values = values.clamp(min=0)
     real = values > 1e-14 * values[0]
     sizes = values.sqrt()
-    down = torch.where(real, 1 / sizes.clamp(min=1e-300), 0.0)[:, None] * (vectors.T @ weighted)
-    return from_rows(site, values / 2, inverses @ (vectors * sizes * real), down, mean)
+    down = torch.where(real, 1 / sizes.clamp(min=1e-300), 0.0)[:, None] * seen
+    return from_rows(site, values / 2, _per_head(inverses, vectors * (sizes * real)), down, mean)
 
 
 def joint_rows(site: AttentionSite, weights: SiteWeights, split: RopeSplit) -> Tensor:
@@ -114,6 +110,19 @@ def from_rows(site: AttentionSite, loss: Tensor, up: Tensor, down: Tensor, mean:
         value_up=up[keys:].unflatten(0, (-1, site.v_dim))[torch.tensor(site.value_owners)],
         down=down,
         mean=mean,
+    )
+
+
+def _per_head(matrices: Sequence[Tensor], rows: Tensor) -> Tensor:
+    """Multiply the rows of every head with its own matrix.
+
+    Args:
+        matrices: ``[heads, D, D]`` of keys, and the same of values.
+        rows: ``[all heads' D, k]``, one head after another.
+    """
+    parts = rows.split([m.shape[0] * m.shape[1] for m in matrices])
+    return torch.cat(
+        [(m @ part.unflatten(0, m.shape[:2])).flatten(0, 1) for m, part in zip(matrices, parts, strict=True)]
     )
 
 

@@ -4,6 +4,9 @@ A method chooses every layer's weights for a loss to second order, and on the or
 beyond that, and what one layer could make up for another, is found by gradients of the divergence from the original,
 through the whole converted model. Everything that the conversion left as it was stays as it is.
 
+All layers are trained together: one loss, and a step that is shortened by the length of all gradients. What is trained
+is in memory with its gradient, two means and the last that was good, and so are activations of all layers.
+
 Adam moves every number by about as much. That suits weights whose two halves are balanced
 (:mod:`~mla_compile.passes.gauge`) and steps in proportion to the size of the matrix.
 """
@@ -87,7 +90,7 @@ def _train(
     task: Task, weights: Sequence[LatentWeights], windows: Tensor, steps: int
 ) -> tuple[tuple[LatentWeights, ...], int]:
     """Train for so many steps; the weights, and the steps they are from: fewer where the loss became not finite."""
-    start = [balanced(w) for w in weights]
+    start = [task.held(balanced(w)) for w in weights]
     model = task.rewrite(start)
     frozen = {name: p.detach() for name, p in model.named_parameters()}
     layers = [_Layer.of(site, w, frozen) for site, w in zip(task.sites, start, strict=True)]
@@ -95,7 +98,8 @@ def _train(
     optimiser = torch.optim.Adam([group for layer in layers for group in layer.groups()], betas=_BETAS)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _share(step, steps))
     teacher = original_scorer(task.program, wide=True)
-    good, done = frozen, 0  # the last weights that are known to have a finite loss
+    # The last weights that are known to have a finite loss.
+    good, done = {name: p.detach().clone() for name, p in parameters.items()}, 0
     with task.stages.stage("polish", steps) as advance:
         for ids in _batches(windows, steps, task.config.seed):
             optimiser.zero_grad()
@@ -110,7 +114,8 @@ def _train(
             length = float(nn.utils.clip_grad_norm_(parameters.values(), _LONGEST_GRADIENT))
             if not (math.isfinite(loss) and math.isfinite(length)):
                 return tuple(layer.weights(good) for layer in layers), max(0, done - 1)
-            good = {name: p.detach().clone() for name, p in parameters.items()}
+            for name, p in parameters.items():
+                good[name].copy_(p.detach())
             optimiser.step()
             schedule.step()
             done += 1

@@ -27,6 +27,8 @@ __all__ = ["refit_values"]
 
 _RIDGE = 1e-4
 """Pull towards the weights that are refitted, relative to a latent entry's own variance."""
+_BLOCK = 256
+"""Rows of a Gram matrix that are computed together."""
 
 
 def _context(_: int, given: Mapping[str, Any], __: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
@@ -75,12 +77,12 @@ def refit_values(
         bias, context = weights[index].output_bias, context.double()
         target = wanted.double() if bias is None else wanted.double() - bias
         grown = sums.at(index)
-        grown.gram += torch.einsum("bshr,bsht->hrt", context, context)
+        _add_gram(grown.gram, context.flatten(0, 1).transpose(0, 1))
         grown.cross += torch.einsum("bshr,bshv->hrv", context, target)
         left[index] -= 1
         if not left[index]:
             done = sums.take(index)
-            found[index] = spilled(_solve(weights[index], done.gram, done.cross), folder)
+            found[index] = spilled(_solve(weights[index], _mirrored(done.gram), done.cross), folder)
     return tuple(found[index] for index in range(len(sites)))
 
 
@@ -89,7 +91,7 @@ class _Sums:
     """What a layer's regression needs of all tokens.
 
     Attributes:
-        gram: ``[H, r, r]``, of the latents that its heads average.
+        gram: ``[H, r, r]``, of the latents that its heads average; only the lower half counts.
         cross: ``[H, r, Dv]``, of them and the outputs that are wanted.
     """
 
@@ -102,6 +104,19 @@ class _Sums:
         rank = weights.value_up.shape[1]
         gram = torch.zeros(site.heads, rank, rank, dtype=torch.float64)
         return cls(gram, torch.zeros(site.heads, rank, site.v_dim, dtype=torch.float64))
+
+
+def _add_gram(gram: Tensor, seen: Tensor) -> None:
+    """Add ``X^T X`` of ``[H, tokens, r]`` below the diagonal, block by block: little more than half of the products."""
+    for start in range(0, gram.shape[1], _BLOCK):
+        rows = seen[:, :, start : start + _BLOCK]
+        part = gram[:, start : start + _BLOCK, : start + rows.shape[2]]
+        part.baddbmm_(rows.mT, seen[:, :, : start + rows.shape[2]])
+
+
+def _mirrored(gram: Tensor) -> Tensor:
+    """The whole of a symmetric matrix whose lower half is known."""
+    return gram.tril() + gram.tril(-1).mT
 
 
 def _solve(weights: LatentWeights, gram: Tensor, cross: Tensor) -> LatentWeights:

@@ -20,6 +20,7 @@ from mla_compile.errors import UsageError
 from mla_compile.passes.factorise import LatentWeights
 from mla_compile.passes.fisher import JointFactors, assemble, from_rows, joint_rows
 from mla_compile.passes.layers import MeasuredLayer, measure_layers, no_room, settled_by
+from mla_compile.passes.principal import principal_components
 from mla_compile.passes.rope_split import RopeSplit, RotaryChannels, real_split, rotary_channels, split_rope
 from mla_compile.passes.search import Divergence
 from mla_compile.passes.statistics import SiteStatistics, key_weighting
@@ -77,12 +78,8 @@ def balanced_factors(
     balance = float(lengths[:keys].mean() / lengths[keys:].mean())
     scale[:keys] /= balance if balance > 0 else 1.0
     scaled = rows * scale[:, None]
-    values, vectors = torch.linalg.eigh(scaled @ ((statistics.moment + of_keys) / 2) @ scaled.T)
-    count = min(rows.shape)
-    vectors = vectors.flip(1)[:, :count]
-    vectors = vectors * vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
-    up, down = vectors / scale[:, None], vectors.T @ scaled
-    return from_rows(site, values.flip(0)[:count], up, down, torch.zeros_like(statistics.mean))
+    values, vectors, down = principal_components(scaled, (statistics.moment + of_keys) / 2)
+    return from_rows(site, values, vectors / scale[:, None], down, torch.zeros_like(statistics.mean))
 
 
 def transmla(task: Task) -> Choice:

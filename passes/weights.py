@@ -12,7 +12,7 @@ from mla_compile.passes.evaluate import GraphEvaluator
 from mla_compile.program import AnyProgram
 from mla_compile.site import AttentionSite, Projection
 
-__all__ = ["HeadWeights", "SiteWeights", "input_width", "read_site"]
+__all__ = ["HeadWeights", "SiteWeights", "input_width", "read_site", "stored_numbers"]
 
 _aten = torch.ops.aten
 
@@ -62,6 +62,11 @@ def input_width(program: AnyProgram, site: AttentionSite) -> int:
     """Width of the activation a site's projections read; needs shapes only."""
     nodes = {n.name: n for n in program.exported.graph.nodes}
     return int(nodes[site.key.source].meta["val"].shape[-1])
+
+
+def stored_numbers(program: AnyProgram) -> int:
+    """Numbers in all weights of a model; what is tied counts once."""
+    return sum({v.data_ptr(): v.numel() for v in program.exported.state_dict.values()}.values())
 
 
 def _read(evaluator: GraphEvaluator, projection: Projection) -> HeadWeights:

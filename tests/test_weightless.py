@@ -14,6 +14,9 @@ from mla_compile.config import make_config
 from mla_compile.conversion import weightless
 from mla_compile.conversion_cost import conversion_cost
 from mla_compile.errors import LoadError, UsageError
+from mla_compile.passes.search import Divergence
+from mla_compile.passes.task import Task
+from mla_compile.passes.transmla import transmla
 from mla_compile.plan import plan_layers
 
 SIZES = {**models._COMMON, "head_dim": 16, "num_hidden_layers": 5}
@@ -98,30 +101,65 @@ def test_what_a_conversion_writes_is_what_it_has(programs):
     assert cost.written_bytes == 4 * sum(p.numel() for p in converted.module.parameters())
 
 
-def test_what_text_costs_follows_from_how_much_there_is(programs):
-    captured = programs["llama-gqa"]
-    parameters = sum(p.numel() for p in captured.module.parameters())
+def cost_of(captured, layers=1, itemsize=4, **settings):
+    """What converting a model takes whose layers are those of another, several times over."""
+    config = make_config(method="mha2mla", seq_len=16, **settings)
+    sites = captured.sites * layers
+    widths = [models.WIDTH] * len(sites)
+    plans = plan_layers(sites, widths, config)
+    parameters = sum(p.numel() for p in captured.module.parameters()) * layers
+    return conversion_cost(sites, plans, widths, config, parameters, itemsize, captured.program.vocabulary)
 
-    def fisher(layers=1, **settings):
-        config = make_config(method="mha2mla", seq_len=16, **settings)
-        sites = captured.sites * layers
-        widths = [models.WIDTH] * len(sites)
-        plans = plan_layers(sites, widths, config)
-        given = (config, parameters * layers, 4, captured.program.vocabulary)
-        return conversion_cost(sites, plans, widths, *given).fisher
 
-    one = fisher(calibration_tokens=2**14)
-    more = fisher(calibration_tokens=2**15)
-    forward = fisher(calibration_tokens=2**14, gradients=False)
-    deep = fisher(calibration_tokens=2**14, layers=3)
+@pytest.mark.parametrize("method", ["fisher", "transmla"])
+def test_what_text_costs_follows_from_how_much_there_is(programs, method):
+    def cost(**settings):
+        return getattr(cost_of(programs["llama-gqa"], **settings), method)
+
+    sites = programs["llama-gqa"].sites
+    one = cost(calibration_tokens=2**14)
+    more = cost(calibration_tokens=2**15)
+    forward = cost(calibration_tokens=2**14, gradients=False)
+    deep = cost(calibration_tokens=2**14, layers=3)
     assert one.tokens == 2**14
-    assert more.offload_bytes == 2 * one.offload_bytes == 2 * 4 * 2**14 * models.WIDTH * len(captured.sites)
+    assert more.offload_bytes == 2 * one.offload_bytes == 2 * 4 * 2**14 * models.WIDTH * len(sites)
     assert one.memory_bytes == one.offload_memory_bytes + one.offload_bytes
     assert more.offload_memory_bytes == one.offload_memory_bytes
     assert deep.offload_memory_bytes == pytest.approx(one.offload_memory_bytes, rel=0.01)  # tables count as layers
     assert one.seconds < more.seconds < 2 * one.seconds
     assert forward.text_operations < one.text_operations
     assert deep.disk_bytes == 3 * one.disk_bytes
+
+
+def test_transmla_refits_nothing(programs):
+    cost = cost_of(programs["llama-gqa"], calibration_tokens=2**14)
+    assert cost.transmla.text_operations < cost.fisher.text_operations
+    assert cost.transmla.offload_bytes == cost.fisher.offload_bytes
+
+
+def test_transmla_tries_what_its_search_would(programs, monkeypatch):
+    """At most: it leaves a length of the rope key as soon as more folding does not help."""
+    captured, tried = programs["llama-gqa"], []
+    config = make_config(method="transmla", cache_ratio=0.5)
+    call = Divergence.__call__
+    monkeypatch.setattr(Divergence, "__call__", lambda self, model: tried.append(0) or call(self, model))
+    transmla(Task(captured.program, captured.sites, (), config, models.tokens(8, 16, seed=3)))
+    estimated = cost_of(captured, cache_ratio=0.5).transmla.tries
+    assert len(tried) <= estimated <= 2 * len(tried)
+
+
+def test_what_polishing_costs_follows_from_steps_and_layers(programs):
+    captured = programs["llama-gqa"]
+    one, twice, deep, narrow = (
+        cost_of(captured, **settings).polish for settings in ({}, {"polish_steps": 256}, {"layers": 3}, {"itemsize": 2})
+    )
+    assert (one.steps, twice.steps) == (128, 256)
+    assert twice.operations == 2 * one.operations
+    assert twice.memory_bytes == one.memory_bytes
+    assert deep.operations == pytest.approx(3 * one.operations, rel=0.1)  # tables count as layers
+    assert deep.least_memory_bytes == 3 * one.least_memory_bytes
+    assert deep.memory_bytes - one.memory_bytes > deep.least_memory_bytes - one.least_memory_bytes  # activations too
+    assert narrow.memory_bytes > one.memory_bytes  # weights in float32 beside those that are stored
 
 
 def test_text_is_of_no_use_without_weights(tmp_path):

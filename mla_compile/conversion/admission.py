@@ -7,12 +7,17 @@ from collections.abc import Sequence
 from mla_compile.config import CompileConfig
 from mla_compile.conversion.encoders import is_encoder, require_encoder
 from mla_compile.conversion.seq2seq import is_seq2seq, undecodable
-from mla_compile.errors import RefusedError
+from mla_compile.conversion_cost import polish_cost
+from mla_compile.errors import RefusedError, UsageError
 from mla_compile.passes.recognise import Recognition
+from mla_compile.passes.task import Task
+from mla_compile.passes.weights import stored_numbers
+from mla_compile.plan import latent_budget, shared_rope_plan
 from mla_compile.program import AnyProgram, OtherProgram, Program
+from mla_compile.progress import machine_memory
 from mla_compile.site import AttentionSite, Kind, Rejection, reasons
 
-__all__ = ["convertible", "is_beyond_causal", "require_causal", "would_be_refused"]
+__all__ = ["convertible", "is_beyond_causal", "require_causal", "require_room_to_polish", "would_be_refused"]
 
 
 def is_beyond_causal(program: AnyProgram, found: Recognition, config: CompileConfig) -> bool:
@@ -83,3 +88,30 @@ def _require_some(program: AnyProgram, found: Recognition) -> Recognition:
             "Export with run_decompositions({}) at most, so that attention is still a softmax between two products.",
         )
     return found
+
+
+def require_room_to_polish(task: Task) -> None:
+    """Refuse, before anything is measured, to polish a model whose matrices alone do not fit in this machine.
+
+    Sizes are not known yet: all of a layer's budget is taken to be latent, or the rank is the one that was asked for.
+
+    Raises:
+        UsageError: They do not fit.
+    """
+    config, memory = task.config, machine_memory()
+    if not config.polish_steps or memory is None:
+        return
+    plans = [
+        shared_rope_plan(site, width, 0, config.kv_rank or max(1, latent_budget(site, config)))
+        for site, width in zip(task.sites, task.widths, strict=True)
+    ]
+    program = task.program
+    cost = polish_cost(
+        task.sites, plans, task.widths, config, stored_numbers(program), program.dtype.itemsize, program.vocabulary
+    )
+    if cost.least_memory_bytes > memory:
+        raise UsageError(
+            f"Polishing trains all layers at once, whose matrices alone take {cost.least_memory_bytes / 1e9:,.1f} GB, "
+            f"and this machine has {memory / 1e9:,.1f} GB of memory.",
+            "Leave --polish-steps out, or give it a machine with more memory; 'mla-compile plan' says what it takes.",
+        )

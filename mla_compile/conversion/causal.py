@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mla_compile.artifacts.checkpoint import require_blocks
 from mla_compile.config import CompileConfig
+from mla_compile.conversion.admission import require_room_to_polish
 from mla_compile.conversion.number_types import require_float32
 from mla_compile.conversion.request import Request, Session
 from mla_compile.conversion.verdict import costly_layers, log_sizes, warnings_of
@@ -142,6 +143,7 @@ def prepare(program: Program, found: Recognition, session: Session) -> Case:
         resources=Resources(folder=folder, device=session.processes.device),
         processes=session.processes,
     )
+    require_room_to_polish(task)
     return Case(request, task, text, notes)
 
 

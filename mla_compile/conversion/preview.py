@@ -20,7 +20,7 @@ from mla_compile.passes.methods import METHODS
 from mla_compile.passes.recognise import Recognition, recognise
 from mla_compile.passes.retype import type_name
 from mla_compile.passes.task import Task
-from mla_compile.passes.weights import input_width
+from mla_compile.passes.weights import input_width, stored_numbers
 from mla_compile.plan import LatentPlan, plan_layers
 from mla_compile.program import AnyProgram
 from mla_compile.progress import Display, Stages
@@ -103,11 +103,8 @@ def plan(
     widths = tuple(input_width(program, s) for s in sites)
     if config.exact or method == "mha2mla":
         plans = plan_layers(sites, widths, config)
-        stored = {v.data_ptr(): v.numel() for v in program.exported.state_dict.values()}  # what is tied counts once
-        count = sum(stored.values())
-        cost = conversion_cost(
-            sites, plans, widths, config, count, result_type(program, config).itemsize, program.vocabulary
-        )
+        itemsize = result_type(program, config).itemsize
+        cost = conversion_cost(sites, plans, widths, config, stored_numbers(program), itemsize, program.vocabulary)
         log_sizes(plans)
         return Planned(found, plans, widths, *types, cost)
     text = cut_windows(program, documents, tokenizer, config)

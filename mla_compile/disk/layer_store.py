@@ -25,7 +25,7 @@ from mla_compile.passes.factorise import LatentWeights
 
 __all__ = ["Journal", "LayerStore", "rounded", "store_beside", "store_folder"]
 
-_SCHEMA = 1
+_SCHEMA = 2
 """Raise it with every change of how layers are made."""
 _MATRICES = ("query", "row", "key_up", "value_up")
 """What takes room; the rest stays in float64."""

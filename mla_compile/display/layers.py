@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mla_compile.display.console import print_table, say, tell, warn
 
 if TYPE_CHECKING:
-    from mla_compile.conversion_cost import ConversionCost
+    from mla_compile.conversion_cost import ConversionCost, TextCost
     from mla_compile.cost import DecodeStep, LayerCost
     from mla_compile.plan import LatentPlan
 
@@ -187,32 +187,44 @@ def show_conversion(cost: ConversionCost | None, alike: tuple[int, int] | None, 
         first = "the first shows" if alike[1] == 1 else f"the first {alike[1]} show"
         tell(f"{alike[0]} layers, of which {first} all kinds; no more was exported")
     if cost is not None:
-        minutes = cost.seconds / 60
-        taken = "less than a minute" if minutes < 1 else f"about {minutes:,.0f} minutes"
         read, written, held = (_amount(n) for n in (cost.weight_bytes, cost.written_bytes, cost.memory_bytes))
         tell(
-            f"converting it takes {taken} besides verification ({_amount(cost.operations)}FLOP in float64, one core), "
-            f"reads {read}B, writes {written}B and holds {held}B (estimated)"
+            f"converting it takes {_minutes(cost.seconds)} besides verification ({_amount(cost.operations)}FLOP in "
+            f"float64, one core), reads {read}B, writes {written}B and holds {held}B (estimated)"
         )
-        fisher = cost.fisher
-        minutes = fisher.seconds / 60
-        taken = "less than a minute" if minutes < 1 else f"about {minutes:,.0f} minutes"
-        model, exact, held, less, off, beside = (
-            _amount(n)
-            for n in (
-                fisher.text_operations,
-                fisher.operations,
-                fisher.memory_bytes,
-                fisher.offload_memory_bytes,
-                fisher.offload_bytes,
-                fisher.disk_bytes,
-            )
-        )
+        tell(f"by fisher, {_by_text(cost.fisher)}")
+        tell(f"by transmla, {_by_text(cost.transmla)}")
+        trained = cost.polish
         tell(
-            f"by fisher, on {fisher.tokens:,} tokens, {taken} ({model}FLOP of running the model, {exact}FLOP in "
-            f"float64), {held}B of memory, or {less}B with {off}B of --offload, and {beside}B of files beside the "
-            "output (estimated, without checks)"
+            f"polishing by {trained.steps} steps takes {_minutes(trained.seconds)} more "
+            f"({_amount(trained.operations)}FLOP of running models) and {_amount(trained.memory_bytes)}B of memory, as "
+            "all layers are trained at once (estimated)"
         )
+
+
+def _by_text(cost: TextCost) -> str:
+    """What a method takes that needs text, in a line."""
+    model, exact, held, less, off, beside = (
+        _amount(n)
+        for n in (
+            cost.text_operations,
+            cost.operations,
+            cost.memory_bytes,
+            cost.offload_memory_bytes,
+            cost.offload_bytes,
+            cost.disk_bytes,
+        )
+    )
+    return (
+        f"on {cost.tokens:,} tokens, {_minutes(cost.seconds)} ({model}FLOP of running the model, {exact}FLOP in "
+        f"float64), {held}B of memory, or {less}B with {off}B of --offload, and {beside}B of files beside the "
+        "output (estimated, without checks)"
+    )
+
+
+def _minutes(seconds: float) -> str:
+    """A time of a conversion."""
+    return "less than a minute" if seconds < 60 else f"about {seconds / 60:,.0f} minutes"
 
 
 def _amount(number: float) -> str:

@@ -10,13 +10,20 @@ import torch
 import zoo
 from conversion import latent_weights
 
+from mla_compile import api
 from mla_compile.config import make_config
+from mla_compile.conversion.admission import require_room_to_polish
+from mla_compile.conversion_cost import polish_cost
+from mla_compile.errors import UsageError
 from mla_compile.passes import polish as module
+from mla_compile.passes.factorise import factorise_mha2mla
 from mla_compile.passes.fisher import fisher
 from mla_compile.passes.polish import polish
 from mla_compile.passes.recognise import recognise
 from mla_compile.passes.task import Task
-from mla_compile.progress import Stages
+from mla_compile.passes.weights import read_site
+from mla_compile.plan import plan_layers
+from mla_compile.progress import Stages, machine_memory
 
 LENGTH, STEPS = 16, 40
 TEXT, UNSEEN = models.tokens(256, LENGTH, seed=1), models.tokens(16, LENGTH, seed=2)
@@ -166,3 +173,44 @@ def test_a_loss_that_is_not_finite_ends_training_with_the_last_good_weights(prog
 def test_a_single_window_is_trained_on(programs, polished):
     found = polish(task_of(programs["llama-gqa"], TEXT[:1]), polished.given, 3)
     assert found.report.after < found.report.before
+
+
+def test_what_cannot_fit_is_refused_before_anything_is_measured(programs, monkeypatch):
+    captured = programs["llama-gqa"]
+    asked = {"method": "fisher", "calibration": TEXT, "check": False, "statistics_cache": False}
+    monkeypatch.setattr("mla_compile.conversion.admission.machine_memory", lambda: 10**5)
+    monkeypatch.setattr("mla_compile.conversion.causal.METHODS", {})
+    with pytest.raises(UsageError, match=r"matrices alone take .* GB, and this machine has 0\.0 GB") as caught:
+        api.compile(captured.module, models.example(captured.module), polish_steps=1, **asked)
+    assert "--polish-steps" in caught.value.remedy
+    with pytest.raises(KeyError):  # the method, which is not there: without polishing nothing is refused
+        api.compile(captured.module, models.example(captured.module), **asked)
+
+
+@pytest.mark.parametrize("memory", [10**12, None])
+def test_what_fits_and_what_nobody_can_tell_is_polished(programs, monkeypatch, memory):
+    monkeypatch.setattr("mla_compile.conversion.admission.machine_memory", lambda: memory)
+    require_room_to_polish(task_of(programs["llama-gqa"], method="fisher", polish_steps=1))
+
+
+def test_what_is_trained_takes_what_is_said(programs):
+    """The figure that a refusal names: five numbers in float32 for every one that is trained."""
+    captured = programs["llama-gqa"]
+    config = make_config(method="mha2mla", selection="uniform", cache_ratio=0.5)
+    plans = plan_layers(captured.sites, [models.WIDTH] * len(captured.sites), config)
+    weights = [
+        factorise_mha2mla(site, read_site(captured.program, site), plan, config, None)
+        for site, plan in zip(captured.sites, plans, strict=True)
+    ]
+    model = task_of(captured).rewrite(weights)
+    stored = {name: p.detach() for name, p in model.named_parameters()}
+    layers = [module._Layer.of(site, w, stored) for site, w in zip(captured.sites, weights, strict=True)]
+    trained = sum(p.numel() for layer in layers for p in layer.parameters.values())
+    cost = polish_cost(captured.sites, plans, [models.WIDTH] * len(plans), config, 10**5, 4, 10)
+    # Values have an up-projection per query head only behind a refit, which is what is counted.
+    assert 20 * trained <= cost.least_memory_bytes <= 1.4 * 20 * trained
+    assert cost.least_memory_bytes < cost.memory_bytes
+
+
+def test_this_machine_has_some_memory():
+    assert (machine_memory() or 2**40) > 2**27

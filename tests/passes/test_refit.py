@@ -8,6 +8,7 @@ import torch
 import zoo
 from conversion import difference, latent_weights
 
+from mla_compile.passes import refit
 from mla_compile.passes.activations import observe_outputs
 from mla_compile.passes.insert_latent import insert_latent
 from mla_compile.passes.refit import _RIDGE, refit_values
@@ -174,3 +175,14 @@ def test_progress_sees_every_batch_once(programs):
     text = models.tokens(5, LENGTH)
     refit_values(captured.program, captured.sites, weights, model, text, batch=2, progress=count)
     assert sizes == [(2, LENGTH), (2, LENGTH), (1, LENGTH)]
+
+
+@pytest.mark.parametrize("rank", [1, 3, 4, 7, 8])
+def test_half_of_a_gram_matrix_is_all_of_it(rank, monkeypatch):
+    """Whatever its size is to the blocks', and in several parts of the text."""
+    monkeypatch.setattr(refit, "_BLOCK", 4)
+    seen = torch.randn(3, 10, rank, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    gram = torch.zeros(3, rank, rank, dtype=torch.float64)
+    for part in seen.split(6, 1):
+        refit._add_gram(gram, part)
+    torch.testing.assert_close(refit._mirrored(gram), seen.mT @ seen, rtol=1e-13, atol=1e-13)
