@@ -50,17 +50,15 @@ __all__ = [
 ]
 
 FUSED_DOMAIN = "mla_compile.cpu"
-FUSED = {False: "FoldedAttention", True: "FoldedAttentionOfCodes"}
-"""Operators of :mod:`mla_compile.runtime.cpu`, for rows and for their codes: the folded form in one."""
+FUSED = {
+    "float32": "FoldedAttention",
+    "float16": "FoldedAttentionOfHalves",
+    "uint8": "FoldedAttentionOfCodes",
+}
+"""Operators of :mod:`mla_compile.runtime.cpu` by the type of a cache: the folded form in one."""
 
 _APPEND = """
   new_BNR = Concat <axis = -1> (latent_BNr, key_turned_BNR)
-"""
-
-# A branch must say of what type its result is, and the types of operators that ONNX does not know are not inferred.
-_FUSED_ATTENTION = f"""
-  fused_BSHV = {FUSED_DOMAIN}.OPERATOR (plain_BSHD, turned_BSnhd, ROWS, seen_BST, key_up_GDr, value_up_GrV SCALES)
-  output_BSHV = Cast <to = 1> (fused_BSHV)
 """
 
 _INPUTS = {
@@ -75,7 +73,7 @@ _ATTRIBUTES = {
 
 @functools.cache
 def attention_function(
-    op_type: str, opset: int, variant: Variant = PLAIN, *, fused: bool = False
+    op_type: str, opset: int, variant: Variant = PLAIN, *, fused: bool = False, float16: bool = False
 ) -> onnx.FunctionProto:
     """Build the function of a node.
 
@@ -83,7 +81,8 @@ def attention_function(
         op_type: ``LATENT`` or ``CACHED``.
         opset: Version of the standard operators, 23 or later.
         variant: What the node has.
-        fused: Whether the folded form is an operator of :mod:`mla_compile.runtime.cpu`, for float32.
+        fused: Whether the folded form is an operator of :mod:`mla_compile.runtime.cpu`.
+        float16: Of what type the numbers are then: float16, else float32. Standard operators take either.
 
     Returns:
         The function; its name is the variant's.
@@ -103,7 +102,7 @@ def attention_function(
     if variant.halves and (op_type == CACHED or variant.bidirectional or variant.quantised):
         raise ValueError("Two halves are of causal latent attention whose cache is not quantised.")
     if fused and not (op_type == LATENT and has_fused_form(variant)):
-        raise ValueError("The fused operator is for causal latent attention without scales, caps, sinks and slopes.")
+        raise ValueError("The fused operator is for causal latent attention whose cache is in one piece.")
     # A flag for every optional input: which inputs a node has cannot be told from their number.
     attributes = {
         "key_scales": variant.key_scales,
@@ -130,7 +129,7 @@ def attention_function(
   <{_listing(_ATTRIBUTES[op_type], attributes)}>
   ({_listing(taken, inputs)})
   => ({_listing(returned, outputs)})
-{{{_latent_body(variant, fused) if op_type == LATENT else _cached_body(variant)}}}
+{{{_latent_body(variant, fused, float16) if op_type == LATENT else _cached_body(variant)}}}
 """
     lines = [line.split("#")[0].rstrip() for line in text.splitlines()]
     return onnx.parser.parse_function("\n".join(line for line in lines if line))
@@ -142,19 +141,39 @@ def _listing(always: str, sometimes: dict[str, bool]) -> str:
 
 def has_fused_form(variant: Variant) -> bool:
     """Whether :mod:`mla_compile.runtime.cpu` has an operator for the folded form of ``LatentAttention``."""
-    return _has_two_forms(variant) and not (variant.key_scales or variant.value_scales or variant.halves)
+    return not (variant.bidirectional or variant.halves)
 
 
-def _fused_attention(variant: Variant) -> str:
-    text = _FUSED_ATTENTION.replace("OPERATOR", FUSED[variant.quantised])
-    return text.replace(" SCALES", ", ROW_SCALES" if variant.quantised else "")
+def _fused_attention(variant: Variant, float16: bool) -> str:
+    numbers = {"key_scales": "int", "value_scales": "int", "scaled_rope": "int", "softcap": "float"}
+    features = ", ".join(f"{name}: {kind} = @{name}" for name, kind in numbers.items() if getattr(variant, name))
+    optional = {
+        "ROW_SCALES": variant.quantised,
+        "sinks_H": variant.sinks,
+        "slopes_H": variant.slopes,
+        "distance_BST": variant.slopes,
+    }
+    given = ["plain_BSHD", "turned_BSnhd", "ROWS", "seen_BST", "key_up_GDr", "value_up_GrV"]
+    given += [name if present else "" for name, present in optional.items()]
+    as_float32 = {"distance_BST"}
+    if float16:
+        as_float32 |= {"plain_BSHD", "turned_BSnhd", "key_up_GDr", "value_up_GrV", "sinks_H", "slopes_H"}
+    casts = "".join(f"  float32_{name} = Cast <to = 1> ({name})\n" for name in given if name in as_float32)
+    inputs = ", ".join(f"float32_{name}" if name in as_float32 else name for name in given).rstrip(", ")
+    operator = FUSED["uint8" if variant.quantised else "float16" if float16 else "float32"]
+    # A branch must say of what type its result is, and the types of operators that ONNX does not know are not inferred.
+    return f"""
+{casts}
+  fused_BSHV = {FUSED_DOMAIN}.{operator} {f"<{features}>" if features else ""} ({inputs})
+  output_BSHV = Cast <to = {10 if float16 else 1}> (fused_BSHV)
+"""
 
 
-def _latent_body(variant: Variant, fused: bool) -> str:
+def _latent_body(variant: Variant, fused: bool, float16: bool) -> str:
     keys, values = variant.key_scales, variant.value_scales
-    attention = _fused_attention(variant) if fused else folded_attention(variant)
-    if _has_two_forms(variant):
-        unfolded = unfolded_attention(key_scales=keys, value_scales=values, scaled_rope=variant.scaled_rope)
+    attention = _fused_attention(variant, float16) if fused else folded_attention(variant)
+    if fused or _has_two_forms(variant):
+        unfolded = unfolded_attention(variant)
         unfolded = dequantised(unfolded) if variant.quantised else unfolded
         unfolded = JOINED_HALVES + unfolded if variant.halves and not joins_halves(variant) else unfolded
         attention = MANY_QUERIES + _branches(unfolded, attention)
@@ -178,10 +197,10 @@ def _latent_body(variant: Variant, fused: bool) -> str:
 
 
 def _has_two_forms(variant: Variant) -> bool:
-    """Whether there is an unfolded form: for the features that are rare there is none.
+    """Whether there is an unfolded form of standard operators alone: for the features that are rare there is none.
 
     Nor for a cache that grows within a window: TensorRT 1.7 for RTX, which reads such a file, builds neither of its two
-    parts, a branch and a cumulative sum, when it has both.
+    parts, a branch and a cumulative sum, when it has both. No such file has fused operators: beside them there is one.
     """
     rare = variant.softcap or variant.sinks or variant.slopes or variant.bidirectional
     return not rare and (variant.static or not variant.window)

@@ -1,13 +1,14 @@
 """From scores to weights: every part reads the logits of the part before it.
 
 Text of ONNX operators over the names of :mod:`mla_compile.runtime.onnx_function`, which says what its suffixes are.
+Heads lie behind the queries (``BSHT``) in the folded form, and before them (``BHST``) in the unfolded one.
 """
 
 from __future__ import annotations
 
 from mla_compile.runtime.onnx_variant import Variant
 
-__all__ = ["logit_weights"]
+__all__ = ["heads_first_weights", "logit_weights"]
 
 _SOFTCAP = """
   bound = Constant <value_float: float = @softcap> ()
@@ -50,6 +51,31 @@ _SOFTMAX_SINKS = """
   last_axis = Constant <value_ints = [3]> ()
   weights_BSHT = Slice (weights_with_sinks, zero, T, last_axis)
 """
+
+
+_HEADS_FIRST = {
+    "(distance_BST, two)": "(distance_BST, one)",
+    "_BS1T": "_B1ST",
+    "_BSHT": "_BHST",
+    "(slopes_H, one)": "(slopes_H, behind_heads)",
+    "(sinks_like, one)": "(sinks_like, behind_heads)",
+    "_H1": "_H11",
+    "column_BSH1": "column_BHS1",
+    "(BS, H, one)": "(B, H, S, one)",
+}
+"""What the same text says of logits whose heads come first."""
+
+_BEHIND_HEADS = """
+  behind_heads = Constant <value_ints = [1, 2]> ()
+"""
+
+
+def heads_first_weights(variant: Variant) -> str:
+    """From ``scores_BHST`` to ``weights_BHST``, with ``seen_B1ST`` (and ``distance_BST`` for slopes)."""
+    text = logit_weights(variant)
+    for behind, before in _HEADS_FIRST.items():
+        text = text.replace(behind, before)
+    return _BEHIND_HEADS * (variant.sinks or variant.slopes) + text
 
 
 def logit_weights(variant: Variant) -> str:

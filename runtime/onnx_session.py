@@ -116,8 +116,8 @@ def _fused(path: Path, providers: Sequence[str], kernel: str, options: Any) -> b
         return None
     if model is None:
         raise UsageError(
-            f"'{path}' has no attention that the fused kernel computes: it is for float32 and int8 caches on the CPU, "
-            "in files written without --inline.",
+            f"'{path}' has no attention that the fused kernel computes: it is for caches of float32, float16 and "
+            "int8 on the CPU, in files written without --inline.",
             "Run it with --kernel standard.",
         )
     try:

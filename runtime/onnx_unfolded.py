@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import re
 
+from mla_compile.runtime.onnx_logits import heads_first_weights
+from mla_compile.runtime.onnx_variant import Variant
+
 __all__ = ["MANY_QUERIES", "unfolded_attention"]
 
 MANY_QUERIES = """
@@ -56,14 +59,8 @@ VALUES
   whole_query_BHSD = Transpose <perm = [0, 2, 1, 3]> (whole_query_BSHD)
   seen_B1ST = Unsqueeze (seen_BST, one)
   key_BHDT = Transpose <perm = [0, 1, 3, 2]> (key_BHTD)
-  product_BHST = MatMul (whole_query_BHSD, key_BHDT)
-  no_weight = Constant <value_float = -inf> ()
-  no_weight_like = CastLike (no_weight, query_BSHD)
-  full_weight = Constant <value_float = 0.0> ()
-  full_weight_like = CastLike (full_weight, query_BSHD)
-  loss_B1ST = Where (seen_B1ST, full_weight_like, no_weight_like)
-  open_BHST = Add (product_BHST, loss_B1ST)
-  weights_BHST = Softmax <axis = -1> (open_BHST)
+  scores_BHST = MatMul (whole_query_BHSD, key_BHDT)
+WEIGHTS
   attended_BHSV = MatMul (weights_BHST, VALUES_OF_HEADS)
   unfolded_BSHV = Transpose <perm = [0, 2, 1, 3]> (attended_BHSV)
 """
@@ -100,18 +97,18 @@ EXPAND value_factors_BwT1 w one value_factors_BHT1
 """
 
 
-def unfolded_attention(*, key_scales: bool, value_scales: bool, scaled_rope: bool) -> str:
-    """From queries, rows and ``seen_BST`` to ``unfolded_BSHV``.
+def unfolded_attention(variant: Variant) -> str:
+    """From queries, rows and ``seen_BST`` (and ``distance_BST`` for slopes) to ``unfolded_BSHV``.
 
-    Arguments are the features of :class:`~mla_compile.runtime.onnx_variant.Variant`. ``ROWS`` is what the caller calls
-    the rows to attend to.
+    ``ROWS`` is what the caller calls the rows to attend to.
     """
     keys = _UNFOLDED_KEYS
-    if key_scales:
-        keys = _UNFOLDED_SCALES + (_UNFOLDED_KEYS_SCALED_ROPE if scaled_rope else _UNFOLDED_KEYS_SCALED)
-    values = "scaled_value_BHTV" if value_scales else "value_BHTV"
+    if variant.key_scales:
+        keys = _UNFOLDED_SCALES + (_UNFOLDED_KEYS_SCALED_ROPE if variant.scaled_rope else _UNFOLDED_KEYS_SCALED)
+    values = "scaled_value_BHTV" if variant.value_scales else "value_BHTV"
     text = _LATENT_UNFOLDED.replace("VALUES_OF_HEADS", values).replace("KEYS\n", keys)
-    text = text.replace("VALUES\n", _UNFOLDED_VALUES_SCALED if value_scales else "")
+    text = text.replace("VALUES\n", _UNFOLDED_VALUES_SCALED if variant.value_scales else "")
+    text = text.replace("WEIGHTS\n", heads_first_weights(variant))
     return re.sub(r"EXPAND (\w+) (\w+) (\w+) (\w+)", _expanded, text)
 
 

@@ -15,6 +15,7 @@ import models
 import numpy as np
 import onnx
 import pytest
+import test_onnx_session
 import torch
 from torch import nn
 
@@ -25,6 +26,7 @@ from mla_compile.passes.insert_latent import insert_latent
 from mla_compile.passes.methods import nothing_left_out
 from mla_compile.passes.recognise import recognise
 from mla_compile.passes.task import Task
+from mla_compile.runtime.cpu.library import compiler
 from mla_compile.runtime.generate import generate
 from mla_compile.runtime.module import LatentModel
 from mla_compile.runtime.onnx_cache import CacheLayer, GrowingCache
@@ -311,16 +313,20 @@ def test_an_onnx_file_holds_the_type_and_is_verified(files, name, dtype):
     assert not [p for p in path.parent.iterdir() if p.is_dir()]  # the copy is gone
 
 
-def test_float16_runs_in_onnx_runtime(files):
+@pytest.mark.parametrize("kernel", ["standard", "auto"])
+def test_float16_runs_in_onnx_runtime(files, kernel):
+    """A prompt, and tokens after it, for which there is a fused kernel."""
     path, report = files("llama", FLOAT16)
-    decoder = OnnxDecoder(path)
+    decoder = OnnxDecoder(path, kernel=kernel)
+    assert decoder.fused is (kernel == "auto" and compiler() is not None)
     ids = models.tokens(2, 12)
     with torch.no_grad():
         exact = copy.deepcopy(original("llama", FLOAT16)).double()(ids).logits
-    got = decoder.logits(ids.numpy())
-    assert got.dtype == np.float32
-    error = rounding_error(torch.from_numpy(got), exact)
-    assert error <= ROUNDING_FACTOR * report.verification.rounding[0]
+    pieces, _ = test_onnx_session.in_pieces(decoder, ids.numpy(), np.ones_like(ids), (5, *[1] * 7))
+    for got in (decoder.logits(ids.numpy()), pieces):
+        assert got.dtype == np.float32
+        error = rounding_error(torch.from_numpy(got), exact)
+        assert error <= ROUNDING_FACTOR * report.verification.rounding[0]
     assert decoder.cache_bytes_per_token == report.cache_bytes_after
     assert len(decoder.generate([[1, 2, 3], [4]], 5)[1]) == 5
 

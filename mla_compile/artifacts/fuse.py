@@ -49,8 +49,8 @@ def write_fused(model: Path, out: Path, *, march: str = "native", force: bool = 
         raise LoadError(f"'{model}' is no ONNX file, or a damaged one.", "Give a file made by mla-compile.") from error
     if fused is None:
         raise RefusedError(
-            f"'{model}' has no attention that the fused kernel computes: it is for float32 and int8 caches, in files "
-            "written without --inline.",
+            f"'{model}' has no attention that the fused kernel computes: it is for caches of float32, float16 and "
+            "int8, in files written without --inline.",
             "Run the file as it is.",
         )
     outside = any(uses_external_data(tensor) for tensor in fused.graph.initializer)

@@ -30,8 +30,11 @@ enum class Place {
     GetDimensionsCount = 61,
     GetDimensions = 62,
     GetTensorTypeAndShape = 65,
+    KernelInfoGetAttributeFloat = 85,
+    KernelInfoGetAttributeInt64 = 86,
     KernelContextGetInput = 90,
     KernelContextGetOutput = 91,
+    ReleaseStatus = 93,
     ReleaseTensorTypeAndShapeInfo = 99,
     KernelContextParallelFor = 274,
 };
@@ -49,7 +52,7 @@ Result call(Table table, Place place, Arguments... arguments) {
     return reinterpret_cast<Function>(table[static_cast<int>(place)])(arguments...);
 }
 
-enum class Element : int { Float = 1, UInt8 = 2, Bool = 9 };
+enum class Element : int { Float = 1, UInt8 = 2, Bool = 9, Float16 = 10 };
 
 // What ONNX Runtime asks about an operator. It reads no further than the version says.
 struct Operator {

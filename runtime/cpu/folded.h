@@ -22,7 +22,11 @@ constexpr long up_to(long count, long step) { return (count + step - 1) / step *
 
 struct Sizes {
     long batch, queries, heads, tokens, row, rank, rope, rope_groups, plain, key_groups, value_groups, value;
+    long key_scales, value_scales;  // behind a row's rope keys; 0: none
+    bool scaled_rope;               // whether a key's scale is of its rope key too
 
+    long first_key_scale() const { return rank + rope_groups * rope; }
+    long first_value_scale() const { return first_key_scale() + key_scales; }
     long tile() const { return 2 * kLanes; }
     long columns() const { return queries * heads; }                     // of the scores: one per query and head
     long lanes() const { return up_to(columns(), tile()); }
@@ -31,6 +35,14 @@ struct Sizes {
     long splits() const { return std::max(1L, (tokens + split() - 1) / split()); }
     long partial() const { return lanes() * (2 + sum()); }               // maxima, sums of weights, sums of latents
     long query() const { return row * lanes(); }
+};
+
+// What becomes of one sequence's scores before softmax, besides.
+struct Logits {
+    const bool* seen_ST;       // which tokens each query sees
+    float softcap;             // they stay within it, on either side of zero; 0: whatever they are
+    const float* slopes_H;     // what they lose with each token of distance; null: nothing
+    const float* distance_ST;  // of tokens from queries, with slopes
 };
 
 // Queries of one sequence, folded with the key up-projections of one group of heads: [row, lanes], of which these
@@ -61,6 +73,16 @@ inline void place_rope(const Sizes& s, long b, const float* turned_BSHd, float* 
         for (long m = s.columns(); m < s.lanes(); m++) query_RM[k * s.lanes() + m] = 0;
 }
 
+// Ones where a row has the scales of a head: what a row is multiplied with to give every query the scale that is its.
+inline void place_scales(const Sizes& s, float* query_RM) {
+    const auto place = [&](long first, long count) {
+        for (long m = 0; count && m < s.columns(); m++)
+            query_RM[(first + m % s.heads / (s.heads / count)) * s.lanes() + m] = 1;
+    };
+    place(s.first_key_scale(), s.key_scales);
+    place(s.first_value_scale(), s.value_scales);
+}
+
 // Scores of kTokens rows with 2 kLanes queries, over channels [begin, end); rows behind the last one are the last one.
 template <int Tokens>
 inline void score(const float* rows, long stride, long begin, long end, const float* query, long lanes,
@@ -83,12 +105,26 @@ inline void score(const float* rows, long stride, long begin, long end, const fl
     }
 }
 
+// Multiply with every query's scale, of `count` channels of the rows.
 template <int Tokens>
+inline void scale(const Sizes& s, const float* rows, long first, long count, const float* query,
+                  Vector (&numbers)[Tokens][2]) {
+    Vector scales[Tokens][2] = {};
+    score<Tokens>(rows, s.row, first, first + count, query, s.lanes(), scales);
+    for (int t = 0; t < Tokens; t++)
+        for (int j = 0; j < 2; j++) numbers[t][j] *= scales[t][j];
+}
+
+enum class Scaled { Nothing, Latent, All };  // of a key
+
+template <Scaled Keys, int Tokens>
 inline void score_tile(const Sizes& s, const float* rows, long first_rope, long last_rope, const float* query,
                        float* scores) {
     Vector sums[Tokens][2] = {};
     score<Tokens>(rows, s.row, 0, s.rank, query, s.lanes(), sums);
+    if constexpr (Keys == Scaled::Latent) scale<Tokens>(s, rows, s.first_key_scale(), s.key_scales, query, sums);
     score<Tokens>(rows, s.row, first_rope, last_rope, query, s.lanes(), sums);
+    if constexpr (Keys == Scaled::All) scale<Tokens>(s, rows, s.first_key_scale(), s.key_scales, query, sums);
     for (int t = 0; t < Tokens; t++) {
         store(scores + t * s.lanes(), sums[t][0]);
         store(scores + t * s.lanes() + kLanes, sums[t][1]);
@@ -96,6 +132,7 @@ inline void score_tile(const Sizes& s, const float* rows, long first_rope, long 
 }
 
 // Scores of a block of tokens with all queries: [tokens, lanes].
+template <Scaled Keys>
 inline void score_block(const Sizes& s, const float* rows, long tokens, const float* query_RM, float* scores) {
     for (long lane = 0; lane < s.lanes(); lane += s.tile()) {
         // Which groups' channels these heads have; all, where they are of several queries.
@@ -109,9 +146,30 @@ inline void score_block(const Sizes& s, const float* rows, long tokens, const fl
         const float* query = query_RM + lane;
         long t = 0;
         for (; t + kTokens <= tokens; t += kTokens)
-            score_tile<kTokens>(s, rows + t * s.row, begin, end, query, scores + t * s.lanes() + lane);
+            score_tile<Keys, kTokens>(s, rows + t * s.row, begin, end, query, scores + t * s.lanes() + lane);
         for (; t < tokens; t++)
-            score_tile<1>(s, rows + t * s.row, begin, end, query, scores + t * s.lanes() + lane);
+            score_tile<Keys, 1>(s, rows + t * s.row, begin, end, query, scores + t * s.lanes() + lane);
+    }
+}
+
+// Weights of a tile of tokens times the scales of their values.
+template <int Tokens>
+inline void scale_weights(const Sizes& s, const float* rows, const float* query, float* weights) {
+    Vector scaled[Tokens][2];
+    for (int t = 0; t < Tokens; t++)
+        for (int j = 0; j < 2; j++) scaled[t][j] = load(weights + t * s.lanes() + j * kLanes);
+    scale<Tokens>(s, rows, s.first_value_scale(), s.value_scales, query, scaled);
+    for (int t = 0; t < Tokens; t++)
+        for (int j = 0; j < 2; j++) store(weights + t * s.lanes() + j * kLanes, scaled[t][j]);
+}
+
+inline void scale_block(const Sizes& s, const float* rows, long tokens, const float* query_RM, float* weights) {
+    for (long lane = 0; lane < s.lanes(); lane += s.tile()) {
+        long t = 0;
+        for (; t + kTokens <= tokens; t += kTokens)
+            scale_weights<kTokens>(s, rows + t * s.row, query_RM + lane, weights + t * s.lanes() + lane);
+        for (; t < tokens; t++)
+            scale_weights<1>(s, rows + t * s.row, query_RM + lane, weights + t * s.lanes() + lane);
     }
 }
 
@@ -131,6 +189,24 @@ inline bool mask_block(const Sizes& s, const bool* seen_ST, long tokens, float* 
         }
     }
     return any;
+}
+
+// From the scores of a block, which begins with token `first`, to logits.
+inline void finish_scores(const Sizes& s, const Logits& logits, long first, long tokens, float* scores) {
+    if (logits.softcap) {
+        const float share = 1 / logits.softcap;
+        for (long i = 0; i < tokens * s.lanes(); i += kLanes)
+            store(scores + i, hyperbolic_tangent(load(scores + i) * share) * logits.softcap);
+    }
+    if (logits.slopes_H)
+        for (long q = 0; q < s.queries; q++) {
+            const float* distance = logits.distance_ST + q * s.tokens + first;
+            for (long t = 0; t < tokens; t++) {
+                float* of_heads = scores + t * s.lanes() + q * s.heads;
+                for (long h = 0; h < s.heads; h++) of_heads[h] -= distance[t] * logits.slopes_H[h];
+            }
+        }
+    mask_block(s, logits.seen_ST + first, tokens, scores);
 }
 
 inline void begin_partial(const Sizes& s, float* partial) {
@@ -203,8 +279,8 @@ inline void add_block(const Sizes& s, const float* rows, long tokens, const floa
 
 // One task: attend to a split of the tokens of one sequence. `partial` is [maxima | totals | sums of latents]; `block`
 // gives the rows of some tokens from one on.
-template <typename Block>
-inline void attend_blocks(const Sizes& s, long split, const bool* seen_ST, const float* query_RM, float* partial,
+template <Scaled Keys, typename Block>
+inline void attend_blocks(const Sizes& s, long split, const Logits& logits, const float* query_RM, float* partial,
                           float* scratch, Block block) {
     float *maxima = partial, *totals = partial + s.lanes(), *sums = partial + 2 * s.lanes();
     float *scores = scratch, *shrink = scores + kBlock * s.lanes(), *strip = shrink + s.lanes();
@@ -212,34 +288,59 @@ inline void attend_blocks(const Sizes& s, long split, const bool* seen_ST, const
     const long end = std::min((split + 1) * s.split(), s.tokens);
     for (long t = split * s.split(); t < end; t += kBlock) {
         const long tokens = std::min(kBlock, end - t);
-        if (!mask_block(s, seen_ST + t, tokens, nullptr)) continue;
+        if (!mask_block(s, logits.seen_ST + t, tokens, nullptr)) continue;
         const float* rows = block(t, tokens);
-        score_block(s, rows, tokens, query_RM, scores);
-        mask_block(s, seen_ST + t, tokens, scores);
+        score_block<Keys>(s, rows, tokens, query_RM, scores);
+        finish_scores(s, logits, t, tokens, scores);
         soften(s, tokens, scores, maxima, totals, shrink);
+        if (s.value_scales) scale_block(s, rows, tokens, query_RM, scores);
         add_block(s, rows, tokens, scores, shrink, sums, strip);
     }
 }
 
-inline void attend(const Sizes& s, long split, const float* rows, const bool* seen_ST, const float* query_RM,
-                   float* partial, float* scratch) {
-    attend_blocks(s, split, seen_ST, query_RM, partial, scratch, [&](long t, long) { return rows + t * s.row; });
+template <typename Block>
+inline void attend_scaled(const Sizes& s, long split, const Logits& logits, const float* query_RM, float* partial,
+                          float* scratch, Block block) {
+    if (!s.key_scales)
+        attend_blocks<Scaled::Nothing>(s, split, logits, query_RM, partial, scratch, block);
+    else if (s.scaled_rope)
+        attend_blocks<Scaled::All>(s, split, logits, query_RM, partial, scratch, block);
+    else
+        attend_blocks<Scaled::Latent>(s, split, logits, query_RM, partial, scratch, block);
 }
 
 inline long attend_scratch(const Sizes& s) {
     return kBlock * s.lanes() + s.lanes() + kBlock * kColumns * kLanes;
 }
 
-// Merge one sequence's splits for the heads of one group, and unfold the sums with its value up-projection.
-// `scratch` holds heads-per-group rows of rank.
+inline void attend(const Sizes& s, long split, const float* rows, const Logits& logits, const float* query_RM,
+                   float* partial, float* scratch) {
+    attend_scaled(s, split, logits, query_RM, partial, scratch, [&](long t, long) { return rows + t * s.row; });
+}
+
+// The same over halves, a block of which at a time becomes numbers.
+inline long attend_halves_scratch(const Sizes& s) { return attend_scratch(s) + kBlock * s.row; }
+
+inline void attend_halves(const Sizes& s, long split, const Half* halves, const Logits& logits, const float* query_RM,
+                          float* partial, float* scratch) {
+    float* rows = scratch + attend_scratch(s);
+    attend_scaled(s, split, logits, query_RM, partial, scratch, [&](long t, long tokens) {
+        widen(halves + t * s.row, tokens * s.row, rows);
+        return static_cast<const float*>(rows);
+    });
+}
+
+// Merge one sequence's splits for the heads of one group, and unfold the sums with its value up-projection. A sink is
+// one more logit of its head, without a value; null: there are none. `scratch` holds heads-per-group rows of rank.
 inline void unfold_output(const Sizes& s, long b, long group, const float* partials, const float* value_up_GrV,
-                          float* scratch, float* output_BSHV) {
+                          const float* sinks_H, float* scratch, float* output_BSHV) {
     const long per_group = s.heads / s.value_groups;
     for (long q = 0; q < s.queries; q++) {
         for (long h = 0; h < per_group; h++) {
-            const long m = q * s.heads + group * per_group + h;
-            float most = kNothing, total = 0;
+            const long head = group * per_group + h, m = q * s.heads + head;
+            float most = sinks_H ? std::max(kNothing, sinks_H[head]) : kNothing;
             for (long i = 0; i < s.splits(); i++) most = std::max(most, partials[i * s.partial() + m]);
+            float total = sinks_H ? std::exp(sinks_H[head] - most) : 0;
             float* merged = scratch + h * s.rank;
             std::memset(merged, 0, s.rank * sizeof(float));
             for (long i = 0; i < s.splits(); i++) {

@@ -26,10 +26,10 @@ inline void encode_queries(const Sizes&, float*) {}
 
 inline long attend_codes_scratch(const Sizes& s) { return attend_scratch(s) + kBlock * s.row; }
 
-inline void attend_codes(const Sizes& s, long split, const uint8_t* codes, const float* scales, const bool* seen_ST,
+inline void attend_codes(const Sizes& s, long split, const uint8_t* codes, const float* scales, const Logits& logits,
                          const float* query_RM, float* partial, float* scratch) {
     float* rows = scratch + attend_scratch(s);
-    attend_blocks(s, split, seen_ST, query_RM, partial, scratch, [&](long first, long tokens) -> const float* {
+    const auto block = [&](long first, long tokens) -> const float* {
         for (long t = 0; t < tokens; t++) {
             const uint8_t* code = codes + (first + t) * s.row;
             const float latent = scales[2 * (first + t)], rope = scales[2 * (first + t) + 1];
@@ -38,7 +38,8 @@ inline void attend_codes(const Sizes& s, long split, const uint8_t* codes, const
             for (long k = s.rank; k < s.row; k++) row[k] = (code[k] - kRopeMiddle) * rope;
         }
         return rows;
-    });
+    };
+    attend_blocks<Scaled::Nothing>(s, split, logits, query_RM, partial, scratch, block);
 }
 
 #else
@@ -301,7 +302,7 @@ inline long attend_codes_scratch(const Sizes& s) {
     return kCodeBlock * s.lanes() + 3 * s.lanes() + 2 * kCodeBlock + (bytes + 3) / 4 + 16;
 }
 
-inline void attend_codes(const Sizes& s, long split, const uint8_t* codes, const float* scales, const bool* seen_ST,
+inline void attend_codes(const Sizes& s, long split, const uint8_t* codes, const float* scales, const Logits& logits,
                          const float* query_RM, float* partial, float* scratch) {
     float *maxima = partial, *totals = partial + s.lanes(), *sums = partial + 2 * s.lanes();
     float *scores = scratch, *shrink = scores + kCodeBlock * s.lanes(), *own_scales = shrink + 3 * s.lanes();
@@ -313,7 +314,7 @@ inline void attend_codes(const Sizes& s, long split, const uint8_t* codes, const
     const long end = std::min((split + 1) * s.split(), s.tokens);
     for (long t = split * s.split(); t < end; t += kCodeBlock) {
         const long tokens = std::min(kCodeBlock, end - t), filled = up_to(tokens, kCodeTokens);
-        if (!mask_block(s, seen_ST + t, tokens, nullptr)) continue;
+        if (!mask_block(s, logits.seen_ST + t, tokens, nullptr)) continue;
         const uint8_t* block = codes + t * s.row;
         const float* block_scales = scales + 2 * t;
         const long behind = (s.tokens - t - tokens) * s.row;
@@ -326,7 +327,7 @@ inline void attend_codes(const Sizes& s, long split, const uint8_t* codes, const
             block_scales = own_scales;
         }
         code_scores(s, block, block_scales, filled, query_RM, scores);
-        mask_block(s, seen_ST + t, tokens, scores);
+        finish_scores(s, logits, t, tokens, scores);
         soften(s, tokens, scores, maxima, totals, shrink);
         std::fill_n(scores + tokens * s.lanes(), (filled - tokens) * s.lanes(), 0.0f);
         encode_weights(s, scores, block_scales, filled, weights);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from itertools import product
 from pathlib import Path
 
@@ -23,8 +24,8 @@ __all__ = ["fused_model"]
 
 _VARIANTS = {
     variant.named(LATENT): variant
-    for window, static, quantised in product([False, True], repeat=3)
-    if has_fused_form(variant := Variant(window=window, static=static, quantised=quantised))
+    for features in product([False, True], repeat=len(fields(Variant)))
+    if has_fused_form(variant := Variant(*features))
 }
 
 
@@ -37,18 +38,22 @@ def fused_model(path: Path) -> onnx.ModelProto | None:
         path: The ``.onnx`` file.
 
     Returns:
-        The model, or None: no function of it has such a form, or its numbers are not float32.
+        The model, or None: no function of it has such a form, or its numbers are neither float32 nor float16.
     """
     model = onnx.load(path, load_external_data=False)
-    kinds = {i.type.tensor_type.elem_type for i in model.graph.input if i.name == PAST.format(0)}
+    before, behind = PAST.split("{}")
+    caches = [i for i in model.graph.input if i.name.startswith(before) and i.name.endswith(behind)]
+    kinds = {cache.type.tensor_type.elem_type for cache in caches}
+    float16 = TensorProto.FLOAT16 in kinds
     versions = {o.domain: o.version for o in model.opset_import}
-    if not kinds <= {TensorProto.FLOAT, TensorProto.UINT8} or versions.get(DOMAIN) != VERSION:
+    if not kinds <= {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.UINT8} or versions.get(DOMAIN) != VERSION:
         return None
     found = [i for i, f in enumerate(model.functions) if f.domain == DOMAIN and f.name in _VARIANTS]
     for place in found:
         function = model.functions[place]
         opset = next(o.version for o in function.opset_import if not o.domain)
-        function.CopyFrom(attention_function(LATENT, opset, _VARIANTS[function.name], fused=True))
+        variant = _VARIANTS[function.name]
+        function.CopyFrom(attention_function(LATENT, opset, variant, fused=True, float16=float16))
     if not found:
         return None
     model.opset_import.append(helper.make_opsetid(FUSED_DOMAIN, 1))

@@ -2,7 +2,11 @@
 //
 // FoldedAttention: plain queries [B, S, H, D], turned queries [B, S, n, h, d], rows [B, T, R], which of them each
 // query sees [B, S, T] (bool), key up-projections [G, D, r], value up-projections [G', r, V]; output [B, S, H, V].
-// FoldedAttentionOfCodes: the same with codes (uint8) for rows, and behind all others their scales [B, T, 2].
+// FoldedAttentionOfHalves: the same with rows in float16. All else is float32 there too.
+// FoldedAttentionOfCodes: the same with codes (uint8) for rows, and behind these inputs their scales [B, T, 2].
+// Optional inputs of all, behind scales or nothing in their place: sinks [H]; slopes [H], and with them distances of
+// tokens from queries [B, S, T]. Optional attributes: softcap; and but with codes, how many key_scales and value_scales a
+// row ends in, and scaled_rope.
 
 #include <atomic>
 #include <cmath>
@@ -57,7 +61,18 @@ class Borrowed {
 
 struct Kernel {
     ort::Table table;
+    int64_t key_scales, value_scales, scaled_rope;
+    float softcap;
 };
+
+// A node's attribute, or nothing: zero.
+template <typename T>
+T attribute(ort::Table table, const ort::KernelInfo* info, ort::Place place, const char* name) {
+    T found{};
+    auto* status = ort::call<ort::Status*>(table, place, info, name, &found);
+    if (status) ort::call<void>(table, ort::Place::ReleaseStatus, status);
+    return status ? T{} : found;
+}
 
 struct Failure {
     ort::Status* status;
@@ -76,6 +91,12 @@ struct Call {
         check(ort::call<ort::Status*>(table, ort::Place::KernelContextGetInput,
                                       static_cast<const ort::Context*>(context), index, &value));
         return const_cast<ort::Value*>(value);
+    }
+
+    // Null: the node does not have it.
+    const float* optional(size_t index) const {
+        ort::Value* value = input(index);
+        return value ? data<float>(value) : nullptr;
     }
 
     std::vector<int64_t> shape(size_t index) const {
@@ -127,22 +148,46 @@ struct Call {
     }
 };
 
-// Inputs of both operators, in order; the last of them is the quantised one's alone.
-enum Input : size_t { Plain, Turned, Rows, Seen, KeyUp, ValueUp, Scales };
+// What rows are, and so which operator it is.
+struct Numbers {
+    using Row = float;
+    static constexpr ort::Element element = ort::Element::Float;
+    static constexpr const char* name = "FoldedAttention";
+};
 
-template <bool Quantised>
-void attention(const Call& call) {
+struct Halves {
+    using Row = mla::Half;
+    static constexpr ort::Element element = ort::Element::Float16;
+    static constexpr const char* name = "FoldedAttentionOfHalves";
+};
+
+struct Codes {
+    using Row = uint8_t;
+    static constexpr ort::Element element = ort::Element::UInt8;
+    static constexpr const char* name = "FoldedAttentionOfCodes";
+};
+
+template <typename Form>
+constexpr bool quantised = std::is_same_v<Form, Codes>;
+
+// Inputs of all operators, in order.
+enum Input : size_t { Plain, Turned, Rows, Seen, KeyUp, ValueUp, Scales, Sinks, Slopes, Distance, Inputs };
+
+template <typename Form>
+void attention(const Call& call, const Kernel& kernel) {
     const auto plain = call.shape(Plain), turned = call.shape(Turned), rows = call.shape(Rows),
                key_up = call.shape(KeyUp), value_up = call.shape(ValueUp);
     const mla::Sizes s{plain[0],  plain[1],  plain[2], rows[1],   rows[2],     key_up[2],
-                       turned[4], turned[2], plain[3], key_up[0], value_up[0], value_up[2]};
+                       turned[4], turned[2], plain[3], key_up[0], value_up[0], value_up[2],
+                       kernel.key_scales, kernel.value_scales, kernel.scaled_rope != 0};
     float* output = call.output({s.batch, s.queries, s.heads, s.value});
     const auto *plain_data = call.data<float>(call.input(Plain)), *turned_data = call.data<float>(call.input(Turned)),
                *key_data = call.data<float>(call.input(KeyUp)), *value_data = call.data<float>(call.input(ValueUp));
     const bool* seen_data = call.data<bool>(call.input(Seen));
-    const auto* rows_data = call.data<std::conditional_t<Quantised, uint8_t, float>>(call.input(Rows));
+    const float *sinks = call.optional(Sinks), *slopes = call.optional(Slopes), *distance = call.optional(Distance);
+    const auto* rows_data = call.data<typename Form::Row>(call.input(Rows));
 
-    const long query_size = Quantised ? mla::code_query(s) : s.query();
+    const long query_size = quantised<Form> ? mla::code_query(s) : s.query();
     Borrowed memory(s.batch * (query_size + s.splits() * s.partial()));
     float *queries = memory.data(), *partials = queries + s.batch * query_size;
     // A group's weights are read for one sequence after another.
@@ -154,35 +199,42 @@ void attention(const Call& call) {
     call.each(s.batch, [&](long b) {
         float* query = queries + b * query_size;
         mla::place_rope(s, b, turned_data, query);
-        if constexpr (Quantised) mla::encode_queries(s, query);
+        mla::place_scales(s, query);
+        if constexpr (quantised<Form>) mla::encode_queries(s, query);
     });
     call.each(s.batch * s.splits(), [&](long task) {
         const long b = task / s.splits(), split = task % s.splits();
         const auto* own_rows = rows_data + b * s.tokens * s.row;
-        const bool* seen = seen_data + b * s.queries * s.tokens;
+        const long first = b * s.queries * s.tokens;
+        const mla::Logits logits{seen_data + first, kernel.softcap, slopes, slopes ? distance + first : nullptr};
         const float* query = queries + b * query_size;
         float* partial = partials + task * s.partial();
-        if constexpr (Quantised) {
+        if constexpr (quantised<Form>) {
             const float* scales = call.data<float>(call.input(Scales)) + b * s.tokens * 2;
             Borrowed scratch(mla::attend_codes_scratch(s));
-            mla::attend_codes(s, split, own_rows, scales, seen, query, partial, scratch.data());
+            mla::attend_codes(s, split, own_rows, scales, logits, query, partial, scratch.data());
+        } else if constexpr (std::is_same_v<Form, Halves>) {
+            Borrowed scratch(mla::attend_halves_scratch(s));
+            mla::attend_halves(s, split, own_rows, logits, query, partial, scratch.data());
         } else {
             Borrowed scratch(mla::attend_scratch(s));
-            mla::attend(s, split, own_rows, seen, query, partial, scratch.data());
+            mla::attend(s, split, own_rows, logits, query, partial, scratch.data());
         }
     });
     call.each(s.batch * s.value_groups, [&](long task) {
         const long b = task % s.batch, group = task / s.batch;
         Borrowed scratch(s.heads / s.value_groups * s.rank);
-        mla::unfold_output(s, b, group, partials + b * s.splits() * s.partial(), value_data, scratch.data(), output);
+        mla::unfold_output(s, b, group, partials + b * s.splits() * s.partial(), value_data, sinks, scratch.data(),
+                           output);
     });
 }
 
-template <bool Quantised>
-ort::Status* compute(void* kernel, ort::Context* context) {
-    const Call call{static_cast<Kernel*>(kernel)->table, context};
+template <typename Form>
+ort::Status* compute(void* made, ort::Context* context) {
+    const Kernel& kernel = *static_cast<Kernel*>(made);
+    const Call call{kernel.table, context};
     try {
-        attention<Quantised>(call);
+        attention<Form>(call, kernel);
         return nullptr;
     } catch (const Failure& failure) {
         return failure.status;
@@ -191,33 +243,40 @@ ort::Status* compute(void* kernel, ort::Context* context) {
     }
 }
 
-template <bool Quantised>
+template <typename Form>
 ort::Operator folded_attention() {
     ort::Operator made{};
     made.version = ort::kVersion;
-    made.name = [](const ort::Operator*) { return Quantised ? "FoldedAttentionOfCodes" : "FoldedAttention"; };
+    made.name = [](const ort::Operator*) { return Form::name; };
     made.provider = [](const ort::Operator*) -> const char* { return "CPUExecutionProvider"; };
     made.input_type = [](const ort::Operator*, size_t index) {
         if (index == Seen) return ort::Element::Bool;
-        return Quantised && index == Rows ? ort::Element::UInt8 : ort::Element::Float;
+        return index == Rows ? Form::element : ort::Element::Float;
     };
-    made.input_count = [](const ort::Operator*) { return size_t{Quantised ? 7 : 6}; };
+    made.input_count = [](const ort::Operator*) { return size_t{Inputs}; };
     made.output_type = [](const ort::Operator*, size_t) { return ort::Element::Float; };
     made.output_count = [](const ort::Operator*) { return size_t{1}; };
     made.destroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
-    made.input_kind = [](const ort::Operator*, size_t) { return 0; };
+    made.input_kind = [](const ort::Operator*, size_t index) {
+        constexpr int required = 0, optional = 1;
+        return index < (quantised<Form> ? Sinks : Scales) ? required : optional;
+    };
     made.output_kind = [](const ort::Operator*, size_t) { return 0; };
     made.input_memory = [](const ort::Operator*, size_t) { return 0; };
     made.variadic_input_minimum = [](const ort::Operator*) { return 0; };
     made.variadic_input_alike = [](const ort::Operator*) { return 0; };
     made.variadic_output_minimum = [](const ort::Operator*) { return 0; };
     made.variadic_output_alike = [](const ort::Operator*) { return 0; };
-    made.create_checked = [](const ort::Operator*, ort::Table table, const ort::KernelInfo*,
+    made.create_checked = [](const ort::Operator*, ort::Table table, const ort::KernelInfo* info,
                              void** kernel) -> ort::Status* {
-        *kernel = new Kernel{table};
+        const auto count = [&](const char* name) {
+            return attribute<int64_t>(table, info, ort::Place::KernelInfoGetAttributeInt64, name);
+        };
+        *kernel = new Kernel{table, count("key_scales"), count("value_scales"), count("scaled_rope"),
+                             attribute<float>(table, info, ort::Place::KernelInfoGetAttributeFloat, "softcap")};
         return nullptr;
     };
-    made.compute_checked = compute<Quantised>;
+    made.compute_checked = compute<Form>;
     made.first_version = [](const ort::Operator*) { return 1; };
     made.last_version = [](const ort::Operator*) { return 1; };
     return made;
@@ -227,7 +286,8 @@ ort::Operator folded_attention() {
 
 extern "C" __attribute__((visibility("default"))) ort::Status* RegisterCustomOps(ort::SessionOptions* options,
                                                                               const ort::ApiBase* base) {
-    static const ort::Operator operators[] = {folded_attention<false>(), folded_attention<true>()};
+    static const ort::Operator operators[] = {folded_attention<Numbers>(), folded_attention<Halves>(),
+                                              folded_attention<Codes>()};
     const ort::Table table = base->table(ort::kVersion);
     static ort::Domain* domain = nullptr;
     static std::mutex lock;

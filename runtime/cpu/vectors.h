@@ -4,6 +4,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
 namespace mla {
 
 // Accumulators of a tile are kept in registers: 32 of them with AVX-512 and on ARM, 16 with AVX2.
@@ -26,6 +30,36 @@ inline Vector load(const float* from) {
 
 inline void store(float* to, Vector value) { std::memcpy(to, &value, sizeof value); }
 
+// The bits of a float16.
+struct Half {
+    uint16_t bits;
+};
+
+// Its number: 112 is what the middles of exponents are apart. Numbers below 2^-14 have no exponent in either form.
+inline float number(Half half) {
+    uint32_t bits = static_cast<uint32_t>(half.bits & 0x7fff) << 13;
+    float size;
+    std::memcpy(&size, &bits, sizeof size);
+    size *= 0x1p112f;
+    std::memcpy(&bits, &size, sizeof bits);
+    if ((half.bits & 0x7c00) == 0x7c00) bits |= 0x7f800000;  // infinite, or no number
+    bits |= static_cast<uint32_t>(half.bits & 0x8000) << 16;
+    std::memcpy(&size, &bits, sizeof size);
+    return size;
+}
+
+inline void widen(const Half* from, long count, float* to) {
+    long i = 0;
+#if defined(__AVX512F__)
+    for (; i + 16 <= count; i += 16)
+        _mm512_storeu_ps(to + i, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i))));
+#elif defined(__F16C__)
+    for (; i + 8 <= count; i += 8)
+        _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
+#endif
+    for (; i < count; i++) to[i] = number(from[i]);
+}
+
 // Keep a value in a register: compilers else read it from memory anew for each of its products, and loads are what there
 // are too few of.
 inline void keep(Vector& value) {
@@ -44,12 +78,18 @@ inline Vector all(float value) { return value - Vector{}; }
 
 inline Vector larger(Vector a, Vector b) { return a > b ? a : b; }
 
-// e^x for x <= 0, to two units in the last place; 0 where it is below what a normal number can be.
+constexpr float kLowest = -87.0f;  // e^x is hardly a normal number below
+
+// e^x = power * (1 + f * slope) for x <= 0, or for kLowest where x is below it.
 //
 // x = n ln 2 + f with |f| <= ln(2) / 2, of which ln 2 is taken off in two parts, the first of few digits; e^f is its
 // Taylor series up to f^7, the rest of which is below 2e-8.
-inline Vector exponential(Vector x) {
-    const Vector lowest = all(-87.0f);
+struct Exponential {
+    Vector power, f, slope;
+};
+
+inline Exponential exponential_parts(Vector x) {
+    const Vector lowest = all(kLowest);
     const Vector bounded = x < lowest ? lowest : x;
     const Vector magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
     const Vector shifted = bounded * 1.44269504f + magic;
@@ -63,13 +103,28 @@ inline Vector exponential(Vector x) {
     sum = sum * f + 1.0f / 6;
     sum = sum * f + 0.5f;
     sum = sum * f + 1.0f;
-    sum = sum * f + 1.0f;
     Integers bits;
     std::memcpy(&bits, &shifted, sizeof bits);
     bits = (bits << 23) + (127 << 23);  // the integer is in the lowest bits; those of the magic number are shifted out
     Vector power;
     std::memcpy(&power, &bits, sizeof power);
-    return x < lowest ? Vector{} : sum * power;
+    return {power, f, sum};
+}
+
+// e^x for x <= 0, to two units in the last place; 0 where it is below what a normal number can be.
+inline Vector exponential(Vector x) {
+    const auto [power, f, slope] = exponential_parts(x);
+    return x < all(kLowest) ? Vector{} : (slope * f + 1.0f) * power;
+}
+
+// tanh x, to four units in the last place, as -e / (2 + e) with e = e^(-2 |x|) - 1: for small x the two ones of that are
+// left out, which would leave few digits.
+inline Vector hyperbolic_tangent(Vector x) {
+    const Vector size = larger(x, -x);
+    const auto [power, f, slope] = exponential_parts(-2.0f * size);
+    const Vector less = power * (slope * f) + (power - 1.0f);
+    const Vector found = -less / (less + 2.0f);
+    return x < Vector{} ? -found : found;
 }
 
 // One row of C [rows, columns] = A [rows, inner] B [inner, columns], from its column `j` on: `Width` vectors.
