@@ -320,7 +320,8 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = [
         "# Converting models of real size",
         "",
-        "Written by `benchmarks/scale.py`, which says what is measured.",
+        "Written by `benchmarks/scale.py`, which says what is measured. Of times, those of the processor count, in",
+        "brackets: where others are far above them, the machine did other work meanwhile.",
         "",
     ]
     lines += [f"| {heads} |", "|" + "---|" * (heads.count("|") + 1)]

@@ -10,6 +10,7 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from mla_compile.artifacts.companions import copy_assets, finished, is_converted_folder
+from mla_compile.artifacts.mapped_archive import load_mapped
 from mla_compile.artifacts.places import check_cache_type, check_neighbours, check_target
 from mla_compile.disk.writing import moved_into, unseen_errors
 from mla_compile.errors import LoadError
@@ -90,7 +91,9 @@ def read_folder(path: Path) -> LatentModel:
     if not is_converted_folder(path):
         raise LoadError(f"'{path}' holds no converted model.", "Give a folder written by mla-compile.")
     try:
-        exported = torch.export.load(path / "model.pt2")
+        exported = load_mapped(path / "model.pt2")
+    except LoadError:
+        raise
     except Exception as error:
         raise LoadError(f"'{path / 'model.pt2'}' could not be read ({error}).", "Convert the model again.") from error
     module = exported.module(check_guards=False)

@@ -11,14 +11,16 @@ from typing import Any
 
 import torch
 import yaml
+from torch import Tensor, fx
 
 from mla_compile.artifacts.archives import read_folder
 from mla_compile.artifacts.companions import is_converted_folder, written_files
+from mla_compile.disk.mapped import DroppingInterpreter
 from mla_compile.errors import LoadError
 from mla_compile.passes.recognise import Recognition, recognise
 from mla_compile.program import Program
 from mla_compile.runtime.generate import Decoder
-from mla_compile.runtime.module import LatentModel, cache_dtype
+from mla_compile.runtime.module import LatentModel, cache_dtype, positions_from_mask
 from mla_compile.runtime.onnx_checksum import require_unchanged
 from mla_compile.runtime.onnx_session import OnnxDecoder
 from mla_compile.runtime.tensorrt.engine import TensorRTDecoder
@@ -32,6 +34,7 @@ __all__ = [
     "TORCH",
     "Opened",
     "latent_bytes",
+    "mapped_scorer",
     "module_scorer",
     "onnx_scorer",
     "open_model",
@@ -132,6 +135,19 @@ def module_scorer(model: LatentModel) -> Scorer:
     return lambda ids: model(ids).logits
 
 
+def mapped_scorer(model: LatentModel) -> Scorer:
+    """The same for a model whose weights are mapped: their pages leave memory as soon as they have been read."""
+
+    def score(ids: Tensor) -> Tensor:
+        mask = torch.ones_like(ids)
+        inputs = (ids, mask, positions_from_mask(mask, ids.shape[1]), *model.empty_cache(len(ids)))
+        assert isinstance(model.graph, fx.GraphModule)
+        logits: Tensor = DroppingInterpreter(model.graph).run(*inputs)[0]
+        return logits
+
+    return score
+
+
 def _open_decoder(path: Path, name: str) -> Opened:
     if path.suffix == ".plan":
         engine = TensorRTDecoder(path)  # whose room is no more than the model's longest sequence
@@ -160,14 +176,15 @@ def _opened(path: Path, name: str, runtime: str, decoder: OnnxDecoder | TensorRT
 
 def _open_folder(path: Path, name: str) -> Opened:
     model = read_folder(path)
+    score = mapped_scorer(model)
     config = json.loads((path / "config.json").read_text("utf-8")) if (path / "config.json").is_file() else {}
     with torch.inference_mode():
-        vocabulary = model(torch.zeros(1, 1, dtype=torch.long)).logits.shape[-1]
+        vocabulary = score(torch.zeros(1, 1, dtype=torch.long)).shape[-1]
     method, ratio = _asked_for(yaml.safe_load((path / "mla_config.yaml").read_text("utf-8")))
     return Opened(
         name=name,
         runtime=TORCH,
-        score=module_scorer(model),
+        score=score,
         cache_bytes=latent_bytes(model),
         longest=config.get("max_position_embeddings"),
         known=vocabulary,
