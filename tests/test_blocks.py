@@ -32,7 +32,7 @@ EXCLUDED = {
     r"^mla-compile build-plugin ": "needs TensorRT's headers; tests/tensorrt/test_plugin_library.py",
     r"^python -m pytest tests/tensorrt/": "needs TensorRT and a GPU",
     r"^accelerate launch ": "several processes; tests/test_processes.py and tests/training/test_processes.py",
-    r"^python -m mla_compile\.harness ": "needs lm_eval and the network; tests/test_harness.py",
+    r"^python -m mla_compile\.evaluation\.harness ": "needs lm_eval and the network; tests/test_harness.py",
     r"^(vllm|trtexec|llama-cli|llama-quantize) |^python -m sglang": "other programs",
     r"^mla-compile verify \S+\.gguf": "needs llama-cpp-python, which is built from source; tests/test_gguf.py",
     r"import register\n": "needs TensorRT; tests/tensorrt/test_plugins.py",
