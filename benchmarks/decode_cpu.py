@@ -517,6 +517,12 @@ def plot(rows: list[Row], path: Path) -> None:
     figure.savefig(path, dpi=120, facecolor="white", metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
+def conditions(threads: int) -> str:
+    """What figures are of: machine, threads, clock and runtime."""
+    clock = "CPU time" if threads == 1 else "time"
+    return f"{platform.machine()}, {threads} thread(s), {clock}, ONNX Runtime {onnxruntime.__version__}"
+
+
 def main() -> None:
     """Measure every case and write what was asked for."""
     parser = argparse.ArgumentParser(description="One layer's decoding step in ONNX Runtime on the CPU.")
@@ -552,11 +558,7 @@ def main() -> None:
                 f"{row.milliseconds:8.2f} {row.speedup:6.2f} ({row.low:.2f}-{row.high:.2f}) {row.int8_speedup:6.2f}",
                 flush=True,
             )
-    clock = "CPU time" if arguments.threads == 1 else "time"
-    machine = (
-        f"{platform.machine()}, {arguments.threads} thread(s), {clock}, ONNX Runtime {onnxruntime.__version__}, up to "
-        f"{rounds} turns"
-    )
+    machine = f"{conditions(arguments.threads)}, up to {rounds} turns"
     if arguments.json:
         data = {"machine": machine, "memory_mb": arguments.memory, "rows": [asdict(r) for r in rows]}
         arguments.json.write_text(json.dumps(data, indent=1) + "\n")

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from dataclasses import asdict, dataclass, field
@@ -20,8 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
-from decode_cpu import OPSET, SHAPES, SPARE, Arrays, Shape, Step
+from decode_cpu import OPSET, SHAPES, SPARE, Arrays, Shape, Step, conditions
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
@@ -248,11 +246,7 @@ def main() -> None:
                     f"{row.speedup:6.2f} ({row.low:.2f}-{row.high:.2f})",
                     flush=True,
                 )
-    clock = "CPU time" if arguments.threads == 1 else "time"
-    machine = (
-        f"{platform.machine()}, {arguments.threads} thread(s), {clock}, ONNX Runtime {onnxruntime.__version__}, "
-        f"{arguments.rounds} turns"
-    )
+    machine = f"{conditions(arguments.threads)}, {arguments.rounds} turns"
     if arguments.json:
         arguments.json.write_text(json.dumps({"machine": machine, "rows": [asdict(r) for r in rows]}, indent=1) + "\n")
     if arguments.markdown:

@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -39,6 +38,7 @@ from torch import Tensor
 from mla_compile.artifacts.opened import module_scorer
 from mla_compile.config import make_config
 from mla_compile.disk.statistics_cache import open_cache
+from mla_compile.disk.writing import whole_file
 from mla_compile.errors import UsageError
 from mla_compile.passes.gauge import balanced
 from mla_compile.passes.methods import METHODS
@@ -134,9 +134,8 @@ class Results:
         """Append one row, so that the file is whole at any time."""
         self.rows.append(row)
         content = {"environment": environment(), "settings": self.settings, "rows": [asdict(r) for r in self.rows]}
-        hidden = self.path.with_name(f".{self.path.name}")
-        hidden.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        os.replace(hidden, self.path)
+        with whole_file(self.path) as file:
+            file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
     def seconds(self, cell: Cell) -> float:
         """Processor time a cell will take, by the speed of its model so far; 0 where nothing is known."""

@@ -17,6 +17,7 @@ __all__ = [
     "TrainingError",
     "UsageError",
     "VerificationError",
+    "first_line",
 ]
 
 
@@ -72,3 +73,8 @@ class TrainingError(MlaCompileError):
 
 class ShareDone(Exception):
     """Raised in every process but the first of several when its share of the work is done: it has no more to do."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of somebody else says, to stand in a sentence: its first line, or its name where it is silent."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")

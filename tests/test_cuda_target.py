@@ -177,5 +177,5 @@ def test_a_saved_folder_becomes_such_a_file_too(tmp_path, capsys):
     saved, file = tmp_path / "saved", tmp_path / "out" / "model.onnx"
     assert cli.main([TINY, "--out", str(saved), "--kv-rank", "16", "--method", "mha2mla", "--no-verify"]) == 0
     assert cli.main(["export", str(saved), "--out", str(file), "--cache-layout", "paged"]) == 0
-    assert "this target is experimental" in capsys.readouterr().out
+    assert "this target is experimental" in capsys.readouterr().err
     assert "PagedAttention" in {n.op_type for f in onnx.load(file).functions for n in f.node}

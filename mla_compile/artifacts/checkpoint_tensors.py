@@ -23,15 +23,16 @@ _NORM_TOLERANCE = 1e-3
 _RANK_TOLERANCE = 1e-5
 """Largest singular value, over the largest of all, that is taken for rounding of float32."""
 BLOCKS, OUTPUT = "model.layers.", "self_attn.o_proj"
+"""What names of tensors of blocks begin with, and the output projection in one."""
 BLOCK_PARTS = (
     "input_layernorm.weight",
     "post_attention_layernorm.weight",
     f"{OUTPUT}.weight",
     *(f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")),
 )
-
-
+"""Tensors of a block of the original that a checkpoint takes over."""
 REMEDY = "Write a .onnx file instead."
+"""For a model that such a checkpoint has no place for."""
 
 
 @dataclass(frozen=True)

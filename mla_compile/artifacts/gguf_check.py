@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["GREEDY", "IDS", "LOGITS", "TOLERANCE", "has_llama_cpp", "verify_gguf"]
 
 IDS, GREEDY, LOGITS, TOLERANCE = (f"mla_compile.check.{name}" for name in ("ids", "greedy", "logits", "tolerance"))
+"""Keys in a file of the answers that it is checked by."""
 
 
 def has_llama_cpp() -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor, fx
 
 from mla_compile.disk.content import content_of, hash_tensors
 from mla_compile.disk.writing import whole_file
+from mla_compile.errors import first_line
 from mla_compile.passes.statistics import SiteStatistics
 from mla_compile.program import Program
 from mla_compile.runtime.user_cache import default_folder
@@ -68,12 +69,12 @@ class StatisticsCache:
         except FileNotFoundError:
             pass
         except (OSError, SafetensorError, KeyError, ValueError) as error:
-            warnings.append(f"saved statistics could not be read and were measured anew ({path}: {_first_line(error)})")
+            warnings.append(f"saved statistics could not be read and were measured anew ({path}: {first_line(error)})")
         statistics = measure()
         try:
             _write(path, statistics)
         except (OSError, SafetensorError) as error:
-            warnings.append(f"statistics could not be saved to {self.folder} ({_first_line(error)})")
+            warnings.append(f"statistics could not be saved to {self.folder} ({first_line(error)})")
             return Found(statistics, "computed", tuple(warnings))
         return Found(statistics, f"computed, saved to {path}", tuple(warnings))
 
@@ -142,7 +143,3 @@ def _write(path: Path, statistics: Sequence[SiteStatistics]) -> None:
     }
     with whole_file(path) as file:
         save_file(tensors, file, {"tokens": str(statistics[0].tokens), "content": content_of(tensors)})
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

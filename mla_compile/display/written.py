@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mla_compile.display.console import print_table, say
+from mla_compile.display.console import print_table, say, warn
 
 if TYPE_CHECKING:
     from mla_compile.artifacts.tensorrt import Written
@@ -29,8 +29,7 @@ def show_exported(report: Mapping[str, Any], out: Path) -> None:
     checked = report["verification"]
     if checked.get("lowering_error") is None:
         say(f"{out}: written, and not compared with the PyTorch module.")
-        for warning in report["warnings"]:
-            say(f"warning: {warning}")
+        warn(*report["warnings"])
         return
     error, cost = checked["lowering_error"], checked.get("quantisation_error")
     rounded = "" if cost is None else f" with rows rounded to int8, which changes its logits by {cost:.1e}"

@@ -200,11 +200,9 @@ def _cache_chart(layers: Sequence[Mapping[str, Any]]) -> Markup:
         pieces = [(layer["kv_rank"], "after"), (rope, "other"), (scales, "third")]
         pieces.append((max(layer["elements_before"] - row, 0), "before"))
         bars.append(Bar(layer["path"], [p for p in pieces if p[0]], f"{row} / {layer['elements_before']}"))
+    colours = {"latent": "after", "rope keys": "other", "saved": "before", "scales of norms": "third"}
     seen = {kind for bar in bars for _, kind in bar.pieces}
-    legend = {"latent": "after", "rope keys": "other", "saved": "before"}
-    legend = {told: kind for told, kind in legend.items() if kind in seen}
-    if any(_row(x) > x["kv_rank"] + x["rope_groups"] * x["rope_dims"] for x in layers):
-        legend["scales of norms"] = "third"
+    legend = {told: kind for told, kind in colours.items() if kind in seen}
     return bar_chart("Numbers per token, layer by layer", Axis("numbers per token"), bars, legend)
 
 

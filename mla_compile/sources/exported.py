@@ -19,10 +19,10 @@ from mla_compile.sources.patterns import patterns
 __all__ = [
     "HOW_TO_EXPORT",
     "assets_of",
-    "first_line",
     "language_model",
     "program_from_export",
     "read_export",
+    "reason_of",
     "require_integers",
 ]
 
@@ -117,7 +117,7 @@ def read_export(
                 _drop_type_assertions(exported)
     except Exception as error:
         raise LoadError(
-            f"The graph of '{source}' could not be normalised ({first_line(error)}).", HOW_TO_EXPORT
+            f"The graph of '{source}' could not be normalised ({reason_of(error)}).", HOW_TO_EXPORT
         ) from error
     common: dict[str, Any] = {"exported": exported, "source": source, "kind": kind, "assets": assets or Assets()}
     try:
@@ -212,8 +212,8 @@ def _drop_type_assertions(exported: ExportedProgram) -> None:
     exported.graph_module.recompile()
 
 
-def first_line(error: BaseException) -> str:
-    """What an error says, without what stands below."""
+def reason_of(error: BaseException) -> str:
+    """Which error it is, and what its first line says; of one of ours, what it says."""
     if isinstance(error, MlaCompileError):
         return error.message
     lines = str(error).strip().splitlines()

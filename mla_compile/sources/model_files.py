@@ -17,7 +17,7 @@ from mla_compile.errors import LoadError
 from mla_compile.program import AnyProgram
 from mla_compile.sources import huggingface
 from mla_compile.sources.capture import capture_any
-from mla_compile.sources.exported import HOW_TO_EXPORT, assets_of, first_line, read_export
+from mla_compile.sources.exported import HOW_TO_EXPORT, assets_of, read_export, reason_of
 
 __all__ = ["load_file"]
 
@@ -43,7 +43,7 @@ def load_file(path: Path, tokenizer: str | None, unsafe: bool, dtype: torch.dtyp
         with zipfile.ZipFile(path) as archive:
             names, damaged = archive.namelist(), archive.testzip()
     except Exception as error:  # of a name, a size, a method or a flag that is none: each is another error
-        reason = first_line(error)
+        reason = reason_of(error)
         raise LoadError(f"'{path}' is a damaged archive ({reason}).", "Copy or export it again.") from error
     if damaged is not None:
         raise LoadError(f"'{path}' is a damaged archive ('{damaged}' in it).", "Copy or export it again.")
@@ -82,7 +82,7 @@ def _read_archive(path: Path) -> ExportedProgram:
         return torch.export.load(path)
     except Exception as error:
         raise LoadError(
-            f"'{path}' could not be read as a torch.export archive ({first_line((reasons or [error])[-1])}).",
+            f"'{path}' could not be read as a torch.export archive ({reason_of((reasons or [error])[-1])}).",
             f"Export it again with torch {torch.__version__.split('+')[0]}.",
         ) from error
     finally:
@@ -102,7 +102,7 @@ def _load_pickle(path: Path, tokenizer: str | None, unsafe: bool, dtype: torch.d
             weights = torch.load(path, weights_only=False, map_location="cpu")
         except Exception as failure:
             raise LoadError(
-                f"'{path}' could not be unpickled ({first_line(failure)}).",
+                f"'{path}' could not be unpickled ({reason_of(failure)}).",
                 "Run it where the model's own code can be imported, or copy the file again.",
             ) from failure
     if not isinstance(weights, nn.Module):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mla_compile.errors import LoadError, UsageError
+from mla_compile.errors import LoadError, UsageError, first_line
 
 __all__ = [
     "DOCUMENT_END",
@@ -47,7 +47,7 @@ def load_tokenizer(folder: str | None) -> Any:  # noqa: ANN401 - transformers' t
     try:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0][:200].rstrip(".") if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise LoadError(
             f"No tokenizer could be loaded from '{folder}' ({reason}).", "Give one with --tokenizer FOLDER."
         ) from error

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any
 
-from mla_compile.errors import LoadError, UsageError
+from mla_compile.errors import LoadError, UsageError, first_line
 
 __all__ = ["is_dataset", "stream_documents"]
 
@@ -58,7 +58,7 @@ def _rows(source: str, load: Callable[[], Iterable[Row]]) -> Iterator[Row]:
     try:
         yield from load()
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")
+        reason = first_line(error)
         raise LoadError(
             f"'{source}' cannot be read ({reason}).",
             "Check its name, configuration and split (hf:NAME:CONFIG:SPLIT), or give a .txt or .jsonl file.",

@@ -16,7 +16,7 @@ import yaml
 from accelerate import Accelerator
 from safetensors import SafetensorError
 
-from mla_compile.errors import LoadError, TrainingError, UsageError
+from mla_compile.errors import LoadError, TrainingError, UsageError, first_line
 from mla_compile.report import TrainingPoint
 from mla_compile.training.recipe import Recipe
 
@@ -83,7 +83,7 @@ class Checkpoints:
                 (hidden / "state.json").write_text(json.dumps(written, indent=1) + "\n", "utf-8")
         except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(hidden, ignore_errors=True)
-            reason = str(error).strip().splitlines()[0][:200].rstrip(".")
+            reason = first_line(error)
             raise TrainingError(
                 f"The checkpoint of step {state.step} could not be written to '{self.folder}' ({reason}); earlier ones "
                 "are whole.",
@@ -144,7 +144,7 @@ def _damage_explained(checkpoint: Path) -> Iterator[None]:
     try:
         yield
     except (*_DAMAGE, yaml.YAMLError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")
+        reason = first_line(error)
         raise LoadError(
             f"The checkpoint '{checkpoint}' is damaged ({reason}).",
             "Remove it to go on from the one before, or pass --force to begin anew.",
