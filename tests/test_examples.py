@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import runpy
+import subprocess
 import sys
 
 import pytest
@@ -44,8 +46,22 @@ def test_all_examples_are_tested_and_listed():
     here = (ROOT / "tests/test_examples.py").read_text()
     for path in EXAMPLES.glob("*.py"):
         assert path.name in index
-        if path.name not in ("demo.py", "story_grammar.py", "train_tiny.py"):  # `make demo`; text; half an hour
+        if path.name not in ("demo.py", "story_grammar.py", "train_tiny.py"):  # below; text; half an hour
             assert f'run("{path.name}"' in here
+
+
+@pytest.mark.slow
+def test_demo(tmp_path):
+    """`make demo`, with conversions that are quick: they are equal, which is not what it promises of its own three."""
+    source = (
+        "import sys, demo; demo.NEW_TOKENS = 4; demo.PROMPTS = demo.PROMPTS[:1]; "
+        "demo.CONVERSIONS = {name: {'method': 'mha2mla'} for name in demo.CONVERSIONS}; sys.exit(demo.main())"
+    )
+    command = [sys.executable, "-c", source, "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=EXAMPLES, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"})
+    assert done.returncode == 1, done.stderr
+    assert "mha2mla │ ONNX Runtime │ 512 (25%)" in re.sub(" +", " ", done.stdout)
+    assert "Try it:" in done.stdout
 
 
 @pytest.mark.slow

@@ -116,7 +116,7 @@ class StageDisplay:
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def make_display(quiet: bool, as_json: bool, verbose: int) -> StageDisplay:
+def make_display(quiet: bool, as_json: bool = False, verbose: int = 0) -> StageDisplay:
     """Choose how to show progress; beside a JSON object there is none, unless it is asked for.
 
     Raises:
