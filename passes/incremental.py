@@ -12,6 +12,7 @@ from mla_compile.disk.mapped import DroppingInterpreter
 from mla_compile.errors import RefusedError
 from mla_compile.passes.evaluate import example_inputs
 from mla_compile.program import DecoderProgram, Program
+from mla_compile.text.evaluate import relative_error
 
 __all__ = ["check_incremental"]
 
@@ -52,7 +53,7 @@ def check_incremental(module: fx.GraphModule, program: Program, rows: Sequence[i
         (pieces, whole, "in pieces", "the length or on other tokens"),
         (padded, whole[:1, : _LENGTH - _PADDING], "padded, beside another sequence", "padding or on other sequences"),
     ):
-        difference = float((got - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
+        difference = relative_error(got, expected)
         if not difference < _INCREMENTAL:
             raise RefusedError(
                 f"Something outside attention in '{program.source}' depends on {what}: {how}, the rewritten model "

@@ -29,7 +29,7 @@ from mla_compile.passes.search import Divergence
 from mla_compile.passes.task import Task
 from mla_compile.report import Polish
 from mla_compile.site import AttentionSite
-from mla_compile.text.evaluate import original_scorer
+from mla_compile.text.evaluate import divergence, original_scorer
 
 __all__ = ["Polished", "polish"]
 
@@ -75,10 +75,10 @@ def polish(task: Task, weights: Sequence[LatentWeights], steps: int) -> Polished
     """
     windows = task.require_windows()
     aside = max(1, min(_ASIDE, len(windows) // 8))
-    divergence = Divergence(task.program, windows[-aside:], task.program.vocabulary, task.sites, task.resources)
-    before = divergence(task.rewrite(weights))
+    measure = Divergence(task.program, windows[-aside:], task.program.vocabulary, task.sites, task.resources)
+    before = measure(task.rewrite(weights))
     trained, done = _train(task, weights, windows[:-aside] if len(windows) > 1 else windows, steps)
-    after = divergence(task.rewrite(trained))
+    after = measure(task.rewrite(trained))
     notes = [] if done == steps else [f"polishing stopped after {done} of {steps} steps: the loss was not finite"]
     if not after < before:
         notes.append("polishing did not come closer to the original on text it had not seen, and was undone")
@@ -108,7 +108,7 @@ def _train(
                 with torch.no_grad():
                     expected = teacher(part).log_softmax(-1)
                 got = functional_call(model, frozen | parameters, (part,)).logits.log_softmax(-1)
-                error = (expected.exp() * (expected - got)).sum() / ids.numel()
+                error = divergence(expected, got) / ids.numel()
                 error.backward(inputs=[*parameters.values()])
                 loss += float(error.detach())
             length = float(nn.utils.clip_grad_norm_(parameters.values(), _LONGEST_GRADIENT))

@@ -18,6 +18,7 @@ from mla_compile.passes.layerwise import Resources
 from mla_compile.program import Program
 from mla_compile.runtime.module import LatentModel
 from mla_compile.site import AttentionSite
+from mla_compile.text.evaluate import divergence
 
 __all__ = ["Divergence", "Shares", "global_ranks", "search_shares"]
 
@@ -75,7 +76,7 @@ class Divergence:
         logits = converted_logits(model, self._windows.split(1), self._resources)
         for found, expected in zip(logits, self._expected, strict=True):
             got = found.float().log_softmax(-1)
-            total += float((expected.exp() * (expected - got)).sum())
+            total += float(divergence(expected, got))
         return total / self._windows.numel()
 
 

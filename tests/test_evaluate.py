@@ -8,7 +8,8 @@ import math
 import pytest
 import torch
 
-from mla_compile.text.evaluate import compare, perplexity
+from mla_compile.text.evaluate import compare, divergence, perplexity, relative_error
+from mla_compile.verification.agreement import rounding_error
 
 VOCABULARY = 11
 EXACT = 1e-12  # float64 sums of a few hundred terms in another order
@@ -69,3 +70,57 @@ def test_only_one_batch_is_run_at_a_time(windows):
 
     compare([scorer("a"), scorer("b")], windows, batch=3)
     assert seen == [("a", 3), ("b", 3), ("a", 3), ("b", 3), ("a", 1), ("b", 1)]
+
+
+# ---- logits that are ruled out
+
+RULED_OUT = [-math.inf, torch.finfo(torch.float32).min, -1e9, -65504.0, -1e4]
+
+
+@pytest.mark.parametrize("mask", RULED_OUT)
+@pytest.mark.parametrize("error", [relative_error, rounding_error])
+def test_what_is_ruled_out_does_not_hide_an_error(mask, error):
+    """Oracle: the figures of the same logits without those that are ruled out."""
+    expected, got = table(1)[None], table(2)[None]
+    alone = error(got, expected)
+    masked = [torch.cat([x, torch.full((1, VOCABULARY, 2), mask)], -1) for x in (got, expected)]
+    assert error(*masked) == pytest.approx(alone, rel=1e-6)  # float32
+    assert error(masked[1], masked[1]) == 0
+
+
+@pytest.mark.parametrize("mask", RULED_OUT)
+@pytest.mark.parametrize("error", [relative_error, rounding_error])
+@pytest.mark.parametrize("value", [0.0, math.inf, math.nan])
+def test_the_same_has_to_be_ruled_out(mask, error, value):
+    expected = table(1)[None]
+    expected[..., 3] = mask
+    got = expected.clone()
+    got[0, 5, 3] = value
+    assert not error(got, expected) < math.inf
+    assert not error(expected, got) < math.inf
+
+
+@pytest.mark.parametrize("place", [0, 3])
+def test_what_is_no_number_is_no_small_error(place):
+    """Beside a masked logit too."""
+    expected = table(1)[None]
+    expected[..., 3] = -math.inf
+    got = expected.clone()
+    got[0, 5, place] = math.nan
+    for pair in ((got, expected), (expected, got)):
+        assert not relative_error(*pair) < math.inf
+        assert not rounding_error(*pair) < math.inf
+
+
+def test_a_ruled_out_token_has_no_divergence_and_no_gradient():
+    """One that only the other model rules out costs everything."""
+    first, second = table(1), table(2).requires_grad_()
+    alone = divergence(first[:, 1:].log_softmax(-1), second[:, 1:].log_softmax(-1))
+    hidden = torch.arange(VOCABULARY) == 0
+    expected, got = (x.masked_fill(hidden, -math.inf).log_softmax(-1) for x in (first, second))
+    found = divergence(expected, got)
+    assert float(found.detach()) == pytest.approx(float(alone.detach()), rel=1e-5)  # float32
+    (slope,) = torch.autograd.grad(found, second)
+    assert slope.isfinite().all()
+    assert float(divergence(first.log_softmax(-1), got.detach())) == math.inf
+    assert math.isnan(divergence(expected, got.detach() * math.nan))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mla_compile import api
-from mla_compile.errors import UsageError, VerificationError
+from mla_compile.errors import RefusedError, UsageError, VerificationError
 from mla_compile.runtime.generate import generate
 from mla_compile.runtime.module import LatentModel, LatentOutput
 from mla_compile.runtime.onnx_session import OnnxDecoder
@@ -217,3 +217,37 @@ def test_the_torch_decoder_continues_like_the_onnx_one(compiled, decoder):
 )
 def test_agreement_is_the_share_before_the_first_difference(ours, theirs, share):
     assert equal_share(ours, theirs) == share
+
+
+# ---- models that rule tokens out
+
+
+class RuledOut(models.NanoGPT):
+    """Some tokens cannot be predicted; tokens may see the one before without attention, which a cache would forget."""
+
+    def __init__(self, mask, mixed):
+        super().__init__()
+        self.mask, self.mixed = mask, mixed
+        self.register_buffer("out", torch.arange(models.VOCABULARY) >= models.VOCABULARY - 9)
+
+    def forward(self, ids):
+        x = self.tokens(ids)
+        x = x + torch.nn.functional.pad(x, (0, 0, 1, 0))[:, :-1] if self.mixed else x
+        return self.head(x + self.attentions[0](x)).masked_fill(self.out, self.mask)
+
+
+def ruled_out(mask, mixed):
+    torch.manual_seed(0)
+    return RuledOut(mask, mixed).eval()
+
+
+@pytest.mark.parametrize("mask", [torch.finfo(torch.float32).min, -1e9])
+def test_a_hidden_logit_hides_no_wrong_conversion(mask):
+    with pytest.raises(RefusedError, match="depends on the length or on other tokens: in pieces"):
+        api.compile(ruled_out(mask, mixed=True), (models.tokens(2, 8),), exact=True)
+
+
+def test_tokens_ruled_out_by_infinity_are_no_difference():
+    found = api.compile(ruled_out(-torch.inf, mixed=False), (models.tokens(2, 8),), exact=True).report.verification
+    assert 0 < found.rewrite_error < ROUNDING
+    assert 0 < found.decode_error < ROUNDING

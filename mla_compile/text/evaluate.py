@@ -20,6 +20,8 @@ __all__ = [
     "Perplexity",
     "Scorer",
     "compare",
+    "differences",
+    "divergence",
     "longest_window",
     "original_scorer",
     "perplexity",
@@ -29,6 +31,10 @@ __all__ = [
 
 DEFAULT_WINDOW = 512
 """Tokens per window unless the user or the model says otherwise."""
+
+_RULED_OUT = 1e3
+"""Logits that are this negative, and this far below the row's largest, are of tokens that cannot be: ``-inf``, the least
+number of a type, -1e9. The exponential of the distance is zero in float64 too."""
 
 Scorer = Callable[[Tensor], Tensor]
 """Token ids ``[batch, length]`` to logits ``[batch, length, vocabulary]``."""
@@ -148,8 +154,7 @@ def _sums(logits: Tensor, ids: Tensor, first: Tensor | None) -> Tensor:
             total[2] += len(targets)
             continue
         expected = first[row, :-1].double().log_softmax(-1)
-        weights = expected.exp()
-        total[1] += torch.where(weights > 0, weights * (expected - got), 0.0).sum()  # a token may be ruled out by -inf
+        total[1] += divergence(expected, got)
         total[2] += (got.argmax(-1) == expected.argmax(-1)).sum()
     return total
 
@@ -190,6 +195,48 @@ def original_scorer(program: Program, *, wide: bool = False) -> Scorer:
     return lambda ids: module(*program.inputs(ids))
 
 
+def divergence(expected: Tensor, got: Tensor) -> Tensor:
+    """KL(expected || got) in nats, summed over all rows; tokens that the first rules out by ``-inf`` count as nothing.
+
+    Args:
+        expected: Log-probabilities ``[..., vocabulary]``.
+        got: The same of another model.
+    """
+    weights = expected.exp()
+    return torch.where(weights == 0, 0.0, weights * (expected - got)).sum()
+
+
 def relative_error(got: Tensor, expected: Tensor) -> float:
-    """Largest absolute difference over the largest expected magnitude."""
-    return float((got - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
+    """Largest difference over the largest magnitude, of logits that are not ruled out; no number if one of them is none.
+
+    Args:
+        got: Logits ``[..., vocabulary]``, or other outputs.
+        expected: The same of another model.
+    """
+    found, largest = differences(got, expected)
+    return float(found.max() / largest)
+
+
+def differences(got: Tensor, expected: Tensor) -> tuple[Tensor, Tensor]:
+    """How far apart single logits are, and the largest magnitude to compare that with.
+
+    A masked logit is no number to divide by: beside -1e9 any difference is a rounding. One that is ruled out in either
+    has to be so in the other, by half of the distance, for the sake of roundings; all others are compared.
+
+    Args:
+        got: Logits ``[..., vocabulary]``.
+        expected: The same of another model.
+
+    Returns:
+        Absolute differences: zero where both are ruled out, infinite where one of them is. And the largest magnitude
+        that is expected of logits that are not ruled out.
+    """
+    out = _ruled_out(expected, _RULED_OUT)
+    either = out | _ruled_out(got, _RULED_OUT)
+    both = _ruled_out(expected, _RULED_OUT / 2) & _ruled_out(got, _RULED_OUT / 2)
+    found = torch.where(either, torch.where(both, 0.0, torch.inf), (got - expected).abs())
+    return found, expected.masked_fill(out, 0).abs().max().clamp(min=1e-30)
+
+
+def _ruled_out(logits: Tensor, distance: float) -> Tensor:
+    return (logits <= -distance) & (logits <= logits.amax(-1, keepdim=True) - distance)

@@ -12,7 +12,7 @@ from mla_compile.errors import VerificationError
 from mla_compile.passes.retype import type_name, widened
 from mla_compile.runtime.generate import Ids
 from mla_compile.runtime.module import LatentModel, LatentOutput, cache_dtype
-from mla_compile.text.evaluate import Scorer, relative_error
+from mla_compile.text.evaluate import Scorer, differences, relative_error
 
 __all__ = [
     "GREEDY_TOKENS",
@@ -122,9 +122,10 @@ def rounding_error(got: Tensor, expected: Tensor) -> float:
         got: Logits ``[batch, length, vocabulary]``.
         expected: The same in float32.
     """
-    differences = torch.nan_to_num((got - expected).abs(), nan=torch.inf, posinf=torch.inf).amax(-1)
-    typical = differences.median() if differences.isfinite().all() else differences.max()
-    return float(typical / expected.abs().max().clamp(min=1e-30))
+    found, largest = differences(got, expected)
+    tokens = torch.nan_to_num(found, nan=torch.inf, posinf=torch.inf).amax(-1)
+    typical = tokens.median() if tokens.isfinite().all() else tokens.max()
+    return float(typical / largest)
 
 
 def require_rounding(what: str, error: float, usual: float, dtype: torch.dtype) -> None:
