@@ -22,7 +22,9 @@ import torch
 from families import huggingface
 from torch import nn
 
+from mla_compile.artifacts.places import check_target
 from mla_compile.cli import main
+from mla_compile.conversion.targets import TARGETS
 from mla_compile.errors import (
     LoadError,
     MlaCompileError,
@@ -576,6 +578,20 @@ def test_evaluation_prints_nothing_of_the_runtime(place):
     done = subprocess.run([sys.executable, "-m", "mla_compile", *words], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout)["seq_len"] == 128
+
+
+@pytest.mark.parametrize("name", ["llama-3.2-1b-mla", "Qwen2.5-mla", "model.v2", "v1.0", "folder"])
+def test_a_version_is_no_suffix(name, tmp_path):
+    for check in (check_target, TARGETS["hf"].check):
+        check(tmp_path / name, False)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "a-1.5.bin", "model.pt2", "model.ONNX"])
+def test_a_suffix_is_that_of_a_file(name, tmp_path):
+    with pytest.raises(UsageError, match="is not known"):
+        check_target(tmp_path / name, False)
+    with pytest.raises(UsageError, match="names a file"):
+        TARGETS["hf"].check(tmp_path / name, False)
 
 
 def test_the_error_tree():

@@ -313,7 +313,7 @@ def refused(source, **options) -> LoadError:
     return error
 
 
-@pytest.mark.parametrize("name", ["missing.pt2", "missing", "a/b/c", "./org/name", "~/model"])
+@pytest.mark.parametrize("name", ["missing.pt2", "org/missing.onnx", "a/b/c", "./org/name", "/missing", "~/model"])
 def test_missing_file_or_folder(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     error = refused(name)
@@ -321,10 +321,17 @@ def test_missing_file_or_folder(name, tmp_path, monkeypatch):
     assert error.remedy == "Give a .pt2 archive, a Hugging Face folder or a hub id."
 
 
-def test_unreachable_hub_id(monkeypatch):
+@pytest.mark.parametrize(
+    "name",
+    ["nobody/nothing", "Qwen/Qwen2.5-0.5B", "meta-llama/Llama-3.2-1B", "a/b-Chat-v1.0", "gpt2", "missing", "a b"],
+)
+def test_unreachable_hub_id(name, tmp_path, monkeypatch):
+    """A name may be one of the hub, with a dot or without an owner, or a mistyped one: both are said."""
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    error = refused("nobody/nothing")
-    assert "could not be loaded as a Hugging Face causal language model" in error.message
+    error = refused(name)
+    told = f"There is no file or folder '{name}', and no model of that name came from the hub (OSError: "
+    assert error.message.startswith(told)
     assert "the hub can be reached" in error.remedy
 
 

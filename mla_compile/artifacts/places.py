@@ -21,7 +21,11 @@ __all__ = [
     "check_pair",
     "check_place",
     "check_target",
+    "is_named_file",
 ]
+
+_DIGITS = ("7z", "bz2", "h5", "mp4", "pt2")
+"""Suffixes of files that are not letters alone."""
 
 
 def check_target(path: Path, force: bool) -> None:
@@ -34,7 +38,7 @@ def check_target(path: Path, force: bool) -> None:
         raise UsageError(f"'{path}' names no file.", "Name a .onnx file, or a folder.")
     if path.name == ".onnx":
         raise UsageError(f"'{path}' is only a suffix.", "Name a file, such as model.onnx.")
-    if path.suffix and path.suffix != ".onnx":
+    if is_named_file(path) and path.suffix != ".onnx":
         raise UsageError(
             f"'{path}' does not say what to write: '{path.suffix}' is not known.",
             "Name a .onnx, .plan or .gguf file, or a folder without a suffix.",
@@ -46,10 +50,16 @@ def check_target(path: Path, force: bool) -> None:
         )
     if path.suffix == ".onnx" and path.is_dir():
         raise UsageError(f"'{path}' is a folder.", "Name a .onnx file.")
-    if not path.suffix and path.exists() and not path.is_dir():
+    if path.suffix != ".onnx" and path.exists() and not path.is_dir():
         raise UsageError(f"'{path}' is no folder.", "Name a .onnx file, or a folder.")
     _check_free(path.with_name(f"{path.name}.data"), force)
     check_place(path, force)
+
+
+def is_named_file(path: Path) -> bool:
+    """Whether a name ends like that of a file: in letters after a dot, and not in a version, as ``llama-3.2-1b-mla``."""
+    ending = path.suffix.removeprefix(".").lower()
+    return ending.isalpha() or ending in _DIGITS
 
 
 def check_cache_type(path: Path, cache_type: str, *, tensorrt: bool = False) -> None:

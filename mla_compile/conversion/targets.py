@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mla_compile.artifacts.checkpoint_folder import DEFAULT_SHARD, check_folder
 from mla_compile.artifacts.gguf_file import check_gguf
-from mla_compile.artifacts.places import check_target
+from mla_compile.artifacts.places import check_target, is_named_file
 from mla_compile.artifacts.tensorrt import check_tensorrt
 from mla_compile.conversion.compiled import CompiledModel
 from mla_compile.conversion.encoders import CompiledEncoder
@@ -56,7 +56,7 @@ class Target:
 
 
 def _check_named_folder(path: Path, force: bool) -> None:
-    if path.suffix:
+    if is_named_file(path):
         raise UsageError(f"'{path}' names a file, and the format hf is a folder.", "Name a folder without a suffix.")
     check_target(path, force)
 

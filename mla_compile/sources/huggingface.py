@@ -77,6 +77,11 @@ def read_config(name: str) -> Any:  # noqa: ANN401 - any transformers configurat
     try:
         return AutoConfig.from_pretrained(name)
     except Exception as error:
+        if isinstance(error, OSError) and not Path(name).exists():
+            raise LoadError(
+                f"There is no file or folder '{name}', and no model of that name came from the hub ({_reason(error)}).",
+                "Check the path or id, and that the hub can be reached.",
+            ) from error
         raise _unreadable(name, error) from error
 
 
@@ -173,12 +178,15 @@ def _read(kind: Any, name: str, config: Any, attention: str, dtype: torch.dtype 
 
 
 def _unreadable(name: str, error: Exception) -> LoadError:
-    lines = str(error).strip().splitlines()
-    reason = f"{type(error).__name__}: {lines[0][:200].rstrip('.')}" if lines else type(error).__name__
     return LoadError(
-        f"'{name}' could not be loaded as a Hugging Face causal language model ({reason}).",
+        f"'{name}' could not be loaded as a Hugging Face causal language model ({_reason(error)}).",
         "Check the path or id, that the weights are safetensors, and that the hub can be reached.",
     )
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200].rstrip('.')}" if lines else type(error).__name__
 
 
 def plain_inputs(module: nn.Module) -> dict[str, Tensor]:
