@@ -57,7 +57,7 @@ def check_target(path: Path, force: bool) -> None:
 
 
 def is_named_file(path: Path) -> bool:
-    """Whether a name ends like that of a file: in letters after a dot, and not in a version, as ``llama-3.2-1b-mla``."""
+    """Whether a name ends like that of a file: in letters after a dot, and not in a version (``llama-3.2-1b``)."""
     ending = path.suffix.removeprefix(".").lower()
     return ending.isalpha() or ending in _DIGITS
 

@@ -6,6 +6,7 @@ safetensors. A pickled module is only opened when the user says so.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
@@ -19,11 +20,10 @@ from mla_compile.sources.model_files import load_file
 
 __all__ = ["load_any", "load_program"]
 
-_MODEL_FILES = frozenset(
-    ".bin .ckpt .engine .gguf .ggml .h5 .json .mlmodel .msgpack .npz .onnx .pb .pkl .plan .pt .pt2 .pte .pth "
-    ".safetensors .tflite .yaml .zip".split()
+_MODEL_FILE = re.compile(
+    r".*\.(bin|ckpt|engine|gguf|ggml|h5|json|mlmodel|msgpack|npz|onnx|pb|pkl|plan|pt|pt2|pte|pth|safetensors|tflite|yaml|zip)"
 )
-"""Suffixes of what a model, or a part of it, may be written to; a dot in the id of a hub's model begins none of these."""
+"""How a file of a model, or of a part of it, may be named; a dot in the id of a hub's model begins none of these."""
 
 
 def load_program(
@@ -71,7 +71,7 @@ def load_any(
     if path.is_file():
         return load_file(path, tokenizer, unsafe, dtype)
     name = str(source)
-    if path.suffix.lower() in _MODEL_FILES or name.startswith((".", "/", "~")) or name.count("/") > 1:
+    if _MODEL_FILE.fullmatch(name.lower()) or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise LoadError(
             f"There is no file or folder '{source}'.", "Give a .pt2 archive, a Hugging Face folder or a hub id."
         )

@@ -33,8 +33,8 @@ DEFAULT_WINDOW = 512
 """Tokens per window unless the user or the model says otherwise."""
 
 _RULED_OUT = 1e3
-"""Logits that are this negative, and this far below the row's largest, are of tokens that cannot be: ``-inf``, the least
-number of a type, -1e9. The exponential of the distance is zero in float64 too."""
+"""Logits that are this negative, and this far below the row's largest, are of tokens that cannot be: ``-inf``, the
+least number of a type, -1e9. The exponential of the distance is zero in float64 too."""
 
 Scorer = Callable[[Tensor], Tensor]
 """Token ids ``[batch, length]`` to logits ``[batch, length, vocabulary]``."""
@@ -207,7 +207,7 @@ def divergence(expected: Tensor, got: Tensor) -> Tensor:
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
-    """Largest difference over the largest magnitude, of logits that are not ruled out; no number if one of them is none.
+    """Largest difference over the largest magnitude, of logits that are not ruled out; NaN if one of them is.
 
     Args:
         got: Logits ``[..., vocabulary]``, or other outputs.
