@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from mla_compile.errors import RefusedError
 from mla_compile.runtime import ops  # noqa: F401 - registers the operators
+from mla_compile.runtime.module import known_tokens
 from mla_compile.runtime.onnx_quantised import LATENT_LEVELS, ROPE_LEVELS, SMALLEST
 
 __all__ = ["check_quantisable", "quantised_row", "with_quantised_rows", "with_rows"]
@@ -99,7 +100,8 @@ def check_quantisable(module: fx.GraphModule, rows: Sequence[int]) -> None:
     with torch.no_grad():
         logits, *_ = found.run(*_tokens(torch.zeros(1, 1, dtype=torch.long)), *_empty(module, rows))
         found.reasons.clear()
-        ids = torch.randint(0, logits.shape[-1], (1, _PROBED), generator=torch.Generator().manual_seed(0))
+        vocabulary = known_tokens(module) or logits.shape[-1]
+        ids = torch.randint(0, vocabulary, (1, _PROBED), generator=torch.Generator().manual_seed(0))
         found.run(*_tokens(ids), *_empty(module, rows))
     reasons = [f"layer {layer} {reason}" for layer, reason in enumerate(found.reasons) if reason]
     if reasons:

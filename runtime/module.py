@@ -20,6 +20,7 @@ __all__ = [
     "LowRankModel",
     "cache_dtype",
     "cache_windows",
+    "known_tokens",
     "positions_from_mask",
 ]
 
@@ -63,6 +64,30 @@ def cache_windows(module: nn.Module) -> tuple[int, ...]:
     return tuple(windows[name] for name in caches if name in windows)
 
 
+def known_tokens(module: nn.Module) -> int | None:
+    """How many token ids a rewritten graph reads: rows of the smallest table that they index; None where it has none.
+
+    A head may be wider, so that a model can predict ids that it cannot read.
+    """
+    graph = getattr(module, "graph", None)
+    if not isinstance(graph, fx.Graph):
+        return None
+    found, readers = [], [next(n for n in graph.nodes if n.op == "placeholder")]
+    while readers:
+        ids = readers.pop()
+        readers += [user for user in ids.users if user.target is torch.ops.aten._to_copy.default]
+        tables = [user.args[0] for user in ids.users if user.target is torch.ops.aten.embedding.default]
+        found += [
+            _attribute(module, table) for table in tables if isinstance(table, fx.Node) and table.op == "get_attr"
+        ]
+    return min((int(table.shape[0]) for table in found), default=None)
+
+
+def _attribute(module: nn.Module, node: fx.Node) -> Tensor:
+    found: Any = functools.reduce(getattr, str(node.target).split("."), module)
+    return cast(Tensor, found)
+
+
 def cache_dtype(module: nn.Module) -> torch.dtype:
     """Type of the caches of a rewritten graph: that in which its latent weights are multiplied."""
     graph = getattr(module, "graph", None)
@@ -70,8 +95,7 @@ def cache_dtype(module: nn.Module) -> torch.dtype:
         if node.target is torch.ops.mla.latent_attention.default:
             key_up = node.args[6]
             if key_up.op == "get_attr":
-                stored: Any = functools.reduce(getattr, key_up.target.split("."), module)
-                return cast(torch.dtype, stored.dtype)
+                return _attribute(module, key_up).dtype
             if "dtype" in key_up.kwargs:  # widened where it is read
                 return cast(torch.dtype, key_up.kwargs["dtype"])
     return next(p.dtype for p in module.parameters() if p.is_floating_point())

@@ -10,9 +10,12 @@ import pytest
 import torch
 
 from mla_compile import api
+from mla_compile.artifacts.saved import open_saved, write_saved_onnx
+from mla_compile.config import make_config
 from mla_compile.errors import RefusedError, UsageError, VerificationError
+from mla_compile.passes.quantise_cache import check_quantisable
 from mla_compile.runtime.generate import generate
-from mla_compile.runtime.module import LatentModel, LatentOutput
+from mla_compile.runtime.module import LatentModel, LatentOutput, known_tokens
 from mla_compile.runtime.onnx_session import OnnxDecoder
 from mla_compile.text.evaluate import original_scorer
 from mla_compile.verification import agreement
@@ -251,3 +254,26 @@ def test_tokens_ruled_out_by_infinity_are_no_difference():
     found = api.compile(ruled_out(-torch.inf, mixed=False), (models.tokens(2, 8),), exact=True).report.verification
     assert 0 < found.rewrite_error < ROUNDING
     assert 0 < found.decode_error < ROUNDING
+
+
+# ---- models that predict more tokens than they read
+
+
+class WideHead(RuledOut):
+    """The head is padded, or ends in tokens that are never given."""
+
+    def __init__(self):
+        super().__init__(-1e9, False)
+        self.tokens = torch.nn.Embedding(20, models.WIDTH)
+        self.out = torch.arange(models.VOCABULARY) < 20  # every prediction is one that cannot be read
+
+
+def test_a_head_may_be_wider_than_the_table(tmp_path):
+    torch.manual_seed(0)
+    compiled = api.compile(WideHead().eval(), (torch.zeros(2, 8, dtype=torch.long),), exact=True)
+    found = compiled.to_onnx(tmp_path / "model.onnx").verification
+    assert known_tokens(compiled.module.graph) == 20
+    assert (found.conversion_greedy, found.lowering_greedy) == (1.0, 1.0)
+    check_quantisable(compiled.module.graph, compiled.module.rows)
+    compiled.save(tmp_path / "folder")
+    write_saved_onnx(open_saved(tmp_path / "folder"), tmp_path / "again.onnx", make_config(), force=True)

@@ -205,11 +205,9 @@ def ids_to_check(case: Case) -> Tensor:
     if case.text is not None:
         return case.text.held_out[:4, :256]
     program = case.task.program
-    nodes = {n.name: n for n in program.exported.graph.nodes}
-    vocabulary = int(nodes[program.logits].meta["val"].shape[-1])
     length = longest_window(original_scorer(program), program.max_positions, _RANDOM_LENGTH)
     generator = torch.Generator().manual_seed(case.task.config.seed)
-    return torch.randint(0, vocabulary, (2, length), generator=generator)
+    return torch.randint(0, program.vocabulary, (2, length), generator=generator)
 
 
 def verify_module(case: Case, converted: LatentModel, ids: Tensor) -> Verification | None:

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from mla_compile.errors import VerificationError
 from mla_compile.passes.retype import type_name, widened
-from mla_compile.runtime.generate import Ids
+from mla_compile.runtime.generate import Decoder, Ids, generate
 from mla_compile.runtime.module import LatentModel, LatentOutput, cache_dtype
 from mla_compile.text.evaluate import Scorer, differences, relative_error
 
@@ -24,6 +24,7 @@ __all__ = [
     "cache_bytes",
     "chunks",
     "equal_share",
+    "greedy",
     "greedy_original",
     "greedy_tokens",
     "in_chunks",
@@ -75,18 +76,27 @@ class TorchDecoder:
         return result.logits.float().numpy(), result.cache
 
 
-def greedy_original(score: Scorer, prompt: Tensor, count: int) -> list[int]:
+def greedy(decoder: Decoder, prompt: Tensor, count: int, known: int | None = None) -> list[int]:
+    """Greedy continuation by a cache; see :func:`greedy_original`."""
+    until = None if known is None else lambda _, new: new[-1] >= known
+    return generate(decoder, [prompt.tolist()], count, until=until)[0]
+
+
+def greedy_original(score: Scorer, prompt: Tensor, count: int, known: int | None = None) -> list[int]:
     """Greedy continuation of the unconverted model, recomputing the whole sequence at every step.
 
     Args:
         score: The original model.
         prompt: ``[length]`` token ids.
-        count: Tokens to add.
+        count: Tokens to add, at most.
+        known: How many ids it can read; another one, which a wide head may predict, is the last.
     """
     ids = prompt[None]
     with torch.inference_mode():
         for _ in range(count):
             ids = torch.cat([ids, score(ids)[:, -1:].argmax(-1)], 1)
+            if known is not None and int(ids[0, -1]) >= known:
+                break
     return ids[0, len(prompt) :].tolist()
 
 
@@ -199,6 +209,6 @@ def in_steps(step: Callable[[Tensor, Tensor, Sequence[Tensor] | None], LatentOut
 
 
 def equal_share(ours: Sequence[int], theirs: Sequence[int]) -> float:
-    """Fraction of tokens that agree before the first difference."""
-    same = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), len(theirs))
+    """Fraction of tokens that agree before the first difference; either may have ended behind it."""
+    same = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), len(theirs))
     return same / len(theirs) if theirs else 1.0

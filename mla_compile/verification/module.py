@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from mla_compile.report import Verification
-from mla_compile.runtime.generate import generate
-from mla_compile.runtime.module import LatentModel, cache_dtype
+from mla_compile.runtime.module import LatentModel, cache_dtype, known_tokens
 from mla_compile.text.evaluate import Scorer, relative_error
 from mla_compile.verification.agreement import (
     TorchDecoder,
     cache_bytes,
     equal_share,
+    greedy,
     greedy_original,
     greedy_tokens,
     in_chunks,
@@ -69,7 +69,8 @@ def check_module(
         require_rounding("The converted model", rounding[1], rounding[0], cache_dtype(converted.graph))
     prompt = ids[0, : ids.shape[1] - ids.shape[1] // 2]
     count = greedy_tokens(converted, ids)
-    ours = generate(TorchDecoder(converted), [prompt.tolist()], count)[0]
+    known = known_tokens(converted.graph)
+    ours = greedy(TorchDecoder(converted), prompt, count, known)
     with torch.inference_mode():
         one, all_of_them = ([c.nbytes for c in converted(part).cache] for part in (ids[:, :1], ids))
     require_bytes(sum(all_of_them), len(ids) * cache_bytes(converted, ids.shape[1]), ids)
@@ -79,7 +80,7 @@ def check_module(
         lowering_error=None,
         lowering_greedy=None,
         conversion_error=relative_error(whole, expected),
-        conversion_greedy=equal_share(ours, greedy_original(original, prompt, count)),
+        conversion_greedy=equal_share(ours, greedy_original(original, prompt, count, known)),
         rounding=rounding,
         cache_bytes_per_token=sum(one) // len(ids),
         tokens=ids.numel(),

@@ -17,9 +17,9 @@ from mla_compile.passes.onnx_pieces import PiecewiseSession
 from mla_compile.passes.quantise_cache import with_quantised_rows
 from mla_compile.passes.retype import NARROW
 from mla_compile.passes.retype_onnx import write_float32_copy
-from mla_compile.runtime.generate import Ids, generate
+from mla_compile.runtime.generate import Ids
 from mla_compile.runtime.masks import kept_rows
-from mla_compile.runtime.module import LatentModel, cache_dtype
+from mla_compile.runtime.module import LatentModel, cache_dtype, known_tokens
 from mla_compile.runtime.onnx_cache import OnnxCache
 from mla_compile.runtime.onnx_halves import halves_bytes
 from mla_compile.runtime.onnx_quantised import quantised_bytes
@@ -33,6 +33,7 @@ from mla_compile.verification.agreement import (
     cache_bytes,
     chunks,
     equal_share,
+    greedy,
     greedy_tokens,
     in_float32,
     require_bytes,
@@ -77,10 +78,10 @@ def check_lowering(
         reference = quantised(converted)
         with torch.inference_mode():
             cost = relative_error(reference(ids).logits, converted(ids).logits)
-    error, greedy, measured = check_onnx(reference, decoder, ids, planned_bytes, cost)
+    error, same, measured = check_onnx(reference, decoder, ids, planned_bytes, cost)
     return {
         "lowering_error": error,
-        "lowering_greedy": greedy,
+        "lowering_greedy": same,
         "cache_bytes_per_token": measured,
         "quantisation_error": cost,
     }
@@ -95,10 +96,10 @@ def _check_narrow(converted: LatentModel, path: Path, ids: Tensor, planned_bytes
     dtype, wide = cache_dtype(converted.graph), in_float32(converted)
     with _float32_copy(path, converted) as decoder:
         copied = planned_bytes * torch.float32.itemsize // dtype.itemsize
-        error, greedy, measured = check_onnx(wide, decoder, ids, copied)
+        error, same, measured = check_onnx(wide, decoder, ids, copied)
     found = {
         "lowering_error": error,
-        "lowering_greedy": greedy,
+        "lowering_greedy": same,
         "lowering_copy": True,
         "cache_bytes_per_token": measured * dtype.itemsize // torch.float32.itemsize,
     }
@@ -161,15 +162,15 @@ def check_onnx(
     error = relative_error(torch.from_numpy(_onnx_in_chunks(decoder, ids.numpy())), logits)
     tolerance = TOLERANCE if quantisation_error is None else max(TOLERANCE, QUANTISED_TOLERANCE * quantisation_error)
     require_equal("ONNX Runtime", "the converted PyTorch module", error, tolerance)
-    prompt = ids[0, : ids.shape[1] - ids.shape[1] // 2].tolist()
+    prompt, known = ids[0, : ids.shape[1] - ids.shape[1] // 2], known_tokens(converted.graph)
     count = greedy_tokens(converted, ids)
-    greedy = equal_share(decoder.generate([prompt], count)[0], generate(TorchDecoder(converted), [prompt], count)[0])
+    ours, theirs = (greedy(model, prompt, count, known) for model in (decoder, TorchDecoder(converted)))
     held = [decoder.measured_bytes(_filled(decoder, part)) for part in (ids[:, :1], ids)]
     _require_planned(decoder, planned_bytes)
     held_by_one = cache_bytes if quantisation_error is None else _quantised_cache_bytes
     held_by_one = _halved_cache_bytes if decoder.halves else held_by_one
     require_bytes(held[1], len(ids) * held_by_one(converted, ids.shape[1]), ids)
-    return error, greedy, held[0] // len(ids)
+    return error, equal_share(ours, theirs), held[0] // len(ids)
 
 
 def _filled(decoder: OnnxDecoder, ids: Tensor) -> OnnxCache:
