@@ -14,6 +14,7 @@ from mla_compile.errors import UsageError
 from mla_compile.passes.layers import certain, measure_layers
 from mla_compile.passes.statistics import SiteStatistics
 from mla_compile.passes.task import Task
+from mla_compile.text.calibration import read_text
 
 WINDOWS = models.tokens(12, 16)
 
@@ -35,6 +36,31 @@ def convert(llama):
 def assert_finite(compiled):
     assert all(value.isfinite().all() for value in compiled.module.state_dict().values())
     assert compiled.module(WINDOWS[:2]).logits.isfinite().all()
+
+
+# ---- windows of ids
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
+def test_integers_of_any_type_are_token_ids(dtype):
+    found = read_text(WINDOWS.to(dtype))
+    assert found.dtype == torch.int64
+    assert torch.equal(found, WINDOWS)
+
+
+@pytest.mark.parametrize(
+    ("windows", "told"),
+    [
+        (torch.ones(4, 8, dtype=torch.bool), "Calibration ids are torch.bool of shape (4, 8)."),
+        (torch.ones(4, 8), "Calibration ids are torch.float32 of shape (4, 8)."),
+        (torch.ones(4, 8, dtype=torch.complex64), "Calibration ids are torch.complex64 of shape (4, 8)."),
+        (WINDOWS.to(torch.int32) - 100, f"Calibration ids go down to {int(WINDOWS.min()) - 100}, which is no token."),
+    ],
+)
+def test_what_are_no_token_ids_are_refused(windows, told):
+    with pytest.raises(UsageError) as caught:
+        read_text(windows)
+    assert caught.value.message == told
 
 
 # ---- too few tokens

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -54,7 +55,8 @@ def test_a_source_names_dataset_configuration_and_split(library, source, names, 
     assert calls == [(names, {"split": split, "streaming": True})]
 
 
-def test_a_parquet_file_is_read_by_the_library(library):
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_parquet_file_is_read_by_the_library(library, kind):
     calls = []
 
     def load_dataset(*given, **settings):
@@ -62,7 +64,7 @@ def test_a_parquet_file_is_read_by_the_library(library):
         return [{"text": "one"}]
 
     library(load_dataset)
-    assert [*read_text("folder/part-0.parquet")] == ["one"]
+    assert [*read_text(kind("folder/part-0.parquet"))] == ["one"]
     assert calls == [(("parquet",), {"data_files": "folder/part-0.parquet", "split": "train", "streaming": True})]
 
 

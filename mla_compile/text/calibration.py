@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mla_compile.config import CompileConfig
@@ -61,24 +62,33 @@ def require_text(config: CompileConfig, calibration: Text | None) -> None:
 
 
 def read_text(text: Text | None) -> Iterable[str] | Tensor | None:
-    """Read documents from a file or open a dataset; pass on what is neither.
+    """Read documents from a file or open a dataset; pass on what is neither, integers of any type as int64.
 
     Raises:
         LoadError: The file or dataset is missing or holds no text.
-        UsageError: Token windows are not an integer matrix.
+        UsageError: Token windows are not an integer matrix, or hold negative numbers.
     """
-    if isinstance(text, str) and is_dataset(text):
-        return stream_documents(text)
+    if isinstance(text, str | Path) and is_dataset(str(text)):
+        return stream_documents(str(text))
     if isinstance(text, str | Path):
         return read_documents(text)
-    if isinstance(text, Tensor) and (
-        text.dim() != 2 or text.is_floating_point() or text.shape[0] < 1 or text.shape[1] < 2
-    ):
+    return _token_ids(text) if isinstance(text, Tensor) else text
+
+
+def _token_ids(ids: Tensor) -> Tensor:
+    whole = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
+    if not whole or ids.dim() != 2 or ids.shape[0] < 1 or ids.shape[1] < 2:
         raise UsageError(
-            f"Calibration ids are {text.dtype} of shape {tuple(text.shape)}.",
+            f"Calibration ids are {ids.dtype} of shape {tuple(ids.shape)}.",
             "Pass integers [windows, length], at least one window of two tokens.",
         )
-    return text
+    ids = ids.long()
+    if (least := int(ids.min())) < 0:
+        raise UsageError(
+            f"Calibration ids go down to {least}, which is no token.",
+            "Pass windows of text alone, without padding or what labels leave out.",
+        )
+    return ids
 
 
 def cut_windows(
