@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from mla_compile.passes.einsum import einsum_parts
 from mla_compile.passes.mismatch import MismatchError
 from mla_compile.program import AnyProgram, Program
 from mla_compile.site import RejectCode
@@ -318,9 +319,8 @@ def attended_layout(sizes: Sizes, product: Node, weights: Node, value: Node) -> 
 def _letters(product: Node, first: Node) -> tuple[str, str, str]:
     """Subscripts of an einsum's two operands, ``first`` before the other, and of its output."""
     arguments: Any = product.args
-    inputs, output = str(arguments[0]).replace(" ", "").split("->")
-    parts = inputs.split(",")
-    if "." in inputs or len(parts) != 2:
+    parts, output = einsum_parts(str(arguments[0]))
+    if "." in "".join(parts) or len(parts) != 2 or not output:
         raise MismatchError(RejectCode.LAYOUT, f"the einsum '{arguments[0]}' is not read by this version")
     operands = list(arguments[1])
     if operands[0] is not first:

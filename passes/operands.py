@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from mla_compile.passes.einsum import einsum_parts
 from mla_compile.passes.mismatch import MismatchError
 from mla_compile.passes.norm import FoundNorm, describe_norm, linear_again
 from mla_compile.passes.probe import Operand, mixes_positions, probe_linear, probe_rope, probe_rows
@@ -253,9 +254,8 @@ def _require_matrix(found: ProjectionNode, flow: DataFlow, width: int) -> None:
 
 def _require_einsum(found: ProjectionNode, width: int) -> None:
     arguments: Any = found.node.args
-    inputs, output = str(arguments[0]).replace(" ", "").split("->")
-    parts = inputs.split(",")
-    if len(parts) == 2 and "." not in inputs:
+    parts, output = einsum_parts(str(arguments[0]))
+    if len(parts) == 2 and "." not in "".join(parts):
         hidden, weight = parts if arguments[1][0] is found.source else parts[::-1]
         summed = set(hidden) & set(weight)
         shape = dict(zip(weight, found.weight.meta["val"].shape, strict=True))

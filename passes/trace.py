@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Node
 
+from mla_compile.passes.einsum import einsum_parts
 from mla_compile.passes.mismatch import MismatchError
 from mla_compile.program import AnyProgram, Program
 from mla_compile.site import RejectCode
@@ -338,8 +339,8 @@ def _queries_and_keys(product: Node) -> list[Node]:
     """Factors of a score product: the one whose positions become the last axis of the scores is the keys."""
     operands = _operands(product)[0]
     if product.target is _aten.einsum.default:
-        inputs, output = str(product.args[0]).replace(" ", "").split("->")
-        if output[-1] in inputs.split(",")[0]:
+        parts, output = einsum_parts(str(product.args[0]))
+        if output[-1:] in parts[0]:
             return operands[::-1]
     return operands
 

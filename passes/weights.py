@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mla_compile.passes.einsum import einsum_parts
 from mla_compile.passes.evaluate import GraphEvaluator
 from mla_compile.program import AnyProgram
 from mla_compile.site import AttentionSite, Projection
@@ -106,8 +107,7 @@ def _affine(evaluator: GraphEvaluator, projection: Projection) -> tuple[Tensor, 
 def _einsum_matrix(evaluator: GraphEvaluator, projection: Projection) -> Tensor:
     """The weight of an einsum with the output's own letters first, in the output's order, then the summed one."""
     arguments: Any = evaluator.nodes[projection.node].args
-    inputs, output = str(arguments[0]).replace(" ", "").split("->")
-    parts = inputs.split(",")
+    parts, output = einsum_parts(str(arguments[0]))
     own = 0 if arguments[1][1].name == projection.source else 1
     (weight,) = evaluator.run([arguments[1][own]], {}, {})
     letters = parts[own]

@@ -8,6 +8,7 @@ import pytest
 import sympy
 import torch
 
+from mla_compile.passes.einsum import einsum_parts
 from mla_compile.passes.layout import SHORT, Layout, Sizes, attended_layout, score_layouts, token_axes
 from mla_compile.passes.mismatch import MismatchError
 
@@ -77,6 +78,22 @@ def test_letters_of_einsums(zoo_programs):
         ("b", "h", "t", "d"),
         ("b", "h", "s", "d"),
     )
+
+
+@pytest.mark.parametrize(
+    "equation", ["ab,bc", "ba", "b a , c a", "aBc,cb", "...ab,...b", "ab...->...", "ii,ia", "ab,ac->bc"]
+)
+def test_outputs_that_are_not_written(equation):
+    """Oracle: torch's result of the equation as it is, and with the output that was found."""
+    sizes = dict(zip("abcBi", range(2, 7), strict=True))
+    shapes = [
+        [n for c in part.strip().replace("...", ".") for n in ([3, 2] if c == "." else [sizes[c]])]
+        for part in equation.split("->")[0].replace(" ", "").split(",")
+    ]
+    generator = torch.Generator().manual_seed(0)
+    operands = [torch.randn(shape, generator=generator) for shape in shapes]
+    parts, output = einsum_parts(equation)
+    assert torch.equal(torch.einsum(equation, *operands), torch.einsum(f"{','.join(parts)}->{output}", *operands))
 
 
 def cross_sizes(queries, keys):

@@ -425,6 +425,20 @@ class ByEinsum(SpelledOut):
         return torch.einsum("bhsd,bhtd->bhst", q, k) * SCALE
 
 
+class UnwrittenOutputs(SpelledOut):
+    """Projections by einsums that leave to torch what their outputs are."""
+
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.einsum("abc,cd", x, layer.weight.mT) + layer.bias for layer in (self.q, self.k, self.v))
+
+
+class SummedScores(SpelledOut):
+    """Batch and heads, which occur twice, are summed: as an output that is not written is understood."""
+
+    def scores(self, q: Tensor, k: Tensor, x: Tensor) -> Tensor:
+        return torch.einsum("abik,abjk", q, k) * SCALE
+
+
 class TransposedScores(SpelledOut):
     """Values to the left of the attention weights."""
 
@@ -1093,6 +1107,7 @@ MIXED: dict[str, type[Attention]] = {
 ACCEPTED: dict[str, type[Attention]] = {
     "fused": Attention,
     "scores by einsum": ByEinsum,
+    "outputs that are not written": UnwrittenOutputs,
     "batch and heads merged": MergedHeads,
     "rectified queries": RectifiedQueries,
     "normed keys": NormedKeys,
@@ -1158,6 +1173,7 @@ REFUSED: dict[str, tuple[type[Attention], frozenset[RejectCode]]] = {
         ("a product with factors", ScaledProduct, RejectCode.PROJECTION),
         ("a weight of three dimensions", WeightOfThreeDimensions, RejectCode.PROJECTION),
         ("a small projection per head", ProjectionPerHead, RejectCode.PROJECTION, RejectCode.LAYOUT),
+        ("scores summed over heads", SummedScores, RejectCode.LAYOUT),
         ("channels before positions", TransposedScores, RejectCode.LAYOUT),
         ("convolved keys", ConvolvedKeys, RejectCode.POSITION_MIXING),
         ("shifted values", ShiftedValues, RejectCode.POSITION_MIXING),
