@@ -97,9 +97,19 @@ class AnyProgram:
         """Placeholders whose content is data, as opposed to padding masks and positions."""
         return frozenset(name for name, (role, _) in self.user_inputs.items() if role == Role.TOKENS)
 
-    @cached_property
+    @property
     def id_limits(self) -> dict[str, int]:
         """How many ids each token input may name: rows of the smallest table it indexes on any way; 2 without one."""
+        return {name: min(rows, default=2) for name, rows in self._table_rows.items()}
+
+    @property
+    def looks_up(self) -> bool:
+        """Whether some token input indexes a table, so that there are activations of tokens."""
+        return any(self._table_rows.values())
+
+    @cached_property
+    def _table_rows(self) -> dict[str, list[int]]:
+        """Rows of every table that each token input indexes on any way."""
         embedding = torch.ops.aten.embedding.default
         found = {}
         for start in [n for n in self.exported.graph.nodes if n.name in self.token_inputs]:
@@ -114,7 +124,7 @@ class AnyProgram:
                     if user not in seen and isinstance(value, Tensor) and not value.is_floating_point():
                         seen.add(user)
                         stack.append(user)
-            found[start.name] = min(rows, default=2)
+            found[start.name] = rows
         return found
 
     @cached_property
@@ -214,10 +224,12 @@ class Program(AnyProgram):
         nodes = {n.name: n for n in self.exported.graph.nodes}
         tokens = nodes[self.tokens]
         embedding = torch.ops.aten.embedding.default
+        same = [tokens, *(user for user in tokens.users if user.target is torch.ops.aten._to_copy.default)]
         rows = [
             int(user.args[0].meta["val"].shape[0])
-            for user in tokens.users
-            if user.target is embedding and user.args[1] is tokens
+            for ids in same
+            for user in ids.users
+            if user.target is embedding and user.args[1] is ids
         ]
         return min(rows) if rows else int(nodes[self.logits].meta["val"].shape[-1])
 

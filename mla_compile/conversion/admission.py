@@ -82,6 +82,11 @@ def _require_some(program: AnyProgram, found: Recognition) -> Recognition:
             if is_encoder(found)
             else "Run 'mla-compile inspect' for the whole table.",
         )
+    if not found.sites and program.token_inputs and not program.looks_up:
+        raise RefusedError(
+            f"Token ids of '{program.source}' are looked up in no table of embeddings, behind which attention begins.",
+            "Use torch.nn.Embedding for them.",
+        )
     if not found.sites:
         raise RefusedError(
             f"No attention was found in '{program.source}'.",

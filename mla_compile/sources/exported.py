@@ -15,6 +15,7 @@ from mla_compile.errors import LoadError, MlaCompileError
 from mla_compile.program import AnyProgram, Assets, OtherProgram, Program
 from mla_compile.quiet import quiet_exporter
 from mla_compile.sources.patterns import patterns
+from mla_compile.sources.tables import has_other_tables, spell_tables
 
 __all__ = [
     "HOW_TO_EXPORT",
@@ -116,6 +117,7 @@ def read_export(
             if _has_compositions(exported):
                 exported = exported.run_decompositions({**_RESPELLED, **patterns()})
                 _drop_type_assertions(exported)
+                spell_tables(exported)
     except Exception as error:
         raise LoadError(
             f"The graph of '{source}' could not be normalised ({reason_of(error)}).", HOW_TO_EXPORT
@@ -205,9 +207,13 @@ def _logits(exported: ExportedProgram, tokens: Tensor, source: str) -> str:
 
 
 def _has_compositions(exported: ExportedProgram) -> bool:
-    """Whether a graph was never decomposed, asserts types, or calls an operator that is spelled in another way."""
+    """Whether a graph was never decomposed, asserts types, or has something that is spelled in another way."""
     unwanted = {_ASSERTION, *_RESPELLED, *patterns()}
-    return exported.dialect != "ATEN" or any(n.target in unwanted for n in exported.graph.nodes)
+    return (
+        exported.dialect != "ATEN"
+        or any(n.target in unwanted for n in exported.graph.nodes)
+        or has_other_tables(exported)
+    )
 
 
 def _drop_type_assertions(exported: ExportedProgram) -> None:
