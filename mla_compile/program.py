@@ -37,6 +37,12 @@ class Assets:
     tokenizer: Any = None
 
     @property
+    def longest(self) -> int | None:
+        """Longest sequence the model was built for, if its configuration says; older families name it otherwise."""
+        said = (self.config.get(name) for name in ("max_position_embeddings", "n_positions"))
+        return next((number for number in said if isinstance(number, int) and number > 0), None)
+
+    @property
     def local_folder(self) -> Path | None:
         """The asset folder when it is on this machine."""
         return Path(self.folder) if self.folder and Path(self.folder).is_dir() else None

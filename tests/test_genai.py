@@ -12,6 +12,7 @@ import torch
 from conversion import convert, difference
 
 from mla_compile.artifacts.genai import write_genai_config
+from mla_compile.artifacts.onnx_files import stored_metadata
 from mla_compile.config import make_config
 from mla_compile.errors import RefusedError, UsageError
 from mla_compile.passes.lower_onnx import lower_to_onnx
@@ -125,3 +126,15 @@ def test_what_has_no_halves_is_said(programs):
     plain = with_plain_caches(case.program)
     with pytest.raises(RefusedError, match="were not converted"):
         lower_to_onnx(plain.module, plain.rows, None, opset=24, inline=False, metadata={}, halves=True)
+
+
+@pytest.mark.parametrize("kind", ["GPT2Config", "GPTJConfig", "LlamaConfig"])
+def test_the_longest_sequence_by_either_name(kind):
+    """GPT-2 and GPT-J call it ``n_positions``. Oracle: transformers, which knows the name of each."""
+    import transformers
+
+    config = getattr(transformers, kind)(max_position_embeddings=48)
+    assets = Assets(config=config.to_dict())
+    assert assets.longest == config.max_position_embeddings == 48
+    assert stored_metadata("model", {}, [], (1, 1), assets)["max_position_embeddings"] == 48
+    assert Assets().longest is None

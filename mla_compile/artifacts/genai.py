@@ -31,7 +31,7 @@ def write_genai_config(file: Path, rows: Sequence[int], assets: Assets, *, stati
     graph = onnx.load(file, load_external_data=False).graph
     inputs, (logits, *_) = {value.name for value in graph.input}, graph.output
     heads = assets.config.get("num_attention_heads") or 1
-    longest = assets.config.get("max_position_embeddings") or _CONTEXT
+    longest = assets.longest or _CONTEXT
     given = {**assets.config, **{k: v for k, v in assets.generation.items() if v is not None}}
     eos = given.get("eos_token_id")
     first_eos = eos[0] if isinstance(eos, list) and eos else eos

@@ -265,5 +265,5 @@ def stored_metadata(
         "original_cache_bytes_per_token": before,
         "bos_token_id": assets.generation.get("bos_token_id"),
         "eos_token_id": assets.generation.get("eos_token_id"),
-        "max_position_embeddings": assets.config.get("max_position_embeddings"),
+        "max_position_embeddings": assets.longest,
     }

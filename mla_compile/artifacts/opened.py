@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +13,13 @@ import yaml
 from torch import Tensor, fx
 
 from mla_compile.artifacts.archives import read_folder
-from mla_compile.artifacts.companions import is_converted_folder, written_files
+from mla_compile.artifacts.companions import is_converted_folder, read_assets, written_files
 from mla_compile.disk.mapped import DroppingInterpreter
 from mla_compile.errors import LoadError
 from mla_compile.passes.recognise import Recognition, recognise
 from mla_compile.program import Program
 from mla_compile.runtime.generate import Decoder
-from mla_compile.runtime.module import LatentModel, cache_dtype, positions_from_mask
+from mla_compile.runtime.module import LatentModel, cache_dtype, known_tokens, positions_from_mask
 from mla_compile.runtime.onnx_checksum import require_unchanged
 from mla_compile.runtime.onnx_session import OnnxDecoder
 from mla_compile.runtime.tensorrt.engine import TensorRTDecoder
@@ -177,7 +176,6 @@ def _opened(path: Path, name: str, runtime: str, decoder: OnnxDecoder | TensorRT
 def _open_folder(path: Path, name: str) -> Opened:
     model = read_folder(path)
     score = mapped_scorer(model)
-    config = json.loads((path / "config.json").read_text("utf-8")) if (path / "config.json").is_file() else {}
     with torch.inference_mode():
         vocabulary = score(torch.zeros(1, 1, dtype=torch.long)).shape[-1]
     method, ratio = _asked_for(yaml.safe_load((path / "mla_config.yaml").read_text("utf-8")))
@@ -186,8 +184,8 @@ def _open_folder(path: Path, name: str) -> Opened:
         runtime=TORCH,
         score=score,
         cache_bytes=latent_bytes(model),
-        longest=config.get("max_position_embeddings"),
-        known=vocabulary,
+        longest=read_assets(path).longest,
+        known=known_tokens(model.graph) or vocabulary,
         vocabulary=vocabulary,
         tokenizer=name,
         decoder=TorchDecoder(model),

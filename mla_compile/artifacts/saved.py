@@ -53,7 +53,7 @@ class Saved:
     @property
     def longest(self) -> int | None:
         """Longest sequence, if the model says."""
-        return self.assets.config.get("max_position_embeddings")
+        return self.assets.longest
 
 
 def open_saved(folder: Path) -> Saved:

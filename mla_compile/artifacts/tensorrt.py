@@ -136,8 +136,7 @@ def _beside(path: Path, source: Path, force: bool) -> Iterator[Path]:
 
 def _within(settings: EngineSettings, assets: Assets) -> EngineSettings:
     """No more room than a model's longest sequence takes, where its configuration says that."""
-    longest = assets.config.get("max_position_embeddings") or assets.config.get("n_positions") or settings.room
-    return dataclasses.replace(settings, room=min(settings.room, longest))
+    return dataclasses.replace(settings, room=min(settings.room, assets.longest or settings.room))
 
 
 def write_compiled(
