@@ -221,6 +221,13 @@ def test_text_is_not_for_encoders():
         convert(ENCODERS["distilbert"], ENCODERS["distilbert"].build(), selection="2-norm", calibration=None)
 
 
+@pytest.mark.parametrize("layout", ["paged", "genai"])
+def test_encoders_have_no_layout_of_a_cache(layout):
+    with pytest.raises(UsageError, match=f"Only a causal language model has the cache layout {layout}") as caught:
+        convert(ENCODERS["distilbert"], ENCODERS["distilbert"].build(), cache_layout=layout)
+    assert "--target" in caught.value.remedy
+
+
 def test_causal_models_are_converted_as_ever(programs):
     import models
 

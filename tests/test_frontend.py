@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import subprocess
@@ -255,6 +256,19 @@ def test_huggingface_module_needs_no_example_inputs_and_is_left_as_it_was():
     assert module.config.use_cache is True
     assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
     assert_same_model(program, module.eval(), **MASK, **POSITIONS)  # without dropout
+
+
+def test_every_part_of_a_module_keeps_its_mode(nano):
+    """Also where the export fails."""
+    module = copy.deepcopy(nano).train()
+    module.norms[1].eval()
+    module.attentions.eval()
+    modes = {name: part.training for name, part in module.named_modules()}
+    capture(module, (torch.zeros(2, 8, dtype=torch.long),))
+    assert {name: part.training for name, part in module.named_modules()} == modes
+    with pytest.raises(LoadError, match="cannot run on the example_inputs"):
+        capture(module, ([[1, 2, 3]],))
+    assert {name: part.training for name, part in module.named_modules()} == modes
 
 
 def test_a_language_model_that_can_read_images_is_exported_with_tokens_only():

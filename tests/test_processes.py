@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from mla_compile.config import make_config
-from mla_compile.errors import ShareDone, UsageError
+from mla_compile.errors import LoadError, ShareDone, UsageError
 from mla_compile.passes.layers import measure_layers
 from mla_compile.passes.methods import mha2mla
 from mla_compile.passes.statistics import SiteSums
@@ -27,6 +27,7 @@ LENGTH = 8
 WORKER = Path(__file__).parent / "calibration_worker.py"
 # Both sides add the same float64 numbers, in another order.
 CLOSE = 1e-12
+LAUNCHED = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"]
 
 
 def relative(got, expected):
@@ -108,9 +109,28 @@ def test_batches_are_dealt_out_in_turn():
 
 
 def test_without_a_launcher_a_process_is_alone(monkeypatch):
-    for name in ("WORLD_SIZE", "ACCELERATE_MIXED_PRECISION"):
+    for name in (*LAUNCHED, "ACCELERATE_MIXED_PRECISION"):
         monkeypatch.delenv(name, raising=False)
     assert join_processes() == Processes()
+
+
+@pytest.mark.parametrize(("names", "count"), [(["WORLD_SIZE"], "4"), (["WORLD_SIZE", "RANK"], "1"), (LAUNCHED, "1")])
+def test_variables_of_something_else_are_no_launcher(monkeypatch, names, count):
+    """Images of clusters set some; a single process does without accelerate."""
+    for name in (*LAUNCHED, "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.delenv(name, raising=False)
+    for name in names:
+        monkeypatch.setenv(name, count)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert join_processes() == Processes()
+
+
+def test_launched_processes_need_accelerate(monkeypatch):
+    for name in LAUNCHED:
+        monkeypatch.setenv(name, "2")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(LoadError, match="takes the package accelerate"):
+        join_processes()
 
 
 def test_another_process_has_nothing_to_do_without_text(monkeypatch, programs):

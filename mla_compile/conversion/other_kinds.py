@@ -48,7 +48,10 @@ def _require_plain(request: Request) -> None:
         raise UsageError("Text cannot be used for an encoder.", "Leave --calibration and --finetune out.")
     if config.cache == "static":
         raise UsageError("Only a causal language model can have a static cache.", "Leave --cache static out.")
-    if config.cache_layout == "genai":
-        raise UsageError("Only a causal language model is for onnxruntime-genai.", "Leave --cache-layout out.")
+    if config.cache_layout != "rows":
+        raise UsageError(
+            f"Only a causal language model has the cache layout {config.cache_layout}.",
+            "Leave --cache-layout and --target out.",
+        )
     if config.cache_type == "int8":
         raise UsageError("Only a causal language model can have an int8 cache.", "Leave --cache-type int8 out.")

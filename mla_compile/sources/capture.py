@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -75,20 +76,27 @@ def capture_any(
     if dtype in (torch.float16, torch.bfloat16):
         module = _narrowed(module, dtype)
     config = getattr(module, "config", None)
-    training = module.training
-    module.eval()
     keyword = isinstance(example_inputs, Mapping)
     values = {k: _enlarge(v) for k, v in example_inputs.items()} if keyword else tuple(map(_enlarge, example_inputs))  # type: ignore[union-attr]
     shapes = {k: _dynamic(v) for k, v in values.items()} if isinstance(values, dict) else tuple(map(_dynamic, values))
-    try:
-        with huggingface.without_cache(module):
-            exported = export_module(module, values, shapes, source)
-    finally:
-        module.train(training)
+    with _evaluating(module), huggingface.without_cache(module):
+        exported = export_module(module, values, shapes, source)
     positions = getattr(config, "max_position_embeddings", None)
     known = huggingface.is_transformers_model(module)
     assets = huggingface.assets_of(module, tokenizer) if known else assets_of(tokenizer, None)
     return read_export(exported, source=source, assets=assets, max_positions=positions, in_memory=in_memory)
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Put a module in evaluation mode, and every part of it back into its own."""
+    modes = [(part, part.training) for part in module.modules()]
+    try:
+        module.eval()
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
 
 
 def _narrowed(module: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -22,6 +22,9 @@ from mla_compile.errors import LoadError, ShareDone
 
 __all__ = ["Processes", "end_share", "join_processes"]
 
+_TORCHRUN = frozenset({"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"})
+"""What torch's launcher tells every process; some of it is set on clusters where nothing was launched."""
+
 T = TypeVar("T")
 
 
@@ -93,9 +96,11 @@ def join_processes() -> Processes:
     Raises:
         LoadError: A launcher started this process, but accelerate is not installed.
     """
-    if not any(name in os.environ for name in ("WORLD_SIZE", "ACCELERATE_MIXED_PRECISION")):
+    if "ACCELERATE_MIXED_PRECISION" not in os.environ and not os.environ.keys() >= _TORCHRUN:
         return Processes()
     if importlib.util.find_spec("accelerate") is None:
+        if os.environ.get("WORLD_SIZE", "1") == "1":
+            return Processes()
         raise LoadError(
             "Sharing text between processes takes the package accelerate, which is not installed.",
             "Run: pip install 'mla-compile[train]'.",
