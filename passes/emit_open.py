@@ -31,9 +31,11 @@ class OpenEmitter(Emitter):
 
     Attributes:
         sizes: The layer's sizes.
+        reads: Name of the activations that it reads, of which its sizes can be read too.
     """
 
     sizes: Sizes
+    reads: str
 
     @property
     def _sizes(self) -> Sizes:
@@ -63,7 +65,7 @@ class OpenEmitter(Emitter):
         """
         made = {name: x for name, x in layer_parameters(site, weights).items() if name in _ROW_WEIGHTS}
         weight = functools.partial(self._weight, self._add_weights(site.path, site.index, made))
-        keys = dataclasses.replace(self, sizes=self.sizes.of_keys())
+        keys = dataclasses.replace(self, sizes=self.sizes.of_keys(), reads=site.key.source)
         with self.module.graph.inserting_before(next(n for n in self.module.graph.nodes if n.op == "output")):
             return keys._row(site, weights, *keys._batch_and_length(), weight)
 
@@ -117,19 +119,21 @@ class OpenEmitter(Emitter):
         return self.count(self.sizes.batch), self.count(self.sizes.length)
 
     def count(self, size: Any) -> Any:  # noqa: ANN401 - int or sympy expression in, int or node out
-        """A size as a number or as a node that reads it from an input.
+        """A size as a number or as a node that reads it: from an input, or from activations that were subsampled.
 
         Raises:
-            RefusedError: No input has it.
+            RefusedError: Neither has it.
         """
         if getattr(size, "is_number", isinstance(size, int)):
             return int(size)
-        for name, (_, value) in self.program.user_inputs.items():
-            for axis, found in enumerate(value.shape if name in self.inputs else ()):
+        given = [(self.inputs[n], v) for n, (_, v) in self.program.user_inputs.items() if n in self.inputs]
+        read = self.nodes[self.reads]
+        for node, value in (*given, (read, read.meta["val"])):
+            for axis, found in enumerate(value.shape):
                 if not isinstance(found, int) and found.node.expr == size:
-                    return self._call(_aten.sym_size.int, self.inputs[name], axis)
+                    return self._call(_aten.sym_size.int, node, axis)
         raise RefusedError(
-            f"The number of tokens '{size}' of an attention layer is no size of an input.",
+            f"The number of tokens '{size}' of an attention layer is no size of what the layer reads.",
             "Export the model with inputs of a fixed size.",
         )
 

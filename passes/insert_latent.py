@@ -139,7 +139,9 @@ def insert_latent(
         given = {program.tokens: inputs["input_ids"]}
         given |= {encoder_mask: inputs[ENCODER_MASK]} if encoder_mask else {}
         sizes = all_sizes[site.index]
-        OpenEmitter(program, module, nodes, given, dtype, sizes=sizes).over(site, latent, inputs[cross_name(place)])
+        OpenEmitter(program, module, nodes, given, dtype, sizes=sizes, reads=site.query.source).over(
+            site, latent, inputs[cross_name(place)]
+        )
         widths.append(latent.row_width(site))
         softmaxes.append((site.path, site.softmax))
     output = next(n for n in graph.nodes if n.op == "output")

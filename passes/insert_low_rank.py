@@ -37,7 +37,7 @@ def insert_low_rank(
         The rewritten graph, with the inputs and outputs of :meth:`~mla_compile.program.AnyProgram.whole_module`.
 
     Raises:
-        RefusedError: The scores of a layer are used by something else, or its length is no size of an input.
+        RefusedError: The scores of a layer are used by something else, or its length is no size of what it reads.
     """
     module = program.whole_module()
     graph = module.graph
@@ -45,7 +45,8 @@ def insert_low_rank(
     inputs = {name: nodes[name] for name in program.user_inputs}
     sizes = layer_sizes(program)
     for site, latent in zip(sites, weights, strict=True):
-        OpenEmitter(program, module, nodes, inputs, dtype, sizes=sizes[site.index]).open(site, latent)
+        emitter = OpenEmitter(program, module, nodes, inputs, dtype, sizes=sizes[site.index], reads=site.query.source)
+        emitter.open(site, latent)
     erase_dead(graph)
     check_scores_are_dead(graph, [(site.path, site.softmax) for site in sites])
     return finished(module)
@@ -78,7 +79,9 @@ def insert_rows(
     nodes = {n.name: n for n in graph.nodes}
     sizes = layer_sizes(program)
     given = {name: nodes[name] for name in inputs}
-    emitters = [OpenEmitter(program, module, nodes, given, dtype, sizes=sizes[s.index]) for s in sites]
+    emitters = [
+        OpenEmitter(program, module, nodes, given, dtype, sizes=sizes[s.index], reads=s.key.source) for s in sites
+    ]
     rows = tuple(e.rows(site, latent) for e, site, latent in zip(emitters, sites, weights, strict=True))
     nodes["output"].args = (rows,)
     originals = {n.name: n for n in program.exported.graph.nodes}
@@ -95,10 +98,12 @@ def insert_rows(
 
 
 def read_sizes_from(kept: Mapping[Node, Tensor], graph: fx.Graph, originals: Mapping[str, Node]) -> None:
-    """Read every size from an input that stays, where one has it."""
+    """Read every size, and what is computed of sizes (a subsampled length), from an input that stays and has it."""
     last = last_placeholder(graph)
-    for node in [n for n in graph.nodes if n.target is _aten.sym_size.int and n.args[0] not in kept]:
-        size = originals[node.name].meta["val"] if node.name in originals else None
+    for node in [n for n in graph.nodes if n.op == "call_function"]:
+        size = originals[node.name].meta.get("val") if node.name in originals else None
+        if not isinstance(size, torch.SymInt) or (node.target is _aten.sym_size.int and node.args[0] in kept):
+            continue
         for source, value in kept.items():
             axis = next((i for i, d in enumerate(value.shape) if str(d) == str(size)), None)
             if axis is not None:

@@ -5,6 +5,7 @@ The decoder is exported anew with the states as an input, so that every pass for
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -77,11 +78,16 @@ def split_decoder(program: AnyProgram, cross: Sequence[AttentionSite], sizes: Si
     bound = {node: sizes.bind(value.shape, 2, sizes.short) for node, value in kept.items()}
     example = tuple(made[n.name] if n.name in made else torch.randn(bound[n]) for n in order)
     # Sizes that are equal in the whole model stay equal, though nothing in the decoder may compare them.
-    dims = {str(d): Dim(f"size_{d}") for value in kept.values() for d in value.shape if not isinstance(d, int)}
+    sizes_of = {str(d): None for value in kept.values() for d in value.shape if not isinstance(d, int)}
+    dims = {size: Dim(f"size_{number}") for number, size in enumerate(sizes_of)}
     shapes = tuple({i: dims[str(d)] for i, d in enumerate(kept[n].shape) if not isinstance(d, int)} for n in order)
-    with torch.no_grad(), quiet_exporter():
-        exported = torch.export.export(finished(module), example, dynamic_shapes=shapes, strict=False)
-        exported = exported.run_decompositions({})
+    try:
+        with torch.no_grad(), quiet_exporter():
+            exported = torch.export.export(finished(module), example, dynamic_shapes=shapes, strict=False)
+            exported = exported.run_decompositions({})
+    except Exception as error:  # of torch's exporter: a size that it fixes, or relates to another
+        reason = textwrap.shorten(str(error).strip(), 120, placeholder=" ...") or type(error).__name__
+        raise _not_split(program, f"its decoder cannot be exported by itself ({reason})") from error
     return DecoderProgram(
         exported=exported,
         source=program.source,

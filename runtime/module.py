@@ -142,9 +142,10 @@ class LatentModel(nn.Module):
                 or earlier padding stands behind real tokens, where it takes up room in a window's cache.
         """
         batch, new = input_ids.shape
-        past = tuple(past) if past is not None else self.empty_cache(batch)
         if attention_mask is None:
-            attention_mask = torch.ones(batch, self._tokens(past) + new, dtype=torch.long, device=input_ids.device)
+            seen = self._tokens(past) if past is not None else 0
+            attention_mask = torch.ones(batch, seen + new, dtype=torch.long, device=input_ids.device)
+        past = tuple(past) if past is not None else self.empty_cache(batch)
         earlier = attention_mask[:, :-new] != 0
         if any(self.windows) and bool((earlier[:, :-1] & ~earlier[:, 1:]).any()):
             raise ValueError(

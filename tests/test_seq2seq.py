@@ -19,6 +19,7 @@ import mla_compile
 from mla_compile.cli import main
 from mla_compile.conversion.seq2seq import CompiledSeq2Seq
 from mla_compile.errors import RefusedError, UsageError, VerificationError
+from mla_compile.sources.capture import capture_any
 
 TOLERANCE = 1e-4
 """Of the largest logit; float32 through a few layers stays below 1e-6."""
@@ -258,3 +259,67 @@ def test_it_is_written_as_onnx_only(exact, tmp_path):
         compiled.save(tmp_path / "folder")
     with pytest.raises(UsageError, match="not named like an ONNX file"):
         compiled.to_onnx(tmp_path / "model")
+
+
+# ---- encoders that subsample
+
+
+class _Heads(nn.Module):
+    def __init__(self, causal: bool) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+        self.causal = causal
+
+    def forward(self, x: Tensor, states: Tensor) -> Tensor:
+        q, k, v = (
+            layer(y).unflatten(2, (HEADS, -1)).transpose(1, 2)
+            for layer, y in ((self.q, x), (self.k, states), (self.v, states))
+        )
+        y = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+class Subsampling(nn.Module):
+    """A convolution makes every second spectrum a token, so that lengths of states are computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(8, WIDTH, 3, stride=2, padding=1)
+        self.encoder, self.own, self.cross = _Heads(False), _Heads(True), _Heads(False)
+        self.tokens, self.head = nn.Embedding(40, WIDTH), nn.Linear(WIDTH, 40)
+
+    def forward(self, features: Tensor, decoder_ids: Tensor) -> Tensor:
+        states = self.conv(features.mT).mT
+        states = states + self.encoder(states, states)
+        x = self.tokens(decoder_ids)
+        x = x + self.own(x, x)
+        return self.head(x + self.cross(x, states))
+
+
+def subsampling():
+    torch.manual_seed(0)
+    return Subsampling().eval(), (torch.randn(2, 10, 8), torch.zeros(2, 7, dtype=torch.long))
+
+
+def test_an_encoder_may_subsample(tmp_path):
+    """Lengths that are even and odd, and were not exported with."""
+    module, example = subsampling()
+    compiled = mla_compile.compile(module, example, encoders=True, exact=True)
+    for length in (3, 9, 16):
+        features, ids = torch.randn(2, length, 8), torch.randint(0, 40, (2, 5))
+        with torch.no_grad():
+            got = compiled.module(ids, compiled.module.encode(features=features)).logits
+            assert difference(got, module(features, ids)) <= TOLERANCE
+    compiled.to_onnx(tmp_path / "model.onnx")
+
+
+def test_a_decoder_that_cannot_be_exported_by_itself_is_refused(monkeypatch):
+    module, example = subsampling()
+    program = capture_any(module, example)
+
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError("a size is another")
+
+    monkeypatch.setattr("torch.export.export", fails)
+    with pytest.raises(RefusedError, match=r"decoder cannot be exported by itself \(a size is another\)"):
+        mla_compile.compile(program.exported, encoders=True, exact=True)

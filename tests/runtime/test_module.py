@@ -102,6 +102,13 @@ def test_a_full_window_does_not_tell_how_many_tokens_there_were():
     assert [mask.shape[1] for mask, _, _ in model.graph.calls] == [9, 3]
 
 
+def test_layers_that_see_one_token_begin_without_a_mask():
+    """Their caches are always empty; without one there were no tokens."""
+    model = LatentModel(Recorder(), ROWS, (1, 1))
+    model(torch.zeros(1, 4, dtype=torch.long))
+    assert model.graph.calls[0][0].tolist() == [[1] * 4]
+
+
 def test_cached_elements_stop_at_the_window():
     model = LatentModel(Recorder(), ROWS, (0, 4))
     assert [model.cached_elements(tokens) for tokens in (0, 2, 3, 10)] == [0, 16, 24, 45]
