@@ -11,7 +11,7 @@ import torch
 from mla_compile.conversion.verdict import require_quality
 from mla_compile.errors import QualityGateError, VerificationError
 from mla_compile.report import Quality
-from mla_compile.text.evaluate import compare, perplexity, streamed_perplexity
+from mla_compile.text.evaluate import compare, perplexity, streamed_perplexity, worst
 
 VOCABULARY = 11
 EXACT = 1e-12  # float64 sums of a few hundred terms in another order
@@ -72,6 +72,12 @@ def test_only_one_batch_is_run_at_a_time(windows):
 
     compare([scorer("a"), scorer("b")], windows, batch=3)
     assert seen == [("a", 3), ("b", 3), ("a", 3), ("b", 3), ("a", 1), ("b", 1)]
+
+
+def test_the_worst_of_errors_hides_no_nan():
+    assert worst(0.0, 2.0, 1.0) == 2.0
+    for errors in itertools.permutations([0.0, math.nan, 1.0]):
+        assert math.isnan(worst(*errors))
 
 
 def test_a_loss_that_is_no_number_is_told_and_passes_no_gate():

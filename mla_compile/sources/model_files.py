@@ -13,12 +13,12 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from mla_compile.errors import LoadError
+from mla_compile.errors import LoadError, reason_of
 from mla_compile.program import AnyProgram
 from mla_compile.sources import huggingface
 from mla_compile.sources.archive_guard import load_data_only
 from mla_compile.sources.capture import capture_any
-from mla_compile.sources.exported import HOW_TO_EXPORT, assets_of, read_export, reason_of
+from mla_compile.sources.exported import HOW_TO_EXPORT, assets_of, read_export
 
 __all__ = ["load_file"]
 

@@ -25,6 +25,7 @@ __all__ = [
     "perplexity",
     "relative_error",
     "streamed_perplexity",
+    "worst",
 ]
 
 DEFAULT_WINDOW = 512
@@ -211,3 +212,8 @@ def original_scorer(program: Program, *, wide: bool = False) -> Scorer:
 def relative_error(got: Tensor, expected: Tensor) -> float:
     """Largest absolute difference over the largest expected magnitude."""
     return float((got - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
+
+
+def worst(*errors: float) -> float:
+    """The largest of some errors; NaN where one is, which ``max`` may leave out."""
+    return math.nan if any(map(math.isnan, errors)) else max(errors)
