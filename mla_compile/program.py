@@ -74,16 +74,16 @@ class AnyProgram:
     Attributes:
         exported: The graph, its signature and its weights.
         source: What the user named it: a path, a hub id or a class name.
-        kind: ``pt2``, ``huggingface`` or ``module``.
         assets: Configuration and tokenizer that travel with it.
         max_positions: Longest sequence the model was built for, if known.
+        in_memory: Whether it was handed over in Python, so that ``source`` is no name that it can be read by.
     """
 
     exported: ExportedProgram
     source: str
-    kind: str
     assets: Assets = field(default_factory=Assets)
     max_positions: int | None = None
+    in_memory: bool = False
 
     @cached_property
     def user_inputs(self) -> dict[str, tuple[Role, Tensor]]:

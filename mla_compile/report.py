@@ -263,6 +263,7 @@ class Report:
         warnings: What the user should know.
         artifacts: Written files and their sizes in bytes.
         source_bytes_per_element: Size of one number of the original's cache, if it is another.
+        in_memory: Whether the model was handed over in Python, and ``source`` is its class.
     """
 
     source: str
@@ -285,6 +286,7 @@ class Report:
     kept: tuple[Rejection, ...] = ()
     source_bytes_per_element: int | None = None
     widths: tuple[int, ...] = ()
+    in_memory: bool = False
 
     @property
     def _kept_elements(self) -> int:
@@ -338,6 +340,7 @@ class Report:
         return {
             "schema_version": 1,
             "source": self.source,
+            "in_memory": self.in_memory,
             "environment": environment(),
             "config": dict(self.config),
             "cache": {

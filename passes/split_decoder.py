@@ -85,9 +85,9 @@ def split_decoder(program: AnyProgram, cross: Sequence[AttentionSite], sizes: Si
     return DecoderProgram(
         exported=exported,
         source=program.source,
-        kind=program.kind,
         assets=program.assets,
         max_positions=program.max_positions,
+        in_memory=program.in_memory,
         tokens=tokens,
         attention_mask=next(iter(named[Role.MASK]), None),
         position_ids=next(iter(named[Role.POSITIONS]), None),

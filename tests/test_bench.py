@@ -6,6 +6,7 @@ No time is asserted, only what follows from times by arithmetic.
 from __future__ import annotations
 
 import json
+import shutil
 
 import models
 import numpy as np
@@ -170,6 +171,10 @@ def test_what_cannot_be_measured_is_said(files, tmp_path, capsys, monkeypatch):
     alone = tmp_path / "alone.onnx"
     alone.write_bytes(written["dynamic"].read_bytes())
     with pytest.raises(LoadError, match=r"no report of a conversion beside .*--against MODEL"):
+        bench([alone])
+    shutil.copy(alone, tmp_path / "other.onnx")
+    (tmp_path / "report.json").write_text(json.dumps({"source": "other", "artifacts": {"other.onnx": 1}}))
+    with pytest.raises(LoadError, match=r"beside .* is not of this file, but of other\.onnx"):
         bench([alone])
     with pytest.raises(UsageError, match="not named like an ONNX file"):
         bench([tmp_path])

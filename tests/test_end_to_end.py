@@ -234,6 +234,16 @@ def test_force_replaces_a_file(converted, tmp_path):
     assert (report["verification"], report["quality"], report["selection"]) == (None, None, "uniform")
     assert any("selected uniformly" in warning for warning in report["warnings"])
     assert {p.name for p in tmp_path.iterdir()} == {p.name for p in converted().parent.iterdir()}
+    assert not any("report.json" in warning for warning in report["warnings"])
+
+
+def test_a_second_file_in_a_folder_says_that_the_report_is_its_own(converted, tmp_path):
+    shutil.copytree(converted().parent, tmp_path, dirs_exist_ok=True)
+    words = ["--method", "mha2mla", "--kv-rank", 8, "--no-verify", "--json"]
+    report = json.loads(command(TINY, "--out", tmp_path / "second.onnx", *words))
+    assert "report.json and report.html were those of tiny.onnx, and are of this conversion now" in report["warnings"]
+    third = json.loads(command(TINY, "--out", tmp_path / "tiny.onnx", "--force", *words))
+    assert any("those of second.onnx" in warning for warning in third["warnings"])
 
 
 # ---- measuring

@@ -109,7 +109,7 @@ MASK, POSITIONS = {"attention_mask": "attention_mask"}, {"position_ids": "positi
 def test_huggingface_folder(llama_folder, llama):
     program = load_program(llama_folder)
     assert_same_model(program, llama, **MASK, **POSITIONS)
-    assert (program.kind, program.source, program.max_positions) == ("huggingface", str(llama_folder), 128)
+    assert (program.in_memory, program.source, program.max_positions) == (False, str(llama_folder), 128)
     assert program.assets.folder == str(llama_folder)
     stored = json.loads((llama_folder / "config.json").read_text())
     for name in ("hidden_size", "num_key_value_heads", "rope_parameters", "vocab_size", "use_cache"):
@@ -145,7 +145,7 @@ def test_archive_of_a_huggingface_model(folder, llama, names):
     path = save(llama, folder / f"llama-{len(names)}.pt2", {n: given[n] for n in names})
     program = load_program(path)
     assert_same_model(program, llama, **(MASK if "attention_mask" in names else {}))
-    assert (program.kind, program.source) == ("pt2", str(path))
+    assert (program.in_memory, program.source) == (False, str(path))
     assert program.assets.folder is None  # no tokenizer lies beside the archive
     found = recognise(program)
     assert not found.rejections
@@ -198,7 +198,7 @@ def test_archive_of_a_handwritten_model(nano_file, nano, suffix):
         shutil.copy(nano_file, path)
     program = load_program(str(path))
     assert_same_model(program, nano, tokens="idx")
-    assert (program.kind, program.max_positions) == ("pt2", None)
+    assert (program.in_memory, program.max_positions) == (False, None)
     assert len(recognise(program).sites) == models.LAYERS
 
 
@@ -229,7 +229,7 @@ def test_bounds_given_at_export_limit_the_length(folder, nano):
 def test_module_with_positional_inputs(nano):
     program = capture(nano, (models.tokens(2, 5),))
     assert_same_model(program, nano, tokens="idx")
-    assert (program.kind, program.source, program.max_positions) == ("module", "NanoGPT", None)
+    assert (program.in_memory, program.source, program.max_positions) == (True, "NanoGPT", None)
 
 
 def test_module_with_keyword_inputs(llama):

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 import mla_compile
 from mla_compile.cli import main
 from mla_compile.reporting.charts import Axis, Bar, Series, bar_chart, dot_rows, line_chart
-from mla_compile.reporting.report_page import render_page, reproducing
+from mla_compile.reporting.report_page import render_page
+from mla_compile.reporting.reproduction import reproducing
 
 SECTIONS = ["warnings", "architecture", "layers", "choices", "quality", "speed", "checks", "reproduce", "environment"]
 
@@ -53,9 +54,14 @@ class Outline(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def report() -> dict[str, Any]:
+def text() -> torch.Tensor:
+    """Windows of random ids."""
+    return torch.randint(5, 90, (24, 32), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def report(text) -> dict[str, Any]:
     """A conversion by the default method of a tiny model with two layers."""
-    text = torch.randint(5, 90, (24, 32), generator=torch.Generator().manual_seed(0))
     compiled = mla_compile.compile(
         models.llama(), cache_ratio=0.5, calibration=text, calibration_tokens=256, seq_len=32, statistics_cache=False
     )
@@ -111,8 +117,26 @@ def test_estimated_steps_grow_with_the_context(report):
         assert [step[s]["cache_bytes"] for s in ("before", "after")] == [4 * step["context"] * n for n in sizes]
 
 
+def test_a_model_given_in_python_is_made_again_in_python(report, text, tmp_path, monkeypatch):
+    """The lines are run, and make the same choices."""
+    assert report["in_memory"]
+    assert "# model: the LlamaForCausalLM that was given" in render_page(report)
+    assert reproducing(report)[-1] == "compiled.save('converted')"
+    written = report | {"artifacts": {"model.onnx": 1}}
+    *lines, run = reproducing(written)
+    assert run.startswith("mla-compile run model.onnx")
+    assert "cache_ratio=0.5" in lines[2]
+    monkeypatch.chdir(tmp_path)
+    code = "\n".join(lines).replace("calibration='TEXT'", "calibration=text, statistics_cache=False")
+    exec(code, {"model": models.llama(), "text": text})
+    again = json.loads(Path("report.json").read_text())
+    assert again["layers"] == report["layers"]
+    assert again["config"] == report["config"]
+
+
 def test_commands_to_make_it_again_are_ones_that_the_command_line_takes(report, tmp_path, monkeypatch, capsys):
     """With a model that does not exist, that is all that is left to refuse."""
+    report = report | {"in_memory": False}
     paged = report | {"config": report["config"] | {"cache_layout": "paged", "gradients": False}}
     assert all(f" {words}" in reproducing(paged)[0] for words in ("--target cuda", "--no-gradients"))
     assert reproducing(report | {"artifacts": {"model.gguf": 1}})[0].split()[3] == "model.gguf"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from mla_compile.errors import LoadError
 from mla_compile.program import Assets
@@ -16,7 +17,15 @@ from mla_compile.reporting.encoder_report import EncoderReport
 from mla_compile.reporting.report_page import write_report
 from mla_compile.reporting.seq2seq_report import Seq2SeqReport
 
-__all__ = ["copy_assets", "finished", "is_converted_folder", "read_assets", "written_files"]
+__all__ = [
+    "copy_assets",
+    "displaced",
+    "files_of_report",
+    "finished",
+    "is_converted_folder",
+    "read_assets",
+    "written_files",
+]
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -29,6 +38,7 @@ _TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
+_OPENED_BY_NAME = (".gguf", ".onnx", ".plan")
 _AnyReport = TypeVar("_AnyReport", Report, EncoderReport, Seq2SeqReport)
 
 
@@ -82,8 +92,42 @@ def read_assets(folder: Path) -> Assets:
 
 
 def finished(report: _AnyReport, folder: Path, stages: Stages) -> _AnyReport:
-    """Complete a report with the sizes of what lies in its folder, and write it there."""
-    sizes = {p.name: p.stat().st_size for p in sorted(folder.iterdir())}
-    report = dataclasses.replace(report, artifacts=sizes, stages=(*report.stages, *stages.timings))
+    """Complete a report with the sizes of what lies in its folder, and write it there.
+
+    Args:
+        report: What was done so far.
+        folder: A hidden one, in the folder that its files go to.
+        stages: What was timed.
+    """
+    sizes: dict[str, int] = {p.name: p.stat().st_size for p in sorted(folder.iterdir())}
+    report = dataclasses.replace(
+        report,
+        artifacts=sizes,
+        stages=(*report.stages, *stages.timings),
+        warnings=(*report.warnings, *displaced(folder.parent, sizes)),
+    )
     write_report(report.to_dict(), folder)
     return report
+
+
+def files_of_report(folder: Path) -> Sequence[str]:
+    """Names of the models' files that the ``report.json`` of a folder is of, as far as they are still there."""
+    try:
+        report: Mapping[str, Any] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        names = sorted(report["artifacts"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ()
+    return [n for n in names if Path(n).suffix in _OPENED_BY_NAME and (folder / n).is_file()]
+
+
+def displaced(folder: Path, new: Mapping[str, int]) -> Sequence[str]:
+    """What to say where new files bring a report to a folder whose report is of others, which stay.
+
+    Args:
+        folder: Where the new files go.
+        new: Their names, with their sizes.
+    """
+    others = [name for name in files_of_report(folder) if name not in new]
+    if not others:
+        return ()
+    return (f"report.json and report.html were those of {', '.join(others)}, and are of this conversion now",)

@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from mla_compile.artifacts.archives import read_folder, write_archive
-from mla_compile.artifacts.companions import copy_assets, is_converted_folder, read_assets
+from mla_compile.artifacts.companions import copy_assets, displaced, is_converted_folder, read_assets
 from mla_compile.artifacts.onnx_files import lower_and_check, stored_metadata
 from mla_compile.artifacts.places import check_place, check_target
 from mla_compile.config import CompileConfig
@@ -183,6 +183,8 @@ def write_saved_onnx(saved: Saved, path: Path, form: CompileConfig, *, force: bo
 
 def _finished(report: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Complete a report with what lies in its folder, and write it there."""
-    report = {**report, "artifacts": {p.name: p.stat().st_size for p in sorted(folder.iterdir())}}
+    sizes = {p.name: p.stat().st_size for p in sorted(folder.iterdir())}
+    warnings = [*report["warnings"], *displaced(folder.parent, sizes)]
+    report = {**report, "artifacts": sizes, "warnings": warnings}
     write_report(report, folder)
     return report

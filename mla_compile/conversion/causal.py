@@ -261,6 +261,7 @@ def make_report(case: Case, choice: Choice, finished: Finished, findings: Findin
     task, config = case.task, case.task.config
     return Report(
         source=task.program.source,
+        in_memory=task.program.in_memory,
         config=config.model_dump(),
         sites=tuple(task.sites),
         kept=task.kept,

@@ -165,6 +165,7 @@ def compile_encoder(
             verification = _verified(program, exact, converted, checks)
     report = EncoderReport(
         source=program.source,
+        in_memory=program.in_memory,
         config=config.model_dump(),
         sites=sites,
         plans=plans,

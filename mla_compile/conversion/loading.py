@@ -38,7 +38,7 @@ def load_source(source: ModelSource, *, any_kind: bool, dtype: torch.dtype | Non
     if isinstance(model, str | Path):
         return frontend.load_any(model, tokenizer=folder, attention=source.attention, unsafe=source.unsafe, dtype=dtype)
     if isinstance(model, ExportedProgram):
-        return read_export(model, source="ExportedProgram", assets=Assets(folder=folder))
+        return read_export(model, source="ExportedProgram", assets=Assets(folder=folder), in_memory=True)
     program: AnyProgram
     if any_kind or example is None:
         program = capture_any(model, example, tokenizer=folder, dtype=dtype)

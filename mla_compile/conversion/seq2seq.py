@@ -178,8 +178,9 @@ def compile_seq2seq(
             verification = _verified(parts, exact, converted, checks)
     report = Seq2SeqReport(
         source=program.source,
+        in_memory=program.in_memory,
         config=config.model_dump(),
-        sites=inside.sites,
+        sites=found.sites,
         plans=plans,
         cross=cross,
         cross_plans=cross_plans,

@@ -167,7 +167,7 @@ def _captured(module: nn.Module, source: str) -> AnyProgram:
                         empty = torch.empty(value.shape, dtype=value.dtype)
                     made[id(value)] = nn.Parameter(empty, requires_grad=False)
                 part._parameters[name] = made[id(value)]
-    return capture_any(module, None, source=source, kind="huggingface")
+    return capture_any(module, None, source=source)
 
 
 def _blocks(module: nn.Module, config: Any) -> _Blocks | None:  # noqa: ANN401 - any transformers configuration

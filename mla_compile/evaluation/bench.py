@@ -19,6 +19,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
+from mla_compile.artifacts.companions import files_of_report
 from mla_compile.errors import LoadError, MlaCompileError, RefusedError, UsageError
 from mla_compile.evaluation.benchmark import USUAL, Benchmark, File, Prefill, Step, Workload, slower
 from mla_compile.evaluation.turns import spread, turns
@@ -131,6 +132,11 @@ def _load_original(file: Path, against: str) -> tuple[str, Program]:
             f"There is no report of a conversion beside '{file}' that names its original.",
             "Name the original: --against MODEL.",
         ) from error
+    if (others := files_of_report(file.parent)) and file.name not in others:
+        raise LoadError(
+            f"The report beside '{file}' is not of this file, but of {', '.join(others)}.",
+            "Name the original: --against MODEL.",
+        )
     try:
         return source, _float32(source)
     except LoadError as error:

@@ -64,6 +64,7 @@ class EncoderReport:
         verification: Checks, if they were run.
         warnings: What the user should know.
         artifacts: Written files and their sizes in bytes.
+        in_memory: Whether the model was handed over in Python, and ``source`` is its class.
     """
 
     source: str
@@ -77,6 +78,7 @@ class EncoderReport:
     verification: EncoderVerification | None = None
     warnings: tuple[str, ...] = ()
     artifacts: Mapping[str, int] = field(default_factory=dict)
+    in_memory: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-able data."""
@@ -85,6 +87,7 @@ class EncoderReport:
             "schema_version": 1,
             "kind": "encoder",
             "source": self.source,
+            "in_memory": self.in_memory,
             "environment": environment(),
             "config": dict(self.config),
             "cache": None,

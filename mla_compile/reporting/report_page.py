@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,9 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
 from markupsafe import Markup
 
-from mla_compile.config import CompileConfig
 from mla_compile.errors import LoadError
 from mla_compile.reporting.charts import Axis, Bar, Series, bar_chart, dot_rows, line_chart
+from mla_compile.reporting.reproduction import reproducing
 
 __all__ = [
     "PAGE",
@@ -22,14 +21,11 @@ __all__ = [
     "read_measurement",
     "read_report",
     "render_page",
-    "reproducing",
     "write_report",
 ]
 
 _OF_DECODERS = ("cache", "quality", "polish", "training")
 """What reports of other models do not have."""
-_OTHER_WORDS = {("gradients", False): ["--no-gradients"], ("cache_layout", "paged"): ["--target", "cuda"]}
-"""Settings that the command line calls otherwise."""
 _UNITS = {
     "fisher": "what errors of keys and values would cost, by the statistics of the calibration text",
     "transmla": "the variance of keys and values, balanced to one length, on the calibration text",
@@ -139,31 +135,6 @@ def render_page(report: Mapping[str, Any], measurement: Mapping[str, Any] | None
         rooflines=_rooflines(report.get("decode_steps") or []),
         commands=reproducing(report),
     )
-
-
-def reproducing(report: Mapping[str, Any]) -> Sequence[str]:
-    """Commands that make the same files again; ``TEXT`` stands for the calibration text, which a report does not name.
-
-    Args:
-        report: As for :func:`render_page`.
-    """
-    name = Path(report["source"]).name
-    written = [n for n in report["artifacts"] if Path(n).suffix in (".gguf", ".onnx", ".plan") and ".encoder." not in n]
-    out = next(iter(sorted(written, reverse=True)), "converted")
-    parts = ["mla-compile", name, "--out", out]
-    defaults = CompileConfig().model_dump()
-    for setting, value in report["config"].items():
-        if value == defaults.get(setting) or setting in ("schema_version", "opset"):
-            continue
-        words = [f"--{setting.replace('_', '-')}", *([] if isinstance(value, bool) else [str(value)])]
-        parts += _OTHER_WORDS.get((setting, value), words)
-    if report.get("quality"):
-        parts += ["--calibration", "TEXT"]
-    commands = [shlex.join(parts)]
-    if out.endswith(".onnx") and report.get("kind") is None:
-        commands.append(shlex.join(["mla-compile", "run", out, "--prompt", "Once upon a time"]))
-        commands.append(shlex.join(["mla-compile", "eval", out, "--text", "TEXT", "--original", name]))
-    return commands
 
 
 def _shapes(layers: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:

@@ -47,6 +47,7 @@ class Seq2SeqReport:
         verification: Checks, if they were run.
         warnings: What the user should know.
         artifacts: Written files and their sizes in bytes.
+        in_memory: Whether the model was handed over in Python, and ``source`` is its class.
     """
 
     source: str
@@ -60,6 +61,7 @@ class Seq2SeqReport:
     verification: Seq2SeqVerification | None = None
     warnings: tuple[str, ...] = ()
     artifacts: Mapping[str, int] = field(default_factory=dict)
+    in_memory: bool = False
 
     @property
     def cache_bytes(self) -> tuple[int, int]:
@@ -81,6 +83,7 @@ class Seq2SeqReport:
             "schema_version": 1,
             "kind": "encoder-decoder",
             "source": self.source,
+            "in_memory": self.in_memory,
             "environment": environment(),
             "config": dict(self.config),
             "cache": {
@@ -94,7 +97,8 @@ class Seq2SeqReport:
                 "ratio": cross_after / cross_before,
             },
             "layers": [
-                {**summarise_site(s), **dataclasses.asdict(p), "elements_after": p.elements_after} for s, p in layers
+                {**summarise_site(s), **dataclasses.asdict(p), "elements_after": p.elements_after}
+                for s, p in sorted(layers, key=lambda layer: layer[0].index)
             ],
             "kept": [summarise_site(r) for r in self.kept],
             "verification": dataclasses.asdict(self.verification) if self.verification else None,

@@ -25,7 +25,6 @@ def capture(
     example_inputs: Sequence[Any] | Mapping[str, Any] | None,
     *,
     source: str | None = None,
-    kind: str = "module",
     tokenizer: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Program:
@@ -36,8 +35,7 @@ def capture(
             evaluation mode without a cache, and left as it was.
         example_inputs: Positional or keyword inputs; a batch of one is repeated, because an exporter takes a size of
             one for a constant. None is enough for a transformers model.
-        source: What to call the model in reports.
-        kind: Where it came from.
+        source: The path or hub id that it was read from, which reports call it by; None for its class.
         tokenizer: Folder or hub id of the tokenizer, if the module does not know it.
         dtype: A narrower type to export a copy of it in.
 
@@ -46,9 +44,7 @@ def capture(
     """
     if example_inputs is not None:
         _require_ids(module, example_inputs, source or type(module).__name__)
-    return language_model(
-        capture_any(module, example_inputs, source=source, kind=kind, tokenizer=tokenizer, dtype=dtype)
-    )
+    return language_model(capture_any(module, example_inputs, source=source, tokenizer=tokenizer, dtype=dtype))
 
 
 def capture_any(
@@ -56,7 +52,6 @@ def capture_any(
     example_inputs: Sequence[Any] | Mapping[str, Any] | None,
     *,
     source: str | None = None,
-    kind: str = "module",
     tokenizer: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> AnyProgram:
@@ -69,7 +64,7 @@ def capture_any(
     Raises:
         LoadError: The module cannot be exported with dynamic shapes.
     """
-    source = source or type(module).__name__
+    in_memory, source = source is None, source or type(module).__name__
     if example_inputs is None:
         if not huggingface.is_transformers_model(module):
             raise LoadError(
@@ -93,7 +88,7 @@ def capture_any(
     positions = getattr(config, "max_position_embeddings", None)
     known = huggingface.is_transformers_model(module)
     assets = huggingface.assets_of(module, tokenizer) if known else assets_of(tokenizer, None)
-    return read_export(exported, source=source, kind=kind, assets=assets, max_positions=positions)
+    return read_export(exported, source=source, assets=assets, max_positions=positions, in_memory=in_memory)
 
 
 def _narrowed(module: nn.Module, dtype: torch.dtype) -> nn.Module:

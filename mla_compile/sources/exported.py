@@ -82,7 +82,6 @@ def program_from_export(
     exported: ExportedProgram,
     *,
     source: str,
-    kind: str = "pt2",
     assets: Assets | None = None,
     max_positions: int | None = None,
 ) -> Program:
@@ -91,18 +90,20 @@ def program_from_export(
     Raises:
         LoadError: Batch or length is static, an input is not understood, or no output looks like logits.
     """
-    return language_model(read_export(exported, source=source, kind=kind, assets=assets, max_positions=max_positions))
+    return language_model(read_export(exported, source=source, assets=assets, max_positions=max_positions))
 
 
 def read_export(
     exported: ExportedProgram,
     *,
     source: str,
-    kind: str = "pt2",
     assets: Assets | None = None,
     max_positions: int | None = None,
+    in_memory: bool = False,
 ) -> AnyProgram:
     """Normalise an exported program and find out what its inputs and outputs mean.
+
+    Arguments are attributes of :class:`~mla_compile.program.AnyProgram`.
 
     Returns:
         A :class:`Program` where it is a causal language model, else an :class:`OtherProgram` that says why not.
@@ -119,7 +120,12 @@ def read_export(
         raise LoadError(
             f"The graph of '{source}' could not be normalised ({reason_of(error)}).", HOW_TO_EXPORT
         ) from error
-    common: dict[str, Any] = {"exported": exported, "source": source, "kind": kind, "assets": assets or Assets()}
+    common: dict[str, Any] = {
+        "exported": exported,
+        "source": source,
+        "assets": assets or Assets(),
+        "in_memory": in_memory,
+    }
     try:
         return _as_language_model(common, max_positions)
     except LoadError as why:

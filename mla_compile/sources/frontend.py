@@ -75,7 +75,7 @@ def load_any(
 def _load_huggingface(name: str, tokenizer: str | None, attention: str, dtype: torch.dtype | None) -> AnyProgram:
     model = huggingface.read_checkpoint(name, attention, dtype)
     try:
-        return capture_any(model, None, source=name, kind="huggingface", tokenizer=tokenizer or name)
+        return capture_any(model, None, source=name, tokenizer=tokenizer or name)
     except LoadError as error:
         if attention == "eager" or getattr(model.config, "_attn_implementation", None) == "eager":
             raise

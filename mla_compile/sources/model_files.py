@@ -49,7 +49,7 @@ def load_file(path: Path, tokenizer: str | None, unsafe: bool, dtype: torch.dtyp
         raise LoadError(f"'{path}' is a damaged archive ('{damaged}' in it).", "Copy or export it again.")
     if any(n.endswith("archive_format") or n.endswith("serialized_exported_program.json") for n in names):
         exported = _read_archive(path)
-        return read_export(exported, source=str(path), kind="pt2", assets=assets_of(tokenizer, path.parent))
+        return read_export(exported, source=str(path), assets=assets_of(tokenizer, path.parent))
     if any("/code/" in n for n in names):
         raise LoadError(f"'{path}' is a TorchScript file, whose graph cannot be rewritten.", HOW_TO_EXPORT)
     if any(n.endswith("data.pkl") for n in names):

@@ -1,0 +1,66 @@
+"""What makes the same files again, from a report: command lines, or Python where the model was handed over in it."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mla_compile.config import CompileConfig
+
+__all__ = ["reproducing"]
+
+_OTHER_WORDS = {("gradients", False): ["--no-gradients"], ("cache_layout", "paged"): ["--target", "cuda"]}
+"""Settings that the command line calls otherwise."""
+_NOT_GIVEN = ("schema_version", "opset")
+"""Settings that nobody gives: one version, and what follows from the kind of cache."""
+_WRITERS = {".onnx": "to_onnx", ".plan": "to_tensorrt", ".gguf": "to_gguf"}
+"""What writes a file from Python, by its suffix."""
+
+
+def reproducing(report: Mapping[str, Any]) -> Sequence[str]:
+    """Lines that make the same files again; ``TEXT`` stands for the calibration text, which a report does not name.
+
+    Args:
+        report: What was read of a ``report.json``.
+    """
+    name = Path(report["source"]).name
+    written = [n for n in report["artifacts"] if Path(n).suffix in _WRITERS and ".encoder." not in n]
+    out = next(iter(sorted(written, reverse=True)), "converted")
+    in_memory = report.get("in_memory", False)
+    lines = list((_in_python if in_memory else _in_a_shell)(report, name, out))
+    if out.endswith(".onnx") and report.get("kind") is None:
+        lines.append(shlex.join(["mla-compile", "run", out, "--prompt", "Once upon a time"]))
+        if not in_memory:
+            lines.append(shlex.join(["mla-compile", "eval", out, "--text", "TEXT", "--original", name]))
+    return lines
+
+
+def _own_settings(report: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Settings that are not the defaults."""
+    defaults = CompileConfig().model_dump()
+    return {k: v for k, v in report["config"].items() if v != defaults.get(k) and k not in _NOT_GIVEN}
+
+
+def _in_a_shell(report: Mapping[str, Any], name: str, out: str) -> Sequence[str]:
+    parts = ["mla-compile", name, "--out", out]
+    for setting, value in _own_settings(report).items():
+        words = [f"--{setting.replace('_', '-')}", *([] if isinstance(value, bool) else [str(value)])]
+        parts += _OTHER_WORDS.get((setting, value), words)
+    if report.get("quality"):
+        parts += ["--calibration", "TEXT"]
+    return [shlex.join(parts)]
+
+
+def _in_python(report: Mapping[str, Any], name: str, out: str) -> Sequence[str]:
+    given = [f"{setting}={value!r}" for setting, value in _own_settings(report).items()]
+    if report.get("quality"):
+        given.append("calibration='TEXT'")
+    folder = "to_deepseek" if report["config"].get("format") == "deepseek" else "save"
+    return [
+        "import mla_compile",
+        f"# model: the {name} that was given, with example_inputs if they were",
+        f"compiled = mla_compile.compile({', '.join(['model', *given])})",
+        f"compiled.{_WRITERS.get(Path(out).suffix, folder)}({out!r})",
+    ]
