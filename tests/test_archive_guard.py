@@ -202,7 +202,14 @@ def test_sizes_are_nothing_else(words):
 
 @pytest.mark.parametrize(
     "target",
-    ["torch.ops.aten.linear.default", "torch.ops.higher_order.cond", "_operator.add", "math.trunc", "torch.sym_max"],
+    [
+        "torch.ops.aten.linear.default",
+        "torch.ops.aten.__and__.Tensor",
+        "torch.ops.higher_order.cond",
+        "_operator.add",
+        "math.trunc",
+        "torch.sym_max",
+    ],
 )
 def test_operators_are_known(target):
     assert _is_operator(target)

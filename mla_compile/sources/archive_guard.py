@@ -124,8 +124,8 @@ def _is_operator(target: str) -> bool:
     else:
         return True
     for name in names:
-        if name.startswith("__") or not hasattr(found, name):
-            return not name.startswith("__")
+        if not hasattr(found, name):
+            return True
         found = getattr(found, name)
     return isinstance(found, torch._ops.OpOverload | torch._ops.HigherOrderOperator) or (
         getattr(found, "__hash__", None) is not None and found in _SYM_OPS
