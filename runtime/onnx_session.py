@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mla_compile.errors import LoadError, MlaCompileError, UsageError
+from mla_compile.errors import LoadError, MlaCompileError, UsageError, first_line
 from mla_compile.runtime.generate import Ids, Sampling, check_length, generate
 from mla_compile.runtime.onnx_cache import (
     KEY_VALUE,
@@ -109,30 +109,40 @@ def _fused(path: Path, providers: Sequence[str], kernel: str, options: Any) -> b
     from mla_compile.runtime.cpu.library import compiler, library
 
     on_cpu = list(providers) == [PROVIDERS["cpu"]]
-    if kernel == "auto" and not (on_cpu and compiler()):
-        return None
-    model = fused_model(path) if on_cpu else None
-    if model is None and kernel == "auto":
-        return None
-    if model is None:
-        raise UsageError(
-            f"'{path}' has no attention that the fused kernel computes: it is for caches of float32, float16 and "
-            "int8 on the CPU, in files written without --inline.",
-            "Run it with --kernel standard.",
-        )
     try:
-        made = library()
+        if kernel == "auto" and not (on_cpu and compiler()):
+            return None
+        model = fused_model(path) if on_cpu else None
+        if model is None and kernel == "auto":
+            return None
+        if model is None:
+            raise UsageError(
+                f"'{path}' has no attention that the fused kernel computes: it is for caches of float32, float16 and "
+                "int8 on the CPU, in files written without --inline.",
+                "Run it with --kernel standard.",
+            )
+        _register(options, library())
     except UsageError as error:
         if kernel == "fused":
             raise
-        logging.getLogger(__name__).info("standard operators run '%s': %s", path, error.message)
+        logging.getLogger(__name__).warning("standard operators run '%s': %s", path, error.message)
         return None
-    options.register_custom_ops_library(str(made))
     options.add_session_config_entry(
         "session.model_external_initializers_file_folder_path", str(path.parent.absolute())
     )
     serialised: bytes = model.SerializeToString()
     return serialised
+
+
+def _register(options: Any, library: Path) -> None:  # noqa: ANN401
+    """Load the library of the fused kernel's operators."""
+    try:
+        options.register_custom_ops_library(str(library))
+    except Exception as error:
+        raise UsageError(
+            f"'{library}', the library of the fused kernel, cannot be loaded ({first_line(error)}).",
+            "Remove it, so that it is compiled again, or go on without: --kernel standard.",
+        ) from error
 
 
 def _is_bfloat16(path: Path) -> bool:
