@@ -39,6 +39,7 @@ def open_session(
     providers: Sequence[str] | None = None,
     threads: int | None = None,
     kernel: str = "standard",
+    in_turns: bool = False,
 ) -> tuple[Any, bool]:
     """Open an ONNX file in ONNX Runtime.
 
@@ -47,6 +48,7 @@ def open_session(
         providers: Execution providers in order of preference; the CPU by default.
         threads: Threads per operator; ONNX Runtime's choice by default.
         kernel: One of :data:`KERNELS`.
+        in_turns: Whether its threads rest between runs, for other sessions run then; they wait busily by default.
 
     Returns:
         The session, and whether it uses the fused kernel.
@@ -72,6 +74,8 @@ def open_session(
     options.log_severity_level = 4  # what fails is raised, and told once
     if threads is not None:
         options.intra_op_num_threads = threads
+    if in_turns:
+        options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
         fused = _fused(Path(path), wanted, kernel, options)
         session = onnxruntime.InferenceSession(fused or str(path), options, wanted)
@@ -170,6 +174,7 @@ class OnnxDecoder:
         threads: Threads per operator; ONNX Runtime's choice by default.
         max_length: Tokens of a sequence, prompt and continuation, at most; by default as many as are asked for.
         kernel: One of :data:`KERNELS`.
+        in_turns: Whether its threads rest between steps, for other decoders run then: as where several are timed.
         session: What runs the file in place of a session of ONNX Runtime of its own.
 
     Attributes:
@@ -192,10 +197,11 @@ class OnnxDecoder:
         threads: int | None = None,
         max_length: int | None = None,
         kernel: str = "standard",
+        in_turns: bool = False,
         session: Any = None,  # noqa: ANN401 - onnxruntime has no types
     ) -> None:
         if session is None:
-            self._session, self.fused = open_session(path, providers, threads, kernel)
+            self._session, self.fused = open_session(path, providers, threads, kernel, in_turns)
         else:
             self._session, self.fused = session, False
         import onnxruntime
