@@ -241,7 +241,7 @@ def write_compiled(
             )
             report = dataclasses.replace(report, verification=checked)
         copy_assets(assets, hidden)
-        return finished(report, hidden, stages)
+        return finished(dataclasses.replace(report, target="tensorrt"), hidden, stages)
 
 
 def _write(
