@@ -174,8 +174,8 @@ class OnnxDecoder:
         threads: Threads per operator; ONNX Runtime's choice by default.
         max_length: Tokens of a sequence, prompt and continuation, at most; by default as many as are asked for.
         kernel: One of :data:`KERNELS`.
-        in_turns: Whether its threads rest between steps, for other decoders run then: as where several are timed.
         session: What runs the file in place of a session of ONNX Runtime of its own.
+        in_turns: Whether its threads rest between steps, for other decoders run then: as where several are timed.
 
     Attributes:
         metadata: What the compiler stored in the file.
@@ -197,8 +197,8 @@ class OnnxDecoder:
         threads: int | None = None,
         max_length: int | None = None,
         kernel: str = "standard",
-        in_turns: bool = False,
         session: Any = None,  # noqa: ANN401 - onnxruntime has no types
+        in_turns: bool = False,
     ) -> None:
         if session is None:
             self._session, self.fused = open_session(path, providers, threads, kernel, in_turns)

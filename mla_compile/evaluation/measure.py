@@ -53,18 +53,25 @@ class Sample:
         """Tokens of a window that all models can run, however few are to be measured on."""
         return self.seq_len or min(longest_window(m.score, m.longest) for m in models)
 
-    def windows(self, documents: Sequence[str], tokenizer: Any, models: Sequence[Opened], longest: int) -> Tensor:  # noqa: ANN401
+    def windows(
+        self,
+        documents: Sequence[str],
+        tokenizer: Any,  # noqa: ANN401
+        models: Sequence[Opened],
+        longest: int | None = None,
+    ) -> Tensor:
         """Cut documents into windows ``[windows, length]`` that all models can run.
 
         Args:
             documents: The text.
             tokenizer: Its tokenizer.
             models: All models.
-            longest: From :meth:`longest`.
+            longest: What :meth:`longest` says of them, where that is known.
 
         Raises:
             UsageError: The text is shorter than one window, or a model cannot run it.
         """
+        longest = longest or self.longest(models)
         length = min(longest, self.max_tokens or longest)
         windows = token_windows(tokenize(documents, tokenizer), length, self.max_tokens)
         for model in models:
@@ -187,8 +194,7 @@ def measure(
     for name in (*models, *([] if original is None else [original])):
         with stages.stage("load"):
             opened.append(open_model(name, sample.tokenizer))
-    tokenizer = _one_tokenizer(opened, sample.tokenizer)
-    windows = sample.windows(documents, tokenizer, opened, sample.longest(opened))
+    windows = sample.windows(documents, _one_tokenizer(opened, sample.tokenizer), opened)
     if original is None:
         return Measurement.of(sample, windows, None, [run_beside([m], windows, "evaluate", stages)[0] for m in opened])
     base, *others = run_beside([opened[-1], *opened[:-1]], windows, "evaluate", stages)
