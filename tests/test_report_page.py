@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -137,17 +139,40 @@ def test_a_model_given_in_python_is_made_again_in_python(report, text, tmp_path,
 def test_commands_to_make_it_again_are_ones_that_the_command_line_takes(report, tmp_path, monkeypatch, capsys):
     """With a model that does not exist, that is all that is left to refuse."""
     report = report | {"in_memory": False}
-    paged = report | {"config": report["config"] | {"cache_layout": "paged", "gradients": False}}
+    settings = report["config"] | {"cache_layout": "paged", "gradients": False}
+    paged = report | {"config": settings, "artifacts": {"model.onnx": 1}}
     assert all(f" {words}" in reproducing(paged)[0] for words in ("--target cuda", "--no-gradients"))
     assert reproducing(report | {"artifacts": {"model.gguf": 1}})[0].split()[3] == "model.gguf"
     convert, *others = reproducing(report | {"source": "nowhere/absent.pt2", "artifacts": {"model.onnx": 1}})
     assert convert.startswith("mla-compile absent.pt2 --out model.onnx")
     assert "--cache-ratio 0.5" in convert
     assert [line.split()[1] for line in others] == ["run", "eval"]
+    lines = reproducing(report | {"source": "org/Name-2.5-0.5B", "artifacts": {"model.onnx": 1}})
+    assert lines[0].startswith("mla-compile org/Name-2.5-0.5B --out model.onnx")
+    assert lines[-1].endswith(" --original org/Name-2.5-0.5B")
     monkeypatch.chdir(tmp_path)
+    Path("org/Name-2.5-0.5B").mkdir(parents=True)
+    lines = reproducing(report | {"source": "org/Name-2.5-0.5B", "artifacts": {"model.onnx": 1}})
+    assert lines[0].startswith("mla-compile Name-2.5-0.5B --out model.onnx")
     Path("TEXT.txt").write_text("text " * 100)
     assert main(convert.replace("TEXT", "TEXT.txt").split()[1:]) == 2
     assert "'absent.pt2'" in capsys.readouterr().err
+
+
+def test_files_for_tensorrt_are_made_again_for_tensorrt(report):
+    made = report | {"target": "tensorrt", "artifacts": {"model.onnx": 1}}
+    assert reproducing(made)[-1] == "compiled.to_tensorrt('model.onnx')"
+    (line,) = reproducing(made | {"in_memory": False})  # which 'run' and 'eval' do not take
+    assert line.startswith("mla-compile LlamaForCausalLM --out model.onnx --target tensorrt ")
+    engine = made | {"in_memory": False, "artifacts": {"model.onnx": 1, "model.plan": 1, "model.plan.json": 1}}
+    assert reproducing(engine)[0].startswith("mla-compile LlamaForCausalLM --out model.plan --")
+    assert "--target" not in reproducing(engine)[0]
+
+
+def test_a_folder_is_made_again_without_what_only_files_take(report):
+    static = report | {"in_memory": False, "config": report["config"] | {"cache": "static"}}
+    assert "--cache static" in reproducing(static | {"artifacts": {"model.onnx": 1}})[0]
+    assert "--cache static" not in reproducing(static | {"artifacts": {"model.pt2": 1}})[0]
 
 
 def test_without_text_a_page_says_what_is_not_known():
@@ -189,6 +214,14 @@ def test_the_command_draws_a_report_again(report, measurement, tmp_path, capsys)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["eval.json", "other.html", "report.html", "report.json"]
 
 
+def test_a_terminal_that_lacks_a_character_shows_what_it_is(report, tmp_path):
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    words = [sys.executable, "-m", "mla_compile", "report", "report.json", "--out", "\N{GREEK SMALL LETTER ALPHA}.html"]
+    plain = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(words, cwd=tmp_path, env=plain, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "\\u03b1.html\n"), done.stderr
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
@@ -197,15 +230,19 @@ def test_the_command_draws_a_report_again(report, measurement, tmp_path, capsys)
         (["report.json", "--out", "page.txt"], "is not named like a page"),
         (["report.json", "--eval", "list.json"], "is not a measurement"),
         (["report.json", "--eval", "absent"], "could not be read as a measurement"),
+        (["report.json", "--eval", "part.json"], "'part.json' is not a measurement"),
+        (["damaged.json"], "The report of 'damaged.json' is damaged"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(words, sentence, report, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("report.json").write_text(json.dumps(report))
     Path("list.json").write_text("[]")
+    Path("part.json").write_text(json.dumps({"tokens": 1, "models": [{"perplexity_ratio": 1.0}]}))
+    Path("damaged.json").write_text(json.dumps({**report, "cache": {"bytes_per_token_after": 1}}))
     assert main(["report", *words, "--force"]) == 2
     assert sentence in capsys.readouterr().err
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["list.json", "report.json"]
+    assert not list(tmp_path.glob("*.html"))
 
 
 numbers = st.floats(1e-9, 1e12)

@@ -1,12 +1,11 @@
 """Read a model from wherever the user has it, and bring it to the one form every pass reads.
 
-Nothing here runs code that came with a model: archives are read by ``torch.export.load``, checkpoints through
+Nothing here runs code that came with a model: archives are read where nothing in them is code, checkpoints through
 safetensors. A pickled module is only opened when the user says so.
 """
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import torch
@@ -16,14 +15,10 @@ from mla_compile.program import AnyProgram, Program
 from mla_compile.sources import huggingface
 from mla_compile.sources.capture import capture_any
 from mla_compile.sources.exported import language_model
+from mla_compile.sources.hub import is_hub_id
 from mla_compile.sources.model_files import load_file
 
 __all__ = ["load_any", "load_program"]
-
-_MODEL_FILE = re.compile(
-    r".*\.(bin|ckpt|engine|gguf|ggml|h5|json|mlmodel|msgpack|npz|onnx|pb|pkl|plan|pt|pt2|pte|pth|safetensors|tflite|yaml|zip)"
-)
-"""How a file of a model, or of a part of it, may be named; a dot in the id of a hub's model begins none of these."""
 
 
 def load_program(
@@ -71,7 +66,7 @@ def load_any(
     if path.is_file():
         return load_file(path, tokenizer, unsafe, dtype)
     name = str(source)
-    if _MODEL_FILE.fullmatch(name.lower()) or name.startswith((".", "/", "~")) or name.count("/") > 1:
+    if not is_hub_id(name):
         raise LoadError(
             f"There is no file or folder '{source}'.", "Give a .pt2 archive, a Hugging Face folder or a hub id."
         )

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mla_compile.errors import LoadError
+from mla_compile.errors import LoadError, reason_of
 from mla_compile.program import Assets
 from mla_compile.sources.checkpoint_files import require_files, require_fitting_weights
 
@@ -79,7 +79,7 @@ def read_config(name: str) -> Any:  # noqa: ANN401 - any transformers configurat
     except Exception as error:
         if isinstance(error, OSError) and not Path(name).exists():
             raise LoadError(
-                f"There is no file or folder '{name}', and no model of that name came from the hub ({_reason(error)}).",
+                f"There is no file or folder '{name}', and none of that name came from the hub ({reason_of(error)}).",
                 "Check the path or id, and that the hub can be reached.",
             ) from error
         raise _unreadable(name, error) from error
@@ -179,14 +179,9 @@ def _read(kind: Any, name: str, config: Any, attention: str, dtype: torch.dtype 
 
 def _unreadable(name: str, error: Exception) -> LoadError:
     return LoadError(
-        f"'{name}' could not be loaded as a Hugging Face causal language model ({_reason(error)}).",
+        f"'{name}' could not be loaded as a Hugging Face causal language model ({reason_of(error)}).",
         "Check the path or id, that the weights are safetensors, and that the hub can be reached.",
     )
-
-
-def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200].rstrip('.')}" if lines else type(error).__name__
 
 
 def plain_inputs(module: nn.Module) -> dict[str, Tensor]:

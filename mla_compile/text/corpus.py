@@ -87,12 +87,26 @@ def read_documents(path: str | Path) -> list[str]:
                     f"Line {number} of '{path}' is not a JSON object with a 'text' field.",
                     "Correct or remove the line.",
                 ) from error
+            if line.strip() and not is_text(documents[-1]):
+                raise LoadError(
+                    f"Line {number} of '{path}' holds half a character (a lone surrogate).",
+                    "Correct or remove the line.",
+                )
     else:
         documents = content.split(DOCUMENT_END)
     documents = [d.strip() for d in documents if d.strip()]
     if not documents:
         raise LoadError(f"'{path}' holds no text.", "Give a file with at least one document.")
     return documents
+
+
+def is_text(string: str) -> bool:
+    """Whether a string is whole characters: escapes in JSON, and words of a command line, may be halves of some."""
+    try:
+        string.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def tokenize(documents: Iterable[str], tokenizer: Any, most: int | None = None) -> list[int]:  # noqa: ANN401 - see load_tokenizer
