@@ -32,7 +32,7 @@ from mla_compile.report import CheckpointFacts, Report
 from mla_compile.runtime.generate import generate
 from mla_compile.runtime.module import LatentModel, cache_dtype
 from mla_compile.sources import huggingface
-from mla_compile.text.evaluate import relative_error, worst
+from mla_compile.text.evaluate import divergence, relative_error, worst
 from mla_compile.verification.agreement import ROUNDING_FACTOR, TOLERANCE, TorchDecoder, in_float32
 
 __all__ = [
@@ -350,7 +350,7 @@ def _without_biases(model: Any, ids: Tensor, whole: Tensor) -> float | None:  # 
             bias.zero_()
         without = model(ids, use_cache=False).logits[0, -len(whole) :]
     right, wrong = (x.double().log_softmax(-1) for x in (whole, without))
-    return float((right.exp() * (right - wrong)).sum(-1).mean())
+    return float(divergence(right, wrong)) / len(whole)
 
 
 def _priced(caveats: Sequence[str], found: FolderCheck) -> tuple[str, ...]:
