@@ -21,7 +21,7 @@ from mla_compile.deepseek import deepseek_shape, require_expressible, require_ta
 from mla_compile.passes.converted import steps_beside
 from mla_compile.passes.factorise import LatentWeights
 from mla_compile.passes.gauge import balanced
-from mla_compile.passes.layers import MeasuredLayer, measure_layers, no_room, rope_is_shifted, settled_by
+from mla_compile.passes.layers import MeasuredLayer, input_moments, measure_layers, no_room, rope_is_shifted, settled_by
 from mla_compile.passes.principal import principal_components
 from mla_compile.passes.refit import refit_values
 from mla_compile.passes.rope_split import RopeSplit, rotary_channels, split_rope
@@ -268,7 +268,7 @@ def fisher(task: Task) -> Choice:
     done = not config.polish_steps
     if done:  # as whoever takes the choice would, but layer by layer
         weights = tuple(task.held(balanced(layer)) for layer in weights)
-    return Choice(plans, weights, forecasts, shape, measured.notes, balanced=done)
+    return Choice(plans, weights, forecasts, shape, measured.notes, balanced=done, moments=input_moments(task, layers))
 
 
 @dataclass(frozen=True)

@@ -131,6 +131,7 @@ class Choice:
         deepseek: What all sites have in common, in the layout ``deepseek``.
         notes: What the user should know.
         balanced: Whether the weights went through :func:`~mla_compile.passes.gauge.balanced` already.
+        moments: ``[width, width]`` of every site's inputs, where queries are to get a rank by them; else none.
     """
 
     plans: tuple[LatentPlan, ...]
@@ -139,6 +140,7 @@ class Choice:
     deepseek: DeepSeekShape | None = None
     notes: tuple[str, ...] = ()
     balanced: bool = False
+    moments: tuple[Tensor, ...] = ()
 
 
 def unpredicted(weights: Sequence[LatentWeights], *, own: bool) -> tuple[LayerForecast, ...]:

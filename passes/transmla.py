@@ -19,7 +19,7 @@ from mla_compile.deepseek import deepseek_shape, require_expressible, require_ta
 from mla_compile.errors import UsageError
 from mla_compile.passes.factorise import LatentWeights
 from mla_compile.passes.fisher import JointFactors, assemble, from_rows, joint_rows
-from mla_compile.passes.layers import MeasuredLayer, measure_layers, no_room, settled_by
+from mla_compile.passes.layers import MeasuredLayer, input_moments, measure_layers, no_room, settled_by
 from mla_compile.passes.principal import principal_components
 from mla_compile.passes.rope_split import RopeSplit, RotaryChannels, real_split, rotary_channels, split_rope
 from mla_compile.passes.search import Divergence
@@ -130,7 +130,8 @@ def transmla(task: Task) -> Choice:
         fewest = [len(layer.site.rope.pairs) // max(collapses) for layer in layers]
         raise no_room(layers, fewest, task.config)
     shape = deepseek_shape(task.sites[0], best.plans[0].rope_dims, best.plans[0].kv_rank) if even else None
-    return Choice(best.plans, best.weights, unpredicted(best.weights, own=best.fold == 1), shape, measured.notes)
+    forecasts, moments = unpredicted(best.weights, own=best.fold == 1), input_moments(task, layers)
+    return Choice(best.plans, best.weights, forecasts, shape, measured.notes, moments=moments)
 
 
 @dataclass(frozen=True)

@@ -163,7 +163,7 @@ def finish(case: Case, choice: Choice) -> Finished:
     weights = choice.weights if polished is None else polished.weights
     weights = weights if choice.balanced else tuple(map(balanced, weights))
     if config.q_rank is not None:
-        weights = with_query_rank(task, weights, config.q_rank)
+        weights = with_query_rank(weights, choice.moments, config.q_rank)
     return Finished(weights, *((None, ()) if polished is None else (polished.report, polished.notes)))
 
 
