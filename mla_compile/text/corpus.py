@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mla_compile.errors import LoadError, UsageError, first_line
+from mla_compile.text.tokenizer_files import holds_tokenizer
 
 __all__ = [
     "DOCUMENT_END",
@@ -39,11 +40,8 @@ _LETTERS = 8
 """Letters that are taken to make a token, at most, before anything is known of a text; about four do."""
 _UNSURE = 64
 """Tokens in front of a cut that are left out, for the whole document might have others there. A cut at a blank changes
-none where words are tokenized by themselves, and else a few: merges and best paths look no further than some letters.
+none where words are tokenized by themselves, and else few: of six kinds of tokenizers 15 at most, wherever it was.
 """
-
-
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
 def load_tokenizer(folder: str | None) -> Any:  # noqa: ANN401 - transformers' tokenizers share no public base
@@ -57,7 +55,7 @@ def load_tokenizer(folder: str | None) -> Any:  # noqa: ANN401 - transformers' t
     from transformers import AutoTokenizer
 
     path = Path(folder)
-    if path.is_dir() and not any((path / name).is_file() for name in _TOKENIZER_FILES):
+    if path.is_dir() and not holds_tokenizer(path):
         raise LoadError(f"There is no tokenizer in the folder '{folder}'.", "Give one with --tokenizer FOLDER.")
     if not path.exists() and (path.is_absolute() or folder.startswith(".") or folder.count("/") > 1):
         raise LoadError(f"There is no tokenizer folder '{folder}'.", "Give one with --tokenizer FOLDER.")
