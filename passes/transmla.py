@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, repeat
 
 import torch
 
@@ -98,6 +99,7 @@ def transmla(task: Task) -> Choice:
     windows, vocabulary = task.require_windows(), task.program.vocabulary
     divergence = Divergence(task.program, windows, vocabulary, task.sites, task.resources)
     tries = None if task.store is None else task.store.journal(settled_by(task))
+    checks = chain([True], repeat(False))  # the first of what is tried
     best: _Try | None = None
     least, collapses = math.inf, _collapses(layers, task.config)
     if not collapses:
@@ -119,7 +121,7 @@ def transmla(task: Task) -> Choice:
                     break
                 tried()
                 this = _Try(task, layers, plans, fold)
-                measure = functools.partial(this.cost, divergence)
+                measure = functools.partial(this.cost, divergence, checks)
                 cost = measure() if tries is None else tries.recall(this.name, measure)
                 if best is None or cost < least:
                     best, least = this, cost
@@ -161,9 +163,9 @@ class _Try:
         layers = zip(self.layers, self.plans, strict=True)
         return tuple(self.task.held(_weights(layer, plan, self.fold)) for layer, plan in layers)
 
-    def cost(self, divergence: Divergence) -> float:
-        """How far the converted model is from the original."""
-        return divergence(self.task.rewrite(self.weights))
+    def cost(self, divergence: Divergence, checks: Iterator[bool]) -> float:
+        """How far the converted model is from the original; the next of ``checks`` says whether it is checked."""
+        return divergence(self.task.rewrite(self.weights, check=next(checks)))
 
 
 def _weights(layer: MeasuredLayer, plan: LatentPlan, fold: int) -> LatentWeights:
