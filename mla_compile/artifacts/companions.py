@@ -52,9 +52,9 @@ def copy_assets(assets: Assets, folder: Path) -> None:
             )
     local = assets.local_folder
     if local is not None:
-        for name in tokenizer_files(local):
-            (folder / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(local / name, folder / name)
+        for file in tokenizer_files(local):
+            (folder / file).parent.mkdir(exist_ok=True)
+            shutil.copyfile(local / file, folder / file)
     elif assets.folder is not None:
         from mla_compile.text.corpus import load_tokenizer
 
@@ -90,7 +90,7 @@ def finished(report: _AnyReport, folder: Path, stages: Stages) -> _AnyReport:
         folder: A hidden one, in the folder that its files go to.
         stages: What was timed.
     """
-    sizes = sizes_in(folder)
+    sizes: dict[str, int] = sizes_in(folder)
     report = dataclasses.replace(
         report,
         artifacts=sizes,

@@ -192,8 +192,8 @@ def tokenize(documents: Iterable[str], tokenizer: Any, most: int | None = None) 
     Args:
         documents: Read until there are enough tokens.
         tokenizer: A tokenizer.
-        most: How many tokens are enough. The last document gives all of its tokens, unless it is several times as long
-            as that takes: such a one is read as far as it is needed, and gives so many of the tokens that it has.
+        most: How many tokens are enough. The last document gives all that it has, but one that is several times as long
+            as that takes is tokenized only so far, and gives the first ones, as many as are missing.
     """
 
     def ids(text: str) -> list[int]:
