@@ -192,13 +192,11 @@ def _default(parameter: Any) -> str:  # noqa: ANN401 - the parser's own
         return "required"
     if isinstance(getattr(parameter, "show_default", None), str):
         return _cell(parameter.show_default)
-    if (
-        getattr(parameter, "is_flag", False)
-        or parameter.default in (None, False, (), [])
-        or callable(parameter.default)
-    ):
+    default = parameter.default
+    switch = getattr(parameter, "is_flag", False) or getattr(parameter, "count", False)
+    if switch or default is None or callable(default) or default in ((), []):  # zeros are defaults worth showing
         return ""
-    return f"`{parameter.default}`" if getattr(parameter, "show_default", True) else ""
+    return f"`{default}`" if getattr(parameter, "show_default", True) else ""
 
 
 def _cell(text: str) -> str:

@@ -33,19 +33,21 @@ class Chat:
         self.random = np.random.default_rng(seed)
         self.past = 0
         self.cache = decoder.empty_cache(1)
-        self.pending = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        self.begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        self.pending: list[int] = []
 
     def turn(self, text: str) -> list[int]:
-        """Token ids of what the user says."""
+        """Token ids of what the user says; the begin token is in front of the first turn alone."""
         if self.tokenizer.chat_template is None:
-            return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            return ids if self.past else [*self.begin, *ids]
         said = [{"role": "user", "content": text}]
-        self.pending = []  # the template begins by itself
-        return self.tokenizer.apply_chat_template(said, add_generation_prompt=True, return_dict=False)
+        ids = self.tokenizer.apply_chat_template(said, add_generation_prompt=True, return_dict=False)
+        return ids[1:] if self.past and ids[:1] == self.begin else ids
 
     def reply(self, text: str, most: int) -> Iterator[str]:
         """Answer, piece by piece: whole characters as soon as they are known."""
-        ids, shown = [*self.pending, *self.turn(text)], ""
+        ids, shown, whole = [*self.pending, *self.turn(text)], "", ""
         answer: list[int] = []
         while len(answer) < most:
             new = np.array([ids])
@@ -61,6 +63,7 @@ class Chat:
             if not whole.endswith("\ufffd"):  # half a character waits for the other half
                 yield whole[len(shown) :]
                 shown = whole
+        yield whole[len(shown) :]
         self.pending = ids  # chosen, but not yet run: the next turn begins with it
 
     def choose(self, logits: np.ndarray) -> int:

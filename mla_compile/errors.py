@@ -18,6 +18,7 @@ __all__ = [
     "UsageError",
     "VerificationError",
     "first_line",
+    "reason_of",
 ]
 
 
@@ -78,3 +79,11 @@ class ShareDone(Exception):
 def first_line(error: BaseException) -> str:
     """What an error of somebody else says, to stand in a sentence: its first line, or its name where it is silent."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")
+
+
+def reason_of(error: BaseException) -> str:
+    """Which error of somebody else it is, and what its first line says; of one of ours, what it says."""
+    if isinstance(error, MlaCompileError):
+        return error.message
+    name = type(error).__name__
+    return f"{name}: {first_line(error)}" if str(error).strip() else name

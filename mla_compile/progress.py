@@ -66,6 +66,9 @@ class Display(Protocol):
     def finished(self, timing: StageTiming) -> None:
         """The current stage is done."""
 
+    def abandoned(self) -> None:
+        """The current stage ended by an error."""
+
 
 class Stage:
     """A stage that is running: call it after each of its steps.
@@ -120,7 +123,12 @@ class Stages:
             self._display.started(name, total)
         begin = time.perf_counter()
         stage = Stage(self._display)
-        yield stage
+        try:
+            yield stage
+        except BaseException:
+            if self._display:
+                self._display.abandoned()
+            raise
         timing = StageTiming(name, time.perf_counter() - begin, peak_memory_mib(), stage.note)
         self.timings.append(timing)
         if self._display:

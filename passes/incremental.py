@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from mla_compile.disk.mapped import DroppingInterpreter
-from mla_compile.errors import RefusedError
+from mla_compile.errors import RefusedError, first_line
 from mla_compile.passes.evaluate import example_inputs
 from mla_compile.program import DecoderProgram, Program
 
@@ -42,7 +42,7 @@ def check_incremental(module: fx.GraphModule, program: Program, rows: Sequence[i
         pieces = _run_in_pieces(module, ids, [5, 1, 2, 3, 1], rows, context)
         padded = _run_padded(module, ids, rows, context)
     except (RuntimeError, IndexError) as error:
-        reason = textwrap.shorten(str(error).strip().splitlines()[0], 120, placeholder=" ...")
+        reason = textwrap.shorten(first_line(error), 120, placeholder=" ...")
         raise RefusedError(
             f"'{program.source}' cannot be run in pieces after the rewrite ({reason}): something outside attention "
             "depends on the length of the sequence.",

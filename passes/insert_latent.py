@@ -15,14 +15,12 @@ After::
 
 from __future__ import annotations
 
-import functools
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 from torch.fx import Node
 
 from mla_compile.errors import RefusedError
@@ -31,7 +29,7 @@ from mla_compile.passes.emit_open import OpenEmitter
 from mla_compile.passes.factorise import LatentWeights
 from mla_compile.passes.incremental import check_incremental
 from mla_compile.passes.positions import repair_positions
-from mla_compile.passes.retype import widened
+from mla_compile.passes.retype import attribute, widened
 from mla_compile.passes.scores import layer_sizes
 from mla_compile.program import DecoderProgram, Program
 from mla_compile.site import AttentionSite, Rejection
@@ -168,12 +166,8 @@ def finished(module: fx.GraphModule) -> fx.GraphModule:
         if node.target in _VIEWS:  # recorded strides were those of the old attention's output
             node.target = _aten.reshape.default
     graph.lint()
-    used = {str(n.target): _attribute(module, str(n.target)) for n in graph.nodes if n.op == "get_attr"}
+    used = {str(n.target): attribute(module, str(n.target)) for n in graph.nodes if n.op == "get_attr"}
     return fx.GraphModule(used, graph, class_name="LatentGraph")
-
-
-def _attribute(module: nn.Module, path: str) -> Any:  # noqa: ANN401 - parameters, buffers and constants
-    return functools.reduce(getattr, path.split("."), module)
 
 
 def _make_inputs(

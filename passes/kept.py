@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mla_compile.errors import UsageError
+from mla_compile.errors import UsageError, first_line
 
 __all__ = ["KeptValues", "kept_values"]
 
@@ -98,9 +98,8 @@ def _write(path: Path, value: Tensor) -> Path:
 
 
 def _unwritable(folder: Path, error: Exception) -> UsageError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return UsageError(
-        f"Activations could not be written to '{folder}' ({reason}).",
+        f"Activations could not be written to '{folder}' ({first_line(error)}).",
         "Make room there, name another folder with --offload, or calibrate on fewer --calibration-tokens.",
     )
 

@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from torch.fx import Node
 
 from mla_compile.disk.mapped import drop_pages
-from mla_compile.errors import RefusedError
+from mla_compile.errors import RefusedError, first_line
 from mla_compile.passes.kept import KeptValues, kept_values
 from mla_compile.passes.segments import Mark, Segment, cut_graph, downstream, value_bytes
 
@@ -290,7 +290,7 @@ def _slopes(ends: Sequence[tuple[Tensor, Tensor | None]], by: Sequence[Tensor], 
             raise RuntimeError("the loss does not depend on a layer's outputs")
     except RuntimeError as error:  # NotImplementedError too
         raise RefusedError(
-            f"The model cannot be run backward ({str(error).splitlines()[0].rstrip('.')}).",
+            f"The model cannot be run backward ({first_line(error)}).",
             "Pass --no-gradients (gradients=False in Python).",
         ) from error
     return [torch.zeros_like(x) if slope is None else slope for x, slope in zip(by, found, strict=True)]

@@ -14,7 +14,7 @@ from onnxscript.version_converter import convert_version
 from torch.export import ExportedProgram
 
 from mla_compile.disk.mapped import Passing
-from mla_compile.errors import RefusedError
+from mla_compile.errors import RefusedError, first_line
 from mla_compile.passes.onnx_translations import translations
 from mla_compile.quiet import quiet_exporter
 from mla_compile.runtime.onnx_checksum import CHECKSUM_KEY, weights_checksum
@@ -74,12 +74,11 @@ def _explained() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        chain, current = [], error.__cause__ or error
-        while current is not None:
-            chain.append(str(current).strip())
-            current = current.__cause__  # type: ignore[assignment]
-        operators = [m[1] for text in chain if (m := re.search(r"op='([^']+)'", text))]
-        reason = f"there is no ONNX form of '{operators[-1]}'" if operators else chain[-1].splitlines()[0][:200]
+        chain: list[BaseException] = [error.__cause__ or error]
+        while chain[-1].__cause__ is not None:
+            chain.append(chain[-1].__cause__)
+        operators = [m[1] for link in chain if (m := re.search(r"op='([^']+)'", str(link)))]
+        reason = f"there is no ONNX form of '{operators[-1]}'" if operators else first_line(chain[-1])
         raise RefusedError(
             f"The converted model cannot be lowered to ONNX: {reason}.",
             "Write the operation with others in the model, or keep the PyTorch module (a folder as --out).",

@@ -37,7 +37,7 @@ __all__ = [
 _LONG = 8192
 """Upper end of the long probes of queries, keys and values, which refine frequencies and notice what changes late."""
 _EXACT = 1e-9
-"""Relative error above which a float64 evaluation is not rounding."""
+"""Error above which a float64 evaluation of numbers near one is not rounding."""
 _ROTATES = 1e-10
 """Off-diagonal size above which a channel pair rotates; channels that do not rotate give exact zeros."""
 _NEIGHBOURS = 8

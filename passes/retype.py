@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx import Node
 
-__all__ = ["NARROW", "is_narrow", "type_name", "widened"]
+__all__ = ["NARROW", "attribute", "is_narrow", "type_name", "widened"]
 
 _aten = torch.ops.aten
 NARROW = frozenset({torch.float16, torch.bfloat16})
@@ -50,7 +50,7 @@ def widened(module: fx.GraphModule, *, stored: bool = False) -> fx.GraphModule:
     Returns:
         A new module; ``module`` itself, if nothing in it is narrow.
     """
-    tensors = {str(n.target): _attribute(module, str(n.target)) for n in module.graph.nodes if n.op == "get_attr"}
+    tensors = {str(n.target): attribute(module, str(n.target)) for n in module.graph.nodes if n.op == "get_attr"}
     narrow = {name for name, value in tensors.items() if isinstance(value, Tensor) and value.dtype in NARROW}
     if not narrow and not any(_names_narrow(n) for n in module.graph.nodes):
         return module
@@ -100,5 +100,6 @@ def _is_narrow_type(argument: Any) -> bool:  # noqa: ANN401 - operator arguments
     return isinstance(argument, torch.dtype) and argument in NARROW
 
 
-def _attribute(module: nn.Module, path: str) -> Any:  # noqa: ANN401 - parameters, buffers and constants
+def attribute(module: nn.Module, path: str) -> Any:  # noqa: ANN401 - parameters, buffers and constants
+    """What a module has at a path."""
     return functools.reduce(getattr, path.split("."), module)

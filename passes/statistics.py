@@ -178,10 +178,6 @@ class SiteSums:
             key_mean=zeros(width) if site.key.norm else zeros(0),
         )
 
-    def merge(self, other: SiteSums) -> SiteSums:
-        """Sums over two parts of a text."""
-        return SiteSums(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
-
     def over(self, processes: Processes) -> SiteSums:
         """Sums over the parts of all processes, merged in the order of their numbers."""
         return SiteSums(**{f.name: processes.total(getattr(self, f.name)) for f in fields(self)})

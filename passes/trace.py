@@ -407,7 +407,7 @@ def _chooses(node: Node) -> bool:
 
 
 def module_path(node: Node, fallback: str) -> str:
-    """Return the author's module path of a node, cleaned of wrapper prefixes, or ``fallback``."""
+    """Return the author's module path of a node, or ``fallback``."""
     stack = node.meta.get("nn_module_stack") or {}
     paths = [str(entry[0]) for entry in stack.values() if isinstance(entry, tuple) and entry[0]]
     return paths[-1] if paths else fallback

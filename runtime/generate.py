@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from mla_compile.errors import UsageError
+from mla_compile.errors import UsageError, VerificationError
 
 __all__ = ["Decoder", "Sampling", "check_length", "generate"]
 
@@ -135,7 +135,16 @@ def check_length(tokens: int, most: int | None) -> None:
 
 
 def _choose(logits: NDArray[Any], sampling: Sampling, random: np.random.Generator) -> Ids:
-    """Pick one token per row of ``[batch, vocabulary]``."""
+    """Pick one token per row of ``[batch, vocabulary]``.
+
+    Raises:
+        VerificationError: A logit is not a number.
+    """
+    if not (logits.max(-1) < np.inf).all():  # false of NaN too
+        raise VerificationError(
+            "The model's logits are not numbers: its weights are damaged, or overflow their type.",
+            "Convert the model again, with --dtype float32 if it is in float16.",
+        )
     if sampling.temperature <= 0:
         return np.asarray(logits.argmax(-1), dtype=np.int64)
     exact = logits.astype(np.float64)

@@ -16,14 +16,14 @@ from mla_compile.passes.methods import mha2mla
 from mla_compile.passes.recognise import recognise
 from mla_compile.passes.task import Task
 from mla_compile.progress import Stages
-from mla_compile.sources.exported import program_from_export
+from mla_compile.sources.exported import language_model, read_export
 from mla_compile.text.processes import end_share, join_processes
 
 if __name__ == "__main__":
     archive, text, out, cache = map(Path, sys.argv[1:])
     torch.set_num_threads(1)
     processes = join_processes()
-    program = program_from_export(load(archive), source="archive")
+    program = language_model(read_export(load(archive), source="archive"))
     windows, sites = torch.load(text), recognise(program).sites
     done = []
     for settings in ({}, {}, {"gradients": False}, {"method": "mha2mla", "selection": "2-norm"}):

@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from typing import Any
 import pages
 import pytest
 import torch
-from pages import Block, Command
+from pages import ROOT, Block, Command
 from small_folder import model_folder, texts
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM
@@ -25,7 +27,7 @@ from transformers import AutoModelForCausalLM
 from mla_compile.cli import main
 
 EXCLUDED = {
-    r"^pip install ": "installs packages; that the extras exist is tested",
+    r"^(pip install |python3\.11 -m venv |\. \.venv/)": "makes an environment; that the extras exist is tested",
     r"^make ": "makes an environment, or runs this very suite; that the targets exist is tested",
     r"\bhf:": "needs the network",
     r"\S+\.plan\b": "needs TensorRT and a GPU; tests/tensorrt runs it with stand-ins",
@@ -141,6 +143,9 @@ class Folder:
                 PREPARED[word](Path(word))
 
     def run(self, command: Command) -> None:
+        if command.line.startswith("python examples/"):
+            self.tell(command)
+            return
         words = command.ours
         assert words, f"{command.line!r} is run by nobody: name it in EXCLUDED, with a reason"
         result = words[words.index("--out") + 1] if "--out" in words else None
@@ -150,6 +155,13 @@ class Folder:
             words.append("--force")  # an earlier line of the page may have written it
         assert main(words) == 0, command.line
         assert result is None or Path(result).exists()
+
+    def tell(self, command: Command) -> None:
+        """Run an example whose output goes to a file."""
+        _, script, *options, arrow, file = command.words
+        assert arrow == ">"
+        told = subprocess.run([sys.executable, ROOT / script, *options], check=True, capture_output=True)
+        Path(file).write_bytes(told.stdout)
 
     def execute(self, block: Block) -> None:
         """Run Python; what it names in quotes is prepared, unless it is what it writes."""

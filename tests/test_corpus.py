@@ -94,6 +94,12 @@ def test_a_bad_jsonl_line_is_named(file, line):
         read_documents(path)
 
 
+def test_half_a_character_in_a_jsonl_file_is_named(file):
+    path = file("a.jsonl", '{"text": "fine \\ud83d\\ude00"}\n{"text": "hello \\ud83d world"}\n')
+    with pytest.raises(LoadError, match=r"^Line 2 of '.*a\.jsonl' holds half a character"):
+        read_documents(path)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "phrase"),
     [

@@ -192,6 +192,16 @@ def test_layers_that_are_not_understood_stay_as_they_are():
         assert difference(compiled.module(**other)["output"], module(**other)) <= TOLERANCE
 
 
+def test_what_is_not_a_number_is_refused(tmp_path):
+    compiled = mla_compile.compile(ENCODERS["bert"].build(), encoders=True, kv_rank=8)
+    for name, parameter in compiled.module.named_parameters():
+        if name.endswith("value_up"):
+            parameter.data.fill_(torch.nan)
+    with pytest.raises(VerificationError, match="differs from the converted PyTorch module by nan"):
+        compiled.to_onnx(tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_wrong_rewrite_leaves_no_result(monkeypatch):
     """The check must notice weights that are off in one layer."""
     from mla_compile.passes import factorise

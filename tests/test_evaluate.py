@@ -8,7 +8,10 @@ import math
 import pytest
 import torch
 
-from mla_compile.text.evaluate import compare, perplexity
+from mla_compile.conversion.verdict import require_quality
+from mla_compile.errors import QualityGateError, VerificationError
+from mla_compile.report import Quality
+from mla_compile.text.evaluate import compare, perplexity, streamed_perplexity, worst
 
 VOCABULARY = 11
 EXACT = 1e-12  # float64 sums of a few hundred terms in another order
@@ -69,3 +72,19 @@ def test_only_one_batch_is_run_at_a_time(windows):
 
     compare([scorer("a"), scorer("b")], windows, batch=3)
     assert seen == [("a", 3), ("b", 3), ("a", 3), ("b", 3), ("a", 1), ("b", 1)]
+
+
+def test_the_worst_of_errors_hides_no_nan():
+    assert worst(0.0, 2.0, 1.0) == 2.0
+    for errors in itertools.permutations([0.0, math.nan, 1.0]):
+        assert math.isnan(worst(*errors))
+
+
+def test_a_loss_that_is_no_number_is_told_and_passes_no_gate():
+    ids = torch.zeros(2, 4, dtype=torch.long)
+    with pytest.raises(VerificationError, match="loss on the text is not a number"):
+        perplexity(lambda ids: torch.full((*ids.shape, 5), torch.nan), ids)
+    with pytest.raises(VerificationError, match="loss on the text is not a number"):
+        streamed_perplexity([torch.full((2, 4, 5), torch.nan)], [ids])
+    with pytest.raises(QualityGateError):
+        require_quality(Quality(2.0, math.nan, 6, held_out=True), 1.5)

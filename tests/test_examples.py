@@ -9,6 +9,7 @@ import runpy
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from pages import ROOT
 from small_folder import model_folder
@@ -110,6 +111,43 @@ def test_chat_onnxruntime(run, model, tmp_path):
     assert second > first, "the cache goes on where it was"
     alone = run("chat_onnxruntime.py", *settings, typed="Once there was.\n")
     assert both.startswith(alone.rstrip("\n")), "a later turn does not change an earlier one"
+
+
+class Template:
+    """A tokenizer that begins whatever is said with token 1."""
+
+    bos_token_id, eos_token_id, chat_template = 1, 2, "of some kind"
+
+    def __call__(self, text, add_special_tokens):
+        return {"input_ids": [10, 11]}
+
+    def apply_chat_template(self, said, **_):
+        return [1, 10, 11]
+
+
+class Ending:
+    """A decoder whose every answer is the end token; it writes down what it was given."""
+
+    def __init__(self):
+        self.given = []
+
+    def empty_cache(self, batch):
+        return None
+
+    def step(self, ids, mask, positions, cache):
+        self.given.append(ids.tolist())
+        return np.eye(3)[[[2]] * ids.shape[1]].reshape(1, ids.shape[1], 3), cache
+
+
+@pytest.mark.parametrize("template", [None, "of some kind"])
+def test_a_chat_begins_once(monkeypatch, template):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    tokenizer, decoder = Template(), Ending()
+    tokenizer.chat_template = template
+    chat = runpy.run_path(str(EXAMPLES / "chat_onnxruntime.py"))["Chat"](decoder, tokenizer, 0.0, 0)
+    for _ in range(2):
+        assert "".join(chat.reply("something", 3)) == ""
+    assert decoder.given == [[[1, 10, 11]], [[2, 10, 11]]]
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from mla_compile import api
 from mla_compile.errors import LoadError
 from mla_compile.passes.recognise import recognise
 from mla_compile.sources.capture import capture
-from mla_compile.sources.exported import program_from_export
+from mla_compile.sources.exported import language_model, read_export
 from mla_compile.sources.frontend import load_program
 from mla_compile.sources.huggingface import plain_inputs
 from mla_compile.text.evaluate import original_scorer
@@ -266,7 +266,7 @@ def test_a_language_model_that_can_read_images_is_exported_with_tokens_only():
 
 def test_exported_program(nano):
     exported = export(nano, (models.tokens(2, 5),), (DYNAMIC,))
-    program = program_from_export(exported, source="mine")
+    program = language_model(read_export(exported, source="mine"))
     assert_same_model(program, nano, tokens="idx")
     assert program.source == "mine"
     compiled = api.compile(exported, exact=True)

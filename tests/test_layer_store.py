@@ -209,6 +209,8 @@ def test_progress_tells_the_layer_and_the_peak_of_memory(programs):
         def finished(self, timing) -> None:
             assert not timing.note
 
+        def abandoned(self) -> None: ...
+
     notes, captured = Notes(), programs["llama-gqa"]
     plans = plan_layers(captured.sites, [models.WIDTH] * models.LAYERS, CONFIG)
     factorise.factorise_layers(captured.program, captured.sites, plans, CONFIG, Stages(notes))

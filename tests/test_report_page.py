@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -189,6 +191,14 @@ def test_the_command_draws_a_report_again(report, measurement, tmp_path, capsys)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["eval.json", "other.html", "report.html", "report.json"]
 
 
+def test_a_terminal_that_lacks_a_character_shows_what_it_is(report, tmp_path):
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    words = [sys.executable, "-m", "mla_compile", "report", "report.json", "--out", "\N{GREEK SMALL LETTER ALPHA}.html"]
+    plain = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(words, cwd=tmp_path, env=plain, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "\\u03b1.html\n"), done.stderr
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
@@ -197,15 +207,19 @@ def test_the_command_draws_a_report_again(report, measurement, tmp_path, capsys)
         (["report.json", "--out", "page.txt"], "is not named like a page"),
         (["report.json", "--eval", "list.json"], "is not a measurement"),
         (["report.json", "--eval", "absent"], "could not be read as a measurement"),
+        (["report.json", "--eval", "part.json"], "'part.json' is not a measurement"),
+        (["damaged.json"], "The report of 'damaged.json' is damaged"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(words, sentence, report, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("report.json").write_text(json.dumps(report))
     Path("list.json").write_text("[]")
+    Path("part.json").write_text(json.dumps({"tokens": 1, "models": [{"perplexity_ratio": 1.0}]}))
+    Path("damaged.json").write_text(json.dumps({**report, "cache": {"bytes_per_token_after": 1}}))
     assert main(["report", *words, "--force"]) == 2
     assert sentence in capsys.readouterr().err
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["list.json", "report.json"]
+    assert not list(tmp_path.glob("*.html"))
 
 
 numbers = st.floats(1e-9, 1e12)

@@ -193,6 +193,20 @@ def test_a_terminal_shows_bars_and_tables():
     assert COLOUR.search(shown)
 
 
+def test_a_stage_that_failed_is_shown_no_longer():
+    script = """
+from mla_compile import display
+from mla_compile.progress import Stages
+with display.make_display(False, False, 0) as shown:
+    try:
+        with Stages(shown).stage("doomed", 3):
+            raise KeyError
+    except KeyError:
+        assert not shown._bars.tasks
+"""
+    assert "Error" not in on_a_terminal(script, 80)
+
+
 def test_no_colours_where_they_are_not_wanted():
     shown = on_a_terminal(TABLE, 120, NO_COLOR="1")
     assert "│" in shown

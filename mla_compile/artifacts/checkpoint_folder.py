@@ -25,15 +25,15 @@ from mla_compile.artifacts.companions import copy_assets, finished
 from mla_compile.artifacts.places import check_neighbours, check_place
 from mla_compile.disk.writing import moved_into
 from mla_compile.errors import LoadError, UsageError, VerificationError
-from mla_compile.passes.retype import type_name, widened
+from mla_compile.passes.retype import type_name
 from mla_compile.program import Assets
 from mla_compile.progress import Stages
 from mla_compile.report import CheckpointFacts, Report
 from mla_compile.runtime.generate import generate
 from mla_compile.runtime.module import LatentModel, cache_dtype
 from mla_compile.sources import huggingface
-from mla_compile.text.evaluate import relative_error
-from mla_compile.verification.agreement import ROUNDING_FACTOR, TOLERANCE, TorchDecoder
+from mla_compile.text.evaluate import relative_error, worst
+from mla_compile.verification.agreement import ROUNDING_FACTOR, TOLERANCE, TorchDecoder, in_float32
 
 __all__ = [
     "DEFAULT_SHARD",
@@ -148,7 +148,7 @@ def write_checkpoint(
             _write_weights(checkpoint, folder, shard, torch.float32)
         (folder / "mla_config.yaml").write_text(yaml.safe_dump(dict(report.config), sort_keys=False), encoding="utf-8")
         with stages.stage("verify checkpoint"):
-            expected = _answers(_wide(module), checks, checkpoint)
+            expected = _answers(in_float32(module), checks, checkpoint)
             _keep(expected, folder)
             found = _compare(folder, expected, _UNLIKE)
         rounded = None
@@ -222,11 +222,6 @@ def read_expected(folder: Path) -> Expected | None:
             return Expected(ids, int(kept["greedy"]), logits, float(kept["tolerance"]))
     except (OSError, ValueError, KeyError):
         return None
-
-
-def _wide(module: LatentModel) -> LatentModel:
-    """The same model computing in float32, with shared weights."""
-    return LatentModel(widened(module.graph), module.rows, module.windows)  # type: ignore[arg-type]
 
 
 def _rounding(module: LatentModel, expected: Expected) -> float:
@@ -324,7 +319,7 @@ def _compare(folder: Path, expected: Expected, remedy: str) -> FolderCheck:
             step = model(token.view(1, 1), past_key_values=step.past_key_values, use_cache=True)
             steps.append(step.logits[0, -1])
     cached = torch.stack(steps)
-    error = max(relative_error(whole, expected.logits), relative_error(cached, expected.logits[-count - 1 : -1]))
+    error = worst(relative_error(whole, expected.logits), relative_error(cached, expected.logits[-count - 1 : -1]))
     if not error <= expected.tolerance:
         raise VerificationError(
             f"The checkpoint in stock transformers differs from the converted PyTorch module by {error:.1e} of the "

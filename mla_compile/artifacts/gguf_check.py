@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,9 +12,6 @@ from numpy.typing import NDArray
 from mla_compile.artifacts.checkpoint_folder import Expected
 from mla_compile.errors import LoadError, VerificationError
 from mla_compile.text.evaluate import relative_error
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["GREEDY", "IDS", "LOGITS", "TOLERANCE", "has_llama_cpp", "verify_gguf"]
 

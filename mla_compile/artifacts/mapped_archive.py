@@ -23,6 +23,7 @@ from torch.export import ExportedProgram
 
 from mla_compile.disk.mapped import drop_pages
 from mla_compile.errors import LoadError
+from mla_compile.sources.archive_guard import load_data_only
 
 __all__ = ["load_mapped"]
 
@@ -38,20 +39,19 @@ def load_mapped(path: Path) -> ExportedProgram:
     """Read an archive that ``torch.export.save`` wrote. What is written to its weights later stays in memory.
 
     Raises:
-        LoadError: A weight is damaged.
+        LoadError: A weight is damaged, or something in it would run code.
         Exception: Whatever torch raises for a file that it cannot read.
     """
     with zipfile.ZipFile(path) as archive:
         records = _weight_records(archive)
-        exported = torch.export.load(
-            _without(archive, {info.filename for info in records.values()}) if records else path
+        exported = load_data_only(
+            _without(archive, {info.filename for info in records.values()}) if records else path, str(path)
         )
     state, flat = exported.state_dict, dict[str, Tensor]()
     for name, info in records.items():
         like = state[name]
         if info.file_size != like.nbytes or not like.is_contiguous():  # a part of its record
-            whole: ExportedProgram = torch.export.load(path)
-            return whole
+            return load_data_only(path, str(path))
         if info.filename not in flat:  # others are tied to it
             flat[info.filename] = _mapped(path, info)
         weight = flat[info.filename].view(like.dtype).view(like.shape)

@@ -15,7 +15,7 @@ import yaml
 from mla_compile.artifacts.archives import read_folder, write_archive
 from mla_compile.artifacts.companions import copy_assets, displaced, is_converted_folder, read_assets
 from mla_compile.artifacts.onnx_files import lower_and_check, stored_metadata
-from mla_compile.artifacts.places import check_place, check_target
+from mla_compile.artifacts.places import check_neighbours, check_place, check_target
 from mla_compile.config import CompileConfig
 from mla_compile.disk.writing import moved_into, sizes_in
 from mla_compile.errors import LoadError, UsageError
@@ -143,7 +143,7 @@ def write_saved_onnx(saved: Saved, path: Path, form: CompileConfig, *, force: bo
 
     Raises:
         RefusedError: A layer's cache cannot be quantised, or has no ONNX form.
-        UsageError: The path cannot be written.
+        UsageError: The path cannot be written, or what lies beside it is another model's.
         VerificationError: ONNX Runtime computes something else.
     """
     if path.suffix != ".onnx":
@@ -152,6 +152,7 @@ def write_saved_onnx(saved: Saved, path: Path, form: CompileConfig, *, force: bo
             "Name it with the suffix .onnx. A DeepSeek checkpoint is written by convert --format deepseek --finetune.",
         )
     check_target(path, force)
+    check_neighbours(path, saved.report["source"], saved.assets, force)
     cache = saved.report["cache"]
     int8 = form.cache_type == "int8"
     halves = form.cache_layout == "genai"

@@ -129,12 +129,11 @@ def report(
     """Draw the report of a conversion as one page; every conversion writes one, this draws it again."""
     from mla_compile import display
     from mla_compile.artifacts.page_file import write_page
-    from mla_compile.reporting.report_page import PAGE, read_measurement, read_report
+    from mla_compile.reporting.report_page import PAGE
 
     page = out or (source if source.is_dir() else source.parent) / PAGE
     with display.make_display(quiet, as_json, verbose):
-        found = read_report(source)
-        write_page(found, page, None if measurement is None else read_measurement(measurement), force)
+        write_page(source, page, measurement, force)
     if as_json:
         display.print_json({"page": str(page)})
     else:

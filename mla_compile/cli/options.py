@@ -163,7 +163,7 @@ PolishSteps = Annotated[
     int,
     typer.Option(
         help="Train the new matrices for so many steps on the calibration text, to predict what the original does; "
-        "100 to 500 help most in small caches.",
+        "helps most in small caches.",
         rich_help_panel=METHOD,
     ),
 ]

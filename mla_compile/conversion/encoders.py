@@ -14,7 +14,7 @@ from torch import Tensor
 from mla_compile.artifacts.archives import write_encoder_folder
 from mla_compile.artifacts.onnx_files import write_encoder_onnx
 from mla_compile.config import CompileConfig, make_config
-from mla_compile.errors import RefusedError, UsageError
+from mla_compile.errors import RefusedError, UsageError, VerificationError
 from mla_compile.passes.evaluate import example_inputs
 from mla_compile.passes.factorise import factorise_layers
 from mla_compile.passes.insert_low_rank import insert_low_rank
@@ -29,6 +29,7 @@ from mla_compile.progress import Display, Stages
 from mla_compile.reporting.encoder_report import EncoderReport, EncoderVerification, projection_multiplications
 from mla_compile.runtime.module import LowRankModel
 from mla_compile.site import AttentionSite, Kind, Rejection, reasons
+from mla_compile.text.evaluate import worst
 from mla_compile.verification.agreement import require_equal, worst_error
 
 __all__ = ["CompiledEncoder", "compile_encoder", "inputs_to_compare", "is_encoder", "require_encoder"]
@@ -238,10 +239,14 @@ def _verified(
     with torch.inference_mode():
         for inputs in checks:
             expected = dict(zip(program.outputs, original(*inputs.values()), strict=True))
-            rewrite = max(rewrite, worst_error(exact(**inputs), expected))
-            conversion = max(conversion, worst_error(converted(**inputs), expected))
+            rewrite = worst(rewrite, worst_error(exact(**inputs), expected))
+            conversion = worst(conversion, worst_error(converted(**inputs), expected))
             tokens += math.prod(next(iter(inputs.values())).shape[:2])
     require_equal("The rewritten graph at full rank", "the original model", rewrite)
+    if not math.isfinite(conversion):
+        raise VerificationError(
+            f"Outputs of the converted '{program.source}' are not numbers.", "Check its weights, or keep a larger rank."
+        )
     return EncoderVerification(rewrite, None, conversion, tokens)
 
 

@@ -29,6 +29,7 @@ from mla_compile.progress import Display, Stages
 from mla_compile.reporting.seq2seq_report import Seq2SeqReport, Seq2SeqVerification
 from mla_compile.runtime.module import LatentModel, LatentSeq2Seq, LowRankModel
 from mla_compile.site import AttentionSite, Kind, Rejection, reasons
+from mla_compile.text.evaluate import worst
 from mla_compile.verification.agreement import require_equal, worst_error
 from mla_compile.verification.encoders import seq2seq_in_chunks, without_padding
 
@@ -257,9 +258,9 @@ def _verified(
                 context = model.encode(**{name: whole[name] for name in model.encoder.inputs})
                 results.append({"logits": model(ids, context).logits})
             pieces = seq2seq_in_chunks(converted, ids, context)
-            rewrite = max(rewrite, worst_error(results[0], expected))
-            conversion = max(conversion, worst_error(results[1], expected))
-            decode = max(decode, worst_error({"logits": pieces}, results[1]))
+            rewrite = worst(rewrite, worst_error(results[0], expected))
+            conversion = worst(conversion, worst_error(results[1], expected))
+            decode = worst(decode, worst_error({"logits": pieces}, results[1]))
             tokens += ids.numel()
     require_equal("The rewritten graph at full rank", "the original model", rewrite)
     require_equal("Decoding with the latent cache", "the same model on the whole sequence", decode)

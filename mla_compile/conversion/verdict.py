@@ -71,7 +71,7 @@ def require_quality(quality: Quality | None, limit: float | None) -> None:
     Raises:
         QualityGateError: Perplexity grows by more than the limit.
     """
-    if quality is not None and limit is not None and quality.ratio > limit:
+    if quality is not None and limit is not None and not quality.ratio <= limit:
         raise QualityGateError(
             f"Perplexity grows {quality.ratio:.3f} times ({quality.original:.3f} to {quality.converted:.3f}), above "
             f"the limit of {limit:g}.",

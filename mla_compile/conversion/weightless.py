@@ -141,8 +141,16 @@ def _moved(layer: AttentionSite | Rejection, old: str, index: int, path: str) ->
 
     if isinstance(layer, Rejection):
         return dataclasses.replace(layer, index=index, path=named(layer.path))
-    query, key, value = read(layer.query), read(layer.key), read(layer.value)
-    return dataclasses.replace(layer, index=index, path=named(layer.path), query=query, key=key, value=value)
+    sinks = layer.scores.sinks_name
+    return dataclasses.replace(
+        layer,
+        index=index,
+        path=named(layer.path),
+        query=read(layer.query),
+        key=read(layer.key),
+        value=read(layer.value),
+        scores=dataclasses.replace(layer.scores, sinks_name=None if sinks is None else named(sinks)),
+    )
 
 
 def _shortened(config: Any, said: Sequence[str], few: int) -> Any:  # noqa: ANN401 - any transformers configuration

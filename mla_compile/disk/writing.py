@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from mla_compile.errors import UsageError
+from mla_compile.errors import UsageError, first_line
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -62,7 +62,7 @@ def explained(path: Path) -> Iterator[None]:
         text = str(error)
         if not any(words in text for words in _OTHERS):
             raise
-        reason = next((os.strerror(n) for n in _FULL if os.strerror(n) in text), text.strip().splitlines()[0][:120])
+        reason = next((os.strerror(n) for n in _FULL if os.strerror(n) in text), first_line(error))
         raise UsageError(f"'{path}' could not be written ({reason}).", _MORE_ROOM) from error
 
 

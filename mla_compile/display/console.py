@@ -108,10 +108,14 @@ class StageDisplay:
         """Something is said while the stage goes on."""
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
-    def finished(self, timing: StageTiming) -> None:
-        """A stage is done."""
+    def abandoned(self) -> None:
+        """A stage ended by an error."""
         if self._bars:
             self._bars.remove_task(self._task)
+
+    def finished(self, timing: StageTiming) -> None:
+        """A stage is done."""
+        self.abandoned()
         line = f"{timing.name:<16} {timing.seconds:7.1f} s   peak {timing.peak_mib:,.0f} MiB   {timing.note}".rstrip()
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 

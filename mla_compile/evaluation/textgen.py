@@ -13,7 +13,7 @@ from mla_compile.errors import LoadError, UsageError
 from mla_compile.runtime.generate import Sampling, generate
 from mla_compile.runtime.onnx_checksum import require_unchanged
 from mla_compile.runtime.onnx_session import PROVIDERS, OnnxDecoder
-from mla_compile.text.corpus import check_vocabulary, load_tokenizer
+from mla_compile.text.corpus import check_vocabulary, is_text, load_tokenizer
 
 if TYPE_CHECKING:
     from mla_compile.artifacts.folder_decoder import FolderDecoder
@@ -76,9 +76,12 @@ def generate_text(
 
     Raises:
         LoadError: The file or its tokenizer cannot be read.
-        UsageError: A prompt has no tokens, there would be more than ``max_length``, the device is missing, or an engine
-            or a folder was given what belongs to ONNX files.
+        UsageError: A prompt is not text or has no tokens, there would be more than ``max_length``, the device is
+            missing, or an engine or a folder was given what belongs to ONNX files.
+        VerificationError: The model's logits are not numbers.
     """
+    if not all(map(is_text, prompts)):
+        raise UsageError("A prompt is not UTF-8 text.", "Give it in UTF-8.")
     decoder = _open(model, threads, provider, max_length, kernel)
     words = load_tokenizer(tokenizer or str(model if model.is_dir() else model.absolute().parent))
     begin = [] if words.bos_token_id is None else [words.bos_token_id]
@@ -97,6 +100,8 @@ def generate_text(
     start = time.perf_counter()
     new = generate(decoder, ids, max_new_tokens, sampling=sampling, stop=stop, on_tokens=stream)
     seconds = time.perf_counter() - start
+    if stream is not None:
+        stream.finish()
     texts = [p + continuation(words, before, after) for p, before, after in zip(prompts, ids, new, strict=True)]
     grows = not decoder.static if isinstance(decoder, OnnxDecoder) else model.is_dir()
     added = max(map(len, new)) if grows else max_new_tokens
@@ -161,13 +166,19 @@ class _Stream:
         self._prompt = prompt
         self._on_text = on_text
         self._ids: list[int] = []
+        self._text = ""
         self._shown = 0
 
     def __call__(self, tokens: list[int | None]) -> None:
         if tokens[0] is None:
             return
         self._ids.append(tokens[0])
-        text = continuation(self._tokenizer, self._prompt, self._ids)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # the character goes on in the next token
-            self._on_text(text[self._shown :])
-            self._shown = len(text)
+        self._text = continuation(self._tokenizer, self._prompt, self._ids)
+        if not self._text.endswith("\N{REPLACEMENT CHARACTER}"):  # the character goes on in the next token
+            self.finish()
+
+    def finish(self) -> None:
+        """Show what is left: no token is to come."""
+        if len(self._text) > self._shown:
+            self._on_text(self._text[self._shown :])
+            self._shown = len(self._text)

@@ -24,6 +24,8 @@ __all__ = [
     "write_report",
 ]
 
+_POINT = {"cache_kept", "method", "model"}
+"""What else is read of every model of a measurement."""
 _OF_DECODERS = ("cache", "quality", "polish", "training")
 """What reports of other models do not have."""
 _UNITS = {
@@ -93,7 +95,8 @@ def read_measurement(path: Path) -> Mapping[str, Any]:
     if (
         not isinstance(models, list)
         or not models
-        or not all(isinstance(m, dict) and m.get("perplexity_ratio") for m in models)
+        or not all(isinstance(m, dict) and m.get("perplexity_ratio") and m.keys() >= _POINT for m in models)
+        or not isinstance(found.get("tokens"), int)
     ):
         raise LoadError(f"'{path}' is not a measurement of models beside their original.", remedy)
     return dict(found)

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mla_compile.disk.mapped import drop_pages
-from mla_compile.errors import LoadError
+from mla_compile.errors import LoadError, first_line
 
 __all__ = ["has_weights", "require_files", "require_finite", "require_fitting_weights"]
 
@@ -55,8 +55,7 @@ def require_files(folder: Path) -> None:
             with safe_open(path, "pt") as file:
                 there = set(file.keys())
         except (SafetensorError, OSError) as error:
-            reason = str(error).splitlines()[0][:120]
-            raise LoadError(f"'{path}' is damaged or was cut short ({reason}).", _COPY) from error
+            raise LoadError(f"'{path}' is damaged or was cut short ({first_line(error)}).", _COPY) from error
         if lost := [tensor for tensor in tensors if tensor not in there]:
             raise LoadError(f"'{path}' lacks the tensor '{lost[0]}', which the index says it has.", _COPY)
 

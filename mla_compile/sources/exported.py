@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from mla_compile.errors import LoadError, MlaCompileError
+from mla_compile.errors import LoadError, reason_of
 from mla_compile.program import AnyProgram, Assets, OtherProgram, Program
 from mla_compile.quiet import quiet_exporter
 from mla_compile.sources.patterns import patterns
@@ -20,9 +20,7 @@ __all__ = [
     "HOW_TO_EXPORT",
     "assets_of",
     "language_model",
-    "program_from_export",
     "read_export",
-    "reason_of",
     "require_integers",
 ]
 
@@ -76,21 +74,6 @@ def require_integers(name: str, value: Tensor, source: str) -> None:
             "Give example_inputs, or export a model, of token ids [batch, length], and optionally attention_mask and "
             "position_ids.",
         )
-
-
-def program_from_export(
-    exported: ExportedProgram,
-    *,
-    source: str,
-    assets: Assets | None = None,
-    max_positions: int | None = None,
-) -> Program:
-    """Read an exported causal language model; see :func:`read_export`.
-
-    Raises:
-        LoadError: Batch or length is static, an input is not understood, or no output looks like logits.
-    """
-    return language_model(read_export(exported, source=source, assets=assets, max_positions=max_positions))
 
 
 def read_export(
@@ -216,11 +199,3 @@ def _drop_type_assertions(exported: ExportedProgram) -> None:
         if node.target is _ASSERTION:
             exported.graph.erase_node(node)
     exported.graph_module.recompile()
-
-
-def reason_of(error: BaseException) -> str:
-    """Which error it is, and what its first line says; of one of ours, what it says."""
-    if isinstance(error, MlaCompileError):
-        return error.message
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

@@ -21,15 +21,13 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from mla_compile.errors import LoadError
+from mla_compile.errors import LoadError, reason_of
 from mla_compile.quiet import quiet_exporter
 
 __all__ = ["export_module"]
 
 _GUARDS = "torch.fx.experimental.symbolic_shapes"
 _NOT_USERS = (str(Path(torch.__file__).parent), str(Path(logging.__file__).parent), str(Path(__file__).parent))
-_LONGEST = 200
-"""Characters of torch's own message that are passed on when no line is known."""
 
 
 @dataclass(frozen=True)
@@ -96,10 +94,8 @@ def _explained(error: Exception, export: Any, values: Mapping[str, Any] | tuple[
             f"{source} could not be exported: {_place(frame)} depends on values in a tensor, not only on its shape.",
             "Rewrite that line with tensor operations (torch.where, masks) that work for all values alike.",
         )
-    lines = str(error).strip().splitlines()
-    reason = f"{type(error).__name__}: {lines[0][:_LONGEST]}" if lines else type(error).__name__
     return LoadError(
-        f"{source} could not be exported with dynamic batch and length ({reason}).",
+        f"{source} could not be exported with dynamic batch and length ({reason_of(error)}).",
         "Rewrite the named operation so that it does not depend on a fixed size or on tensor values.",
     )
 
@@ -110,10 +106,8 @@ def _require_fitting(module: nn.Module, values: Mapping[str, Any] | tuple[Any, .
         with torch.no_grad():
             module(**values) if isinstance(values, Mapping) else module(*values)
     except Exception as error:
-        lines = str(error).strip().splitlines()
-        reason = f"{type(error).__name__}: {lines[0][:_LONGEST]}" if lines else type(error).__name__
         raise LoadError(
-            f"{source} cannot run on the example_inputs it was given ({reason}).",
+            f"{source} cannot run on the example_inputs it was given ({reason_of(error)}).",
             "Pass token ids [batch, length] in a tuple, e.g. (torch.zeros(2, 8, dtype=torch.long),).",
         ) from error
 

@@ -1,6 +1,6 @@
 """Read a model from wherever the user has it, and bring it to the one form every pass reads.
 
-Nothing here runs code that came with a model: archives are read by ``torch.export.load``, checkpoints through
+Nothing here runs code that came with a model: archives are read where nothing in them is code, checkpoints through
 safetensors. A pickled module is only opened when the user says so.
 """
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mla_compile.errors import LoadError
+from mla_compile.errors import LoadError, reason_of
 from mla_compile.program import Assets
 from mla_compile.sources.checkpoint_files import require_files, require_fitting_weights
 
@@ -173,10 +173,8 @@ def _read(kind: Any, name: str, config: Any, attention: str, dtype: torch.dtype 
 
 
 def _unreadable(name: str, error: Exception) -> LoadError:
-    lines = str(error).strip().splitlines()
-    reason = f"{type(error).__name__}: {lines[0][:200].rstrip('.')}" if lines else type(error).__name__
     return LoadError(
-        f"'{name}' could not be loaded as a Hugging Face causal language model ({reason}).",
+        f"'{name}' could not be loaded as a Hugging Face causal language model ({reason_of(error)}).",
         "Check the path or id, that the weights are safetensors, and that the hub can be reached.",
     )
 

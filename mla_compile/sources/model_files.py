@@ -13,11 +13,12 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from mla_compile.errors import LoadError
+from mla_compile.errors import LoadError, reason_of
 from mla_compile.program import AnyProgram
 from mla_compile.sources import huggingface
+from mla_compile.sources.archive_guard import load_data_only
 from mla_compile.sources.capture import capture_any
-from mla_compile.sources.exported import HOW_TO_EXPORT, assets_of, read_export, reason_of
+from mla_compile.sources.exported import HOW_TO_EXPORT, assets_of, read_export
 
 __all__ = ["load_file"]
 
@@ -48,7 +49,7 @@ def load_file(path: Path, tokenizer: str | None, unsafe: bool, dtype: torch.dtyp
     if damaged is not None:
         raise LoadError(f"'{path}' is a damaged archive ('{damaged}' in it).", "Copy or export it again.")
     if any(n.endswith("archive_format") or n.endswith("serialized_exported_program.json") for n in names):
-        exported = _read_archive(path)
+        exported = _read_archive(path, unsafe)
         return read_export(exported, source=str(path), assets=assets_of(tokenizer, path.parent))
     if any("/code/" in n for n in names):
         raise LoadError(f"'{path}' is a TorchScript file, whose graph cannot be rewritten.", HOW_TO_EXPORT)
@@ -57,7 +58,7 @@ def load_file(path: Path, tokenizer: str | None, unsafe: bool, dtype: torch.dtyp
     raise LoadError(f"'{path}' is an archive but holds no model.", HOW_TO_EXPORT)
 
 
-def _read_archive(path: Path) -> ExportedProgram:
+def _read_archive(path: Path, unsafe: bool) -> ExportedProgram:
     """Read a ``torch.export`` archive; the reason for a failure is found only in torch's log."""
     with zipfile.ZipFile(path) as archive:
         for name in archive.namelist():
@@ -79,7 +80,9 @@ def _read_archive(path: Path) -> ExportedProgram:
     propagate, logger.propagate = logger.propagate, False
     handlers, logger.handlers = logger.handlers, [keep]
     try:
-        return torch.export.load(path)
+        return torch.export.load(path) if unsafe else load_data_only(path, str(path))
+    except LoadError:
+        raise
     except Exception as error:
         raise LoadError(
             f"'{path}' could not be read as a torch.export archive ({reason_of((reasons or [error])[-1])}).",

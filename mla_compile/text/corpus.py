@@ -112,14 +112,21 @@ class TextFile:
     def _lines(self) -> Iterator[str]:
         """Texts of JSON objects."""
         for number, line in enumerate(self._parts("\n"), 1):
+            if not line.strip():
+                continue
             try:
-                if line.strip():
-                    yield json.loads(line)["text"] + ""
+                text = json.loads(line)["text"] + ""
             except (json.JSONDecodeError, KeyError, TypeError) as error:
                 raise LoadError(
                     f"Line {number} of '{self.path}' is not a JSON object with a 'text' field.",
                     "Correct or remove the line.",
                 ) from error
+            if not is_text(text):
+                raise LoadError(
+                    f"Line {number} of '{self.path}' holds half a character (a lone surrogate).",
+                    "Correct or remove the line.",
+                )
+            yield text
 
     def _parts(self, separator: str) -> Iterator[str]:
         """What stands between separators, which may begin in one piece and end in the next."""
@@ -184,6 +191,15 @@ def read_documents(path: str | Path) -> list[str]:
         LoadError: The file is missing, not UTF-8 text, or has no documents.
     """
     return [*TextFile(Path(path))]
+
+
+def is_text(string: str) -> bool:
+    """Whether a string is whole characters: escapes in JSON, and words of a command line, may be halves of some."""
+    try:
+        string.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def tokenize(documents: Iterable[str], tokenizer: Any, most: int | None = None) -> list[int]:  # noqa: ANN401 - see load_tokenizer

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mla_compile.errors import UsageError
+from mla_compile.errors import UsageError, VerificationError
 from mla_compile.passes.retype import widened
 from mla_compile.program import Program
 
@@ -25,6 +25,7 @@ __all__ = [
     "perplexity",
     "relative_error",
     "streamed_perplexity",
+    "worst",
 ]
 
 DEFAULT_WINDOW = 512
@@ -91,12 +92,28 @@ def streamed_perplexity(
         logits: Of every batch, ``[batch, length, vocabulary]``; a model may run layer by layer over all of them.
         batches: Token ids ``[batch, length]``.
         progress: Wraps the batches to show progress.
+
+    Raises:
+        VerificationError: The logits are not numbers.
     """
     total, count = 0.0, sum(ids[:, 1:].numel() for ids in batches)
     for ids, found in zip(progress(batches), logits, strict=True):
         total += float(_sums(found, ids, None)[0])
-    loss = total / count
-    return Perplexity(math.exp(min(loss, 700.0)), loss, count)
+    return _perplexity(total / count, count)
+
+
+def _perplexity(loss: float, count: int) -> Perplexity:
+    """What a mean loss over so many tokens says.
+
+    Raises:
+        VerificationError: It is not a number.
+    """
+    if not math.isfinite(loss):
+        raise VerificationError(
+            "The loss on the text is not a number: weights of the model are damaged, or overflow their type.",
+            "Convert the model again, with --dtype float32 if it is in float16.",
+        )
+    return Perplexity(math.exp(min(loss, 700.0)), loss, count)  # beyond that a float ends
 
 
 def compare(
@@ -115,6 +132,9 @@ def compare(
 
     Returns:
         One entry per model.
+
+    Raises:
+        VerificationError: A model's logits are not numbers.
     """
     totals = torch.zeros(len(scores), 3, dtype=torch.float64)
     seconds = [0.0] * len(scores)
@@ -130,8 +150,7 @@ def compare(
     count = windows[:, 1:].numel()
     found = []
     for (loss, kl, same), taken in zip((totals / count).tolist(), seconds, strict=True):
-        value = math.exp(min(loss, 700.0))  # beyond that a float ends
-        found.append(Comparison(Perplexity(value, loss, count), kl, same, taken))
+        found.append(Comparison(_perplexity(loss, count), kl, same, taken))
     return found
 
 
@@ -193,3 +212,8 @@ def original_scorer(program: Program, *, wide: bool = False) -> Scorer:
 def relative_error(got: Tensor, expected: Tensor) -> float:
     """Largest absolute difference over the largest expected magnitude."""
     return float((got - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
+
+
+def worst(*errors: float) -> float:
+    """The largest of some errors; NaN where one is, which ``max`` may leave out."""
+    return math.nan if any(map(math.isnan, errors)) else max(errors)

@@ -58,11 +58,19 @@ class Checkpoints:
         folder: Where they are.
         recipe: The settings, all of them chosen.
         text: Fingerprint of the text.
+        model: Fingerprint of the weights that training began with.
+        teacher: Fingerprint of the weights of what is learned from; empty without a teacher.
     """
 
     folder: Path
     recipe: Recipe
     text: str
+    model: str
+    teacher: str
+
+    @property
+    def _origin(self) -> dict[str, str]:
+        return {name: getattr(self, name) for name in ("model", "teacher", "text")}
 
     def save(self, accelerator: Accelerator, state: State) -> None:
         """Write a checkpoint, and remove those that are kept no longer; called by every process.
@@ -79,7 +87,7 @@ class Checkpoints:
             accelerator.save_state(str(hidden))
             if accelerator.is_main_process:
                 (hidden / "recipe.yaml").write_text(yaml.safe_dump(self.recipe.model_dump(), sort_keys=False), "utf-8")
-                written = {"text": self.text, "step": state.step, "curve": [asdict(point) for point in state.curve]}
+                written = {**self._origin, "step": state.step, "curve": [asdict(point) for point in state.curve]}
                 (hidden / "state.json").write_text(json.dumps(written, indent=1) + "\n", "utf-8")
         except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(hidden, ignore_errors=True)
@@ -103,7 +111,7 @@ class Checkpoints:
 
         Raises:
             LoadError: It is damaged.
-            UsageError: It belongs to a training with other settings or another text.
+            UsageError: It belongs to a training with other settings, or of another model, teacher or text.
         """
         steps = self._steps()
         if not steps:
@@ -113,11 +121,11 @@ class Checkpoints:
             written = json.loads((found / "state.json").read_text("utf-8"))
             state = State(int(written["step"]), tuple(TrainingPoint(**point) for point in written["curve"]))
             stored = dict(yaml.safe_load((found / "recipe.yaml").read_text("utf-8")))
-            changed = _changes(stored, self.recipe.model_dump()) or ([] if written["text"] == self.text else ["text"])
+            changed = _changes(stored, self.recipe.model_dump()) or _changes(written, self._origin)
         if changed:
             raise UsageError(
                 f"'{self.folder}' holds checkpoints of another training, with another {', '.join(changed)}.",
-                "Resume with the same settings and text, or pass --force to begin anew.",
+                "Resume with the same settings, model, teacher and text, or pass --force to begin anew.",
             )
         return state
 

@@ -69,7 +69,7 @@ class Recipe(BaseModel):
     patience: int = Field(default=0, ge=0)
     keep: int = Field(default=2, ge=1)
     eval_windows: int = Field(default=32, ge=1)
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     mixed_precision: Literal["no", "bf16"] = "no"
     recompute: bool = False
     tracker: str = "auto"
@@ -113,6 +113,8 @@ class Recipe(BaseModel):
         unknown = weights.keys() - {*_OBJECTIVES}
         if unknown:
             raise ValueError(f"the objective '{min(unknown)}' is not one of {', '.join(_OBJECTIVES)}")
+        if len(weights) < len(self.objective.split(",")):
+            raise ValueError(f"the objective '{self.objective}' names a part twice")
         if not all(w > 0 and math.isfinite(w) for w in weights.values()):
             raise ValueError(f"a weight of the objective '{self.objective}' is not a number above 0")
         return self

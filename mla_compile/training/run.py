@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from mla_compile.artifacts.opened import module_scorer
 from mla_compile.artifacts.places import check_place
 from mla_compile.artifacts.saved import open_saved, write_trained
+from mla_compile.disk.content import content_of
 from mla_compile.errors import LoadError, UsageError
 from mla_compile.passes.retype import is_narrow, widened
 from mla_compile.program import Program
@@ -105,7 +106,13 @@ class _Task:
         from mla_compile.training.checkpoints import Checkpoints
         from mla_compile.training.trainer import train
 
-        checkpoints = Checkpoints(folder / _CHECKPOINTS, self.recipe, self.text.fingerprint)
+        checkpoints = Checkpoints(
+            folder / _CHECKPOINTS,
+            self.recipe,
+            text=self.text.fingerprint,
+            model=content_of(self.model.state_dict()),
+            teacher="" if self.teacher is None else content_of(self.teacher.exported.state_dict),
+        )
         return train(engine, self.model, self.teacher, self.text, self.recipe, checkpoints, stages, resume=resume)
 
 

@@ -13,7 +13,14 @@ from torch.fx import Node
 from mla_compile.runtime.module import LatentModel
 from mla_compile.training.graphs import latent_nodes, output_products
 
-__all__ = ["constant_rows", "hold_constants", "own_copies", "parameter_groups", "trained_names"]
+__all__ = [
+    "constant_rows",
+    "hold_constants",
+    "own_copies",
+    "parameter_groups",
+    "restore_constants",
+    "trained_names",
+]
 
 _LATENT = re.compile(r"\.latent_\d+\.(query|query_bias|row|row_bias|key_up|value_up|output_bias)$")
 _VIEWS = (torch.ops.aten.t.default, torch.ops.aten.transpose.int, torch.ops.aten.permute.default)
@@ -87,6 +94,17 @@ def hold_constants(model: LatentModel) -> None:
     for parameter, places in constant_rows(model).items():
         if parameter.requires_grad:
             parameter.register_hook(lambda g, places=places: g.index_fill(0, places.to(g.device), 0))
+
+
+def restore_constants(found: Mapping[nn.Parameter, Tensor]) -> None:
+    """Put constant entries back, which weight decay moves without any gradient.
+
+    Args:
+        found: From :func:`constant_rows`, before the first step.
+    """
+    with torch.no_grad():
+        for parameter, places in found.items():
+            parameter.index_fill_(0, places.to(parameter.device), 1.0 if parameter.dim() == 1 else 0.0)
 
 
 def parameter_groups(model: nn.Module, rate: float) -> list[dict[str, Any]]:

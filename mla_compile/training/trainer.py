@@ -26,7 +26,14 @@ from mla_compile.training.lora import Adapter, adapt, adapter_groups, merge
 from mla_compile.training.objectives import Student, Teacher, Wanted
 from mla_compile.training.packing import Packed, order
 from mla_compile.training.recipe import ATTENTION, NEXT_TOKEN, Recipe
-from mla_compile.training.trained import constant_rows, hold_constants, own_copies, parameter_groups, trained_names
+from mla_compile.training.trained import (
+    constant_rows,
+    hold_constants,
+    own_copies,
+    parameter_groups,
+    restore_constants,
+    trained_names,
+)
 
 __all__ = ["start_engine", "train"]
 
@@ -74,13 +81,18 @@ def _tracker(recipe: Recipe) -> str | None:
     """What the curve is sent to, which has to be installed; ``auto`` is TensorBoard if it is.
 
     Raises:
-        UsageError: It is not installed.
+        UsageError: It is not installed, or accelerate knows no such tracker.
     """
     available = ["all", *map(str, get_available_trackers())]
     if recipe.tracker == "none" or (recipe.tracker == "auto" and "tensorboard" not in available):
         return None
     wanted = "tensorboard" if recipe.tracker == "auto" else recipe.tracker
-    if wanted in list(map(str, LoggerType)) and wanted not in available:
+    known = [*map(str, LoggerType)]
+    if wanted not in known:
+        raise UsageError(
+            f"There is no tracker '{wanted}'.", f"Choose auto, none, or one of accelerate's: {', '.join(known)}."
+        )
+    if wanted not in available:
         raise UsageError(f"The tracker '{wanted}' is not installed.", "Install it, or leave --tracker out.")
     return wanted
 
@@ -159,6 +171,7 @@ class _Run:
         accelerator: The engine.
         model: The model that is trained.
         whole: It with its loss.
+        constants: Entries of its weights that are no weights, and stay as they are.
         adapters: What is trained instead of its matrices, if that was asked for.
         student: ``whole`` as the engine prepared it.
         optimiser: As the engine prepared it.
@@ -173,6 +186,7 @@ class _Run:
     accelerator: Accelerator
     model: LatentModel
     whole: Student
+    constants: Mapping[nn.Parameter, Tensor]
     adapters: list[Adapter]
     student: nn.Module
     optimiser: torch.optim.Optimizer
@@ -204,6 +218,7 @@ class _Run:
         names = trained_names(model, recipe.train)
         own_copies(model, names)
         hold_constants(model)
+        constants = constant_rows(model)
         model.to(accelerator.device)
         whole = Student(model, matching=matching, recompute=recipe.recompute)
         adapters = _adapters(whole, model, names, recipe) if recipe.lora_rank else []
@@ -226,7 +241,19 @@ class _Run:
         answers = None if teacher is None else Teacher.of(teacher, accelerator.device, layers=matching)
         folder = checkpoints.folder
         return cls(
-            accelerator, model, whole, adapters, student, optimiser, loader, answers, text, recipe, folder, steps
+            accelerator,
+            model,
+            whole,
+            constants,
+            adapters,
+            student,
+            optimiser,
+            loader,
+            answers,
+            text,
+            recipe,
+            folder,
+            steps,
         )
 
     def begin_counting(self) -> None:
@@ -308,6 +335,7 @@ class _Run:
                     found = self._finite(float(self.accelerator.reduce(total, "mean")), "loss", step + 1)
                     self._finite(float(length), "gradient", step + 1)
                 self.optimiser.step()
+                restore_constants(self.constants)
                 self.optimiser.zero_grad()
         return found
 

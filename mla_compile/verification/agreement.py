@@ -12,7 +12,7 @@ from mla_compile.errors import VerificationError
 from mla_compile.passes.retype import type_name, widened
 from mla_compile.runtime.generate import Ids
 from mla_compile.runtime.module import LatentModel, LatentOutput, cache_dtype
-from mla_compile.text.evaluate import Scorer, relative_error
+from mla_compile.text.evaluate import Scorer, relative_error, worst
 
 __all__ = [
     "GREEDY_TOKENS",
@@ -92,7 +92,7 @@ def greedy_original(score: Scorer, prompt: Tensor, count: int) -> list[int]:
 
 def worst_error(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
     """Largest relative error among outputs of the same names."""
-    return max(relative_error(got[name].float(), value.float()) for name, value in expected.items())
+    return worst(*(relative_error(got[name].float(), value.float()) for name, value in expected.items()))
 
 
 def greedy_tokens(model: LatentModel, ids: Tensor) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mla_compile.runtime.module import LatentSeq2Seq, LowRankModel
 from mla_compile.runtime.onnx_session import open_session
-from mla_compile.text.evaluate import relative_error
+from mla_compile.text.evaluate import relative_error, worst
 from mla_compile.verification.agreement import chunks, in_steps, require_equal, worst_error
 
 __all__ = ["check_encoder_onnx", "check_seq2seq_onnx", "seq2seq_in_chunks", "without_padding"]
@@ -31,16 +31,16 @@ def check_encoder_onnx(converted: LowRankModel, path: Path, checks: Sequence[Map
     Raises:
         VerificationError: The runtimes disagree.
     """
-    (session, _), worst = open_session(path), 0.0
+    (session, _), error = open_session(path), 0.0
     for inputs in checks:
         with torch.inference_mode():
             expected = converted(**inputs)
         fed = {i.name: inputs[i.name].numpy() for i in session.get_inputs()}
         got = session.run(list(expected), fed)
         named = {name: torch.from_numpy(value) for name, value in zip(expected, got, strict=True)}
-        worst = max(worst, worst_error(named, expected))
-    require_equal("ONNX Runtime", "the converted PyTorch module", worst)
-    return worst
+        error = worst(error, worst_error(named, expected))
+    require_equal("ONNX Runtime", "the converted PyTorch module", error)
+    return error
 
 
 def without_padding(inputs: Mapping[str, Tensor], mask: str | None) -> dict[str, Tensor]:
@@ -72,7 +72,7 @@ def check_seq2seq_onnx(
     """
     (encoder, _), (decoder, _) = map(open_session, files)
     taken = {i.name for i in decoder.get_inputs()}
-    worst = 0.0
+    error = 0.0
     for inputs in checks:
         ids, given = inputs[tokens], {name: inputs[name] for name in converted.encoder.inputs}
         with torch.inference_mode():
@@ -96,6 +96,6 @@ def check_seq2seq_onnx(
             logits, *cache = decoder.run(None, {name: value for name, value in step.items() if name in taken})
             parts.append(logits)
             done += size
-        worst = max(worst, relative_error(torch.from_numpy(np.concatenate(parts, 1)), expected))
-    require_equal("ONNX Runtime", "the converted PyTorch module", worst)
-    return worst
+        error = worst(error, relative_error(torch.from_numpy(np.concatenate(parts, 1)), expected))
+    require_equal("ONNX Runtime", "the converted PyTorch module", error)
+    return error

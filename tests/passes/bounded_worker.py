@@ -23,7 +23,7 @@ from mla_compile.passes.methods import METHODS
 from mla_compile.passes.recognise import recognise
 from mla_compile.passes.task import Task
 from mla_compile.site import AttentionSite
-from mla_compile.sources.exported import program_from_export
+from mla_compile.sources.exported import language_model, read_export
 
 FEW, MANY = 2, 6
 WINDOWS, LENGTH = 24, 24
@@ -35,7 +35,7 @@ def task_of(folder: Path, layers: int, method: str) -> Task:
         module = Deep(layers).eval()
     shapes = ({0: Dim.DYNAMIC, 1: Dim.DYNAMIC},)
     exported = export(module, (torch.zeros(2, 8, dtype=torch.long, device="meta"),), dynamic_shapes=shapes)
-    program = program_from_export(exported, source="deep")
+    program = language_model(read_export(exported, source="deep"))
     folder.mkdir()
     for name, value in mapped_weights(module, folder).items():
         program.exported.state_dict[name] = nn.Parameter(value, requires_grad=False)

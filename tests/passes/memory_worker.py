@@ -24,7 +24,7 @@ from mla_compile.passes.activations import SiteRun
 from mla_compile.passes.layerwise import Resources
 from mla_compile.passes.recognise import recognise
 from mla_compile.passes.statistics import collect_statistics
-from mla_compile.sources.exported import program_from_export
+from mla_compile.sources.exported import language_model, read_export
 
 LAYERS, WIDTH, HEADS, VOCABULARY = 24, 512, 8, 101
 BATCH, LENGTH = 4, 64
@@ -100,7 +100,7 @@ def main(folder):
     ids = torch.randint(0, VOCABULARY, (2 * BATCH, LENGTH), generator=torch.Generator().manual_seed(1))
     shapes = ({0: Dim.DYNAMIC, 1: Dim.DYNAMIC},)
     exported = export(module, (torch.zeros(2, 8, dtype=torch.long, device="meta"),), dynamic_shapes=shapes)
-    program = program_from_export(exported, source="deep")
+    program = language_model(read_export(exported, source="deep"))
     for name, value in mapped_weights(module, folder).items():
         program.exported.state_dict[name] = nn.Parameter(value, requires_grad=False)
     sites = recognise(program).sites

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mla_compile.errors import UsageError
+from mla_compile.errors import UsageError, VerificationError
 from mla_compile.runtime.generate import Sampling, generate
 
 VOCABULARY = 7
@@ -159,3 +159,17 @@ def test_a_sequence_ends_where_it_is_told_to():
     assert generate(Scripted(successor), [[3], [5]], 4, until=until) == [[4, 5], [6, 0, 1, 2]]
     assert asked[:4] == [(0, [4]), (1, [6]), (0, [4, 5]), (1, [6, 0])]
     assert all(row == 1 for row, _ in asked[4:])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_logits_that_are_not_numbers_are_told(temperature, wrong):
+    """NaN would be taken for the most likely token: the first, which ends the text where that is the end token."""
+    logits = np.where(np.arange(VOCABULARY) == 2, wrong, 0.0).astype(np.float32)
+    with pytest.raises(VerificationError, match="are not numbers"):
+        generate(Scripted(lambda _: logits), [[1]], 2, sampling=Sampling(temperature))
+
+
+def test_a_token_may_be_ruled_out():
+    logits = np.where(np.arange(VOCABULARY) == 2, 0.0, -np.inf).astype(np.float32)
+    assert generate(Scripted(lambda _: logits), [[1]], 2, sampling=Sampling(1.0)) == [[2, 2]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import models
 import pytest
@@ -52,6 +53,18 @@ def test_a_folder_becomes_a_file_with_an_int8_cache(plain, tmp_path, capsys):
 def test_a_saved_folder_becomes_nothing_but_onnx(plain, tmp_path):
     with pytest.raises(UsageError, match="--finetune"):
         write_saved_onnx(open_saved(plain.folder), tmp_path / "checkpoint", make_config(), force=False)
+
+
+@pytest.mark.parametrize("name", ["config.json", "report.json", "report.html"])
+def test_what_belongs_to_another_model_is_not_replaced(plain, tmp_path, name):
+    folder = shutil.copytree(plain.folder, tmp_path / "saved")
+    (folder / "config.json").write_text('{"model_type": "ours"}')
+    other = tmp_path / "other" / name
+    other.parent.mkdir()
+    other.write_text('"precious"')
+    with pytest.raises(UsageError, match="belongs to something else"):
+        write_saved_onnx(open_saved(folder), other.parent / "model.onnx", make_config(), force=False)
+    assert [other.read_text()] == ['"precious"'] * len(list(other.parent.iterdir()))
 
 
 def test_conversion_and_training_in_one_go(tmp_path):

@@ -12,7 +12,13 @@ from mla_compile.errors import UsageError
 from mla_compile.runtime.module import LatentModel
 from mla_compile.training.packing import order, pack
 from mla_compile.training.recipe import make_recipe
-from mla_compile.training.trained import hold_constants, own_copies, parameter_groups
+from mla_compile.training.trained import (
+    constant_rows,
+    hold_constants,
+    own_copies,
+    parameter_groups,
+    restore_constants,
+)
 
 
 def test_step_sizes_grow_stay_and_fall():
@@ -41,6 +47,8 @@ def test_objectives_are_mixed_by_name():
         ({"objective": "kl=x"}, "not spelled"),
         ({"objective": "kl=1=2"}, "not spelled"),
         ({"objective": "kl=0"}, "not a number above 0"),
+        ({"objective": "kl=0.9,kl=0.1"}, "names a part twice"),
+        ({"seed": 2**63}, "seed"),
         ({"batch": 5, "accumulate": 2}, "cannot be cut"),
         ({"warm_up": 0.6, "decay": 0.5}, "more than all"),
         ({"train": "some"}, "train='some'"),
@@ -122,3 +130,21 @@ def test_the_constant_entry_gets_no_gradient_and_tied_weights_stay_one():
     (holder.row.sum() + holder.row_bias.sum()).backward()
     assert holder.row.grad.tolist() == [[1.0, 1.0], [0.0, 0.0]]
     assert holder.row_bias.grad.tolist() == [1.0, 0.0]
+
+
+def test_weight_decay_leaves_the_constant_entry():
+    model = _model()
+    found = constant_rows(model)
+    holder = model.graph.attention.latent_0
+    hold_constants(model)
+    optimiser = torch.optim.AdamW(parameter_groups(model, 0.01), weight_decay=0.5)
+    for _ in range(3):
+        (holder.row.sum() + holder.row_bias.sum()).backward()
+        optimiser.step()
+        restore_constants(found)
+        optimiser.zero_grad()
+    assert holder.row[1].tolist() == [0.0, 0.0]
+    moved, constant = holder.row_bias.tolist()
+    assert moved < 0.5
+    assert constant == 1.0
+    assert constant_rows(model).keys() == found.keys()

@@ -170,6 +170,12 @@ def test_a_teacher_is_approached(train, programs, converted, tmp_path):
     assert found.report["training"]["objective"] == "kl"
     for trained in (found, mixed):  # untrained models predict much alike: there is little to win
         assert divergence(trained.folder) < 0.96 * divergence(converted)
+    other = models.llama()
+    with torch.no_grad():
+        other.lm_head.weight.mul_(0.5)
+    torch.export.save(capture(other, models.example(other)).exported, archive)
+    with pytest.raises(UsageError, match="another training, with another teacher"):
+        train(found.folder, resume=True, **learning)
 
 
 # ---- what is refused
@@ -216,6 +222,13 @@ def test_a_folder_is_not_overwritten(plain, train, converted, data):
         finetune(converted, data, converted, Recipe(**SETTINGS), resume=True)
 
 
+def test_another_model_does_not_go_on(plain, data, tmp_path):
+    out = tmp_path / "model"
+    shutil.copytree(plain.folder / "checkpoints", out / "checkpoints")
+    with pytest.raises(UsageError, match="another training, with another model"):
+        finetune(plain.folder, data, out, Recipe(**SETTINGS), resume=True)
+
+
 def test_the_command_names_what_is_wrong(converted, tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text("one two")
@@ -247,6 +260,8 @@ def test_a_tracker_that_is_not_installed_is_refused(monkeypatch):
     monkeypatch.setattr(trainer, "get_available_trackers", lambda: [])
     with pytest.raises(UsageError, match="'wandb' is not installed"):
         trainer._tracker(Recipe(tracker="wandb"))
+    with pytest.raises(UsageError, match=r"no tracker 'wandbb'.*tensorboard"):
+        trainer._tracker(Recipe(tracker="wandbb"))
 
 
 # ---- damaged checkpoints
