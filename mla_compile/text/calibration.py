@@ -15,7 +15,7 @@ from torch import Tensor
 from mla_compile.config import CompileConfig
 from mla_compile.errors import UsageError
 from mla_compile.program import Program
-from mla_compile.text.corpus import check_vocabulary, load_tokenizer, read_documents, token_windows, tokenize
+from mla_compile.text.corpus import check_vocabulary, load_tokenizer, open_documents, token_windows, tokenize
 from mla_compile.text.dataset import is_dataset, stream_documents
 from mla_compile.text.evaluate import longest_window, original_scorer
 
@@ -61,7 +61,7 @@ def require_text(config: CompileConfig, calibration: Text | None) -> None:
 
 
 def read_text(text: Text | None) -> Iterable[str] | Tensor | None:
-    """Read documents from a file or open a dataset; pass on what is neither.
+    """Open a file or a dataset, whose documents are read when they are asked for; pass on what is neither.
 
     Raises:
         LoadError: The file or dataset is missing or holds no text.
@@ -70,7 +70,7 @@ def read_text(text: Text | None) -> Iterable[str] | Tensor | None:
     if isinstance(text, str) and is_dataset(text):
         return stream_documents(text)
     if isinstance(text, str | Path):
-        return read_documents(text)
+        return open_documents(text)
     if isinstance(text, Tensor) and (
         text.dim() != 2 or text.is_floating_point() or text.shape[0] < 1 or text.shape[1] < 2
     ):
