@@ -95,6 +95,16 @@ class CompileConfig(BaseModel):
         return {**given, "opset": opset}
 
     @property
+    def onnx_options(self) -> tuple[str, ...]:
+        """Options that say how an ONNX file is written, as far as they are not the defaults."""
+        given = {
+            "--cache static": self.cache == "static",
+            f"--opset {self.opset}": self.cache != "static" and self.opset != 23,
+            "--inline": self.inline,
+        }
+        return tuple(option for option, there in given.items() if there)
+
+    @property
     def for_stock_code(self) -> bool:
         """Whether a DeepSeek-V3 checkpoint will be written, as a folder or as a file."""
         return self.format in ("deepseek", "gguf")
@@ -159,6 +169,9 @@ class CompileConfig(BaseModel):
             )
         if self.cache_type == "int8" and self.for_stock_code:
             raise ValueError(f"int8 caches are of ONNX files, and the format {self.format} is a checkpoint")
+        options = self.onnx_options
+        if options and self.for_stock_code:
+            raise ValueError(f"{options[0]} is of ONNX files, and the format {self.format} is a checkpoint")
         return self
 
     @model_validator(mode="after")

@@ -264,6 +264,7 @@ class Report:
         artifacts: Written files and their sizes in bytes.
         source_bytes_per_element: Size of one number of the original's cache, if it is another.
         in_memory: Whether the model was handed over in Python, and ``source`` is its class.
+        target: What files were written for: ``tensorrt``, or empty.
     """
 
     source: str
@@ -287,6 +288,7 @@ class Report:
     source_bytes_per_element: int | None = None
     widths: tuple[int, ...] = ()
     in_memory: bool = False
+    target: str = ""
 
     @property
     def _kept_elements(self) -> int:
@@ -341,6 +343,7 @@ class Report:
             "schema_version": 1,
             "source": self.source,
             "in_memory": self.in_memory,
+            "target": self.target,
             "environment": environment(),
             "config": dict(self.config),
             "cache": {

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mla_compile.errors import LoadError, MlaCompileError, UsageError
+from mla_compile.errors import LoadError, MlaCompileError, UsageError, first_line
 from mla_compile.runtime.generate import Ids, Sampling, check_length, generate
 from mla_compile.runtime.onnx_cache import (
     KEY_VALUE,
@@ -39,6 +39,7 @@ def open_session(
     providers: Sequence[str] | None = None,
     threads: int | None = None,
     kernel: str = "standard",
+    in_turns: bool = False,
 ) -> tuple[Any, bool]:
     """Open an ONNX file in ONNX Runtime.
 
@@ -47,6 +48,7 @@ def open_session(
         providers: Execution providers in order of preference; the CPU by default.
         threads: Threads per operator; ONNX Runtime's choice by default.
         kernel: One of :data:`KERNELS`.
+        in_turns: Whether its threads rest between runs, for other sessions run then; they wait busily by default.
 
     Returns:
         The session, and whether it uses the fused kernel.
@@ -72,6 +74,8 @@ def open_session(
     options.log_severity_level = 4  # what fails is raised, and told once
     if threads is not None:
         options.intra_op_num_threads = threads
+    if in_turns:
+        options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
         fused = _fused(Path(path), wanted, kernel, options)
         session = onnxruntime.InferenceSession(fused or str(path), options, wanted)
@@ -109,30 +113,40 @@ def _fused(path: Path, providers: Sequence[str], kernel: str, options: Any) -> b
     from mla_compile.runtime.cpu.library import compiler, library
 
     on_cpu = list(providers) == [PROVIDERS["cpu"]]
-    if kernel == "auto" and not (on_cpu and compiler()):
-        return None
-    model = fused_model(path) if on_cpu else None
-    if model is None and kernel == "auto":
-        return None
-    if model is None:
-        raise UsageError(
-            f"'{path}' has no attention that the fused kernel computes: it is for caches of float32, float16 and "
-            "int8 on the CPU, in files written without --inline.",
-            "Run it with --kernel standard.",
-        )
     try:
-        made = library()
+        if kernel == "auto" and not (on_cpu and compiler()):
+            return None
+        model = fused_model(path) if on_cpu else None
+        if model is None and kernel == "auto":
+            return None
+        if model is None:
+            raise UsageError(
+                f"'{path}' has no attention that the fused kernel computes: it is for caches of float32, float16 and "
+                "int8 on the CPU, in files written without --inline.",
+                "Run it with --kernel standard.",
+            )
+        _register(options, library())
     except UsageError as error:
         if kernel == "fused":
             raise
-        logging.getLogger(__name__).info("standard operators run '%s': %s", path, error.message)
+        logging.getLogger(__name__).warning("standard operators run '%s': %s", path, error.message)
         return None
-    options.register_custom_ops_library(str(made))
     options.add_session_config_entry(
         "session.model_external_initializers_file_folder_path", str(path.parent.absolute())
     )
     serialised: bytes = model.SerializeToString()
     return serialised
+
+
+def _register(options: Any, library: Path) -> None:  # noqa: ANN401
+    """Load the library of the fused kernel's operators."""
+    try:
+        options.register_custom_ops_library(str(library))
+    except Exception as error:
+        raise UsageError(
+            f"'{library}', the library of the fused kernel, cannot be loaded ({first_line(error)}).",
+            "Remove it, so that it is compiled again, or go on without: --kernel standard.",
+        ) from error
 
 
 def _is_bfloat16(path: Path) -> bool:
@@ -161,6 +175,7 @@ class OnnxDecoder:
         max_length: Tokens of a sequence, prompt and continuation, at most; by default as many as are asked for.
         kernel: One of :data:`KERNELS`.
         session: What runs the file in place of a session of ONNX Runtime of its own.
+        in_turns: Whether its threads rest between steps, for other decoders run then: as where several are timed.
 
     Attributes:
         metadata: What the compiler stored in the file.
@@ -183,9 +198,10 @@ class OnnxDecoder:
         max_length: int | None = None,
         kernel: str = "standard",
         session: Any = None,  # noqa: ANN401 - onnxruntime has no types
+        in_turns: bool = False,
     ) -> None:
         if session is None:
-            self._session, self.fused = open_session(path, providers, threads, kernel)
+            self._session, self.fused = open_session(path, providers, threads, kernel, in_turns)
         else:
             self._session, self.fused = session, False
         import onnxruntime

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import models
 import numpy as np
@@ -145,6 +146,27 @@ def test_turns_and_ratios():
     assert times["fast"] == pytest.approx([0.01] * 3)
     found = spread([3.0, 4.0, 8.0], [1.0, 2.0, 2.0])
     assert (found.low, found.median, found.high) == (2.5, 3.0, 3.5)
+
+
+def test_threads_of_a_session_rest_while_others_are_timed(files):
+    written, *_ = files
+    for kernel in ("standard", "auto"):
+        options = module._open(written["static"], 2, kernel)._session.get_session_options()
+        assert options.get_session_config_entry("session.force_spinning_stop") == "1"
+
+
+def test_the_first_run_of_a_prompt_is_not_counted(monkeypatch):
+    runs = []
+
+    def filled(decoder, ids, room, clock):
+        runs.append(decoder)
+        return decoder, 100.0 if runs.count(decoder) == 1 else decoder.seconds
+
+    monkeypatch.setattr(module, "filled", filled)
+    opened = {"one": SimpleNamespace(vocabulary=9, seconds=2.0), "other": SimpleNamespace(vocabulary=9, seconds=1.0)}
+    caches, found = module._prompts(opened, ("one",), 5, 1)
+    assert caches == opened
+    assert [(p.file, p.seconds, p.speedup.median) for p in found] == [("one", 2.0, 1.0), ("other", 1.0, 2.0)]
 
 
 def test_where_the_original_is_faster_is_said():

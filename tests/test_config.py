@@ -8,6 +8,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+import mla_compile
 from mla_compile.config import DEFAULT_CACHE_RATIO, CompileConfig, make_config
 from mla_compile.errors import MlaCompileError, UsageError
 
@@ -106,6 +107,11 @@ REFUSED = [
     ({"layout": "deepseek", "encoders": True}, "layout deepseek", "mha2mla one for every head"),
     ({"layout": "deepseek", "exact": True}, "layout deepseek", "exact keeps a rope key for every head"),
     ({"exact": True, "uniform_rank": True}, "exact", "full rank of every layer"),
+    (
+        {"layout": "deepseek", "format": "deepseek", "cache": "static"},
+        "--cache static",
+        "ONNX files, and the format deepseek",
+    ),
     ({"exact": True, "rope_dims": 4}, "rope_dims", "exact keeps every rotating channel"),
 ]
 
@@ -113,6 +119,12 @@ REFUSED = [
 @pytest.mark.parametrize(("cache", "opset"), [("dynamic", 23), ("static", 24)])
 def test_the_cache_settles_the_operator_set(cache, opset):
     assert make_config(cache=cache).opset == make_config(cache=cache, opset=None).opset == opset
+
+
+def test_where_a_python_caller_writes_no_file_options_of_files_are_refused(tmp_path):
+    for settings in ({"cache": "static"}, {"opset": 24}, {"inline": True}):
+        with pytest.raises(UsageError, match=r"^--.*: only an ONNX file for ONNX Runtime is written so"):
+            mla_compile.compile("no-model", method="mha2mla", out=tmp_path / "folder", **settings)
 
 
 @pytest.mark.parametrize(("settings", "subject", "problem"), REFUSED, ids=str)

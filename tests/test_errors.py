@@ -258,6 +258,19 @@ CONVERT = {
         "need a third for their scales",
     ),
     "cuda in a folder": ("{nano} --out {out}/folder --target cuda", 2, "--target cuda is an ONNX file"),
+    "static in a folder": (
+        "{nano} --out {out}/folder --cache static --inline",
+        2,
+        "--cache static, --inline: only an ONNX file for ONNX Runtime is written so",
+    ),
+    "static for TensorRT": ("{nano} --out {out}.onnx --target tensorrt --cache static", 2, "--cache static: only an"),
+    "opset in a folder": ("{nano} --out {out}/folder --opset 24", 2, "--opset 24: only an ONNX file"),
+    "inline in a checkpoint": (
+        "{nano} --out {out}/folder --format deepseek --calibration {text} --inline",
+        2,
+        "--inline is of ONNX files, and the format deepseek is a checkpoint",
+    ),
+    "shards of a file": ("{nano} --out {out}.onnx --shard-size 1", 2, "--shard-size cuts the weights of --format"),
     "int8 in a folder": ("{nano} --out {out}/folder --cache-type int8", 2, "Only an ONNX file for ONNX Runtime"),
     "int8 for TensorRT": (
         "{nano} --out {out}.onnx --target tensorrt --cache-type int8",

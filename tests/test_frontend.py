@@ -321,9 +321,10 @@ def test_missing_file_or_folder(name, tmp_path, monkeypatch):
     assert error.remedy == "Give a .pt2 archive, a Hugging Face folder or a hub id."
 
 
-def test_unreachable_hub_id(monkeypatch):
+@pytest.mark.parametrize("name", ["nobody/nothing", "nobody/Nothing2.5-0.5B"])  # whose dots begin no suffix
+def test_unreachable_hub_id(name, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    error = refused("nobody/nothing")
+    error = refused(name)
     assert "could not be loaded as a Hugging Face causal language model" in error.message
     assert "the hub can be reached" in error.remedy
 

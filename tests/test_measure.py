@@ -171,7 +171,27 @@ def test_words_of_another_model_are_refused(place, converted):
     assert "have different vocabularies, so that figures per token cannot be compared. Measure each by" in err
 
 
+def test_no_more_is_measured_than_was_asked_for(place, converted):
+    words = (converted / "folder", "--text", place / "text.txt", "--json", "-q")
+    code, out, err = command("eval", *words, "--max-tokens", LENGTH // 2)
+    assert (code, err) == (0, "")
+    assert (json.loads(out)["tokens"], json.loads(out)["seq_len"]) == (LENGTH // 2 - 1, LENGTH // 2)
+    code, out, err = command("eval", *words, "--max-tokens", LENGTH - 1, "--seq-len", LENGTH)
+    assert (code, out) == (2, "")
+    assert f"One window of --seq-len {LENGTH} is more than --max-tokens {LENGTH - 1}." in err
+
+
 # ---- conversions on the spot
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("--cache-ratios", ""), ("--calibration", ""), ("--calibration-tokens", 9), ("--no-cache",), ("--onnxruntime",)],
+)
+def test_options_of_conversions_need_methods(place, words):
+    code, out, err = command("eval", place / "model", "--text", place / "text.txt", *words)
+    assert (code, out) == (2, "")
+    assert f"{words[0]} is about conversions made on the spot, and no --methods were given" in err
 
 
 def test_conversions_on_the_spot_are_those_of_convert(place, converted, windows, monkeypatch, tmp_path):

@@ -139,17 +139,40 @@ def test_a_model_given_in_python_is_made_again_in_python(report, text, tmp_path,
 def test_commands_to_make_it_again_are_ones_that_the_command_line_takes(report, tmp_path, monkeypatch, capsys):
     """With a model that does not exist, that is all that is left to refuse."""
     report = report | {"in_memory": False}
-    paged = report | {"config": report["config"] | {"cache_layout": "paged", "gradients": False}}
+    settings = report["config"] | {"cache_layout": "paged", "gradients": False}
+    paged = report | {"config": settings, "artifacts": {"model.onnx": 1}}
     assert all(f" {words}" in reproducing(paged)[0] for words in ("--target cuda", "--no-gradients"))
     assert reproducing(report | {"artifacts": {"model.gguf": 1}})[0].split()[3] == "model.gguf"
     convert, *others = reproducing(report | {"source": "nowhere/absent.pt2", "artifacts": {"model.onnx": 1}})
     assert convert.startswith("mla-compile absent.pt2 --out model.onnx")
     assert "--cache-ratio 0.5" in convert
     assert [line.split()[1] for line in others] == ["run", "eval"]
+    lines = reproducing(report | {"source": "org/Name-2.5-0.5B", "artifacts": {"model.onnx": 1}})
+    assert lines[0].startswith("mla-compile org/Name-2.5-0.5B --out model.onnx")
+    assert lines[-1].endswith(" --original org/Name-2.5-0.5B")
     monkeypatch.chdir(tmp_path)
+    Path("org/Name-2.5-0.5B").mkdir(parents=True)
+    lines = reproducing(report | {"source": "org/Name-2.5-0.5B", "artifacts": {"model.onnx": 1}})
+    assert lines[0].startswith("mla-compile Name-2.5-0.5B --out model.onnx")
     Path("TEXT.txt").write_text("text " * 100)
     assert main(convert.replace("TEXT", "TEXT.txt").split()[1:]) == 2
     assert "'absent.pt2'" in capsys.readouterr().err
+
+
+def test_files_for_tensorrt_are_made_again_for_tensorrt(report):
+    made = report | {"target": "tensorrt", "artifacts": {"model.onnx": 1}}
+    assert reproducing(made)[-1] == "compiled.to_tensorrt('model.onnx')"
+    (line,) = reproducing(made | {"in_memory": False})  # which 'run' and 'eval' do not take
+    assert line.startswith("mla-compile LlamaForCausalLM --out model.onnx --target tensorrt ")
+    engine = made | {"in_memory": False, "artifacts": {"model.onnx": 1, "model.plan": 1, "model.plan.json": 1}}
+    assert reproducing(engine)[0].startswith("mla-compile LlamaForCausalLM --out model.plan --")
+    assert "--target" not in reproducing(engine)[0]
+
+
+def test_a_folder_is_made_again_without_what_only_files_take(report):
+    static = report | {"in_memory": False, "config": report["config"] | {"cache": "static"}}
+    assert "--cache static" in reproducing(static | {"artifacts": {"model.onnx": 1}})[0]
+    assert "--cache static" not in reproducing(static | {"artifacts": {"model.pt2": 1}})[0]
 
 
 def test_without_text_a_page_says_what_is_not_known():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from mla_compile.artifacts.companions import copy_assets
@@ -17,6 +18,7 @@ __all__ = [
     "check_cache_layout",
     "check_cache_type",
     "check_neighbours",
+    "check_onnx_options",
     "check_onnx_target",
     "check_pair",
     "check_place",
@@ -76,6 +78,20 @@ def check_cache_layout(path: Path, layout: str, *, tensorrt: bool = False) -> No
         raise UsageError(
             f"Only an ONNX file for ONNX Runtime has the cache layout {layout}, and '{path}' is none.",
             "Name a .onnx file, without --target tensorrt, or leave --cache-layout and --target out.",
+        )
+
+
+def check_onnx_options(path: Path, options: Sequence[str], *, tensorrt: bool = False) -> None:
+    """Refuse options of an ONNX file for ONNX Runtime, named as the command line does, where none is written.
+
+    Raises:
+        UsageError: There are some.
+    """
+    if options and (tensorrt or path.suffix != ".onnx"):
+        raise UsageError(
+            f"{', '.join(options)}: only an ONNX file for ONNX Runtime is written so, and '{path}' is none.",
+            "Name a .onnx file without --target tensorrt, or leave it out; mla-compile export writes such a file of a "
+            "folder.",
         )
 
 

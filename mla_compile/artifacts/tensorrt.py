@@ -22,7 +22,7 @@ from mla_compile.artifacts.companions import copy_assets, finished, read_assets
 from mla_compile.artifacts.onnx_files import file_metadata
 from mla_compile.artifacts.places import check_cache_type, check_neighbours, check_place, check_target
 from mla_compile.disk.writing import moved_into
-from mla_compile.errors import UsageError, VerificationError
+from mla_compile.errors import LoadError, UsageError, VerificationError
 from mla_compile.passes.lower_tensorrt import lower_to_tensorrt_onnx
 from mla_compile.passes.retype_onnx import is_narrow_file, write_float32_copy
 from mla_compile.program import Assets
@@ -37,13 +37,31 @@ from mla_compile.runtime.tensorrt.reference import PAST, OnnxFixedDecoder
 from mla_compile.text.evaluate import relative_error
 from mla_compile.verification.agreement import in_float32, require_equal
 
-__all__ = ["ENGINE_TOLERANCE", "Written", "check_tensorrt", "commands", "write_compiled", "write_for_tensorrt"]
+__all__ = [
+    "ENGINE_TOLERANCE",
+    "Written",
+    "check_settings",
+    "check_tensorrt",
+    "commands",
+    "write_compiled",
+    "write_for_tensorrt",
+]
 
 ENGINE_TOLERANCE = 2e-2
 """Largest relative logit difference of an engine: it may multiply float32 matrices as TF32, which has 10 bits of a
 fraction, an error of 5e-4 each time, and tens of layers follow one another."""
 NARROW_TOLERANCE = 8 * ENGINE_TOLERANCE
 """The same in float16 and bfloat16, the latter of which has 3 bits fewer than TF32."""
+_OF_ENGINES = {
+    "timing_cache": "--timing-cache",
+    "version_compatible": "--version-compatible",
+    "weight_streaming": "--weight-streaming",
+    "refit": "--refit",
+    "plugins": "--no-plugins",
+}
+"""Settings of which a file has nothing, as options."""
+_OF_FILES = {"room": "--max-length", "splits": "--splits"}
+"""Settings that are constants of a file, as options."""
 _STEPS = (5, 1, 1, 1, 1)
 """Tokens of the steps that are compared: a prompt, a step that runs, and steps that are replayed."""
 
@@ -86,6 +104,52 @@ def check_tensorrt(path: Path, force: bool) -> None:
     check_target(path.with_suffix(".onnx"), force)
 
 
+def check_settings(path: Path, settings: EngineSettings, *, written: bool = False) -> None:
+    """Refuse settings that nothing would follow, and a file of times that cannot be written, before any work is done.
+
+    Args:
+        path: What is to be made: with the suffix ``.plan`` an engine, else the file that engines are built of.
+        settings: What was asked for.
+        written: Whether the file is there already, and only the engine is to be made.
+
+    Raises:
+        UsageError: A setting is of an engine and none is built, or of a file and none is written; or the times cannot
+            be kept where they are to be.
+        LoadError: They are there already, and cannot be read.
+    """
+    built = path.suffix == ".plan"
+    idle = _given(settings, _OF_FILES) if written else () if built else _given(settings, _OF_ENGINES)
+    if idle and written:
+        raise UsageError(
+            f"{', '.join(idle)}: the file that the engine is built of has that already.",
+            "Leave it out, or write another file of the converted folder.",
+        )
+    if idle:
+        raise UsageError(
+            f"{', '.join(idle)}: only an engine is built so, and '{path}' is none.",
+            "Name an engine, with the suffix .plan, or leave it out.",
+        )
+    if settings.timing_cache is not None:
+        _check_times(settings.timing_cache)
+
+
+def _given(settings: EngineSettings, options: Mapping[str, str]) -> tuple[str, ...]:
+    """Names of those options whose settings are not the defaults."""
+    usual = EngineSettings()
+    return tuple(option for field, option in options.items() if getattr(settings, field) != getattr(usual, field))
+
+
+def _check_times(path: Path) -> None:
+    if path.is_dir():
+        raise UsageError(f"'{path}' is a folder.", "Name a file with --timing-cache.")
+    try:
+        if path.exists():
+            path.open("rb").close()
+    except OSError as error:
+        raise LoadError(f"'{path}' cannot be read ({error.strerror}).", "Name another --timing-cache.") from error
+    check_place(path, force=True)
+
+
 def write_for_tensorrt(
     source: Path, path: Path, settings: EngineSettings, *, force: bool = False, stages: Stages | None = None
 ) -> Written:
@@ -109,6 +173,7 @@ def write_for_tensorrt(
     if source.suffix == ".onnx":
         if path.suffix != ".plan":
             raise UsageError(f"'{source}' is a file already.", "Name an engine, with the suffix .plan, to build of it.")
+        check_settings(path, settings, written=True)
         check_tensorrt(path, force=True)  # the file is beside the engine already, as a rule
         check_place(path, force)
         with _in_onnx_runtime(source) as decoder:
@@ -116,6 +181,7 @@ def write_for_tensorrt(
         with _beside(path, source.parent, force) as hidden:
             engine_error, attention = _build(source, hidden / path.name, settings, metadata, stages)
         return Written(source, path, None, engine_error, attention)
+    check_settings(path, settings)
     check_tensorrt(path, force)
     model, assets = read_folder(source), read_assets(source)
     facts = {"schema_version": 1, "source": source.name, "eos_token_id": assets.generation.get("eos_token_id")}
@@ -164,6 +230,7 @@ def write_compiled(
         The completed report, also written as ``report.json`` beside the files.
     """
     check_cache_type(path, report.config["cache_type"], tensorrt=True)
+    check_settings(path, settings)
     check_tensorrt(path, force)
     check_neighbours(path, report.source, assets, force)
     with moved_into(path.parent) as hidden:
@@ -174,7 +241,7 @@ def write_compiled(
             )
             report = dataclasses.replace(report, verification=checked)
         copy_assets(assets, hidden)
-        return finished(report, hidden, stages)
+        return finished(dataclasses.replace(report, target="tensorrt"), hidden, stages)
 
 
 def _write(

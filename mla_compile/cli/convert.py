@@ -32,6 +32,8 @@ from mla_compile.errors import UsageError
 
 __all__ = ["convert"]
 
+_SHARD = 5.0
+
 
 @grouped
 def convert(
@@ -57,7 +59,7 @@ def convert(
     q_rank: QRank = None,
     shard_size: Annotated[
         float, typer.Option(min=0.001, help="GB per file of weights, with --format deepseek.", rich_help_panel=OUTPUT)
-    ] = 5.0,
+    ] = _SHARD,
     target: Target = "auto",
     force: Force = False,
     for_engine: EngineOptions,
@@ -90,6 +92,11 @@ def convert(
         raise UsageError("--finetune-tokens counts tokens of --finetune TEXT, and none was given.", "Add --finetune.")
     if format == "auto" and out.suffix == ".gguf":
         format = "gguf"
+    if shard_size != _SHARD and format != "deepseek":
+        raise UsageError(
+            "--shard-size cuts the weights of --format deepseek, and something else is written.",
+            "Add --format deepseek, or leave it out.",
+        )
     for_tensorrt = _is_for_tensorrt(out, target, format)
     config = make_config(
         **sizes.settings(),

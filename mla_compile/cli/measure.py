@@ -12,6 +12,8 @@ from mla_compile.errors import UsageError
 
 __all__ = ["bench_speed", "evaluate"]
 
+_CALIBRATION_TOKENS = 65536
+
 
 def evaluate(
     model: Annotated[
@@ -45,7 +47,7 @@ def evaluate(
     ] = None,
     calibration_tokens: Annotated[
         int, typer.Option(min=1, help="Tokens of it to use.", rich_help_panel=TRIALS)
-    ] = 65536,
+    ] = _CALIBRATION_TOKENS,
     onnxruntime: Annotated[
         bool,
         typer.Option("--onnxruntime", help="Measure each conversion in ONNX Runtime too.", rich_help_panel=TRIALS),
@@ -66,7 +68,14 @@ def evaluate(
     """Measure quality and cache size on a text, of models or of conversions made on the spot."""
     from mla_compile import display
 
-    _check_eval(model, original, methods, cache_ratios, calibration, onnxruntime, plot)
+    given = {
+        "--cache-ratios": cache_ratios is not None,
+        "--calibration": calibration is not None,
+        "--calibration-tokens": calibration_tokens != _CALIBRATION_TOKENS,
+        "--onnxruntime": onnxruntime,
+        "--no-cache": no_cache,
+    }
+    _check_eval(model, original, methods, [flag for flag, there in given.items() if there], plot)
     if plot is not None:
         from mla_compile.evaluation.plot import check_plot
 
@@ -105,21 +114,17 @@ def _check_eval(
     model: list[str],
     original: str | None,
     methods: str | None,
-    cache_ratios: str | None,
-    calibration: str | None,
-    onnxruntime: bool,
+    of_conversions: list[str],
     plot: Path | None,
 ) -> None:
-    """Refuse options of 'eval' that do not go together.
+    """Refuse options of 'eval' that do not go together; of those about conversions the ones given are named.
 
     Raises:
         UsageError: They do not.
     """
-    given = {"--cache-ratios": cache_ratios, "--calibration": calibration, "--onnxruntime": onnxruntime}
-    idle = [flag for flag, value in given.items() if value]
-    if methods is None and idle:
+    if methods is None and of_conversions:
         raise UsageError(
-            f"{idle[0]} is about conversions made on the spot, and no --methods were given.",
+            f"{of_conversions[0]} is about conversions made on the spot, and no --methods were given.",
             "Add --methods fisher,transmla,mha2mla.",
         )
     if methods is not None and (original is not None or len(model) > 1):

@@ -58,6 +58,8 @@ def tensorrt(
         raise UsageError(
             "Engines of this command have quick plugins.", "Name a .onnx file, and build its engine with trtexec."
         )
+    if plugin == "cpp" and "--splits" in for_engine.given:
+        raise UsageError("Plugins of --plugin cpp choose splits themselves.", "Leave --splits or --plugin out.")
     settings = for_engine.settings()
     if plugin == "cpp":
         settings = dataclasses.replace(settings, splits=None)

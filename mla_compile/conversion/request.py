@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from mla_compile.artifacts.places import check_cache_layout, check_cache_type
+from mla_compile.artifacts.places import check_cache_layout, check_cache_type, check_onnx_options
+from mla_compile.artifacts.tensorrt import check_settings
 from mla_compile.config import CompileConfig
 from mla_compile.conversion.targets import Destination, target_of
 from mla_compile.disk.layer_store import LayerStore
@@ -115,6 +116,9 @@ def _check_destination(to: Destination, config: CompileConfig) -> None:
     for_tensorrt = to.engine is not None
     check_cache_type(to.path, config.cache_type, tensorrt=for_tensorrt)
     check_cache_layout(to.path, config.cache_layout, tensorrt=for_tensorrt)
+    check_onnx_options(to.path, config.onnx_options, tensorrt=for_tensorrt)
+    if to.engine is not None:
+        check_settings(to.path, to.engine)
     target_of(to).check(to.path, to.force)
 
 

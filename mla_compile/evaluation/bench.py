@@ -44,7 +44,7 @@ _AS_FLOAT32 = "Give one in float32: convert has --dtype float32."
 _FUSED = ", fused kernel"
 """Behind a file's name, where it runs with it."""
 _PATIENCE = 30.0
-"""Seconds that all prompts of one length may take to be run three times."""
+"""Seconds that all prompts of one length may take to be run three times more than once."""
 
 
 def bench(
@@ -77,10 +77,7 @@ def bench(
     longest = [program.max_positions, *(d.metadata.get("max_position_embeddings") for d in decoders.values())]
     contexts = workload.within(min((n for n in longest if n), default=None))
     with stages.stage("compile the fused kernel"):
-        fused = {
-            f"{name}{_FUSED}": OnnxDecoder(path, threads=workload.threads, kernel="auto")
-            for name, path in named.items()
-        }
+        fused = {f"{name}{_FUSED}": _open(path, workload.threads, kernel="auto") for name, path in named.items()}
     fused = {name: decoder for name, decoder in fused.items() if decoder.fused}
     paths = named | {name: named[name.removesuffix(_FUSED)] for name in fused}
     int8 = any(d.metadata["config"].get("cache_type") == "int8" for d in decoders.values())
@@ -88,7 +85,7 @@ def bench(
         with stages.stage("lower originals"):
             originals, notes = _write_originals(program, Path(folder), int8, workload.threads)
         paths = {**originals, **paths}
-        everything = {form: OnnxDecoder(path, threads=workload.threads) for form, path in originals.items()}
+        everything = {form: _open(path, workload.threads) for form, path in originals.items()}
         everything |= decoders | fused
         with stages.stage("load each alone", len(paths)) as stage:
             found = tuple(
@@ -109,10 +106,11 @@ def bench(
     return Benchmark(name, found, tuple(prefills), tuple(steps), workload.threads, clock, notes)
 
 
-def _open(path: Path, threads: int) -> OnnxDecoder:
+def _open(path: Path, threads: int, kernel: str = "standard") -> OnnxDecoder:
+    """Open a file to be timed in turns with others, whose threads must not wait busily meanwhile."""
     if path.suffix != ".onnx":
         raise UsageError(f"'{path}' is not named like an ONNX file.", "Give a .onnx file made by mla-compile.")
-    return OnnxDecoder(path, threads=threads)
+    return OnnxDecoder(path, threads=threads, kernel=kernel, in_turns=True)
 
 
 def _unused(stem: str, place: int, files: Sequence[str | Path]) -> str:
@@ -257,12 +255,17 @@ def _holds_bytes(decoder: OnnxDecoder, name: str) -> bool:
 def _prompts(
     opened: Mapping[str, OnnxDecoder], originals: Sequence[str], context: int, threads: int
 ) -> tuple[dict[str, Any], list[Prefill]]:
-    """Run one prompt through every file; its caches are what steps are measured with."""
+    """Run one prompt through every file; its caches are what steps are measured with.
+
+    The first run of each is not counted: it is then that memory is taken.
+    """
     ids = random_ids(min(d.vocabulary for d in opened.values()), context)[:, : context - 1]
     clock = _clock(threads)
     times: dict[str, list[float]] = {name: [] for name in opened}
     caches: dict[str, Any] = {}
     begin = time.perf_counter()
+    for decoder in opened.values():
+        filled(decoder, ids, context, clock)
     for _ in range(3):
         for name, decoder in opened.items():
             caches[name], seconds = filled(decoder, ids, context, clock)

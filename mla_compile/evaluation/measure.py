@@ -29,9 +29,12 @@ class Sample:
 
     Attributes:
         text: The text file.
-        seq_len: Tokens per window; what all of the models can run, at most 512, by default.
+        seq_len: Tokens per window; what all of the models can run, at most 512 and ``max_tokens``, by default.
         max_tokens: Use at most this many tokens.
         tokenizer: Folder of the tokenizer, if the models have none.
+
+    Raises:
+        UsageError: A window is longer than all tokens together may be.
     """
 
     text: Path
@@ -39,13 +42,37 @@ class Sample:
     max_tokens: int | None = None
     tokenizer: str | None = None
 
-    def windows(self, documents: Sequence[str], tokenizer: Any, models: Sequence[Opened]) -> Tensor:  # noqa: ANN401
+    def __post_init__(self) -> None:
+        if self.seq_len is not None and self.max_tokens is not None and self.seq_len > self.max_tokens:
+            raise UsageError(
+                f"One window of --seq-len {self.seq_len} is more than --max-tokens {self.max_tokens}.",
+                "Give more tokens, or a shorter window.",
+            )
+
+    def longest(self, models: Sequence[Opened]) -> int:
+        """Tokens of a window that all models can run, however few are to be measured on."""
+        return self.seq_len or min(longest_window(m.score, m.longest) for m in models)
+
+    def windows(
+        self,
+        documents: Sequence[str],
+        tokenizer: Any,  # noqa: ANN401
+        models: Sequence[Opened],
+        longest: int | None = None,
+    ) -> Tensor:
         """Cut documents into windows ``[windows, length]`` that all models can run.
+
+        Args:
+            documents: The text.
+            tokenizer: Its tokenizer.
+            models: All models.
+            longest: What :meth:`longest` says of them, where that is known.
 
         Raises:
             UsageError: The text is shorter than one window, or a model cannot run it.
         """
-        length = self.seq_len or min(longest_window(m.score, m.longest) for m in models)
+        longest = longest or self.longest(models)
+        length = min(longest, self.max_tokens or longest)
         windows = token_windows(tokenize(documents, tokenizer), length, self.max_tokens)
         for model in models:
             _require_room(model, windows)

@@ -125,12 +125,13 @@ def measure_conversions(
     program = require_causal(loaded, found)
     base = open_program(original, program, found)
     tokenizer = load_tokenizer(base.tokenizer)
-    windows = sample.windows(documents, tokenizer, [base])
+    longest = sample.longest([base])
+    windows = sample.windows(documents, tokenizer, [base], longest)
     examples = None
     if chosen_by is not None:
-        length, limit = windows.shape[1], trials[0].calibration_tokens
-        stream = tokenize(chosen_by, tokenizer, max(limit, length))
-        examples = token_windows(stream, length, limit, name="calibration text")
+        limit = trials[0].calibration_tokens
+        stream = tokenize(chosen_by, tokenizer, max(limit, longest))
+        examples = token_windows(stream, longest, limit, name="calibration text")
     beside: Measured | None = None
     measured: list[Measured] = []
     refused: UsageError | RefusedError | None = None

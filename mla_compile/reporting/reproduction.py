@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mla_compile.config import CompileConfig
+from mla_compile.sources.hub import is_hub_id
 
 __all__ = ["reproducing"]
 
@@ -15,6 +16,8 @@ _OTHER_WORDS = {("gradients", False): ["--no-gradients"], ("cache_layout", "page
 """Settings that the command line calls otherwise."""
 _NOT_GIVEN = ("schema_version", "opset")
 """Settings that nobody gives: one version, and what follows from the kind of cache."""
+_OF_ONNX = ("cache", "inline", "cache_layout")
+"""Settings that the command line takes for an ONNX file for ONNX Runtime alone."""
 _WRITERS = {".onnx": "to_onnx", ".plan": "to_tensorrt", ".gguf": "to_gguf"}
 """What writes a file from Python, by its suffix."""
 
@@ -25,16 +28,21 @@ def reproducing(report: Mapping[str, Any]) -> Sequence[str]:
     Args:
         report: What was read of a ``report.json``.
     """
-    name = Path(report["source"]).name
+    source = str(report["source"])
+    name = source if is_hub_id(source) else Path(source).name  # where a file lay is nobody's business
     written = [n for n in report["artifacts"] if Path(n).suffix in _WRITERS and ".encoder." not in n]
     out = next(iter(sorted(written, reverse=True)), "converted")
     in_memory = report.get("in_memory", False)
     lines = list((_in_python if in_memory else _in_a_shell)(report, name, out))
-    if out.endswith(".onnx") and report.get("kind") is None:
+    if out.endswith(".onnx") and report.get("kind") is None and not _for_tensorrt(report):
         lines.append(shlex.join(["mla-compile", "run", out, "--prompt", "Once upon a time"]))
         if not in_memory:
             lines.append(shlex.join(["mla-compile", "eval", out, "--text", "TEXT", "--original", name]))
     return lines
+
+
+def _for_tensorrt(report: Mapping[str, Any]) -> bool:
+    return report.get("target") == "tensorrt"
 
 
 def _own_settings(report: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -45,7 +53,12 @@ def _own_settings(report: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _in_a_shell(report: Mapping[str, Any], name: str, out: str) -> Sequence[str]:
     parts = ["mla-compile", name, "--out", out]
+    plain_file = out.endswith(".onnx") and not _for_tensorrt(report)
+    if out.endswith(".onnx") and _for_tensorrt(report):
+        parts += ["--target", "tensorrt"]
     for setting, value in _own_settings(report).items():
+        if setting in _OF_ONNX and not plain_file:
+            continue
         words = [f"--{setting.replace('_', '-')}", *([] if isinstance(value, bool) else [str(value)])]
         parts += _OTHER_WORDS.get((setting, value), words)
     if report.get("quality"):
@@ -58,9 +71,10 @@ def _in_python(report: Mapping[str, Any], name: str, out: str) -> Sequence[str]:
     if report.get("quality"):
         given.append("calibration='TEXT'")
     folder = "to_deepseek" if report["config"].get("format") == "deepseek" else "save"
+    writer = "to_tensorrt" if _for_tensorrt(report) else _WRITERS.get(Path(out).suffix, folder)
     return [
         "import mla_compile",
         f"# model: the {name} that was given, with example_inputs if they were",
         f"compiled = mla_compile.compile({', '.join(['model', *given])})",
-        f"compiled.{_WRITERS.get(Path(out).suffix, folder)}({out!r})",
+        f"compiled.{writer}({out!r})",
     ]

@@ -15,6 +15,7 @@ from mla_compile.program import AnyProgram, Program
 from mla_compile.sources import huggingface
 from mla_compile.sources.capture import capture_any
 from mla_compile.sources.exported import language_model
+from mla_compile.sources.hub import is_hub_id
 from mla_compile.sources.model_files import load_file
 
 __all__ = ["load_any", "load_program"]
@@ -65,7 +66,7 @@ def load_any(
     if path.is_file():
         return load_file(path, tokenizer, unsafe, dtype)
     name = str(source)
-    if path.suffix or name.startswith((".", "/", "~")) or name.count("/") != 1:
+    if not is_hub_id(name):
         raise LoadError(
             f"There is no file or folder '{source}'.", "Give a .pt2 archive, a Hugging Face folder or a hub id."
         )

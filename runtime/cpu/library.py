@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -22,12 +23,31 @@ _NATIVE = "-march=native"
 """For this processor; what runs on others too is made with another ``-march``."""
 
 
-def compiler() -> str | None:
-    """``$CXX``, else ``c++``, ``g++`` or ``clang++``, or None: no C++ compiler for Linux or macOS is there."""
+def compiler() -> list[str] | None:
+    """What a compiler's command begins with: ``$CXX``, of several words perhaps, else ``c++``, ``g++`` or ``clang++``.
+
+    Returns:
+        The words, or None: no C++ compiler for Linux or macOS is there.
+
+    Raises:
+        UsageError: ``$CXX`` is set, and its first word is no command.
+    """
     if platform.system() not in ("Linux", "Darwin"):
         return None
-    names = [os.environ.get("CXX"), "c++", "g++", "clang++"]
-    return next((found for name in names if name and (found := shutil.which(name))), None)
+    named = os.environ.get("CXX", "")
+    try:
+        words = shlex.split(named)
+    except ValueError:  # a quotation that does not end
+        words = [named]
+    for name in words[:1] or ("c++", "g++", "clang++"):
+        if found := shutil.which(name):
+            return [found, *words[1:]]
+    if words:
+        raise UsageError(
+            f"There is no compiler '{words[0]}', which the environment variable CXX names.",
+            "Name another there, or none; or go on without: --kernel standard.",
+        )
+    return None
 
 
 def library() -> Path:
@@ -38,7 +58,7 @@ def library() -> Path:
     """
     path = default_folder() / f"mla-compile-cpu-{_key()}.so"
     if not path.is_file():
-        logging.getLogger(__name__).info("compiling the fused kernel, once, with %s", compiler())
+        logging.getLogger(__name__).info("compiling the fused kernel, once, with %s", shlex.join(compiler() or ()))
         compile_library(path)
     return path
 
@@ -53,8 +73,8 @@ def compile_library(out: Path, march: str = _NATIVE) -> None:
     Raises:
         UsageError: There is no compiler, it fails, or the file cannot be written.
     """
-    command = compiler()
-    if command is None:
+    words = compiler()
+    if words is None:
         raise UsageError(
             "The fused kernel needs a C++ compiler, and none was found.",
             "Install one, such as by: apt install g++; or go on without: --kernel standard.",
@@ -64,9 +84,10 @@ def compile_library(out: Path, march: str = _NATIVE) -> None:
         with tempfile.TemporaryDirectory(prefix=".mla-compile-", dir=out.parent) as folder:
             made = Path(folder) / out.name
             done = subprocess.run(
-                [command, *_FLAGS, march, str(SOURCE), "-o", str(made)], capture_output=True, text=True, check=False
+                [*words, *_FLAGS, march, str(SOURCE), "-o", str(made)], capture_output=True, text=True, check=False
             )
             if done.returncode:
+                command = shlex.join(words)
                 said = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip())
                 raise UsageError(
                     f"'{command}' could not compile the fused kernel ({said[:200]}).",
@@ -81,7 +102,7 @@ def compile_library(out: Path, march: str = _NATIVE) -> None:
 def _key() -> str:
     """What a library follows from: sources, compiler, flags and processor."""
     parts = [path.read_bytes() for path in sorted(SOURCE.parent.glob("*.[ch]*"))]
-    parts += [str(compiler()).encode(), " ".join(_FLAGS).encode(), _processor().encode()]
+    parts += [shlex.join(compiler() or ()).encode(), " ".join(_FLAGS).encode(), _processor().encode()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 

@@ -324,13 +324,15 @@ def decode_kernel(
     last_tile = tl.minimum(first_tile + share, first + tiles)
 
     queries, sums = (), ()
-    base = q_latent + sequence * new * heads * RANK
+    # Queries may be more than 2 ** 31 numbers: a block's first is found in 64 bits, its others from there in 32.
+    begin = sequence * new * heads + block * ROWS
+    base = q_latent + begin * RANK
     for part in tl.static_range(len(WIDTHS)):
         for half in tl.static_range(_halves(CODES)):
             source = base + _column(WIDTHS, part, RANK, half, _halves(CODES))
             columns = _load(
                 source,
-                row,
+                tl.arange(0, ROWS),
                 RANK,
                 alive,
                 _width(WIDTHS, part),

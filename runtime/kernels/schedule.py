@@ -6,6 +6,7 @@ import functools
 from dataclasses import dataclass
 from itertools import product
 
+from mla_compile.errors import UsageError
 from mla_compile.runtime.kernels.cache import RowLayout
 from mla_compile.runtime.kernels.codes import Codes
 
@@ -175,8 +176,15 @@ def choose_tiles(spec: DecodeSpec, architecture: int) -> Tiles:
         architecture: Compute capability, as 90 for 9.0.
 
     Raises:
+        UsageError: The GPU is older than the kernels can use.
         ValueError: A row is too wide for any tile.
     """
+    if architecture < min(_SHARED):
+        raise UsageError(
+            f"The kernels need a GPU of compute capability {min(_SHARED) / 10} or later, and this one has "
+            f"{architecture / 10}.",
+            "Use another GPU, or pass tensors on the CPU.",
+        )
     layout, exact = spec.layout, spec.itemsize > 2
     widths = cut_rank(spec.stored, 128 if exact else 512 if spec.codes is None else 256)
     columns = sum(widths) * (1 if spec.codes is None else spec.codes.halves)

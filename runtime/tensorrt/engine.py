@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -118,7 +119,7 @@ class TensorRTDecoder(FixedCacheDecoder):
 
     Attributes:
         contexts: One for each profile, so that none is ever switched.
-        bound: Which step every context was last prepared for, by profile.
+        bound: Which step every context was last prepared for, by profile, while somebody has its caches.
         stream: What everything runs in; None without CUDA.
         device: Where memory is.
         inputs: Names of the inputs it has.
@@ -155,7 +156,7 @@ class TensorRTDecoder(FixedCacheDecoder):
         self.inputs = frozenset(names) & _INPUTS.keys()
         self.device = torch.device(device)
         self.stream = torch.cuda.Stream() if self.device.type == "cuda" else None
-        self.bound: dict[int, _Step] = {}
+        self.bound: MutableMapping[int, _Step] = WeakValueDictionary()
         if facts.get("weight_streaming"):
             self._stream_weights()
         self.contexts = [self._context(trt, profile) for profile in (DECODE, PREFILL)]

@@ -125,6 +125,7 @@ def build_engine(
     if built is None:
         raise _refused(path, "build", said.reason)
     if times is not None:
+        times.parent.mkdir(parents=True, exist_ok=True)
         new = times.with_name(f".{times.name}.new")
         new.write_bytes(memoryview(config.get_timing_cache().serialize()))
         new.replace(times)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -482,6 +483,43 @@ def test_a_compiler_that_fails_is_not_in_the_way(files, monkeypatch, tmp_path, c
     with pytest.raises(UsageError, match="could not compile"):
         files().open("static", kernel="fused")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("named", "sentence"),
+    [
+        ("no-such-compiler -O1", r"There is no compiler 'no-such-compiler', which the environment variable CXX names"),
+        ("'c++", r"There is no compiler ''c\+\+', which"),
+    ],
+)
+def test_a_compiler_that_is_named_and_missing_is_said(files, monkeypatch, tmp_path, caplog, named, sentence):
+    monkeypatch.setenv("CXX", named)
+    monkeypatch.setenv("MLA_COMPILE_CACHE", str(tmp_path))
+    assert not files().open("static", kernel="auto").fused
+    assert re.search(sentence, caplog.text)
+    with pytest.raises(UsageError, match=sentence):
+        files().open("static", kernel="fused")
+
+
+def test_a_compiler_may_be_named_with_words_before_and_behind_it(monkeypatch, tmp_path):
+    found = compiling.compiler()
+    monkeypatch.setenv("CXX", f"env {found[0]} '-DWORD=of two'")
+    assert compiling.compiler()[1:] == [found[0], "-DWORD=of two"]
+    source = tmp_path / "operators.cpp"
+    monkeypatch.setattr(compiling, "SOURCE", source)
+    source.write_text("#ifndef WORD\n#error it did not come\n#endif\n")
+    compiling.compile_library(tmp_path / "made.so")
+    assert (tmp_path / "made.so").read_bytes()
+
+
+def test_a_library_that_cannot_be_loaded_is_not_in_the_way(files, monkeypatch, tmp_path, caplog):
+    broken = tmp_path / "broken.so"
+    broken.write_bytes(b"no library")
+    monkeypatch.setattr(compiling, "library", lambda: broken)
+    assert not files().open("static", kernel="auto").fused
+    assert f"'{broken}', the library of the fused kernel, cannot be loaded (" in caplog.text
+    with pytest.raises(UsageError, match=r"broken\.so', the library .* go on without: --kernel standard"):
+        files().open("static", kernel="fused")
 
 
 def test_the_library_is_compiled_once(library, monkeypatch):

@@ -137,6 +137,44 @@ def test_options_that_do_not_go_together(words, sentence, capsys, tmp_path, monk
     assert sentence in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--refit", "--no-plugins"], "--refit, --no-plugins: only an engine is built so, and 'x.onnx' is none."),
+        (["--version-compatible"], "--version-compatible: only an engine is built so"),
+        (["--weight-streaming"], "--weight-streaming: only an engine is built so"),
+        (["--timing-cache", "times"], "--timing-cache: only an engine is built so"),
+    ],
+)
+def test_a_file_has_no_settings_of_an_engine(words, sentence, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for start in (["tensorrt", "folder"], ["convert", "no-model", "--method", "mha2mla", "--target", "tensorrt"]):
+        assert main([*start, "--out", "x.onnx", *words]) == 2
+        assert sentence in capsys.readouterr().err
+
+
+def test_settings_that_something_else_decides_are_refused(capsys, tmp_path, tensorrt):
+    words = ["tensorrt", str(tmp_path / "model.onnx"), "--out", str(tmp_path / "model.plan")]
+    assert main([*words, "--max-length", "64", "--splits", "4"]) == 2
+    assert "--max-length, --splits: the file that the engine is built of has that already" in capsys.readouterr().err
+    words = ["tensorrt", str(tmp_path), "--out", str(tmp_path / "model.onnx"), "--plugin", "cpp", "--splits", "4"]
+    assert main(words) == 2
+    assert "Plugins of --plugin cpp choose splits themselves" in capsys.readouterr().err
+
+
+def test_where_times_cannot_be_kept_is_said_before_anything_is_built(capsys, tmp_path, tensorrt, monkeypatch):
+    monkeypatch.setattr(tensorrt_command, "read_folder", None)
+    (tmp_path / "file").touch()
+    places = {
+        tmp_path: "is a folder. Name a file with --timing-cache",
+        tmp_path / "file" / "times": "cannot be created. Choose another folder",
+    }
+    for times, sentence in places.items():
+        for start in (["tensorrt", str(tmp_path)], ["convert", "no-model", "--method", "mha2mla"]):
+            assert main([*start, "--out", str(tmp_path / "x.plan"), "--timing-cache", str(times)]) == 2
+            assert sentence in capsys.readouterr().err
+
+
 def test_a_file_that_computes_something_else_is_not_written(folder, tmp_path, capsys, monkeypatch, lowered_before):
     lower = tensorrt_command.lower_to_tensorrt_onnx
 

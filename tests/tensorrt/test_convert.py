@@ -67,6 +67,7 @@ def test_an_engine_lies_beside_its_file_and_its_report(plan):
     assert 0 < report["verification"]["lowering_error"] < 1e-4
     assert report["verification"]["engine_error"] < 1e-4
     assert report["artifacts"]["tiny.plan"] == plan.stat().st_size
+    assert report["target"] == "tensorrt"
     facts = json.loads(engine.facts_path(plan).read_text())
     assert facts["cache_bytes_per_token"] == report["cache"]["bytes_per_token_after"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+import weakref
 from types import SimpleNamespace
 
 import models
@@ -88,6 +89,17 @@ def test_two_caches_do_not_know_of_each_other(plan):
     decoder.step(np.array([[3]]), mask, position, second)
     again, _ = decoder.step(np.array([[7]]), mask, position, first)
     assert np.array_equal(once, again)
+
+
+def test_caches_that_nobody_has_any_more_are_freed(plan):
+    decoder = TensorRTDecoder(plan, device="cpu")
+    cache, ids = decoder.empty_cache(1), np.array([[7, 8, 9]])
+    for start, part in ((0, ids[:, :2]), (2, ids[:, 2:])):  # a step of each profile
+        end = start + part.shape[1]
+        _, cache = decoder.step(part, np.ones((1, end), np.int64), np.arange(start, end)[None], cache)
+    held = [weakref.ref(rows) for rows in cache.rows]
+    del cache
+    assert [rows() for rows in held] == [None] * len(held)
 
 
 @pytest.fixture

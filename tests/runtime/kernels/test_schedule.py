@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mla_compile.errors import UsageError
 from mla_compile.runtime.kernels import Codes, RowLayout
 from mla_compile.runtime.kernels.schedule import DecodeSpec, choose_splits, choose_tiles, cut_rank, shared_bytes
 
@@ -61,6 +62,13 @@ def test_float32_fits(architecture):
 def test_a_row_that_is_too_wide_is_an_error():
     with pytest.raises(ValueError, match=r"Latents of 4096 .* capability 8.6. Convert to a smaller rank"):
         choose_tiles(DecodeSpec(RowLayout(4096), 32), 86)
+
+
+@pytest.mark.parametrize("architecture", [70, 75])
+def test_an_older_gpu_is_an_error(architecture):
+    has = architecture / 10
+    with pytest.raises(UsageError, match=rf"need a GPU of compute capability 8.0 or later, and this one has {has}\."):
+        choose_tiles(DecodeSpec(RowLayout(512, 1, 64), 32), architecture)
 
 
 @pytest.mark.parametrize(

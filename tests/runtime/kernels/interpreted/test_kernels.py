@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+import triton
 from absorbed_cases import Problem, expected, problems
 from hypothesis import Phase, given, settings
 
 from mla_compile.runtime.kernels import Codes, RowLayout, folded, launch
+from mla_compile.runtime.kernels.decode import decode_kernel
+from mla_compile.runtime.kernels.schedule import DecodeSpec, choose_tiles
 
 F16, BF16 = torch.float16, torch.bfloat16
 INT8, FP8, INT4 = Codes
@@ -73,6 +77,53 @@ def test_decode_equals_the_reference(kind):
 @given(problems(dtypes=(torch.float32, F16, BF16)))
 def test_decode_equals_the_reference_anywhere(problem):
     check(problem)
+
+
+def test_queries_may_be_more_than_32_bits_count(monkeypatch):
+    """The block that begins with number 2 ** 31 of the queries, alone, in memory of which only these pages exist."""
+    heads, rank, window, billions = 128, 512, 16, 2**31
+    rows = billions // rank
+    new = rows // heads + 1
+    spec = DecodeSpec(RowLayout(rank), heads, new, windowed=True)
+    tiles = choose_tiles(spec, 90)
+
+    # Before the queries are as many zeros, which an offset that wraps would find.
+    queries = torch.from_numpy(np.zeros(2 * billions + tiles.rows * rank, np.float16))[billions:]
+    output = torch.from_numpy(np.zeros(billions + tiles.rows * rank, np.float16))
+    numbers = torch.Generator().manual_seed(0)
+    asked = torch.randn(tiles.rows, rank, generator=numbers).div(8).to(F16)
+    queries[billions : billions + asked.numel()] = asked.flatten()
+    latent = torch.zeros(1, new, rank, dtype=F16)
+    seen = latent[0, -window:] = torch.randn(window, rank, generator=numbers).to(F16)
+    interpreter = triton.runtime.interpreter
+    numbered = interpreter.interpreter_builder.create_get_program_id
+    first = (rows // tiles.rows, 0, 0)
+    monkeypatch.setattr(
+        interpreter.interpreter_builder,
+        "create_get_program_id",
+        lambda axis: interpreter.TensorHandle(numbered(axis).data + first[axis], triton.language.int32),
+    )
+    # It would copy all memory onto itself.
+    monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *_: None)
+    decode_kernel[1, 1, 1](
+        queries,
+        queries,
+        latent,
+        latent,
+        None,
+        None,
+        torch.tensor([new], dtype=torch.int32),
+        *(0, rank, 0, 0, 0, 0),
+        None,
+        None,
+        output,
+        torch.empty(rows + tiles.rows),
+        *(1.0, 0.0, new, heads, window, 1, 1),
+        **spec.constants(tiles),
+    )
+    exact = torch.softmax(asked.double() @ seen.double().T, -1) @ seen.double()
+    got = output[billions : billions + asked.numel()].view(asked.shape).double()
+    torch.testing.assert_close(got, exact, rtol=0, atol=TOLERANCE[F16] * max(1.0, float(exact.abs().max())))
 
 
 ROTATED = RowLayout(24, 3, 4, key_scales=3, value_scales=1)
