@@ -13,6 +13,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from itertools import chain, repeat
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from mla_compile.deepseek import deepseek_shape, require_expressible, require_ta
 from mla_compile.passes.converted import steps_beside
 from mla_compile.passes.factorise import LatentWeights
 from mla_compile.passes.gauge import balanced
-from mla_compile.passes.layers import MeasuredLayer, measure_layers, no_room, rope_is_shifted, settled_by
+from mla_compile.passes.layers import MeasuredLayer, input_moments, measure_layers, no_room, rope_is_shifted, settled_by
 from mla_compile.passes.principal import principal_components
 from mla_compile.passes.refit import refit_values
 from mla_compile.passes.rope_split import RopeSplit, rotary_channels, split_rope
@@ -201,6 +202,7 @@ def fisher(task: Task) -> Choice:
     parts = _Parts(layers, even)
     settled = None if task.store is None else settled_by(task)
     tries = None if task.store is None else task.store.journal(settled)
+    checks = chain([True], repeat(False))  # the first of what is tried
 
     def finished(index: int, s: LayerSizes) -> LatentWeights:
         if task.store is None:
@@ -214,7 +216,8 @@ def fisher(task: Task) -> Choice:
         tried()
 
         def measure() -> float:
-            return divergence(task.rewrite(parts.weights(index, s) for index, s in enumerate(sizes)))
+            weights = (parts.weights(index, s) for index, s in enumerate(sizes))
+            return divergence(task.rewrite(weights, check=next(checks)))
 
         return measure() if tries is None else tries.recall(repr(sizes), measure)
 
@@ -235,7 +238,7 @@ def fisher(task: Task) -> Choice:
         if config.kv_rank is None and len(layers) > 1 and not (even or config.uniform_rank):
             sizes = min(sizes, shared_ranks(layers, config, sizes, costs(sizes)), key=loss)
     weights = tuple(finished(index, s) for index, s in enumerate(sizes))
-    model = task.rewrite(weights)
+    model = task.rewrite(weights, check=False)
     steps = steps_beside(task.program, task.sites, windows.split(BATCH), task.resources)
     with task.stages.stage("refit", steps) as stage:
         refitted = refit_values(
@@ -248,7 +251,7 @@ def fisher(task: Task) -> Choice:
             folder=task.folder,
             progress=stage.each,
         )
-    if divergence(task.rewrite(refitted)) < divergence(model):
+    if divergence(task.rewrite(refitted, check=False)) < divergence(model):
         weights = refitted
     plans = tuple(
         shared_rope_plan(layer.site, layer.width, s.components, s.rank) for layer, s in zip(layers, sizes, strict=True)
@@ -268,7 +271,7 @@ def fisher(task: Task) -> Choice:
     done = not config.polish_steps
     if done:  # as whoever takes the choice would, but layer by layer
         weights = tuple(task.held(balanced(layer)) for layer in weights)
-    return Choice(plans, weights, forecasts, shape, measured.notes, balanced=done)
+    return Choice(plans, weights, forecasts, shape, measured.notes, balanced=done, moments=input_moments(task, layers))
 
 
 @dataclass(frozen=True)

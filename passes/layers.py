@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mla_compile.config import DEFAULT_CACHE_RATIO, CompileConfig
 from mla_compile.disk.content import content_of
+from mla_compile.disk.spill import spilled
 from mla_compile.disk.statistics_cache import Found, statistics_key
 from mla_compile.errors import RefusedError, UsageError
 from mla_compile.passes.output_metric import output_metrics
@@ -23,6 +24,7 @@ from mla_compile.site import AttentionSite
 __all__ = [
     "Measured",
     "MeasuredLayer",
+    "input_moments",
     "measure_layers",
     "no_room",
     "require_scalable",
@@ -113,6 +115,20 @@ def measure_layers(task: Task) -> Measured:
         for site, measured in zip(task.sites, found.statistics, strict=True)
     ]
     return Measured(tuple(layers), (*found.warnings, *notes, *_too_few(layers)))
+
+
+def input_moments(task: Task, layers: Sequence[MeasuredLayer]) -> tuple[Tensor, ...]:
+    """Moments ``[width, width]`` of what every layer is given, if queries are to get a rank by them; else none.
+
+    One layer's at a time is in memory where the task has a folder.
+    """
+    if task.config.q_rank is None:
+        return ()
+    found = (layer.statistics() for layer in layers)
+    return tuple(
+        (known if known is layer.measured else spilled(known, task.folder)).moment
+        for known, layer in zip(found, layers, strict=True)
+    )
 
 
 def _measured_once(task: Task, measure: Callable[[], tuple[SiteStatistics, ...]]) -> Found:

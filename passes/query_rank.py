@@ -14,8 +14,6 @@ import torch
 from torch import Tensor
 
 from mla_compile.passes.factorise import LatentWeights
-from mla_compile.passes.layers import measure_layers
-from mla_compile.passes.task import Task
 
 __all__ = ["full_query_rank", "with_query_rank"]
 
@@ -29,18 +27,17 @@ def full_query_rank(weights: LatentWeights) -> int:
     return min(heads * head_dim, width)
 
 
-def with_query_rank(task: Task, weights: Sequence[LatentWeights], rank: int) -> tuple[LatentWeights, ...]:
+def with_query_rank(
+    weights: Sequence[LatentWeights], moments: Sequence[Tensor], rank: int
+) -> tuple[LatentWeights, ...]:
     """The same layers with query matrices of a rank, all heads of a layer together.
 
     Args:
-        task: The model and its text.
         weights: Latent weights of every site.
+        moments: ``[width, width]`` of every site's inputs, as its sizes were chosen by.
         rank: Numbers that all queries of a token are made from.
     """
-    if all(rank >= full_query_rank(layer) for layer in weights):
-        return tuple(weights)
-    measured = measure_layers(task).layers
-    return tuple(_limited(w, layer.statistics().moment, rank) for w, layer in zip(weights, measured, strict=True))
+    return tuple(_limited(layer, moment, rank) for layer, moment in zip(weights, moments, strict=True))
 
 
 def _limited(weights: LatentWeights, moment: Tensor, rank: int) -> LatentWeights:

@@ -85,9 +85,15 @@ class Task:
             return weights
         return spilled(rounded(weights, dtype), self.folder)
 
-    def rewrite(self, weights: Iterable[LatentWeights]) -> LatentModel:
-        """The converted model with some weights, which are read layer by layer, computing in float32."""
-        return self._model(weights, torch.float32, stored=False)
+    def rewrite(self, weights: Iterable[LatentWeights], *, check: bool = True) -> LatentModel:
+        """The converted model with some weights, which are read layer by layer, computing in float32.
+
+        Args:
+            weights: Of every site.
+            check: Whether it is run in pieces, which finds what cannot be in the graph around the layers: once is
+                enough where a search tries many weights.
+        """
+        return self._model(weights, torch.float32, stored=False, check=check)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -97,11 +103,11 @@ class Task:
 
     def result(self, weights: Iterable[LatentWeights]) -> LatentModel:
         """The converted model with some weights, likewise, in its own type."""
-        return self._model(weights, self.dtype, stored=True)
+        return self._model(weights, self.dtype, stored=True, check=True)
 
-    def _model(self, weights: Iterable[LatentWeights], dtype: torch.dtype, *, stored: bool) -> LatentModel:
+    def _model(self, weights: Iterable[LatentWeights], dtype: torch.dtype, *, stored: bool, check: bool) -> LatentModel:
         held = [self.held(layer, dtype) for layer in weights]
-        graph = insert_latent(self.program, self.sites, held, dtype, self.kept, stored=stored)
+        graph = insert_latent(self.program, self.sites, held, dtype, self.kept, stored=stored, check=check)
         return LatentModel(graph.module, graph.rows)
 
     def site_run(self, batch: int, *, gradients: bool) -> SiteRun:
@@ -131,6 +137,7 @@ class Choice:
         deepseek: What all sites have in common, in the layout ``deepseek``.
         notes: What the user should know.
         balanced: Whether the weights went through :func:`~mla_compile.passes.gauge.balanced` already.
+        moments: ``[width, width]`` of every site's inputs, where queries are to get a rank by them; else none.
     """
 
     plans: tuple[LatentPlan, ...]
@@ -139,6 +146,7 @@ class Choice:
     deepseek: DeepSeekShape | None = None
     notes: tuple[str, ...] = ()
     balanced: bool = False
+    moments: tuple[Tensor, ...] = ()
 
 
 def unpredicted(weights: Sequence[LatentWeights], *, own: bool) -> tuple[LayerForecast, ...]:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, repeat
 
 import torch
 
@@ -19,7 +20,7 @@ from mla_compile.deepseek import deepseek_shape, require_expressible, require_ta
 from mla_compile.errors import UsageError
 from mla_compile.passes.factorise import LatentWeights
 from mla_compile.passes.fisher import JointFactors, assemble, from_rows, joint_rows
-from mla_compile.passes.layers import MeasuredLayer, measure_layers, no_room, settled_by
+from mla_compile.passes.layers import MeasuredLayer, input_moments, measure_layers, no_room, settled_by
 from mla_compile.passes.principal import principal_components
 from mla_compile.passes.rope_split import RopeSplit, RotaryChannels, real_split, rotary_channels, split_rope
 from mla_compile.passes.search import Divergence
@@ -98,6 +99,7 @@ def transmla(task: Task) -> Choice:
     windows, vocabulary = task.require_windows(), task.program.vocabulary
     divergence = Divergence(task.program, windows, vocabulary, task.sites, task.resources)
     tries = None if task.store is None else task.store.journal(settled_by(task))
+    checks = chain([True], repeat(False))  # the first of what is tried
     best: _Try | None = None
     least, collapses = math.inf, _collapses(layers, task.config)
     if not collapses:
@@ -119,7 +121,7 @@ def transmla(task: Task) -> Choice:
                     break
                 tried()
                 this = _Try(task, layers, plans, fold)
-                measure = functools.partial(this.cost, divergence)
+                measure = functools.partial(this.cost, divergence, checks)
                 cost = measure() if tries is None else tries.recall(this.name, measure)
                 if best is None or cost < least:
                     best, least = this, cost
@@ -130,7 +132,8 @@ def transmla(task: Task) -> Choice:
         fewest = [len(layer.site.rope.pairs) // max(collapses) for layer in layers]
         raise no_room(layers, fewest, task.config)
     shape = deepseek_shape(task.sites[0], best.plans[0].rope_dims, best.plans[0].kv_rank) if even else None
-    return Choice(best.plans, best.weights, unpredicted(best.weights, own=best.fold == 1), shape, measured.notes)
+    forecasts, moments = unpredicted(best.weights, own=best.fold == 1), input_moments(task, layers)
+    return Choice(best.plans, best.weights, forecasts, shape, measured.notes, moments=moments)
 
 
 @dataclass(frozen=True)
@@ -160,9 +163,9 @@ class _Try:
         layers = zip(self.layers, self.plans, strict=True)
         return tuple(self.task.held(_weights(layer, plan, self.fold)) for layer, plan in layers)
 
-    def cost(self, divergence: Divergence) -> float:
-        """How far the converted model is from the original."""
-        return divergence(self.task.rewrite(self.weights))
+    def cost(self, divergence: Divergence, checks: Iterator[bool]) -> float:
+        """How far the converted model is from the original; the next of ``checks`` says whether it is checked."""
+        return divergence(self.task.rewrite(self.weights, check=next(checks)))
 
 
 def _weights(layer: MeasuredLayer, plan: LatentPlan, fold: int) -> LatentWeights:

@@ -62,7 +62,7 @@ class Conversions:
         choice = METHODS[config.method](task)
         weights = choice.weights
         if config.q_rank is not None:
-            weights = with_query_rank(task, weights, config.q_rank)
+            weights = with_query_rank(weights, choice.moments, config.q_rank)
         report = Report(
             source=program.source,
             config=config.model_dump(),

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import runpy
 from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
+import tokenizers
+import transformers
 from hypothesis import given
+from tokenizers import normalizers, pre_tokenizers
+from tokenizers.models import BPE, Unigram, WordPiece
+from tokenizers.trainers import BpeTrainer, UnigramTrainer, WordPieceTrainer
 
 from mla_compile.errors import LoadError, UsageError
-from mla_compile.text.corpus import load_tokenizer, read_documents, special_tokens, token_windows, tokenize
+from mla_compile.text import corpus
+from mla_compile.text.corpus import (
+    load_tokenizer,
+    open_documents,
+    read_documents,
+    special_tokens,
+    token_windows,
+    tokenize,
+)
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "examples" / "tiny-llama"
@@ -106,6 +120,38 @@ def test_a_file_without_readable_text_is_refused(file, name, content, phrase):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 12, 13, 14, 2**20])
+def test_documents_do_not_depend_on_how_a_file_is_read(file, size, monkeypatch):
+    monkeypatch.setattr(corpus, "_PIECE", size)
+    documents = ["naïve 🙂\r\nand\rlines", "<|endof", "text|>", "<<|endoftext|", "end"]
+    plain = file("a.txt", "<|endoftext|>\r\n".join(documents).encode("utf-8-sig"))
+    assert read_documents(plain) == ["naïve 🙂\nand\nlines", "<|endof", "text|>", "<<|endoftext|", "end"]
+    lines = file("a.jsonl", "\r\n".join(json.dumps({"text": d}, ensure_ascii=False) for d in documents) + "\n")
+    assert read_documents(lines) == documents
+
+
+def test_a_file_is_read_as_far_as_it_is_needed(file, monkeypatch):
+    """What is wrong behind that is said when it is reached."""
+    monkeypatch.setattr(corpus, "_PIECE", 4)
+    for name, content, phrase in (
+        ("a.txt", b"one<|endoftext|>two<|endoftext|>   caf\xe9 ", r"is not UTF-8 text \(.* at byte 38\)"),
+        ("a.jsonl", b'{"text": "one"}\n{"text": "two"}\n{"txt": "three"}', "^Line 3 of"),
+    ):
+        documents = open_documents(file(name, content))
+        assert list(itertools.islice(documents, 2)) == ["one", "two"]
+        assert tokenize(documents, Letters(None), 4) == [ord(c) for c in "onetwo"]
+        with pytest.raises(LoadError, match=phrase):
+            list(documents)
+
+
+def test_files_of_the_same_documents_are_equal(file):
+    documents = open_documents(file("a.txt", "one<|endoftext|>two"))
+    assert documents == ["one", "two"]
+    assert documents == open_documents(file("a.jsonl", '{"text": "one"}\n{"text": "two"}'))
+    for others in (["one"], ["one", "two", "three"], ["one", "three"], None):
+        assert documents != others
+
+
 def test_a_missing_file_and_a_folder_are_refused(tmp_path):
     for path in (tmp_path / "none.txt", tmp_path):
         with pytest.raises(LoadError, match=r"^There is no text file '.*'\. Give a \.txt or \.jsonl file\.$"):
@@ -129,6 +175,69 @@ def test_tokens_of_the_bundled_tokenizer(tokenizer):
     assert ends[0] == 0
     assert tokenizer.decode(stream[1 : ends[1]]) == texts[0]
     assert tokenizer.decode(stream[ends[1] + 1 :]) == texts[1]
+
+
+def trained(model, normalizer, words):
+    """A tokenizer of some kind, trained on stories."""
+    tokenizer = tokenizers.Tokenizer(model())
+    tokenizer.normalizer = normalizer
+    if words is not None:
+        tokenizer.pre_tokenizer = words
+    trainer = TRAINERS[model]
+    known = {"vocab_size": 400, "special_tokens": ["[UNK]"], "show_progress": False}
+    known |= {"unk_token": "[UNK]"} if model is Unigram else {}
+    tokenizer.train_from_iterator(STORIES[:40], trainer(**known))
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]")
+
+
+STORIES = list(runpy.run_path(str(ROOT / "examples" / "story_grammar.py"))["stories"](range(120)))
+TRAINERS = {BPE: BpeTrainer, Unigram: UnigramTrainer, WordPiece: WordPieceTrainer}
+LLAMA = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+KINDS = {
+    "bytes": None,
+    "letters": lambda: Letters(1),
+    "BPE across words": lambda: trained(BPE, LLAMA, None),
+    "unigram": lambda: trained(Unigram, normalizers.NFKC(), pre_tokenizers.Metaspace()),
+    "unigram across words": lambda: trained(Unigram, normalizers.NFKC(), None),
+    "word pieces": lambda: trained(WordPiece, normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()),
+}
+LONG = {
+    "stories": "\n\n".join(STORIES),
+    "one word": "".join(STORIES).replace(" ", ""),
+    "one word late": "Once " + "".join(STORIES).replace(" ", ""),
+    "one letter": "a" * 30_000,
+    "blanks": "a" + " " * 30_000 + "a",
+    "accents": "e\N{COMBINING ACUTE ACCENT}ﬁ🙂 naïve\N{IDEOGRAPHIC SPACE}" * 3000,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_first_tokens_of_a_long_document_are_those_of_the_whole(tokenizer, kind):
+    """Byte-level and character-level ones, and ones that merge, or look for the best path, across words."""
+    given, whole = [], tokenizer if kind == "bytes" else KINDS[kind]()
+
+    class Counting:
+        bos_token_id = 1
+
+        def __call__(self, text: str, **options: bool) -> dict[str, list[int]]:
+            given.append(len(text))
+            return whole(text, **options)
+
+    for name, document in LONG.items():
+        expected = tokenize(["One.", document, "None."], Counting())
+        for most in (8, 65, 130, 301):
+            given.clear()
+            got = tokenize(["One.", document, "None."], Counting(), most)
+            assert got[:most] == expected[:most], (name, most)
+            if name == "stories":
+                assert max(given) < len(document) / 2
+                assert len(got) == most
+
+
+def test_a_document_gives_all_tokens_unless_it_is_much_longer_than_they_take():
+    document = "word " * 400
+    assert len(tokenize([document], Letters(None), 10)) == len(document)
+    assert len(tokenize([document * 9], Letters(None), 10)) == 10
 
 
 def test_long_documents_warn_of_nothing(tokenizer, caplog):

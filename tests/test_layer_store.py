@@ -19,7 +19,7 @@ from mla_compile.cli import main
 from mla_compile.config import make_config
 from mla_compile.disk.layer_store import LayerStore, store_beside, store_folder
 from mla_compile.disk.writing import held, moved_into
-from mla_compile.errors import UsageError
+from mla_compile.errors import ShareDone, UsageError
 from mla_compile.passes import factorise
 from mla_compile.passes.methods import mha2mla
 from mla_compile.passes.task import Task
@@ -109,6 +109,18 @@ def test_layers_go_when_a_conversion_ends_in_whatever_way(error, tmp_path):
             raise error
     assert not store_folder(out).exists()
     assert out.parent.exists() == (error is None)
+
+
+def test_layers_stay_when_another_process_has_done_its_share(tmp_path):
+    """All processes of a launcher name the same folder, and the first goes on in it."""
+    out = tmp_path / "new" / "model.onnx"
+    with store_beside(out) as first:
+        first.folder.mkdir(parents=True)
+        (kept := first.folder / "layer.safetensors").touch()
+        with pytest.raises(ShareDone), store_beside(out):
+            raise ShareDone
+        assert kept.exists()
+    assert not first.folder.exists()
 
 
 @pytest.mark.skipif(not hasattr(os, "setsid"), reason="limits of file sizes are those of POSIX")

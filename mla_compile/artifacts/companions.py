@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from mla_compile.disk.writing import sizes_in
 from mla_compile.errors import LoadError
 from mla_compile.program import Assets
 from mla_compile.progress import Stages
@@ -16,6 +17,7 @@ from mla_compile.report import Report
 from mla_compile.reporting.encoder_report import EncoderReport
 from mla_compile.reporting.report_page import write_report
 from mla_compile.reporting.seq2seq_report import Seq2SeqReport
+from mla_compile.text.tokenizer_files import tokenizer_files
 
 __all__ = [
     "copy_assets",
@@ -27,17 +29,6 @@ __all__ = [
     "written_files",
 ]
 
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-)
 _OPENED_BY_NAME = (".gguf", ".onnx", ".plan")
 _AnyReport = TypeVar("_AnyReport", Report, EncoderReport, Seq2SeqReport)
 
@@ -61,9 +52,9 @@ def copy_assets(assets: Assets, folder: Path) -> None:
             )
     local = assets.local_folder
     if local is not None:
-        for name in _TOKENIZER_FILES:
-            if (local / name).is_file():
-                shutil.copyfile(local / name, folder / name)
+        for file in tokenizer_files(local):
+            (folder / file).parent.mkdir(exist_ok=True)
+            shutil.copyfile(local / file, folder / file)
     elif assets.folder is not None:
         from mla_compile.text.corpus import load_tokenizer
 
@@ -87,8 +78,8 @@ def read_assets(folder: Path) -> Assets:
             raise LoadError(f"'{path}' is damaged ({error}).", "Convert the model again.") from error
         if not isinstance(stored[name], dict):
             raise LoadError(f"'{path}' holds no settings.", "Convert the model again.")
-    tokenizer = any((folder / name).is_file() for name in _TOKENIZER_FILES)
-    return Assets(str(folder) if tokenizer else None, stored["config.json"], stored["generation_config.json"])
+    tokenizer = str(folder) if tokenizer_files(folder) else None
+    return Assets(tokenizer, stored["config.json"], stored["generation_config.json"])
 
 
 def finished(report: _AnyReport, folder: Path, stages: Stages) -> _AnyReport:
@@ -99,7 +90,7 @@ def finished(report: _AnyReport, folder: Path, stages: Stages) -> _AnyReport:
         folder: A hidden one, in the folder that its files go to.
         stages: What was timed.
     """
-    sizes: dict[str, int] = {p.name: p.stat().st_size for p in sorted(folder.iterdir())}
+    sizes: dict[str, int] = sizes_in(folder)
     report = dataclasses.replace(
         report,
         artifacts=sizes,

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mla_compile.artifacts.companions import copy_assets
-from mla_compile.disk.writing import is_occupied
+from mla_compile.disk.writing import is_occupied, sizes_in
 from mla_compile.errors import UsageError
 from mla_compile.program import Assets
 from mla_compile.reporting.report_page import PAGE
@@ -157,9 +157,9 @@ def check_neighbours(path: Path, source: str, assets: Assets, force: bool) -> No
         return
     with tempfile.TemporaryDirectory() as scratch:
         copy_assets(assets, Path(scratch))
-        for new in sorted(Path(scratch).iterdir()):
-            old = folder / new.name
-            if old.is_file() and old.read_bytes() != new.read_bytes():
+        for name in sizes_in(Path(scratch)):
+            old = folder / name
+            if old.is_file() and old.read_bytes() != (Path(scratch) / name).read_bytes():
                 raise _belongs_to_another(old)
     report, page = folder / "report.json", folder / PAGE
     if report.is_file() and not _is_report(report):

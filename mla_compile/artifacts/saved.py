@@ -17,7 +17,7 @@ from mla_compile.artifacts.companions import copy_assets, displaced, is_converte
 from mla_compile.artifacts.onnx_files import lower_and_check, stored_metadata
 from mla_compile.artifacts.places import check_neighbours, check_place, check_target
 from mla_compile.config import CompileConfig
-from mla_compile.disk.writing import moved_into
+from mla_compile.disk.writing import moved_into, sizes_in
 from mla_compile.errors import LoadError, UsageError
 from mla_compile.plan import LatentPlan
 from mla_compile.program import Assets
@@ -185,7 +185,7 @@ def write_saved_onnx(saved: Saved, path: Path, form: CompileConfig, *, force: bo
 
 def _finished(report: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Complete a report with what lies in its folder, and write it there."""
-    sizes = {p.name: p.stat().st_size for p in sorted(folder.iterdir())}
+    sizes = sizes_in(folder)
     warnings = [*report["warnings"], *displaced(folder.parent, sizes)]
     report = {**report, "artifacts": sizes, "warnings": warnings}
     write_report(report, folder)

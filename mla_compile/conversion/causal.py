@@ -163,7 +163,7 @@ def finish(case: Case, choice: Choice) -> Finished:
     weights = choice.weights if polished is None else polished.weights
     weights = weights if choice.balanced else tuple(map(balanced, weights))
     if config.q_rank is not None:
-        weights = with_query_rank(task, weights, config.q_rank)
+        weights = with_query_rank(weights, choice.moments, config.q_rank)
     return Finished(weights, *((None, ()) if polished is None else (polished.report, polished.notes)))
 
 
@@ -303,5 +303,6 @@ def _settled(config: CompileConfig, text: bool) -> tuple[CompileConfig, tuple[st
 
 
 def _exact_twin(task: Task) -> LatentModel:
-    """The same rewrite with nothing left out."""
-    return task.rewrite(nothing_left_out(dataclasses.replace(task, stages=Stages(), wide=True)).weights)
+    """The same rewrite with nothing left out; the graph of the other was checked."""
+    weights = nothing_left_out(dataclasses.replace(task, stages=Stages(), wide=True)).weights
+    return task.rewrite(weights, check=False)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mla_compile.disk.content import content_of
 from mla_compile.disk.writing import explained, missing_folders, remove_empty, whole_file
+from mla_compile.errors import ShareDone
 from mla_compile.passes.factorise import LatentWeights
 
 __all__ = ["Journal", "LayerStore", "rounded", "store_beside", "store_folder"]
@@ -113,7 +114,8 @@ def store_beside(out: Path) -> Iterator[LayerStore]:
     """Keep finished layers beside an output while it is made.
 
     They are removed when the body ends, fails or is interrupted, as nothing is to be left of it, and stay when this
-    process is killed: the same conversion then goes on behind the last of them.
+    process is killed: the same conversion then goes on behind the last of them. They stay too when this process has
+    done its share of the text, for they are the first process's, which goes on.
 
     Args:
         out: The file or folder that is made.
@@ -125,6 +127,8 @@ def store_beside(out: Path) -> Iterator[LayerStore]:
     created = missing_folders(folder.parent)
     try:
         yield LayerStore(folder)
+    except ShareDone:
+        raise
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         remove_empty(created)

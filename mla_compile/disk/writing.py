@@ -28,6 +28,7 @@ __all__ = [
     "missing_folders",
     "moved_into",
     "remove_empty",
+    "sizes_in",
     "unseen_errors",
     "whole_file",
 ]
@@ -166,6 +167,12 @@ def is_occupied(path: Path) -> bool:
     return path.is_file() or (path.is_dir() and any(not p.name.startswith(_HIDDEN) for p in path.iterdir()))
 
 
+def sizes_in(folder: Path) -> dict[str, int]:
+    """Bytes of every file in a folder and in those that it holds, by what it is called from there."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+
+
 @contextlib.contextmanager
 def moved_into(target: Path) -> Iterator[Path]:
     """Give a hidden folder to write in; on success move its files into ``target``, on failure remove everything.
@@ -185,10 +192,11 @@ def moved_into(target: Path) -> Iterator[Path]:
     try:
         with held(hidden), explained(target):
             yield hidden
-            for file in sorted(hidden.iterdir()):
-                file.replace(target / file.name)
+            for name in sizes_in(hidden):
+                (target / name).parent.mkdir(parents=True, exist_ok=True)
+                (hidden / name).replace(target / name)
     except BaseException:
         shutil.rmtree(hidden, ignore_errors=True)
         remove_empty(created)
         raise
-    hidden.rmdir()
+    shutil.rmtree(hidden)

@@ -16,7 +16,7 @@ from torch import Tensor
 from mla_compile.config import CompileConfig
 from mla_compile.errors import UsageError
 from mla_compile.program import Program
-from mla_compile.text.corpus import check_vocabulary, load_tokenizer, read_documents, token_windows, tokenize
+from mla_compile.text.corpus import check_vocabulary, load_tokenizer, open_documents, token_windows, tokenize
 from mla_compile.text.dataset import is_dataset, stream_documents
 from mla_compile.text.evaluate import longest_window, original_scorer
 
@@ -62,7 +62,8 @@ def require_text(config: CompileConfig, calibration: Text | None) -> None:
 
 
 def read_text(text: Text | None) -> Iterable[str] | Tensor | None:
-    """Read documents from a file or open a dataset; pass on what is neither, integers of any type as int64.
+    """Open a file or a dataset, whose documents are read when they are asked for; pass on what is neither, integers of
+    any type as int64.
 
     Raises:
         LoadError: The file or dataset is missing or holds no text.
@@ -71,7 +72,7 @@ def read_text(text: Text | None) -> Iterable[str] | Tensor | None:
     if isinstance(text, str | Path) and is_dataset(str(text)):
         return stream_documents(str(text))
     if isinstance(text, str | Path):
-        return read_documents(text)
+        return open_documents(text)
     return _token_ids(text) if isinstance(text, Tensor) else text
 
 

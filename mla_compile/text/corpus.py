@@ -1,9 +1,16 @@
-"""Text to token windows: one definition for calibration, perplexity and verification."""
+"""Text to token windows: one definition for calibration, perplexity and verification.
+
+Files are read piece by piece, and documents are tokenized as far as their tokens are needed.
+"""
 
 from __future__ import annotations
 
+import codecs
+import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +18,14 @@ import torch
 from torch import Tensor
 
 from mla_compile.errors import LoadError, UsageError, first_line
+from mla_compile.text.tokenizer_files import holds_tokenizer
 
 __all__ = [
     "DOCUMENT_END",
+    "TextFile",
     "check_vocabulary",
     "load_tokenizer",
+    "open_documents",
     "read_documents",
     "special_tokens",
     "token_windows",
@@ -24,9 +34,14 @@ __all__ = [
 
 DOCUMENT_END = "<|endoftext|>"
 """Separates documents in plain text files."""
-
-
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+_PIECE = 2**20
+"""Bytes of a file that are read at once."""
+_LETTERS = 8
+"""Letters that are taken to make a token, at most, before anything is known of a text; about four do."""
+_UNSURE = 64
+"""Tokens in front of a cut that are left out, for the whole document might have others there. A cut at a blank changes
+none where words are tokenized by themselves, and else few: of six kinds of tokenizers 15 at most, wherever it was.
+"""
 
 
 def load_tokenizer(folder: str | None) -> Any:  # noqa: ANN401 - transformers' tokenizers share no public base
@@ -40,7 +55,7 @@ def load_tokenizer(folder: str | None) -> Any:  # noqa: ANN401 - transformers' t
     from transformers import AutoTokenizer
 
     path = Path(folder)
-    if path.is_dir() and not any((path / name).is_file() for name in _TOKENIZER_FILES):
+    if path.is_dir() and not holds_tokenizer(path):
         raise LoadError(f"There is no tokenizer in the folder '{folder}'.", "Give one with --tokenizer FOLDER.")
     if not path.exists() and (path.is_absolute() or folder.startswith(".") or folder.count("/") > 1):
         raise LoadError(f"There is no tokenizer folder '{folder}'.", "Give one with --tokenizer FOLDER.")
@@ -59,8 +74,115 @@ def special_tokens(folder: str) -> dict[str, Any]:
     return {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
 
 
+@dataclass(frozen=True, eq=False)
+class TextFile:
+    """A text file (documents separated by ``<|endoftext|>``) or a ``.jsonl`` file with a ``text`` field.
+
+    Its documents are read when they are asked for, one at a time; asked for again, from its beginning. It equals
+    whatever holds the same ones.
+
+    Attributes:
+        path: The file.
+    """
+
+    path: Path
+
+    def __iter__(self) -> Iterator[str]:
+        """Read documents, none of them blank.
+
+        Raises:
+            LoadError: The file is missing, or it is not UTF-8 text, or a line is not JSON, as far as it was read; or it
+                was read to its end, and has no documents.
+        """
+        found = False
+        for document in map(str.strip, self._lines() if self.path.suffix == ".jsonl" else self._parts(DOCUMENT_END)):
+            if document:
+                found = True
+                yield document
+        if not found:
+            raise LoadError(f"'{self.path}' holds no text.", "Give a file with at least one document.")
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Iterable):
+            return NotImplemented
+        return all(one == another for one, another in zip_longest(self, other))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def _lines(self) -> Iterator[str]:
+        """Texts of JSON objects."""
+        for number, line in enumerate(self._parts("\n"), 1):
+            if not line.strip():
+                continue
+            try:
+                text = json.loads(line)["text"] + ""
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise LoadError(
+                    f"Line {number} of '{self.path}' is not a JSON object with a 'text' field.",
+                    "Correct or remove the line.",
+                ) from error
+            if not is_text(text):
+                raise LoadError(
+                    f"Line {number} of '{self.path}' holds half a character (a lone surrogate).",
+                    "Correct or remove the line.",
+                )
+            yield text
+
+    def _parts(self, separator: str) -> Iterator[str]:
+        """What stands between separators, which may begin in one piece and end in the next."""
+        begun: list[str] = []
+        rest = ""
+        for piece in self._pieces():
+            *ended, rest = (rest + piece).split(separator)
+            for part in ended:
+                yield "".join((*begun, part))
+                begun.clear()
+            sure = max(0, len(rest) - len(separator) + 1)
+            begun.append(rest[:sure])
+            rest = rest[sure:]
+        yield "".join((*begun, rest))
+
+    def _pieces(self) -> Iterator[str]:
+        """Its text as ``open`` would give it, with the place of what is no text."""
+        if not self.path.is_file():
+            raise LoadError(f"There is no text file '{self.path}'.", "Give a .txt or .jsonl file.")
+        signed = codecs.getincrementaldecoder("utf-8-sig")()  # some editors put a byte order mark in front
+        decoder = io.IncrementalNewlineDecoder(signed, translate=True)
+        try:
+            with self.path.open("rb") as file:
+                content = None
+                while content != b"":
+                    content = file.read(_PIECE)
+                    try:
+                        yield decoder.decode(content, final=not content)
+                    except UnicodeDecodeError as error:
+                        place = file.tell() - len(error.object) + error.start
+                        raise LoadError(
+                            f"'{self.path}' is not UTF-8 text ({error.reason} at byte {place}).",
+                            "Give a .txt or .jsonl file.",
+                        ) from error
+        except OSError as error:
+            raise LoadError(
+                f"'{self.path}' cannot be read ({error.strerror}).", "Give a .txt or .jsonl file."
+            ) from error
+
+
+def open_documents(path: str | Path) -> TextFile:
+    """Open a text file and read its first document; the others are read when they are asked for.
+
+    Args:
+        path: The file.
+
+    Raises:
+        LoadError: The file is missing, or has no documents, or it is not UTF-8 text as far as it was read.
+    """
+    file = TextFile(Path(path))
+    next(iter(file))
+    return file
+
+
 def read_documents(path: str | Path) -> list[str]:
-    """Read a text file (documents separated by ``<|endoftext|>``) or a ``.jsonl`` file with a ``text`` field.
+    """Read all of a text file (documents separated by ``<|endoftext|>``) or a ``.jsonl`` file with a ``text`` field.
 
     Args:
         path: The file.
@@ -68,36 +190,7 @@ def read_documents(path: str | Path) -> list[str]:
     Raises:
         LoadError: The file is missing, not UTF-8 text, or has no documents.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise LoadError(f"There is no text file '{path}'.", "Give a .txt or .jsonl file.")
-    try:
-        content = path.read_text(encoding="utf-8-sig")  # some editors put a byte order mark in front
-    except OSError as error:
-        raise LoadError(f"'{path}' cannot be read ({error.strerror}).", "Give a .txt or .jsonl file.") from error
-    except UnicodeDecodeError as error:
-        raise LoadError(f"'{path}' is not UTF-8 text ({error}).", "Give a .txt or .jsonl file.") from error
-    if path.suffix == ".jsonl":
-        documents = []
-        for number, line in enumerate(content.split("\n"), 1):
-            try:
-                documents += [json.loads(line)["text"] + ""] if line.strip() else []
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise LoadError(
-                    f"Line {number} of '{path}' is not a JSON object with a 'text' field.",
-                    "Correct or remove the line.",
-                ) from error
-            if line.strip() and not is_text(documents[-1]):
-                raise LoadError(
-                    f"Line {number} of '{path}' holds half a character (a lone surrogate).",
-                    "Correct or remove the line.",
-                )
-    else:
-        documents = content.split(DOCUMENT_END)
-    documents = [d.strip() for d in documents if d.strip()]
-    if not documents:
-        raise LoadError(f"'{path}' holds no text.", "Give a file with at least one document.")
-    return documents
+    return [*TextFile(Path(path))]
 
 
 def is_text(string: str) -> bool:
@@ -115,15 +208,33 @@ def tokenize(documents: Iterable[str], tokenizer: Any, most: int | None = None) 
     Args:
         documents: Read until there are enough tokens.
         tokenizer: A tokenizer.
-        most: How many tokens are enough; the last document is not cut.
+        most: How many tokens are enough. The last document gives all that it has, but one that is several times as long
+            as that takes is tokenized only so far, and gives the first ones, as many as are missing.
     """
+
+    def ids(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
     begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     stream: list[int] = []
     for document in documents:
-        stream += begin + list(tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"])
+        stream += begin
+        stream += ids(document) if most is None else _first(document, most - len(stream), ids)
         if most is not None and len(stream) >= most:
             break
     return stream
+
+
+def _first(document: str, most: int, ids: Callable[[str], list[int]]) -> list[int]:
+    """All tokens of a document, or of one that is much longer than that takes, the first ``most``."""
+    length = _LETTERS * (max(0, most) + _UNSURE)
+    while 4 * length < len(document):
+        blank = next((i for i in reversed(range(length)) if document[i].isspace()), length)
+        found = ids(document[:blank])[:-_UNSURE]
+        if len(found) >= most:
+            return found[: max(0, most)]
+        length *= 4
+    return ids(document)
 
 
 def check_vocabulary(largest: int, vocabulary: int, source: str) -> None:

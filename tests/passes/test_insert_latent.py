@@ -14,9 +14,14 @@ import zoo
 from conversion import convert, difference, in_chunks
 from torch import nn
 
+from mla_compile.config import make_config
 from mla_compile.errors import RefusedError
+from mla_compile.passes.incremental import check_incremental
 from mla_compile.passes.insert_latent import INPUT_NAMES, past_name
+from mla_compile.passes.methods import METHODS
 from mla_compile.passes.recognise import recognise
+from mla_compile.passes.search import Divergence
+from mla_compile.passes.task import Task
 from mla_compile.runtime.module import LatentModel
 
 # Both sides are float32 models of two layers with other orders of products: 1e-7 to 1e-6 was observed.
@@ -407,6 +412,24 @@ def test_what_is_not_understood_is_refused(kind):
     """Anything else that knows the length or another position either goes right or is refused; it never goes wrong."""
     with contextlib.suppress(RefusedError):
         check_positions(kind)
+
+
+@pytest.mark.parametrize("method", ["fisher", "transmla"])
+def test_a_search_runs_the_graph_in_pieces_once_and_the_result_again(programs, method, monkeypatch):
+    """Before anything is tried, so that what cannot be converted is refused at once."""
+    checked, tried, measure = [], [], Divergence.__call__
+    monkeypatch.setattr(Divergence, "__call__", lambda self, model: tried.append(model) or measure(self, model))
+    monkeypatch.setattr(
+        "mla_compile.passes.insert_latent.check_incremental",
+        lambda *arguments: checked.append(len(tried)) or check_incremental(*arguments),
+    )
+    captured, config = programs["llama-gqa"], make_config(method=method, cache_ratio=0.5, gradients=False)
+    task = Task(captured.program, captured.sites, (), config, models.tokens(4, 16))
+    weights = METHODS[method](task).weights
+    assert len(tried) > 1
+    assert checked == [0]
+    task.result(weights)
+    assert checked == [0, len(tried)]
 
 
 class ProbabilitiesUsedTwice(zoo.SpelledOut):

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import models
 import pytest
 import torch
 
 from mla_compile.config import make_config
+from mla_compile.conversion.causal import Case, choose, finish
+from mla_compile.disk.layer_store import LayerStore
+from mla_compile.passes import layers
 from mla_compile.passes.factorise import truncated_svd
 from mla_compile.passes.layers import measure_layers
 from mla_compile.passes.methods import METHODS
 from mla_compile.passes.query_rank import full_query_rank, with_query_rank
 from mla_compile.passes.task import Task
+from mla_compile.text.processes import Processes
 
 
 @pytest.fixture(scope="module")
@@ -43,17 +49,34 @@ def logit_error(layer, changed, moment):
 
 
 def test_the_rank_is_that_and_logits_change_least(task, weights):
-    for layer, changed, measured in zip(
-        weights, with_query_rank(task, weights, 12), measure_layers(task).layers, strict=True
-    ):
+    moments = [measured.statistics().moment for measured in measure_layers(task).layers]
+    for layer, changed, moment in zip(weights, with_query_rank(weights, moments, 12), moments, strict=True):
         assert torch.linalg.matrix_rank(changed.query.flatten(0, 1), rtol=1e-9) == 12
         up, down = truncated_svd(layer.query.flatten(0, 1), 12)
         plain = type(layer)(**{**layer.__dict__, "query": (up @ down).view_as(layer.query)})
-        moment = measured.statistics().moment
         assert logit_error(layer, changed, moment) < 0.9 * logit_error(layer, plain, moment)
 
 
-def test_nothing_changes_at_the_full_rank(task, weights):
+def test_nothing_changes_at_the_full_rank(weights):
     full = full_query_rank(weights[0])
     assert full == 64
-    assert with_query_rank(task, weights, full) == weights
+    assert with_query_rank(weights, [torch.eye(64)] * len(weights), full) == weights
+
+
+@pytest.mark.parametrize("method", ["transmla", "fisher"])
+@pytest.mark.parametrize("tokens", [256, 48], ids=["enough", "too few"])
+def test_the_text_is_measured_once_and_together_with_other_processes(task, method, tokens, tmp_path, monkeypatch):
+    """They have left when the sizes are chosen: nobody answers whoever asks again."""
+    asked, measured, collect = [], [], layers.collect_statistics
+    monkeypatch.setattr(Processes, "agreed", lambda self, value: asked.append(value) or value)
+    monkeypatch.setattr(layers, "collect_statistics", lambda *a, **k: measured.append(collect(*a, **k)) or measured[-1])
+    config = task.config.model_copy(update={"method": method, "format": "deepseek", "q_rank": 12})
+    windows = models.tokens(8, 32).flatten()[:tokens].view(-1, 16)
+    task = dataclasses.replace(task, config=config, windows=windows, store=LayerStore(tmp_path))
+    case = Case(None, task, None, ())
+    choice = choose(case)
+    finished = finish(case, choice).weights
+    assert len(measured) == len(asked) == 1
+    for layer, statistics, moment in zip(finished, *measured, choice.moments, strict=True):
+        assert torch.equal(moment, layers.certain(statistics).moment)
+        assert torch.linalg.matrix_rank(layer.query.flatten(0, 1), rtol=1e-9) == 12
