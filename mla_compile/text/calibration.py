@@ -62,8 +62,9 @@ def require_text(config: CompileConfig, calibration: Text | None) -> None:
 
 
 def read_text(text: Text | None) -> Iterable[str] | Tensor | None:
-    """Open a file or a dataset, whose documents are read when they are asked for; pass on what is neither, integers of
-    any type as int64.
+    """Open a file or a dataset, whose documents are read when they are asked for; pass on what is neither.
+
+    Token windows of any type of integers are passed on as int64.
 
     Raises:
         LoadError: The file or dataset is missing or holds no text.
