@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from mla_compile.artifacts.opened import module_scorer
-from mla_compile.artifacts.places import check_place
+from mla_compile.artifacts.places import check_place, is_named_file
 from mla_compile.artifacts.saved import open_saved, write_trained
 from mla_compile.disk.content import content_of
 from mla_compile.errors import LoadError, UsageError
@@ -260,7 +260,7 @@ def _check_out(folder: Path, out: Path, *, resume: bool, force: bool) -> None:
     """
     if resume and force:
         raise UsageError("--resume goes on and --force begins anew.", "Give one of them.")
-    if out.suffix:
+    if is_named_file(out):
         raise UsageError(
             f"'{out}' is not named like a folder.", "Name a folder, and write ONNX from it with mla-compile export."
         )

@@ -21,6 +21,7 @@ from mla_compile.cli import main
 from mla_compile.errors import LoadError, TrainingError, UsageError
 from mla_compile.sources.capture import capture
 from mla_compile.training import trainer
+from mla_compile.training.run import _check_out
 from training import LENGTH, SETTINGS, assert_same, counting
 
 MIXED = {"match_steps": 4, "objective": "kl=1,next-token=0.01,attention=0.5"}
@@ -220,6 +221,12 @@ def test_a_folder_is_not_overwritten(plain, train, converted, data):
         train(plain.folder, resume=True, text=counting(44, seed=1))
     with pytest.raises(UsageError, match="folder of the converted model"):
         finetune(converted, data, converted, Recipe(**SETTINGS), resume=True)
+
+
+def test_a_version_in_a_name_is_no_suffix(converted, tmp_path):
+    _check_out(converted, tmp_path / "llama-3.2-1b-tuned", resume=False, force=False)
+    with pytest.raises(UsageError, match="not named like a folder"):
+        _check_out(converted, tmp_path / "model.onnx", resume=False, force=False)
 
 
 def test_another_model_does_not_go_on(plain, data, tmp_path):
