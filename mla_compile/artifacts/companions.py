@@ -22,7 +22,6 @@ from mla_compile.text.tokenizer_files import tokenizer_files
 __all__ = [
     "copy_assets",
     "displaced",
-    "files_of_report",
     "finished",
     "is_converted_folder",
     "read_assets",
@@ -101,7 +100,7 @@ def finished(report: _AnyReport, folder: Path, stages: Stages) -> _AnyReport:
     return report
 
 
-def files_of_report(folder: Path) -> Sequence[str]:
+def _files_of_report(folder: Path) -> Sequence[str]:
     """Names of the models' files that the ``report.json`` of a folder is of, as far as they are still there."""
     try:
         report: Mapping[str, Any] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
@@ -118,7 +117,7 @@ def displaced(folder: Path, new: Mapping[str, int]) -> Sequence[str]:
         folder: Where the new files go.
         new: Their names, with their sizes.
     """
-    others = [name for name in files_of_report(folder) if name not in new]
+    others = [name for name in _files_of_report(folder) if name not in new]
     if not others:
         return ()
     return (f"report.json and report.html were those of {', '.join(others)}, and are of this conversion now",)

@@ -19,7 +19,6 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from mla_compile.artifacts.companions import files_of_report
 from mla_compile.errors import LoadError, MlaCompileError, RefusedError, UsageError
 from mla_compile.evaluation.benchmark import USUAL, Benchmark, File, Prefill, Step, Workload, slower
 from mla_compile.evaluation.turns import spread, turns
@@ -72,7 +71,8 @@ def bench(
     named = {_unused(Path(f).stem, i, files): Path(f) for i, f in enumerate(files)}
     decoders = {name: _open(path, workload.threads) for name, path in named.items()}
     with stages.stage("load"):
-        name, program = _load_original(Path(files[0]), against)
+        made_of = next(iter(decoders.values())).metadata.get("source")
+        name, program = _load_original(Path(files[0]), made_of, against)
     _require_same(decoders, program, name)
     longest = [program.max_positions, *(d.metadata.get("max_position_embeddings") for d in decoders.values())]
     contexts = workload.within(min((n for n in longest if n), default=None))
@@ -119,7 +119,14 @@ def _unused(stem: str, place: int, files: Sequence[str | Path]) -> str:
     return stem if stems.count(stem) == 1 else str(files[place])
 
 
-def _load_original(file: Path, against: str) -> tuple[str, Program]:
+def _load_original(file: Path, made_of: str | None, against: str) -> tuple[str, Program]:
+    """Load what a file is compared with.
+
+    Args:
+        file: The file.
+        made_of: Name of the model that it says it was made of.
+        against: A model's name, or ``original`` for what the report beside the file names.
+    """
     if against != "original":
         return against, _float32(against)
     report = file.with_name("report.json")
@@ -130,9 +137,9 @@ def _load_original(file: Path, against: str) -> tuple[str, Program]:
             f"There is no report of a conversion beside '{file}' that names its original.",
             "Name the original: --against MODEL.",
         ) from error
-    if (others := files_of_report(file.parent)) and file.name not in others:
+    if made_of not in (None, Path(source).name):
         raise LoadError(
-            f"The report beside '{file}' is not of this file, but of {', '.join(others)}.",
+            f"The report beside '{file}' is of '{Path(source).name}' converted, and the file of '{made_of}'.",
             "Name the original: --against MODEL.",
         )
     try:
