@@ -24,7 +24,7 @@ from mla_compile.passes.recognise import recognise
 from mla_compile.sources.capture import capture
 from mla_compile.sources.exported import language_model, read_export
 from mla_compile.sources.frontend import load_program
-from mla_compile.sources.huggingface import plain_inputs
+from mla_compile.sources.huggingface import plain_inputs, read_checkpoint
 from mla_compile.text.evaluate import original_scorer
 
 DYNAMIC = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
@@ -116,6 +116,19 @@ def test_huggingface_folder(llama_folder, llama):
     for name in ("hidden_size", "num_key_value_heads", "rope_parameters", "vocab_size", "use_cache"):
         assert program.assets.config[name] == stored[name]
     assert program.assets.generation["eos_token_id"] == 0
+
+
+@pytest.mark.parametrize("said", [1, "LlamaForCausalLM", [1], [], ["logging"], ["AutoConfig"], None], ids=str)
+def test_a_folder_whose_class_is_none_is_read_by_its_family(llama_folder, llama, tmp_path, said):
+    folder = shutil.copytree(llama_folder, tmp_path / "model")
+    stored = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(stored | {"architectures": said}))
+    try:
+        found = read_checkpoint(str(folder), "auto", None)
+    except LoadError:  # transformers itself reads no such configuration
+        assert not isinstance(said, list | None)
+    else:
+        assert type(found) is type(llama)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

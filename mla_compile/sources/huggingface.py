@@ -136,8 +136,11 @@ def _classes(config: Any) -> list[Any]:  # noqa: ANN401 - any transformers confi
     from transformers.models.auto import modeling_auto as auto
 
     kind = getattr(config, "model_type", "")
-    name = next(iter(getattr(config, "architectures", None) or ()), None)
-    named = getattr(transformers, name, None) if name else None
+    said = getattr(config, "architectures", None)
+    name = said[0] if isinstance(said, list) and said and isinstance(said[0], str) else ""
+    named = getattr(transformers, name, None)
+    if not (isinstance(named, type) and issubclass(named, transformers.PreTrainedModel)):
+        named = None
     others = (
         auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
         auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
