@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import operator
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx import Node
+
+from mla_compile.passes.retype import attribute
 
 __all__ = ["fold_numbers"]
 
@@ -25,7 +26,7 @@ def fold_numbers(module: fx.GraphModule, graph: fx.Graph) -> None:
     known: dict[Node, Any] = {}
     for node in graph.nodes:
         if node.op == "get_attr":
-            value = functools.reduce(getattr, str(node.target).split("."), module)
+            value = attribute(module, str(node.target))
             if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and not value.dim():
                 known[node] = value
         elif _repeatable(node) and node.all_input_nodes and all(i in known for i in node.all_input_nodes):

@@ -87,7 +87,7 @@ def open_session(
             raise LoadError(
                 f"The weights of '{path}' are in '{data.name}', which is not beside it.", "Keep both files together."
             ) from error
-        reason = str(error).strip().splitlines()[0][:200]
+        reason = first_line(error)
         if "NOT_IMPLEMENTED" in reason and _is_bfloat16(Path(path)):
             raise UsageError(
                 f"'{path}' is bfloat16, for which ONNX Runtime's {wanted[0]} has no kernels.",
@@ -297,7 +297,7 @@ class OnnxDecoder:
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:
-            reason = str(error).strip().splitlines()[0].rpartition("Status Message: ")[2][:200]
+            reason = str(error).strip().partition("\n")[0].rpartition("Status Message: ")[2][:200]
             new = ids.shape[1]
             raise UsageError(
                 f"'{self._path}' cannot run {new} tokens after {attention_mask.shape[1] - new} ({reason}).",

@@ -28,7 +28,8 @@ __all__ = [
     "written_files",
 ]
 
-_OPENED_BY_NAME = (".gguf", ".onnx", ".plan")
+_OPENED_HERE = (".onnx", ".plan")
+_MODEL_FILES = (".gguf", *_OPENED_HERE)
 _AnyReport = TypeVar("_AnyReport", Report, EncoderReport, Seq2SeqReport)
 
 
@@ -39,7 +40,7 @@ def is_converted_folder(path: Path) -> bool:
 
 def written_files(folder: Path) -> list[Path]:
     """Files in a folder that are opened by their own names: converted models as ONNX, and engines."""
-    return sorted(p for p in folder.glob("*.*") if p.suffix in (".onnx", ".plan"))
+    return sorted(p for p in folder.glob("*.*") if p.suffix in _OPENED_HERE)
 
 
 def copy_assets(assets: Assets, folder: Path) -> None:
@@ -107,7 +108,7 @@ def _files_of_report(folder: Path) -> Sequence[str]:
         names = sorted(report["artifacts"])
     except (OSError, ValueError, KeyError, TypeError):
         return ()
-    return [n for n in names if Path(n).suffix in _OPENED_BY_NAME and (folder / n).is_file()]
+    return [n for n in names if Path(n).suffix in _MODEL_FILES and (folder / n).is_file()]
 
 
 def displaced(folder: Path, new: Mapping[str, int]) -> Sequence[str]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from mla_compile.cli.options import (
+    CALIBRATION_TOKENS,
     AttnImplementation,
     CacheKind,
     CacheLayout,
@@ -72,7 +73,7 @@ class MethodOptions:
     rope_dims: RopeDims = None
     svd: Svd = "joint"
     no_gradients: NoGradients = False
-    calibration_tokens: CalibrationTokens = 65536
+    calibration_tokens: CalibrationTokens = CALIBRATION_TOKENS
     seq_len: SeqLen = None
     dtype: Dtype = "auto"
     encoders: Encoders = False

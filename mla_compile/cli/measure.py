@@ -7,12 +7,21 @@ from typing import Annotated
 
 import typer
 
-from mla_compile.cli.options import OUTPUT, TRIALS, AsJson, ForcePlot, NoCache, Quiet, SeqLen, Tokenizer, Verbose
+from mla_compile.cli.options import (
+    CALIBRATION_TOKENS,
+    OUTPUT,
+    TRIALS,
+    AsJson,
+    ForcePlot,
+    NoCache,
+    Quiet,
+    SeqLen,
+    Tokenizer,
+    Verbose,
+)
 from mla_compile.errors import UsageError
 
 __all__ = ["bench_speed", "evaluate"]
-
-_CALIBRATION_TOKENS = 65536
 
 
 def evaluate(
@@ -47,7 +56,7 @@ def evaluate(
     ] = None,
     calibration_tokens: Annotated[
         int, typer.Option(min=1, help="Tokens of it to use.", rich_help_panel=TRIALS)
-    ] = _CALIBRATION_TOKENS,
+    ] = CALIBRATION_TOKENS,
     onnxruntime: Annotated[
         bool,
         typer.Option("--onnxruntime", help="Measure each conversion in ONNX Runtime too.", rich_help_panel=TRIALS),
@@ -71,7 +80,7 @@ def evaluate(
     given = {
         "--cache-ratios": cache_ratios is not None,
         "--calibration": calibration is not None,
-        "--calibration-tokens": calibration_tokens != _CALIBRATION_TOKENS,
+        "--calibration-tokens": calibration_tokens != CALIBRATION_TOKENS,
         "--onnxruntime": onnxruntime,
         "--no-cache": no_cache,
     }

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 __all__ = [
+    "CALIBRATION_TOKENS",
     "CHECKS",
     "METHOD",
     "OUTPUT",
@@ -156,6 +157,8 @@ Calibration = Annotated[
         rich_help_panel=TEXT,
     ),
 ]
+CALIBRATION_TOKENS = 65536
+"""How many, by default; :class:`~mla_compile.config.CompileConfig` says the same, and takes longer to import."""
 CalibrationTokens = Annotated[
     int, typer.Option(help="Tokens of it to calibrate on, from its beginning.", rich_help_panel=TEXT)
 ]

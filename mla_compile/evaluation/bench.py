@@ -126,6 +126,9 @@ def _load_original(file: Path, made_of: str | None, against: str) -> tuple[str, 
         file: The file.
         made_of: Name of the model that it says it was made of.
         against: A model's name, or ``original`` for what the report beside the file names.
+
+    Raises:
+        LoadError: There is no such report, or it is of another model, or what is named cannot be read.
     """
     if against != "original":
         return against, _float32(against)
