@@ -362,6 +362,20 @@ def test_unreachable_hub_id(name, tmp_path, monkeypatch):
     assert "the hub can be reached" in error.remedy
 
 
+def test_a_hub_without_network_is_asked_once(tmp_path, monkeypatch):
+    """Its own library tries for half a minute, and says so at every try."""
+    monkeypatch.chdir(tmp_path)
+    asked = []
+
+    def fail(url: str, **_: object) -> None:
+        asked.append(url)
+        raise OSError(url)
+
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", fail)
+    assert "none of that name came from the hub" in refused("nobody/nothing").message
+    assert [url.endswith("/nobody/nothing/resolve/main/config.json") for url in asked] == [True]
+
+
 def test_folder_without_config(tmp_path):
     error = refused(tmp_path)
     assert error.message == f"The folder '{tmp_path}' has no config.json."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 from mla_compile.artifacts.opened import Opened, open_model
 from mla_compile.errors import LoadError, UsageError
 from mla_compile.progress import Display, Stages
-from mla_compile.text.corpus import check_vocabulary, load_tokenizer, read_documents, token_windows, tokenize
+from mla_compile.text.corpus import check_vocabulary, load_tokenizer, open_documents, token_windows, tokenize
 from mla_compile.text.evaluate import Comparison, compare, longest_window
 
 __all__ = ["Measured", "Measurement", "Sample", "measure", "run_beside"]
@@ -55,7 +55,7 @@ class Sample:
 
     def windows(
         self,
-        documents: Sequence[str],
+        documents: Iterable[str],
         tokenizer: Any,  # noqa: ANN401
         models: Sequence[Opened],
         longest: int | None = None,
@@ -63,7 +63,7 @@ class Sample:
         """Cut documents into windows ``[windows, length]`` that all models can run.
 
         Args:
-            documents: The text.
+            documents: The text, read as far as its tokens are used.
             tokenizer: Its tokenizer.
             models: All models.
             longest: What :meth:`longest` says of them, where that is known.
@@ -73,7 +73,7 @@ class Sample:
         """
         longest = longest or self.longest(models)
         length = min(longest, self.max_tokens or longest)
-        windows = token_windows(tokenize(documents, tokenizer), length, self.max_tokens)
+        windows = token_windows(tokenize(documents, tokenizer, self.max_tokens), length, self.max_tokens)
         for model in models:
             _require_room(model, windows)
         return windows
@@ -189,7 +189,7 @@ def measure(
         UsageError: The models have different vocabularies, or the text or a model is too short for a window.
     """
     stages = Stages(display)
-    documents = read_documents(sample.text)
+    documents = open_documents(sample.text)
     opened: list[Opened] = []
     for name in (*models, *([] if original is None else [original])):
         with stages.stage("load"):

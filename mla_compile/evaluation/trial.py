@@ -28,7 +28,7 @@ from mla_compile.runtime.module import LatentModel
 from mla_compile.runtime.onnx_session import OnnxDecoder
 from mla_compile.sources import frontend
 from mla_compile.text.calibration import read_text
-from mla_compile.text.corpus import load_tokenizer, read_documents, token_windows, tokenize
+from mla_compile.text.corpus import load_tokenizer, open_documents, token_windows, tokenize
 
 __all__ = ["measure_conversions", "read_trials"]
 
@@ -113,7 +113,7 @@ def measure_conversions(
     """
     if onnxruntime and importlib.util.find_spec("onnxruntime") is None:
         raise UsageError("ONNX Runtime is not installed.", "Run: pip install 'mla-compile[cpu]'.")
-    documents = read_documents(sample.text)
+    documents = open_documents(sample.text)
     chosen_by = read_text(calibration)
     warnings = ["the conversions were calibrated on the text they are measured on"] if chosen_by == documents else []
     stages = Stages(display)

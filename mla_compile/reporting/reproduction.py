@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mla_compile.config import CompileConfig
-from mla_compile.sources.hub import is_hub_id
+from mla_compile.hub import is_hub_id
 
 __all__ = ["reproducing"]
 

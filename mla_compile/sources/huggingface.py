@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mla_compile.errors import LoadError, reason_of
+from mla_compile.hub import hub_answers
 from mla_compile.program import Assets
 from mla_compile.sources.checkpoint_files import require_files, require_fitting_weights
 
@@ -75,7 +76,7 @@ def read_config(name: str) -> Any:  # noqa: ANN401 - any transformers configurat
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(name)
+        return AutoConfig.from_pretrained(name, local_files_only=not (Path(name).exists() or hub_answers(name)))
     except Exception as error:
         if isinstance(error, OSError) and not Path(name).exists():
             raise LoadError(

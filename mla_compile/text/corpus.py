@@ -10,7 +10,7 @@ import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mla_compile.errors import LoadError, UsageError, first_line
+from mla_compile.hub import hub_answers
 from mla_compile.text.tokenizer_files import holds_tokenizer
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "special_tokens",
     "token_windows",
     "tokenize",
+    "tokenized",
 ]
 
 DOCUMENT_END = "<|endoftext|>"
@@ -60,7 +62,7 @@ def load_tokenizer(folder: str | None) -> Any:  # noqa: ANN401 - transformers' t
     if not path.exists() and (path.is_absolute() or folder.startswith(".") or folder.count("/") > 1):
         raise LoadError(f"There is no tokenizer folder '{folder}'.", "Give one with --tokenizer FOLDER.")
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=not (path.exists() or hub_answers(folder)))
     except Exception as error:
         reason = first_line(error)
         raise LoadError(
@@ -211,18 +213,23 @@ def tokenize(documents: Iterable[str], tokenizer: Any, most: int | None = None) 
         most: How many tokens are enough. The last document gives all that it has, but one that is several times as long
             as that takes is tokenized only so far, and gives the first ones, as many as are missing.
     """
+    return [*chain.from_iterable(tokenized(documents, tokenizer, most))]
+
+
+def tokenized(documents: Iterable[str], tokenizer: Any, most: int | None = None) -> Iterator[list[int]]:  # noqa: ANN401 - see load_tokenizer
+    """The ids of one document after another, as :func:`tokenize` joins them."""
 
     def ids(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    stream: list[int] = []
+    found = 0
     for document in documents:
-        stream += begin
-        stream += ids(document) if most is None else _first(document, most - len(stream), ids)
-        if most is not None and len(stream) >= most:
-            break
-    return stream
+        missing = None if most is None else most - found - len(begin)
+        yield (part := begin + (ids(document) if missing is None else _first(document, missing, ids)))
+        found += len(part)
+        if most is not None and found >= most:
+            return
 
 
 def _first(document: str, most: int, ids: Callable[[str], list[int]]) -> list[int]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mla_compile.errors import UsageError
+from mla_compile.text.corpus import tokenized
 
 __all__ = ["Packed", "order", "pack"]
 
@@ -66,7 +67,10 @@ def pack(
         windows = text.int()
     else:
         most = None if tokens is None else (math.ceil(tokens / length) + held_out) * length
-        windows = _windows(_stream(text, tokenizer, most), length)
+        stream = array("i")  # four bytes each, for texts may be long
+        for ids in tokenized(text, tokenizer, most):
+            stream.extend(ids)
+        windows = _windows(stream, length)
     if len(windows) < 2:
         raise UsageError(
             f"The text makes one window of {windows.shape[1]} tokens; training takes one, and measuring another.",
@@ -83,18 +87,6 @@ def order(windows: int, wanted: int, seed: int) -> list[int]:
     rounds = [torch.randperm(windows, generator=generator) for _ in range(math.ceil(wanted / windows))]
     found: list[int] = torch.cat(rounds)[:wanted].tolist()
     return found
-
-
-def _stream(documents: Iterable[str], tokenizer: Any, most: int | None) -> array[int]:  # noqa: ANN401
-    """Token ids of documents one after another; four bytes each, for texts may be long."""
-    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    stream = array("i")
-    for document in documents:
-        stream.extend(begin)
-        stream.extend(tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"])
-        if most is not None and len(stream) >= most:
-            break
-    return stream
 
 
 def _windows(stream: array[int], length: int) -> Tensor:
