@@ -55,7 +55,12 @@ class LatentPlan:
     @property
     def elements_after(self) -> int:
         """Numbers one cache row holds."""
-        return self.kv_rank + self.rope_groups * self.rope_dims + self.key_scales + self.value_scales
+        return self.kv_rank + self.rope_groups * self.rope_dims + self.norm_scales
+
+    @property
+    def norm_scales(self) -> int:
+        """Inverse norms of keys and values in one cache row."""
+        return self.key_scales + self.value_scales
 
 
 def cache_elements(plans: Sequence[LatentPlan]) -> tuple[int, int]:

@@ -323,7 +323,7 @@ class Report:
         if self.config.get("cache_layout") == "paged":
             return 2 * cache_elements(self.plans)[1]
         if self.config.get("cache_type") == "int8":
-            return quantised_bytes([p.elements_after for p in self.plans])
+            return quantised_bytes([p.elements_after for p in self.plans], [p.norm_scales for p in self.plans])
         return (cache_elements(self.plans)[1] + self._kept_elements) * self.bytes_per_element
 
     @property

@@ -44,7 +44,7 @@ def export_rewritten(
     cross: Sequence[int] = (),
     masked: bool = False,
     static: bool = False,
-    quantised: bool = False,
+    norms: Sequence[int] | None = None,
 ) -> ExportedProgram:
     """Export the rewritten graph with dynamic batch, new length and past length.
 
@@ -55,7 +55,7 @@ def export_rewritten(
         cross: Row length per cross attention layer of a decoder.
         masked: Whether the decoder reads a padding mask over them.
         static: Whether the graph's caches have a size of their own.
-        quantised: Whether they are codes, with scales as further inputs.
+        norms: How many inverse norms a row ends in, per layer, where caches are codes, with scales as further inputs.
 
     Returns:
         The exported program; symbols and guards are torch's own.
@@ -66,8 +66,7 @@ def export_rewritten(
         ids,
         torch.ones(_BATCH, _PAST + _NEW, dtype=torch.long),
         torch.arange(_PAST, _PAST + _NEW).expand(_BATCH, _NEW).contiguous(),
-        *(torch.zeros(_BATCH, cached, row, dtype=torch.uint8 if quantised else dtype) for row in rows),
-        *(torch.zeros(_BATCH, cached, SCALES, dtype=dtype) for _ in rows if quantised),
+        *_example_caches(rows, norms, cached, dtype),
         *(torch.zeros(_BATCH, _ENCODED, row, dtype=dtype) for row in cross),
         *([torch.ones(_BATCH, _ENCODED, dtype=torch.long)] if masked else []),
     )
@@ -77,6 +76,16 @@ def export_rewritten(
     for node in exported.graph.nodes:
         node.meta.pop("from_node", None)  # it has addresses in memory, and would be stored
     return exported
+
+
+def _example_caches(
+    rows: Sequence[int], norms: Sequence[int] | None, tokens: int, dtype: torch.dtype
+) -> list[torch.Tensor]:
+    """Caches of rows, or of codes and behind them of their scales."""
+    if norms is None:
+        return [torch.zeros(_BATCH, tokens, row, dtype=dtype) for row in rows]
+    codes = [torch.zeros(_BATCH, tokens, row - norm, dtype=torch.uint8) for row, norm in zip(rows, norms, strict=True)]
+    return [*codes, *(torch.zeros(_BATCH, tokens, SCALES + norm, dtype=dtype) for norm in norms)]
 
 
 def lower_to_onnx(
@@ -100,8 +109,8 @@ def lower_to_onnx(
     room for as many tokens as the caller likes, going in and coming out: bind one memory to both. Padding is told from
     tokens by ``attention_mask [batch, past + new]`` either way, and how many tokens there are by its length.
 
-    A quantised cache is codes ``past_key_values.{i}.latent`` uint8 of the same shape, and two scales per token,
-    ``past_key_values.{i}.scale [batch, past, 2]``, of the latent and of the rope keys.
+    A quantised cache is codes ``past_key_values.{i}.latent`` uint8 of latents and rope keys, and two scales per token,
+    ``past_key_values.{i}.scale [batch, past, 2 + norms]``, theirs; behind them are the inverse norms that rows end in.
 
     A cache in halves is ``past_key_values.{i}.key`` and ``.value``, ``[batch, 1, past, width]`` with one width for all
     layers, as programs expect that know of keys and values only.
@@ -163,8 +172,7 @@ def rewritten_to_onnx(
             f"Layer {windows.index(1)} sees one token only and caches nothing, which a static cache cannot be.",
             "Use a dynamic cache.",
         )
-    if quantised:
-        check_quantisable(module, rows)
+    norms = check_quantisable(module, rows) if quantised else None
     dtype = cache_dtype(module)
     if quantised and dtype in NARROW:
         name = type_name(dtype)
@@ -177,7 +185,7 @@ def rewritten_to_onnx(
         with_float32_logits(symbolic)
     if dtype == torch.bfloat16:
         without_narrow_einsums(symbolic)
-    exported = export_rewritten(symbolic, rows, dtype, cross=cross, masked=masked, static=static, quantised=quantised)
+    exported = export_rewritten(symbolic, rows, dtype, cross=cross, masked=masked, static=static, norms=norms)
     caches = [(PAST, PRESENT), *([(PAST_SCALE, PRESENT_SCALE)] if quantised else [])]
     pasts, presents = ([names[i].format(layer) for names in caches for layer in range(len(rows))] for i in (0, 1))
     batch, new, past, total = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"

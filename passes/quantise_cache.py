@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ __all__ = ["check_quantisable", "quantised_row", "with_quantised_rows", "with_ro
 
 _LATENT = torch.ops.mla.latent_attention.default
 _CACHED = torch.ops.mla.cached_attention.default
+_KEPT = "was not converted, and keeps keys and values"
 _PROBED = 16
 """Random tokens that rows are looked at for: an entry that is the same for all of them is a constant."""
 
@@ -29,10 +31,10 @@ _PROBED = 16
 def quantised_row(row: Tensor, cos: Tensor, sin: Tensor, rank: int) -> Tensor:
     """What the codes of new rows stand for.
 
-    Rope keys are cached rotated: they are rotated, quantised, and rotated back.
+    Rope keys are cached rotated: they are rotated, quantised, and rotated back. Inverse norms stay as they are.
 
     Args:
-        row: ``[B, S, R]``: latent, then rope keys.
+        row: ``[B, S, R]``: latent, then rope keys, then inverse norms.
         cos: ``[B, S, n, d/2]``.
         sin: The same.
         rank: Length of the latent.
@@ -40,16 +42,17 @@ def quantised_row(row: Tensor, cos: Tensor, sin: Tensor, rank: int) -> Tensor:
     Returns:
         Rows of the same shape, up to a scale's rounding of ``row``.
     """
-    latent, keys = row.split([rank, row.shape[-1] - rank], -1)
+    rope = 2 * cos.shape[2] * cos.shape[3]
+    latent, keys, norms = row.split([rank, rope, row.shape[-1] - rank - rope], -1)
     quantised = _rounded(latent, LATENT_LEVELS)
-    if not keys.shape[-1]:
-        return quantised
+    if not rope:
+        return torch.cat([quantised, norms], -1)
     real, imaginary = keys.unflatten(2, (cos.shape[2], 2, cos.shape[3])).unbind(3)
     turned = torch.stack([real * cos - imaginary * sin, imaginary * cos + real * sin], 3)
     real, imaginary = _rounded(turned.flatten(2), ROPE_LEVELS).view_as(turned).unbind(3)
     length = cos.square() + sin.square()
     back = torch.stack([real * cos + imaginary * sin, imaginary * cos - real * sin], 3) / length[..., None, :]
-    return torch.cat([quantised, back.flatten(2)], -1)
+    return torch.cat([quantised, back.flatten(2), norms], -1)
 
 
 def _rounded(x: Tensor, levels: int) -> Tensor:
@@ -86,12 +89,15 @@ def with_rows(module: fx.GraphModule, row_of: Callable[[Tensor, Tensor, Tensor, 
     return replaced
 
 
-def check_quantisable(module: fx.GraphModule, rows: Sequence[int]) -> None:
+def check_quantisable(module: fx.GraphModule, rows: Sequence[int]) -> tuple[int, ...]:
     """Refuse layers whose cache holds something that codes of a few bits would spoil.
 
     Args:
         module: The rewritten graph.
         rows: Cache row length per layer.
+
+    Returns:
+        How many inverse norms a row ends in, per layer; they are not quantised.
 
     Raises:
         RefusedError: There are such layers; each is named with its reason.
@@ -99,35 +105,54 @@ def check_quantisable(module: fx.GraphModule, rows: Sequence[int]) -> None:
     found = _Rows(module)
     with torch.no_grad():
         logits, *_ = found.run(*_tokens(torch.zeros(1, 1, dtype=torch.long)), *_empty(module, rows))
-        found.reasons.clear()
         vocabulary = known_tokens(module) or logits.shape[-1]
         ids = torch.randint(0, vocabulary, (1, _PROBED), generator=torch.Generator().manual_seed(0))
         found.run(*_tokens(ids), *_empty(module, rows))
-    reasons = [f"layer {layer} {reason}" for layer, reason in enumerate(found.reasons) if reason]
+    caches = [found.caches[n.name] for n in module.graph.find_nodes(op="placeholder") if n.name in found.caches]
+    reasons = [f"layer {layer} {cache.reason}" for layer, cache in enumerate(caches) if cache.reason]
     if reasons:
         raise RefusedError(f"The cache cannot be int8: {'; '.join(reasons)}.", "Use --cache-type float32.")
+    return tuple(cache.norms for cache in caches)
+
+
+@dataclass(frozen=True)
+class _Cache:
+    """A layer's cache.
+
+    Attributes:
+        reason: Why its rows cannot be quantised; None if they can.
+        norms: How many inverse norms they end in.
+    """
+
+    reason: str | None
+    norms: int = 0
 
 
 class _Rows(fx.Interpreter):
-    """Runs a graph and says of every layer why its rows cannot be quantised, None if they can."""
+    """Runs a graph and looks at the new rows of every cache."""
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
-        self.reasons: list[str | None] = []
+        self.caches: dict[str, _Cache] = {}
 
-    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
-        if target is _CACHED:
-            self.reasons.append("was not converted, and keeps keys and values")
-        elif target is _LATENT:
-            _, row, _, _, cos, _, key_up, *_ = args
-            self.reasons.append(_reason(row, key_up.shape[2], 2 * cos.shape[2] * cos.shape[3]))
-        return super().call_function(target, args, kwargs)
+    def run_node(self, n: fx.Node) -> Any:  # noqa: ANN401
+        if n.target in (_CACHED, _LATENT):
+            cache = n.args[2]
+            assert isinstance(cache, fx.Node)
+            args, _ = self.fetch_args_kwargs_from_env(n)
+            self.caches[cache.name] = _looked_at(*args[:7]) if n.target is _LATENT else _Cache(_KEPT)
+        return super().run_node(n)
 
 
-def _reason(row: Tensor, rank: int, rope: int) -> str | None:
-    if row.shape[2] > rank + rope:
-        return "caches inverse norms beside its latent"
-    latent = row[..., :rank]
+def _looked_at(
+    _query: Tensor, row: Tensor, _past: Tensor, _mask: Tensor, cos: Tensor, _sin: Tensor, key_up: Tensor
+) -> _Cache:
+    """A cache whose new rows are these, of the arguments of latent attention."""
+    rank, rope = key_up.shape[2], 2 * cos.shape[2] * cos.shape[3]
+    return _Cache(_reason(row[..., :rank]), row.shape[2] - rank - rope)
+
+
+def _reason(latent: Tensor) -> str | None:
     if ((latent == latent[:, :1]) & (latent != 0)).all(1).any():
         return "has a constant in its latent, for the biases of its keys or values"
     return None

@@ -96,6 +96,7 @@ def _symbolic_latent_attention(
         value_up.shape[2],
         static,
         past_scale,
+        key_scales + value_scales,
     )
 
 
@@ -143,6 +144,7 @@ def _symbolic_node(
     v_dim: int,
     static: bool,
     past_scale: Tensor | None = None,
+    norms: int = 0,
 ) -> Sequence[Tensor]:
     """A node with the inputs and attributes of what it has: see :class:`~mla_compile.runtime.onnx_variant.Variant`."""
     query, row, past, *_ = inputs
@@ -151,7 +153,9 @@ def _symbolic_node(
     optional = {"has_sinks": sinks, "has_slopes": slopes, "quantised": past_scale}
     flags = {name: 1 for name, value in optional.items() if value is not None} | ({"static": 1} if static else {})
     numbers = {name: value for name, value in (("softcap", softcap), ("window", window)) if value}
-    cached = [(past.dtype, row.shape[2]), *([] if past_scale is None else [(past_scale.dtype, SCALES)])]
+    cached = [(past.dtype, row.shape[2])]
+    if past_scale is not None:
+        cached = [(past.dtype, row.shape[2] - norms), (past_scale.dtype, SCALES + norms)]
     return torch.onnx.ops.symbolic_multi_out(
         f"{DOMAIN}::{op_type}",
         (*inputs, *(value for value in optional.values() if value is not None)),

@@ -6,7 +6,7 @@ Text of ONNX operators over the names of :mod:`mla_compile.runtime.onnx_function
 from __future__ import annotations
 
 from mla_compile.runtime.onnx_logits import logit_weights
-from mla_compile.runtime.onnx_quantised import QUANTISED_CONTEXT, QUANTISED_SCORES
+from mla_compile.runtime.onnx_quantised import QUANTISED_CONTEXT, quantised_scores
 from mla_compile.runtime.onnx_queries import folded_queries
 from mla_compile.runtime.onnx_variant import Variant
 
@@ -226,9 +226,9 @@ def scale_sizes(variant: Variant) -> str:
 
 def latent_scores(variant: Variant) -> str:
     """From ``latent_query_BSHr`` and ``placed_BSHR`` to ``scores_BSHT``, their products with ``ROWS``, with scales."""
-    if variant.quantised:
-        return QUANTISED_SCORES
     keys, values = variant.key_scales, variant.value_scales
+    if variant.quantised:
+        return quantised_scores(key_norms=keys, value_norms=values, normed_rope=variant.scaled_rope)
     if variant.halves and not joins_halves(variant):
         return _LATENT_SCORES_HALVES
     scores = _LATENT_SCORES_VALUE_SCALES if values else _LATENT_SCORES
@@ -241,9 +241,9 @@ def latent_scores(variant: Variant) -> str:
 
 def latent_context(variant: Variant) -> str:
     """From ``weights_BSHT`` to the weighted sums of latents ``context_BMr``, value scales included."""
-    if variant.quantised:
-        return QUANTISED_CONTEXT
     weights = _WEIGHTS_VALUE_SCALES if variant.value_scales else _WEIGHTS
+    if variant.quantised:
+        return weights.replace("ROWS", "ROW_SCALES") + QUANTISED_CONTEXT
     if variant.halves and not joins_halves(variant):
         return weights + _LATENT_CONTEXT_HALVES
     apart = variant.key_scales and not variant.scaled_rope

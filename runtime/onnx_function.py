@@ -31,7 +31,7 @@ import onnx.parser
 
 from mla_compile.runtime.onnx_cached import cached_attention
 from mla_compile.runtime.onnx_folded import APPENDED_SCALES, JOINED_HALVES, folded_attention, joins_halves, scale_sizes
-from mla_compile.runtime.onnx_quantised import QUANTISED_APPEND, dequantised, with_scales
+from mla_compile.runtime.onnx_quantised import dequantised, quantised_append, with_scales
 from mla_compile.runtime.onnx_queries import SIZES, TURNED_KEYS, TURNED_QUERIES
 from mla_compile.runtime.onnx_rows import rows_and_masks
 from mla_compile.runtime.onnx_unfolded import MANY_QUERIES, unfolded_attention
@@ -96,9 +96,8 @@ def attention_function(
         raise ValueError("scaled_rope needs key_scales: there is nothing to scale rope keys by.")
     if variant.static and (variant.bidirectional or opset < 24):
         raise ValueError("A static cache needs causal attention and operator set 24.")
-    exact = op_type == CACHED or variant.bidirectional or variant.key_scales or variant.value_scales
-    if variant.quantised and exact:
-        raise ValueError("A quantised cache is of causal latent attention without scales of norms.")
+    if variant.quantised and (op_type == CACHED or variant.bidirectional):
+        raise ValueError("A quantised cache is of causal latent attention.")
     if variant.halves and (op_type == CACHED or variant.bidirectional or variant.quantised):
         raise ValueError("Two halves are of causal latent attention whose cache is not quantised.")
     if fused and not (op_type == LATENT and has_fused_form(variant)):
@@ -170,11 +169,11 @@ def _fused_attention(variant: Variant, float16: bool) -> str:
 
 
 def _latent_body(variant: Variant, fused: bool, float16: bool) -> str:
-    keys, values = variant.key_scales, variant.value_scales
+    norms = variant.key_scales or variant.value_scales
     attention = _fused_attention(variant, float16) if fused else folded_attention(variant)
     if fused or _has_two_forms(variant):
         unfolded = unfolded_attention(variant)
-        unfolded = dequantised(unfolded) if variant.quantised else unfolded
+        unfolded = dequantised(unfolded, norms=norms) if variant.quantised else unfolded
         unfolded = JOINED_HALVES + unfolded if variant.halves and not joins_halves(variant) else unfolded
         attention = MANY_QUERIES + _branches(unfolded, attention)
     sizes = SIZES
@@ -188,7 +187,7 @@ def _latent_body(variant: Variant, fused: bool, float16: bool) -> str:
             TURNED_QUERIES,
             TURNED_KEYS,
             scale_sizes(variant),
-            QUANTISED_APPEND if variant.quantised else APPENDED_SCALES if keys or values else _APPEND,
+            quantised_append(norms) if variant.quantised else APPENDED_SCALES if norms else _APPEND,
             *_masks(variant),
             JOINED_HALVES if joins_halves(variant) else "",
             attention,

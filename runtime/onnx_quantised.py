@@ -7,6 +7,9 @@ eight bits and a scale of its own. Seven, because the latent is the right operan
 are signed: a code below 128 is the same byte there. What the rows are multiplied with is quantised for one product
 only, in two digits, a high and a low one side by side, which leaves an error below 1e-4 of the largest. No product of
 two bytes, and no sum of two of them, needs more than 16 bits: processors without dot products of bytes have no more.
+
+Inverse norms, which products of keys and weights of values are multiplied with, are no codes: they stand behind the two
+scales, as they are. They are positive, and so are weights of values that were multiplied with them.
 """
 
 from __future__ import annotations
@@ -16,14 +19,14 @@ from collections.abc import Sequence
 
 __all__ = [
     "LATENT_LEVELS",
-    "QUANTISED_APPEND",
     "QUANTISED_CONTEXT",
-    "QUANTISED_SCORES",
     "ROPE_LEVELS",
     "SCALES",
     "SMALLEST",
     "dequantised",
+    "quantised_append",
     "quantised_bytes",
+    "quantised_scores",
     "with_scales",
 ]
 
@@ -32,14 +35,19 @@ LATENT_LEVELS = 63
 ROPE_LEVELS = 127
 """Codes of rope keys on either side of zero."""
 SCALES = 2
-"""Scales per token: the latent's and the rope keys'."""
+"""Scales per token: the latent's and the rope keys'; inverse norms are behind them."""
 SMALLEST = 1e-20
 """What the largest number of a row counts for at least: zeros have a scale too."""
 
 
-def quantised_bytes(rows: Sequence[int]) -> int:
-    """Bytes a token takes in quantised caches of these row lengths: a byte per number, and float32 scales per layer."""
-    return sum(row + 4 * SCALES for row in rows)
+def quantised_bytes(rows: Sequence[int], norms: Sequence[int]) -> int:
+    """Bytes a token takes in quantised caches: a byte per number, and scales and inverse norms in float32.
+
+    Args:
+        rows: Row length per layer, inverse norms included.
+        norms: How many of these are inverse norms.
+    """
+    return sum(row - norm + 4 * (SCALES + norm) for row, norm in zip(rows, norms, strict=True))
 
 
 def _codes(exact: str, name: str, levels: int) -> str:
@@ -91,7 +99,7 @@ def _product(rows: str, name: str, middle: int, scales: str) -> str:
 """
 
 
-QUANTISED_APPEND = (
+_APPEND = (
     f"""
   # ---- the new rows' codes and scales; a zero before them, as without rope keys there is nothing to compare
   smallest = Constant <value_float = {SMALLEST}> ()
@@ -102,12 +110,24 @@ QUANTISED_APPEND = (
     + """
   new_codes_BNR = Concat <axis = -1> (new_latent_code_BNR, new_rope_code_BNR)
   new_BNR = Cast <to = 2> (new_codes_BNR)
-  new_BN2 = Concat <axis = -1> (new_latent_scale_BN1, new_rope_scale_BN1)
 """
 )
-"""From ``latent_BNr`` and ``key_turned_BNR`` to codes ``new_BNR`` and scales ``new_BN2``."""
+_SCALES = """
+  new_BN2 = Concat <axis = -1> (new_latent_scale_BN1, new_rope_scale_BN1)
+"""
+_SCALES_AND_NORMS = """
+  norms_BNx = Slice (row_BNR, row_rest, end, two)
+  new_BN2 = Concat <axis = -1> (new_latent_scale_BN1, new_rope_scale_BN1, norms_BNx)
+"""
 
-QUANTISED_SCORES = (
+_TWO_SCALES = """
+  USE_latent_scale_BT1, USE_rope_scale_BT1 = Split <axis = -1, num_outputs = 2> (ROW_SCALES)
+"""
+_TWO_SCALES_OF_MORE = """
+  USE_scales_BT2 = Slice (ROW_SCALES, zero, two, two)
+  USE_latent_scale_BT1, USE_rope_scale_BT1 = Split <axis = -1, num_outputs = 2> (USE_scales_BT2)
+"""
+_PRODUCTS = (
     """
   # ---- attend to the codes: the cache is the left operand, read once for all heads; zeros meet the rope keys
   latent_heads_shape = Concat <axis = 0> (B, SH, r)
@@ -115,10 +135,9 @@ QUANTISED_SCORES = (
   latent_query_BrM = Transpose <perm = [0, 2, 1]> (latent_query_BMr)
   unmet = Concat <axis = 0> (zero, zero, zero, zero, rope_width, zero)
   latent_query_BRM = Pad (latent_query_BrM, unmet)
-  latent_scale_BT1, rope_scale_BT1 = Split <axis = -1, num_outputs = 2> (ROW_SCALES)
 """
     + _digits("latent_query_BRM", "latent_product", 127)
-    + _product("ROWS", "latent_product", LATENT_LEVELS + 1, "latent_scale_BT1")
+    + _product("ROWS", "latent_product", LATENT_LEVELS + 1, "scores_latent_scale_BT1")
     + """
   # ---- and to rope keys, and a zero that meets the last of the latent: there may be no others
   rope_heads_shape = Concat <axis = 0> (B, SH, rope_width)
@@ -129,21 +148,40 @@ QUANTISED_SCORES = (
   rope_codes_BTR = Slice (ROWS, last_latent, end, two)
 """
     + _digits("rope_query_BRM", "rope_product", 64)
-    + _product("rope_codes_BTR", "rope_product", ROPE_LEVELS + 1, "rope_scale_BT1")
-    + """
+    + _product("rope_codes_BTR", "rope_product", ROPE_LEVELS + 1, "scores_rope_scale_BT1")
+)
+
+# A key's norm belongs to its whole product, or to the latent's only: the product that it belongs to is `NORMED`.
+_NORMED = """
+  per_scale = Div (H, m)
+  norms_end = Add (two, m)
+  norms_BTm = Slice (ROW_SCALES, two, norms_end, two)
+  norm_axes = Constant <value_ints = [2, 4]> ()
+  norms_BT1m1 = Unsqueeze (norms_BTm, norm_axes)
+  by_norm_shape = Concat <axis = 0> (B, T, S, m, per_scale)
+  by_norm_BTSmh = Reshape (NORMED, by_norm_shape)
+  normed_BTSmh = Mul (by_norm_BTSmh, norms_BT1m1)
+  merged_heads_shape = Concat <axis = 0> (B, T, SH)
+  normed_BTM = Reshape (normed_BTSmh, merged_heads_shape)
+"""
+_SUM = """
   scores_BTM = Add (latent_product_BTM, rope_product_BTM)
+"""
+_SUM_OF_NORMED = """
+  scores_BTM = Add (normed_BTM, rope_product_BTM)
+"""
+_SUM_NORMED = """
+  product_BTM = Add (latent_product_BTM, rope_product_BTM)
+""" + _NORMED.replace("NORMED", "product_BTM").replace("normed_BTM", "scores_BTM")
+_SCORES = """
   scores_BMT = Transpose <perm = [0, 2, 1]> (scores_BTM)
   scores_shape = Concat <axis = 0> (BS, H, T)
   scores_BSHT = Reshape (scores_BMT, scores_shape)
 """
-)
-"""From ``latent_query_BSHr`` and ``placed_BSHR`` to ``scores_BSHT``."""
 
 QUANTISED_CONTEXT = f"""
   # ---- weights times the scales of their latents in two digits of seven bits
-  weights_shape = Concat <axis = 0> (B, SH, T)
-  weights_BMT = Reshape (weights_BSHT, weights_shape)
-  scales_B1T = Transpose <perm = [0, 2, 1]> (latent_scale_BT1)
+  scales_B1T = Transpose <perm = [0, 2, 1]> (scores_latent_scale_BT1)
   weights_of_codes = Mul (weights_BMT, scales_B1T)
   weight_largest = ReduceMax <keepdims = 1> (weights_of_codes, two)
   weight_reached = Max (weight_largest, smallest)
@@ -169,26 +207,58 @@ QUANTISED_CONTEXT = f"""
   context_BMR = Mul (steps_BMR, weight_scale_BM1)
   context_BMr = Slice (context_BMR, zero, r, two)
 """
-"""From ``weights_BSHT`` to ``context_BMr``, with names of :data:`QUANTISED_SCORES`."""
+"""From ``weights_BMT`` to ``context_BMr``, with names of :func:`quantised_scores`."""
 
 _DEQUANTISED = """
   # ---- the rows that codes and scales stand for
-  decoding_latent_BT1, decoding_rope_BT1 = Split <axis = -1, num_outputs = 2> (ROW_SCALES)
+TWO_SCALES
   latent_codes_u8 = Slice (ROWS, zero, r, two)
   latent_codes_BTr = Cast <to = 1> (latent_codes_u8)
   latent_centred_BTr = Sub (latent_codes_BTr, new_latent_middle)
-  latent_decoded_BTr = Mul (latent_centred_BTr, decoding_latent_BT1)
+  latent_decoded_BTr = Mul (latent_centred_BTr, decoding_latent_scale_BT1)
   rope_codes_u8 = Slice (ROWS, r, end, two)
   rope_codes_float_BTR = Cast <to = 1> (rope_codes_u8)
   rope_centred_BTR = Sub (rope_codes_float_BTR, new_rope_middle)
-  rope_decoded_BTR = Mul (rope_centred_BTR, decoding_rope_BT1)
+  rope_decoded_BTR = Mul (rope_centred_BTR, decoding_rope_scale_BT1)
+"""
+_DECODED = """
   decoded_BTR = Concat <axis = -1> (latent_decoded_BTr, rope_decoded_BTR)
+"""
+_DECODED_AND_NORMS = """
+  decoding_norms_BTx = Slice (ROW_SCALES, two, end, two)
+  decoded_BTR = Concat <axis = -1> (latent_decoded_BTr, rope_decoded_BTR, decoding_norms_BTx)
 """
 
 
-def dequantised(text: str) -> str:
-    """Text over rows as text over codes and scales, behind :data:`QUANTISED_APPEND`."""
-    return _DEQUANTISED + text.replace("ROWS", "decoded_BTR")
+def quantised_append(norms: bool) -> str:
+    """From ``latent_BNr``, ``key_turned_BNR`` and norms of ``row_BNR`` to codes ``new_BNR`` and scales ``new_BN2``."""
+    return _APPEND + (_SCALES_AND_NORMS if norms else _SCALES)
+
+
+def quantised_scores(*, key_norms: bool, value_norms: bool, normed_rope: bool) -> str:
+    """From ``latent_query_BSHr`` and ``placed_BSHR`` to ``scores_BSHT``, norms of keys included.
+
+    Args:
+        key_norms: Whether there are norms of keys.
+        value_norms: Whether there are norms of values.
+        normed_rope: Whether the former belong to rope keys too.
+    """
+    total = _SUM
+    if key_norms:
+        of_latent = _NORMED.replace("NORMED", "latent_product_BTM") + _SUM_OF_NORMED
+        total = _SUM_NORMED if normed_rope else of_latent
+    return _two_scales("scores", norms=key_norms or value_norms) + _PRODUCTS + total + _SCORES
+
+
+def _two_scales(use: str, *, norms: bool) -> str:
+    """``{use}_latent_scale_BT1`` and ``{use}_rope_scale_BT1``."""
+    return (_TWO_SCALES_OF_MORE if norms else _TWO_SCALES).replace("USE", use)
+
+
+def dequantised(text: str, *, norms: bool) -> str:
+    """Text over rows as text over codes and scales, behind :func:`quantised_append`."""
+    decoded = _DEQUANTISED.replace("TWO_SCALES\n", _two_scales("decoding", norms=norms))
+    return decoded + (_DECODED_AND_NORMS if norms else _DECODED) + text.replace("ROWS", "decoded_BTR")
 
 
 def with_scales(text: str) -> str:

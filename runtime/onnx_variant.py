@@ -29,8 +29,9 @@ class Variant:
             ``scaled_rope``, 1.
         static: The cache has the size that the caller gives it, of which a layer with a window makes a ring
             (not beside ``bidirectional``, and from operator set 24 on); attribute ``static``, 1.
-        quantised: The cache holds codes of rows, and two scales per token: an input behind all others, and an output
-            (``LatentAttention`` only, neither ``bidirectional`` nor with scales of norms); attribute ``quantised``, 1.
+        quantised: The cache holds codes of rows; two scales per token, and the key and value scales behind them, are an
+            input behind all others, and an output (``LatentAttention`` only, not ``bidirectional``); attribute
+            ``quantised``, 1.
         halves: The cache is two tensors ``[B, 1, P, W]``, named key and value: halves of rows of ``2 W`` numbers, of
             which those behind the row's own are zeros. A window hides rows and drops none (``LatentAttention`` only,
             neither ``bidirectional`` nor ``quantised``); attribute ``halves``, 1.

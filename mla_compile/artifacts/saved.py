@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import yaml
+from torch import fx
 
 from mla_compile.artifacts.archives import read_folder, write_archive
 from mla_compile.artifacts.companions import copy_assets, displaced, is_converted_folder, read_assets
@@ -19,6 +20,7 @@ from mla_compile.artifacts.places import check_neighbours, check_place, check_ta
 from mla_compile.config import CompileConfig
 from mla_compile.disk.writing import moved_into, sizes_in
 from mla_compile.errors import LoadError, UsageError
+from mla_compile.passes.quantise_cache import check_quantisable
 from mla_compile.plan import LatentPlan
 from mla_compile.program import Assets
 from mla_compile.progress import Stages
@@ -157,7 +159,9 @@ def write_saved_onnx(saved: Saved, path: Path, form: CompileConfig, *, force: bo
     int8 = form.cache_type == "int8"
     halves = form.cache_layout == "genai"
     if int8 or halves:
-        after = (halves_bytes if halves else quantised_bytes)(saved.module.rows)
+        graph, rows = saved.module.graph, saved.module.rows
+        assert isinstance(graph, fx.GraphModule)
+        after = halves_bytes(rows) if halves else quantised_bytes(rows, check_quantisable(graph, rows))
         cache = {**cache, "bytes_per_token_after": after, "ratio": after / cache["bytes_per_token_before"]}
     own = {name: getattr(form, name) for name in ("opset", "cache", "cache_type", "cache_layout", "inline")}
     config = {**saved.report["config"], **own}

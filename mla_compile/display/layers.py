@@ -118,7 +118,7 @@ def _bytes_after(plan: LatentPlan, cache_type: str) -> int:
     from mla_compile.runtime.onnx_quantised import quantised_bytes
 
     if cache_type == "int8":
-        return quantised_bytes([plan.elements_after])
+        return quantised_bytes([plan.elements_after], [plan.norm_scales])
     return _ITEMSIZES[cache_type] * plan.elements_after
 
 

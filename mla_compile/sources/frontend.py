@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 
 from mla_compile.errors import LoadError
+from mla_compile.hub import is_hub_id
 from mla_compile.program import AnyProgram, Program
 from mla_compile.sources import huggingface
 from mla_compile.sources.capture import capture_any
 from mla_compile.sources.exported import language_model
-from mla_compile.hub import is_hub_id
 from mla_compile.sources.model_files import load_file
 
 __all__ = ["load_any", "load_program"]

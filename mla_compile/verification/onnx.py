@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from mla_compile.errors import VerificationError
 from mla_compile.passes.onnx_pieces import PiecewiseSession
-from mla_compile.passes.quantise_cache import with_quantised_rows
+from mla_compile.passes.quantise_cache import check_quantisable, with_quantised_rows
 from mla_compile.passes.retype import NARROW
 from mla_compile.passes.retype_onnx import write_float32_copy
 from mla_compile.runtime.generate import Ids
@@ -194,8 +194,10 @@ def _halved_cache_bytes(model: LatentModel, tokens: int) -> int:
 
 def _quantised_cache_bytes(model: LatentModel, tokens: int) -> int:
     """Bytes that codes and scales of one sequence of so many tokens take."""
-    pairs = zip(model.rows, model.windows, strict=True)
-    return sum(quantised_bytes([row]) * kept_rows(tokens, window) for row, window in pairs)
+    assert isinstance(model.graph, fx.GraphModule)
+    norms = check_quantisable(model.graph, model.rows)
+    layers = zip(model.rows, norms, model.windows, strict=True)
+    return sum(quantised_bytes([row], [norm]) * kept_rows(tokens, window) for row, norm, window in layers)
 
 
 def _onnx_in_chunks(decoder: OnnxDecoder, ids: Ids) -> np.ndarray:

@@ -27,6 +27,8 @@ struct Sizes {
 
     long first_key_scale() const { return rank + rope_groups * rope; }
     long first_value_scale() const { return first_key_scale() + key_scales; }
+    long codes() const { return first_key_scale(); }                     // of a row that is quantised
+    long scales() const { return 2 + key_scales + value_scales; }        // beside them: two of codes, and those of norms
     long tile() const { return 2 * kLanes; }
     long columns() const { return queries * heads; }                     // of the scores: one per query and head
     long lanes() const { return up_to(columns(), tile()); }

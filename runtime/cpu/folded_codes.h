@@ -1,5 +1,6 @@
 // Folded latent attention over a quantised cache: codes of rows, and two scales per token, the latent's and the rope
-// keys' (mla_compile/runtime/onnx_quantised.py). Latents are 7-bit codes about 64, rope keys 8-bit codes about 128.
+// keys', with those of norms behind them (mla_compile/runtime/onnx_quantised.py). Latents are 7-bit codes about 64, rope
+// keys 8-bit codes about 128.
 //
 // With dot products of bytes (AVX-512 VNNI) rows are never decoded: what they are multiplied with becomes bytes too, one
 // digit of eight bits for queries of latents and for weights, two for queries of rope keys, which are few and have finer
@@ -31,15 +32,17 @@ inline void attend_codes(const Sizes& s, long split, const uint8_t* codes, const
     float* rows = scratch + attend_scratch(s);
     const auto block = [&](long first, long tokens) -> const float* {
         for (long t = 0; t < tokens; t++) {
-            const uint8_t* code = codes + (first + t) * s.row;
-            const float latent = scales[2 * (first + t)], rope = scales[2 * (first + t) + 1];
+            const uint8_t* code = codes + (first + t) * s.codes();
+            const float* scale = scales + (first + t) * s.scales();
+            const float latent = scale[0], rope = scale[1];
             float* row = rows + t * s.row;
             for (long k = 0; k < s.rank; k++) row[k] = (code[k] - kLatentMiddle) * latent;
-            for (long k = s.rank; k < s.row; k++) row[k] = (code[k] - kRopeMiddle) * rope;
+            for (long k = s.rank; k < s.codes(); k++) row[k] = (code[k] - kRopeMiddle) * rope;
+            std::memcpy(row + s.codes(), scale + 2, (s.scales() - 2) * sizeof(float));
         }
         return rows;
     };
-    attend_blocks<Scaled::Nothing>(s, split, logits, query_RM, partial, scratch, block);
+    attend_scaled(s, split, logits, query_RM, partial, scratch, block);
 }
 
 #else
@@ -153,48 +156,69 @@ using RopeQuery = CodeQuery<kRopeDigits>;
 
 // Of both parts; they lie behind the queries themselves, which are not needed any more then.
 inline long code_query(const Sizes& s) {
-    return s.query() + LatentQuery::floats(s.rank, s.lanes()) + RopeQuery::floats(s.row - s.rank, s.lanes());
+    return s.query() + LatentQuery::floats(s.rank, s.lanes()) + RopeQuery::floats(s.codes() - s.rank, s.lanes());
 }
 
 inline void encode_queries(const Sizes& s, float* query_RM) {
     float* latent = query_RM + s.query();
     float* rope = latent + LatentQuery::floats(s.rank, s.lanes());
     LatentQuery::encode(query_RM, s.rank, s.lanes(), kLatentMiddle, latent);
-    RopeQuery::encode(query_RM + s.rank * s.lanes(), s.row - s.rank, s.lanes(), kRopeMiddle, rope);
+    RopeQuery::encode(query_RM + s.rank * s.lanes(), s.codes() - s.rank, s.lanes(), kRopeMiddle, rope);
+}
+
+// Multiply what every query makes of Tokens tokens with its own of `count` scales per token, which begin at `first` among
+// all that a token has.
+template <int Tokens>
+inline void scale_codes(const Sizes& s, const float* scales, long first, long count, const float* query, float* numbers) {
+    query += (s.codes() + first - 2) * s.lanes();
+    for (int t = 0; t < Tokens; t++) {
+        const float* own = scales + t * s.scales() + first;
+        Vector left{}, right{};
+        for (long k = 0; k < count; k++) {
+            left += load(query + k * s.lanes()) * own[k];
+            right += load(query + k * s.lanes() + kLanes) * own[k];
+        }
+        float* to = numbers + t * s.lanes();
+        store(to, load(to) * left);
+        store(to + kLanes, load(to + kLanes) * right);
+    }
 }
 
 inline void code_scores(const Sizes& s, const uint8_t* codes, const float* scales, long tokens, const float* query_RM,
                         float* scores) {
+    const long width = s.codes(), beside = s.scales();
     constexpr int half = kCodeTokens / kRopeDigits;  // as many sums fit into the registers
     const float* encoded = query_RM + s.query();
     const LatentQuery latent(encoded, s.rank, s.lanes());
-    const RopeQuery rope(encoded + LatentQuery::floats(s.rank, s.lanes()), s.row - s.rank, s.lanes());
+    const RopeQuery rope(encoded + LatentQuery::floats(s.rank, s.lanes()), width - s.rank, s.lanes());
     for (long lane = 0; lane < s.lanes(); lane += 2 * kLanes) {
         for (long t = 0; t < tokens; t += kCodeTokens) {
-            const uint8_t* row = codes + t * s.row;
-            const float* scale = scales + 2 * t;
+            const uint8_t* row = codes + t * width;
+            const float* scale = scales + t * beside;
             float* to = scores + t * s.lanes() + lane;
             for (int i = 0; i < kCodeTokens; i++)
-                for (long k = 0; k < s.row; k += 64) __builtin_prefetch(row + (kCodeTokens + i) * s.row + k);
+                for (long k = 0; k < width; k += 64) __builtin_prefetch(row + (kCodeTokens + i) * width + k);
             Vector of_latent[kCodeTokens][2];
-            latent.multiply(row, s.row, lane, of_latent);
+            latent.multiply(row, width, lane, of_latent);
 #pragma GCC unroll 16
             for (int i = 0; i < kCodeTokens; i++)
 #pragma GCC unroll 4
                 for (int j = 0; j < 2; j++)
                     store(to + i * s.lanes() + j * kLanes,
-                          latent.score(of_latent[i][j], lane + j * kLanes) * scale[2 * i]);
+                          latent.score(of_latent[i][j], lane + j * kLanes) * scale[i * beside]);
+            if (s.key_scales && !s.scaled_rope) scale_codes<kCodeTokens>(s, scale, 2, s.key_scales, query_RM + lane, to);
             for (int first = 0; first < kCodeTokens; first += half) {
                 Vector of_rope[half][2];
-                rope.multiply(row + first * s.row + s.rank, s.row, lane, of_rope);
+                rope.multiply(row + first * width + s.rank, width, lane, of_rope);
 #pragma GCC unroll 16
                 for (int i = 0; i < half; i++)
 #pragma GCC unroll 4
                     for (int j = 0; j < 2; j++) {
                         float* score = to + (first + i) * s.lanes() + j * kLanes;
-                        store(score, load(score) + rope.score(of_rope[i][j], lane + j * kLanes) * scale[2 * (first + i) + 1]);
+                        store(score, load(score) + rope.score(of_rope[i][j], lane + j * kLanes) * scale[(first + i) * beside + 1]);
                     }
             }
+            if (s.key_scales && s.scaled_rope) scale_codes<kCodeTokens>(s, scale, 2, s.key_scales, query_RM + lane, to);
         }
     }
 }
@@ -202,11 +226,12 @@ inline void code_scores(const Sizes& s, const uint8_t* codes, const float* scale
 // A block's latents, four tokens' codes of a channel side by side: [tokens / 4, channels / 64, 256]. Among 64 channels,
 // channel 16 i + 4 j + k comes to place 16 j + 4 i + k.
 inline void interleave(const Sizes& s, const uint8_t* codes, long tokens, uint8_t* to) {
+    const long width = s.codes();
     for (long t = 0; t < tokens; t += 4)
         for (long k = 0; k < s.sum(); k += kChannels) {
-            const uint8_t* from = codes + t * s.row + k;
-            const __m512i a = _mm512_loadu_si512(from), b = _mm512_loadu_si512(from + s.row),
-                          c = _mm512_loadu_si512(from + 2 * s.row), d = _mm512_loadu_si512(from + 3 * s.row);
+            const uint8_t* from = codes + t * width + k;
+            const __m512i a = _mm512_loadu_si512(from), b = _mm512_loadu_si512(from + width),
+                          c = _mm512_loadu_si512(from + 2 * width), d = _mm512_loadu_si512(from + 3 * width);
             const __m512i ab = _mm512_unpacklo_epi8(a, b), AB = _mm512_unpackhi_epi8(a, b),
                           cd = _mm512_unpacklo_epi8(c, d), CD = _mm512_unpackhi_epi8(c, d);
             _mm512_storeu_si512(to, _mm512_unpacklo_epi16(ab, cd));
@@ -229,10 +254,11 @@ struct CodeWeights {
 inline void encode_weights(const Sizes& s, const float* weights, const float* scales, long tokens,
                            const CodeWeights& to) {
     constexpr float levels = 254;  // and half a unit from the token before: 255 at most
+    const long beside = s.scales();
     for (long m = 0; m < s.lanes(); m += kLanes) {
         Vector largest = all(1e-30f);
         for (long t = 0; t < tokens; t++)
-            largest = larger(largest, load(weights + t * s.lanes() + m) * scales[2 * t]);
+            largest = larger(largest, load(weights + t * s.lanes() + m) * scales[t * beside]);
         const Vector factor = levels / largest;
         Vector rest{};
         __m512i total = _mm512_setzero_si512();
@@ -240,7 +266,7 @@ inline void encode_weights(const Sizes& s, const float* weights, const float* sc
             __m512i digits = _mm512_setzero_si512();
 #pragma GCC unroll 4
             for (int i = 0; i < 4; i++) {
-                const Vector steps = load(weights + (t + i) * s.lanes() + m) * scales[2 * (t + i)] * factor + rest;
+                const Vector steps = load(weights + (t + i) * s.lanes() + m) * scales[(t + i) * beside] * factor + rest;
                 const __m512i code = nearest(steps);
                 rest = steps - number(code);
                 total = _mm512_add_epi32(total, code);
@@ -298,16 +324,16 @@ inline void restore_order(const Sizes& s, float* sums) {
 constexpr long kSpare = 64;  // bytes behind a row that may be read
 
 inline long attend_codes_scratch(const Sizes& s) {
-    const long bytes = kCodeBlock * (s.row + s.sum() + s.lanes()) + kSpare;
-    return kCodeBlock * s.lanes() + 3 * s.lanes() + 2 * kCodeBlock + (bytes + 3) / 4 + 16;
+    const long bytes = kCodeBlock * (s.codes() + s.sum() + s.lanes()) + kSpare;
+    return kCodeBlock * s.lanes() + 3 * s.lanes() + s.scales() * kCodeBlock + (bytes + 3) / 4 + 16;
 }
 
 inline void attend_codes(const Sizes& s, long split, const uint8_t* codes, const float* scales, const Logits& logits,
                          const float* query_RM, float* partial, float* scratch) {
     float *maxima = partial, *totals = partial + s.lanes(), *sums = partial + 2 * s.lanes();
     float *scores = scratch, *shrink = scores + kCodeBlock * s.lanes(), *own_scales = shrink + 3 * s.lanes();
-    auto* own_codes = reinterpret_cast<uint8_t*>(own_scales + 2 * kCodeBlock);
-    uint8_t* interleaved = own_codes + kCodeBlock * s.row + kSpare;
+    auto* own_codes = reinterpret_cast<uint8_t*>(own_scales + s.scales() * kCodeBlock);
+    uint8_t* interleaved = own_codes + kCodeBlock * s.codes() + kSpare;
     const CodeWeights weights{interleaved + kCodeBlock * s.sum(), shrink + s.lanes(),
                               reinterpret_cast<int32_t*>(shrink + 2 * s.lanes())};
     begin_partial(s, partial);
@@ -315,14 +341,14 @@ inline void attend_codes(const Sizes& s, long split, const uint8_t* codes, const
     for (long t = split * s.split(); t < end; t += kCodeBlock) {
         const long tokens = std::min(kCodeBlock, end - t), filled = up_to(tokens, kCodeTokens);
         if (!mask_block(s, logits.seen_ST + t, tokens, nullptr)) continue;
-        const uint8_t* block = codes + t * s.row;
-        const float* block_scales = scales + 2 * t;
-        const long behind = (s.tokens - t - tokens) * s.row;
+        const uint8_t* block = codes + t * s.codes();
+        const float* block_scales = scales + t * s.scales();
+        const long behind = (s.tokens - t - tokens) * s.codes();
         if (tokens < filled || behind < kSpare) {  // nothing is read behind the cache
-            std::memcpy(own_codes, block, tokens * s.row);
-            std::memset(own_codes + tokens * s.row, 0, (filled - tokens) * s.row + kSpare);
-            std::memcpy(own_scales, block_scales, 2 * tokens * sizeof(float));
-            std::fill_n(own_scales + 2 * tokens, 2 * (filled - tokens), 0.0f);
+            std::memcpy(own_codes, block, tokens * s.codes());
+            std::memset(own_codes + tokens * s.codes(), 0, (filled - tokens) * s.codes() + kSpare);
+            std::memcpy(own_scales, block_scales, s.scales() * tokens * sizeof(float));
+            std::fill_n(own_scales + s.scales() * tokens, s.scales() * (filled - tokens), 0.0f);
             block = own_codes;
             block_scales = own_scales;
         }
@@ -330,6 +356,10 @@ inline void attend_codes(const Sizes& s, long split, const uint8_t* codes, const
         finish_scores(s, logits, t, tokens, scores);
         soften(s, tokens, scores, maxima, totals, shrink);
         std::fill_n(scores + tokens * s.lanes(), (filled - tokens) * s.lanes(), 0.0f);
+        for (long lane = 0; s.value_scales && lane < s.lanes(); lane += 2 * kLanes)
+            for (long i = 0; i < filled; i += kCodeTokens)
+                scale_codes<kCodeTokens>(s, block_scales + i * s.scales(), 2 + s.key_scales, s.value_scales,
+                                         query_RM + lane, scores + i * s.lanes() + lane);
         encode_weights(s, scores, block_scales, filled, weights);
         interleave(s, block, filled, interleaved);
         add_codes(s, interleaved, weights, filled, shrink, sums);

@@ -3,10 +3,10 @@
 // FoldedAttention: plain queries [B, S, H, D], turned queries [B, S, n, h, d], rows [B, T, R], which of them each
 // query sees [B, S, T] (bool), key up-projections [G, D, r], value up-projections [G', r, V]; output [B, S, H, V].
 // FoldedAttentionOfHalves: the same with rows in float16. All else is float32 there too.
-// FoldedAttentionOfCodes: the same with codes (uint8) for rows, and behind these inputs their scales [B, T, 2].
+// FoldedAttentionOfCodes: the same with codes (uint8) for rows, and behind these inputs their scales [B, T, 2 + m + w].
 // Optional inputs of all, behind scales or nothing in their place: sinks [H]; slopes [H], and with them distances of
-// tokens from queries [B, S, T]. Optional attributes: softcap; and but with codes, how many key_scales and value_scales a
-// row ends in, and scaled_rope.
+// tokens from queries [B, S, T]. Optional attributes: softcap; how many key_scales (m) and value_scales (w) a row ends in,
+// or stand behind the scales of its codes; and scaled_rope.
 
 #include <atomic>
 #include <cmath>
@@ -177,7 +177,8 @@ template <typename Form>
 void attention(const Call& call, const Kernel& kernel) {
     const auto plain = call.shape(Plain), turned = call.shape(Turned), rows = call.shape(Rows),
                key_up = call.shape(KeyUp), value_up = call.shape(ValueUp);
-    const mla::Sizes s{plain[0],  plain[1],  plain[2], rows[1],   rows[2],     key_up[2],
+    const int64_t apart = quantised<Form> ? kernel.key_scales + kernel.value_scales : 0;
+    const mla::Sizes s{plain[0],  plain[1],  plain[2], rows[1],   rows[2] + apart, key_up[2],
                        turned[4], turned[2], plain[3], key_up[0], value_up[0], value_up[2],
                        kernel.key_scales, kernel.value_scales, kernel.scaled_rope != 0};
     float* output = call.output({s.batch, s.queries, s.heads, s.value});
@@ -204,13 +205,13 @@ void attention(const Call& call, const Kernel& kernel) {
     });
     call.each(s.batch * s.splits(), [&](long task) {
         const long b = task / s.splits(), split = task % s.splits();
-        const auto* own_rows = rows_data + b * s.tokens * s.row;
+        const auto* own_rows = rows_data + b * s.tokens * rows[2];
         const long first = b * s.queries * s.tokens;
         const mla::Logits logits{seen_data + first, kernel.softcap, slopes, slopes ? distance + first : nullptr};
         const float* query = queries + b * query_size;
         float* partial = partials + task * s.partial();
         if constexpr (quantised<Form>) {
-            const float* scales = call.data<float>(call.input(Scales)) + b * s.tokens * 2;
+            const float* scales = call.data<float>(call.input(Scales)) + b * s.tokens * s.scales();
             Borrowed scratch(mla::attend_codes_scratch(s));
             mla::attend_codes(s, split, own_rows, scales, logits, query, partial, scratch.data());
         } else if constexpr (std::is_same_v<Form, Halves>) {

@@ -30,9 +30,7 @@ from mla_compile.runtime.onnx_quantised import quantised_bytes
 
 # Queries and weights in two digits are off by 1/128^2 of the largest at most, 3e-5, in sums of a few numbers of size 1.
 CLOSE = {"rtol": 1e-3, "atol": 3e-4}
-NAMES = [
-    name for name, case in KINDS.items() if isinstance(case, Case) and not case.key_scales and not case.value_scales
-]
+NAMES = [name for name, case in KINDS.items() if isinstance(case, Case)]
 CASES = {name: KINDS[name] for name in NAMES} | {
     "soft-cap, sinks, slopes": Case(softcap=1.5, sinks=True, slopes=True),
     "soft-cap, sinks, slopes, window": Case(softcap=1.5, sinks=True, slopes=True, window=3),
@@ -46,6 +44,10 @@ def quantised_function(case, static) -> onnx.FunctionProto:
     return attention_function(LATENT, 24 if static else 23, replace(variant_of(case), static=static, quantised=True))
 
 
+def norms_of(case) -> int:
+    return case.key_scales + case.value_scales
+
+
 def node_of(case, static, function):
     """A node with a quantised cache, and the dimensions of its inputs and outputs."""
     node = make_node(case, [*input_names(case), "past_scale"], ["output", "present", "present_scale"])
@@ -53,12 +55,13 @@ def node_of(case, static, function):
     flags = ["quantised", "static"] if static else ["quantised"]
     node.attribute.extend(onnx.helper.make_attribute(name, 1) for name in flags)
     inputs = dimensions(case)
-    inputs |= {"past_scale": [*inputs["past"][:2], 2]}
+    tokens = inputs["past"][:2]
+    inputs |= {"past": [*tokens, case.width - norms_of(case)], "past_scale": [*tokens, 2 + norms_of(case)]}
     kept = inputs["past"][:2] if static else ["B", "T"]
     outputs = {
         "output": ["B", "S", case.heads, case.v_dim],
-        "present": [*kept, case.width],
-        "present_scale": [*kept, 2],
+        "present": [*kept, case.width - norms_of(case)],
+        "present_scale": [*kept, 2 + norms_of(case)],
     }
     return node, inputs, outputs
 
@@ -73,18 +76,19 @@ def session_of(case, static, function) -> onnxruntime.InferenceSession:
 
 
 def decoded(case, codes, scales) -> torch.Tensor:
-    middles = np.repeat(MIDDLE, [case.rank, case.width - case.rank])
-    return torch.from_numpy(
-        (codes - middles) * np.repeat(scales.astype(np.float64), [case.rank, case.width - case.rank], 2)
-    )
+    """Rows, with norms behind what codes stand for."""
+    parts = [case.rank, codes.shape[-1] - case.rank]
+    numbers = (codes - np.repeat(MIDDLE, parts)) * np.repeat(scales[..., :2].astype(np.float64), parts, 2)
+    return torch.from_numpy(np.concatenate([numbers, scales[..., 2:]], -1))
 
 
 def rotated(case, rows, cos, sin) -> torch.Tensor:
     """Rows with their rope keys rotated; back again with ``-sin``."""
-    latent, keys = rows.split([case.rank, case.width - case.rank], -1)
+    rope = 2 * case.half * case.rope_groups
+    latent, keys, norms = rows.split([case.rank, rope, norms_of(case)], -1)
     real, imaginary = keys.unflatten(2, (case.rope_groups, 2, case.half)).unbind(3)
     turned = torch.stack([real * cos - imaginary * sin, imaginary * cos + real * sin], 3)
-    return torch.cat([latent, turned.flatten(2)], 2)
+    return torch.cat([latent, turned.flatten(2), norms], 2)
 
 
 def check(case, static) -> None:
@@ -100,10 +104,13 @@ def exactly(output, case, x) -> None:
 def check_form(case, static, session, compare=exactly, scale=(0.005, 0.02)) -> None:
     """New rows are the nearest codes, and what is attended to is exactly what codes stand for."""
     x, random = case.tensors(), np.random.default_rng(case.seed)
-    batch, past, width = x["past"].shape
+    batch, past, _ = x["past"].shape
+    width, norms = case.width - norms_of(case), norms_of(case)
+    x["row"][..., width:].sigmoid_()  # norms are positive: weights that are multiplied with them stay so
     codes = random.integers(1, 128, (batch, past, width)).astype(np.uint8)
     codes[..., case.rank :] = random.integers(1, 256, (batch, past, width - case.rank))
     scales = random.uniform(*scale, (batch, past, 2)).astype(np.float32)
+    scales = np.concatenate([scales, random.uniform(0, 1, (batch, past, norms)).astype(np.float32)], -1)
     fed = {
         name: value.numpy().astype(np.float32) if value.is_floating_point() else value.numpy()
         for name, value in x.items()
@@ -113,7 +120,7 @@ def check_form(case, static, session, compare=exactly, scale=(0.005, 0.02)) -> N
         slots_of(case, tokens, room) if static else slice(None) for tokens in (case.past, case.past + case.new)
     )
     if static:
-        memory = np.full((batch, room, width), 255, np.uint8), np.full((batch, room, 2), GARBAGE, np.float32)
+        memory = np.full((batch, room, width), 255, np.uint8), np.full((batch, room, 2 + norms), GARBAGE, np.float32)
         memory[0][:, before], memory[1][:, before] = codes, scales
     else:
         memory = codes, scales
@@ -137,6 +144,8 @@ def check_form(case, static, session, compare=exactly, scale=(0.005, 0.02)) -> N
         assert np.abs(steps).max(initial=0) <= levels
         assert (np.abs(steps * scale - wanted.numpy()) <= scale * 0.5001).all()
 
+    np.testing.assert_array_equal(present_scale[:, old:, 2:], exact[..., width:].numpy().astype(np.float32))
+
     # The codes of rows that a window did not keep are made here, from rows whose numbers round but one way.
     row = quantised_row(x["row"], x["cos"], x["sin"], case.rank)
     own = decoded(case, present[:, old:], present_scale[:, old:])
@@ -157,7 +166,6 @@ def test_equals_the_reference_over_what_codes_stand_for(name, static, step):
 @given(cases())
 @settings(max_examples=30)
 def test_equals_the_reference_for_any_sizes(case):
-    case = replace(case, key_scales=0, value_scales=0, scaled_rope=False)
     check(case, False)
     assume(case.window != 1)
     check(case, True)
@@ -182,8 +190,6 @@ def test_the_cache_is_never_multiplied_as_floats_in_decoding():
     [
         (CACHED, Variant(quantised=True)),
         (LATENT, Variant(quantised=True, bidirectional=True)),
-        (LATENT, Variant(quantised=True, key_scales=True)),
-        (LATENT, Variant(quantised=True, value_scales=True)),
     ],
 )
 def test_what_cannot_be_quantised(op_type, variant):
@@ -202,4 +208,4 @@ def test_rows_stand_for_what_they_stand_for():
 
 
 def test_bytes_of_a_row():
-    assert quantised_bytes([160, 20]) == 160 + 8 + 20 + 8
+    assert quantised_bytes([160, 20, 30], [0, 0, 4]) == 160 + 8 + 20 + 8 + 26 + 8 + 4 * 4
