@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
+from mla_compile.passes.masks import hides
 from mla_compile.passes.mismatch import MismatchError
-from mla_compile.passes.scores import Scorer, hides
+from mla_compile.passes.scorer import Scorer
 from mla_compile.passes.trace import operator_argument
 from mla_compile.program import Role
 from mla_compile.site import RejectCode
