@@ -157,7 +157,7 @@ def _positions(scorer: Scorer, flow: DataFlow, slopes: tuple[float, ...] | None,
     tables = {}
     for node in beside:
         if node.name in scorer.evaluator.constants and not any(u.target in _LOOKS_UP for u in node.users):
-            axes = tuple(i for i, size in enumerate(node.meta["val"].shape) if int(size) > shown)
+            axes = tuple(i for i, size in enumerate(node.meta["val"].shape) if int(size) >= shown)
             if axes:
                 tables[node] = axes
     if not counts and not tables:
@@ -165,7 +165,9 @@ def _positions(scorer: Scorer, flow: DataFlow, slopes: tuple[float, ...] | None,
     ends = [int(n.meta["val"].shape[i]) for n, axes in tables.items() for i in axes]
     if slopes is not None:
         ends.append(int(_MOST_BIAS / max(abs(s) for s in slopes)))
-    ends.extend([scorer.evaluator.program.max_positions or _FARTHEST] if tables else [])
+    limit = scorer.evaluator.program.max_positions or _FARTHEST
+    if tables or limit <= shown:  # otherwise it is what a configuration says, and the graph goes on
+        ends.append(limit)
     farthest = min([_FARTHEST, *ends]) - 1
     return _Positions(scorer, counts, tables, given, farthest) if farthest > shown else None
 

@@ -207,3 +207,21 @@ def test_scores_that_are_compared_with_one_another_are_refused(zoo_programs):
     (rejection,) = recognise(zoo_programs[Largest]).rejections
     assert (rejection.code, rejection.plain) == (RejectCode.SCORES, None)
     assert "top-k" in rejection.reason
+
+
+class ShortTable(zoo.SpelledOut):
+    """A window as a table beside a mask that counts tokens, in a model that is as short as the probes are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", distance(128) < 6)
+
+    def hide(self, scores: Tensor, seen: Tensor) -> Tensor:
+        length = scores.shape[-1]
+        near = torch.where(self.table[:length, :length], scores, torch.finfo(scores.dtype).min)
+        return near.masked_fill(distance(length) < 0, torch.finfo(scores.dtype).min)
+
+
+def test_a_table_that_ends_where_the_model_does_is_asked_no_further(zoo_programs):
+    (site,) = recognise(zoo_programs[ShortTable]).sites
+    assert site.mask == Mask(6)
