@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from mla_compile.artifacts.archives import read_folder
@@ -49,7 +49,7 @@ __all__ = ["CompiledModel", "Planned", "compile", "inspect", "load", "plan"]
 
 def compile(
     model: nn.Module | ExportedProgram | str | Path,
-    example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
+    example_inputs: Tensor | Sequence[Any] | Mapping[str, Any] | None = None,
     *,
     calibration: Text | None = None,
     tokenizer: Any = None,  # noqa: ANN401 - a folder or any transformers tokenizer
@@ -164,7 +164,7 @@ def _compiled(request: Request, display: Display | None) -> CompiledModel | Comp
 
 def inspect(
     model: nn.Module | ExportedProgram | str | Path,
-    example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
+    example_inputs: Tensor | Sequence[Any] | Mapping[str, Any] | None = None,
     *,
     tokenizer: str | None = None,
     attn_implementation: str = "auto",

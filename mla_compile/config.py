@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
@@ -218,6 +219,11 @@ def validated(kind: type[_Settings], command: str, settings: Mapping[str, Any]) 
         name = ".".join(str(part) for part in first["loc"])
         problem = first["msg"].removeprefix("Value error, ").rstrip(".")
         problem = problem[0].lower() + problem[1:]
+        if first["type"] == "extra_forbidden":
+            meant = difflib.get_close_matches(name, kind.model_fields, 1) or [*kind.model_fields]
+            raise UsageError(f"There is no setting '{name}'.", f"Use {', '.join(meant)}.") from error
+        if name == "cache_ratio":
+            problem += " (a quarter is 0.25)"
         subject = (
             f"The setting {name}={first['input']!r} is not allowed: {problem}." if name else f"Settings: {problem}."
         )

@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 _CONTEXTS = (512, 4096, 16384)
-"""Tokens in the cache for which the time of a step is estimated."""
+"""Tokens in the cache for which the time of a step is estimated; the model's limit, where that is less."""
 _PACKAGES = ("mla-compile", "torch", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "numpy")
 
 
@@ -265,6 +265,7 @@ class Report:
         source_bytes_per_element: Size of one number of the original's cache, if it is another.
         in_memory: Whether the model was handed over in Python, and ``source`` is its class.
         target: What files were written for: ``tensorrt``, or empty.
+        max_positions: Longest sequence that the model takes; None if it does not say.
     """
 
     source: str
@@ -289,6 +290,7 @@ class Report:
     widths: tuple[int, ...] = ()
     in_memory: bool = False
     target: str = ""
+    max_positions: int | None = None
 
     @property
     def _kept_elements(self) -> int:
@@ -305,7 +307,8 @@ class Report:
     @property
     def _steps(self) -> list[dict[str, Any]]:
         """Decoding steps of all converted layers together, estimated."""
-        steps = [DecodeStep(machine, context) for machine in MACHINES.values() for context in _CONTEXTS]
+        contexts = sorted({min(context, self.max_positions or context) for context in _CONTEXTS})
+        steps = [DecodeStep(machine, context) for machine in MACHINES.values() for context in contexts]
         costs = [summed_costs(decode_costs(self.sites, self.plans, self.widths, step), step) for step in steps]
         return [dataclasses.asdict(step) | cost for step, cost in zip(steps, costs, strict=True)]
 

@@ -21,8 +21,9 @@ from mla_compile.evaluation.bench import bench
 from mla_compile.evaluation.benchmark import Spread, Step, Workload, slower
 from mla_compile.evaluation.turns import spread, turns
 from mla_compile.passes.lower_onnx import lower_to_onnx
-from mla_compile.passes.lower_original import original_to_onnx, with_plain_caches, write_original
+from mla_compile.passes.lower_original import original_to_onnx, write_original
 from mla_compile.passes.original_attention import OriginalForm, form_problem
+from mla_compile.passes.plain_caches import with_plain_caches
 from mla_compile.passes.recognise import recognise
 from mla_compile.runtime.cpu.library import compiler
 from mla_compile.runtime.onnx_function import Variant

@@ -121,7 +121,7 @@ def test_what_has_no_halves_is_said(programs):
     for scales in ({"key_scales": True}, {"value_scales": True}, {"softcap": True, "slopes": True}):
         attention_function(LATENT, 24, Variant(halves=True, **scales))
     case = programs["llama-gqa"]
-    from mla_compile.passes.lower_original import with_plain_caches
+    from mla_compile.passes.plain_caches import with_plain_caches
 
     plain = with_plain_caches(case.program)
     with pytest.raises(RefusedError, match="were not converted"):

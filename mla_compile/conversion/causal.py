@@ -260,6 +260,7 @@ def make_report(case: Case, choice: Choice, finished: Finished, findings: Findin
     return Report(
         source=task.program.source,
         in_memory=task.program.in_memory,
+        max_positions=task.program.max_positions,
         config=config.model_dump(),
         sites=tuple(task.sites),
         kept=task.kept,
@@ -292,9 +293,7 @@ def _settled(config: CompileConfig, text: bool) -> tuple[CompileConfig, tuple[st
         return config.model_copy(update={"method": "mha2mla", "selection": "uniform"}), ()  # every component is kept
     notes = () if text else ("without calibration text the quality of the conversion was not measured",)
     config = config.model_copy(update={"method": config.chosen_method})
-    if config.method != "mha2mla":
-        return config, notes
-    if config.selection != "auto":
+    if config.method != "mha2mla" or config.selection != "auto":
         return config, notes
     if text:
         return config.model_copy(update={"selection": "2-norm"}), ()

@@ -37,7 +37,7 @@ class ModelSource:
     """
 
     model: nn.Module | ExportedProgram | str | Path
-    example_inputs: Sequence[Any] | Mapping[str, Any] | None = None
+    example_inputs: Tensor | Sequence[Any] | Mapping[str, Any] | None = None
     tokenizer: Any = None
     attention: str = "auto"
     unsafe: bool = False

@@ -22,8 +22,9 @@ import torch
 from mla_compile.errors import LoadError, MlaCompileError, RefusedError, UsageError
 from mla_compile.evaluation.benchmark import USUAL, Benchmark, File, Prefill, Step, Workload, slower
 from mla_compile.evaluation.turns import spread, turns
-from mla_compile.passes.lower_original import original_to_onnx, with_plain_caches, write_original
+from mla_compile.passes.lower_original import original_to_onnx, write_original
 from mla_compile.passes.original_attention import OriginalForm
+from mla_compile.passes.plain_caches import with_plain_caches
 from mla_compile.passes.retype import type_name
 from mla_compile.program import Program
 from mla_compile.progress import Display, Stages

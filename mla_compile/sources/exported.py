@@ -73,7 +73,7 @@ def require_integers(name: str, value: Tensor, source: str) -> None:
         raise LoadError(
             f"Input '{name}' of '{source}' is {str(value.dtype).removeprefix('torch.')} of rank {value.dim()}.",
             "Give example_inputs, or export a model, of token ids [batch, length], and optionally attention_mask and "
-            "position_ids.",
+            "position_ids; an encoder, which may read anything, takes encoders=True.",
         )
 
 
