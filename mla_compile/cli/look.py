@@ -1,4 +1,4 @@
-"""``inspect`` and ``plan``: what is there, and what would become of it; nothing is written."""
+"""``inspect`` and ``plan``: what a model has, and what a conversion would make of it; nothing is written."""
 
 from __future__ import annotations
 
@@ -61,14 +61,14 @@ def plan(
     how: MethodOptions,
     source: SourceOptions,
     cache_type: CacheType = "auto",
-    context: Annotated[int, typer.Option(min=1, help="Tokens in the cache when a step's time is estimated.")] = 4096,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences that are decoded together.")] = 1,
-    machine: Annotated[Literal["cpu", "gpu"], typer.Option(help="What to estimate the time on.")] = "cpu",
+    context: Annotated[int, typer.Option(min=1, help="Tokens in the cache for the estimate of a step's time.")] = 4096,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences decoded together.")] = 1,
+    machine: Annotated[Literal["cpu", "gpu"], typer.Option(help="Hardware to estimate the time for.")] = "cpu",
     as_json: AsJson = False,
     quiet: Quiet = False,
     verbose: Verbose = 0,
 ) -> None:
-    """Show ranks, rotating channels, cache bytes per token and the time of a step without writing anything."""
+    """Show ranks, rotating channels, cache bytes per token and the estimated time of a step; nothing is written."""
     from mla_compile import display
     from mla_compile.config import make_config
     from mla_compile.cost import MACHINES, DecodeStep, decode_costs
