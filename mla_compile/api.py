@@ -174,15 +174,15 @@ def inspect(
 
     Args:
         model: An ``nn.Module``, an ``ExportedProgram``, an archive, a Hugging Face folder or a hub id. A
-            ``config.json``, or a folder without weights, is enough; layers alike are then exported once, so that the
-            program has fewer than there are.
+            ``config.json``, or a folder without weights, is enough; equal layers are then exported once, so the program
+            has fewer layers than the model.
         example_inputs: Inputs to export an ``nn.Module`` with; integers are token ids, floats anything else.
-        tokenizer: Folder of the tokenizer, if the model does not bring one.
-        attn_implementation: How a transformers model given by name spells its attention: auto, sdpa or eager.
+        tokenizer: Folder of the tokenizer, if the model has none.
+        attn_implementation: Attention implementation of a transformers model given by name: auto, sdpa or eager.
         unsafe_load: Allow unpickling a module from a file.
 
     Returns:
-        The exported model, and its attention layers: those recognised, and of each other one why not.
+        The exported model and its attention layers: those recognised, and why each of the others was not.
 
     Raises:
         LoadError: The model cannot be read.

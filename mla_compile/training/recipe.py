@@ -89,7 +89,7 @@ class Recipe(BaseModel):
 
     @property
     def skips_the_output(self) -> bool:
-        """Whether some step trains nothing behind the last attention layer."""
+        """Whether some step trains nothing after the last attention layer."""
         return self.match_steps > 0 or self.weights.keys() == {ATTENTION}
 
     def weights_at(self, step: int) -> dict[str, float]:
