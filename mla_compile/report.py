@@ -259,7 +259,7 @@ class Report:
         checkpoint: The DeepSeek checkpoint that was written, if one was.
         layer_errors: What every converted layer costs by itself, if there was text.
         polish: What polishing did, if there was any.
-        training: What fine-tuning did, if there was any; quality was measured behind it, everything else before.
+        training: What fine-tuning did, if there was any; quality was measured after it, everything else before.
         warnings: What the user should know.
         artifacts: Written files and their sizes in bytes.
         source_bytes_per_element: Size of one number of the original's cache, if it is another.

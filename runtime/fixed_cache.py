@@ -22,7 +22,7 @@ class Limits:
 
     Attributes:
         room: Rows that a cache has room for.
-        batch: Sequences at most; None for any number.
+        batch: Largest batch; None for any number.
         new: New tokens at most that run together; None for any number. More come one part after another.
     """
 
@@ -69,7 +69,7 @@ class FixedCacheDecoder(ABC):
         return batch * self.limits.room * self.cache_bytes_per_token
 
     def require_length(self, tokens: int) -> None:
-        """Refuse sequences of which so many tokens would be cached.
+        """Refuse sequences with this many cached tokens if that is too many.
 
         Raises:
             UsageError: There is no room for them.

@@ -20,7 +20,7 @@ class Decoder(Protocol):
     """A model with a cache, one step at a time."""
 
     def empty_cache(self, batch: int, tokens: int) -> Any:  # noqa: ANN401 - each runtime has its own cache
-        """A cache of no tokens for ``batch`` sequences, each of which will have so many at most."""
+        """An empty cache for ``batch`` sequences of at most ``tokens`` tokens each."""
         ...
 
     def step(self, ids: Ids, attention_mask: Ids, position_ids: Ids, cache: Any) -> tuple[NDArray[Any], Any]:  # noqa: ANN401
@@ -65,7 +65,7 @@ def generate(
     Args:
         decoder: The model.
         prompts: Token ids per sequence, at least one each; shorter ones are padded on the left.
-        max_new_tokens: Tokens to add per sequence, at most.
+        max_new_tokens: Most tokens to generate per sequence.
         attention_mask: ``[batch, length]`` where prompts are an array that is padded already, on whichever side:
             non-zero for real tokens.
         sampling: How tokens are chosen; greedily by default.
@@ -117,7 +117,7 @@ def generate(
 
 
 def check_length(tokens: int, most: int | None) -> None:
-    """Refuse sequences of which so many tokens would be cached.
+    """Refuse sequences with this many cached tokens if that is too many.
 
     Args:
         tokens: Tokens of a sequence, prompt and continuation.

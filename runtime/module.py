@@ -157,7 +157,7 @@ class LatentModel(nn.Module):
         return LatentOutput(logits, tuple(present))
 
     def cached_elements(self, tokens: int) -> int:
-        """Numbers the cache keeps of one sequence of so many tokens."""
+        """Numbers that the cache keeps for one sequence of this many tokens."""
         return sum(row * kept_rows(tokens, window) for row, window in zip(self.rows, self.windows, strict=True))
 
     def _tokens(self, past: Sequence[Tensor]) -> int:

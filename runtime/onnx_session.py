@@ -48,7 +48,7 @@ def open_session(
         providers: Execution providers in order of preference; the CPU by default.
         threads: Threads per operator; ONNX Runtime's choice by default.
         kernel: One of :data:`KERNELS`.
-        in_turns: Whether its threads rest between runs, for other sessions run then; they wait busily by default.
+        in_turns: Whether its threads sleep between runs, because other sessions run then; by default they spin.
 
     Returns:
         The session, and whether it uses the fused kernel.
@@ -249,7 +249,7 @@ class OnnxDecoder:
         return batch * sum(layer.row_bytes * layer.rows(tokens) for layer in self._layers)
 
     def require_length(self, tokens: int) -> None:
-        """Refuse sequences of which so many tokens would be cached.
+        """Refuse sequences with this many cached tokens if that is too many.
 
         Raises:
             UsageError: These are more than ``max_length``.
@@ -261,8 +261,8 @@ class OnnxDecoder:
 
         Args:
             batch: Sequences.
-            tokens: How many there will be of each at most; ``max_length`` by default, else the model's limit or 2048,
-                whichever is less. A cache that grows goes on behind it.
+            tokens: Most tokens that each will have; ``max_length`` by default, else the model's limit or 2048,
+                whichever is less. A growing cache may exceed it.
 
         Raises:
             UsageError: These are more than ``max_length``, or more than there is memory for.
@@ -278,7 +278,7 @@ class OnnxDecoder:
     def step(
         self, ids: Ids, attention_mask: Ids, position_ids: Ids, cache: OnnxCache
     ) -> tuple[NDArray[Any], OnnxCache]:
-        """Run new tokens; the cache is bound as it lies, not copied through numpy.
+        """Run new tokens; the cache is bound in place, not copied through numpy.
 
         Args:
             ids: ``[batch, new]``.
@@ -366,5 +366,5 @@ class OnnxDecoder:
 
     @staticmethod
     def measured_bytes(cache: OnnxCache) -> int:
-        """Bytes a cache really holds, from its memory; all of it, if it is static."""
+        """Bytes that a cache actually holds, from its memory; all of it, if it is static."""
         return cache.nbytes

@@ -49,7 +49,7 @@ class FolderDecoder(TorchDecoder):
         return batch * self._elements(tokens) * self._itemsize
 
     def require_length(self, tokens: int) -> None:
-        """Refuse sequences of which so many tokens would be cached.
+        """Refuse sequences with this many cached tokens if that is too many.
 
         Raises:
             UsageError: These are more than ``max_length``.

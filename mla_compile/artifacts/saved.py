@@ -83,7 +83,7 @@ def _plan_of(layer: Mapping[str, Any]) -> dict[str, Any]:
 def save(model: LatentModel, folder: str | Path, *, like: str | Path, force: bool = False) -> None:
     """Write a model that was read back with :func:`mla_compile.load`, perhaps after training it.
 
-    What was not changed is the same bytes again.
+    Anything unchanged is written to the same bytes.
 
     Args:
         model: The model.

@@ -1,4 +1,4 @@
-"""``inspect`` and ``plan``: what is there, and what would become of it; nothing is written."""
+"""``inspect`` and ``plan``: what a model has, and what a conversion would make of it; nothing is written."""
 
 from __future__ import annotations
 
@@ -66,17 +66,17 @@ def plan(
         int | None,
         typer.Option(
             min=1,
-            help="Tokens in the cache when a step's time is estimated.",
+            help="Tokens in the cache for the estimate of a step's time.",
             show_default=f"{_CONTEXT}; the model's limit, if that is less",
         ),
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences that are decoded together.")] = 1,
-    machine: Annotated[Literal["cpu", "gpu"], typer.Option(help="What to estimate the time on.")] = "cpu",
+    batch: Annotated[int, typer.Option(min=1, help="Sequences decoded together.")] = 1,
+    machine: Annotated[Literal["cpu", "gpu"], typer.Option(help="Hardware to estimate the time for.")] = "cpu",
     as_json: AsJson = False,
     quiet: Quiet = False,
     verbose: Verbose = 0,
 ) -> None:
-    """Show ranks, rotating channels, cache bytes per token and the time of a step without writing anything."""
+    """Show ranks, rotating channels, cache bytes per token and the estimated time of a step; nothing is written."""
     from mla_compile import display
     from mla_compile.config import make_config
     from mla_compile.cost import MACHINES, DecodeStep, decode_costs

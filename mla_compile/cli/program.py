@@ -28,7 +28,7 @@ __all__ = ["COMMANDS", "app", "main"]
 
 app = typer.Typer(
     name="mla-compile",
-    help="Make a trained transformer's KV cache small: rewrite its attention to latent attention, export to ONNX.\n\n"
+    help="Shrink a trained transformer's KV cache: rewrite its attention as latent attention and export it to ONNX.\n\n"
     "'mla-compile MODEL --out FILE.onnx' is short for 'mla-compile convert MODEL --out FILE.onnx'.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

@@ -77,7 +77,7 @@ def plan(
         calibration: Text for the methods that need it, as in :func:`mla_compile.compile`.
         tokenizer: Folder of the tokenizer, if the model does not bring one.
         statistics_cache: As in :func:`mla_compile.compile`.
-        attn_implementation: How a transformers model given by name spells its attention: auto, sdpa or eager.
+        attn_implementation: Attention implementation of a transformers model given by name: auto, sdpa or eager.
         unsafe_load: Allow unpickling a module from a file.
         display: Shows progress.
 

@@ -183,7 +183,7 @@ def _read(kind: Any, name: str, config: Any, attention: str, dtype: torch.dtype 
 
 def _unreadable(name: str, error: Exception) -> LoadError:
     return LoadError(
-        f"'{name}' could not be loaded as a Hugging Face causal language model ({reason_of(error)}).",
+        f"'{name}' could not be loaded from Hugging Face ({reason_of(error)}).",
         "Check the path or id, that the weights are safetensors, and that the hub can be reached.",
     )
 

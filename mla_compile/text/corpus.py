@@ -210,8 +210,8 @@ def tokenize(documents: Iterable[str], tokenizer: Any, most: int | None = None) 
     Args:
         documents: Read until there are enough tokens.
         tokenizer: A tokenizer.
-        most: How many tokens are enough. The last document gives all that it has, but one that is several times as long
-            as that takes is tokenized only so far, and gives the first ones, as many as are missing.
+        most: How many tokens are enough. The last document is used whole, unless it is several times longer than
+            needed: then it is tokenized only that far and gives just the missing tokens.
     """
     return [*chain.from_iterable(tokenized(documents, tokenizer, most))]
 

@@ -139,7 +139,7 @@ def finetune(
         recipe: The settings.
         teacher: The original, or a larger model with the same vocabulary, for objectives that learn from one.
         tokenizer: Folder of the tokenizer, if the converted model has none.
-        resume: Go on from the last checkpoint in ``out``.
+        resume: Continue from the last checkpoint in ``out``.
         force: Begin anew where ``out`` holds something.
         display: Shows progress.
 
@@ -149,8 +149,8 @@ def finetune(
     Raises:
         LoadError: Model, teacher, tokenizer or text cannot be read, or accelerate is not installed.
         UsageError: They do not fit together, or ``out`` cannot be written.
-        RefusedError: The model cannot be trained so.
-        TrainingError: The loss became not finite, or a checkpoint could not be written.
+        RefusedError: The model cannot be trained with these settings.
+        TrainingError: The loss is not finite, or a checkpoint could not be written.
     """
     folder, out = Path(folder), Path(out)
     _require_packages(recipe)
@@ -200,8 +200,8 @@ def finetune_module(
     Raises:
         LoadError: Text or tokenizer cannot be read, or accelerate is not installed.
         UsageError: Settings do not fit.
-        RefusedError: The model cannot be trained so.
-        TrainingError: The loss became not finite, or a checkpoint could not be written.
+        RefusedError: The model cannot be trained with these settings.
+        TrainingError: The loss is not finite, or a checkpoint could not be written.
     """
     _require_packages(recipe)
     text = read_text(data)

@@ -124,9 +124,9 @@ def train(
         What was done.
 
     Raises:
-        TrainingError: The loss became not finite, or a checkpoint could not be written.
+        TrainingError: The loss is not finite, or a checkpoint could not be written.
         UsageError: The last checkpoint is of another training.
-        RefusedError: The model cannot be trained so.
+        RefusedError: The model cannot be trained with these settings.
     """
     run = _Run.start(accelerator, model, teacher, text, recipe, checkpoints)
     state = checkpoints.last() if resume else None

@@ -53,7 +53,7 @@ class RowLayout:
 
     @property
     def rest_width(self) -> int:
-        """Numbers behind the latent."""
+        """Numbers after the latent."""
         return self.rope_width + self.key_scales + self.value_scales
 
     def check_heads(self, heads: int) -> None:

@@ -120,7 +120,7 @@ class TensorRTDecoder(FixedCacheDecoder):
     Attributes:
         contexts: One for each profile, so that none is ever switched.
         bound: Which step every context was last prepared for, by profile, while somebody has its caches.
-        stream: What everything runs in; None without CUDA.
+        stream: The CUDA stream that everything runs in; None without CUDA.
         device: Where memory is.
         inputs: Names of the inputs it has.
         logits_dtype: Type of its logits.
@@ -205,7 +205,7 @@ class TensorRTDecoder(FixedCacheDecoder):
 
     @staticmethod
     def measured_bytes(cache: EngineCache) -> int:
-        """Bytes a cache really holds, from its tensors."""
+        """Bytes that a cache actually holds, from its tensors."""
         return sum(rows.nbytes for rows in cache.rows)
 
 

@@ -25,16 +25,15 @@ class EngineSettings:
     """What an engine is built for.
 
     Attributes:
-        batch: Sequences at most.
-        room: Rows that a cache has room for; a constant of the file.
-        prompt: New tokens at most that run together, and no more than there is room for. Longer prompts come one part
-            after another.
-        splits: Pieces that kernels cut every cache into; constants of the file. None where plugins choose that.
+        batch: Largest batch.
+        room: Cache capacity in rows; a constant of the file.
+        prompt: Most new tokens in one call, at most ``room``. Longer prompts are processed in chunks.
+        splits: Pieces that the kernels split every cache into; a constant of the file. None where plugins choose that.
         plugins: Whether plugins may be used.
-        version_compatible: Whether other versions of TensorRT can run it too, at some cost.
-        timing_cache: File that measured times are kept in, for builds to come; None for none.
-        weight_streaming: Whether weights may stay in the host's memory, as far as the GPU's has no room for them.
-        refit: Whether weights can be replaced without building again.
+        version_compatible: Whether other TensorRT versions can run it too, at some cost.
+        timing_cache: File that keeps kernel timings for later builds; None for none.
+        weight_streaming: Whether weights may stay in host memory when GPU memory is short.
+        refit: Whether weights can be replaced without a rebuild.
     """
 
     batch: int = 8
