@@ -46,6 +46,7 @@ class Captured:
     def sites(self) -> tuple[AttentionSite, ...]:
         """The attention layers of a model that must convert."""
         assert not self.recognition.rejections
+        assert self.recognition.sites
         return self.recognition.sites
 
 
