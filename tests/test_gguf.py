@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import models
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 from converted import write
 from gguf import GGUFReader, TokenType
 from llama_cpp_graph import Graph
+from trained import shared_model, shared_text
 
 from mla_compile.artifacts.gguf_check import has_llama_cpp, verify_gguf
 from mla_compile.artifacts.gguf_file import check_gguf, export_gguf, write_gguf
@@ -20,7 +20,6 @@ from mla_compile.cli import main
 from mla_compile.errors import LoadError, RefusedError, UsageError
 from mla_compile.progress import Stages
 
-SHARED = Path(__file__).parents[1].parent / "shared"
 TOLERANCE = 1e-5
 """Of the largest logit: the module computes in float32, the oracle in float64."""
 
@@ -74,7 +73,7 @@ def test_llama_cpp_computes_the_same(files, name):
     error, greedy = verify_gguf(path)
     narrow = "dtype" in MODELS[name]
     assert report.checkpoint.llama_cpp_error == error <= (0.05 if narrow else TOLERANCE)
-    assert greedy == 1 or narrow
+    assert greedy == 1  # also in bfloat16: here the second best token is behind by more than half of the largest logit
 
 
 def test_without_llama_cpp_it_is_said_that_nothing_was_checked(files):
@@ -276,10 +275,7 @@ def test_trained_model_in_llama_cpp(name, tmp_path):
     import llama_cpp
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model, text = SHARED / "models" / name, SHARED / "text" / "tinystories_train_head.txt"
-    for needed in (model, text):
-        if not needed.exists():
-            pytest.skip(f"{needed} is not there")
+    model, text = shared_model(name), shared_text("tinystories_train_head.txt")
     (tmp_path / "text.txt").write_text(text.read_text(encoding="utf-8")[:30_000], encoding="utf-8")
     words = [model, "--out", tmp_path / "folder", "--format", "deepseek", "--calibration", tmp_path / "text.txt"]
     words += ["--kv-rank", 32, "--rope-dims", 8, "--method", "transmla", "--quiet"]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import functools
 import json
-from pathlib import Path
 
 import models
 import numpy as np
@@ -18,6 +17,7 @@ import pytest
 import test_onnx_session
 import torch
 from torch import nn
+from trained import shared_model, shared_text
 
 import mla_compile
 from mla_compile.config import make_config
@@ -398,11 +398,7 @@ def test_a_file_for_tensorrt_holds_the_type(tmp_path, name, dtype):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_trained_model_keeps_its_perplexity(dtype):
     """Nothing is left out, so that all there is to lose is rounded away."""
-    shared = Path(__file__).parents[1].parent / "shared"
-    folder, text = shared / "models" / "stories260k", shared / "text" / "tinystories_valid_a.txt"
-    for needed in (folder, text):
-        if not needed.exists():
-            pytest.skip(f"{needed} is not there")
+    folder, text = shared_model("stories260k"), shared_text("tinystories_valid_a.txt")
     documents = [text.read_text(encoding="utf-8")[:12_000]]
     settings = {"calibration": documents, "calibration_tokens": 2048, "gradients": False}
     result = mla_compile.compile(folder, exact=True, dtype=dtype, **settings)

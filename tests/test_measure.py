@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
 import json
 import math
@@ -23,12 +22,13 @@ from mla_compile.errors import UsageError
 from mla_compile.evaluation import plot, trial
 from mla_compile.evaluation.measure import Measured, Measurement
 from mla_compile.runtime.onnx_session import OnnxDecoder
-from mla_compile.sources import frontend
 from mla_compile.text.evaluate import Comparison, Perplexity
 
 LENGTH = 16
 ROUNDING = 1e-5  # of a perplexity: float32 through two layers in another order of operations
 SIZES = ("--seq-len", LENGTH)
+
+pytestmark = pytest.mark.usefixtures("read_once")
 
 
 def command(*words: object) -> tuple[int, str, str]:
@@ -69,19 +69,6 @@ def place(tmp_path_factory):
         words = random.Random(seed).choices(range(models.VOCABULARY), k=20 * LENGTH)
         (place / f"{name}.txt").write_text(" ".join(f"w{i}" for i in words))
     return place
-
-
-@pytest.fixture(scope="module", autouse=True)
-def read_once():
-    """Every model is exported once for all commands."""
-    read = functools.cache(frontend.load_any)
-
-    def load_any(source, *, tokenizer=None, attention="auto", unsafe=False, dtype=None):
-        return read(str(source))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(frontend, "load_any", load_any)
-        yield
 
 
 def convert(place: Path, method: str) -> mla_compile.CompiledModel:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mla_compile.program import Program
-from mla_compile.site import RejectCode
+from mla_compile.site import AttentionSite, RejectCode
 
 VOCABULARY, WIDTH, HEADS, DIM = 5003, 24, 4, 6
 PADDING = 1  # one of thousands of tokens: random inputs hardly contain it
@@ -138,6 +138,16 @@ def program_of(module: nn.Module) -> Program:
     from mla_compile.sources.capture import capture
 
     return capture(module, (torch.randint(0, VOCABULARY, (2, 5), generator=torch.Generator().manual_seed(0)),))
+
+
+def sites_of(program: Program) -> tuple[AttentionSite, ...]:
+    """The attention layers of a program that must all convert."""
+    from mla_compile.passes.recognise import recognise
+
+    found = recognise(program)
+    assert not found.rejections
+    assert found.sites
+    return found.sites
 
 
 # ---- the same attention, written otherwise
