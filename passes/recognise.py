@@ -28,7 +28,7 @@ from mla_compile.passes.operands import (
     root,
     with_gains,
 )
-from mla_compile.passes.padding import padding_input
+from mla_compile.passes.padding import check_own_mask, padding_input
 from mla_compile.passes.probe import Operand, longest_length
 from mla_compile.passes.scores import (
     AnchorLayouts,
@@ -267,6 +267,8 @@ def _describe(context: _Context, other: AttentionSite | None = None) -> Attentio
     )
     if not scores.mask.causal:
         site = _of_other_kind(context, site)
+    elif other is None:
+        check_own_mask(Scorer(context.evaluator, context.sizes, anchor, layouts, heads), flow)
     if site.key.norm is not None and site.key.offset is not None and (scores.softcap or scores.sinks is not None):
         raise MismatchError(RejectCode.NONLINEAR, "the key norm has a bias, and a soft-cap or sinks would see it")
     if site.value.norm is not None and site.value.offset is not None and scores.sinks is not None:
@@ -323,6 +325,7 @@ def _describe_plain(context: _Context, other: PlainSite | None = None) -> PlainS
         scores = probe_scores(evaluator, context.flow, context.sizes, anchor, layouts, heads=heads, dim=dims["query"])
         if not scores.mask.causal:
             raise MismatchError(RejectCode.MASK, "attention is not causal")
+        check_own_mask(Scorer(evaluator, context.sizes, anchor, layouts, heads), context.flow)
         probe_probabilities(evaluator, context.sizes, anchor, layouts)
     repeats = math.gcd(*(_repeats(context, role, heads) for role in ("key", "value"))) if key_heads == heads else 1
     axes = (layouts.query.axes, layouts.key.axes, layouts.value.axes, layouts.output.axes)

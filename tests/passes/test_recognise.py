@@ -266,6 +266,44 @@ def test_models_shorter_than_the_probes(longest):
     assert len(found.sites) + len(found.rejections) == 1
 
 
+def hidden(layer, q, k, v, seen, mask):
+    return zoo.SpelledOut.hide(layer, zoo.SpelledOut.scores(layer, q, k, None), seen & mask), v
+
+
+def hidden_and_zeroed(layer, q, k, v, seen, mask):
+    return hidden(layer, q, k, v * mask.transpose(-1, -2), seen, mask)
+
+
+def discounted(layer, q, k, v, seen, mask):
+    return zoo.SpelledOut.hide(layer, zoo.SpelledOut.scores(layer, q, k, None), seen) - (~mask).float(), v
+
+
+def zeroed(layer, q, k, v, seen, mask):
+    return zoo.SpelledOut.hide(layer, zoo.SpelledOut.scores(layer, q, k, None), seen), v * mask.transpose(-1, -2)
+
+
+@pytest.mark.parametrize("use", [hidden, hidden_and_zeroed, discounted, zeroed])
+def test_a_mask_input_that_does_anything_else_than_hide_keys_is_refused(use):
+    """The compiler puts its own padding mask in the place of a causal layer's."""
+    from mla_compile.sources.capture import capture
+
+    class MaskedLM(zoo.TinyLM):
+        def forward(self, ids, attention_mask):
+            x, layer = self.embed(ids), self.layers[0]
+            q, k, v = map(layer.split, layer.project(x), (zoo.HEADS,) * 3)
+            scores, v = use(layer, q, k, v, layer.seen(ids.shape[1], ids), attention_mask[:, None, None] > 0)
+            return self.head(layer.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2)))
+
+    inputs = {"ids": torch.zeros(2, 5, dtype=torch.long), "attention_mask": torch.ones(2, 5, dtype=torch.long)}
+    found = recognise(capture(zoo.model(zoo.SpelledOut, kind=MaskedLM), inputs))
+    if use in (hidden, hidden_and_zeroed):
+        assert [s.mask for s in found.sites] == [Mask()]
+    else:
+        (rejection,) = found.rejections
+        assert rejection.plain is None
+        assert "'attention_mask' does more than hide the keys" in rejection.reason
+
+
 def test_program_is_only_read(programs):
     program = programs["llama-gqa"].program
     before = str(program.exported)
