@@ -15,10 +15,12 @@ from torch.fx import Node
 
 from mla_compile.errors import first_line
 from mla_compile.passes.evaluate import GraphEvaluator, example_inputs
+from mla_compile.passes.far import require_same_far
 from mla_compile.passes.grouping import chosen_heads, distinct_heads, side_by_side, value_heads
 from mla_compile.passes.kinds import kind_of
 from mla_compile.passes.layout import Layout, Sizes
 from mla_compile.passes.mismatch import MismatchError
+from mla_compile.passes.norm import nodes_between
 from mla_compile.passes.operands import (
     MOVES,
     ReadOperand,
@@ -240,6 +242,7 @@ def _describe(context: _Context, other: AttentionSite | None = None) -> Attentio
         given = replace(operands["query"], base=nodes[query.node if projected else key.source])
         if looks_ahead(given, nodes[query.activation], projected):
             raise MismatchError(RejectCode.POSITION_MIXING, "the query depends on how many tokens follow it")
+        require_same_far(given, flow, nodes_between(given, anchor.query, flow))
     order = side_by_side(key, heads)
     if order is not None and value.heads == heads:
         query, key, value = (chosen_heads(p, order) for p in (query, key, value))
@@ -326,6 +329,11 @@ def _describe_plain(context: _Context, other: PlainSite | None = None) -> PlainS
         if not scores.mask.causal:
             raise MismatchError(RejectCode.MASK, "attention is not causal")
         check_own_mask(Scorer(evaluator, context.sizes, anchor, layouts, heads), context.flow)
+        for role in ("query", "key", "value"):
+            node = getattr(anchor, role)
+            operand = Operand(evaluator, context.sizes_of(role), role, node, node, getattr(layouts, role))
+            made = context.flow.behind(node, lambda n: context.flow.projection(n) is not None)
+            require_same_far(operand, context.flow, made)
         probe_probabilities(evaluator, context.sizes, anchor, layouts)
     repeats = math.gcd(*(_repeats(context, role, heads) for role in ("key", "value"))) if key_heads == heads else 1
     axes = (layouts.query.axes, layouts.key.axes, layouts.value.axes, layouts.output.axes)
