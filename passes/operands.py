@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from mla_compile.passes.einsum import einsum_parts
+from mla_compile.passes.far import require_same_far
 from mla_compile.passes.mismatch import MismatchError
 from mla_compile.passes.norm import FoundNorm, describe_norm, linear_again
 from mla_compile.passes.probe import Operand, mixes_positions, probe_linear, probe_rope, probe_rows
@@ -88,6 +89,8 @@ def read_operand(
         raise MismatchError(RejectCode.ROPE, "the query is scaled by position")
     rows, gain, offset = probe_rows(operand, generator)
     rope = probe_rope(operand, rows, gain) if known is None else known
+    if known is None:
+        require_same_far(operand, flow)
     return ReadOperand(_projection(found, flow, rows, gain, offset), rope)
 
 
@@ -101,6 +104,8 @@ def _read_behind_norm(
         raise MismatchError(RejectCode.ROPE, "the query is scaled by position")
     rows, gain, offset = probe_rows(later, generator)
     rope = probe_rope(later, rows, gain) if known is None else known
+    if known is None:
+        require_same_far(operand, flow)
     try:
         norm = describe_norm(operand, later, flow, generator)
     except MismatchError:
@@ -144,6 +149,8 @@ def _read_norm_behind_rotation(
         raise MismatchError(RejectCode.NONLINEAR, f"{reason}: a norm that changes with position") from mismatch
     ones = torch.ones_like(total)
     rope = probe_rope(unscaled, rows, ones) if known is None else known
+    if known is None:
+        require_same_far(operand, flow)
     commute = gains_turn(total, rope)
     projection = replace(
         _projection(found, flow, rows, total if commute else ones, torch.zeros_like(total)), norm=described

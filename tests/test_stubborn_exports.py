@@ -157,6 +157,32 @@ def test_a_line_that_fixes_a_size_is_named(kind):
     assert_names_the_line(error, HERE, *stubborn(kind))
 
 
+def test_a_number_that_became_a_constant_is_named():
+    """The exporter puts a float that is computed from a size into the graph as it is for the example."""
+
+    class Warmer(zoo.HalfRope):
+        def attend(self, q, k, v, x, ids):
+            scale = (q.shape[2] + 1) / 7.0
+            return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+
+    with pytest.raises(LoadError, match=r"became a constant \(.*1 \+ ids\.size\(\)\[1\].* == 0\.857"):
+        zoo.program_of(zoo.model(Warmer))
+
+
+def test_a_length_at_the_end_of_a_table_is_no_constant():
+    longest = 6  # the example is 5 long
+
+    class Short(zoo.Masked):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("table", torch.ones(longest, longest, dtype=torch.bool).tril())
+
+        def seen(self, length, ids):
+            return self.table[:length, :length]
+
+    assert zoo.program_of(zoo.model(Short)).max_positions in (longest, None)
+
+
 def test_an_archive_with_a_fixed_length_says_which():
     exported = torch.export.export(zoo.model(zoo.Attention), (tokens(),), dynamic_shapes=({0: Dim.DYNAMIC},))
     error = refusal(lambda: mla_compile.compile(exported, exact=True))

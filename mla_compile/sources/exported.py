@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from mla_compile.errors import LoadError, reason_of
+from mla_compile.errors import LoadError, MlaCompileError, reason_of
 from mla_compile.program import AnyProgram, Assets, OtherProgram, Program
 from mla_compile.quiet import quiet_exporter
 from mla_compile.sources.patterns import patterns
@@ -95,16 +95,19 @@ def read_export(
     Raises:
         LoadError: The graph cannot be normalised, or its batch is static.
     """
-    try:
-        with quiet_exporter():
-            if _has_compositions(exported):
-                exported = exported.run_decompositions({**_RESPELLED, **patterns()})
-                _drop_type_assertions(exported)
-                spell_tables(exported)
-    except Exception as error:
-        raise LoadError(
-            f"The graph of '{source}' could not be normalised ({reason_of(error)}).", HOW_TO_EXPORT
-        ) from error
+    if _has_compositions(exported):
+        table = {**_RESPELLED, **patterns()}
+        try:
+            with quiet_exporter():
+                exported = exported.run_decompositions(table)
+        except MlaCompileError:
+            raise
+        except Exception as error:
+            raise LoadError(
+                f"The graph of '{source}' could not be normalised ({reason_of(error)}).", HOW_TO_EXPORT
+            ) from error
+        _drop_type_assertions(exported)
+        spell_tables(exported)
     common: dict[str, Any] = {
         "exported": exported,
         "source": source,

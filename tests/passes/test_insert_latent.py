@@ -422,6 +422,32 @@ def test_what_knows_the_length_or_another_position_is_refused(kind):
         check_positions(kind)
 
 
+class ByFarPrevious(zoo.TinyLM):
+    def embed(self, ids):
+        x = self.tokens(ids)
+        return x + nn.functional.pad(x, (0, 0, 24, 0))[:, :-24]
+
+
+class ByFarConvolution(zoo.TinyLM):
+    """Looks further back than random tokens to verify on are long."""
+
+    def embed(self, ids):
+        x = nn.functional.pad(self.tokens(ids).mT, (64, 0))
+        return nn.functional.conv1d(x, torch.ones(zoo.WIDTH, 1, 2), dilation=64, groups=zoo.WIDTH).mT
+
+
+class ByLateLength(zoo.TinyLM):
+    def embed(self, ids):
+        return self.tokens(ids) / (torch.ones(ids.shape[1]).sum() / 600).clamp(min=1)
+
+
+@pytest.mark.parametrize("kind", [ByFarPrevious, ByFarConvolution, ByLateLength])
+def test_what_looks_far_back_or_at_a_late_length_is_refused(kind):
+    program = zoo.program_of(zoo.model(zoo.Attention, kind=kind))
+    with pytest.raises(RefusedError, match=r"depends on the length or on tokens far back: .* differs by"):
+        convert(program, recognise(program).sites)
+
+
 @pytest.mark.parametrize("method", ["fisher", "transmla"])
 def test_a_search_runs_the_graph_in_pieces_once_and_the_result_again(programs, method, monkeypatch):
     """Before anything is tried, so that what cannot be converted is refused at once."""

@@ -263,6 +263,95 @@ def test_models_shorter_than_the_probes(longest):
     assert len(found.sites) + len(found.rejections) == 1
 
 
+def hidden(layer, q, k, v, seen, mask):
+    return zoo.SpelledOut.hide(layer, zoo.SpelledOut.scores(layer, q, k, None), seen & mask), v
+
+
+def hidden_and_zeroed(layer, q, k, v, seen, mask):
+    return hidden(layer, q, k, v * mask.transpose(-1, -2), seen, mask)
+
+
+def discounted(layer, q, k, v, seen, mask):
+    return zoo.SpelledOut.hide(layer, zoo.SpelledOut.scores(layer, q, k, None), seen) - (~mask).float(), v
+
+
+def zeroed(layer, q, k, v, seen, mask):
+    return zoo.SpelledOut.hide(layer, zoo.SpelledOut.scores(layer, q, k, None), seen), v * mask.transpose(-1, -2)
+
+
+@pytest.mark.parametrize("use", [hidden, hidden_and_zeroed, discounted, zeroed])
+def test_a_mask_input_that_does_anything_else_than_hide_keys_is_refused(use):
+    """The compiler puts its own padding mask in the place of a causal layer's."""
+    from mla_compile.sources.capture import capture
+
+    class MaskedLM(zoo.TinyLM):
+        def forward(self, ids, attention_mask):
+            x, layer = self.embed(ids), self.layers[0]
+            q, k, v = map(layer.split, layer.project(x), (zoo.HEADS,) * 3)
+            scores, v = use(layer, q, k, v, layer.seen(ids.shape[1], ids), attention_mask[:, None, None] > 0)
+            return self.head(layer.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2)))
+
+    inputs = {"ids": torch.zeros(2, 5, dtype=torch.long), "attention_mask": torch.ones(2, 5, dtype=torch.long)}
+    found = recognise(capture(zoo.model(zoo.SpelledOut, kind=MaskedLM), inputs))
+    if use in (hidden, hidden_and_zeroed):
+        assert [s.mask for s in found.sites] == [Mask()]
+    else:
+        (rejection,) = found.rejections
+        assert rejection.plain is None
+        assert "'attention_mask' does more than hide the keys" in rejection.reason
+
+
+def slower_beyond(length):
+    """Frequencies of sequences longer than 16384 tokens."""
+    return 50.0 * (length / 16_384).clamp(min=1)[None]
+
+
+class SlowerBeyond(zoo.Attention):
+    def queries(self, q):
+        return zoo.rotate(q, slower_beyond(torch.ones(q.shape[2]).sum()))
+
+    keys = queries
+
+
+class SlowerByBranch(zoo.Attention):
+    def queries(self, q):
+        length = torch.ones(q.shape[2]).sum()
+        theta = torch.cond(length > 16_384, slower_beyond, lambda n: torch.full((1,), 50.0), (length,))
+        return zoo.rotate(q, theta)
+
+    keys = queries
+
+
+class QueriesByLength(zoo.NormBehindRotation):
+    def queries(self, q):
+        return super().queries(q) * (torch.ones(q.shape[2]).sum().log() / math.log(16_384)).clamp(min=1)
+
+
+def far(x):
+    return x * (1 + torch.floor(torch.arange(x.shape[2], dtype=torch.float32) / 10_000))[:, None]
+
+
+class FarKeys(zoo.HalfRope):
+    def keys(self, k):
+        return far(super().keys(k))
+
+
+class FarValues(zoo.HalfRope):
+    def values(self, v):
+        return far(v)
+
+
+@pytest.mark.parametrize("kind", [SlowerBeyond, SlowerByBranch, QueriesByLength, FarKeys, FarValues])
+def test_what_changes_beyond_every_probe_is_refused(kind):
+    found = recognise(zoo.program_of(zoo.model(kind, zoo.FarScale)))
+    assert [s.path for s in found.sites] == ["layers.1"]  # whose queries are made anew with their position
+    (rejection,) = found.rejections
+    by_position = kind in (FarKeys, FarValues)
+    assert rejection.code == (RejectCode.ROPE if by_position else RejectCode.POSITION_MIXING)
+    assert "between 8192 and" in rejection.reason
+    assert (rejection.plain is None) != by_position  # which an ordinary cache holds as it was
+
+
 def test_program_is_only_read(programs):
     program = programs["llama-gqa"].program
     before = str(program.exported)
