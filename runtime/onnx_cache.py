@@ -202,11 +202,23 @@ class _Memory:
     numbers: NDArray[Any] | None
 
 
+@dataclass
+class _Layout:
+    """How rows lie in memory that several caches share; it changes with the memory, whoever of them moves rows.
+
+    Attributes:
+        shown: Tokens of each sequence that the model is shown the room of.
+    """
+
+    shown: int
+
+
 @dataclass(frozen=True)
 class StaticCache:
     """A cache that is written in place: one allocation per layer, which is the input and the output of every step.
 
-    A step spends the cache it is given: what was written is seen through both, and only the new one knows of it.
+    A step spends the cache it is given: what was written is seen through both, and only the new one knows of it. A step
+    that fails spends nothing, unless it came as far as to write over a window's oldest row.
 
     Of the memory the model is shown the rows of every sequence up to the next multiple of 128, since it attends to all
     it is shown. When they are more, those of later sequences and heads move up; a device of its own, where that
@@ -215,20 +227,20 @@ class StaticCache:
     Attributes:
         layers: What the file says of them.
         memory: Theirs.
+        layout: How rows lie in it.
         batch: Sequences.
         capacity: Tokens of each that there is room for.
         device: Where the memory is.
         tokens: Tokens of each so far.
-        shown: Tokens of each that the model is shown the room of.
     """
 
     layers: tuple[CacheLayer, ...]
     memory: tuple[_Memory, ...]
+    layout: _Layout
     batch: int
     capacity: int
     device: str
     tokens: int
-    shown: int
 
     @classmethod
     def empty(
@@ -259,8 +271,8 @@ class StaticCache:
                 f"There is no memory for the cache of {batch} sequences of {capacity} tokens.",
                 "Give a smaller --max-length or fewer prompts.",
             ) from error
-        shown = 0 if device == "cpu" else capacity
-        return cls(tuple(layers), memory, batch, capacity, device, 0, shown)
+        layout = _Layout(0 if device == "cpu" else capacity)
+        return cls(tuple(layers), memory, layout, batch, capacity, device, 0)
 
     @property
     def nbytes(self) -> int:
@@ -279,17 +291,18 @@ class StaticCache:
             raise UsageError(
                 f"The cache has room for {self.capacity} tokens, and these are {total}.", "Raise --max-length."
             )
-        shown = max(self.shown, min(self.capacity, -(-total // _BLOCK) * _BLOCK))
+        before = self.layout.shown
+        self.layout.shown = max(before, min(self.capacity, -(-total // _BLOCK) * _BLOCK))
         for layer, memory in zip(self.layers, self.memory, strict=True):
             if memory.numbers is not None:
                 blocks = self.batch * (layer.heads or 1)
-                _spread(memory.numbers, layer, blocks, (layer.rows(self.shown), layer.rows(shown)))
-        return replace(self, tokens=total, shown=shown)
+                _spread(memory.numbers, layer, blocks, (layer.rows(before), layer.rows(self.layout.shown)))
+        return replace(self, tokens=total)
 
     def bind(self, binding: Any) -> None:  # noqa: ANN401
         """See :class:`OnnxCache`."""
         for layer, memory in zip(self.layers, self.memory, strict=True):
-            shape = layer.shape(self.batch, layer.rows(self.shown))
+            shape = layer.shape(self.batch, layer.rows(self.layout.shown))
             for bind, name in ((binding.bind_input, layer.past), (binding.bind_output, layer.present)):
                 bind(name, self.device, 0, layer.element, shape, memory.pointer)
 
@@ -298,11 +311,11 @@ class StaticCache:
         memory = []
         for layer, one in zip(self.layers, self.memory, strict=True):
             assert one.numbers is not None
-            shown = one.numbers[: (layer.heads or 1) * layer.rows(self.shown) * layer.row]
+            shown = one.numbers[: (layer.heads or 1) * layer.rows(self.layout.shown) * layer.row]
             numbers: NDArray[Any] = np.zeros(times * len(one.numbers), layer.dtype)
             numbers[: times * len(shown)] = np.tile(shown, times)
             memory.append(_Memory(numbers, numbers.ctypes.data, numbers))
-        return replace(self, memory=tuple(memory), batch=times)
+        return replace(self, memory=tuple(memory), layout=replace(self.layout), batch=times)
 
     def after(self, presents: Sequence[Any]) -> StaticCache:
         """See :class:`OnnxCache`: the outputs are its own memory."""

@@ -68,10 +68,10 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(onnx_cache, "_BLOCK", 4)
 
 
-def in_pieces(decoder, ids, mask, sizes):
+def in_pieces(decoder, ids, mask, sizes, room=None):
     """Logits of whole sequences fed part by part, and the cache in the end."""
     positions = np.maximum(mask.cumsum(1) - 1, 0)
-    cache, parts, done = decoder.empty_cache(*ids.shape), [], 0
+    cache, parts, done = decoder.empty_cache(len(ids), room or ids.shape[1]), [], 0
     for size in sizes:
         own = slice(done, done + size)
         logits, cache = decoder.step(ids[:, own], mask[:, : done + size], positions[:, own], cache)
@@ -157,6 +157,23 @@ def test_a_spent_cache_is_recognised(files):
     decoder.step(ids, np.ones_like(ids), np.arange(3)[None], first)
     with pytest.raises(UsageError, match="mask is of 3 earlier tokens, but the cache of 0"):
         decoder.step(ids[:, :1], np.ones((1, 4), np.int64), np.full((1, 1), 3), first)
+
+
+@pytest.mark.parametrize("between", ["a step that fails", "a repeatable one"])
+def test_a_step_that_spends_nothing_leaves_a_static_cache_as_it_is(files, between):
+    """At the token with which the rows of the second sequence move; oracle: a cache that nothing happened to."""
+    decoder, ids = files().open("static"), models.tokens(2, 129).numpy()
+    mask, positions = np.ones_like(ids), np.broadcast_to(np.arange(129), ids.shape)
+    last = (ids[:, 128:], mask, positions[:, 128:])
+    kept, tried = (in_pieces(decoder, ids[:, :128], mask[:, :128], (128,), room=129)[1] for _ in range(2))
+    expected, _ = decoder.step(*last, kept)
+    for _ in range(2):
+        if between == "a repeatable one":
+            decoder.repeatable(*last, tried)()
+        else:
+            with pytest.raises(UsageError):
+                decoder.step(np.full_like(last[0], 5000), *last[1:], tried)
+    np.testing.assert_array_equal(decoder.step(*last, tried)[0], expected)
 
 
 def test_a_cache_that_nothing_can_hold_is_refused(files):
