@@ -17,19 +17,20 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
 from mla_compile.artifacts.checkpoint import Checkpoint, stock_checkpoint
-from mla_compile.artifacts.companions import copy_assets, finished
+from mla_compile.artifacts.companions import copy_assets, finished, write_settings
 from mla_compile.artifacts.places import check_neighbours, check_place
+from mla_compile.config import SETTINGS
 from mla_compile.disk.writing import moved_into
 from mla_compile.errors import LoadError, UsageError, VerificationError, reason_of
 from mla_compile.passes.retype import type_name
 from mla_compile.program import Assets
 from mla_compile.progress import Stages
 from mla_compile.report import CheckpointFacts, Report
+from mla_compile.reporting.report_page import REPORT
 from mla_compile.runtime.generate import generate
 from mla_compile.runtime.module import LatentModel, cache_dtype
 from mla_compile.sources import huggingface
@@ -148,7 +149,7 @@ def write_checkpoint(
         copy_assets(assets, folder)
         with stages.stage("write checkpoint"):
             _write_weights(checkpoint, folder, shard, torch.float32)
-        (folder / "mla_config.yaml").write_text(yaml.safe_dump(dict(report.config), sort_keys=False), encoding="utf-8")
+        write_settings(report.config, folder)
         with stages.stage("verify checkpoint"):
             expected = _answers(in_float32(module), checks, checkpoint)
             _keep(expected, folder)
@@ -406,7 +407,7 @@ def _card(report: Report, facts: CheckpointFacts) -> str:
         *_usage(facts),
         "",
         "`mla-compile verify FOLDER` repeats the check with what the converted module answered (`expected.npz`). "
-        "Settings are in `mla_config.yaml`, everything else in `report.json`.",
+        f"Settings are in `{SETTINGS}`, everything else in `{REPORT}`.",
         "",
     ]
     return "\n".join(lines)

@@ -28,6 +28,7 @@ from mla_compile.errors import RefusedError, UsageError
 from mla_compile.program import Assets
 from mla_compile.progress import Stages
 from mla_compile.report import Report
+from mla_compile.reporting.report_page import REPORT
 from mla_compile.runtime.module import LatentModel
 
 if TYPE_CHECKING:
@@ -196,7 +197,7 @@ def _require_expressible(stored: Stored) -> None:
 def _cost_of_biases(folder: Path) -> str:
     """What leaving them out would cost, where it was measured."""
     try:
-        cost = json.loads((folder / "report.json").read_text(encoding="utf-8"))["checkpoint"]["without_biases"]
+        cost = json.loads((folder / REPORT).read_text(encoding="utf-8"))["checkpoint"]["without_biases"]
     except (OSError, ValueError, KeyError, TypeError):
         return ""
     return f"; leaving them out would cost {cost:.2g} nats per token" if cost else ""
