@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mla_compile.errors import UsageError
 
-__all__ = ["DEFAULT_CACHE_RATIO", "CompileConfig", "make_config", "validated"]
+__all__ = ["DEFAULT_CACHE_RATIO", "SETTINGS", "CompileConfig", "holds_conversion", "make_config", "validated"]
 
 _Settings = TypeVar("_Settings", bound=BaseModel)
 
 DEFAULT_CACHE_RATIO = 0.3125
 """Cache kept when nothing is asked for: the mildest setting of the MHA2MLA paper (its -68.75 %)."""
+SETTINGS = "mla_config.yaml"
+"""What the settings of a conversion are called in the folder that it wrote."""
 
 
 class CompileConfig(BaseModel):
@@ -229,3 +232,8 @@ def validated(kind: type[_Settings], command: str, settings: Mapping[str, Any]) 
             f"The setting {name}={first['input']!r} is not allowed: {problem}." if name else f"Settings: {problem}."
         )
         raise UsageError(subject, f"See 'mla-compile {command} --help' for the allowed values.") from error
+
+
+def holds_conversion(folder: Path) -> bool:
+    """Whether a folder was written by a conversion, as an archive or as a checkpoint: it is told by its settings."""
+    return (folder / SETTINGS).is_file()

@@ -22,6 +22,7 @@ from mla_compile.runtime.onnx_cache import (
     OnnxCache,
     StaticCache,
 )
+from mla_compile.runtime.onnx_variant import FUSED_DOMAIN
 
 __all__ = ["KERNELS", "PROVIDERS", "OnnxDecoder", "open_session"]
 
@@ -76,6 +77,7 @@ def open_session(
         options.intra_op_num_threads = threads
     if in_turns:
         options.add_session_config_entry("session.force_spinning_stop", "1")
+    fused = None
     try:
         fused = _fused(Path(path), wanted, kernel, options)
         session = onnxruntime.InferenceSession(fused or str(path), options, wanted)
@@ -98,6 +100,11 @@ def open_session(
                 f"'{path}' was made with --target cuda, and ONNX Runtime's {wanted[0]} has no kernel for it.",
                 "Run it with --provider cuda, or convert the model without --target cuda.",
             ) from error
+        if fused is None and FUSED_DOMAIN in str(error):
+            raise UsageError(
+                f"'{path}' was written by mla-compile fuse, and runs with the library of the fused kernel only.",
+                "Run it on the CPU with --kernel auto or fused, which needs a C++ compiler.",
+            ) from error
         raise LoadError(f"ONNX Runtime cannot load '{path}' ({reason}).", "Convert the model again.") from error
     _require_providers(wanted, session.get_providers(), "cannot start the")
     return session, fused is not None
@@ -109,7 +116,7 @@ def _fused(path: Path, providers: Sequence[str], kernel: str, options: Any) -> b
         raise UsageError(f"There is no kernel '{kernel}'.", f"Choose one of {', '.join(KERNELS)}.")
     if kernel == "standard":
         return None
-    from mla_compile.runtime.cpu.fused import fused_model
+    from mla_compile.runtime.cpu.fused import fused_model, obstacle
     from mla_compile.runtime.cpu.library import compiler, library
 
     on_cpu = list(providers) == [PROVIDERS["cpu"]]
@@ -121,8 +128,8 @@ def _fused(path: Path, providers: Sequence[str], kernel: str, options: Any) -> b
             return None
         if model is None:
             raise UsageError(
-                f"'{path}' has no attention that the fused kernel computes: it is for caches of float32, float16 and "
-                "int8 on the CPU, in files written without --inline.",
+                f"'{path}' has no attention that the fused kernel computes: "
+                f"{obstacle(path) if on_cpu else 'it is for the CPU'}.",
                 "Run it with --kernel standard.",
             )
         _register(options, library())
@@ -145,7 +152,7 @@ def _register(options: Any, library: Path) -> None:  # noqa: ANN401
     except Exception as error:
         raise UsageError(
             f"'{library}', the library of the fused kernel, cannot be loaded ({first_line(error)}).",
-            "Remove it, so that it is compiled again, or go on without: --kernel standard.",
+            "Remove it, so that it is compiled again, or run files without it: --kernel standard.",
         ) from error
 
 

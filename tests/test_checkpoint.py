@@ -261,8 +261,11 @@ def test_an_earlier_checkpoint_leaves_nothing_behind(conversions, tmp_path):
     write(conversion, tmp_path / "out", shard=40_000)
     with pytest.raises(UsageError, match="exists already"):
         write(conversion, tmp_path / "out")
+    others = ("model-lora.safetensors", "model.safetensors.bak", "model-00001-of-00002.safetensors.orig")
+    for name in others:
+        (tmp_path / "out" / name).write_text("somebody else's")
     write(conversion, tmp_path / "out", force=True)
-    assert [f.name for f in (tmp_path / "out").glob("model*")] == ["model.safetensors"]
+    assert {f.name for f in (tmp_path / "out").glob("model*")} == {"model.safetensors", *others}
 
 
 def test_flashmla_sizes_are_filled_up_with_zeros(conversions, tmp_path):
@@ -316,7 +319,12 @@ def test_a_damaged_folder_is_found(conversions, tmp_path):
     (tmp_path / "out" / "config.json").write_text(json.dumps(config))
     with pytest.raises(VerificationError):
         verify_folder(tmp_path / "out")
-    (tmp_path / "out" / "expected.npz").unlink()
+    answers = tmp_path / "out" / "expected.npz"
+    for content in (answers.read_bytes()[:-100], b""):
+        answers.write_bytes(content)
+        with pytest.raises(LoadError, match=r"expected.npz', with the answers to compare with, is damaged"):
+            verify_folder(tmp_path / "out")
+    answers.unlink()
     with pytest.raises(LoadError, match=r"holds no 'expected.npz'"):
         verify_folder(tmp_path / "out")
 

@@ -522,6 +522,17 @@ def test_an_interrupt_leaves_nothing(place, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_file_that_ends_early_is_no_interrupt(place, tmp_path, monkeypatch):
+    """The parser takes an ``EOFError`` for the end of what is typed; it is a defect of ours, and shown as one."""
+
+    def ended(*arguments, **keywords):
+        raise EOFError("No data left in file")
+
+    monkeypatch.setattr("mla_compile.artifacts.onnx_files.lower_to_onnx", ended)
+    with pytest.raises(EOFError, match="No data left"):
+        convert(place / "nano.pt2", "--out", tmp_path / "new" / "o.onnx", "-q")
+
+
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a file system that nobody can write to")
 def test_a_folder_nobody_can_write_to(place):
     assert_one_sentence(convert(place / "nano.pt2", "--out", "/proc/new/o.onnx", "-q"), 2, "cannot be written")

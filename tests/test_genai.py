@@ -11,6 +11,7 @@ import pytest
 import torch
 from conversion import convert, difference
 
+from mla_compile.artifacts.fuse import write_fused
 from mla_compile.artifacts.genai import write_genai_config
 from mla_compile.artifacts.onnx_files import stored_metadata
 from mla_compile.config import make_config
@@ -105,6 +106,14 @@ def test_the_configuration_names_what_the_file_has(folders):
         assert decoder["head_size"] == half_width(model.rows)
         assert config["search"]["past_present_share_buffer"] is static, name
         assert config["model"]["vocab_size"] == models.VOCABULARY
+
+
+def test_the_fused_kernel_names_the_layout(folders, tmp_path):
+    path = folders["llama-gqa", False][0] / "model.onnx"
+    with pytest.raises(UsageError, match="have the layout genai"):
+        OnnxDecoder(path, kernel="fused")
+    with pytest.raises(RefusedError, match="have the layout genai"):
+        write_fused(path, tmp_path / "fused.onnx")
 
 
 def test_halves_of_odd_and_unequal_rows():

@@ -16,9 +16,9 @@ import pytest
 import torch
 
 import mla_compile
-from mla_compile.artifacts.opened import Opened
+from mla_compile.artifacts.opened import Opened, open_model
 from mla_compile.cli import main
-from mla_compile.errors import UsageError
+from mla_compile.errors import LoadError, UsageError
 from mla_compile.evaluation import plot, trial
 from mla_compile.evaluation.measure import Measured, Measurement
 from mla_compile.runtime.onnx_session import OnnxDecoder
@@ -86,6 +86,23 @@ def converted(place, read_once):
     shutil.copytree(place / "converted" / "folder", place / "converted" / "other")
     write_tokenizer(place / "converted" / "other", [f"v{i}" for i in range(models.VOCABULARY)])
     return place / "converted"
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("a: [", "is damaged"),
+        ("[1]", "holds no settings"),
+        ("", "holds no settings"),
+        ("method: [1]", "names no method"),
+        ("cache_ratio: half", "names no method or cache ratio"),
+    ],
+)
+def test_damaged_settings_of_a_folder_are_told(converted, tmp_path, content, reason):
+    folder = shutil.copytree(converted / "folder", tmp_path / "folder")
+    (folder / "mla_config.yaml").write_text(content)
+    with pytest.raises(LoadError, match=reason):
+        open_model(str(folder))
 
 
 @pytest.fixture(scope="module")

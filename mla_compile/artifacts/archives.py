@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import yaml
 from torch import fx
 from torch.export import ExportedProgram
 
-from mla_compile.artifacts.companions import copy_assets, finished, is_converted_folder
+from mla_compile.artifacts.companions import MODEL, copy_assets, finished, is_converted_folder, write_settings
 from mla_compile.artifacts.mapped_archive import load_mapped
 from mla_compile.artifacts.places import check_cache_type, check_neighbours, check_target
 from mla_compile.disk.writing import moved_into, unseen_errors
@@ -36,7 +35,7 @@ def write_folder(module: LatentModel, report: Report, assets: Assets, path: Path
     with moved_into(path) as folder:
         write_archive(module, folder)
         copy_assets(assets, folder)
-        (folder / "mla_config.yaml").write_text(yaml.safe_dump(dict(report.config), sort_keys=False), encoding="utf-8")
+        write_settings(report.config, folder)
         report = finished(report, folder, Stages())
     return report
 
@@ -60,7 +59,7 @@ def write_archive(module: LatentModel, folder: Path) -> None:
 
 
 def _save(exported: ExportedProgram, folder: Path) -> None:
-    with unseen_errors(folder / "model.pt2") as file:  # which torch's writer would end the process for
+    with unseen_errors(folder / MODEL) as file:  # which torch's writer would end the process for
         torch.export.save(exported, file)
 
 
@@ -78,7 +77,7 @@ def write_encoder_folder(
     with moved_into(path) as folder:
         _save(export_encoder(module.graph, face), folder)
         copy_assets(assets, folder)
-        (folder / "mla_config.yaml").write_text(yaml.safe_dump(dict(report.config), sort_keys=False), encoding="utf-8")
+        write_settings(report.config, folder)
         return finished(report, folder, Stages())
 
 
@@ -91,11 +90,11 @@ def read_folder(path: Path) -> LatentModel:
     if not is_converted_folder(path):
         raise LoadError(f"'{path}' holds no converted model.", "Give a folder written by mla-compile.")
     try:
-        exported = load_mapped(path / "model.pt2")
+        exported = load_mapped(path / MODEL)
     except LoadError:
         raise
     except Exception as error:
-        raise LoadError(f"'{path / 'model.pt2'}' could not be read ({error}).", "Convert the model again.") from error
+        raise LoadError(f"'{path / MODEL}' could not be read ({error}).", "Convert the model again.") from error
     module = exported.module(check_guards=False)
     graph = fx.GraphModule(module, module.graph)
     graph.graph.set_codegen(fx.graph.CodeGen())

@@ -53,7 +53,7 @@ def write_onnx(
     Returns:
         The completed report, also written as ``report.json`` beside the file.
     """
-    check_onnx_target(path, report.source, assets, force)
+    check_onnx_target(path, report.source, assets, force, report.config["cache_layout"])
     with moved_into(path.parent) as folder:
         found, warnings = lower_and_check(
             module,

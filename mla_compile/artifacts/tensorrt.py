@@ -62,8 +62,8 @@ _OF_ENGINES = {
 """Settings of which a file has nothing, as options."""
 _OF_FILES = {"room": "--max-length", "splits": "--splits"}
 """Settings that are constants of a file, as options."""
-_STEPS = (5, 1, 1, 1, 1)
-"""Tokens of the steps that are compared: a prompt, a step that runs, and steps that are replayed."""
+_PROMPT, _TOKENS = 5, 9
+"""Tokens that are compared: of a prompt, and with those of a step that runs, and of steps that are replayed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -331,10 +331,11 @@ def _in_onnx_runtime(file: Path) -> Iterator[OnnxFixedDecoder]:
 
 def _difference(decoder: FixedCacheDecoder, reference: Callable[[torch.Tensor], torch.Tensor]) -> float:
     """Largest relative difference of logits between a prompt and some steps, and whole sequences at once."""
-    batch, tokens = min(2, decoder.limits.batch or 2), sum(_STEPS)
-    ids = torch.arange(batch * tokens).view(batch, tokens)  # small ids: every vocabulary has them
+    batch, tokens = min(2, decoder.limits.batch or 2), min(_TOKENS, decoder.limits.room)
+    prompt = max(1, tokens - _TOKENS + _PROMPT)
+    ids = torch.arange(batch * tokens).view(batch, tokens) % decoder.vocabulary  # small ids: every vocabulary has them
     cache, done, parts = decoder.empty_cache(batch), 0, []
-    for part in ids.split(_STEPS, 1):
+    for part in ids.split([prompt, *[1] * (tokens - prompt)], 1):
         positions = np.tile(np.arange(done, done + part.shape[1]), (batch, 1))
         done += part.shape[1]
         logits, cache = decoder.step(part.numpy(), np.ones((batch, done), np.int64), positions, cache)

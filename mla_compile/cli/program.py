@@ -106,7 +106,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from mla_compile.text.processes import end_share
 
         end_share()
-    except (KeyboardInterrupt, typer.Abort):
+    except (KeyboardInterrupt, typer.Abort) as stopped:
+        if isinstance(stopped.__cause__, EOFError):  # of a file, which the parser takes for the end of what is typed
+            raise stopped.__cause__ from None
         return _fail("Interrupted.", 130)
     except BrokenPipeError:
         return _end_quietly()

@@ -73,5 +73,5 @@ def load_original(session: Session) -> tuple[AnyProgram, Session]:
         stored = {**loaded.assets.config, "dtype": config.dtype}
         loaded = dataclasses.replace(loaded, assets=dataclasses.replace(loaded.assets, config=stored))
     if to is not None:
-        check_neighbours(to.path, loaded.source, loaded.assets, to.force)
+        check_neighbours(to.path, loaded.source, loaded.assets, to.force, config.cache_layout)
     return loaded, dataclasses.replace(session, request=dataclasses.replace(request, config=config))

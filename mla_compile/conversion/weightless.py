@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from mla_compile.config import holds_conversion
 from mla_compile.passes.recognise import Recognition, recognise
 from mla_compile.program import AnyProgram
 from mla_compile.site import AttentionSite, Projection, Rejection
@@ -73,7 +74,7 @@ def is_weightless(model: str | Path) -> bool:
     path = Path(model)
     if path.is_file():
         return path.suffix == ".json"
-    return (path / "config.json").is_file() and not has_weights(path) and not (path / "mla_config.yaml").is_file()
+    return (path / "config.json").is_file() and not has_weights(path) and not holds_conversion(path)
 
 
 def draw(model: str | Path, attention: str = "auto") -> Blueprint:

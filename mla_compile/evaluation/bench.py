@@ -28,6 +28,7 @@ from mla_compile.passes.plain_caches import with_plain_caches
 from mla_compile.passes.retype import type_name
 from mla_compile.program import Program
 from mla_compile.progress import Display, Stages
+from mla_compile.reporting.report_page import REPORT
 from mla_compile.runtime.onnx_cache import StaticCache
 from mla_compile.runtime.onnx_session import OnnxDecoder
 from mla_compile.runtime.onnx_timing import filled, last_token, random_ids
@@ -133,7 +134,7 @@ def _load_original(file: Path, made_of: str | None, against: str) -> tuple[str, 
     """
     if against != "original":
         return against, _float32(against)
-    report = file.with_name("report.json")
+    report = file.with_name(REPORT)
     try:
         source = str(json.loads(report.read_text("utf-8"))["source"])
     except (OSError, ValueError, KeyError, TypeError) as error:

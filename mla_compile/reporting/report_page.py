@@ -17,6 +17,7 @@ from mla_compile.reporting.reproduction import reproducing
 
 __all__ = [
     "PAGE",
+    "REPORT",
     "damage_explained",
     "read_measurement",
     "read_report",
@@ -26,7 +27,7 @@ __all__ = [
 
 _POINT = {"cache_kept", "method", "model"}
 """What else is read of every model of a measurement."""
-_OF_DECODERS = ("cache", "quality", "polish", "training")
+_OF_DECODERS = ("cache", "quality", "polish", "training", "before_training")
 """What reports of other models do not have."""
 _UNITS = {
     "fisher": "what errors of keys and values would cost, by the statistics of the calibration text",
@@ -34,13 +35,13 @@ _UNITS = {
     "mha2mla": "the squares of the weights of keys and values, whatever text they meet",
 }
 """What a method's spectrum is a share of, by the method."""
-PAGE = "report.html"
-"""What the page beside a ``report.json`` is called."""
+REPORT, PAGE = "report.json", "report.html"
+"""What a report is called, for programs and for people."""
 
 
 def write_report(report: Mapping[str, Any], folder: Path) -> None:
     """Write a report into a folder, for programs (``report.json``) and for people (``report.html``)."""
-    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     (folder / PAGE).write_text(render_page(report), encoding="utf-8")
 
 
@@ -50,7 +51,7 @@ def read_report(path: Path) -> Mapping[str, Any]:
     Raises:
         LoadError: There is none, or it is something else.
     """
-    stored = path / "report.json" if path.is_dir() else path
+    stored = path / REPORT if path.is_dir() else path
     try:
         found = json.loads(stored.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

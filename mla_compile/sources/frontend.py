@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from mla_compile.config import holds_conversion
 from mla_compile.errors import LoadError
 from mla_compile.hub import is_hub_id
 from mla_compile.program import AnyProgram, Program
@@ -58,7 +59,7 @@ def load_any(
     """
     path = Path(source)
     if path.is_dir():
-        if (path / "mla_config.yaml").is_file():
+        if holds_conversion(path):
             raise LoadError(
                 f"'{source}' is a model that was converted already.", "Give the model it was converted from instead."
             )

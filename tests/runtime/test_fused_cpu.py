@@ -445,6 +445,9 @@ def test_the_command_line_says_what_it_wrote(files, tmp_path, capsys):
     said = capsys.readouterr()
     assert json.loads(said.out) == {"onnx": words[-1], "library": str(tmp_path / "fused.so")}
     assert said.err == ""
+    with pytest.raises(UsageError, match=r"written by mla-compile fuse.*--kernel auto or fused"):
+        OnnxDecoder(tmp_path / "fused.onnx", kernel="standard")
+    assert OnnxDecoder(tmp_path / "fused.onnx", kernel="auto").fused
 
 
 def test_what_cannot_be_written_is_said(files, tmp_path):
@@ -463,7 +466,7 @@ def test_what_cannot_be_written_is_said(files, tmp_path):
     with pytest.raises(UsageError, match="--kernel standard"):
         OnnxDecoder(tmp_path / "inlined.onnx", kernel="fused")
     assert not OnnxDecoder(tmp_path / "inlined.onnx", kernel="auto").fused
-    with pytest.raises(UsageError, match="could not compile the fused kernel"):
+    with pytest.raises(UsageError, match=r"knows no processor 'abacus' .*as --march"):
         write_fused(path, tmp_path / "fused.onnx", march="abacus")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["damaged.onnx", "inlined.onnx"]
 
@@ -517,6 +520,16 @@ def test_a_compiler_that_is_named_and_missing_is_said(files, monkeypatch, tmp_pa
         files().open("static", kernel="fused")
 
 
+def test_a_compiler_that_cannot_be_run_is_named(monkeypatch, tmp_path):
+    named = tmp_path / "compiler"
+    named.write_bytes(b"no program")
+    named.chmod(0o755)
+    monkeypatch.setenv("CXX", str(named))
+    with pytest.raises(UsageError, match=r"compiler' cannot be run \(Exec format error\)\. .*CXX"):
+        compiling.compile_library(tmp_path / "made.so")
+    assert [f.name for f in tmp_path.iterdir()] == ["compiler"]
+
+
 def test_a_compiler_may_be_named_with_words_before_and_behind_it(monkeypatch, tmp_path):
     found = compiling.compiler()
     monkeypatch.setenv("CXX", f"env {found[0]} '-DWORD=of two'")
@@ -534,7 +547,7 @@ def test_a_library_that_cannot_be_loaded_is_not_in_the_way(files, monkeypatch, t
     monkeypatch.setattr(compiling, "library", lambda: broken)
     assert not files().open("static", kernel="auto").fused
     assert f"'{broken}', the library of the fused kernel, cannot be loaded (" in caplog.text
-    with pytest.raises(UsageError, match=r"broken\.so', the library .* go on without: --kernel standard"):
+    with pytest.raises(UsageError, match=r"broken\.so', the library .* run files without it: --kernel standard"):
         files().open("static", kernel="fused")
 
 

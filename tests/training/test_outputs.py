@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 
@@ -10,10 +11,12 @@ import pytest
 import torch
 
 import mla_compile
-from mla_compile.artifacts.saved import open_saved, write_saved_onnx
+from mla_compile.artifacts.places import check_neighbours
+from mla_compile.artifacts.saved import open_saved, save, write_saved_onnx, write_trained
 from mla_compile.cli import main
 from mla_compile.config import make_config
 from mla_compile.errors import UsageError
+from mla_compile.report import Training, TrainingPoint
 from mla_compile.runtime.onnx_session import OnnxDecoder
 from training import LENGTH, counting
 
@@ -65,6 +68,71 @@ def test_what_belongs_to_another_model_is_not_replaced(plain, tmp_path, name):
     with pytest.raises(UsageError, match="belongs to something else"):
         write_saved_onnx(open_saved(folder), other.parent / "model.onnx", make_config(), force=False)
     assert [other.read_text()] == ['"precious"'] * len(list(other.parent.iterdir()))
+
+
+def test_what_genai_is_told_is_not_replaced(converted, tmp_path):
+    told = tmp_path / "genai_config.json"
+    told.write_text("precious")
+    file, saved = tmp_path / "b.onnx", open_saved(converted)
+    with pytest.raises(UsageError, match=r"genai_config.json' exists already and belongs to something else"):
+        write_saved_onnx(saved, file, make_config(cache_layout="genai"), force=False)
+    assert [f.read_text() for f in tmp_path.iterdir()] == ["precious"]
+    check_neighbours(file, "", saved.assets, force=False)  # other layouts tell it nothing
+    write_saved_onnx(saved, file, make_config(cache_layout="genai"), force=True)
+    assert json.loads(told.read_text())["model"]["decoder"]["filename"] == "b.onnx"
+
+
+def test_a_model_is_not_saved_into_the_folder_of_its_original(converted, tmp_path):
+    folder, original = shutil.copytree(converted, tmp_path / "saved"), tmp_path / "original"
+    original.mkdir()
+    (original / "config.json").write_text("precious")
+    report = json.loads((folder / "report.json").read_text())
+    (folder / "report.json").write_text(json.dumps({**report, "source": str(original)}))
+    with pytest.raises(UsageError, match="is the folder of the original model"):
+        save(mla_compile.load(folder), original, like=folder, force=True)
+    assert [f.read_text() for f in original.iterdir()] == ["precious"]
+
+
+def test_what_was_measured_of_other_weights_is_told_apart(converted, tmp_path):
+    """Trained twice: what is kept apart is that of the conversion."""
+    saved = open_saved(converted)
+    quality = {"original": 20.0, "converted": 5000.0, "ratio": 250.0, "tokens": 64, "held_out": True}
+    measured = {"loss": 1.5, "output": 0.5}
+    report = {
+        **saved.report,
+        "quality": quality,
+        "verification": {"rewrite_error": 1e-7},
+        "layers": [{**layer, "measured": measured} for layer in saved.report["layers"]],
+        "warnings": ["perplexity grows 250.0 times"],
+    }
+    saved = dataclasses.replace(saved, report=report)
+    curve = tuple(TrainingPoint(step, 100 * step, None, loss, loss) for step, loss in enumerate((8.5, 4.25)))
+    training = Training("kl", "latent", 1, 100, 1, 8.5, 4.25, 64, curve)
+    for name in ("once", "twice"):
+        folder = tmp_path / name
+        found = write_trained(saved, saved.module, training, {}, folder)
+        assert (found["quality"], found["verification"]) == (None, None)
+        assert not any(layer["measured"] for layer in found["layers"])
+        assert found["warnings"] == ["before fine-tuning: perplexity grows 250.0 times"]
+        assert found["before_training"]["quality"] == quality
+        assert found["before_training"]["layers"] == [measured] * len(report["layers"])
+        page = (folder / "report.html").read_text()
+        head = page[page.index('id="summary"') : page.index("</header>")]
+        assert "8.5000 → 4.2500" in head
+        assert "× 250" not in head
+        assert "perplexity before fine-tuning" in page
+        assert "--calibration TEXT" in page
+        saved = open_saved(folder)
+    file = tmp_path / "onnx" / "model.onnx"
+    checked = write_saved_onnx(saved, file, make_config(), force=False)["verification"]
+    assert "lowering_error" in checked
+    assert "rewrite_error" not in checked
+
+
+def test_training_is_drawn_without_text_of_the_conversion(plain):
+    page = (plain.folder / "report.html").read_text()
+    assert "Loss of the next token while training" in page
+    assert "<dt>fine-tuning</dt>" in page
 
 
 def test_conversion_and_training_in_one_go(tmp_path):
