@@ -11,14 +11,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from mla_compile.errors import UsageError
 
-__all__ = ["DEFAULT_CACHE_RATIO", "SETTINGS", "CompileConfig", "holds_conversion", "make_config", "validated"]
+__all__ = ["DEFAULT_CACHE_RATIO", "REPORT", "SETTINGS", "CompileConfig", "holds_conversion", "make_config", "validated"]
 
 _Settings = TypeVar("_Settings", bound=BaseModel)
 
 DEFAULT_CACHE_RATIO = 0.3125
 """Cache kept when nothing is asked for: the mildest setting of the MHA2MLA paper (its -68.75 %)."""
-SETTINGS = "mla_config.yaml"
-"""What the settings of a conversion are called in the folder that it wrote."""
+SETTINGS, REPORT = "mla_config.yaml", "report.json"
+"""What the settings of a conversion are called in the folder that it wrote, and its report beside any result."""
 
 
 class CompileConfig(BaseModel):

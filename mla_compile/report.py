@@ -33,8 +33,8 @@ __all__ = [
     "summarise_site",
 ]
 
-_CONTEXTS = (512, 4096, 16384)
-"""Tokens in the cache for which the time of a step is estimated; the model's limit, where that is less."""
+_CONTEXT, _SHARES = 16384, (32, 4, 1)
+"""Tokens in the cache for which the time of a step is estimated, or the model's limit where that is less; and parts."""
 _PACKAGES = ("mla-compile", "torch", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "numpy")
 
 
@@ -307,7 +307,8 @@ class Report:
     @property
     def _steps(self) -> list[dict[str, Any]]:
         """Decoding steps of all converted layers together, estimated."""
-        contexts = sorted({min(context, self.max_positions or context) for context in _CONTEXTS})
+        longest = min(_CONTEXT, self.max_positions or _CONTEXT)
+        contexts = sorted({max(1, longest // share) for share in _SHARES})
         steps = [DecodeStep(machine, context) for machine in MACHINES.values() for context in contexts]
         costs = [summed_costs(decode_costs(self.sites, self.plans, self.widths, step), step) for step in steps]
         return [dataclasses.asdict(step) | cost for step, cost in zip(steps, costs, strict=True)]

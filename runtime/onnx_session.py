@@ -316,7 +316,7 @@ class OnnxDecoder:
     def repeatable(self, ids: Ids, attention_mask: Ids, position_ids: Ids, cache: OnnxCache) -> Callable[[], None]:
         """A step that runs as often as it is called, always after the same tokens, and returns nothing: to time it.
 
-        Arguments and errors are those of :meth:`step`; a static cache keeps the tokens it has, but for the oldest row of
+        Arguments and errors are those of :meth:`step`; a static cache keeps the tokens it has, except the oldest row of
         a full window, whose place the new one takes.
         """
         binding, bound = self._bound(ids, attention_mask, position_ids, cache)

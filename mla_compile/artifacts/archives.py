@@ -8,7 +8,14 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
-from mla_compile.artifacts.companions import MODEL, copy_assets, finished, is_converted_folder, write_settings
+from mla_compile.artifacts.companions import (
+    MODEL,
+    copy_assets,
+    finished,
+    is_converted_folder,
+    write_settings,
+    written_files,
+)
 from mla_compile.artifacts.mapped_archive import load_mapped
 from mla_compile.artifacts.places import check_cache_type, check_neighbours, check_target
 from mla_compile.disk.writing import moved_into, unseen_errors
@@ -88,6 +95,11 @@ def read_folder(path: Path) -> LatentModel:
         LoadError: The folder holds no such model.
     """
     if not is_converted_folder(path):
+        if files := written_files(path):
+            raise LoadError(
+                f"'{path}' holds a model as a file, '{files[0].name}', and this takes one as a folder.",
+                "Write that by: mla-compile MODEL --out FOLDER.",
+            )
         raise LoadError(f"'{path}' holds no converted model.", "Give a folder written by mla-compile.")
     try:
         exported = load_mapped(path / MODEL)

@@ -23,14 +23,13 @@ from torch import Tensor
 from mla_compile.artifacts.checkpoint import Checkpoint, stock_checkpoint
 from mla_compile.artifacts.companions import copy_assets, finished, write_settings
 from mla_compile.artifacts.places import check_neighbours, check_place
-from mla_compile.config import SETTINGS
+from mla_compile.config import REPORT, SETTINGS
 from mla_compile.disk.writing import moved_into
 from mla_compile.errors import LoadError, UsageError, VerificationError, reason_of
 from mla_compile.passes.retype import type_name
 from mla_compile.program import Assets
 from mla_compile.progress import Stages
 from mla_compile.report import CheckpointFacts, Report
-from mla_compile.reporting.report_page import REPORT
 from mla_compile.runtime.generate import generate
 from mla_compile.runtime.module import LatentModel, cache_dtype
 from mla_compile.sources import huggingface

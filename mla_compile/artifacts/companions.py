@@ -11,14 +11,14 @@ from typing import Any, TypeVar
 
 import yaml
 
-from mla_compile.config import SETTINGS, holds_conversion
+from mla_compile.config import REPORT, SETTINGS, holds_conversion
 from mla_compile.disk.writing import sizes_in
 from mla_compile.errors import LoadError, first_line
 from mla_compile.program import Assets
 from mla_compile.progress import Stages
 from mla_compile.report import Report
 from mla_compile.reporting.encoder_report import EncoderReport
-from mla_compile.reporting.report_page import REPORT, write_report
+from mla_compile.reporting.report_page import write_report
 from mla_compile.reporting.seq2seq_report import Seq2SeqReport
 from mla_compile.text.tokenizer_files import tokenizer_files
 

@@ -23,12 +23,12 @@ from mla_compile.artifacts.gguf_check import GREEDY, IDS, LOGITS, TOLERANCE, has
 from mla_compile.artifacts.gguf_tensors import Stored, write_tensors
 from mla_compile.artifacts.gguf_vocabulary import read_vocabulary
 from mla_compile.artifacts.places import check_neighbours, check_place
+from mla_compile.config import REPORT
 from mla_compile.disk.writing import moved_into
 from mla_compile.errors import RefusedError, UsageError
 from mla_compile.program import Assets
 from mla_compile.progress import Stages
 from mla_compile.report import Report
-from mla_compile.reporting.report_page import REPORT
 from mla_compile.runtime.module import LatentModel
 
 if TYPE_CHECKING:

@@ -13,11 +13,11 @@ from torch import Tensor, fx
 
 from mla_compile.artifacts.archives import read_folder
 from mla_compile.artifacts.companions import is_converted_folder, read_assets, read_settings, written_files
+from mla_compile.config import REPORT
 from mla_compile.disk.mapped import DroppingInterpreter
 from mla_compile.errors import LoadError
 from mla_compile.passes.recognise import Recognition, recognise
 from mla_compile.program import Program
-from mla_compile.reporting.report_page import REPORT
 from mla_compile.runtime.generate import Decoder
 from mla_compile.runtime.module import LatentModel, cache_dtype, known_tokens, positions_from_mask
 from mla_compile.runtime.onnx_checksum import require_unchanged

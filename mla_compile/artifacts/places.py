@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mla_compile.artifacts.companions import GENAI_CONFIG, copy_assets
+from mla_compile.config import REPORT
 from mla_compile.disk.writing import is_occupied, sizes_in
 from mla_compile.errors import UsageError
 from mla_compile.program import Assets
-from mla_compile.reporting.report_page import PAGE, REPORT
+from mla_compile.reporting.report_page import PAGE
 
 __all__ = [
     "check_cache_layout",

@@ -17,7 +17,7 @@ from mla_compile.artifacts.archives import read_folder, write_archive
 from mla_compile.artifacts.companions import copy_assets, displaced, is_converted_folder, read_assets
 from mla_compile.artifacts.onnx_files import lower_and_check, stored_metadata
 from mla_compile.artifacts.places import check_neighbours, check_place, check_target
-from mla_compile.config import SETTINGS, CompileConfig
+from mla_compile.config import REPORT, SETTINGS, CompileConfig
 from mla_compile.disk.writing import moved_into, sizes_in
 from mla_compile.errors import LoadError, UsageError
 from mla_compile.passes.quantise_cache import check_quantisable
@@ -27,7 +27,6 @@ from mla_compile.progress import Stages
 from mla_compile.report import Training
 from mla_compile.reporting.report_page import (
     PAGE,
-    REPORT,
     damage_explained,
     read_report,
     render_page,

@@ -25,8 +25,6 @@ _Rows: TypeAlias = list[list[object]]
 
 def show_report(report: Report, out: Path) -> None:
     """What was done, in a few lines."""
-    from mla_compile.reporting.report_page import PAGE
-
     rows = [
         *_layer_rows(report),
         *_quality_rows(report),
@@ -34,15 +32,21 @@ def show_report(report: Report, out: Path) -> None:
         *_checkpoint_rows(report),
         _written_row(report.artifacts, str(out)),
     ]
-    page = (out if out.is_dir() else out.parent) / PAGE
-    if page.is_file():
-        rows.append(["to look at", page])
+    rows += _page_row(out)
     if report.quality and report.quality.ratio > _MUCH:
         trained = "" if report.polish or report.training else ", --polish-steps 128, or mla-compile finetune"
         rows.append(["to lose less", f"a larger --cache-ratio{trained}"])
     print_table(report.source, ["", "result"], rows)
     _show_errors(report)
     warn(*report.warnings)
+
+
+def _page_row(out: Path) -> _Rows:
+    """Where the page of what was written is, if there is one."""
+    from mla_compile.reporting.report_page import PAGE
+
+    page = (out if out.is_dir() else out.parent) / PAGE
+    return [["to look at", page]] if page.is_file() else []
 
 
 def _layer_rows(report: Report) -> _Rows:
@@ -175,6 +179,7 @@ def show_encoder_report(report: EncoderReport, out: Path) -> None:
             rows.append(["ONNX Runtime vs PyTorch", f"{v.lowering_error:.1e}"])
         rows.append(["converted vs original", f"{v.conversion_error:.1e}"])
     rows.append(_written_row(report.artifacts, str(out)))
+    rows += _page_row(out)
     print_table(report.source, ["", "result"], rows)
     warn(*report.warnings)
 
@@ -196,6 +201,7 @@ def show_seq2seq_report(report: Seq2SeqReport, out: Path) -> None:
             rows.append(["ONNX Runtime vs PyTorch", f"{v.lowering_error:.1e}"])
         rows.append(["converted vs original", f"{v.conversion_error:.1e}"])
     rows.append(_written_row(report.artifacts, f"{out} and {out.with_suffix('.encoder.onnx').name}"))
+    rows += _page_row(out)
     print_table(report.source, ["", "result"], rows)
     warn(*report.warnings)
 

@@ -19,6 +19,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
+from mla_compile.config import REPORT
 from mla_compile.errors import LoadError, MlaCompileError, RefusedError, UsageError
 from mla_compile.evaluation.benchmark import USUAL, Benchmark, File, Prefill, Step, Workload, slower
 from mla_compile.evaluation.turns import spread, turns
@@ -28,7 +29,6 @@ from mla_compile.passes.plain_caches import with_plain_caches
 from mla_compile.passes.retype import type_name
 from mla_compile.program import Program
 from mla_compile.progress import Display, Stages
-from mla_compile.reporting.report_page import REPORT
 from mla_compile.runtime.onnx_cache import StaticCache
 from mla_compile.runtime.onnx_session import OnnxDecoder
 from mla_compile.runtime.onnx_timing import filled, last_token, random_ids

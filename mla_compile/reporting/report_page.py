@@ -11,13 +11,13 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
 from markupsafe import Markup
 
+from mla_compile.config import REPORT
 from mla_compile.errors import LoadError
 from mla_compile.reporting.charts import Axis, Bar, Series, bar_chart, dot_rows, line_chart
 from mla_compile.reporting.reproduction import reproducing
 
 __all__ = [
     "PAGE",
-    "REPORT",
     "damage_explained",
     "read_measurement",
     "read_report",
@@ -27,7 +27,7 @@ __all__ = [
 
 _POINT = {"cache_kept", "method", "model"}
 """What else is read of every model of a measurement."""
-_OF_DECODERS = ("cache", "quality", "polish", "training", "before_training")
+_OF_DECODERS = ("cache", "cross_cache", "quality", "polish", "training", "before_training")
 """What reports of other models do not have."""
 _UNITS = {
     "fisher": "what errors of keys and values would cost, by the statistics of the calibration text",
@@ -35,8 +35,9 @@ _UNITS = {
     "mha2mla": "the squares of the weights of keys and values, whatever text they meet",
 }
 """What a method's spectrum is a share of, by the method."""
-REPORT, PAGE = "report.json", "report.html"
-"""What a report is called, for programs and for people."""
+_FEW = 10
+PAGE = "report.html"
+"""What a report is called for people."""
 
 
 def write_report(report: Mapping[str, Any], folder: Path) -> None:
@@ -121,7 +122,7 @@ def render_page(report: Mapping[str, Any], measurement: Mapping[str, Any] | None
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    pages.filters |= {"count": _count, "bytes": _bytes, "percent": _percent, "error": _error}
+    pages.filters |= {"count": _count, "amount": _amount, "bytes": _bytes, "percent": _percent, "error": _error}
     return pages.get_template("report.html").render(
         report=dict.fromkeys(_OF_DECODERS) | dict(report),
         name=Path(report["source"]).name,
@@ -138,6 +139,7 @@ def render_page(report: Mapping[str, Any], measurement: Mapping[str, Any] | None
         quality_chart=_quality_chart(measurement),
         rooflines=_rooflines(report.get("decode_steps") or []),
         commands=reproducing(report),
+        in_python=report.get("in_memory", False),
     )
 
 
@@ -313,6 +315,11 @@ def _roofline(name: str, steps: Sequence[Mapping[str, Any]]) -> Markup:
 
 def _count(number: float) -> str:
     return f"{number:,.0f}".replace(",", "\N{NARROW NO-BREAK SPACE}")
+
+
+def _amount(number: float) -> str:
+    """A count, or of a few the first figures."""
+    return _count(number) if number >= _FEW else f"{number:.2g}"
 
 
 def _bytes(number: float) -> str:

@@ -37,7 +37,7 @@ def reproducing(report: Mapping[str, Any]) -> Sequence[str]:
     if out.endswith(".onnx") and report.get("kind") is None and not _for_tensorrt(report):
         lines.append(shlex.join(["mla-compile", "run", out, "--prompt", "Once upon a time"]))
         if not in_memory:
-            lines.append(shlex.join(["mla-compile", "eval", out, "--text", "TEXT", "--original", name]))
+            lines.append(shlex.join(["mla-compile", "eval", out, "--text", "OTHER", "--original", name]))
     return lines
 
 

@@ -16,6 +16,7 @@ from mla_compile.hub import is_hub_id
 from mla_compile.program import AnyProgram, Program
 from mla_compile.sources import huggingface
 from mla_compile.sources.capture import capture_any
+from mla_compile.sources.checkpoint_files import holds_result
 from mla_compile.sources.exported import language_model
 from mla_compile.sources.model_files import load_file
 
@@ -62,6 +63,11 @@ def load_any(
         if holds_conversion(path):
             raise LoadError(
                 f"'{source}' is a model that was converted already.", "Give the model it was converted from instead."
+            )
+        if holds_result(path):
+            raise LoadError(
+                f"'{source}' holds a converted model in a file, and beside it the configuration of its original.",
+                "Give the model it was converted from, or name the file.",
             )
         return _load_huggingface(str(path), tokenizer, attention, dtype)
     if path.is_file():
