@@ -250,7 +250,7 @@ def _require_matrix(found: ProjectionNode, flow: DataFlow, width: int) -> None:
         raise MismatchError(RejectCode.PROJECTION, f"projections by '{node.target}' are not read by this version")
     if node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("beta", 1) != 1:
         raise MismatchError(RejectCode.PROJECTION, f"the product '{node.name}' has factors of its own")
-    outputs = weight[0] if node.target is _aten.linear.default else weight[-1]
+    outputs = weight[0] if node.target is _aten.linear.default or found.left else weight[-1]
     if len(weight) != 2 or outputs != width:
         raise MismatchError(
             RejectCode.PROJECTION, f"the weight of '{node.name}' is {tuple(weight)}, not one matrix for all heads"

@@ -263,6 +263,21 @@ def test_models_shorter_than_the_probes(longest):
     assert len(found.sites) + len(found.rejections) == 1
 
 
+class FixedTable(zoo.TinyLM):
+    """The table of tokens is a buffer."""
+
+    def __init__(self, *layers):
+        super().__init__(*layers)
+        self.register_buffer("table", self.tokens.weight.detach().clone())
+
+    def embed(self, ids):
+        return nn.functional.embedding(ids, self.table)
+
+
+def test_tokens_of_a_table_that_is_no_parameter_are_activations():
+    assert only(zoo.program_of(zoo.model(zoo.HalfRope, kind=FixedTable))).rope.layout == "half"
+
+
 def hidden(layer, q, k, v, seen, mask):
     return zoo.SpelledOut.hide(layer, zoo.SpelledOut.scores(layer, q, k, None), seen & mask), v
 
