@@ -252,6 +252,14 @@ def test_codes_are_exact_where_they_are_decoded(older, kind):
     test_onnx_quantised.check_form(case, True, code_session(older, case, True))
 
 
+@pytest.mark.parametrize("kind", ["a block and a bit", "soft-cap, sinks, slopes", "everything"])
+def test_numbers_are_exact_without_the_widest_registers(older, kind):
+    """By vectors of eight numbers, not of sixteen."""
+    case = LONG_WITH_SCALES[kind]
+    test_onnx_static.check_form(case, static_session(older, case))
+    check_growing(older, case, fused_form(case, 23))
+
+
 @pytest.mark.parametrize("kind", [name for name, case in LONG_WITH_SCALES.items() if not case.value_scales])
 def test_equal_weights_are_exact(library, kind):
     """No row is left out or counted twice: of equal weights, only those of the new rows, which have smaller scales, are
