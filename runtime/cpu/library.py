@@ -81,7 +81,7 @@ def compile_library(out: Path, march: str = _NATIVE) -> None:
         )
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".mla-compile-", dir=out.parent) as folder:
+        with tempfile.TemporaryDirectory(prefix=".compiling-", dir=out.parent) as folder:
             made = Path(folder) / out.name
             done = _run([*words, *_FLAGS, march, str(SOURCE), "-o", str(made)])
             if done.returncode:

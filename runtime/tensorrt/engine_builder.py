@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,9 +126,10 @@ def build_engine(
         raise _refused(path, "build", said.reason)
     if times is not None:
         times.parent.mkdir(parents=True, exist_ok=True)
-        new = times.with_name(f".{times.name}.new")
-        new.write_bytes(memoryview(config.get_timing_cache().serialize()))
-        new.replace(times)
+        with tempfile.TemporaryDirectory(prefix=".timing-", dir=times.parent) as folder:  # other builds write it too
+            new = Path(folder) / times.name
+            new.write_bytes(memoryview(config.get_timing_cache().serialize()))
+            new.replace(times)
     kinds = [network.get_layer(i).type for i in range(network.num_layers)]
     return bytes(memoryview(built)), kinds.count(trt.LayerType.PLUGIN_V3)
 
