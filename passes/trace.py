@@ -178,9 +178,7 @@ class DataFlow:
                     node.target is _aten.embedding.default
                     and (
                         (node.args[0] in self.weighted and node.args[1] in user_dependent)
-                        or (
-                            node.args[0] in self.static and _given(node.args[1]).name in tokens
-                        )  # a table that is fixed
+                        or (node.args[0] in self.static and _given(node.args[1]).name in tokens)  # a fixed table
                     )
                 ):
                     self.hidden.add(node)
