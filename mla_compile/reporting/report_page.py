@@ -53,6 +53,8 @@ def read_report(path: Path) -> Mapping[str, Any]:
         LoadError: There is none, or it is something else.
     """
     stored = path / REPORT if path.is_dir() else path
+    if not stored.is_file():
+        raise LoadError(f"There is no report '{stored}'.", "Name the report.json that a conversion wrote.")
     try:
         found = json.loads(stored.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
