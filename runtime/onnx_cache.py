@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
+from itertools import count, takewhile
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,6 +25,7 @@ __all__ = [
     "GrowingCache",
     "OnnxCache",
     "StaticCache",
+    "cached_layers",
 ]
 
 PAST, PRESENT = "past_key_values.{}.latent", "present.{}.latent"
@@ -49,6 +51,9 @@ _BFLOAT16 = 16
 """ONNX's number of the type."""
 _BLOCK = 128
 """Rows by which the part of a static cache that is shown to the model grows: it attends to all it is shown."""
+
+
+_SAME_CACHE = "Give a mask over all tokens so far, and the cache that the last step returned."
 
 
 @dataclass(frozen=True)
@@ -122,11 +127,11 @@ class OnnxCache(Protocol):
         """Bytes it holds, from its memory."""
         ...
 
-    def extended(self, past: int, new: int) -> OnnxCache:
-        """The same before a step of so many new tokens after so many earlier ones.
+    def extended(self, batch: int, past: int, new: int) -> OnnxCache:
+        """The same before a step of so many sequences, each of so many new tokens after so many earlier ones.
 
         Raises:
-            UsageError: There is no room for them, or the cache is not of so many tokens.
+            UsageError: There is no room for them, or the cache is not of so many sequences or tokens.
         """
         ...
 
@@ -167,8 +172,16 @@ class GrowingCache:
         """See :class:`OnnxCache`."""
         return sum(value.tensor_size_in_bytes() for value in self.values)
 
-    def extended(self, past: int, new: int) -> GrowingCache:
-        """See :class:`OnnxCache`; ONNX Runtime itself compares the sizes."""
+    def extended(self, batch: int, past: int, new: int) -> GrowingCache:
+        """See :class:`OnnxCache`; ONNX Runtime itself would stretch what is of one token or sequence over all."""
+        for layer, value in zip(self.layers, self.values, strict=True):
+            shape, expected = value.shape(), layer.shape(batch, layer.rows(past))
+            if tuple(shape) != expected:
+                raise UsageError(
+                    f"The mask is of {batch} sequences of {past} earlier tokens, of which a cache has shape "
+                    f"{list(expected)}, but '{layer.past}' has {shape}.",
+                    _SAME_CACHE,
+                )
         return self
 
     def bind(self, binding: Any) -> None:  # noqa: ANN401
@@ -279,13 +292,15 @@ class StaticCache:
         """See :class:`OnnxCache`: all the memory, used or not."""
         return self.batch * sum(layer.rows(self.capacity) * layer.row_bytes for layer in self.layers)
 
-    def extended(self, past: int, new: int) -> StaticCache:
+    def extended(self, batch: int, past: int, new: int) -> StaticCache:
         """See :class:`OnnxCache`."""
         total = past + new
+        if batch != self.batch:
+            raise UsageError(f"The cache is of {self.batch} sequences, and these are {batch}.", _SAME_CACHE)
         if past != self.tokens:
             raise UsageError(
                 f"The mask is of {past} earlier tokens, but the cache of {self.tokens}.",
-                "Give a mask over all tokens so far, and the cache that the last step returned.",
+                _SAME_CACHE,
             )
         if total > self.capacity:
             raise UsageError(
@@ -329,3 +344,8 @@ def _spread(numbers: NDArray[Any], layer: CacheLayer, blocks: int, rows: tuple[i
         return
     for place in range(blocks - 1, 0, -1):
         numbers[place * after : place * after + before] = numbers[place * before : (place + 1) * before]
+
+
+def cached_layers(inputs: Container[str]) -> int:
+    """How many layers a file has whose caches are one tensor each, by the names of its inputs."""
+    return sum(1 for _ in takewhile(lambda layer: PAST.format(layer) in inputs, count()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mla_compile.errors import LoadError, MlaCompileError, UsageError, first_line
-from mla_compile.runtime.generate import Ids, Sampling, check_length, generate
+from mla_compile.runtime.generate import Ids, Sampling, check_length, check_step, generate
 from mla_compile.runtime.onnx_cache import (
     KEY_VALUE,
     PAST,
@@ -190,7 +191,8 @@ class OnnxDecoder:
         halves: Whether the cache of a layer is two tensors with a dimension of heads.
         static: Whether the cache is one allocation, written in place.
         fused: Whether the fused kernel computes attention.
-        vocabulary: How many token ids the model knows.
+        vocabulary: How many logits a token has.
+        known_tokens: How many token ids the model reads; by files that do not say, as many as it predicts.
 
     Raises:
         LoadError: The file is missing, damaged, or was not made by this compiler.
@@ -245,6 +247,7 @@ class OnnxDecoder:
         self._device = "cuda" if self._session.get_providers()[0] == PROVIDERS["cuda"] else "cpu"
         self._max_length = max_length
         self.vocabulary = int(self._session.get_outputs()[0].shape[-1])
+        self.known_tokens = int(self.metadata.get("known_tokens") or self.vocabulary)
 
     @property
     def cache_bytes_per_token(self) -> int:
@@ -297,14 +300,15 @@ class OnnxDecoder:
             Logits ``[batch, new, vocabulary]`` and the cache with the new rows; a static one that went in is spent.
 
         Raises:
-            UsageError: The model cannot run these tokens, the cache has no room for them, or earlier padding stands
-                behind real tokens, where it takes up room in a window's cache.
+            UsageError: The model cannot run these tokens, sizes do not fit, the cache has no room for them, or earlier
+                padding stands behind real tokens, where it takes up room in a window's cache.
         """
         binding, cache = self._bound(ids, attention_mask, position_ids, cache)
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:
-            reason = str(error).strip().partition("\n")[0].rpartition("Status Message: ")[2][:200]
+            reason = str(error).strip().partition("\n")[0].rpartition("Status Message: ")[2]
+            reason = re.sub(r"^/\S+:\d+ ", "", reason)[:200]  # without a place in ONNX Runtime's sources
             new = ids.shape[1]
             raise UsageError(
                 f"'{self._path}' cannot run {new} tokens after {attention_mask.shape[1] - new} ({reason}).",
@@ -329,14 +333,15 @@ class OnnxDecoder:
 
     def _bound(self, ids: Ids, attention_mask: Ids, position_ids: Ids, cache: OnnxCache) -> tuple[Any, OnnxCache]:
         """A step's inputs and outputs, and the cache it writes to."""
+        check_step(f"'{self._path}'", self.known_tokens, ids, attention_mask, position_ids)
         earlier = attention_mask[:, : -ids.shape[1]] != 0
         if any(layer.window for layer in self._layers) and (earlier[:, :-1] & ~earlier[:, 1:]).any():
             raise UsageError(
                 f"'{self._path}' has sliding windows, and padding stands behind earlier tokens.",
                 "Pad prompts on the left.",
             )
-        new, total = ids.shape[1], attention_mask.shape[1]
-        cache = cache.extended(total - new, new)
+        (batch, new), total = ids.shape, attention_mask.shape[1]
+        cache = cache.extended(batch, total - new, new)
         binding = self._session.io_binding()
         given = {"input_ids": ids, "attention_mask": attention_mask, "position_ids": position_ids}
         for name, value in given.items():

@@ -20,6 +20,7 @@ from mla_compile.artifacts.mapped_archive import load_mapped
 from mla_compile.artifacts.places import check_cache_type, check_neighbours, check_target
 from mla_compile.disk.writing import moved_into, unseen_errors
 from mla_compile.errors import LoadError
+from mla_compile.passes.insert_latent import past_name
 from mla_compile.passes.lower_encoder import EncoderFace, export_encoder
 from mla_compile.passes.lower_onnx import export_rewritten
 from mla_compile.program import Assets
@@ -111,7 +112,8 @@ def read_folder(path: Path) -> LatentModel:
     graph = fx.GraphModule(module, module.graph)
     graph.graph.set_codegen(fx.graph.CodeGen())
     graph.recompile()
-    inputs = [n for n in exported.graph.nodes if n.op == "placeholder" and n.name.startswith("past_")]
-    if not inputs:
+    inputs = {n.name: n for n in exported.graph.nodes if n.op == "placeholder"}
+    pasts = [inputs[name] for i in range(len(inputs)) if (name := past_name(i)) in inputs]
+    if not pasts:
         raise LoadError(f"'{path}' holds an encoder, which has no cache.", "Read its model.pt2 with torch.export.load.")
-    return LatentModel(graph, [int(n.meta["val"].shape[-1]) for n in inputs])
+    return LatentModel(graph, [int(n.meta["val"].shape[-1]) for n in pasts])

@@ -110,7 +110,7 @@ def lower_and_check(
             file,
             opset=form["opset"],
             inline=form["inline"],
-            metadata=metadata,
+            metadata={**metadata, "known_tokens": module.known_tokens},
             static=paged or static,
             quantised=form["cache_type"] == "int8",
             halves=form["cache_layout"] == "genai",

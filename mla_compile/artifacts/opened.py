@@ -19,7 +19,7 @@ from mla_compile.errors import LoadError
 from mla_compile.passes.recognise import Recognition, recognise
 from mla_compile.program import Program
 from mla_compile.runtime.generate import Decoder
-from mla_compile.runtime.module import LatentModel, cache_dtype, known_tokens, positions_from_mask
+from mla_compile.runtime.module import LatentModel, cache_dtype, positions_from_mask
 from mla_compile.runtime.onnx_checksum import require_unchanged
 from mla_compile.runtime.onnx_session import OnnxDecoder
 from mla_compile.runtime.tensorrt.engine import TensorRTDecoder
@@ -164,7 +164,7 @@ def _opened(path: Path, name: str, runtime: str, decoder: OnnxDecoder | TensorRT
         score=onnx_scorer(decoder),
         cache_bytes=decoder.cache_bytes_per_token,
         longest=decoder.metadata.get("max_position_embeddings"),
-        known=decoder.vocabulary,
+        known=decoder.known_tokens,
         vocabulary=decoder.vocabulary,
         tokenizer=str(path.absolute().parent),
         decoder=decoder,
@@ -175,18 +175,15 @@ def _opened(path: Path, name: str, runtime: str, decoder: OnnxDecoder | TensorRT
 
 def _open_folder(path: Path, name: str) -> Opened:
     model = read_folder(path)
-    score = mapped_scorer(model)
-    with torch.inference_mode():
-        vocabulary = score(torch.zeros(1, 1, dtype=torch.long)).shape[-1]
     method, ratio = _asked_for(read_settings(path), path)
     return Opened(
         name=name,
         runtime=TORCH,
-        score=score,
+        score=mapped_scorer(model),
         cache_bytes=latent_bytes(model),
         longest=read_assets(path).longest,
-        known=known_tokens(model.graph) or vocabulary,
-        vocabulary=vocabulary,
+        known=model.known_tokens,
+        vocabulary=model.vocabulary,
         tokenizer=name,
         decoder=TorchDecoder(model),
         method=method,

@@ -32,7 +32,7 @@ from mla_compile.reporting.report_page import (
     render_page,
     write_report,
 )
-from mla_compile.runtime.module import LatentModel, known_tokens
+from mla_compile.runtime.module import LatentModel
 from mla_compile.runtime.onnx_halves import halves_bytes
 from mla_compile.runtime.onnx_quantised import quantised_bytes
 
@@ -192,10 +192,7 @@ def write_saved_onnx(saved: Saved, path: Path, form: CompileConfig, *, force: bo
     sizes = (cache["bytes_per_token_before"], cache["bytes_per_token_after"])
     metadata = stored_metadata(saved.report["source"], config, layers, sizes, saved.assets)
     with moved_into(path.parent) as folder:
-        with torch.inference_mode():
-            width = saved.module(torch.zeros(1, 1, dtype=torch.long)).logits.shape[-1]
-        vocabulary = known_tokens(saved.module.graph) or width
-        ids = torch.randint(0, vocabulary, (2, _CHECKED), generator=torch.Generator().manual_seed(0))
+        ids = torch.randint(0, saved.module.known_tokens, (2, _CHECKED), generator=torch.Generator().manual_seed(0))
         found, warnings = lower_and_check(
             saved.module, folder / path.name, config, metadata, saved.assets, ids, sizes[1], Stages()
         )

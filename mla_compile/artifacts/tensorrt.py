@@ -30,10 +30,11 @@ from mla_compile.progress import Stages
 from mla_compile.report import Report
 from mla_compile.runtime.fixed_cache import FixedCacheDecoder
 from mla_compile.runtime.module import LatentModel
+from mla_compile.runtime.onnx_cache import PAST
 from mla_compile.runtime.tensorrt.engine import TensorRTDecoder, facts_path
 from mla_compile.runtime.tensorrt.engine_builder import EngineSettings, build_engine, use_plugins
 from mla_compile.runtime.tensorrt.installed import architecture, require_device, require_tensorrt
-from mla_compile.runtime.tensorrt.reference import PAST, OnnxFixedDecoder
+from mla_compile.runtime.tensorrt.reference import OnnxFixedDecoder
 from mla_compile.text.evaluate import relative_error
 from mla_compile.verification.agreement import in_float32, require_equal
 
@@ -267,6 +268,7 @@ def _write(
     """
     file = hidden / path.with_suffix(".onnx").name
     graph: fx.GraphModule = model.graph  # type: ignore[assignment]
+    metadata = {**metadata, "known_tokens": model.known_tokens}
     with stages.stage("lower to ONNX"):
         facts = {**metadata, "target": "tensorrt"}
         lower_to_tensorrt_onnx(graph, model.rows, file, room=settings.room, metadata=facts, splits=settings.splits)

@@ -271,7 +271,7 @@ def _prompts(
 
     The first run of each is not counted: it is then that memory is taken.
     """
-    ids = random_ids(min(d.vocabulary for d in opened.values()), context)[:, : context - 1]
+    ids = random_ids(min(d.known_tokens for d in opened.values()), context)[:, : context - 1]
     clock = _clock(threads)
     times: dict[str, list[float]] = {name: [] for name in opened}
     caches: dict[str, Any] = {}
@@ -301,7 +301,7 @@ def _steps(
     workload: Workload,
 ) -> list[Step]:
     """Measure one setting; originals must agree on the logits first."""
-    ids = random_ids(min(d.vocabulary for d in opened.values()), context)
+    ids = random_ids(min(d.known_tokens for d in opened.values()), context)
     given = last_token(ids, batch)
     runs, held, logits = {}, {}, {}
     for name, decoder in opened.items():

@@ -296,15 +296,15 @@ def _vocabulary(model: LatentModel, source: str, teacher: Program | None) -> int
     Raises:
         UsageError: They predict different numbers of tokens.
     """
+    own = model.vocabulary
+    if teacher is None:
+        return model.known_tokens
     with torch.inference_mode():
         ids = torch.zeros(1, 1, dtype=torch.long)
-        own = model(ids).logits.shape[-1]
-        if teacher is None:
-            return int(own)
         theirs = teacher.flat_module()(*teacher.inputs(ids)).shape[-1]
     if own != theirs:
         raise UsageError(
             f"'{teacher.source}' predicts {theirs} tokens and '{source}' {own}: they have different vocabularies.",
             "Choose a teacher with the same vocabulary.",
         )
-    return min(int(own), teacher.vocabulary)
+    return min(model.known_tokens, teacher.vocabulary)
