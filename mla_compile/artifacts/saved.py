@@ -149,7 +149,7 @@ def _of_weights_before(report: Mapping[str, Any]) -> dict[str, Any]:
         **{name: report.get(name) for name in _MEASURED},
         "layers": [layer.get("measured") for layer in report["layers"]],
     }
-    told = [w if w.startswith(_BEFORE) else f"{_BEFORE}{w}" for w in report["warnings"]]
+    told = [f"{_BEFORE}{str(warning).removeprefix(_BEFORE)}" for warning in report["warnings"]]
     layers = [{**layer, "measured": None} for layer in report["layers"]]
     return {**report, **dict.fromkeys(_MEASURED), "layers": layers, "warnings": told, "before_training": before}
 
