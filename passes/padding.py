@@ -68,9 +68,9 @@ def check_own_mask(scorer: Scorer, flow: DataFlow) -> None:
         }
         usual = example_inputs(evaluator.program, 2, length, sizes=sizes)
         before, after = (
-            scorer.layouts.value.arrange(
-                evaluator.run([anchor.value], overrides, {**usual, **inputs})[0], "bthd", 2
-            )[:, _PADDED:]
+            scorer.layouts.value.arrange(evaluator.run([anchor.value], overrides, {**usual, **inputs})[0], "bthd", 2)[
+                :, _PADDED:
+            ]
             for inputs in ({}, {name: padded})
         )
         if exceeds(after - before, 1e-6):

@@ -15,9 +15,9 @@ from torch.fx import Node
 
 from mla_compile.errors import first_line
 from mla_compile.passes.evaluate import GraphEvaluator, example_inputs
-from mla_compile.passes.far import require_same_far
 from mla_compile.passes.grouping import chosen_heads, distinct_heads, side_by_side, value_heads
 from mla_compile.passes.kinds import kind_of
+from mla_compile.passes.late import require_same_far
 from mla_compile.passes.layout import Layout, Sizes
 from mla_compile.passes.mismatch import MismatchError
 from mla_compile.passes.norm import nodes_between
@@ -132,9 +132,7 @@ def plain_layers(program: AnyProgram) -> tuple[Rejection, ...]:
             continue
         try:
             site = _of_kind(context, kinds, _describe_plain)
-            layers.append(
-                Rejection(context.index, context.path, RejectCode.ORPHAN, "it was asked for as it is", site)
-            )
+            layers.append(Rejection(context.index, context.path, RejectCode.ORPHAN, "it was asked for as it is", site))
         except MismatchError as mismatch:
             layers.append(Rejection(context.index, context.path, mismatch.code, mismatch.reason))
     return tuple(layers)
