@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.fx import Node
 
 from mla_compile.passes.einsum import einsum_parts
-from mla_compile.passes.far import require_same_far
+from mla_compile.passes.late import require_same_far
 from mla_compile.passes.mismatch import MismatchError
-from mla_compile.passes.norm import FoundNorm, describe_norm, linear_again
+from mla_compile.passes.norm import FoundNorm, describe_norm, linear_again, nodes_between
 from mla_compile.passes.probe import Operand, mixes_positions, probe_linear, probe_rope, probe_rows
-from mla_compile.passes.trace import DataFlow, ProjectionNode, projections_behind, read_projection
+from mla_compile.passes.trace import DataFlow, ProjectionNode, projections_behind, read_projection, upstream
 from mla_compile.passes.turned import Unscaled, as_read, gains_turn, scaled_by_place
 from mla_compile.site import Norm, Projection, RejectCode, Rope
 
@@ -39,6 +39,7 @@ MOVES = _RESHAPES | {
     _aten.repeat_interleave.self_int,
 }
 """Operators that only move entries of their first argument, or repeat them."""
+_NARROW = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def read_operand(
     if operand.role == "query" and scaled_by_place(operand, flow):
         raise MismatchError(RejectCode.ROPE, "the query is scaled by position")
     rows, gain, offset = probe_rows(operand, generator)
-    rope = probe_rope(operand, rows, gain) if known is None else known
+    rope = _rotation(operand, rows, gain, flow) if known is None else known
     if known is None:
         require_same_far(operand, flow)
     return ReadOperand(_projection(found, flow, rows, gain, offset), rope)
@@ -103,7 +104,7 @@ def _read_behind_norm(
     if operand.role == "query" and scaled_by_place(later, flow):
         raise MismatchError(RejectCode.ROPE, "the query is scaled by position")
     rows, gain, offset = probe_rows(later, generator)
-    rope = probe_rope(later, rows, gain) if known is None else known
+    rope = _rotation(later, rows, gain, flow) if known is None else known
     if known is None:
         require_same_far(operand, flow)
     try:
@@ -148,7 +149,7 @@ def _read_norm_behind_rotation(
     except MismatchError as mismatch:
         raise MismatchError(RejectCode.NONLINEAR, f"{reason}: a norm that changes with position") from mismatch
     ones = torch.ones_like(total)
-    rope = probe_rope(unscaled, rows, ones) if known is None else known
+    rope = _rotation(unscaled, rows, ones, flow) if known is None else known
     if known is None:
         require_same_far(operand, flow)
     commute = gains_turn(total, rope)
@@ -216,6 +217,24 @@ def with_gains(query: ReadOperand, gains: Sequence[Sequence[float]]) -> ReadOper
     group = len(turned) // len(gains)
     total = tuple(tuple(a * b for a, b in zip(head, gains[h // group], strict=True)) for h, head in enumerate(turned))
     return replace(query, projection=replace(query.projection, turned=total))
+
+
+def _rotation(operand: Operand, rows: Tensor, gain: Tensor, flow: DataFlow) -> Rope:
+    """Measure how channels rotate; where a rounded table is behind what is no rotation, that is the reason."""
+    try:
+        return probe_rope(operand, rows, gain)
+    except MismatchError as mismatch:
+        between = nodes_between(operand, operand.node, flow)
+        starts = [i for n in between if n is not operand.base for i in n.all_input_nodes if i not in flow.hidden]
+        for node in upstream(starts, lambda n: n in flow.hidden):
+            value = node.meta.get("val")
+            if node.op == "placeholder" and isinstance(value, Tensor) and value.dim() > 1 and value.dtype in _NARROW:
+                dtype = str(value.dtype).removeprefix("torch.")
+                raise MismatchError(
+                    RejectCode.ROPE,
+                    f"the {operand.role} rotates by the table '{node.name}', which is rounded to {dtype}",
+                ) from mismatch
+        raise
 
 
 def _head_norm(norm: FoundNorm, rows: Tensor, role: str) -> Norm:

@@ -15,9 +15,9 @@ from torch.fx import Node
 
 from mla_compile.errors import first_line
 from mla_compile.passes.evaluate import GraphEvaluator, example_inputs
-from mla_compile.passes.far import require_same_far
 from mla_compile.passes.grouping import chosen_heads, distinct_heads, side_by_side, value_heads
 from mla_compile.passes.kinds import kind_of
+from mla_compile.passes.late import require_same_far
 from mla_compile.passes.layout import Layout, Sizes
 from mla_compile.passes.mismatch import MismatchError
 from mla_compile.passes.norm import nodes_between

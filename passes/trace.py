@@ -271,10 +271,12 @@ def find_anchors(flow: DataFlow, program: AnyProgram) -> list[Anchor | tuple[Nod
     for node in program.exported.graph.nodes:
         if node.op != "call_function" or node not in flow.hidden:
             continue
-        if _are_scores(flow, node) and not _reach_softmax(flow, node):
-            reason = f"the scores '{node.name}' reach no softmax operator: weights made in any other way are not read"
-            found.append((node, MismatchError(RejectCode.ANCHOR, reason)))
-        elif node.target is _SDPA:
+        try:
+            _require_softmax(flow, node)
+        except MismatchError as mismatch:
+            found.append((node, mismatch))
+            continue
+        if node.target is _SDPA:
             operands: Any = node.args
             query, key, value = operands[:3]
             found.append(Anchor(query, key, value, node, node, probabilities=None, product=node, output=node))
@@ -303,22 +305,26 @@ def _multiplies(flow: DataFlow, node: Node) -> bool:
     return _is_product(node) and all(o in flow.hidden for o in _operands(node)[0])
 
 
-def _are_scores(flow: DataFlow, node: Node) -> bool:
-    """Whether a node is a product of two activations with one number per pair of positions."""
-    return _multiplies(flow, node) and not any(isinstance(d, int) for d in node.meta["val"].shape[-2:])
+def _require_softmax(flow: DataFlow, node: Node) -> None:
+    """Refuse a product of two activations with one number per pair of positions that no softmax reads.
 
-
-def _reach_softmax(flow: DataFlow, scores: Node) -> bool:
-    """Whether a softmax reads scores before they are multiplied with another activation."""
-    seen, stack = {scores}, [scores]
+    Raises:
+        MismatchError: None reads it before it is multiplied with another activation.
+    """
+    if not _multiplies(flow, node) or any(isinstance(d, int) for d in node.meta["val"].shape[-2:]):
+        return
+    seen, stack = {node}, [node]
     while stack:
         for user in stack.pop().users:
             if user.target in _SOFTMAX:
-                return True
+                return
             if user not in seen and not _multiplies(flow, user):
                 seen.add(user)
                 stack.append(user)
-    return False
+    raise MismatchError(
+        RejectCode.ANCHOR,
+        f"the scores '{node.name}' reach no softmax operator: weights made in any other way are not read",
+    )
 
 
 def _multiplies_activations(flow: DataFlow, softmax: Node) -> bool:

@@ -278,6 +278,27 @@ def test_tokens_of_a_table_that_is_no_parameter_are_activations():
     assert only(zoo.program_of(zoo.model(zoo.HalfRope, kind=FixedTable))).rope.layout == "half"
 
 
+class TablesOfAngles(zoo.Attention):
+    def __init__(self):
+        super().__init__()
+        angles = torch.arange(512)[:, None] * 50.0 ** (-torch.arange(zoo.DIM // 2) / (zoo.DIM // 2))
+        self.register_buffer("cos", torch.cat([angles.cos()] * 2, -1))
+        self.register_buffer("sin", torch.cat([angles.sin()] * 2, -1))
+
+    def queries(self, q):
+        a, b = q.chunk(2, -1)
+        return q * self.cos[: q.shape[2]] + torch.cat([-b, a], -1) * self.sin[: q.shape[2]]
+
+    keys = queries
+
+
+def test_a_rotation_table_that_is_rounded_is_named():
+    (rejection,) = recognise(zoo.program_of(zoo.model(TablesOfAngles).bfloat16())).rejections
+    assert rejection.code == RejectCode.ROPE
+    assert "rotates by the table 'b_layers_0_" in rejection.reason
+    assert rejection.reason.endswith("which is rounded to bfloat16")
+
+
 def hidden(layer, q, k, v, seen, mask):
     return zoo.SpelledOut.hide(layer, zoo.SpelledOut.scores(layer, q, k, None), seen & mask), v
 

@@ -55,8 +55,7 @@ def require_same_far(operand: Operand, flow: DataFlow, remade: Iterable[Node] | 
                 continue
             where = f"between {_SHOWN} and {length} tokens, at '{node.name}'"
             if not _same(shown[node], far[node]):
-                reason = f"the {operand.role} changes with the length {where}"
-                raise MismatchError(RejectCode.POSITION_MIXING, reason)
+                raise MismatchError(RejectCode.POSITION_MIXING, f"the {operand.role} changes with the length {where}")
             if remade is None and not _steady(near[node], far[node]):
                 raise MismatchError(RejectCode.ROPE, f"the {operand.role} is changed by position {where}")
 
