@@ -19,8 +19,10 @@ from mla_compile.disk.mapped import drop_pages
 from mla_compile.passes.layout import Sizes
 from mla_compile.program import AnyProgram, Program, Role
 
-__all__ = ["GraphEvaluator", "example_inputs"]
+__all__ = ["Arguments", "GraphEvaluator", "example_inputs"]
 
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments of a node."""
 _aten = torch.ops.aten
 _FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32})
 _CREATION = frozenset(
@@ -114,7 +116,7 @@ class GraphEvaluator:
         targets: Sequence[Node],
         overrides: Mapping[Node, Tensor],
         inputs: Mapping[str, Tensor],
-        patched: Mapping[Node, tuple[Any, ...]] | None = None,
+        patched: Mapping[Node, Arguments] | None = None,
     ) -> list[Tensor]:
         """Evaluate target nodes.
 
@@ -122,7 +124,7 @@ class GraphEvaluator:
             targets: Nodes whose values are wanted.
             overrides: Values to take as given; what lies behind them is not computed.
             inputs: Values of the user's placeholders.
-            patched: Positional arguments to use in place of a node's own, to ask what a literal does.
+            patched: Arguments to use in place of a node's own, to ask what a literal does.
 
         Returns:
             The targets' values, floats as float64.
@@ -152,14 +154,14 @@ class GraphEvaluator:
         node: Node,
         values: Mapping[Node, Any],
         inputs: Mapping[str, Tensor],
-        patched: Mapping[Node, tuple[Any, ...]] | None,
+        patched: Mapping[Node, Arguments] | None,
     ) -> Any:  # noqa: ANN401 - graph values are tensors, sizes and tuples of them
         if node.op == "placeholder":
             return _promote(self.program.constant(node.name) if node.name in self.constants else inputs[node.name])
         if node.op == "get_attr":
             return getattr(self.program.exported.graph_module, str(node.target))
-        own = patched[node] if patched and node in patched else node.args
-        args, kwargs = torch.fx.node.map_arg((own, dict(node.kwargs)), values.__getitem__)
+        own = patched[node] if patched and node in patched else (node.args, dict(node.kwargs))
+        args, kwargs = torch.fx.node.map_arg(own, values.__getitem__)
         args = tuple(_wide(a) for a in args)
         kwargs = {k: _wide(v) for k, v in kwargs.items()}
         if node.target in _CREATION and "dtype" not in kwargs and _is_narrow_float(node):

@@ -12,9 +12,10 @@ import torch
 from torch.fx import Node
 
 from mla_compile.passes.evaluate import example_inputs
+from mla_compile.passes.masks import hides
 from mla_compile.passes.mismatch import MismatchError
 from mla_compile.passes.probe import exceeds
-from mla_compile.passes.scores import Scorer, hides
+from mla_compile.passes.scorer import Scorer
 from mla_compile.passes.trace import DataFlow, operator_argument, projections_behind, upstream
 from mla_compile.program import Role
 from mla_compile.site import RejectCode

@@ -32,9 +32,8 @@ from mla_compile.passes.operands import (
 )
 from mla_compile.passes.padding import check_own_mask, padding_input
 from mla_compile.passes.probe import Operand, longest_length
+from mla_compile.passes.scorer import AnchorLayouts, Scorer
 from mla_compile.passes.scores import (
-    AnchorLayouts,
-    Scorer,
     anchor_layouts,
     anchor_sizes,
     probe_probabilities,

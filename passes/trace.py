@@ -27,6 +27,7 @@ __all__ = [
     "DataFlow",
     "MismatchError",
     "ProjectionNode",
+    "beside_scores",
     "find_anchors",
     "module_path",
     "operator_argument",
@@ -413,6 +414,17 @@ def operator_argument(node: Node, name: str) -> Any:  # noqa: ANN401 - operator 
     """Read an argument of the fused attention operator by its name, wherever it was put; None if it was not given."""
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
     return dict(zip(names, node.args, strict=False)).get(name, node.kwargs.get(name))
+
+
+def beside_scores(anchor: Anchor) -> set[Node]:
+    """Nodes between the product of queries and keys and the softmax, and what joins it there: masks, biases, sinks."""
+    if anchor.fused:
+        mask = operator_argument(anchor.scores, "attn_mask")
+        return upstream([mask]) if isinstance(mask, Node) else set()
+    starts: Any = [anchor.softmax.args[0]]
+    if anchor.scores.target is _aten.baddbmm.default:  # the product adds something of its own
+        starts.append(anchor.scores.args[0])
+    return upstream(starts, lambda n: n is anchor.scores) - {anchor.scores}
 
 
 def projections_behind(flow: DataFlow, operand: Node) -> list[ProjectionNode]:
