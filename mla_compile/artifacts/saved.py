@@ -24,7 +24,7 @@ from mla_compile.passes.quantise_cache import check_quantisable
 from mla_compile.plan import LatentPlan
 from mla_compile.program import Assets
 from mla_compile.progress import Stages
-from mla_compile.report import Training
+from mla_compile.report import NO_GAIN, Training
 from mla_compile.reporting.report_page import damage_explained, read_report, render_page, write_report
 from mla_compile.runtime.module import LatentModel, known_tokens
 from mla_compile.runtime.onnx_halves import halves_bytes
@@ -122,7 +122,9 @@ def write_trained(
     Returns:
         The report.
     """
-    report = {**saved.report, "training": dataclasses.asdict(training)}
+    earlier = (warning for warning in saved.report["warnings"] if warning != NO_GAIN)  # of a training before this one
+    warnings = [*earlier, *training.warnings]
+    report = {**saved.report, "training": dataclasses.asdict(training), "warnings": warnings}
     with moved_into(path) as folder:
         write_archive(module, folder)
         copy_assets(saved.assets, folder)

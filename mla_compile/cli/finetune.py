@@ -118,7 +118,12 @@ def fine_tune(
         bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.", rich_help_panel=OUTPUT)
     ] = False,
     force: Annotated[
-        bool, typer.Option("--force", help="Begin anew where --out holds something.", rich_help_panel=OUTPUT)
+        bool,
+        typer.Option(
+            "--force",
+            help="Begin anew where --out holds something; a training there is removed first.",
+            rich_help_panel=OUTPUT,
+        ),
     ] = False,
     tokenizer: Tokenizer = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the order of windows.", rich_help_panel=PACE)] = 0,

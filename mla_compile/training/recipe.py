@@ -41,7 +41,8 @@ class Recipe(BaseModel):
         every: Steps from one evaluation and checkpoint to the next.
         patience: Evaluations without improvement after which training ends; 0 for never.
         keep: How many checkpoints are kept, besides the best.
-        eval_windows: Windows kept out of training to measure on, at most; a tenth of the text if that is less.
+        eval_windows: Windows kept out of training to measure on; of a text that ends before there are as many tokens as
+            are wanted, or that comes as windows, a tenth if that is less.
         seed: Seed of the order of windows.
         mixed_precision: ``bf16`` computes products in bfloat16; weights stay float32.
         recompute: Keep activations of one layer at a time, and compute the others again on the way back.
