@@ -98,7 +98,8 @@ def compile(
             :class:`~mla_compile.training.recipe.Recipe`; for causal language models only.
         finetune_tokens: Tokens to fine-tune on; all of the text by default.
         store: Where finished layers are kept, from :func:`~mla_compile.disk.layer_store.store_beside`: bounds memory,
-            and lets a killed conversion continue after the last of them.
+            and lets a killed conversion continue after the last of them. Checkpoints of ``finetune`` lie there too, or
+            else in the system's temporary folder.
         display: Shows progress.
         **settings: Fields of :class:`~mla_compile.config.CompileConfig`, instead of ``config``.
 

@@ -156,16 +156,25 @@ class Polish:
     after: float
 
 
+NO_GAIN = (
+    "no evaluation while training was closer to its objective than the conversion was: the weights of step 0 are kept, "
+    "as if there had been none (more --tokens or a smaller --rate may gain something)"
+)
+"""Said of a training whose best step is 0."""
+
+
 @dataclass(frozen=True, slots=True)
 class TrainingPoint:
-    """A point of a training's curve; losses are in nats per token.
+    """A point of a training's curve.
 
     Attributes:
         step: Steps that were taken.
         tokens: Tokens trained on.
-        loss: Mean training loss since the point before; None at step 0.
-        held_out: Loss of the next token on text kept out of training.
-        objective: What is trained towards, on the same text; the same where that is the next token.
+        loss: Mean of what those steps since the point before came closer to, in its unit; None at step 0.
+        held_out: Loss of the next token on text kept out of training, in nats per token.
+        objective: What is trained towards, on the same text; the weights at its least are chosen. In nats per token for
+            the next token, which is ``held_out`` again, and for a teacher's predictions; for attention outputs the
+            squares of errors over those of the outputs; for a mixture the weighted sum.
     """
 
     step: int
@@ -177,7 +186,7 @@ class TrainingPoint:
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """What fine-tuning did; losses are of the next token on text kept out of training, in nats.
+    """What fine-tuning did; losses are of the next token on text kept out of training, in nats per token.
 
     Attributes:
         objective: What was trained towards.
@@ -186,7 +195,7 @@ class Training:
         tokens: Tokens trained on.
         best_step: The step whose weights were chosen.
         before: Loss at step 0.
-        after: Loss at the chosen step.
+        after: Loss at the chosen step; of weights that are stored in float16 or bfloat16, as they are stored.
         held_out_tokens: Tokens these are means over.
         curve: All that was measured.
     """
@@ -200,6 +209,11 @@ class Training:
     after: float
     held_out_tokens: int
     curve: tuple[TrainingPoint, ...]
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the user should know of it."""
+        return (NO_GAIN,) if self.best_step == 0 else ()
 
 
 @dataclass(frozen=True, slots=True)

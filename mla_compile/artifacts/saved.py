@@ -24,7 +24,7 @@ from mla_compile.passes.quantise_cache import check_quantisable
 from mla_compile.plan import LatentPlan
 from mla_compile.program import Assets
 from mla_compile.progress import Stages
-from mla_compile.report import Training
+from mla_compile.report import NO_GAIN, Training
 from mla_compile.reporting.report_page import (
     PAGE,
     damage_explained,
@@ -134,7 +134,13 @@ def write_trained(
     Returns:
         The report.
     """
-    report = {**_of_weights_before(saved.report), "training": dataclasses.asdict(training)}
+    earlier = [warning for warning in saved.report["warnings"] if warning != NO_GAIN]  # of a training before this one
+    before = _of_weights_before({**saved.report, "warnings": earlier})
+    report = {
+        **before,
+        "training": dataclasses.asdict(training),
+        "warnings": [*before["warnings"], *training.warnings],
+    }
     with moved_into(path) as folder:
         write_archive(module, folder)
         copy_assets(saved.assets, folder)

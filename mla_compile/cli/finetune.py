@@ -143,7 +143,12 @@ def fine_tune(
         bool, typer.Option("--resume", help="Continue from the last checkpoint in --out.", rich_help_panel=OUTPUT)
     ] = False,
     force: Annotated[
-        bool, typer.Option("--force", help="Start over if --out is not empty.", rich_help_panel=OUTPUT)
+        bool,
+        typer.Option(
+            "--force",
+            help="Start over if --out is not empty; an earlier training there is removed first.",
+            rich_help_panel=OUTPUT,
+        ),
     ] = False,
     tokenizer: Tokenizer = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed for the order of windows.", rich_help_panel=SCHEDULE)] = 0,

@@ -237,7 +237,10 @@ def fine_tune(case: Case, converted: LatentModel) -> Training | None:
     if request.finetune is None:
         return None
     recipe = make_recipe(tokens=request.finetune_tokens, seed=task.config.seed)
-    return finetune_module(converted, task.program, request.finetune, request.source.tokenizer, recipe, task.stages)
+    folder = None if request.store is None else request.store.folder
+    return finetune_module(
+        converted, task.program, request.finetune, request.source.tokenizer, recipe, task.stages, folder
+    )
 
 
 def measure(case: Case, converted: LatentModel) -> Quality | None:
@@ -281,6 +284,7 @@ def make_report(case: Case, choice: Choice, finished: Finished, findings: Findin
             *case.notes,
             *choice.notes,
             *finished.notes,
+            *(findings.training.warnings if findings.training else ()),
             *warnings_of(choice.plans, task.kept, findings.quality, config),
             *costly_layers(choice.plans, findings.layer_errors),
         ),

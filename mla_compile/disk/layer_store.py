@@ -105,7 +105,7 @@ class Journal:
 
 
 def store_folder(out: Path) -> Path:
-    """Where finished layers of a conversion are kept until it is done: hidden, beside the output."""
+    """Where layers of a conversion, and checkpoints of its training, are kept until it is done: hidden, beside it."""
     return out.absolute().parent / f".{out.name}.layers"
 
 

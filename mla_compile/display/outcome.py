@@ -210,6 +210,8 @@ def show_training(report: Mapping[str, Any], out: Path) -> None:
     """What fine-tuning did, in a few lines and a curve."""
     import math
 
+    from mla_compile.report import NO_GAIN
+
     t = report["training"]
     before, after = (f"{t[key]:.4f} (perplexity {math.exp(min(t[key], 700.0)):.4f})" for key in ("before", "after"))
     rows: _Rows = [
@@ -219,5 +221,16 @@ def show_training(report: Mapping[str, Any], out: Path) -> None:
         _written_row(report["artifacts"], str(out)),
     ]
     print_table(report["source"], ["", "result"], rows)
-    curve = [[p["step"], p["tokens"], _nats(p["loss"]), _nats(p["held_out"])] for p in t["curve"]]
-    print_table("Curve (nats per token)", ["step", "tokens", "training loss", "held-out loss"], curve)
+    # The kept step is the one with the least objective, which has a unit of its own where it is not the text.
+    towards = {} if t["objective"] == "next-token" else {f"held-out {_objective(t['objective'])}": "objective"}
+    columns = {"training loss": "loss", **towards, "held-out loss (nats per token)": "held_out"}
+    curve = [[p["step"], p["tokens"], *(_nats(p[name]) for name in columns.values())] for p in t["curve"]]
+    print_table("Curve", ["step", "tokens", *columns], curve)
+    if t["best_step"] == 0:
+        warn(NO_GAIN)
+
+
+def _objective(spelled: str) -> str:
+    """An objective with its unit."""
+    units = {"kl": " (nats per token)", "attention": " (squared error, relative)"}
+    return spelled + units.get(spelled, " (weighted sum)")

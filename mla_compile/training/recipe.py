@@ -41,7 +41,8 @@ class Recipe(BaseModel):
         every: Steps between evaluations, each with a checkpoint.
         patience: Evaluations without improvement after which training stops; 0 for never.
         keep: Checkpoints to keep, besides the best.
-        eval_windows: Most windows to hold out for evaluation; a tenth of the text if that is less.
+        eval_windows: Windows to hold out for evaluation; a tenth of the text if that is less, and the text ends before
+            the tokens that are wanted, or comes as windows.
         seed: Seed for the order of windows.
         mixed_precision: ``bf16`` computes products in bfloat16; weights stay float32.
         recompute: Keep activations of one layer at a time and recompute the others in the backward pass.

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
+from pathlib import Path
 
 import models
 import pytest
@@ -15,11 +17,14 @@ from mla_compile.artifacts.places import check_neighbours
 from mla_compile.artifacts.saved import open_saved, save, write_saved_onnx, write_trained
 from mla_compile.cli import main
 from mla_compile.config import make_config
-from mla_compile.errors import UsageError
+from mla_compile.disk.layer_store import LayerStore
+from mla_compile.errors import TrainingError, UsageError
 from mla_compile.report import Training, TrainingPoint
 from mla_compile.runtime.onnx_session import OnnxDecoder
-from training import LENGTH, counting
+from mla_compile.training import trainer
+from training import LENGTH, assert_same, counting
 
+TINY = Path(__file__).parents[2] / "examples" / "tiny-llama"
 ROUNDING = 1e-5  # of the largest logit; float32 in another order of operations
 
 
@@ -133,6 +138,63 @@ def test_training_is_drawn_without_text_of_the_conversion(plain):
     page = (plain.folder / "report.html").read_text()
     assert "Loss of the next token while training" in page
     assert "<dt>fine-tuning</dt>" in page
+
+
+GO = {"method": "mha2mla", "kv_rank": 8, "rope_dims": 4, "check": False, "finetune_tokens": 3 * 16 * LENGTH}
+
+
+def test_a_killed_training_in_one_go_goes_on_and_then_removes_its_checkpoints(programs, monkeypatch, tmp_path):
+    original, text, store = programs["llama-gqa"].program.exported, counting(44), LayerStore(tmp_path / "store")
+    alone = mla_compile.compile(original, finetune=text, **GO)
+    save, saved = trainer.Checkpoints.save, []
+
+    def killed_at(step):
+        def killed(self, accelerator, state):
+            save(self, accelerator, state)
+            saved.append(state.step)
+            if state.step == step:
+                raise KeyboardInterrupt
+
+        return killed
+
+    monkeypatch.setattr(trainer.Checkpoints, "save", killed_at(3))
+    with pytest.raises(KeyboardInterrupt):
+        mla_compile.compile(original, finetune=text, store=store, **GO)
+    assert (store.folder / "checkpoints" / "step-00000003").is_dir()
+    monkeypatch.setattr(trainer.Checkpoints, "save", killed_at(None))
+    found = mla_compile.compile(original, finetune=text, store=store, **GO)
+    assert saved == [0, 3]
+    assert found.report.training == alone.report.training
+    assert_same(found.module.state_dict(), alone.module.state_dict(), 0)
+    assert not (store.folder / "checkpoints").exists()
+
+
+def test_checkpoints_of_another_training_in_one_go_are_not_taken(programs, monkeypatch, tmp_path):
+    original, text, store = programs["llama-gqa"].program.exported, counting(44), LayerStore(tmp_path / "store")
+    (store.folder / "checkpoints" / "step-00000003").mkdir(parents=True)  # damaged
+    found = mla_compile.compile(original, finetune=text, store=store, **GO)
+    assert found.report.training.steps == 3
+    assert not (store.folder / "checkpoints").exists()
+    lost = torch.full((1,), math.nan, requires_grad=True)
+    monkeypatch.setattr(trainer.Student, "forward", lambda *_: lost)
+    monkeypatch.setattr(trainer._Run, "measure", lambda *_: (1.0, 1.0))
+    with pytest.raises(TrainingError, match=r"step 1; .*nothing is left of it\. Begin anew by mla-comp") as caught:
+        mla_compile.compile(original, finetune=text, store=store, **GO)
+    assert "checkpoints" not in str(caught.value)
+
+
+def test_the_command_line_converts_trains_and_writes_onnx(tmp_path, capsys):
+    text, out = tmp_path / "text.txt", tmp_path / "out" / "model.onnx"
+    text.write_text("Once upon a time there was a small cat that ran to a big red ball. " * 100)
+    words = ["convert", str(TINY), "--out", str(out), "--method", "mha2mla", "--cache-ratio", "0.5", "-q"]
+    assert main([*words, "--finetune", str(text), "--finetune-tokens", "512", "--no-verify"]) == 0
+    training = json.loads((out.parent / "report.json").read_text())["training"]
+    assert (training["objective"], training["steps"]) == ("kl", 1)
+    assert training["curve"][1]["objective"] < training["curve"][0]["objective"]
+    assert "tokens of training" in capsys.readouterr().out
+    assert OnnxDecoder(out).logits(torch.tensor([[1, 2, 3]]).numpy()).shape == (1, 3, 1024)
+    assert {p.name for p in tmp_path.iterdir()} == {"text.txt", "out"}
+    assert not [*out.parent.glob(".*")]
 
 
 def test_conversion_and_training_in_one_go(tmp_path):
