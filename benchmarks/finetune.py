@@ -268,7 +268,9 @@ def page(results: Results, left: Sequence[Cell], command: str) -> str:
         f"Both beginnings have the same tokens and recipe: objective `{recipe['objective']}` (the original is the "
         f"teacher), trained `{recipe['train']}`, step size {recipe['rate']}, warm-up {recipe['warm_up']:.0%}, decay "
         f"{recipe['decay']:.0%}, {recipe['match_steps']} steps of matching in front, batches of {recipe['batch']} "
-        f"windows of {_LENGTH}. `{_THEIRS}` has its paper's settings.",
+        f"windows of {_LENGTH}. `{_THEIRS}` has its paper's settings. Cells equal to `converted` are no rounding: at "
+        "its end the training was no closer to the original on the "
+        f"{recipe['eval_windows']} windows held out of its text than before, so that the weights of step 0 were kept.",
         "",
         ", ".join(f"{name} {made[name]}" for name in ("mla-compile", "torch", "transformers") if name in made)
         + f"; seed {recipe['seed']}.",

@@ -26,19 +26,19 @@ PUBLIC: dict[str, tuple[str, tuple[str, ...]]] = {
         ("compile", "CompiledModel", "CompileConfig", "inspect", "load", "save", "register_pattern"),
     ),
     "mla_compile.training": ("Training", ("recipe.Recipe", "run.finetune")),
-    "mla_compile.report": ("What was done", ("Report", "Quality")),
+    "mla_compile.report": ("Reports", ("Report", "Quality")),
     "mla_compile.runtime.module": ("Running in PyTorch", ("LatentModel", "LatentOutput")),
     "mla_compile.runtime": (
-        "Kernels for a decoding loop of your own",
+        "Kernels for your own decoding loop",
         ("RowLayout", "LatentCache", "append_latent", "latent_attention"),
     ),
     "mla_compile.runtime.onnx_session": ("Running in ONNX Runtime", ("OnnxDecoder", "open_session")),
-    "mla_compile.runtime.generate": ("Generating with anything that steps", ("generate", "Sampling", "Decoder")),
+    "mla_compile.runtime.generate": ("Generation with any decoder", ("generate", "Sampling", "Decoder")),
     "mla_compile.runtime.tensorrt": ("TensorRT", ("engine_builder.EngineSettings", "engine.TensorRTDecoder")),
     "mla_compile.text.corpus": ("Text", ("read_documents", "tokenize", "token_windows")),
     "mla_compile.text.evaluate": ("Measuring", ("perplexity", "compare", "Perplexity", "Comparison")),
     "mla_compile.evaluation.measure": ("Measuring files and folders by name", ("measure", "Sample", "Measurement")),
-    "mla_compile.disk.layer_store": ("Going on after a kill", ("store_beside",)),
+    "mla_compile.disk.layer_store": ("Resuming after a kill", ("store_beside",)),
     "mla_compile.errors": (
         "Errors",
         (
@@ -129,8 +129,8 @@ def _words(text: str) -> str:
 def described(value: Any) -> str:  # noqa: ANN401 - any public object
     """A docstring as Markdown."""
     parts = sections(value.__doc__ or "")
-    lead, _, example = parts.pop("").partition("Example::")
-    written = [_words(lead)]
+    example = parts.pop("Example", "")
+    written = [_words(parts.pop(""))]
     for name, text in parts.items():
         if name in ("Args", "Attributes", "Raises"):
             rows = "\n".join(f"- `{entry}`: {_words(what)}" for entry, what in entries(text).items())
@@ -144,7 +144,10 @@ def described(value: Any) -> str:  # noqa: ANN401 - any public object
 
 def api_page() -> str:
     """The reference of the Python interface."""
-    out = ["# Python reference", "Made from the docstrings by `docs/make_reference.py`. What is not here may change."]
+    out = [
+        "# Python reference",
+        "Made from the docstrings by `docs/make_reference.py`. Anything not listed here may change.",
+    ]
     title = ""
     for heading, name, value in public():
         if heading != title:

@@ -55,7 +55,7 @@ class Chat:
             positions = np.arange(self.past, self.past + len(ids))[None]
             logits, self.cache = self.decoder.step(new, mask, positions, self.cache)
             self.past += len(ids)
-            ids = [self.choose(logits[0, -1])]
+            ids = [self.choose(logits[0, -1, : self.decoder.known_tokens])]
             if ids[0] == self.tokenizer.eos_token_id:
                 break
             answer += ids

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from mla_compile.artifacts.archives import read_folder
@@ -49,7 +49,7 @@ __all__ = ["CompiledModel", "Planned", "compile", "inspect", "load", "plan"]
 
 def compile(
     model: nn.Module | ExportedProgram | str | Path,
-    example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
+    example_inputs: Tensor | Sequence[Any] | Mapping[str, Any] | None = None,
     *,
     calibration: Text | None = None,
     tokenizer: Any = None,  # noqa: ANN401 - a folder or any transformers tokenizer
@@ -72,33 +72,34 @@ def compile(
 ) -> CompiledModel | CompiledEncoder | CompiledSeq2Seq:
     """Convert a model's attention to latent attention.
 
-    Weights that the conversion leaves as they are, are shared with the original: copy one of the two before training if
+    Weights that the conversion does not change are shared with the original: copy one of the two before training if
     both are needed.
 
     Args:
         model: An ``nn.Module``, an ``ExportedProgram``, an archive, a Hugging Face folder or a hub id.
         example_inputs: Inputs to export an ``nn.Module`` with: token ids ``[batch, length]`` first; any for an encoder.
-        calibration: Text to choose by and to measure on, for causal language models only: a ``.txt`` or ``.jsonl``
-            file, ``hf:NAME[:CONFIG][:SPLIT]`` for a dataset, documents, or token windows ``[windows, length]``.
-        tokenizer: Tokenizer for text, or the folder it is in, when the model does not bring one.
+        calibration: Text to calibrate and measure on, for causal language models only: a ``.txt`` or ``.jsonl`` file,
+            ``hf:NAME[:CONFIG][:SPLIT]`` for a dataset, documents, or token windows ``[windows, length]``.
+        tokenizer: Tokenizer for the text, or its folder, if the model has none.
         config: All settings at once.
-        statistics_cache: Whether to keep what was measured on the text for the next conversion of the same model, or
-            the folder to keep it in.
-        offload: A folder for activations between layers, where a model is so large that it is run layer by layer; in
-            memory by default, in as many rounds as that takes.
+        statistics_cache: Whether to save statistics of the text for the next conversion of the same model, or the
+            folder to save them in.
+        offload: Folder for activations, when a model is too large to hold them in memory; by default they stay in
+            memory, in as many rounds as that takes.
         share: Share the calibration with the other processes that a launcher started, which do nothing else.
         check: Verify the conversion against the original.
-        max_perplexity_ratio: Fail when perplexity grows by more than this factor; needs calibration text.
+        max_perplexity_ratio: Fail if perplexity grows by more than this factor; needs calibration text.
         out: Where the result will be written; checked before any work is done.
-        engine: What it will be built for, if it will be written for TensorRT; likewise.
+        engine: Settings of the TensorRT engine, if one will be built; also checked first.
         force: Whether ``out`` may replace existing files.
-        attn_implementation: How a transformers model given by name spells its attention: auto, sdpa or eager.
+        attn_implementation: Attention implementation of a transformers model given by name: auto, sdpa or eager.
         unsafe_load: Allow unpickling a module from a file.
-        finetune: Text to fine-tune the result on, towards what the original predicts, by the default
+        finetune: Text to fine-tune the result on, to match the original's predictions, with the default
             :class:`~mla_compile.training.recipe.Recipe`; for causal language models only.
-        finetune_tokens: Tokens of it to train on; all of it by default.
+        finetune_tokens: Tokens to fine-tune on; all of the text by default.
         store: Where finished layers are kept, from :func:`~mla_compile.disk.layer_store.store_beside`: bounds memory,
-            and a conversion that was killed goes on behind the last of them.
+            and lets a killed conversion continue after the last of them. Checkpoints of ``finetune`` lie there too, or
+            else in the system's temporary folder.
         display: Shows progress.
         **settings: Fields of :class:`~mla_compile.config.CompileConfig`, instead of ``config``.
 
@@ -164,7 +165,7 @@ def _compiled(request: Request, display: Display | None) -> CompiledModel | Comp
 
 def inspect(
     model: nn.Module | ExportedProgram | str | Path,
-    example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
+    example_inputs: Tensor | Sequence[Any] | Mapping[str, Any] | None = None,
     *,
     tokenizer: str | None = None,
     attn_implementation: str = "auto",
@@ -174,15 +175,15 @@ def inspect(
 
     Args:
         model: An ``nn.Module``, an ``ExportedProgram``, an archive, a Hugging Face folder or a hub id. A
-            ``config.json``, or a folder without weights, is enough; layers alike are then exported once, so that the
-            program has fewer than there are.
+            ``config.json``, or a folder without weights, is enough; equal layers are then exported once, so the program
+            has fewer layers than the model.
         example_inputs: Inputs to export an ``nn.Module`` with; integers are token ids, floats anything else.
-        tokenizer: Folder of the tokenizer, if the model does not bring one.
-        attn_implementation: How a transformers model given by name spells its attention: auto, sdpa or eager.
+        tokenizer: Folder of the tokenizer, if the model has none.
+        attn_implementation: Attention implementation of a transformers model given by name: auto, sdpa or eager.
         unsafe_load: Allow unpickling a module from a file.
 
     Returns:
-        The exported model, and its attention layers: those recognised, and of each other one why not.
+        The exported model and its attention layers: those recognised, and why each of the others was not.
 
     Raises:
         LoadError: The model cannot be read.

@@ -2,61 +2,66 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mla_compile.errors import UsageError
 
-__all__ = ["DEFAULT_CACHE_RATIO", "CompileConfig", "make_config", "validated"]
+__all__ = ["DEFAULT_CACHE_RATIO", "REPORT", "SETTINGS", "CompileConfig", "holds_conversion", "make_config", "validated"]
 
 _Settings = TypeVar("_Settings", bound=BaseModel)
 
 DEFAULT_CACHE_RATIO = 0.3125
 """Cache kept when nothing is asked for: the mildest setting of the MHA2MLA paper (its -68.75 %)."""
+SETTINGS, REPORT = "mla_config.yaml", "report.json"
+"""What the settings of a conversion are called in the folder that it wrote, and its report beside any result."""
 
 
 class CompileConfig(BaseModel):
     """Settings of one conversion.
 
     Attributes:
-        method: How sizes and weights are chosen: ``fisher`` (by what errors do to the loss), ``transmla`` or
-            ``mha2mla`` (as these papers do). ``auto`` is ``mha2mla`` where one of its own settings is given, else
-            ``fisher``. Only ``mha2mla`` does without calibration text.
+        method: How sizes and weights are chosen: ``fisher`` (by the effect of errors on the loss), ``transmla`` or
+            ``mha2mla`` (as in the papers). ``auto`` is ``mha2mla`` if one of its own settings is given, else
+            ``fisher``. Only ``mha2mla`` needs no calibration text.
         selection: Which rotary pairs keep rotating (``mha2mla``); ``auto`` is ``2-norm`` with calibration text, else
             ``uniform``.
-        rope_dims: Rotating channels kept (even): of every key/value head in ``mha2mla``, where it is an eighth of the
-            head by default, as in the paper; of the one rope key of all heads in the other methods, which choose.
-        svd: Factorise keys and values ``joint``-ly into one latent, or ``split`` into two halves of it (``mha2mla``).
-        cache_ratio: Cache numbers per token after conversion over before, at most.
-        kv_rank: Latent rank per layer, instead of a ratio.
-        uniform_rank: The same latent rank in all layers: the one that fits the smallest of them.
-        layout: What caches may look like (``fisher``, ``transmla``): ``free``, or ``deepseek`` for what a stock
-            DeepSeek-V3 checkpoint can express: one rank, and one even table of frequencies with one component each.
-        format: What will be written: ``auto`` is what the name of the file or folder says, ``hf`` a folder that
-            :func:`mla_compile.load` reads, ``deepseek`` a folder with a DeepSeek-V3 checkpoint, ``gguf`` a file for
-            llama.cpp made of one.
-        preset: ``flashmla`` fills such a checkpoint up with zeros to the sizes that FlashMLA is written for, and asks
-            for these sizes where no others are given.
-        q_rank: Numbers that the queries of a token are made from, in such a checkpoint; None for queries made directly.
+        rope_dims: Rotating channels to keep (even): in ``mha2mla`` of every key/value head, an eighth of the head by
+            default, as in the paper; in the other methods, which choose by default, of the rope key shared by all
+            heads.
+        svd: Factorise keys and values into one latent (``joint``) or into two halves of it (``split``; ``mha2mla``).
+        cache_ratio: Largest cache size, as a fraction of the original.
+        kv_rank: Latent rank of every layer, instead of a ratio.
+        uniform_rank: The same latent rank in all layers: the smallest that any of them would get.
+        layout: Cache layout (``fisher``, ``transmla``): ``free``, or ``deepseek`` for what a stock DeepSeek-V3
+            checkpoint can express: one rank, and one geometric table of frequencies with one component each.
+        format: Output format: ``auto`` follows the name of the file or folder, ``hf`` is a folder for
+            :func:`mla_compile.load`, ``deepseek`` a folder with a DeepSeek-V3 checkpoint, ``gguf`` a file for llama.cpp
+            made from one.
+        preset: ``flashmla`` pads such a checkpoint with zeros to FlashMLA's sizes, and requests these sizes if no
+            others are given.
+        q_rank: Rank of the queries' own latent in such a checkpoint; None for a full-rank query projection.
         exact: Keep every rotating channel and the full rank: the result must equal the original.
-        gradients: Whether ``fisher`` runs the model backward too; without, the output projection says what an error of
-            an attention output is worth.
-        calibration_tokens: Tokens of calibration text used, from its beginning.
-        polish_steps: Steps of training the new matrices on calibration text to predict what the original does.
+        gradients: Whether ``fisher`` runs a backward pass; without one, the output projection gives the cost of an
+            attention output's error.
+        calibration_tokens: Tokens of calibration text to use, from its beginning.
+        polish_steps: Steps of training the new matrices on calibration text to match the original's predictions.
         seq_len: Window length for calibration and evaluation; the model's limit, at most 512, by default.
         seed: Seed of random ids to verify on; it does not choose text.
-        opset: ONNX operator set: 23, or 24 for a static cache, where nothing is given.
-        cache: What the ONNX file's caches are: ``dynamic`` ones grow by a row per token, as any caller of ONNX Runtime
-            can make them do; a ``static`` one is memory of the size that the caller gives it, written in place.
-        dtype: Type of the result's weights and caches; ``auto`` is the model's own.
-        cache_type: What the ONNX file's caches hold: numbers of the result's type (``auto``; or ``float32``, if it is
-            that), or ``int8`` codes with two scales per token.
-        cache_layout: How the ONNX file's caches lie: ``rows``, one tensor per layer, or ``genai``, halves of rows that
-            are named key and value, equally long in all layers, for onnxruntime-genai, or ``paged``, blocks of 16
-            tokens in half precision for an operator of ONNX Runtime's CUDA provider (``--target cuda``).
-        inline: Emit standard operators only, without ``LatentAttention`` nodes.
+        opset: ONNX operator set; by default 23, or 24 for a static cache.
+        cache: Caches of the ONNX file: ``dynamic`` ones grow by a row per token, and any caller of ONNX Runtime can run
+            them; a ``static`` one is a buffer of the caller, written in place.
+        dtype: Type of the result's weights and caches; ``auto`` keeps the model's own.
+        cache_type: Cache type of the ONNX file: the result's type (``auto``; or ``float32``, if it is that), or
+            ``int8`` codes with two scales per token.
+        cache_layout: Cache layout of the ONNX file: ``rows``, one tensor per layer; ``genai``, halves of rows named key
+            and value, equally long in all layers, for onnxruntime-genai; or ``paged``, blocks of 16 tokens in half
+            precision for an operator of ONNX Runtime's CUDA provider (``--target cuda``).
+        inline: Use standard operators only, without ``LatentAttention`` nodes.
         encoders: Convert bidirectional attention too, which has no cache: its projections become low-rank.
     """
 
@@ -218,7 +223,17 @@ def validated(kind: type[_Settings], command: str, settings: Mapping[str, Any]) 
         name = ".".join(str(part) for part in first["loc"])
         problem = first["msg"].removeprefix("Value error, ").rstrip(".")
         problem = problem[0].lower() + problem[1:]
+        if first["type"] == "extra_forbidden":
+            meant = difflib.get_close_matches(name, kind.model_fields, 1) or [*kind.model_fields]
+            raise UsageError(f"There is no setting '{name}'.", f"Use {', '.join(meant)}.") from error
+        if name == "cache_ratio":
+            problem += " (a quarter is 0.25)"
         subject = (
             f"The setting {name}={first['input']!r} is not allowed: {problem}." if name else f"Settings: {problem}."
         )
         raise UsageError(subject, f"See 'mla-compile {command} --help' for the allowed values.") from error
+
+
+def holds_conversion(folder: Path) -> bool:
+    """Whether a folder was written by a conversion, as an archive or as a checkpoint: it is told by its settings."""
+    return (folder / SETTINGS).is_file()

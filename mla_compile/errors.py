@@ -26,7 +26,7 @@ class MlaCompileError(Exception):
     """A failure with one sentence for the user, a remedy, and the exit code of the command line.
 
     Args:
-        message: What failed and where, without the final full stop's remedy.
+        message: What failed and where: one sentence, full stop included.
         remedy: What the user can do next; an imperative sentence.
     """
 

@@ -33,8 +33,8 @@ __all__ = [
     "summarise_site",
 ]
 
-_CONTEXTS = (512, 4096, 16384)
-"""Tokens in the cache for which the time of a step is estimated."""
+_CONTEXT, _SHARES = 16384, (32, 4, 1)
+"""Tokens in the cache for which the time of a step is estimated, or the model's limit where that is less; and parts."""
 _PACKAGES = ("mla-compile", "torch", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "numpy")
 
 
@@ -156,16 +156,25 @@ class Polish:
     after: float
 
 
+NO_GAIN = (
+    "no evaluation while training was closer to its objective than the conversion was: the weights of step 0 are kept, "
+    "as if there had been none (more --tokens or a smaller --rate may gain something)"
+)
+"""Said of a training whose best step is 0."""
+
+
 @dataclass(frozen=True, slots=True)
 class TrainingPoint:
-    """A point of a training's curve; losses are in nats per token.
+    """A point of a training's curve.
 
     Attributes:
         step: Steps that were taken.
         tokens: Tokens trained on.
-        loss: Mean training loss since the point before; None at step 0.
-        held_out: Loss of the next token on text kept out of training.
-        objective: What is trained towards, on the same text; the same where that is the next token.
+        loss: Mean of what those steps since the point before came closer to, in its unit; None at step 0.
+        held_out: Loss of the next token on text kept out of training, in nats per token.
+        objective: What is trained towards, on the same text; the weights at its least are chosen. In nats per token for
+            the next token, which is ``held_out`` again, and for a teacher's predictions; for attention outputs the
+            squares of errors over those of the outputs; for a mixture the weighted sum.
     """
 
     step: int
@@ -177,7 +186,7 @@ class TrainingPoint:
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """What fine-tuning did; losses are of the next token on text kept out of training, in nats.
+    """What fine-tuning did; losses are of the next token on text kept out of training, in nats per token.
 
     Attributes:
         objective: What was trained towards.
@@ -186,7 +195,7 @@ class Training:
         tokens: Tokens trained on.
         best_step: The step whose weights were chosen.
         before: Loss at step 0.
-        after: Loss at the chosen step.
+        after: Loss at the chosen step; of weights that are stored in float16 or bfloat16, as they are stored.
         held_out_tokens: Tokens these are means over.
         curve: All that was measured.
     """
@@ -200,6 +209,11 @@ class Training:
     after: float
     held_out_tokens: int
     curve: tuple[TrainingPoint, ...]
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the user should know of it."""
+        return (NO_GAIN,) if self.best_step == 0 else ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,12 +273,13 @@ class Report:
         checkpoint: The DeepSeek checkpoint that was written, if one was.
         layer_errors: What every converted layer costs by itself, if there was text.
         polish: What polishing did, if there was any.
-        training: What fine-tuning did, if there was any; quality was measured behind it, everything else before.
+        training: What fine-tuning did, if there was any; quality was measured after it, everything else before.
         warnings: What the user should know.
         artifacts: Written files and their sizes in bytes.
         source_bytes_per_element: Size of one number of the original's cache, if it is another.
         in_memory: Whether the model was handed over in Python, and ``source`` is its class.
         target: What files were written for: ``tensorrt``, or empty.
+        max_positions: Longest sequence that the model takes; None if it does not say.
     """
 
     source: str
@@ -289,6 +304,7 @@ class Report:
     widths: tuple[int, ...] = ()
     in_memory: bool = False
     target: str = ""
+    max_positions: int | None = None
 
     @property
     def _kept_elements(self) -> int:
@@ -305,7 +321,9 @@ class Report:
     @property
     def _steps(self) -> list[dict[str, Any]]:
         """Decoding steps of all converted layers together, estimated."""
-        steps = [DecodeStep(machine, context) for machine in MACHINES.values() for context in _CONTEXTS]
+        longest = min(_CONTEXT, self.max_positions or _CONTEXT)
+        contexts = sorted({max(1, longest // share) for share in _SHARES})
+        steps = [DecodeStep(machine, context) for machine in MACHINES.values() for context in contexts]
         costs = [summed_costs(decode_costs(self.sites, self.plans, self.widths, step), step) for step in steps]
         return [dataclasses.asdict(step) | cost for step, cost in zip(steps, costs, strict=True)]
 

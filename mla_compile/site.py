@@ -40,17 +40,17 @@ class RejectCode(StrEnum):
     POSITION_MIXING = "position-mixing"
     """An operand at one position depends on other positions (convolution, recurrence, cache)."""
     NONLINEAR = "nonlinear"
-    """Something non-linear (a norm, an activation) stands between a projection and the attention product."""
+    """An activation, or a norm over something other than a head or all heads, stands between projection and product."""
     ROW_MAP = "row-map"
     """The operand is not a re-arrangement of projection rows."""
     ROPE = "rope"
     """Position enters queries or keys in a way that is not a rotation of pairs, equal for queries and keys."""
     GROUPING = "grouping"
-    """Query heads are not assigned to key/value heads in equal contiguous groups."""
+    """Query heads do not share key/value heads in equal groups."""
     SCORES = "scores"
-    """Scores pass through something other than a constant scale (soft-cap, sinks, ALiBi, relative bias)."""
+    """Scores pass through something other than a scale, soft-cap, sinks or ALiBi slopes (T5's relative biases)."""
     MASK = "mask"
-    """The mask is neither causal nor causal within a sliding window, or depends on the data."""
+    """The mask is neither causal, nor causal within a sliding window, nor absent (encoders), or depends on the data."""
     CROSS = "cross"
     """Keys and values are not projected from the same activation, or belong to another sequence than queries."""
     VERIFY = "verify"
@@ -322,7 +322,7 @@ class AttentionSite:
         """Whether a bias of keys that do not rotate changes the result.
 
         It adds the same to all of a query's logits, which softmax does not see - unless something scales, bends or
-        competes with them (algorithms T5 and its exclusions).
+        competes with them.
         """
         return self.softcap > 0 or self.scores.sinks is not None or self.key.norm is not None
 

@@ -102,7 +102,7 @@ class GraphEvaluator:
         """Value of a placeholder that holds one real constant, None for anything else."""
         if node.op != "placeholder" or node.name not in self.constants:
             return None
-        value = self.program.constant(node.name)
+        value = self.program.constant(node.name).detach()
         if value.numel() != 1 or value.is_complex() or value.dtype == torch.bool:
             return None
         return float(value) if value.is_floating_point() else int(value)

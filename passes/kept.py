@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mla_compile.disk.writing import own_folder
 from mla_compile.errors import UsageError, first_line
 
 __all__ = ["KeptValues", "kept_values"]
@@ -27,13 +27,13 @@ def kept_values(folder: Path | None) -> Iterator[KeptValues]:
     if folder is None:
         yield KeptValues()
         return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        own = tempfile.TemporaryDirectory(dir=folder, prefix="mla-compile-")
-    except OSError as error:
-        raise _unwritable(folder, error) from error
-    with own as path:
-        yield KeptValues(Path(path))
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            own = stack.enter_context(own_folder(folder))
+        except OSError as error:
+            raise _unwritable(folder, error) from error
+        yield KeptValues(own)
 
 
 class KeptValues:

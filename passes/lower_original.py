@@ -11,10 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import onnx_ir as ir
-import torch
 
 from mla_compile.errors import RefusedError
-from mla_compile.passes.insert_latent import LatentGraph, insert_latent
+from mla_compile.passes.insert_latent import LatentGraph
 from mla_compile.passes.lower_onnx import rewritten_to_onnx
 from mla_compile.passes.onnx_export import save
 from mla_compile.passes.onnx_nodes import name_function, node_variant
@@ -25,36 +24,17 @@ from mla_compile.passes.original_attention import (
     form_problem,
     original_function,
 )
-from mla_compile.passes.recognise import plain_layers
 from mla_compile.passes.split_cache import split_caches
-from mla_compile.program import Program
 from mla_compile.runtime.onnx_cache import ROOM
 
-__all__ = ["original_to_onnx", "with_plain_caches", "write_original"]
-
-
-def with_plain_caches(program: Program) -> LatentGraph:
-    """The model with an explicit ordinary cache in every layer.
-
-    Raises:
-        RefusedError: A layer is not understood, or something else depends on the sequence starting at 0.
-    """
-    layers = plain_layers(program)
-    unknown = next((layer for layer in layers if layer.plain is None), None)
-    if unknown is not None or not layers:
-        what = "it has no attention" if unknown is None else f"{unknown.path}: {unknown.reason}"
-        raise RefusedError(
-            f"'{program.source}' cannot be given an ordinary cache: {what}.",
-            "Run 'mla-compile inspect' for the whole table.",
-        )
-    return insert_latent(program, (), (), torch.float32, layers)
+__all__ = ["original_to_onnx", "write_original"]
 
 
 def original_to_onnx(plain: LatentGraph) -> ir.Model:
     """Translate an unconverted model once, for :func:`write_original` to write in every form.
 
     Args:
-        plain: From :func:`with_plain_caches`.
+        plain: From :func:`~mla_compile.passes.plain_caches.with_plain_caches`.
     """
     return rewritten_to_onnx(plain.module, plain.rows, opset=ORIGINAL_OPSET, static=True)
 

@@ -14,7 +14,7 @@ from onnxscript.version_converter import convert_version
 from torch.export import ExportedProgram
 
 from mla_compile.disk.mapped import Passing
-from mla_compile.errors import RefusedError, first_line
+from mla_compile.errors import MlaCompileError, RefusedError, first_line
 from mla_compile.passes.onnx_translations import translations
 from mla_compile.quiet import quiet_exporter
 from mla_compile.runtime.onnx_checksum import CHECKSUM_KEY, weights_checksum
@@ -74,9 +74,12 @@ def _explained() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        chain: list[BaseException] = [error.__cause__ or error]
+        chain: list[BaseException] = [error]
         while chain[-1].__cause__ is not None:
             chain.append(chain[-1].__cause__)
+        for link in chain:
+            if isinstance(link, MlaCompileError):  # one of ours, which torch has wrapped or passed on
+                raise link from None
         operators = [m[1] for link in chain if (m := re.search(r"op='([^']+)'", str(link)))]
         reason = f"there is no ONNX form of '{operators[-1]}'" if operators else first_line(chain[-1])
         raise RefusedError(

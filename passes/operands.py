@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.fx import Node
 
 from mla_compile.passes.einsum import einsum_parts
+from mla_compile.passes.late import require_same_far
 from mla_compile.passes.mismatch import MismatchError
-from mla_compile.passes.norm import FoundNorm, describe_norm, linear_again
+from mla_compile.passes.norm import FoundNorm, describe_norm, linear_again, nodes_between
 from mla_compile.passes.probe import Operand, mixes_positions, probe_linear, probe_rope, probe_rows
-from mla_compile.passes.trace import DataFlow, ProjectionNode, projections_behind, read_projection
+from mla_compile.passes.trace import DataFlow, ProjectionNode, projections_behind, read_projection, upstream
 from mla_compile.passes.turned import Unscaled, as_read, gains_turn, scaled_by_place
 from mla_compile.site import Norm, Projection, RejectCode, Rope
 
@@ -38,6 +39,7 @@ MOVES = _RESHAPES | {
     _aten.repeat_interleave.self_int,
 }
 """Operators that only move entries of their first argument, or repeat them."""
+_NARROW = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,9 @@ def read_operand(
     if operand.role == "query" and scaled_by_place(operand, flow):
         raise MismatchError(RejectCode.ROPE, "the query is scaled by position")
     rows, gain, offset = probe_rows(operand, generator)
-    rope = probe_rope(operand, rows, gain) if known is None else known
+    rope = _rotation(operand, rows, gain, flow) if known is None else known
+    if known is None:
+        require_same_far(operand, flow)
     return ReadOperand(_projection(found, flow, rows, gain, offset), rope)
 
 
@@ -100,7 +104,9 @@ def _read_behind_norm(
     if operand.role == "query" and scaled_by_place(later, flow):
         raise MismatchError(RejectCode.ROPE, "the query is scaled by position")
     rows, gain, offset = probe_rows(later, generator)
-    rope = probe_rope(later, rows, gain) if known is None else known
+    rope = _rotation(later, rows, gain, flow) if known is None else known
+    if known is None:
+        require_same_far(operand, flow)
     try:
         norm = describe_norm(operand, later, flow, generator)
     except MismatchError:
@@ -143,7 +149,9 @@ def _read_norm_behind_rotation(
     except MismatchError as mismatch:
         raise MismatchError(RejectCode.NONLINEAR, f"{reason}: a norm that changes with position") from mismatch
     ones = torch.ones_like(total)
-    rope = probe_rope(unscaled, rows, ones) if known is None else known
+    rope = _rotation(unscaled, rows, ones, flow) if known is None else known
+    if known is None:
+        require_same_far(operand, flow)
     commute = gains_turn(total, rope)
     projection = replace(
         _projection(found, flow, rows, total if commute else ones, torch.zeros_like(total)), norm=described
@@ -211,6 +219,24 @@ def with_gains(query: ReadOperand, gains: Sequence[Sequence[float]]) -> ReadOper
     return replace(query, projection=replace(query.projection, turned=total))
 
 
+def _rotation(operand: Operand, rows: Tensor, gain: Tensor, flow: DataFlow) -> Rope:
+    """Measure how channels rotate; where a rounded table is behind what is no rotation, that is the reason."""
+    try:
+        return probe_rope(operand, rows, gain)
+    except MismatchError as mismatch:
+        between = nodes_between(operand, operand.node, flow)
+        starts = [i for n in between if n is not operand.base for i in n.all_input_nodes if i not in flow.hidden]
+        for node in upstream(starts, lambda n: n in flow.hidden):
+            value = node.meta.get("val")
+            if node.op == "placeholder" and isinstance(value, Tensor) and value.dim() > 1 and value.dtype in _NARROW:
+                dtype = str(value.dtype).removeprefix("torch.")
+                raise MismatchError(
+                    RejectCode.ROPE,
+                    f"the {operand.role} rotates by the table '{node.name}', which is rounded to {dtype}",
+                ) from mismatch
+        raise
+
+
 def _head_norm(norm: FoundNorm, rows: Tensor, role: str) -> Norm:
     """The norm with one group per head, or one for all.
 
@@ -243,7 +269,7 @@ def _require_matrix(found: ProjectionNode, flow: DataFlow, width: int) -> None:
         raise MismatchError(RejectCode.PROJECTION, f"projections by '{node.target}' are not read by this version")
     if node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("beta", 1) != 1:
         raise MismatchError(RejectCode.PROJECTION, f"the product '{node.name}' has factors of its own")
-    outputs = weight[0] if node.target is _aten.linear.default else weight[-1]
+    outputs = weight[0] if node.target is _aten.linear.default or found.left else weight[-1]
     if len(weight) != 2 or outputs != width:
         raise MismatchError(
             RejectCode.PROJECTION, f"the weight of '{node.name}' is {tuple(weight)}, not one matrix for all heads"

@@ -1,22 +1,81 @@
-"""Find the input that hides keys of a layer that is not causal, and check that this is all it does.
+"""Find the input that hides keys of a layer, and check that this is all it does.
 
-A causal layer gets its padding mask from the compiler. Other layers keep the inputs of their model, so what the model's
-own mask input does to their keys must be known.
+A causal layer gets its padding mask from the compiler, in place of the model's own mask input, which must not have done
+anything else. Other layers keep the inputs of their model, so what the mask input does to their keys must be known.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch.fx import Node
 
+from mla_compile.passes.evaluate import example_inputs
 from mla_compile.passes.masks import hides
 from mla_compile.passes.mismatch import MismatchError
+from mla_compile.passes.probe import exceeds
 from mla_compile.passes.scorer import Scorer
-from mla_compile.passes.trace import operator_argument
+from mla_compile.passes.trace import DataFlow, operator_argument, projections_behind, upstream
 from mla_compile.program import Role
 from mla_compile.site import RejectCode
 
-__all__ = ["padding_input"]
+__all__ = ["check_own_mask", "padding_input"]
+
+_MORE = "does more than hide the keys it marks with 0"
+_PADDED = 3
+"""Tokens that are padding in front of a sequence, where a model that generates has them."""
+
+
+def check_own_mask(scorer: Scorer, flow: DataFlow) -> None:
+    """Check that the model's own mask input hides keys of a causal layer, and does nothing else to it.
+
+    Args:
+        scorer: The layer's scores.
+        flow: Data flow of the graph.
+
+    Raises:
+        MismatchError: It does something to scores, keys or values that hiding keys does not.
+    """
+    anchor, sizes, evaluator = scorer.anchor, scorer.sizes, scorer.evaluator
+
+    def projects(node: Node) -> bool:
+        return flow.projection(node) is not None
+
+    behind = _behind_mask(scorer) | upstream([anchor.key, anchor.value], projects)
+    for name in sorted(_masks(scorer, behind)):
+        value, length = evaluator.program.user_inputs[name][1], sizes.short
+        given = torch.ones(2, length)
+        given[1, :_PADDED] = 0
+        if sizes.bind(value.shape, 2, length) != [*given.shape]:
+            raise MismatchError(RejectCode.MASK, f"the mask input '{name}' is not one number per key")
+        padded = given.to(value.dtype)
+        generator = torch.Generator().manual_seed(10)
+        scores = torch.rand(2, scorer.heads, length, length, generator=generator, dtype=torch.float64)
+        # What padding itself attends to is nobody's concern.
+        plain, masked = (
+            scorer.absolute(length, scores, inputs=inputs)[..., _PADDED:, :length].expand(2, scorer.heads, -1, -1)
+            for inputs in ({}, {name: padded})
+        )
+        hidden = hides(plain) | (given == 0)[:, None, None]
+        plain, masked = (x - x.diagonal(_PADDED, dim1=-2, dim2=-1).unsqueeze(-1) for x in (plain, masked))
+        if not torch.equal(hides(masked), hidden) or exceeds((masked - plain).masked_fill(hidden, 0.0), 1e-6):
+            raise MismatchError(RejectCode.MASK, f"the mask input '{name}' {_MORE}")
+        overrides = {
+            found.node: torch.randn(
+                sizes.bind(found.node.meta["val"].shape, 2, length), generator=generator, dtype=torch.float64
+            )
+            for found in projections_behind(flow, anchor.value)
+        }
+        usual = example_inputs(evaluator.program, 2, length, sizes=sizes)
+        before, after = (
+            scorer.layouts.value.arrange(evaluator.run([anchor.value], overrides, {**usual, **inputs})[0], "bthd", 2)[
+                :, _PADDED:
+            ]
+            for inputs in ({}, {name: padded})
+        )
+        if exceeds(after - before, 1e-6):
+            raise MismatchError(RejectCode.MASK, f"the mask input '{name}' {_MORE}")
 
 
 def padding_input(scorer: Scorer) -> str | None:
@@ -32,7 +91,7 @@ def padding_input(scorer: Scorer) -> str | None:
         MismatchError: Several inputs do, or one does anything else than hide the keys it marks with 0.
     """
     inputs = scorer.evaluator.program.user_inputs
-    names = [n.name for n in _behind_mask(scorer) if n.name in inputs and inputs[n.name][0] == Role.MASK]
+    names = [*_masks(scorer, _behind_mask(scorer))]
     if not names:
         return None
     if len(names) > 1:
@@ -46,8 +105,14 @@ def padding_input(scorer: Scorer) -> str | None:
     given[1, 1::2] = 0
     logits = scorer.absolute(length, inputs={name: given.to(value.dtype)})[..., : shape[1]]
     if not torch.equal(hides(logits), (given == 0)[:, None, None].expand(logits.shape)):
-        raise MismatchError(RejectCode.MASK, f"the mask input '{name}' does more than hide the keys it marks with 0")
+        raise MismatchError(RejectCode.MASK, f"the mask input '{name}' {_MORE}")
     return name
+
+
+def _masks(scorer: Scorer, nodes: Iterable[Node]) -> set[str]:
+    """Names of the mask inputs among some nodes."""
+    inputs = scorer.evaluator.program.user_inputs
+    return {n.name for n in nodes if n.name in inputs and inputs[n.name][0] == Role.MASK}
 
 
 def _behind_mask(scorer: Scorer) -> set[Node]:

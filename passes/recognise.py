@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -17,8 +17,10 @@ from mla_compile.errors import first_line
 from mla_compile.passes.evaluate import GraphEvaluator, example_inputs
 from mla_compile.passes.grouping import chosen_heads, distinct_heads, side_by_side, value_heads
 from mla_compile.passes.kinds import kind_of
+from mla_compile.passes.late import require_same_far
 from mla_compile.passes.layout import Layout, Sizes
 from mla_compile.passes.mismatch import MismatchError
+from mla_compile.passes.norm import nodes_between
 from mla_compile.passes.operands import (
     MOVES,
     ReadOperand,
@@ -28,7 +30,7 @@ from mla_compile.passes.operands import (
     root,
     with_gains,
 )
-from mla_compile.passes.padding import padding_input
+from mla_compile.passes.padding import check_own_mask, padding_input
 from mla_compile.passes.probe import Operand, longest_length
 from mla_compile.passes.scorer import AnchorLayouts, Scorer
 from mla_compile.passes.scores import (
@@ -89,33 +91,21 @@ def recognise(program: AnyProgram) -> Recognition:
         Sites whose description reproduced the sub-graph on random data, and rejections with codes and reasons. A layer
         that is understood but is no causal self-attention is among the rejections, with its description.
     """
-    flow, evaluator = DataFlow(program), GraphEvaluator(program)
     sites: list[AttentionSite] = []
     rejections: list[Rejection] = []
     kinds: dict[str, AttentionSite] = {}
-    for index, found in enumerate(find_anchors(flow, program)):
-        node = found.softmax if isinstance(found, Anchor) else found[0]
-        path = module_path(node, f"attention_{index}")
-        if not isinstance(found, Anchor):
-            rejections.append(Rejection(index, path, found[1].code, found[1].reason))
+    for context in _contexts(program):
+        if isinstance(context, Rejection):
+            rejections.append(context)
             continue
         try:
-            sizes = anchor_sizes(program, found)
-            context = _Context(index, path, found, anchor_layouts(sizes, found), flow, evaluator, sizes)
-        except MismatchError as mismatch:
-            rejections.append(Rejection(index, path, mismatch.code, mismatch.reason))
-            continue
-        kind = kind_of(found, flow, evaluator)
-        try:
-            site = _like(context, kinds[kind]) if kind in kinds else None
-            site = site or _speaking(context, _describe)
-            kinds[kind] = site
+            site = _of_kind(context, kinds, _describe)
             if site.kind == Kind.CAUSAL:
                 sites.append(site)
             else:
                 rejections.append(_other_kind(site))
         except MismatchError as mismatch:
-            rejections.append(Rejection(index, path, mismatch.code, mismatch.reason, _plain(context)))
+            rejections.append(Rejection(context.index, context.path, mismatch.code, mismatch.reason, _plain(context)))
     for site in sites:
         _log.info("%s is converted: %d query and %d key/value heads.", site.path, site.heads, site.kv_heads)
     for rejection in rejections:
@@ -133,25 +123,61 @@ def plain_layers(program: AnyProgram) -> tuple[Rejection, ...]:
     Returns:
         One rejection per layer, in graph order; one that is not understood has no ``plain`` description.
     """
-    flow, evaluator = DataFlow(program), GraphEvaluator(program)
     layers: list[Rejection] = []
     kinds: dict[str, PlainSite] = {}
+    for context in _contexts(program):
+        if isinstance(context, Rejection):
+            layers.append(context)
+            continue
+        try:
+            site = _of_kind(context, kinds, _describe_plain)
+            layers.append(Rejection(context.index, context.path, RejectCode.ORPHAN, "it was asked for as it is", site))
+        except MismatchError as mismatch:
+            layers.append(Rejection(context.index, context.path, mismatch.code, mismatch.reason))
+    return tuple(layers)
+
+
+def _contexts(program: AnyProgram) -> Iterator[_Context | Rejection]:
+    """Every attention layer in graph order, or why nothing can be asked about it."""
+    flow, evaluator = DataFlow(program), GraphEvaluator(program)
     for index, found in enumerate(find_anchors(flow, program)):
         node = found.softmax if isinstance(found, Anchor) else found[0]
         path = module_path(node, f"attention_{index}")
         if not isinstance(found, Anchor):
-            layers.append(Rejection(index, path, found[1].code, found[1].reason))
+            yield Rejection(index, path, found[1].code, found[1].reason)
             continue
         try:
             sizes = anchor_sizes(program, found)
-            context = _Context(index, path, found, anchor_layouts(sizes, found), flow, evaluator, sizes)
-            kind = kind_of(found, flow, evaluator)
-            scores = kinds[kind].scores if kind in kinds else None
-            site = kinds[kind] = _speaking(context, functools.partial(_describe_plain, scores=scores))
-            layers.append(Rejection(index, path, RejectCode.ORPHAN, "it was asked for as it is", site))
+            yield _Context(index, path, found, anchor_layouts(sizes, found), flow, evaluator, sizes)
         except MismatchError as mismatch:
-            layers.append(Rejection(index, path, mismatch.code, mismatch.reason))
-    return tuple(layers)
+            yield Rejection(index, path, mismatch.code, mismatch.reason)
+
+
+def _of_kind(
+    context: _Context,
+    kinds: dict[str, _Described],
+    describe: Callable[[_Context, _Described | None], _Described],
+) -> _Described:
+    """Describe a layer like another of its kind, or by itself where that does not fit.
+
+    Args:
+        context: The layer.
+        kinds: The last description of every kind so far; the layer's is added.
+        describe: Describes a layer, with what is taken over of another one.
+
+    Raises:
+        MismatchError: It is not understood by itself.
+    """
+    kind = kind_of(context.anchor, context.flow, context.evaluator)
+    if kind in kinds:
+        try:
+            kinds[kind] = _speaking(context, lambda c: describe(c, kinds[kind]))
+        except MismatchError:
+            pass
+        else:
+            return kinds[kind]
+    kinds[kind] = _speaking(context, lambda c: describe(c, None))
+    return kinds[kind]
 
 
 def _other_kind(site: AttentionSite) -> Rejection:
@@ -168,17 +194,10 @@ def _speaking(context: _Context, describe: Callable[[_Context], _Described]) -> 
     """Turn a failure to evaluate into a reason."""
     try:
         return describe(context)
-    except (RuntimeError, IndexError) as error:  # a table inside the model is shorter than the shortest probe
+    except (RuntimeError, IndexError, TypeError, ValueError, KeyError) as error:  # of operators, on made-up values
+        # For example, a table inside the model is shorter than the shortest probe.
         reason = f"the layer cannot be evaluated on {context.sizes.short} tokens ({first_line(error)})"
         raise MismatchError(RejectCode.LAYOUT, reason) from error
-
-
-def _like(context: _Context, other: AttentionSite) -> AttentionSite | None:
-    """Describe a layer of a known kind without measuring its rotation and mask again; None if that does not fit."""
-    try:
-        return _speaking(context, lambda c: _describe(c, other))
-    except MismatchError:
-        return None
 
 
 def _describe(context: _Context, other: AttentionSite | None = None) -> AttentionSite:
@@ -220,6 +239,7 @@ def _describe(context: _Context, other: AttentionSite | None = None) -> Attentio
         given = replace(operands["query"], base=nodes[query.node if projected else key.source])
         if looks_ahead(given, nodes[query.activation], projected):
             raise MismatchError(RejectCode.POSITION_MIXING, "the query depends on how many tokens follow it")
+        require_same_far(given, flow, nodes_between(given, anchor.query, flow))
     order = side_by_side(key, heads)
     if order is not None and value.heads == heads:
         query, key, value = (chosen_heads(p, order) for p in (query, key, value))
@@ -247,6 +267,8 @@ def _describe(context: _Context, other: AttentionSite | None = None) -> Attentio
     )
     if not scores.mask.causal:
         site = _of_other_kind(context, site)
+    elif other is None:
+        check_own_mask(Scorer(context.evaluator, context.sizes, anchor, layouts, heads), flow)
     if site.key.norm is not None and site.key.offset is not None and (scores.softcap or scores.sinks is not None):
         raise MismatchError(RejectCode.NONLINEAR, "the key norm has a bias, and a soft-cap or sinks would see it")
     if site.value.norm is not None and site.value.offset is not None and scores.sinks is not None:
@@ -284,8 +306,8 @@ def _plain(context: _Context) -> PlainSite | None:
         return None
 
 
-def _describe_plain(context: _Context, scores: Scores | None = None) -> PlainSite:
-    """Describe a layer; ``scores`` are those of another of its kind, which are not probed again."""
+def _describe_plain(context: _Context, other: PlainSite | None = None) -> PlainSite:
+    """Describe a layer; the scores of another of its kind are not probed again, but for sinks, which are its own."""
     anchor, layouts, evaluator = context.anchor, context.layouts, context.evaluator
     shapes = {role: getattr(anchor, role).meta["val"].shape for role in ("query", "key", "value", "output")}
     heads, key_heads, value_heads = (
@@ -297,10 +319,18 @@ def _describe_plain(context: _Context, scores: Scores | None = None) -> PlainSit
     if key_heads != value_heads or heads % key_heads:
         raise MismatchError(RejectCode.GROUPING, f"{heads} query, {key_heads} key and {value_heads} value heads")
     dims = {role: int(shapes[role][getattr(layouts, role).axes.index("d")]) for role in ("query", "value")}
-    if scores is None:
+    if other is not None and other.scores.sinks is None:
+        scores = other.scores
+    else:
         scores = probe_scores(evaluator, context.flow, context.sizes, anchor, layouts, heads=heads, dim=dims["query"])
         if not scores.mask.causal:
             raise MismatchError(RejectCode.MASK, "attention is not causal")
+        check_own_mask(Scorer(evaluator, context.sizes, anchor, layouts, heads), context.flow)
+        for role in ("query", "key", "value"):
+            node = getattr(anchor, role)
+            operand = Operand(evaluator, context.sizes_of(role), role, node, node, getattr(layouts, role))
+            made = context.flow.behind(node, lambda n: context.flow.projection(n) is not None)
+            require_same_far(operand, context.flow, made)
         probe_probabilities(evaluator, context.sizes, anchor, layouts)
     repeats = math.gcd(*(_repeats(context, role, heads) for role in ("key", "value"))) if key_heads == heads else 1
     axes = (layouts.query.axes, layouts.key.axes, layouts.value.axes, layouts.output.axes)

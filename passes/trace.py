@@ -51,6 +51,9 @@ _PRODUCTS = frozenset(
     }
 )
 
+_MATRICES = frozenset({_aten.matmul.default, _aten.mm.default})
+"""Products of which either factor may be a weight."""
+
 
 SHAPE_ONLY = frozenset(
     {
@@ -84,12 +87,16 @@ def upstream(
 
 @dataclass(frozen=True)
 class ProjectionNode:
-    """A product of one activation with one weight expression: ``node = source @ weight (+ bias)``."""
+    """A product of one activation with one weight expression: ``node = source @ weight (+ bias)``.
+
+    Where ``left``, the weight stands on the left: ``node = weight @ source^T``, with channels before positions.
+    """
 
     node: Node
     source: Node
     weight: Node
     bias: Node | None
+    left: bool = False
 
 
 @dataclass(frozen=True)
@@ -170,8 +177,10 @@ class DataFlow:
                 shape_only = node.target in SHAPE_ONLY
                 if (not shape_only and any(i in self.hidden for i in inputs)) or (
                     node.target is _aten.embedding.default
-                    and node.args[0] in self.weighted
-                    and node.args[1] in user_dependent
+                    and (
+                        (node.args[0] in self.weighted and node.args[1] in user_dependent)
+                        or (node.args[0] in self.static and _given(node.args[1]).name in tokens)  # a fixed table
+                    )
                 ):
                     self.hidden.add(node)
                 if inputs and all(i in self.static for i in inputs):
@@ -207,6 +216,10 @@ class DataFlow:
         weights = [o for o in operands if o in self.static and o in self.weighted]
         if len(hidden) != 1 or len(weights) != 1:
             return None
+        if node.target in _MATRICES and node.args[0] is weights[0]:
+            upright = _transposed(hidden[0])
+            # A weight on the left of an activation that is not turned mixes positions.
+            return None if upright is None else ProjectionNode(node, upright, weights[0], None, left=True)
         return ProjectionNode(node, hidden[0], weights[0], bias)
 
     def parameter_name(self, node: Node) -> str:
@@ -217,6 +230,25 @@ class DataFlow:
                 return f"<{node.name}>"
             node = inputs[0]
         return self.parameters[node]
+
+
+def _given(ids: Any) -> Node:  # noqa: ANN401 - an operator's argument, which is a node
+    """What ids are in another type, or a copy."""
+    while ids.target in (_aten._to_copy.default, _aten.clone.default, _aten.alias.default):
+        ids = ids.args[0]
+    return ids  # type: ignore[no-any-return]
+
+
+def _transposed(node: Node) -> Node | None:
+    """What a node is with its last two axes exchanged, if it is made so."""
+    arguments: Any = node.args
+    last = node.meta["val"].dim() if node.op == "call_function" else 0
+    if node.target is _aten.transpose.int and {a % last for a in arguments[1:]} == {last - 2, last - 1}:
+        return arguments[0]  # type: ignore[no-any-return]
+    order = [*range(last - 2), last - 1, last - 2]
+    if node.target is _aten.permute.default and [a % last for a in arguments[1]] == order:
+        return arguments[0]  # type: ignore[no-any-return]
+    return None
 
 
 def _operands(node: Node) -> tuple[list[Node], Node | None]:
@@ -232,13 +264,18 @@ def _operands(node: Node) -> tuple[list[Node], Node | None]:
 
 
 def find_anchors(flow: DataFlow, program: AnyProgram) -> list[Anchor | tuple[Node, MismatchError]]:
-    """List every anchor in graph order, and the softmaxes over attention-like scores that are not one.
+    """List every anchor in graph order, and what looks like attention and is none: softmaxes, and scores without one.
 
     A softmax that is not over positions (a router, a classifier) is not attention and is not listed.
     """
     found: list[Anchor | tuple[Node, MismatchError]] = []
     for node in program.exported.graph.nodes:
         if node.op != "call_function" or node not in flow.hidden:
+            continue
+        try:
+            _require_softmax(flow, node)
+        except MismatchError as mismatch:
+            found.append((node, mismatch))
             continue
         if node.target is _SDPA:
             operands: Any = node.args
@@ -264,18 +301,45 @@ def _is_product(node: Node) -> bool:
     return node.op == "call_function" and node.target in _PRODUCTS
 
 
+def _multiplies(flow: DataFlow, node: Node) -> bool:
+    """Whether a node is a product of two activations."""
+    return _is_product(node) and all(o in flow.hidden for o in _operands(node)[0])
+
+
+def _require_softmax(flow: DataFlow, node: Node) -> None:
+    """Refuse a product of two activations with one number per pair of positions that no softmax reads.
+
+    Raises:
+        MismatchError: None reads it before it is multiplied with another activation.
+    """
+    if not _multiplies(flow, node) or any(isinstance(d, int) for d in node.meta["val"].shape[-2:]):
+        return
+    seen, stack = {node}, [node]
+    while stack:
+        for user in stack.pop().users:
+            if user.target in _SOFTMAX:
+                return
+            if user not in seen and not _multiplies(flow, user):
+                seen.add(user)
+                stack.append(user)
+    raise MismatchError(
+        RejectCode.ANCHOR,
+        f"the scores '{node.name}' reach no softmax operator: weights made in any other way are not read",
+    )
+
+
 def _multiplies_activations(flow: DataFlow, softmax: Node) -> bool:
     """Whether the nearest products behind a softmax include one of two activations."""
     entry: Any = softmax.args[0]
     behind = flow.behind(entry, _is_product)
-    return any(_is_product(n) and all(o in flow.hidden for o in _operands(n)[0]) for n in behind)
+    return any(_multiplies(flow, n) for n in behind)
 
 
 def _anchor_of_softmax(flow: DataFlow, softmax: Node) -> Anchor:
     arguments: Any = softmax.args
     behind = flow.behind(arguments[0], _is_product)
     products = [n for n in behind if _is_product(n)]
-    bilinear = [n for n in products if all(o in flow.hidden for o in _operands(n)[0])]
+    bilinear = [n for n in products if _multiplies(flow, n)]
     if len(bilinear) != 1 or len(products) != 1:
         raise MismatchError(
             RejectCode.ANCHOR, f"softmax '{softmax.name}' is fed by {len(products)} products instead of one q.k product"

@@ -95,9 +95,10 @@ def _affine(evaluator: GraphEvaluator, projection: Projection) -> tuple[Tensor, 
     if node.target is _aten.einsum.default:
         matrix = _einsum_matrix(evaluator, projection)
     else:
-        place = 2 if node.target is _aten.addmm.default else 1
+        left = node.target in (_aten.matmul.default, _aten.mm.default) and arguments[0].name != projection.source
+        place = 0 if left else 2 if node.target is _aten.addmm.default else 1
         (weight,) = evaluator.run([arguments[place]], {}, {})
-        matrix = weight if node.target is _aten.linear.default else weight.transpose(-1, -2)
+        matrix = weight if left or node.target is _aten.linear.default else weight.transpose(-1, -2)
     if projection.bias is None:
         return matrix, matrix.new_zeros(len(matrix))
     (bias,) = evaluator.run([arguments[2] if node.target is _aten.linear.default else arguments[0]], {}, {})

@@ -20,7 +20,7 @@ def rotate_and_append(
 ) -> tuple[Tensor, Tensor]:
     """Rotate the rotating channels of queries and new rope keys, and append the new rows to the cache.
 
-    Shapes are those of :func:`latent_attention`; ``rank`` is ``r``.
+    Shapes are those of :func:`mla_compile.runtime.ops.latent_attention`; ``rank`` is ``r``.
     """
     groups, half = cos.shape[2:]
 

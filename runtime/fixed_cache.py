@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mla_compile.errors import UsageError
-from mla_compile.runtime.generate import Ids, Sampling, generate
+from mla_compile.runtime.generate import Ids, Sampling, check_step, generate
 
 __all__ = ["FixedCacheDecoder", "Limits"]
 
@@ -22,7 +22,7 @@ class Limits:
 
     Attributes:
         room: Rows that a cache has room for.
-        batch: Sequences at most; None for any number.
+        batch: Largest batch; None for any number.
         new: New tokens at most that run together; None for any number. More come one part after another.
     """
 
@@ -39,8 +39,11 @@ class FixedCacheDecoder(ABC):
         limits: What it takes.
         rows: Numbers one token takes in the cache, per layer.
         itemsize: Bytes of one of them.
-        vocabulary: How many token ids the model knows.
+        vocabulary: How many logits a token has.
         metadata: What the compiler stored with it.
+
+    Attributes:
+        known_tokens: How many token ids the model reads; by files that do not say, as many as it predicts.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class FixedCacheDecoder(ABC):
         self.rows = tuple(rows)
         self.vocabulary = vocabulary
         self.metadata = metadata
+        self.known_tokens = int(metadata.get("known_tokens") or vocabulary)
 
     @property
     def cache_bytes_per_token(self) -> int:
@@ -69,7 +73,7 @@ class FixedCacheDecoder(ABC):
         return batch * self.limits.room * self.cache_bytes_per_token
 
     def require_length(self, tokens: int) -> None:
-        """Refuse sequences of which so many tokens would be cached.
+        """Refuse sequences with this many cached tokens if that is too many.
 
         Raises:
             UsageError: There is no room for them.
@@ -109,9 +113,10 @@ class FixedCacheDecoder(ABC):
         """Run new tokens; see :class:`~mla_compile.runtime.generate.Decoder`. The cache is written in place.
 
         Raises:
-            UsageError: There are more sequences or tokens than the caches have room for, a token is unknown, or padding
-                stands behind real tokens.
+            UsageError: There are more sequences or tokens than the caches have room for, there are none, sizes do not
+                fit, a token is unknown, or padding stands behind real tokens.
         """
+        check_step(f"'{self._name}'", self.known_tokens, ids, attention_mask, position_ids)
         (batch, new), limits = ids.shape, self.limits
         real = attention_mask != 0
         if (real[:, :-1] & ~real[:, 1:]).any():
@@ -123,10 +128,6 @@ class FixedCacheDecoder(ABC):
             )
         counts = real.cumsum(1)[:, -new:]
         self.require_length(int(counts.max()))
-        if ids.min() < 0 or ids.max() >= self.vocabulary:
-            raise UsageError(
-                f"A token is none of the {self.vocabulary} that '{self._name}' knows.", "Use its own tokenizer."
-            )
         together = limits.new or new
         parts = []
         for begin in range(0, new, together):
@@ -137,7 +138,7 @@ class FixedCacheDecoder(ABC):
 
     def logits(self, ids: Ids) -> NDArray[Any]:
         """Logits ``[batch, length, vocabulary]`` of whole, unpadded sequences."""
-        positions = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
+        positions = np.tile(np.arange(ids.shape[1]), (len(ids), 1))
         return self.step(ids, np.ones_like(ids), positions, self.empty_cache(len(ids)))[0]
 
     def generate(

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from mla_compile.errors import UsageError, VerificationError
 
-__all__ = ["Decoder", "Sampling", "check_length", "generate"]
+__all__ = ["Decoder", "Sampling", "check_length", "check_step", "generate"]
 
 Ids = NDArray[np.int64]
 
@@ -19,8 +19,13 @@ Ids = NDArray[np.int64]
 class Decoder(Protocol):
     """A model with a cache, one step at a time."""
 
+    @property
+    def known_tokens(self) -> int:
+        """How many token ids it reads; where its head is wider, it predicts more."""
+        ...
+
     def empty_cache(self, batch: int, tokens: int) -> Any:  # noqa: ANN401 - each runtime has its own cache
-        """A cache of no tokens for ``batch`` sequences, each of which will have so many at most."""
+        """An empty cache for ``batch`` sequences of at most ``tokens`` tokens each."""
         ...
 
     def step(self, ids: Ids, attention_mask: Ids, position_ids: Ids, cache: Any) -> tuple[NDArray[Any], Any]:  # noqa: ANN401
@@ -41,12 +46,25 @@ class Sampling:
         top_k: Choose among the k most likely; 0 for all.
         top_p: Choose among the fewest tokens whose probabilities sum to at least p.
         seed: Seed of the random choices.
+
+    Raises:
+        UsageError: One of them is out of range, or not a number.
     """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0:  # true of NaN too
+            raise UsageError(f"The temperature is {self.temperature}.", "Give 0, or a larger number.")
+        if self.top_k < 0:
+            raise UsageError(f"top_k is {self.top_k}.", "Give 0 for all tokens, or how many to choose among.")
+        if not 0 <= self.top_p <= 1:
+            raise UsageError(f"top_p is {self.top_p}.", "Give a number from 0 to 1.")
+        if self.seed < 0:
+            raise UsageError(f"The seed is {self.seed}.", "Give 0, or a larger number.")
 
 
 def generate(
@@ -62,10 +80,13 @@ def generate(
 ) -> list[list[int]]:
     """Continue prompts of any lengths together.
 
+    A token that the model predicts but does not read, as of a head that is wider than its table, is never chosen,
+    unless it ends the sequence.
+
     Args:
         decoder: The model.
         prompts: Token ids per sequence, at least one each; shorter ones are padded on the left.
-        max_new_tokens: Tokens to add per sequence, at most.
+        max_new_tokens: Most tokens to generate per sequence.
         attention_mask: ``[batch, length]`` where prompts are an array that is padded already, on whichever side:
             non-zero for real tokens.
         sampling: How tokens are chosen; greedily by default.
@@ -98,7 +119,7 @@ def generate(
     running = [True] * len(prompts)
     for _ in range(max_new_tokens):
         logits, cache = decoder.step(ids, mask, positions, cache)
-        chosen = _choose(logits[:, -1], sampling, random)
+        chosen = _choose(_readable(logits[:, -1], decoder.known_tokens, stop), sampling, random)
         emitted: list[int | None] = [None] * len(prompts)
         for row, token in enumerate(chosen.tolist()):
             running[row] = running[row] and token not in stop
@@ -110,14 +131,14 @@ def generate(
             on_tokens(emitted)
         if not any(running):
             break
-        ids = chosen[:, None]
+        ids = np.where(chosen < decoder.known_tokens, chosen, 0)[:, None]  # others have ended their sequences
         mask = np.concatenate([mask, np.ones((len(prompts), 1), dtype=np.int64)], 1)
         positions = positions[:, -1:] + 1
     return results
 
 
 def check_length(tokens: int, most: int | None) -> None:
-    """Refuse sequences of which so many tokens would be cached.
+    """Refuse sequences with this many cached tokens if that is too many.
 
     Args:
         tokens: Tokens of a sequence, prompt and continuation.
@@ -132,6 +153,47 @@ def check_length(tokens: int, most: int | None) -> None:
             f"{most}.",
             "Raise --max-length, or ask for fewer tokens.",
         )
+
+
+def check_step(name: str, known: int, ids: Ids, attention_mask: Ids, position_ids: Ids) -> None:
+    """Refuse a step that a runtime would not: it reads before a table, and stretches one row over all sequences.
+
+    Args:
+        name: What runs it.
+        known: How many token ids that reads.
+        ids: ``[batch, new]``.
+        attention_mask: ``[batch, past + new]``.
+        position_ids: ``[batch, new]``.
+
+    Raises:
+        UsageError: There are no new tokens, sizes do not fit, or a token is unknown.
+    """
+    if ids.ndim != 2 or not ids.size:
+        raise UsageError(
+            f"Ids of shape {list(ids.shape)} hold no new tokens for {name}.",
+            "Give ids [sequences, tokens], at least one of each.",
+        )
+    batch, new = ids.shape
+    fits = attention_mask.ndim == 2 and len(attention_mask) == batch and attention_mask.shape[1] >= new
+    if not fits or position_ids.shape != ids.shape:
+        raise UsageError(
+            f"For {name} there are {batch} sequences of {new} new tokens with a mask of shape "
+            f"{list(attention_mask.shape)} and positions of shape {list(position_ids.shape)}.",
+            "Give a mask [sequences, earlier and new tokens] and positions [sequences, new tokens].",
+        )
+    unknown = ids[(ids < 0) | (ids >= known)]
+    if unknown.size:
+        raise UsageError(f"Token {unknown[0]} is none of the {known} that {name} knows.", "Use its own tokenizer.")
+
+
+def _readable(logits: NDArray[Any], known: int, stop: Sequence[int]) -> NDArray[Any]:
+    """Logits ``[batch, vocabulary]`` without the tokens that could not be read in the next step."""
+    width = logits.shape[-1]
+    if known >= width:
+        return logits
+    kept = np.arange(width) < known
+    kept[[token for token in stop if known <= token < width]] = True
+    return np.where(kept, logits, -np.inf)
 
 
 def _choose(logits: NDArray[Any], sampling: Sampling, random: np.random.Generator) -> Ids:

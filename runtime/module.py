@@ -116,6 +116,19 @@ class LatentModel(nn.Module):
         self.rows = tuple(rows)
         self.windows = tuple(windows) if windows is not None else cache_windows(graph)
 
+    @property
+    def vocabulary(self) -> int:
+        """How many logits a token has, by the graph."""
+        graph = self.graph.graph
+        assert isinstance(graph, fx.Graph)
+        logits = cast(Any, graph.output_node().args[0])[0]
+        return int(logits.meta["val"].shape[-1])
+
+    @property
+    def known_tokens(self) -> int:
+        """How many token ids it reads, as :func:`known_tokens` finds them; all that it predicts where none is found."""
+        return known_tokens(self.graph) or self.vocabulary
+
     def forward(
         self,
         input_ids: Tensor,
@@ -138,10 +151,13 @@ class LatentModel(nn.Module):
             Logits of the new tokens and the grown cache.
 
         Raises:
-            ValueError: No mask is given, and the cache, full to its windows, does not tell how many tokens there were;
-                or earlier padding stands behind real tokens, where it takes up room in a window's cache.
+            ValueError: There are no new tokens or cached ones of other sizes, no mask is given, and the cache, full to
+                its windows, does not tell how many tokens there were; or earlier padding stands behind real tokens,
+                where it takes up room in a window's cache.
         """
         batch, new = input_ids.shape
+        if new == 0:
+            raise ValueError(f"There are no new tokens in input_ids {list(input_ids.shape)}. Pass at least one.")
         if attention_mask is None:
             seen = self._tokens(past) if past is not None else 0
             attention_mask = torch.ones(batch, seen + new, dtype=torch.long, device=input_ids.device)
@@ -157,7 +173,7 @@ class LatentModel(nn.Module):
         return LatentOutput(logits, tuple(present))
 
     def cached_elements(self, tokens: int) -> int:
-        """Numbers the cache keeps of one sequence of so many tokens."""
+        """Numbers that the cache keeps for one sequence of this many tokens."""
         return sum(row * kept_rows(tokens, window) for row, window in zip(self.rows, self.windows, strict=True))
 
     def _tokens(self, past: Sequence[Tensor]) -> int:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
+from itertools import count, takewhile
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,6 +25,7 @@ __all__ = [
     "GrowingCache",
     "OnnxCache",
     "StaticCache",
+    "cached_layers",
 ]
 
 PAST, PRESENT = "past_key_values.{}.latent", "present.{}.latent"
@@ -49,6 +51,9 @@ _BFLOAT16 = 16
 """ONNX's number of the type."""
 _BLOCK = 128
 """Rows by which the part of a static cache that is shown to the model grows: it attends to all it is shown."""
+
+
+_SAME_CACHE = "Give a mask over all tokens so far, and the cache that the last step returned."
 
 
 @dataclass(frozen=True)
@@ -122,11 +127,11 @@ class OnnxCache(Protocol):
         """Bytes it holds, from its memory."""
         ...
 
-    def extended(self, past: int, new: int) -> OnnxCache:
-        """The same before a step of so many new tokens after so many earlier ones.
+    def extended(self, batch: int, past: int, new: int) -> OnnxCache:
+        """The same before a step of so many sequences, each of so many new tokens after so many earlier ones.
 
         Raises:
-            UsageError: There is no room for them, or the cache is not of so many tokens.
+            UsageError: There is no room for them, or the cache is not of so many sequences or tokens.
         """
         ...
 
@@ -167,8 +172,16 @@ class GrowingCache:
         """See :class:`OnnxCache`."""
         return sum(value.tensor_size_in_bytes() for value in self.values)
 
-    def extended(self, past: int, new: int) -> GrowingCache:
-        """See :class:`OnnxCache`; ONNX Runtime itself compares the sizes."""
+    def extended(self, batch: int, past: int, new: int) -> GrowingCache:
+        """See :class:`OnnxCache`; ONNX Runtime itself would stretch what is of one token or sequence over all."""
+        for layer, value in zip(self.layers, self.values, strict=True):
+            shape, expected = value.shape(), layer.shape(batch, layer.rows(past))
+            if tuple(shape) != expected:
+                raise UsageError(
+                    f"The mask is of {batch} sequences of {past} earlier tokens, of which a cache has shape "
+                    f"{list(expected)}, but '{layer.past}' has {shape}.",
+                    _SAME_CACHE,
+                )
         return self
 
     def bind(self, binding: Any) -> None:  # noqa: ANN401
@@ -202,11 +215,23 @@ class _Memory:
     numbers: NDArray[Any] | None
 
 
+@dataclass
+class _Layout:
+    """How rows lie in memory that several caches share; it changes with the memory, whoever of them moves rows.
+
+    Attributes:
+        shown: Tokens of each sequence that the model is shown the room of.
+    """
+
+    shown: int
+
+
 @dataclass(frozen=True)
 class StaticCache:
     """A cache that is written in place: one allocation per layer, which is the input and the output of every step.
 
-    A step spends the cache it is given: what was written is seen through both, and only the new one knows of it.
+    A step spends the cache it is given: what was written is seen through both, and only the new one knows of it. A step
+    that fails spends nothing, unless it came as far as to write over a window's oldest row.
 
     Of the memory the model is shown the rows of every sequence up to the next multiple of 128, since it attends to all
     it is shown. When they are more, those of later sequences and heads move up; a device of its own, where that
@@ -215,20 +240,20 @@ class StaticCache:
     Attributes:
         layers: What the file says of them.
         memory: Theirs.
+        layout: How rows lie in it.
         batch: Sequences.
         capacity: Tokens of each that there is room for.
         device: Where the memory is.
         tokens: Tokens of each so far.
-        shown: Tokens of each that the model is shown the room of.
     """
 
     layers: tuple[CacheLayer, ...]
     memory: tuple[_Memory, ...]
+    layout: _Layout
     batch: int
     capacity: int
     device: str
     tokens: int
-    shown: int
 
     @classmethod
     def empty(
@@ -259,37 +284,40 @@ class StaticCache:
                 f"There is no memory for the cache of {batch} sequences of {capacity} tokens.",
                 "Give a smaller --max-length or fewer prompts.",
             ) from error
-        shown = 0 if device == "cpu" else capacity
-        return cls(tuple(layers), memory, batch, capacity, device, 0, shown)
+        layout = _Layout(0 if device == "cpu" else capacity)
+        return cls(tuple(layers), memory, layout, batch, capacity, device, 0)
 
     @property
     def nbytes(self) -> int:
         """See :class:`OnnxCache`: all the memory, used or not."""
         return self.batch * sum(layer.rows(self.capacity) * layer.row_bytes for layer in self.layers)
 
-    def extended(self, past: int, new: int) -> StaticCache:
+    def extended(self, batch: int, past: int, new: int) -> StaticCache:
         """See :class:`OnnxCache`."""
         total = past + new
+        if batch != self.batch:
+            raise UsageError(f"The cache is of {self.batch} sequences, and these are {batch}.", _SAME_CACHE)
         if past != self.tokens:
             raise UsageError(
                 f"The mask is of {past} earlier tokens, but the cache of {self.tokens}.",
-                "Give a mask over all tokens so far, and the cache that the last step returned.",
+                _SAME_CACHE,
             )
         if total > self.capacity:
             raise UsageError(
                 f"The cache has room for {self.capacity} tokens, and these are {total}.", "Raise --max-length."
             )
-        shown = max(self.shown, min(self.capacity, -(-total // _BLOCK) * _BLOCK))
+        before = self.layout.shown
+        self.layout.shown = max(before, min(self.capacity, -(-total // _BLOCK) * _BLOCK))
         for layer, memory in zip(self.layers, self.memory, strict=True):
             if memory.numbers is not None:
                 blocks = self.batch * (layer.heads or 1)
-                _spread(memory.numbers, layer, blocks, (layer.rows(self.shown), layer.rows(shown)))
-        return replace(self, tokens=total, shown=shown)
+                _spread(memory.numbers, layer, blocks, (layer.rows(before), layer.rows(self.layout.shown)))
+        return replace(self, tokens=total)
 
     def bind(self, binding: Any) -> None:  # noqa: ANN401
         """See :class:`OnnxCache`."""
         for layer, memory in zip(self.layers, self.memory, strict=True):
-            shape = layer.shape(self.batch, layer.rows(self.shown))
+            shape = layer.shape(self.batch, layer.rows(self.layout.shown))
             for bind, name in ((binding.bind_input, layer.past), (binding.bind_output, layer.present)):
                 bind(name, self.device, 0, layer.element, shape, memory.pointer)
 
@@ -298,11 +326,11 @@ class StaticCache:
         memory = []
         for layer, one in zip(self.layers, self.memory, strict=True):
             assert one.numbers is not None
-            shown = one.numbers[: (layer.heads or 1) * layer.rows(self.shown) * layer.row]
+            shown = one.numbers[: (layer.heads or 1) * layer.rows(self.layout.shown) * layer.row]
             numbers: NDArray[Any] = np.zeros(times * len(one.numbers), layer.dtype)
             numbers[: times * len(shown)] = np.tile(shown, times)
             memory.append(_Memory(numbers, numbers.ctypes.data, numbers))
-        return replace(self, memory=tuple(memory), batch=times)
+        return replace(self, memory=tuple(memory), layout=replace(self.layout), batch=times)
 
     def after(self, presents: Sequence[Any]) -> StaticCache:
         """See :class:`OnnxCache`: the outputs are its own memory."""
@@ -316,3 +344,8 @@ def _spread(numbers: NDArray[Any], layer: CacheLayer, blocks: int, rows: tuple[i
         return
     for place in range(blocks - 1, 0, -1):
         numbers[place * after : place * after + before] = numbers[place * before : (place + 1) * before]
+
+
+def cached_layers(inputs: Container[str]) -> int:
+    """How many layers a file has whose caches are one tensor each, by the names of its inputs."""
+    return sum(1 for _ in takewhile(lambda layer: PAST.format(layer) in inputs, count()))

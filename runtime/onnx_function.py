@@ -35,7 +35,7 @@ from mla_compile.runtime.onnx_quantised import dequantised, quantised_append, wi
 from mla_compile.runtime.onnx_queries import SIZES, TURNED_KEYS, TURNED_QUERIES
 from mla_compile.runtime.onnx_rows import rows_and_masks
 from mla_compile.runtime.onnx_unfolded import MANY_QUERIES, unfolded_attention
-from mla_compile.runtime.onnx_variant import CACHED, DOMAIN, LATENT, PLAIN, VERSION, Variant
+from mla_compile.runtime.onnx_variant import CACHED, DOMAIN, FUSED_DOMAIN, LATENT, PLAIN, VERSION, Variant
 
 __all__ = [
     "CACHED",
@@ -49,7 +49,6 @@ __all__ = [
     "has_fused_form",
 ]
 
-FUSED_DOMAIN = "mla_compile.cpu"
 FUSED = {
     "float32": "FoldedAttention",
     "float16": "FoldedAttentionOfHalves",

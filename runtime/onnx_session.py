@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mla_compile.errors import LoadError, MlaCompileError, UsageError, first_line
-from mla_compile.runtime.generate import Ids, Sampling, check_length, generate
+from mla_compile.runtime.generate import Ids, Sampling, check_length, check_step, generate
 from mla_compile.runtime.onnx_cache import (
     KEY_VALUE,
     PAST,
@@ -22,6 +23,7 @@ from mla_compile.runtime.onnx_cache import (
     OnnxCache,
     StaticCache,
 )
+from mla_compile.runtime.onnx_variant import FUSED_DOMAIN
 
 __all__ = ["KERNELS", "PROVIDERS", "OnnxDecoder", "open_session"]
 
@@ -48,7 +50,7 @@ def open_session(
         providers: Execution providers in order of preference; the CPU by default.
         threads: Threads per operator; ONNX Runtime's choice by default.
         kernel: One of :data:`KERNELS`.
-        in_turns: Whether its threads rest between runs, for other sessions run then; they wait busily by default.
+        in_turns: Whether its threads sleep between runs, because other sessions run then; by default they spin.
 
     Returns:
         The session, and whether it uses the fused kernel.
@@ -76,6 +78,7 @@ def open_session(
         options.intra_op_num_threads = threads
     if in_turns:
         options.add_session_config_entry("session.force_spinning_stop", "1")
+    fused = None
     try:
         fused = _fused(Path(path), wanted, kernel, options)
         session = onnxruntime.InferenceSession(fused or str(path), options, wanted)
@@ -98,6 +101,11 @@ def open_session(
                 f"'{path}' was made with --target cuda, and ONNX Runtime's {wanted[0]} has no kernel for it.",
                 "Run it with --provider cuda, or convert the model without --target cuda.",
             ) from error
+        if fused is None and FUSED_DOMAIN in str(error):
+            raise UsageError(
+                f"'{path}' was written by mla-compile fuse, and runs with the library of the fused kernel only.",
+                "Run it on the CPU with --kernel auto or fused, which needs a C++ compiler.",
+            ) from error
         raise LoadError(f"ONNX Runtime cannot load '{path}' ({reason}).", "Convert the model again.") from error
     _require_providers(wanted, session.get_providers(), "cannot start the")
     return session, fused is not None
@@ -109,7 +117,7 @@ def _fused(path: Path, providers: Sequence[str], kernel: str, options: Any) -> b
         raise UsageError(f"There is no kernel '{kernel}'.", f"Choose one of {', '.join(KERNELS)}.")
     if kernel == "standard":
         return None
-    from mla_compile.runtime.cpu.fused import fused_model
+    from mla_compile.runtime.cpu.fused import fused_model, obstacle
     from mla_compile.runtime.cpu.library import compiler, library
 
     on_cpu = list(providers) == [PROVIDERS["cpu"]]
@@ -121,8 +129,8 @@ def _fused(path: Path, providers: Sequence[str], kernel: str, options: Any) -> b
             return None
         if model is None:
             raise UsageError(
-                f"'{path}' has no attention that the fused kernel computes: it is for caches of float32, float16 and "
-                "int8 on the CPU, in files written without --inline.",
+                f"'{path}' has no attention that the fused kernel computes: "
+                f"{obstacle(path) if on_cpu else 'it is for the CPU'}.",
                 "Run it with --kernel standard.",
             )
         _register(options, library())
@@ -145,7 +153,7 @@ def _register(options: Any, library: Path) -> None:  # noqa: ANN401
     except Exception as error:
         raise UsageError(
             f"'{library}', the library of the fused kernel, cannot be loaded ({first_line(error)}).",
-            "Remove it, so that it is compiled again, or go on without: --kernel standard.",
+            "Remove it, so that it is compiled again, or run files without it: --kernel standard.",
         ) from error
 
 
@@ -183,7 +191,8 @@ class OnnxDecoder:
         halves: Whether the cache of a layer is two tensors with a dimension of heads.
         static: Whether the cache is one allocation, written in place.
         fused: Whether the fused kernel computes attention.
-        vocabulary: How many token ids the model knows.
+        vocabulary: How many logits a token has.
+        known_tokens: How many token ids the model reads; by files that do not say, as many as it predicts.
 
     Raises:
         LoadError: The file is missing, damaged, or was not made by this compiler.
@@ -238,6 +247,7 @@ class OnnxDecoder:
         self._device = "cuda" if self._session.get_providers()[0] == PROVIDERS["cuda"] else "cpu"
         self._max_length = max_length
         self.vocabulary = int(self._session.get_outputs()[0].shape[-1])
+        self.known_tokens = int(self.metadata.get("known_tokens") or self.vocabulary)
 
     @property
     def cache_bytes_per_token(self) -> int:
@@ -249,7 +259,7 @@ class OnnxDecoder:
         return batch * sum(layer.row_bytes * layer.rows(tokens) for layer in self._layers)
 
     def require_length(self, tokens: int) -> None:
-        """Refuse sequences of which so many tokens would be cached.
+        """Refuse sequences with this many cached tokens if that is too many.
 
         Raises:
             UsageError: These are more than ``max_length``.
@@ -261,8 +271,8 @@ class OnnxDecoder:
 
         Args:
             batch: Sequences.
-            tokens: How many there will be of each at most; ``max_length`` by default, else the model's limit or 2048,
-                whichever is less. A cache that grows goes on behind it.
+            tokens: Most tokens that each will have; ``max_length`` by default, else the model's limit or 2048,
+                whichever is less. A growing cache may exceed it.
 
         Raises:
             UsageError: These are more than ``max_length``, or more than there is memory for.
@@ -278,7 +288,7 @@ class OnnxDecoder:
     def step(
         self, ids: Ids, attention_mask: Ids, position_ids: Ids, cache: OnnxCache
     ) -> tuple[NDArray[Any], OnnxCache]:
-        """Run new tokens; the cache is bound as it lies, not copied through numpy.
+        """Run new tokens; the cache is bound in place, not copied through numpy.
 
         Args:
             ids: ``[batch, new]``.
@@ -290,14 +300,15 @@ class OnnxDecoder:
             Logits ``[batch, new, vocabulary]`` and the cache with the new rows; a static one that went in is spent.
 
         Raises:
-            UsageError: The model cannot run these tokens, the cache has no room for them, or earlier padding stands
-                behind real tokens, where it takes up room in a window's cache.
+            UsageError: The model cannot run these tokens, sizes do not fit, the cache has no room for them, or earlier
+                padding stands behind real tokens, where it takes up room in a window's cache.
         """
         binding, cache = self._bound(ids, attention_mask, position_ids, cache)
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:
-            reason = str(error).strip().partition("\n")[0].rpartition("Status Message: ")[2][:200]
+            reason = str(error).strip().partition("\n")[0].rpartition("Status Message: ")[2]
+            reason = re.sub(r"^/\S+:\d+ ", "", reason)[:200]  # without a place in ONNX Runtime's sources
             new = ids.shape[1]
             raise UsageError(
                 f"'{self._path}' cannot run {new} tokens after {attention_mask.shape[1] - new} ({reason}).",
@@ -309,7 +320,8 @@ class OnnxDecoder:
     def repeatable(self, ids: Ids, attention_mask: Ids, position_ids: Ids, cache: OnnxCache) -> Callable[[], None]:
         """A step that runs as often as it is called, always after the same tokens, and returns nothing: to time it.
 
-        Arguments and errors are those of :meth:`step`; a static cache keeps the tokens it has.
+        Arguments and errors are those of :meth:`step`; a static cache keeps the tokens it has, except the oldest row of
+        a full window, whose place the new one takes.
         """
         binding, bound = self._bound(ids, attention_mask, position_ids, cache)
 
@@ -321,14 +333,15 @@ class OnnxDecoder:
 
     def _bound(self, ids: Ids, attention_mask: Ids, position_ids: Ids, cache: OnnxCache) -> tuple[Any, OnnxCache]:
         """A step's inputs and outputs, and the cache it writes to."""
+        check_step(f"'{self._path}'", self.known_tokens, ids, attention_mask, position_ids)
         earlier = attention_mask[:, : -ids.shape[1]] != 0
         if any(layer.window for layer in self._layers) and (earlier[:, :-1] & ~earlier[:, 1:]).any():
             raise UsageError(
                 f"'{self._path}' has sliding windows, and padding stands behind earlier tokens.",
                 "Pad prompts on the left.",
             )
-        new, total = ids.shape[1], attention_mask.shape[1]
-        cache = cache.extended(total - new, new)
+        (batch, new), total = ids.shape, attention_mask.shape[1]
+        cache = cache.extended(batch, total - new, new)
         binding = self._session.io_binding()
         given = {"input_ids": ids, "attention_mask": attention_mask, "position_ids": position_ids}
         for name, value in given.items():
@@ -366,5 +379,5 @@ class OnnxDecoder:
 
     @staticmethod
     def measured_bytes(cache: OnnxCache) -> int:
-        """Bytes a cache really holds, from its memory; all of it, if it is static."""
+        """Bytes that a cache actually holds, from its memory; all of it, if it is static."""
         return cache.nbytes

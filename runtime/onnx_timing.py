@@ -86,7 +86,7 @@ def main() -> None:
     before, begin = peak_bytes(), time.perf_counter()
     decoder = OnnxDecoder(given.file, threads=given.threads, kernel=given.kernel)
     loaded = time.perf_counter() - begin
-    ids = random_ids(decoder.vocabulary, given.context)
+    ids = random_ids(decoder.known_tokens, given.context)
     cache, _ = filled(decoder, ids[:, :-1], given.context, time.perf_counter)
     if given.batch > 1:
         cache = cache.repeated(given.batch)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-__all__ = ["CACHED", "DOMAIN", "LATENT", "PLAIN", "VERSION", "Variant"]
+__all__ = ["CACHED", "DOMAIN", "FUSED_DOMAIN", "LATENT", "PLAIN", "VERSION", "Variant"]
 
-DOMAIN = "mla_compile"
+DOMAIN, FUSED_DOMAIN = "mla_compile", "mla_compile.cpu"
+"""Of our nodes, and of the operators of :mod:`mla_compile.runtime.cpu`, which are in a library."""
 LATENT = "LatentAttention"
 CACHED = "CachedAttention"
 VERSION = 1

@@ -297,6 +297,12 @@ def _check_arguments(
         raise ValueError(
             f"A new row has {row.shape[2]} numbers, but a cached one {past.shape[2]}. Pass rows of one width."
         )
+    batches = {len(x) for x in (query, row, past, attention_mask)}
+    if len(batches) > 1:
+        raise ValueError(
+            f"There are {len(query)} sequences of queries, {len(row)} of new rows, {len(past)} of cached ones, and "
+            f"{len(attention_mask)} in attention_mask. Pass as many of each."
+        )
     earlier = attention_mask.shape[1] - row.shape[1]
     if earlier < 0 or past.shape[1] != kept_rows(earlier, window):
         raise ValueError(

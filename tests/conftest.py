@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import models
@@ -17,6 +20,7 @@ from torch import nn
 from mla_compile.passes.recognise import Recognition, recognise
 from mla_compile.program import Program
 from mla_compile.site import AttentionSite
+from mla_compile.sources import frontend
 from mla_compile.sources.capture import capture
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -42,6 +46,7 @@ class Captured:
     def sites(self) -> tuple[AttentionSite, ...]:
         """The attention layers of a model that must convert."""
         assert not self.recognition.rejections
+        assert self.recognition.sites
         return self.recognition.sites
 
 
@@ -64,6 +69,23 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Statistics are kept away from the user's own, in subprocesses too."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLA_COMPILE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def read_once() -> Iterator[None]:
+    """Every model is read once for all commands of a module that are given it with the same options."""
+    read, signature = functools.cache(frontend.load_any), inspect.signature(frontend.load_any)
+
+    @functools.wraps(frontend.load_any)
+    def load_any(*positional: Any, **named: Any) -> frontend.AnyProgram:
+        given = signature.bind(*positional, **named)
+        given.apply_defaults()
+        given.arguments["source"] = str(given.arguments["source"])
+        return read(*given.args, **given.kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(frontend, "load_any", load_any)
         yield
 
 

@@ -21,8 +21,9 @@ from mla_compile.evaluation.bench import bench
 from mla_compile.evaluation.benchmark import Spread, Step, Workload, slower
 from mla_compile.evaluation.turns import spread, turns
 from mla_compile.passes.lower_onnx import lower_to_onnx
-from mla_compile.passes.lower_original import original_to_onnx, with_plain_caches, write_original
+from mla_compile.passes.lower_original import original_to_onnx, write_original
 from mla_compile.passes.original_attention import OriginalForm, form_problem
+from mla_compile.passes.plain_caches import with_plain_caches
 from mla_compile.passes.recognise import recognise
 from mla_compile.runtime.cpu.library import compiler
 from mla_compile.runtime.onnx_function import Variant
@@ -162,7 +163,10 @@ def test_the_first_run_of_a_prompt_is_not_counted(monkeypatch):
         return decoder, 100.0 if runs.count(decoder) == 1 else decoder.seconds
 
     monkeypatch.setattr(module, "filled", filled)
-    opened = {"one": SimpleNamespace(vocabulary=9, seconds=2.0), "other": SimpleNamespace(vocabulary=9, seconds=1.0)}
+    opened = {
+        "one": SimpleNamespace(known_tokens=9, seconds=2.0),
+        "other": SimpleNamespace(known_tokens=9, seconds=1.0),
+    }
     caches, found = module._prompts(opened, ("one",), 5, 1)
     assert caches == opened
     assert [(p.file, p.seconds, p.speedup.median) for p in found] == [("one", 2.0, 1.0), ("other", 1.0, 2.0)]

@@ -95,7 +95,7 @@ REFUSED = [
     ({"exact": True, "polish_steps": 1}, "polish_steps", "nothing to polish"),
     ({"seq_len": 1}, "seq_len=1", "greater than or equal to 2"),
     ({"seed": -1}, "seed=-1", "greater than or equal to 0"),
-    ({"cash_ratio": 0.5}, "cash_ratio", "not"),
+    ({"cash_ratio": 0.5}, "cash_ratio", "no setting"),
     ({"schema_version": 2}, "schema_version=2", "1"),
     ({"exact": True, "kv_rank": 3}, "exact and kv_rank", "exclude each other"),
     ({"exact": True, "cache_ratio": 1.0}, "exact and cache_ratio", "exclude each other"),

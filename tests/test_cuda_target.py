@@ -155,7 +155,7 @@ def test_what_the_operator_does_not_compute_is_refused(programs):
     assert paged_problem(Variant(sinks=True, softcap=True, window=True)) is None
     with pytest.raises(UsageError, match="half precision"):
         make_config(cache_layout="paged", cache_type="int8")
-    from mla_compile.passes.lower_original import with_plain_caches
+    from mla_compile.passes.plain_caches import with_plain_caches
 
     plain = with_plain_caches(programs["nanogpt"].program)
     with pytest.raises(RefusedError, match="it was not converted"):

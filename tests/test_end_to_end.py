@@ -25,7 +25,6 @@ import mla_compile
 from mla_compile.cli import main
 from mla_compile.errors import LoadError, UsageError
 from mla_compile.runtime.onnx_session import OnnxDecoder
-from mla_compile.sources import frontend
 from mla_compile.text.corpus import load_tokenizer, read_documents, token_windows, tokenize
 
 ROOT = Path(__file__).parents[1]
@@ -34,6 +33,8 @@ ROUNDING = 1e-5  # of the largest logit; float32 through four layers in another 
 REPORTS = {"report.json", "report.html"}
 TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json"}
 
+pytestmark = pytest.mark.usefixtures("read_once")
+
 
 def command(*words: object) -> str:
     """Run the command line in this process, which must succeed, and return its standard output."""
@@ -41,19 +42,6 @@ def command(*words: object) -> str:
         code = main([str(w) for w in words])
     assert code == 0, err.getvalue()
     return out.getvalue()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def read_once():
-    """The bundled model is read once for all commands in this process."""
-    read = functools.cache(frontend.load_any)
-
-    def load_any(source, *, tokenizer=None, attention="auto", unsafe=False, dtype=None):
-        return read(str(source), tokenizer=tokenizer, attention=attention, unsafe=unsafe, dtype=dtype)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(frontend, "load_any", load_any)
-        yield
 
 
 @pytest.fixture(scope="module")

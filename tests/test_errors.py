@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
 import json
 import os
@@ -34,11 +33,12 @@ from mla_compile.errors import (
     VerificationError,
 )
 from mla_compile.runtime.onnx_session import OnnxDecoder
-from mla_compile.sources import frontend
 from mla_compile.verification import agreement
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "examples" / "tiny-llama"
+
+pytestmark = pytest.mark.usefixtures("read_once")  # what fails here fails before or after that
 
 
 @dataclass(frozen=True)
@@ -121,19 +121,6 @@ def place(tmp_path_factory):
     (place / "alone").mkdir()
     shutil.copy(place / "good" / "wide.onnx", place / "alone")
     return place
-
-
-@pytest.fixture(scope="module", autouse=True)
-def read_once():
-    """Every model is read once for all commands: what fails here fails before or after that."""
-    read = functools.cache(frontend.load_any)
-
-    def load_any(source, *, tokenizer=None, attention="auto", unsafe=False, dtype=None):
-        return read(str(source), tokenizer=tokenizer, attention=attention, unsafe=unsafe, dtype=dtype)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(frontend, "load_any", load_any)
-        yield
 
 
 def files(place: Path) -> dict[str, bytes]:
@@ -533,6 +520,17 @@ def test_an_interrupt_leaves_nothing(place, tmp_path, monkeypatch):
     done = convert(place / "nano.pt2", "--out", tmp_path / "new" / "o.onnx", "-q")
     assert (done.code, done.err) == (130, "mla-compile: Interrupted.\n")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_ends_early_is_no_interrupt(place, tmp_path, monkeypatch):
+    """The parser takes an ``EOFError`` for the end of what is typed; it is a defect of ours, and shown as one."""
+
+    def ended(*arguments, **keywords):
+        raise EOFError("No data left in file")
+
+    monkeypatch.setattr("mla_compile.artifacts.onnx_files.lower_to_onnx", ended)
+    with pytest.raises(EOFError, match="No data left"):
+        convert(place / "nano.pt2", "--out", tmp_path / "new" / "o.onnx", "-q")
 
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a file system that nobody can write to")

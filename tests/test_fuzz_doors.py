@@ -92,7 +92,6 @@ def test_no_code_of_a_pickle_runs(form, archive, tmp_path):
                 file.writestr(name, real.read(name) if kept else pickle.dumps(hostile))
     assert knock("inspect", path, codes={2})
     assert not mark.exists()
-    assert Path.touch is not None
     pickle.loads(pickle.dumps(hostile))
     assert mark.exists()  # it would have
 
@@ -134,9 +133,10 @@ def test_damaged_weights(data, checkpoint, tmp_path):
     with entrance(tmp_path) as folder:
         shutil.copytree(checkpoint, folder / "model")
         (folder / "model" / "model.safetensors").write_bytes(struct.pack("<Q", said) + header + whole[8 + length :])
-        knock(folder / "model", "--out", folder / "out.onnx", "--method", "mha2mla", "--no-verify", codes={0, 2, 3, 5})
+        words = (folder / "model", "--out", folder / "out.onnx", "--method", "mha2mla", "--no-verify")
+        told = knock(*words, codes={0, 2, 3, 5})
         left = {p.name for p in folder.iterdir()}
-        assert left == {"model"} or "out.onnx" in left
+        assert left == {"model"} if told else "out.onnx" in left
 
 
 @few

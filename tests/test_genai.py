@@ -11,6 +11,7 @@ import pytest
 import torch
 from conversion import convert, difference
 
+from mla_compile.artifacts.fuse import write_fused
 from mla_compile.artifacts.genai import write_genai_config
 from mla_compile.artifacts.onnx_files import stored_metadata
 from mla_compile.config import make_config
@@ -107,6 +108,14 @@ def test_the_configuration_names_what_the_file_has(folders):
         assert config["model"]["vocab_size"] == models.VOCABULARY
 
 
+def test_the_fused_kernel_names_the_layout(folders, tmp_path):
+    path = folders["llama-gqa", False][0] / "model.onnx"
+    with pytest.raises(UsageError, match="have the layout genai"):
+        OnnxDecoder(path, kernel="fused")
+    with pytest.raises(RefusedError, match="have the layout genai"):
+        write_fused(path, tmp_path / "fused.onnx")
+
+
 def test_halves_of_odd_and_unequal_rows():
     assert half_width([10, 7]) == 5
     assert half_width([6, 9]) == 5
@@ -121,7 +130,7 @@ def test_what_has_no_halves_is_said(programs):
     for scales in ({"key_scales": True}, {"value_scales": True}, {"softcap": True, "slopes": True}):
         attention_function(LATENT, 24, Variant(halves=True, **scales))
     case = programs["llama-gqa"]
-    from mla_compile.passes.lower_original import with_plain_caches
+    from mla_compile.passes.plain_caches import with_plain_caches
 
     plain = with_plain_caches(case.program)
     with pytest.raises(RefusedError, match="were not converted"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+import shutil
 
 import models
 import numpy as np
@@ -12,6 +12,8 @@ import torch
 from converted import write
 from gguf import GGUFReader, TokenType
 from llama_cpp_graph import Graph
+from safetensors.torch import load_file, save_file
+from trained import shared_model, shared_text
 
 from mla_compile.artifacts.gguf_check import has_llama_cpp, verify_gguf
 from mla_compile.artifacts.gguf_file import check_gguf, export_gguf, write_gguf
@@ -20,7 +22,6 @@ from mla_compile.cli import main
 from mla_compile.errors import LoadError, RefusedError, UsageError
 from mla_compile.progress import Stages
 
-SHARED = Path(__file__).parents[1].parent / "shared"
 TOLERANCE = 1e-5
 """Of the largest logit: the module computes in float32, the oracle in float64."""
 
@@ -74,7 +75,7 @@ def test_llama_cpp_computes_the_same(files, name):
     error, greedy = verify_gguf(path)
     narrow = "dtype" in MODELS[name]
     assert report.checkpoint.llama_cpp_error == error <= (0.05 if narrow else TOLERANCE)
-    assert greedy == 1 or narrow
+    assert greedy == 1  # also in bfloat16: here the second best token is behind by more than half of the largest logit
 
 
 def test_without_llama_cpp_it_is_said_that_nothing_was_checked(files):
@@ -117,6 +118,90 @@ def test_checks_of_llama_cpp(conversions, tmp_path, change, reason):
     with pytest.raises(RefusedError, match=reason):
         export_gguf(tmp_path / "folder", tmp_path / "model.gguf", force=False)
     assert [f.name for f in tmp_path.iterdir()] == ["folder"]
+
+
+def _settings(**changes):
+    def damage(folder):
+        file = folder / "config.json"
+        stored = {**json.loads(file.read_text()), **changes}
+        file.write_text(json.dumps({name: value for name, value in stored.items() if value is not ...}, default=str))
+
+    return damage
+
+
+def _weights(change):
+    def damage(folder):
+        file = folder / "model.safetensors"
+        tensors = load_file(file)
+        change(tensors)
+        save_file(tensors, file)
+
+    return damage
+
+
+def _text(name, text):
+    return lambda folder: (folder / name).write_text(text)
+
+
+def _cut_short(name):
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-100])
+
+
+DAMAGES = {
+    "lacks the weight 'model.norm.weight'": _weights(lambda tensors: tensors.pop("model.norm.weight")),
+    "has a weight 'foreign'": _weights(lambda tensors: tensors.update(foreign=torch.zeros(3))),
+    "is of the type I64": _weights(lambda t: t.update({"model.norm.weight": t["model.norm.weight"].long()})),
+    "holds no DeepSeek checkpoint .*incomplete": _cut_short("model.safetensors"),
+    "holds no DeepSeek checkpoint .*'list'": _text("config.json", "[1]"),
+    "holds no DeepSeek checkpoint .*Expecting": _text("config.json", "{"),
+    "has the shape .97, 48., and its config.json asks for .129280, 48.": _settings(vocab_size=...),
+    r"self_attn.kv_b_proj.weight' of .* has the shape": _settings(num_attention_heads=5),
+    "has a weight 'model.layers.1": _settings(num_hidden_layers=1, first_k_dense_replace=1),
+    "describes no DeepSeek model": _settings(num_attention_heads="many"),
+    "describes no DeepSeek model .*factor": _settings(rope_parameters={"rope_type": "linear", "rope_theta": 1e4}),
+    "Weights of .* cannot be read": _text(
+        "model.safetensors.index.json", json.dumps({"weight_map": {"lm_head.weight": "model-1.safetensors"}})
+    ),
+    "tokenizer.json' is no tokenizer, or a damaged one .*JSONDecodeError": _text("tokenizer.json", "{"),
+    "tokenizer.json' is no tokenizer, or a damaged one .*TypeError": _text("tokenizer.json", "[]"),
+    "expected.npz', with the answers to compare with, is damaged .*BadZipFile": _cut_short("expected.npz"),
+    "expected.npz', with the answers to compare with, is damaged .*EOFError": _text("expected.npz", ""),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(conversions, tmp_path_factory):
+    found = tmp_path_factory.mktemp("checkpoint") / "folder"
+    write(conversions("smollm", **MODELS["smollm"]), found)
+    return found
+
+
+@pytest.mark.parametrize("reason", DAMAGES)
+def test_a_damaged_checkpoint_is_no_file(folder, tmp_path, reason):
+    """No tensor is left out in silence, and nothing ends in a traceback."""
+    shutil.copytree(folder, tmp_path / "folder")
+    DAMAGES[reason](tmp_path / "folder")
+    with pytest.raises(LoadError, match=reason):
+        export_gguf(tmp_path / "folder", tmp_path / "model.gguf", force=False)
+    assert [f.name for f in tmp_path.iterdir()] == ["folder"]
+
+
+def test_experts_are_refused(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "folder")
+    _settings(first_k_dense_replace=1)(tmp_path / "folder")
+    with pytest.raises(RefusedError, match="layers with experts"):
+        export_gguf(tmp_path / "folder", tmp_path / "model.gguf", force=False)
+
+
+def test_a_configuration_of_before_is_read(folder, tmp_path):
+    """transformers before version 5 had the rope in two settings."""
+    shutil.copytree(folder, tmp_path / "folder")
+    _settings(rope_parameters=...)(tmp_path / "folder")
+    for source, name in ((folder, "new"), (tmp_path / "folder", "old")):
+        export_gguf(source, tmp_path / f"{name}.gguf", force=False)
+    new, old = (Graph(tmp_path / f"{name}.gguf") for name in ("new", "old"))
+    ids = models.tokens(1, 12, seed=7)[0].numpy()
+    assert (new.logits(ids) == old.logits(ids)).all()
 
 
 def test_a_folder_becomes_the_same_file(conversions, files, tmp_path, capsys):
@@ -276,10 +361,7 @@ def test_trained_model_in_llama_cpp(name, tmp_path):
     import llama_cpp
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model, text = SHARED / "models" / name, SHARED / "text" / "tinystories_train_head.txt"
-    for needed in (model, text):
-        if not needed.exists():
-            pytest.skip(f"{needed} is not there")
+    model, text = shared_model(name), shared_text("tinystories_train_head.txt")
     (tmp_path / "text.txt").write_text(text.read_text(encoding="utf-8")[:30_000], encoding="utf-8")
     words = [model, "--out", tmp_path / "folder", "--format", "deepseek", "--calibration", tmp_path / "text.txt"]
     words += ["--kv-rank", 32, "--rope-dims", 8, "--method", "transmla", "--quiet"]

@@ -97,6 +97,18 @@ def test_any_temperature_chooses_a_token(temperature):
         assert token == 1 if temperature < 1 else token in (0, 1, 2)
 
 
+@pytest.mark.parametrize(("word", "meant"), [("inspct", "inspect"), ("convret", "convert"), ("exprot", "export")])
+def test_a_mistyped_command_is_no_model(word, meant, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main([word, "model"]) == 2
+    assert capsys.readouterr().err.endswith(
+        f"There is no command '{word}', and no such file. Did you mean '{meant}'?\n"
+    )
+    (tmp_path / word).mkdir()
+    assert main([word, "--out", str(tmp_path / "out.onnx"), "--method", "mha2mla"]) == 2
+    assert "no config.json" in capsys.readouterr().err
+
+
 def test_nobody_reads_the_result(model):
     """As in ``mla-compile ... | head``: the program ends as others do, and says nothing."""
     child = process("inspect", model / "config.json", "--json")
@@ -106,16 +118,22 @@ def test_nobody_reads_the_result(model):
     child.stderr.close()
 
 
-def test_an_interrupt_of_the_real_program_leaves_nothing(model, tmp_path):
+ENDS = {signal.SIGINT: (130, "mla-compile: Interrupted."), signal.SIGTERM: (143, None)}
+
+
+@pytest.mark.parametrize("sent", ENDS)
+def test_an_interrupt_of_the_real_program_leaves_nothing(sent, model, tmp_path):
     def interruptible() -> None:  # programs that a shell starts in the background are not
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     words = (model, "--out", tmp_path / "new" / "out.onnx", "--method", "mha2mla")
     child = process(*words, preexec_fn=interruptible)
     first = child.stderr.readline()  # a stage is done: it is in the middle
-    child.send_signal(signal.SIGINT)
+    child.send_signal(sent)
     _, rest = child.communicate(timeout=300)
-    assert (child.returncode, rest.splitlines()[-1]) == (130, "mla-compile: Interrupted."), first
+    code, sentence = ENDS[sent]
+    assert child.returncode == code, first
+    assert sentence is None or rest.splitlines()[-1] == sentence
     assert "Traceback" not in rest
     assert not list(tmp_path.iterdir())
 

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import models
@@ -18,9 +19,10 @@ from torch import Tensor
 from mla_compile.cli import main
 from mla_compile.config import make_config
 from mla_compile.disk.layer_store import LayerStore, store_beside, store_folder
-from mla_compile.disk.writing import held, moved_into
+from mla_compile.disk.writing import held, moved_into, own_folder, whole_file
 from mla_compile.errors import ShareDone, UsageError
 from mla_compile.passes import factorise
+from mla_compile.passes.kept import kept_values
 from mla_compile.passes.methods import mha2mla
 from mla_compile.passes.task import Task
 from mla_compile.plan import plan_layers
@@ -100,10 +102,11 @@ def test_layers_are_mapped_from_their_files(programs, tmp_path):
     assert any(begin <= address < end for begin, end in spans)
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, UsageError("No.", "Try."), ZeroDivisionError, None])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), UsageError("No.", "Try."), ZeroDivisionError(), None])
 def test_layers_go_when_a_conversion_ends_in_whatever_way(error, tmp_path):
     out = tmp_path / "new" / "model.onnx"
-    with contextlib.suppress(KeyboardInterrupt, UsageError, ZeroDivisionError), store_beside(out) as store:
+    outcome = contextlib.nullcontext() if error is None else pytest.raises(type(error))
+    with outcome, store_beside(out) as store:
         store.folder.mkdir(parents=True)
         if error is not None:
             raise error
@@ -228,3 +231,67 @@ def test_what_a_killed_process_was_writing_is_removed_and_what_a_living_one_writ
         (hidden / "model.onnx").write_bytes(b"x")
         assert not left.exists()
     assert sorted(p.name for p in tmp_path.iterdir()) == [".mla-compile-held", "model.onnx"]
+
+
+@contextlib.contextmanager
+def _whole_file(folder):
+    with whole_file(folder / "new") as file:
+        file.touch()
+        yield
+
+
+@pytest.mark.parametrize("written", [kept_values, _whole_file, own_folder])
+def test_every_folder_of_a_killed_process_is_removed_by_the_next(tmp_path, written):
+    """Activations and statistics too; a living process's folder stays, and the user's own."""
+    left = tmp_path / ".mla-compile-left"
+    with written(tmp_path):
+        for folder in (left, tmp_path / "mla-compile-experiments"):
+            folder.mkdir()
+        with written(tmp_path):
+            hidden = [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+            assert len(hidden) == 2
+            assert left not in hidden
+    assert {p.name for p in tmp_path.iterdir()} - {"new"} == {"mla-compile-experiments"}
+
+
+def _taken(folder, stack):
+    assert stack.enter_context(held(folder))
+
+
+@pytest.mark.parametrize("lost", [_taken, lambda folder, _: folder.rmdir()])
+def test_a_folder_that_is_taken_for_a_leftover_before_it_is_held_is_made_anew(tmp_path, monkeypatch, lost):
+    made, make = [], tempfile.mkdtemp
+
+    def mkdtemp(**where):
+        made.append(Path(make(**where)))
+        if len(made) == 1:
+            lost(made[0], stack)
+        return str(made[-1])
+
+    monkeypatch.setattr(tempfile, "mkdtemp", mkdtemp)
+    with contextlib.ExitStack() as stack, moved_into(tmp_path) as hidden:
+        assert hidden == made[1]
+        (hidden / "model.onnx").write_bytes(b"x")
+    assert (tmp_path / "model.onnx").read_bytes() == b"x"
+
+
+def test_a_new_graph_never_stands_beside_old_weights(tmp_path, monkeypatch):
+    """Killed after any of the moves: there is no graph, or all of it is new."""
+    move = Path.replace
+    for survived in range(3):
+        for name in ("model.onnx", "model.onnx.data", "report.json"):
+            (tmp_path / name).write_text("old")
+        moves = []
+
+        def replace(self, to, moves=moves, survived=survived):
+            if len(moves) == survived:
+                raise KeyboardInterrupt
+            moves.append(to)
+            return move(self, to)
+
+        monkeypatch.setattr(Path, "replace", replace)
+        with contextlib.suppress(KeyboardInterrupt), moved_into(tmp_path) as hidden:
+            for name in ("model.onnx", "model.onnx.data", "report.json"):
+                (hidden / name).write_text("new")
+        assert len(moves) == survived
+        assert not (tmp_path / "model.onnx").exists()

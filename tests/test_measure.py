@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
 import json
 import math
@@ -17,18 +16,19 @@ import pytest
 import torch
 
 import mla_compile
-from mla_compile.artifacts.opened import Opened
+from mla_compile.artifacts.opened import Opened, open_model
 from mla_compile.cli import main
-from mla_compile.errors import UsageError
+from mla_compile.errors import LoadError, UsageError
 from mla_compile.evaluation import plot, trial
 from mla_compile.evaluation.measure import Measured, Measurement
 from mla_compile.runtime.onnx_session import OnnxDecoder
-from mla_compile.sources import frontend
 from mla_compile.text.evaluate import Comparison, Perplexity
 
 LENGTH = 16
 ROUNDING = 1e-5  # of a perplexity: float32 through two layers in another order of operations
 SIZES = ("--seq-len", LENGTH)
+
+pytestmark = pytest.mark.usefixtures("read_once")
 
 
 def command(*words: object) -> tuple[int, str, str]:
@@ -71,19 +71,6 @@ def place(tmp_path_factory):
     return place
 
 
-@pytest.fixture(scope="module", autouse=True)
-def read_once():
-    """Every model is exported once for all commands."""
-    read = functools.cache(frontend.load_any)
-
-    def load_any(source, *, tokenizer=None, attention="auto", unsafe=False, dtype=None):
-        return read(str(source))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(frontend, "load_any", load_any)
-        yield
-
-
 def convert(place: Path, method: str) -> mla_compile.CompiledModel:
     settings = {"cache_ratio": 0.75, "seq_len": LENGTH, "calibration_tokens": 8 * LENGTH}
     calibration = place / "calibration.txt"
@@ -99,6 +86,23 @@ def converted(place, read_once):
     shutil.copytree(place / "converted" / "folder", place / "converted" / "other")
     write_tokenizer(place / "converted" / "other", [f"v{i}" for i in range(models.VOCABULARY)])
     return place / "converted"
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("a: [", "is damaged"),
+        ("[1]", "holds no settings"),
+        ("", "holds no settings"),
+        ("method: [1]", "names no method"),
+        ("cache_ratio: half", "names no method or cache ratio"),
+    ],
+)
+def test_damaged_settings_of_a_folder_are_told(converted, tmp_path, content, reason):
+    folder = shutil.copytree(converted / "folder", tmp_path / "folder")
+    (folder / "mla_config.yaml").write_text(content)
+    with pytest.raises(LoadError, match=reason):
+        open_model(str(folder))
 
 
 @pytest.fixture(scope="module")

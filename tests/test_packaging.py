@@ -1,10 +1,11 @@
-"""The wheel holds what the tree holds: an editable install would hide a package that `pyproject.toml` forgot."""
+"""Distributions hold what the tree holds: an editable install would hide a package that `pyproject.toml` forgot."""
 
 from __future__ import annotations
 
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -15,21 +16,60 @@ FOLDERS = {"mla_compile": "mla_compile", "passes": "mla_compile/passes", "runtim
 SHIPPED = {".py", ".typed", ".cu", ".cpp", ".h", ".html"}
 
 
-@pytest.fixture(scope="module")
-def wheel_names(tmp_path_factory):
-    """Build the wheel from a copy of the tree, where no stale `build/` folder can add files, and list it."""
-    tree = tmp_path_factory.mktemp("tree")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tree)
-    for folder in FOLDERS:  # links stay links: those of `make dev` must not put anything into the wheel twice
-        shutil.copytree(ROOT / folder, tree / folder, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-    dist = tmp_path_factory.mktemp("dist")
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(dist), str(tree)]
+DOCUMENTS = ("benchmarks", "docs", "examples", "tests")
+ALONE = ("CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md", "constraints.txt")
+
+
+def build(kind, tree, dist):
+    """Build a distribution of a tree without an environment of its own, and return the file."""
+    command = [sys.executable, "-m", "build", f"--{kind}", "--no-isolation", "--outdir", str(dist), str(tree)]
     built = subprocess.run(command, capture_output=True, text=True)
     assert built.returncode == 0, built.stdout + built.stderr
-    (wheel,) = dist.glob("*.whl")
+    (made,) = dist.iterdir()
+    return made
+
+
+def names_in(wheel):
     with zipfile.ZipFile(wheel) as archive:
         return archive.namelist()
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """A copy of the tree, where no stale `build/` folder can add files."""
+    tree = tmp_path_factory.mktemp("tree")
+    for name in ("pyproject.toml", "MANIFEST.in", *ALONE):
+        shutil.copy(ROOT / name, tree)
+    for folder in (*FOLDERS, *DOCUMENTS):  # links stay links: those of `make dev` must not put anything in twice
+        shutil.copytree(ROOT / folder, tree / folder, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    return tree
+
+
+@pytest.fixture(scope="module")
+def wheel_names(tree, tmp_path_factory):
+    return names_in(build("wheel", tree, tmp_path_factory.mktemp("dist")))
+
+
+@pytest.fixture(scope="module")
+def unpacked(tree, tmp_path_factory):
+    """The source distribution, unpacked."""
+    folder = tmp_path_factory.mktemp("unpacked")
+    with tarfile.open(build("sdist", tree, tmp_path_factory.mktemp("dist"))) as archive:
+        archive.extractall(folder, filter="data")
+    (root,) = folder.iterdir()
+    return root
+
+
+def test_wheel_from_the_source_distribution_holds_the_same(unpacked, wheel_names, tmp_path_factory):
+    assert sorted(names_in(build("wheel", unpacked, tmp_path_factory.mktemp("dist")))) == sorted(wheel_names)
+
+
+def test_source_distribution_holds_documents_examples_and_tests(unpacked, tree):
+    kept = [tree / name for name in ALONE] + [p for folder in DOCUMENTS for p in (tree / folder).rglob("*")]
+    expected = {path.relative_to(tree) for path in kept if path.is_file()}
+    held = {path.relative_to(unpacked) for path in unpacked.rglob("*") if path.is_file()}
+    assert expected <= held
+    assert not {path for path in held if path.suffix == ".pyc" or "__pycache__" in path.parts}
 
 
 def test_wheel_holds_every_file_of_the_tree(wheel_names):

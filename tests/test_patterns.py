@@ -10,7 +10,7 @@ import zoo
 from torch import Tensor
 
 import mla_compile
-from mla_compile.errors import RefusedError, UsageError
+from mla_compile.errors import LoadError, RefusedError, UsageError
 
 NAME = "mla_compile_tests::own_attention"
 
@@ -52,6 +52,26 @@ def test_a_taught_operator_converts(operator):
         expected, found = module(ids), compiled.module(ids).logits
     assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
     assert compiled.report.sites[0].rope.layout == "half"
+
+
+def test_a_meaning_that_fails_is_the_models_fault_and_a_defect_of_ours_is_not(monkeypatch):
+    def refuses(*arguments):
+        raise RefusedError("This operator is not taught yet.", "Wait.")
+
+    def fails(*arguments):
+        raise KeyError("key")
+
+    module = zoo.model(Own)
+    for bad, error, said in ((refuses, RefusedError, "not taught yet"), (fails, LoadError, "could not be normalised")):
+        forget = mla_compile.register_pattern(NAME, bad)
+        try:
+            with pytest.raises(error, match=said):
+                zoo.program_of(module)
+        finally:
+            forget()
+    monkeypatch.setattr("mla_compile.sources.exported.spell_tables", fails)
+    with pytest.raises(KeyError):
+        zoo.program_of(module)
 
 
 def test_what_was_taught_can_be_forgotten():

@@ -225,7 +225,7 @@ def test_a_terminal_that_lacks_a_character_shows_what_it_is(report, tmp_path):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["absent"], "could not be read as a report"),
+        (["absent"], "There is no report"),
         (["list.json"], "is not a report of a conversion"),
         (["report.json", "--out", "page.txt"], "is not named like a page"),
         (["report.json", "--eval", "list.json"], "is not a measurement"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
 import json
 import math
@@ -12,51 +11,33 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from trained import shared_model, shared_text
 
 import mla_compile
 from mla_compile.cli import main
 from mla_compile.passes.methods import METHODS
 from mla_compile.runtime.onnx_session import OnnxDecoder
-from mla_compile.sources import frontend
 
-SHARED = Path(__file__).parents[1].parent / "shared"
-TEXT, CALIBRATION = SHARED / "text" / "tinystories_valid_a.txt", SHARED / "text" / "tinystories_train_head.txt"
+TEXT, CALIBRATION = "tinystories_valid_a.txt", "tinystories_train_head.txt"
 CHARACTERS = 30_000  # of each text; enough for the tokens that are measured
 ROUNDING = 1e-5  # of the largest logit
 TOKENS = 2048
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("read_once")]
 
 
 @pytest.fixture(scope="module", params=["stories260k", "gqa4m", "mha4m"])
 def folder(request):
-    path = SHARED / "models" / request.param
-    for needed in (path, TEXT, CALIBRATION):
-        if not needed.exists():
-            pytest.skip(f"{needed} is not there")
-    return path
+    return shared_model(request.param)
 
 
 @pytest.fixture(scope="module")
 def text(folder, tmp_path_factory):
     """The beginnings of a text to measure on and of one to calibrate on."""
     place = tmp_path_factory.mktemp("text")
-    for path in (TEXT, CALIBRATION):
-        (place / path.name).write_text(path.read_text(encoding="utf-8")[:CHARACTERS], encoding="utf-8")
+    for name in (TEXT, CALIBRATION):
+        (place / name).write_text(shared_text(name).read_text(encoding="utf-8")[:CHARACTERS], encoding="utf-8")
     return place
-
-
-@pytest.fixture(scope="module", autouse=True)
-def read_once():
-    """Every model is read once for all commands."""
-    read = functools.cache(frontend.load_any)
-
-    def load_any(source, *, tokenizer=None, attention="auto", unsafe=False, dtype=None):
-        return read(str(source), tokenizer=tokenizer, attention=attention, unsafe=unsafe, dtype=dtype)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(frontend, "load_any", load_any)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +53,7 @@ def windows(folder, original, text):
     from transformers import AutoTokenizer
 
     tokenizer, ids = AutoTokenizer.from_pretrained(folder), []
-    for document in (text / TEXT.name).read_text(encoding="utf-8").split("<|endoftext|>"):
+    for document in (text / TEXT).read_text(encoding="utf-8").split("<|endoftext|>"):
         if document.strip():
             ids += [tokenizer.bos_token_id, *tokenizer(document.strip(), add_special_tokens=False).input_ids]
     length = min(512, original.config.max_position_embeddings)
@@ -88,7 +69,7 @@ def perplexity(score, windows) -> float:
 @pytest.fixture(scope="module")
 def evaluate(text):
     def call(model: Path) -> dict:
-        words = ["eval", str(model), "--text", str(text / TEXT.name), "--max-tokens", str(TOKENS), "--json"]
+        words = ["eval", str(model), "--text", str(text / TEXT), "--max-tokens", str(TOKENS), "--json"]
         with contextlib.redirect_stdout(io.StringIO()) as out:
             assert main(words) == 0
         return json.loads(out.getvalue())
@@ -127,7 +108,7 @@ def test_exact_conversion_is_the_original(folder, original, windows, evaluate, t
 
 @pytest.mark.parametrize("method", METHODS)
 def test_half_of_the_cache_in_both_runtimes(folder, windows, text, evaluate, tmp_path, method):
-    compiled = mla_compile.compile(folder, calibration=text / CALIBRATION.name, method=method, cache_ratio=0.5)
+    compiled = mla_compile.compile(folder, calibration=text / CALIBRATION, method=method, cache_ratio=0.5)
     compiled.to_onnx(tmp_path / "half.onnx")
     found = evaluate(tmp_path / "half.onnx")
     expected = perplexity(lambda ids: compiled.module(ids).logits, windows)

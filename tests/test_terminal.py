@@ -207,6 +207,17 @@ with display.make_display(False, False, 0) as shown:
     assert "Error" not in on_a_terminal(script, 80)
 
 
+def test_a_text_is_streamed_in_one_piece():
+    """Bars would begin a new line before every piece."""
+    script = """
+from mla_compile import display
+with display.make_display(False, False, 0):
+    for piece in ("Once", " upon", " a", " time"):
+        display.stream_text(piece)
+"""
+    assert on_a_terminal(script, 80) == "Once upon a time"
+
+
 def test_no_colours_where_they_are_not_wanted():
     shown = on_a_terminal(TABLE, 120, NO_COLOR="1")
     assert "│" in shown

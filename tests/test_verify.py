@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from mla_compile import api
+from mla_compile.artifacts.folder_decoder import FolderDecoder
 from mla_compile.artifacts.saved import open_saved, write_saved_onnx
 from mla_compile.config import make_config
 from mla_compile.errors import RefusedError, UsageError, VerificationError
@@ -277,3 +278,11 @@ def test_a_head_may_be_wider_than_the_table(tmp_path):
     check_quantisable(compiled.module.graph, compiled.module.rows)
     compiled.save(tmp_path / "folder")
     write_saved_onnx(open_saved(tmp_path / "folder"), tmp_path / "again.onnx", make_config(), force=True)
+    files = [OnnxDecoder(tmp_path / name) for name in ("model.onnx", "again.onnx")]
+    for runs in (*files, FolderDecoder(tmp_path / "folder")):
+        assert (runs.vocabulary, runs.known_tokens) == (models.VOCABULARY, 20)
+        (new,) = generate(runs, [[5, 19]], 4)
+        assert len(new) == 4
+        assert max(new) < 20
+        with pytest.raises(UsageError, match="Token 20 is none of the 20"):
+            generate(runs, [[5, 20]], 4)

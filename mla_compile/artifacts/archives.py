@@ -5,15 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import yaml
 from torch import fx
 from torch.export import ExportedProgram
 
-from mla_compile.artifacts.companions import copy_assets, finished, is_converted_folder
+from mla_compile.artifacts.companions import (
+    MODEL,
+    copy_assets,
+    finished,
+    is_converted_folder,
+    write_settings,
+    written_files,
+)
 from mla_compile.artifacts.mapped_archive import load_mapped
 from mla_compile.artifacts.places import check_cache_type, check_neighbours, check_target
 from mla_compile.disk.writing import moved_into, unseen_errors
 from mla_compile.errors import LoadError
+from mla_compile.passes.insert_latent import past_name
 from mla_compile.passes.lower_encoder import EncoderFace, export_encoder
 from mla_compile.passes.lower_onnx import export_rewritten
 from mla_compile.program import Assets
@@ -36,7 +43,7 @@ def write_folder(module: LatentModel, report: Report, assets: Assets, path: Path
     with moved_into(path) as folder:
         write_archive(module, folder)
         copy_assets(assets, folder)
-        (folder / "mla_config.yaml").write_text(yaml.safe_dump(dict(report.config), sort_keys=False), encoding="utf-8")
+        write_settings(report.config, folder)
         report = finished(report, folder, Stages())
     return report
 
@@ -60,7 +67,7 @@ def write_archive(module: LatentModel, folder: Path) -> None:
 
 
 def _save(exported: ExportedProgram, folder: Path) -> None:
-    with unseen_errors(folder / "model.pt2") as file:  # which torch's writer would end the process for
+    with unseen_errors(folder / MODEL) as file:  # which torch's writer would end the process for
         torch.export.save(exported, file)
 
 
@@ -78,7 +85,7 @@ def write_encoder_folder(
     with moved_into(path) as folder:
         _save(export_encoder(module.graph, face), folder)
         copy_assets(assets, folder)
-        (folder / "mla_config.yaml").write_text(yaml.safe_dump(dict(report.config), sort_keys=False), encoding="utf-8")
+        write_settings(report.config, folder)
         return finished(report, folder, Stages())
 
 
@@ -89,18 +96,24 @@ def read_folder(path: Path) -> LatentModel:
         LoadError: The folder holds no such model.
     """
     if not is_converted_folder(path):
+        if files := written_files(path):
+            raise LoadError(
+                f"'{path}' holds a model as a file, '{files[0].name}', and this takes one as a folder.",
+                "Write that by: mla-compile MODEL --out FOLDER.",
+            )
         raise LoadError(f"'{path}' holds no converted model.", "Give a folder written by mla-compile.")
     try:
-        exported = load_mapped(path / "model.pt2")
+        exported = load_mapped(path / MODEL)
     except LoadError:
         raise
     except Exception as error:
-        raise LoadError(f"'{path / 'model.pt2'}' could not be read ({error}).", "Convert the model again.") from error
+        raise LoadError(f"'{path / MODEL}' could not be read ({error}).", "Convert the model again.") from error
     module = exported.module(check_guards=False)
     graph = fx.GraphModule(module, module.graph)
     graph.graph.set_codegen(fx.graph.CodeGen())
     graph.recompile()
-    inputs = [n for n in exported.graph.nodes if n.op == "placeholder" and n.name.startswith("past_")]
-    if not inputs:
+    inputs = {n.name: n for n in exported.graph.nodes if n.op == "placeholder"}
+    pasts = [inputs[name] for i in range(len(inputs)) if (name := past_name(i)) in inputs]
+    if not pasts:
         raise LoadError(f"'{path}' holds an encoder, which has no cache.", "Read its model.pt2 with torch.export.load.")
-    return LatentModel(graph, [int(n.meta["val"].shape[-1]) for n in inputs])
+    return LatentModel(graph, [int(n.meta["val"].shape[-1]) for n in pasts])

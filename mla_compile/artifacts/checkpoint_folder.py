@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,15 +17,15 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
 from mla_compile.artifacts.checkpoint import Checkpoint, stock_checkpoint
-from mla_compile.artifacts.companions import copy_assets, finished
+from mla_compile.artifacts.companions import copy_assets, finished, write_settings
 from mla_compile.artifacts.places import check_neighbours, check_place
+from mla_compile.config import REPORT, SETTINGS
 from mla_compile.disk.writing import moved_into
-from mla_compile.errors import LoadError, UsageError, VerificationError
+from mla_compile.errors import LoadError, UsageError, VerificationError, reason_of
 from mla_compile.passes.retype import type_name
 from mla_compile.program import Assets
 from mla_compile.progress import Stages
@@ -54,6 +55,7 @@ _KEPT = 2**22
 _UNLIKE = "Nothing was written. Blocks named like Llama's may compute something else: write a .onnx file instead."
 _ROUNDED = "Nothing was written. Convert the model in float32: it bears the roundings of bfloat16 badly."
 _EXPECTED, _STEM = "expected.npz", "model"
+_WEIGHTS = re.compile(rf"{_STEM}(-\d{{5}}-of-\d{{5}})?\.safetensors|{_STEM}\.safetensors\.index\.json")
 
 
 @dataclass(frozen=True)
@@ -146,14 +148,14 @@ def write_checkpoint(
         copy_assets(assets, folder)
         with stages.stage("write checkpoint"):
             _write_weights(checkpoint, folder, shard, torch.float32)
-        (folder / "mla_config.yaml").write_text(yaml.safe_dump(dict(report.config), sort_keys=False), encoding="utf-8")
+        write_settings(report.config, folder)
         with stages.stage("verify checkpoint"):
             expected = _answers(in_float32(module), checks, checkpoint)
             _keep(expected, folder)
             found = _compare(folder, expected, _UNLIKE)
         rounded = None
         if dtype == torch.bfloat16:
-            for file in folder.glob(f"{_STEM}*"):
+            for file in _weight_files(folder):
                 file.unlink()
             assets = dataclasses.replace(assets, config={**checkpoint.config, "dtype": "bfloat16"})
             copy_assets(assets, folder)
@@ -189,7 +191,7 @@ def write_checkpoint(
         (folder / "README.md").write_text(_card(report, facts), encoding="utf-8")
         report = finished(report, folder, stages)
         written = {file.name for file in folder.iterdir()}
-    for file in path.glob(f"{_STEM}*.safetensors*"):
+    for file in _weight_files(path):
         if file.name not in written:  # of an earlier checkpoint, which --force replaced
             file.unlink()
     return report
@@ -215,13 +217,23 @@ def verify_folder(folder: Path) -> FolderCheck:
 
 
 def read_expected(folder: Path) -> Expected | None:
-    """What the converted module answered, as :func:`write_checkpoint` keeps it; None where there is nothing to read."""
+    """What the converted module answered, as :func:`write_checkpoint` keeps it; None where nothing was kept.
+
+    Raises:
+        LoadError: What was kept is damaged.
+    """
+    file = folder / _EXPECTED
+    if not file.is_file():
+        return None
     try:
-        with np.load(folder / _EXPECTED, allow_pickle=False) as kept:
+        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as kept:
             ids, logits = (torch.from_numpy(kept[name]) for name in ("ids", "logits"))
             return Expected(ids, int(kept["greedy"]), logits, float(kept["tolerance"]))
-    except (OSError, ValueError, KeyError):
-        return None
+    except Exception as error:  # of zipfile, of zlib, or an early end
+        raise LoadError(
+            f"'{file}', with the answers to compare with, is damaged ({reason_of(error)}).",
+            "Copy the folder again, or convert the model again.",
+        ) from error
 
 
 def _rounding(module: LatentModel, expected: Expected) -> float:
@@ -249,6 +261,11 @@ def _write_weights(checkpoint: Checkpoint, folder: Path, limit: int, dtype: torc
         content = {"metadata": total, "weight_map": index}
         text = json.dumps(content, indent=2, sort_keys=True) + "\n"
         (folder / f"{_STEM}.safetensors.index.json").write_text(text, encoding="utf-8")
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Files in a folder that are named as :func:`_write_weights` names them."""
+    return [file for file in folder.iterdir() if _WEIGHTS.fullmatch(file.name)]
 
 
 def _cut(shapes: Mapping[str, torch.Size], limit: int, itemsize: int) -> Iterator[list[str]]:
@@ -389,7 +406,7 @@ def _card(report: Report, facts: CheckpointFacts) -> str:
         *_usage(facts),
         "",
         "`mla-compile verify FOLDER` repeats the check with what the converted module answered (`expected.npz`). "
-        "Settings are in `mla_config.yaml`, everything else in `report.json`.",
+        f"Settings are in `{SETTINGS}`, everything else in `{REPORT}`.",
         "",
     ]
     return "\n".join(lines)

@@ -9,8 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
+
+from mla_compile.config import REPORT, SETTINGS, holds_conversion
 from mla_compile.disk.writing import sizes_in
-from mla_compile.errors import LoadError
+from mla_compile.errors import LoadError, first_line
 from mla_compile.program import Assets
 from mla_compile.progress import Stages
 from mla_compile.report import Report
@@ -20,14 +23,20 @@ from mla_compile.reporting.seq2seq_report import Seq2SeqReport
 from mla_compile.text.tokenizer_files import tokenizer_files
 
 __all__ = [
+    "GENAI_CONFIG",
+    "MODEL",
     "copy_assets",
     "displaced",
     "finished",
     "is_converted_folder",
     "read_assets",
+    "read_settings",
+    "write_settings",
     "written_files",
 ]
 
+MODEL, GENAI_CONFIG = "model.pt2", "genai_config.json"
+"""The model in a converted folder, and what onnxruntime-genai is told beside a file."""
 _OPENED_HERE = (".onnx", ".plan")
 _MODEL_FILES = (".gguf", *_OPENED_HERE)
 _AnyReport = TypeVar("_AnyReport", Report, EncoderReport, Seq2SeqReport)
@@ -35,7 +44,7 @@ _AnyReport = TypeVar("_AnyReport", Report, EncoderReport, Seq2SeqReport)
 
 def is_converted_folder(path: Path) -> bool:
     """Whether a folder was written by :func:`~mla_compile.artifacts.archives.write_folder`."""
-    return (path / "mla_config.yaml").is_file() and (path / "model.pt2").is_file()
+    return holds_conversion(path) and (path / MODEL).is_file()
 
 
 def written_files(folder: Path) -> list[Path]:
@@ -82,6 +91,27 @@ def read_assets(folder: Path) -> Assets:
     return Assets(tokenizer, stored["config.json"], stored["generation_config.json"])
 
 
+def write_settings(settings: Mapping[str, Any], folder: Path) -> None:
+    """Write the settings of a conversion into its folder."""
+    (folder / SETTINGS).write_text(yaml.safe_dump(dict(settings), sort_keys=False), encoding="utf-8")
+
+
+def read_settings(folder: Path) -> Mapping[str, Any]:
+    """Read back what :func:`write_settings` wrote.
+
+    Raises:
+        LoadError: The file is damaged.
+    """
+    path, reason = folder / SETTINGS, "it holds no settings"
+    try:
+        found = yaml.safe_load(path.read_text("utf-8"))
+    except (ValueError, yaml.YAMLError) as error:
+        found, reason = None, first_line(error)
+    if not isinstance(found, dict):
+        raise LoadError(f"'{path}' is damaged ({reason}).", "Convert the model again.")
+    return found
+
+
 def finished(report: _AnyReport, folder: Path, stages: Stages) -> _AnyReport:
     """Complete a report with the sizes of what lies in its folder, and write it there.
 
@@ -104,7 +134,7 @@ def finished(report: _AnyReport, folder: Path, stages: Stages) -> _AnyReport:
 def _files_of_report(folder: Path) -> Sequence[str]:
     """Names of the models' files that the ``report.json`` of a folder is of, as far as they are still there."""
     try:
-        report: Mapping[str, Any] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        report: Mapping[str, Any] = json.loads((folder / REPORT).read_text(encoding="utf-8"))
         names = sorted(report["artifacts"])
     except (OSError, ValueError, KeyError, TypeError):
         return ()

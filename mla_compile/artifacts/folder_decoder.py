@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mla_compile.artifacts.archives import read_folder
 from mla_compile.artifacts.companions import read_assets
 from mla_compile.runtime.generate import check_length
@@ -26,7 +24,8 @@ class FolderDecoder(TorchDecoder):
 
     Attributes:
         metadata: The model's end token, as files have it.
-        vocabulary: How many token ids the model knows.
+        vocabulary: How many logits a token has.
+        known_tokens: How many token ids the model reads.
         cache_bytes_per_token: Bytes one token of one sequence adds to the cache.
 
     Raises:
@@ -35,13 +34,11 @@ class FolderDecoder(TorchDecoder):
 
     def __init__(self, folder: Path, max_length: int | None = None) -> None:
         model = read_folder(folder)
-        super().__init__(model)
+        super().__init__(model, f"'{folder}'")
         assets = read_assets(folder)
         self._max_length = max_length
         self._elements, self._itemsize = model.cached_elements, cache_dtype(model.graph).itemsize
         self.metadata: Mapping[str, Any] = {"eos_token_id": assets.generation.get("eos_token_id")}
-        with torch.inference_mode():
-            self.vocabulary = int(model(torch.zeros(1, 1, dtype=torch.long)).logits.shape[-1])
         self.cache_bytes_per_token = sum(model.rows) * self._itemsize
 
     def cache_bytes(self, batch: int, tokens: int) -> int:
@@ -49,7 +46,7 @@ class FolderDecoder(TorchDecoder):
         return batch * self._elements(tokens) * self._itemsize
 
     def require_length(self, tokens: int) -> None:
-        """Refuse sequences of which so many tokens would be cached.
+        """Refuse sequences with this many cached tokens if that is too many.
 
         Raises:
             UsageError: These are more than ``max_length``.

@@ -10,7 +10,7 @@ from onnx.external_data_helper import uses_external_data
 from mla_compile.artifacts.places import check_place
 from mla_compile.disk.writing import moved_into
 from mla_compile.errors import LoadError, RefusedError, UsageError
-from mla_compile.runtime.cpu.fused import fused_model
+from mla_compile.runtime.cpu.fused import fused_model, obstacle
 from mla_compile.runtime.cpu.library import compile_library
 
 __all__ = ["write_fused"]
@@ -49,8 +49,7 @@ def write_fused(model: Path, out: Path, *, march: str = "native", force: bool = 
         raise LoadError(f"'{model}' is no ONNX file, or a damaged one.", "Give a file made by mla-compile.") from error
     if fused is None:
         raise RefusedError(
-            f"'{model}' has no attention that the fused kernel computes: it is for caches of float32, float16 and "
-            "int8, in files written without --inline.",
+            f"'{model}' has no attention that the fused kernel computes: {obstacle(model)}.",
             "Run the file as it is.",
         )
     outside = any(uses_external_data(tensor) for tensor in fused.graph.initializer)

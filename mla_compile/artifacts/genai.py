@@ -9,6 +9,7 @@ from typing import Any
 
 import onnx
 
+from mla_compile.artifacts.companions import GENAI_CONFIG
 from mla_compile.program import Assets
 from mla_compile.runtime.onnx_cache import KEY_VALUE
 from mla_compile.runtime.onnx_halves import half_width
@@ -70,7 +71,7 @@ def write_genai_config(file: Path, rows: Sequence[int], assets: Assets, *, stati
             "top_p": 1.0,
         },
     }
-    file.with_name("genai_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    file.with_name(GENAI_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _known(token: Any, other: Any = None) -> Any:  # noqa: ANN401 - token ids, or a list of them

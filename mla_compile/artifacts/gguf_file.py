@@ -23,6 +23,7 @@ from mla_compile.artifacts.gguf_check import GREEDY, IDS, LOGITS, TOLERANCE, has
 from mla_compile.artifacts.gguf_tensors import Stored, write_tensors
 from mla_compile.artifacts.gguf_vocabulary import read_vocabulary
 from mla_compile.artifacts.places import check_neighbours, check_place
+from mla_compile.config import REPORT
 from mla_compile.disk.writing import moved_into
 from mla_compile.errors import RefusedError, UsageError
 from mla_compile.program import Assets
@@ -40,6 +41,8 @@ _LITE_LAYERS = (26, 27)
 _LITE_VOCABULARY = (48, 128256)
 """Models that llama.cpp takes for DeepSeek-V2-Lite, by layers or by layers and tokens; it has no query latent."""
 _LAYERS, _EXPERTS = 512, 0
+_SCALINGS = ("default", "linear", "yarn")
+"""Of rotations, that its file format says in numbers."""
 _REMEDY = "Write --format deepseek instead."
 _UNCHECKED = "the file was not checked in llama.cpp: llama-cpp-python is not installed"
 
@@ -143,6 +146,7 @@ def _write(source: Path, file: Path, name: str) -> bool:
 
     stored = Stored.read(source)
     _require_expressible(stored)
+    stored.require_whole()
     vocabulary = read_vocabulary(source, int(stored.config["vocab_size"]))
     expected = read_expected(source)
     writer = gguf.GGUFWriter(file, _ARCHITECTURE)
@@ -169,7 +173,7 @@ def _require_expressible(stored: Stored) -> None:
     obstacles = {
         "attention has biases, and its loader takes no tensors for them ('wrong number of tensors')"
         f"{_cost_of_biases(stored.folder)}": config.get("attention_bias"),
-        f"rotations are scaled by '{scaling}', and its rope takes no table of factors": scaling == "llama3",
+        f"rotations are scaled by '{scaling}', and its rope takes no table of factors": scaling not in _SCALINGS,
         "'truncate' of YaRN is false, and its ramp begins and ends at whole channels": (
             config["rope_parameters"].get("truncate", True) is False
         ),
@@ -183,12 +187,17 @@ def _require_expressible(stored: Stored) -> None:
     for reason, present in obstacles.items():
         if present:
             raise RefusedError(f"llama.cpp cannot compute this checkpoint: {reason}.", _REMEDY)
+    if config["first_k_dense_replace"] < layers:
+        raise RefusedError(
+            f"'{stored.folder}' has layers with experts, which mla-compile does not write for llama.cpp.",
+            "Convert it with llama.cpp's own convert_hf_to_gguf.py.",
+        )
 
 
 def _cost_of_biases(folder: Path) -> str:
     """What leaving them out would cost, where it was measured."""
     try:
-        cost = json.loads((folder / "report.json").read_text(encoding="utf-8"))["checkpoint"]["without_biases"]
+        cost = json.loads((folder / REPORT).read_text(encoding="utf-8"))["checkpoint"]["without_biases"]
     except (OSError, ValueError, KeyError, TypeError):
         return ""
     return f"; leaving them out would cost {cost:.2g} nats per token" if cost else ""

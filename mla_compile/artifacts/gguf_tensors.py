@@ -12,16 +12,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mla_compile.artifacts.checkpoint import stock_rotation
-from mla_compile.errors import LoadError
+from mla_compile.errors import LoadError, first_line, reason_of
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 __all__ = ["Stored", "write_tensors"]
+
+_ANOTHER = "Give a folder written by mla-compile with --format deepseek."
+_AGAIN = "Copy the folder again, or convert the model again."
+_FLOATS = ("F64", "F32", "F16", "BF16")
+"""Types of tensors whose numbers are the weights themselves, as safetensors names them."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,7 @@ class Stored:
 
     Attributes:
         folder: The folder.
-        config: Its ``config.json``.
+        config: Its ``config.json``, with what stock transformers takes for what it does not say.
         files: The file of every tensor.
     """
 
@@ -47,23 +52,45 @@ class Stored:
         """
         try:
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            kind = config.get("architectures")
             index = folder / "model.safetensors.index.json"
             if index.is_file():
-                files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+                files = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
             else:
                 with safe_open(folder / "model.safetensors", "pt") as opened:
                     files = dict.fromkeys(opened.keys(), "model.safetensors")
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+            raise LoadError(f"'{folder}' holds no DeepSeek checkpoint ({first_line(error)}).", _ANOTHER) from error
+        if kind != ["DeepseekV3ForCausalLM"]:
+            raise LoadError(f"'{folder}' holds no DeepSeek checkpoint, but {kind}.", _ANOTHER)
+        return cls(folder, _complete(config, folder), dict(sorted(files.items())))
+
+    def require_whole(self) -> None:
+        """Refuse a checkpoint whose tensors are not those that its configuration asks for, in names and shapes.
+
+        Raises:
+            LoadError: With the first that is missing, foreign or of another shape, or a file that cannot be read.
+        """
+        asked = _asked_for(self.config, self.folder)
+        try:
+            found = {name: (shape, kind) for name, shape, kind in self.shapes()}
+        except (OSError, TypeError, SafetensorError) as error:
+            raise LoadError(f"Weights of '{self.folder}' cannot be read ({first_line(error)}).", _AGAIN) from error
+        missing, foreign = sorted(asked.keys() - found.keys()), sorted(found.keys() - asked.keys())
+        if missing:
+            raise LoadError(f"'{self.folder}' lacks the weight '{missing[0]}', which its config.json asks for.", _AGAIN)
+        if foreign:
             raise LoadError(
-                f"'{folder}' holds no DeepSeek checkpoint ({error}).",
-                "Give a folder written by mla-compile with --format deepseek.",
-            ) from error
-        if config.get("architectures") != ["DeepseekV3ForCausalLM"]:
-            raise LoadError(
-                f"'{folder}' holds no DeepSeek checkpoint, but {config.get('architectures')}.",
-                "Give a folder written by mla-compile with --format deepseek.",
+                f"'{self.folder}' has a weight '{foreign[0]}', which its config.json has no place for.", _AGAIN
             )
-        return cls(folder, config, dict(sorted(files.items())))
+        for name, (shape, kind) in found.items():
+            if shape != asked[name]:
+                raise LoadError(
+                    f"'{name}' of '{self.folder}' has the shape {shape}, and its config.json asks for {asked[name]}.",
+                    _AGAIN,
+                )
+            if kind not in _FLOATS:
+                raise LoadError(f"'{name}' of '{self.folder}' is of the type {kind}, which is no float.", _ANOTHER)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor by its name; one is in memory at a time."""
@@ -77,6 +104,34 @@ class Stored:
             with safe_open(self.folder / file, "pt") as opened:
                 part = opened.get_slice(name)
                 yield name, tuple(part.get_shape()), part.get_dtype()
+
+
+def _complete(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """A configuration as stock transformers reads it: with defaults, and rotations where they are today."""
+    from transformers import DeepseekV3Config
+
+    try:
+        found: dict[str, Any] = DeepseekV3Config.from_dict(dict(config)).to_dict()
+    except Exception as error:  # its own checks, of any class
+        raise _unusable(folder, error) from error
+    return found
+
+
+def _asked_for(config: Mapping[str, Any], folder: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors that stock transformers makes of a configuration."""
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    try:
+        stock_rotation(config)
+        with torch.device("meta"):
+            model = DeepseekV3ForCausalLM(DeepseekV3Config.from_dict(dict(config)))
+    except Exception as error:  # of sizes that fit nothing, any class
+        raise _unusable(folder, error) from error
+    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
+
+
+def _unusable(folder: Path, error: Exception) -> LoadError:
+    return LoadError(f"'{folder / 'config.json'}' describes no DeepSeek model ({reason_of(error)}).", _AGAIN)
 
 
 @dataclass(frozen=True)

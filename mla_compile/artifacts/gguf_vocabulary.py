@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mla_compile.errors import RefusedError
+from mla_compile.errors import LoadError, MlaCompileError, RefusedError, reason_of
 from mla_compile.quiet import quiet_exporter
 from mla_compile.text.corpus import load_tokenizer
 
@@ -99,7 +99,17 @@ def read_vocabulary(folder: Path, size: int) -> Vocabulary:
         if (folder / "tokenizer_config.json").is_file():
             raise _refused("it has no tokenizer.json")
         return Vocabulary("none")
-    stored = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        return _read(json.loads(file.read_text(encoding="utf-8")), folder, size)
+    except MlaCompileError:
+        raise
+    except Exception as error:  # whatever reading something else ends in
+        raise LoadError(
+            f"'{file}' is no tokenizer, or a damaged one ({reason_of(error)}).", "Copy the folder again."
+        ) from error
+
+
+def _read(stored: Mapping[str, Any], folder: Path, size: int) -> Vocabulary:
     model = stored["model"]
     if model.get("type") != "BPE":
         raise _refused(f"its type is {model.get('type')}, and only BPE is known")

@@ -53,7 +53,7 @@ def write_onnx(
     Returns:
         The completed report, also written as ``report.json`` beside the file.
     """
-    check_onnx_target(path, report.source, assets, force)
+    check_onnx_target(path, report.source, assets, force, report.config["cache_layout"])
     with moved_into(path.parent) as folder:
         found, warnings = lower_and_check(
             module,
@@ -110,7 +110,7 @@ def lower_and_check(
             file,
             opset=form["opset"],
             inline=form["inline"],
-            metadata=metadata,
+            metadata={**metadata, "known_tokens": module.known_tokens},
             static=paged or static,
             quantised=form["cache_type"] == "int8",
             halves=form["cache_layout"] == "genai",

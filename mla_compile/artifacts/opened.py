@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, fx
 
 from mla_compile.artifacts.archives import read_folder
-from mla_compile.artifacts.companions import is_converted_folder, read_assets, written_files
+from mla_compile.artifacts.companions import is_converted_folder, read_assets, read_settings, written_files
+from mla_compile.config import REPORT
 from mla_compile.disk.mapped import DroppingInterpreter
 from mla_compile.errors import LoadError
 from mla_compile.passes.recognise import Recognition, recognise
 from mla_compile.program import Program
 from mla_compile.runtime.generate import Decoder
-from mla_compile.runtime.module import LatentModel, cache_dtype, known_tokens, positions_from_mask
+from mla_compile.runtime.module import LatentModel, cache_dtype, positions_from_mask
 from mla_compile.runtime.onnx_checksum import require_unchanged
 from mla_compile.runtime.onnx_session import OnnxDecoder
 from mla_compile.runtime.tensorrt.engine import TensorRTDecoder
@@ -89,7 +89,7 @@ def open_model(name: str, tokenizer: str | None = None) -> Opened:
         return _open_decoder(path, name)
     if is_converted_folder(path):
         return _open_folder(path, name)
-    if (path / "report.json").is_file() and (files := written_files(path)):
+    if (path / REPORT).is_file() and (files := written_files(path)):
         raise LoadError(f"'{name}' holds no model in PyTorch, but {files[0].name}.", f"Name the file: {files[0]}.")
     program = frontend.load_program(name, tokenizer=tokenizer)
     return open_program(name, program, recognise(program))
@@ -157,14 +157,14 @@ def _open_decoder(path: Path, name: str) -> Opened:
 
 
 def _opened(path: Path, name: str, runtime: str, decoder: OnnxDecoder | TensorRTDecoder) -> Opened:
-    method, ratio = _asked_for(decoder.metadata.get("config", {}))
+    method, ratio = _asked_for(decoder.metadata.get("config", {}), path)
     return Opened(
         name=name,
         runtime=runtime,
         score=onnx_scorer(decoder),
         cache_bytes=decoder.cache_bytes_per_token,
         longest=decoder.metadata.get("max_position_embeddings"),
-        known=decoder.vocabulary,
+        known=decoder.known_tokens,
         vocabulary=decoder.vocabulary,
         tokenizer=str(path.absolute().parent),
         decoder=decoder,
@@ -175,18 +175,15 @@ def _opened(path: Path, name: str, runtime: str, decoder: OnnxDecoder | TensorRT
 
 def _open_folder(path: Path, name: str) -> Opened:
     model = read_folder(path)
-    score = mapped_scorer(model)
-    with torch.inference_mode():
-        vocabulary = score(torch.zeros(1, 1, dtype=torch.long)).shape[-1]
-    method, ratio = _asked_for(yaml.safe_load((path / "mla_config.yaml").read_text("utf-8")))
+    method, ratio = _asked_for(read_settings(path), path)
     return Opened(
         name=name,
         runtime=TORCH,
-        score=score,
+        score=mapped_scorer(model),
         cache_bytes=latent_bytes(model),
         longest=read_assets(path).longest,
-        known=known_tokens(model.graph) or vocabulary,
-        vocabulary=vocabulary,
+        known=model.known_tokens,
+        vocabulary=model.vocabulary,
         tokenizer=name,
         decoder=TorchDecoder(model),
         method=method,
@@ -194,6 +191,13 @@ def _open_folder(path: Path, name: str) -> Opened:
     )
 
 
-def _asked_for(config: Mapping[str, Any]) -> tuple[str | None, float | None]:
-    """Method and cache ratio of a stored configuration."""
-    return "exact" if config.get("exact") else config.get("method"), config.get("cache_ratio")
+def _asked_for(config: Mapping[str, Any], path: Path) -> tuple[str | None, float | None]:
+    """Method and cache ratio of a stored configuration.
+
+    Raises:
+        LoadError: They are none.
+    """
+    method, ratio = "exact" if config.get("exact") else config.get("method"), config.get("cache_ratio")
+    if not isinstance(method, str | None) or not isinstance(ratio, float | int | None):
+        raise LoadError(f"'{path}' names no method or cache ratio of its conversion.", "Convert the model again.")
+    return method, ratio

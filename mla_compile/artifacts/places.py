@@ -8,7 +8,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from mla_compile.artifacts.companions import copy_assets
+from mla_compile.artifacts.companions import GENAI_CONFIG, copy_assets
+from mla_compile.config import REPORT
 from mla_compile.disk.writing import is_occupied, sizes_in
 from mla_compile.errors import UsageError
 from mla_compile.program import Assets
@@ -143,8 +144,15 @@ def check_pair(path: Path, force: bool) -> None:
         check_target(target, force)
 
 
-def check_neighbours(path: Path, source: str, assets: Assets, force: bool) -> None:
+def check_neighbours(path: Path, source: str, assets: Assets, force: bool, layout: str = "rows") -> None:
     """Refuse to put a model's files beside those of another, before any work is done.
+
+    Args:
+        path: The file or folder that is written.
+        source: Where the original is.
+        assets: Configuration and tokenizer that go beside it.
+        force: Replace what is there.
+        layout: Of its caches: with genai, onnxruntime-genai is told of the file in another beside it.
 
     Raises:
         UsageError: Configuration, tokenizer or report of something else lies where this model's would go, or it is the
@@ -161,14 +169,16 @@ def check_neighbours(path: Path, source: str, assets: Assets, force: bool) -> No
             old = folder / name
             if old.is_file() and old.read_bytes() != (Path(scratch) / name).read_bytes():
                 raise _belongs_to_another(old)
-    report, page = folder / "report.json", folder / PAGE
+    if layout == "genai" and (folder / GENAI_CONFIG).exists():  # of another file, or of one that is gone
+        raise _belongs_to_another(folder / GENAI_CONFIG)
+    report, page = folder / REPORT, folder / PAGE
     if report.is_file() and not _is_report(report):
         raise _belongs_to_another(report)
     if page.is_file() and not report.is_file():
         raise _belongs_to_another(page)
 
 
-def check_onnx_target(path: Path, source: str, assets: Assets, force: bool) -> None:
+def check_onnx_target(path: Path, source: str, assets: Assets, force: bool, layout: str = "rows") -> None:
     """Refuse an ONNX file that cannot be written where it is to go.
 
     Raises:
@@ -177,7 +187,7 @@ def check_onnx_target(path: Path, source: str, assets: Assets, force: bool) -> N
     check_target(path, force)
     if path.suffix != ".onnx":
         raise UsageError(f"'{path}' is not named like an ONNX file.", "Name it with the suffix .onnx.")
-    check_neighbours(path, source, assets, force)
+    check_neighbours(path, source, assets, force, layout)
 
 
 def _is_report(path: Path) -> bool:

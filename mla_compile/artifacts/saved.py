@@ -17,21 +17,30 @@ from mla_compile.artifacts.archives import read_folder, write_archive
 from mla_compile.artifacts.companions import copy_assets, displaced, is_converted_folder, read_assets
 from mla_compile.artifacts.onnx_files import lower_and_check, stored_metadata
 from mla_compile.artifacts.places import check_neighbours, check_place, check_target
-from mla_compile.config import CompileConfig
+from mla_compile.config import REPORT, SETTINGS, CompileConfig
 from mla_compile.disk.writing import moved_into, sizes_in
 from mla_compile.errors import LoadError, UsageError
 from mla_compile.passes.quantise_cache import check_quantisable
 from mla_compile.plan import LatentPlan
 from mla_compile.program import Assets
 from mla_compile.progress import Stages
-from mla_compile.report import Training
-from mla_compile.reporting.report_page import damage_explained, read_report, render_page, write_report
-from mla_compile.runtime.module import LatentModel, known_tokens
+from mla_compile.report import NO_GAIN, Training
+from mla_compile.reporting.report_page import (
+    PAGE,
+    damage_explained,
+    read_report,
+    render_page,
+    write_report,
+)
+from mla_compile.runtime.module import LatentModel
 from mla_compile.runtime.onnx_halves import halves_bytes
 from mla_compile.runtime.onnx_quantised import quantised_bytes
 
 __all__ = ["Saved", "open_saved", "save", "write_saved_onnx", "write_trained"]
 
+_MEASURED = ("quality", "polish", "verification")
+"""What a report says of weights as they were."""
+_BEFORE = "before fine-tuning: "
 _CHECKED = 24
 """Random tokens per sequence that an ONNX file is compared on."""
 
@@ -65,7 +74,7 @@ def open_saved(folder: Path) -> Saved:
         LoadError: It holds no converted model, or something in it is damaged.
     """
     module = read_folder(folder)
-    report = read_report(folder) if (folder / "report.json").is_file() else {}
+    report = read_report(folder) if (folder / REPORT).is_file() else {}
     if "cache" not in report:
         raise LoadError(f"'{folder}' has no report.json of its conversion.", "Convert the model again.")
     with damage_explained(folder):
@@ -83,7 +92,7 @@ def _plan_of(layer: Mapping[str, Any]) -> dict[str, Any]:
 def save(model: LatentModel, folder: str | Path, *, like: str | Path, force: bool = False) -> None:
     """Write a model that was read back with :func:`mla_compile.load`, perhaps after training it.
 
-    What was not changed is the same bytes again.
+    Anything unchanged is written to the same bytes.
 
     Args:
         model: The model.
@@ -93,16 +102,19 @@ def save(model: LatentModel, folder: str | Path, *, like: str | Path, force: boo
 
     Raises:
         LoadError: ``like`` holds no converted model.
-        UsageError: The folder cannot be written, or is not empty.
+        UsageError: The folder cannot be written, is not empty, or is the original's.
     """
     source, path = Path(like), Path(folder)
     if not is_converted_folder(source):
         raise LoadError(f"'{source}' holds no converted model.", "Give the folder that the model was read from.")
     check_place(path, force)
+    assets = read_assets(source)
+    original = read_report(source).get("source", "") if (source / REPORT).is_file() else ""
+    check_neighbours(path, str(original), assets, force)
     with moved_into(path) as hidden:
         write_archive(model, hidden)
-        copy_assets(read_assets(source), hidden)
-        for name in ("mla_config.yaml", "report.json", "report.html"):
+        copy_assets(assets, hidden)
+        for name in (SETTINGS, REPORT, PAGE):
             if (source / name).is_file():
                 shutil.copyfile(source / name, hidden / name)
 
@@ -122,13 +134,30 @@ def write_trained(
     Returns:
         The report.
     """
-    report = {**saved.report, "training": dataclasses.asdict(training)}
+    earlier = [warning for warning in saved.report["warnings"] if warning != NO_GAIN]  # of a training before this one
+    before = _of_weights_before({**saved.report, "warnings": earlier})
+    report = {
+        **before,
+        "training": dataclasses.asdict(training),
+        "warnings": [*before["warnings"], *training.warnings],
+    }
     with moved_into(path) as folder:
         write_archive(module, folder)
         copy_assets(saved.assets, folder)
-        (folder / "mla_config.yaml").write_bytes((saved.folder / "mla_config.yaml").read_bytes())
+        shutil.copyfile(saved.folder / SETTINGS, folder / SETTINGS)
         (folder / "recipe.yaml").write_text(yaml.safe_dump(dict(recipe), sort_keys=False), encoding="utf-8")
         return _finished(report, folder)
+
+
+def _of_weights_before(report: Mapping[str, Any]) -> dict[str, Any]:
+    """A report in which nothing that was measured is told of weights that were trained since; it is kept apart."""
+    before = report.get("before_training") or {
+        **{name: report.get(name) for name in _MEASURED},
+        "layers": [layer.get("measured") for layer in report["layers"]],
+    }
+    told = [f"{_BEFORE}{str(warning).removeprefix(_BEFORE)}" for warning in report["warnings"]]
+    layers = [{**layer, "measured": None} for layer in report["layers"]]
+    return {**report, **dict.fromkeys(_MEASURED), "layers": layers, "warnings": told, "before_training": before}
 
 
 def write_saved_onnx(saved: Saved, path: Path, form: CompileConfig, *, force: bool) -> dict[str, Any]:
@@ -154,7 +183,7 @@ def write_saved_onnx(saved: Saved, path: Path, form: CompileConfig, *, force: bo
             "Name it with the suffix .onnx. A DeepSeek checkpoint is written by convert --format deepseek --finetune.",
         )
     check_target(path, force)
-    check_neighbours(path, saved.report["source"], saved.assets, force)
+    check_neighbours(path, saved.report["source"], saved.assets, force, form.cache_layout)
     cache = saved.report["cache"]
     int8 = form.cache_type == "int8"
     halves = form.cache_layout == "genai"
@@ -169,10 +198,7 @@ def write_saved_onnx(saved: Saved, path: Path, form: CompileConfig, *, force: bo
     sizes = (cache["bytes_per_token_before"], cache["bytes_per_token_after"])
     metadata = stored_metadata(saved.report["source"], config, layers, sizes, saved.assets)
     with moved_into(path.parent) as folder:
-        with torch.inference_mode():
-            width = saved.module(torch.zeros(1, 1, dtype=torch.long)).logits.shape[-1]
-        vocabulary = known_tokens(saved.module.graph) or width
-        ids = torch.randint(0, vocabulary, (2, _CHECKED), generator=torch.Generator().manual_seed(0))
+        ids = torch.randint(0, saved.module.known_tokens, (2, _CHECKED), generator=torch.Generator().manual_seed(0))
         found, warnings = lower_and_check(
             saved.module, folder / path.name, config, metadata, saved.assets, ids, sizes[1], Stages()
         )

@@ -30,10 +30,11 @@ from mla_compile.progress import Stages
 from mla_compile.report import Report
 from mla_compile.runtime.fixed_cache import FixedCacheDecoder
 from mla_compile.runtime.module import LatentModel
+from mla_compile.runtime.onnx_cache import PAST
 from mla_compile.runtime.tensorrt.engine import TensorRTDecoder, facts_path
 from mla_compile.runtime.tensorrt.engine_builder import EngineSettings, build_engine, use_plugins
 from mla_compile.runtime.tensorrt.installed import architecture, require_device, require_tensorrt
-from mla_compile.runtime.tensorrt.reference import PAST, OnnxFixedDecoder
+from mla_compile.runtime.tensorrt.reference import OnnxFixedDecoder
 from mla_compile.text.evaluate import relative_error
 from mla_compile.verification.agreement import in_float32, require_equal
 
@@ -62,8 +63,8 @@ _OF_ENGINES = {
 """Settings of which a file has nothing, as options."""
 _OF_FILES = {"room": "--max-length", "splits": "--splits"}
 """Settings that are constants of a file, as options."""
-_STEPS = (5, 1, 1, 1, 1)
-"""Tokens of the steps that are compared: a prompt, a step that runs, and steps that are replayed."""
+_PROMPT, _TOKENS = 5, 9
+"""Tokens that are compared: of a prompt, and with those of a step that runs, and of steps that are replayed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,6 +268,7 @@ def _write(
     """
     file = hidden / path.with_suffix(".onnx").name
     graph: fx.GraphModule = model.graph  # type: ignore[assignment]
+    metadata = {**metadata, "known_tokens": model.known_tokens}
     with stages.stage("lower to ONNX"):
         facts = {**metadata, "target": "tensorrt"}
         lower_to_tensorrt_onnx(graph, model.rows, file, room=settings.room, metadata=facts, splits=settings.splits)
@@ -331,10 +333,11 @@ def _in_onnx_runtime(file: Path) -> Iterator[OnnxFixedDecoder]:
 
 def _difference(decoder: FixedCacheDecoder, reference: Callable[[torch.Tensor], torch.Tensor]) -> float:
     """Largest relative difference of logits between a prompt and some steps, and whole sequences at once."""
-    batch, tokens = min(2, decoder.limits.batch or 2), sum(_STEPS)
-    ids = torch.arange(batch * tokens).view(batch, tokens)  # small ids: every vocabulary has them
+    batch, tokens = min(2, decoder.limits.batch or 2), min(_TOKENS, decoder.limits.room)
+    prompt = max(1, tokens - _TOKENS + _PROMPT)
+    ids = torch.arange(batch * tokens).view(batch, tokens) % decoder.vocabulary  # small ids: every vocabulary has them
     cache, done, parts = decoder.empty_cache(batch), 0, []
-    for part in ids.split(_STEPS, 1):
+    for part in ids.split([prompt, *[1] * (tokens - prompt)], 1):
         positions = np.tile(np.arange(done, done + part.shape[1]), (batch, 1))
         done += part.shape[1]
         logits, cache = decoder.step(part.numpy(), np.ones((batch, done), np.int64), positions, cache)

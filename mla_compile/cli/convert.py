@@ -58,7 +58,8 @@ def convert(
     preset: Preset = "none",
     q_rank: QRank = None,
     shard_size: Annotated[
-        float, typer.Option(min=0.001, help="GB per file of weights, with --format deepseek.", rich_help_panel=OUTPUT)
+        float,
+        typer.Option(min=0.001, help="With --format deepseek: largest weight file, in GB.", rich_help_panel=OUTPUT),
     ] = _SHARD,
     target: Target = "auto",
     force: Force = False,
@@ -73,8 +74,8 @@ def convert(
     finetune: Annotated[
         str | None,
         typer.Option(
-            help="Text to fine-tune on after converting, to predict what the original does; the command finetune has "
-            "settings and checkpoints.",
+            help="Text to fine-tune on after converting, to match the original's predictions; the finetune command has "
+            "more settings and checkpoints.",
             rich_help_panel=METHOD,
         ),
     ] = None,

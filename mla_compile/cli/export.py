@@ -26,7 +26,9 @@ def export(
     *,
     folder: Annotated[
         Path,
-        typer.Argument(help="A folder written by 'convert' or 'finetune'; for .gguf one of --format deepseek."),
+        typer.Argument(
+            help="A folder written by 'convert' or 'finetune'; for .gguf, one written with --format deepseek."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="The .onnx or .gguf file to write.", rich_help_panel=OUTPUT)],
     form: FileOptions,
@@ -67,15 +69,15 @@ def fuse(
     model: Annotated[Path, typer.Argument(help="An ONNX file made by mla-compile.")],
     out: Annotated[
         Path,
-        typer.Option(help="The .onnx file to write, beside which goes the library, as a .so.", rich_help_panel=OUTPUT),
+        typer.Option(help="The .onnx file to write; the library goes beside it, as a .so.", rich_help_panel=OUTPUT),
     ],
-    march: Annotated[str, typer.Option(help="Processor the library is for, as compilers name it.")] = "native",
+    march: Annotated[str, typer.Option(help="Processor to compile the library for, as compilers name it.")] = "native",
     force: Force = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
     verbose: Verbose = 0,
 ) -> None:
-    """Write a file whose attention is the fused kernel, and its library, for ONNX Runtime without mla-compile."""
+    """Write a file that uses the fused attention kernel, and its library, for ONNX Runtime without mla-compile."""
     from mla_compile import display
     from mla_compile.artifacts.fuse import write_fused
 
@@ -93,7 +95,7 @@ def verify(
     quiet: Quiet = False,
     verbose: Verbose = 0,
 ) -> None:
-    """Check a DeepSeek checkpoint: stock transformers, or llama.cpp, against what the converted module answered."""
+    """Check a DeepSeek checkpoint in stock transformers, or llama.cpp, against the converted module's outputs."""
     from mla_compile import display
     from mla_compile.artifacts.checkpoint_folder import verify_folder
     from mla_compile.artifacts.gguf_check import verify_gguf
@@ -112,10 +114,12 @@ def verify(
 
 
 def report(
-    source: Annotated[Path, typer.Argument(help="A report.json, or the folder that it is in.")],
+    source: Annotated[Path, typer.Argument(help="A report.json, or the folder that holds it.")],
     measurement: Annotated[
         Path | None,
-        typer.Option("--eval", help="What 'eval ... --original MODEL --json' printed: draws quality over cache kept."),
+        typer.Option(
+            "--eval", help="Output of 'eval ... --original MODEL --json', to plot quality against cache kept."
+        ),
     ] = None,
     out: Annotated[
         Path | None,
@@ -126,7 +130,7 @@ def report(
     quiet: Quiet = False,
     verbose: Verbose = 0,
 ) -> None:
-    """Draw the report of a conversion as one page; every conversion writes one, this draws it again."""
+    """Draw the report of a conversion as one page again (every conversion writes one)."""
     from mla_compile import display
     from mla_compile.artifacts.page_file import write_page
     from mla_compile.reporting.report_page import PAGE

@@ -10,10 +10,10 @@ import typer
 
 from mla_compile.cli.options import (
     CHECKS,
+    OBJECTIVE,
     OUTPUT,
-    PACE,
+    SCHEDULE,
     TEXT,
-    TOWARDS,
     AsJson,
     Quiet,
     SeqLen,
@@ -39,89 +39,119 @@ def fine_tune(
     objective: Annotated[
         str,
         typer.Option(
-            help="next-token (the text), kl (a teacher's predictions), attention (the original's attention outputs), "
-            "or a mixture such as kl=0.9,next-token=0.1.",
+            help="What to match: next-token (the text), kl (a teacher's predictions), attention (the original's "
+            "attention outputs), or a mixture such as kl=0.9,next-token=0.1.",
             show_default="kl with a teacher, else next-token",
-            rich_help_panel=TOWARDS,
+            rich_help_panel=OBJECTIVE,
         ),
     ] = "auto",
     teacher: Annotated[
         str | None,
         typer.Option(
-            help="The original, or a larger model with the same vocabulary, to learn from.", rich_help_panel=TOWARDS
+            help="The original, or a larger model with the same vocabulary, to learn from.", rich_help_panel=OBJECTIVE
         ),
     ] = None,
     match_steps: Annotated[
         int,
-        typer.Option(
-            min=0, help="Steps at the beginning that match attention outputs instead.", rich_help_panel=TOWARDS
-        ),
+        typer.Option(min=0, help="Initial steps that match attention outputs instead.", rich_help_panel=OBJECTIVE),
     ] = 0,
     train: Annotated[
         str,
         typer.Option(
-            help="latent matrices, attention (with its output projections, and all norms) or all weights.",
-            rich_help_panel=TOWARDS,
+            help="Weights to train: latent (the latent matrices), attention (also output projections and all norms) or "
+            "all.",
+            rich_help_panel=OBJECTIVE,
         ),
     ] = "attention",
     lora_rank: Annotated[
         int,
         typer.Option(
             min=0,
-            help="Train adapters of this rank instead of the matrices, which they are added to in the end.",
+            help="Train LoRA adapters of this rank instead of the matrices, and merge them at the end.",
             show_default="none",
-            rich_help_panel=TOWARDS,
+            rich_help_panel=OBJECTIVE,
         ),
     ] = 0,
     lora_alpha: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Scale of adapters, times their rank.", show_default="the rank", rich_help_panel=TOWARDS
+            min=1,
+            help="LoRA alpha: adapters are scaled by alpha over rank.",
+            show_default="the rank",
+            rich_help_panel=OBJECTIVE,
         ),
     ] = None,
     tokens: TrainTokens = None,
-    batch: Annotated[int, typer.Option(min=1, help="Windows per step, of all processes.", rich_help_panel=PACE)] = 16,
-    accumulate: Annotated[int, typer.Option(min=1, help="Pieces a step is computed in.", rich_help_panel=PACE)] = 1,
+    batch: Annotated[
+        int, typer.Option(min=1, help="Windows per step, over all processes.", rich_help_panel=SCHEDULE)
+    ] = 16,
+    accumulate: Annotated[
+        int,
+        typer.Option(min=1, help="Gradient accumulation: pieces that a step is computed in.", rich_help_panel=SCHEDULE),
+    ] = 1,
     seq_len: SeqLen = None,
     rate: Annotated[
         float,
-        typer.Option(help="Step size, relative to the root mean square of every weight.", rich_help_panel=PACE),
+        typer.Option(help="Learning rate, relative to the root mean square of every weight.", rich_help_panel=SCHEDULE),
     ] = 0.01,
-    weight_decay: Annotated[float, typer.Option(min=0.0, help="AdamW's.", rich_help_panel=PACE)] = 0.0,
-    warm_up: Annotated[float, typer.Option(help="Share of the steps to grow to it.", rich_help_panel=PACE)] = 0.05,
-    decay: Annotated[float, typer.Option(help="Share of the steps to fall to zero.", rich_help_panel=PACE)] = 0.2,
-    clip: Annotated[float, typer.Option(help="Longest gradient.", rich_help_panel=PACE)] = 1.0,
+    weight_decay: Annotated[
+        float, typer.Option(min=0.0, help="Weight decay of AdamW.", rich_help_panel=SCHEDULE)
+    ] = 0.0,
+    warm_up: Annotated[
+        float, typer.Option(help="Fraction of steps spent warming up.", rich_help_panel=SCHEDULE)
+    ] = 0.05,
+    decay: Annotated[
+        float, typer.Option(help="Fraction of steps spent decaying to zero.", rich_help_panel=SCHEDULE)
+    ] = 0.2,
+    clip: Annotated[float, typer.Option(help="Gradient-norm clip.", rich_help_panel=SCHEDULE)] = 1.0,
     every: Annotated[
         int, typer.Option(min=1, help="Steps between evaluations, each with a checkpoint.", rich_help_panel=CHECKS)
     ] = 100,
     patience: Annotated[
-        int, typer.Option(min=0, help="Evaluations without improvement to end after; 0 never.", rich_help_panel=CHECKS)
+        int,
+        typer.Option(
+            min=0,
+            help="Stop after this many evaluations without improvement; 0 never stops early.",
+            rich_help_panel=CHECKS,
+        ),
     ] = 0,
-    keep: Annotated[int, typer.Option(min=1, help="Checkpoints kept, besides the best.", rich_help_panel=OUTPUT)] = 2,
+    keep: Annotated[
+        int, typer.Option(min=1, help="Checkpoints to keep, besides the best.", rich_help_panel=OUTPUT)
+    ] = 2,
     eval_windows: Annotated[
-        int, typer.Option(min=1, help="Windows of the text kept out to measure on, at most.", rich_help_panel=CHECKS)
+        int, typer.Option(min=1, help="Most windows of the text to hold out for evaluation.", rich_help_panel=CHECKS)
     ] = 32,
     mixed_precision: Annotated[
-        str, typer.Option(help="no, or bf16 for products in bfloat16.", rich_help_panel=PACE)
+        str, typer.Option(help="no, or bf16 for bfloat16 products.", rich_help_panel=SCHEDULE)
     ] = "no",
     recompute: Annotated[
-        bool, typer.Option("--recompute", help="Less memory, more time: activations twice.", rich_help_panel=PACE)
+        bool,
+        typer.Option(
+            "--recompute",
+            help="Recompute activations (gradient checkpointing): less memory, more time.",
+            rich_help_panel=SCHEDULE,
+        ),
     ] = False,
     tracker: Annotated[
         str,
         typer.Option(
-            help="Where accelerate sends the curve: auto is TensorBoard where it is installed, none nowhere.",
+            help="Tracker that accelerate logs to: none, auto (TensorBoard if it is installed), or a name it knows.",
             rich_help_panel=OUTPUT,
         ),
     ] = "auto",
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.", rich_help_panel=OUTPUT)
+        bool, typer.Option("--resume", help="Continue from the last checkpoint in --out.", rich_help_panel=OUTPUT)
     ] = False,
     force: Annotated[
-        bool, typer.Option("--force", help="Begin anew where --out holds something.", rich_help_panel=OUTPUT)
+        bool,
+        typer.Option(
+            "--force",
+            help="Start over if --out is not empty; an earlier training there is removed first.",
+            rich_help_panel=OUTPUT,
+        ),
     ] = False,
     tokenizer: Tokenizer = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the order of windows.", rich_help_panel=PACE)] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed for the order of windows.", rich_help_panel=SCHEDULE)] = 0,
     as_json: AsJson = False,
     quiet: Quiet = False,
     verbose: Verbose = 0,

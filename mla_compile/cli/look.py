@@ -1,4 +1,4 @@
-"""``inspect`` and ``plan``: what is there, and what would become of it; nothing is written."""
+"""``inspect`` and ``plan``: what a model has, and what a conversion would make of it; nothing is written."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from mla_compile.cli.options import (
 
 __all__ = ["inspect", "plan"]
 
+_CONTEXT = 4096
+
 
 def inspect(
     model: Described,
@@ -32,7 +34,7 @@ def inspect(
 ) -> None:
     """Show every attention layer: what was recognised, or why it cannot be converted."""
     from mla_compile import api, display
-    from mla_compile.conversion.admission import convertible, would_be_refused
+    from mla_compile.conversion.admission import convertible, require_convertible
     from mla_compile.conversion.preview import lossless_elements
     from mla_compile.report import summarise_site
 
@@ -47,8 +49,7 @@ def inspect(
         display.print_json({"model": model, "layers": rows})
     else:
         display.show_layers(rows)
-    if would_be_refused(program, found, encoders):
-        raise typer.Exit(3)
+    require_convertible(program, found, encoders)
     if not (as_json or quiet):
         display.show_verdict(rows, model, encoders=encoders)
 
@@ -61,14 +62,21 @@ def plan(
     how: MethodOptions,
     source: SourceOptions,
     cache_type: CacheType = "auto",
-    context: Annotated[int, typer.Option(min=1, help="Tokens in the cache when a step's time is estimated.")] = 4096,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences that are decoded together.")] = 1,
-    machine: Annotated[Literal["cpu", "gpu"], typer.Option(help="What to estimate the time on.")] = "cpu",
+    context: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Tokens in the cache for the estimate of a step's time.",
+            show_default=f"{_CONTEXT}; the model's limit, if that is less",
+        ),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences decoded together.")] = 1,
+    machine: Annotated[Literal["cpu", "gpu"], typer.Option(help="Hardware to estimate the time for.")] = "cpu",
     as_json: AsJson = False,
     quiet: Quiet = False,
     verbose: Verbose = 0,
 ) -> None:
-    """Show ranks, rotating channels, cache bytes per token and the time of a step without writing anything."""
+    """Show ranks, rotating channels, cache bytes per token and the estimated time of a step; nothing is written."""
     from mla_compile import display
     from mla_compile.config import make_config
     from mla_compile.cost import MACHINES, DecodeStep, decode_costs
@@ -78,6 +86,7 @@ def plan(
         from mla_compile import api
 
         planned = api.plan(model, config, **source.arguments(), display=shown)
+    context = context or min(_CONTEXT, planned.max_positions or _CONTEXT)
     step = DecodeStep(MACHINES[machine], context, batch)
     costs = decode_costs(planned.found.sites, planned.plans, planned.widths, step) if planned.widths else ()
     held = "int8" if cache_type == "int8" else planned.dtype

@@ -28,34 +28,34 @@ def evaluate(
     model: Annotated[
         list[str],
         typer.Argument(
-            help="ONNX files or folders made by mla-compile, or any models 'convert' takes; one or several."
+            help="One or more ONNX files or folders made by mla-compile, or any models that 'convert' takes."
         ),
     ],
-    text: Annotated[Path, typer.Option(help=".txt (documents separated by <|endoftext|>) or .jsonl.")],
-    original: Annotated[
-        str | None, typer.Option(help="The unconverted model, which the others are compared with.")
-    ] = None,
+    text: Annotated[
+        Path, typer.Option(help="Text to measure on: .txt (documents separated by <|endoftext|>) or .jsonl.")
+    ],
+    original: Annotated[str | None, typer.Option(help="The unconverted model to compare with.")] = None,
     methods: Annotated[
         str | None,
         typer.Option(
-            help="Convert MODEL by these methods, such as fisher,transmla,mha2mla, without writing anything.",
+            help="Convert MODEL with these methods, such as fisher,transmla,mha2mla, without writing anything.",
             rich_help_panel=TRIALS,
         ),
     ] = None,
     cache_ratios: Annotated[
         str | None,
         typer.Option(
-            help="Every method at each of these cache sizes.",
+            help="Cache ratios to try with every method.",
             show_default="0.5,0.3125,0.25",
             rich_help_panel=TRIALS,
         ),
     ] = None,
     calibration: Annotated[
         str | None,
-        typer.Option(help="Text to convert by, as for convert; another than --text.", rich_help_panel=TRIALS),
+        typer.Option(help="Calibration text, as for convert; not the same as --text.", rich_help_panel=TRIALS),
     ] = None,
     calibration_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens of it to use.", rich_help_panel=TRIALS)
+        int, typer.Option(min=1, help="Calibration tokens to use.", rich_help_panel=TRIALS)
     ] = CALIBRATION_TOKENS,
     onnxruntime: Annotated[
         bool,
@@ -67,14 +67,14 @@ def evaluate(
     tokenizer: Tokenizer = None,
     plot: Annotated[
         Path | None,
-        typer.Option(help="Draw perplexity ratio against cache kept, to a .svg or .png file.", rich_help_panel=OUTPUT),
+        typer.Option(help="Plot perplexity ratio against cache kept, to a .svg or .png file.", rich_help_panel=OUTPUT),
     ] = None,
     force: ForcePlot = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
     verbose: Verbose = 0,
 ) -> None:
-    """Measure quality and cache size on a text, of models or of conversions made on the spot."""
+    """Measure quality and cache size on a text, of models or of trial conversions."""
     from mla_compile import display
 
     given = {
@@ -145,21 +145,24 @@ def _check_eval(
 
 
 def bench_speed(
-    model: Annotated[list[Path], typer.Argument(help="ONNX files made by mla-compile, of one original.")],
+    model: Annotated[list[Path], typer.Argument(help="ONNX files made by mla-compile from one original.")],
     against: Annotated[
-        str, typer.Option(help="The original: what report.json beside the first file names, or any MODEL.")
+        str,
+        typer.Option(
+            help="The original: any MODEL, or 'original' for the one that report.json beside the first file names."
+        ),
     ] = "original",
     contexts: Annotated[
         str | None,
         typer.Option(
-            help="Tokens in the cache, such as 512,4096.", show_default="512,4096; the model's limit, if that is less"
+            help="Tokens in the cache, such as 512,4096.", show_default="512,4096; the model's limit if lower"
         ),
     ] = None,
     batches: Annotated[str, typer.Option(help="Sequences decoded together.")] = "1,8",
-    rounds: Annotated[int, typer.Option(min=1, help="Turns of every file.")] = 15,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds of every file.")] = 15,
     threads: Annotated[int, typer.Option(min=1, max=1024, help="Threads per operator.")] = 1,
     plot: Annotated[
-        Path | None, typer.Option(help="Draw speed over context, to a .svg or .png file.", rich_help_panel=OUTPUT)
+        Path | None, typer.Option(help="Plot speed against context, to a .svg or .png file.", rich_help_panel=OUTPUT)
     ] = None,
     force: ForcePlot = False,
     as_json: AsJson = False,

@@ -12,12 +12,12 @@ __all__ = [
     "CALIBRATION_TOKENS",
     "CHECKS",
     "METHOD",
+    "OBJECTIVE",
     "OUTPUT",
-    "PACE",
+    "SCHEDULE",
     "SIZE",
     "TENSORRT",
     "TEXT",
-    "TOWARDS",
     "TRIALS",
     "AsJson",
     "AttnImplementation",
@@ -71,8 +71,8 @@ __all__ = [
 ]
 
 SIZE, METHOD, TEXT, OUTPUT, CHECKS = "Size", "Method", "Text", "Output", "Checks"
-TRIALS, TENSORRT = "Conversions on the spot", "TensorRT"
-TOWARDS, PACE = "What is trained towards what", "Pace"
+TRIALS, TENSORRT = "Trial conversions", "TensorRT"
+OBJECTIVE, SCHEDULE = "Objective and weights", "Schedule"
 
 
 def one_of(*choices: str) -> Callable[[str | None], str | None]:
@@ -90,46 +90,50 @@ Model = Annotated[str, typer.Argument(help="A torch.export archive (.pt2, .pt), 
 Described = Annotated[
     str,
     typer.Argument(
-        help="A torch.export archive (.pt2, .pt), a Hugging Face folder, or a hub id; a config.json, or a folder "
+        help="A torch.export archive (.pt2, .pt), a Hugging Face folder, or a hub id. A config.json, or a folder "
         "without weights, is enough."
     ),
 ]
 CacheRatio = Annotated[
     float | None,
-    typer.Option(help="Cache size after over before, at most.", show_default="0.3125", rich_help_panel=SIZE),
+    typer.Option(
+        help="Largest cache size, as a fraction of the original.", show_default="0.3125", rich_help_panel=SIZE
+    ),
 ]
-KvRank = Annotated[int | None, typer.Option(help="Latent rank per layer, instead of a ratio.", rich_help_panel=SIZE)]
+KvRank = Annotated[
+    int | None, typer.Option(help="Latent rank of every layer, instead of a ratio.", rich_help_panel=SIZE)
+]
 UniformRank = Annotated[
     bool,
     typer.Option(
         "--uniform-rank",
-        help="The same rank in all layers, where ranks follow from a ratio: the smallest that any of them would have.",
+        help="With a ratio, give every layer the same rank: the smallest that any of them would get.",
         rich_help_panel=SIZE,
     ),
 ]
 Layout = Annotated[
     str,
     typer.Option(
-        help="What caches may look like, in fisher and transmla: free, or deepseek for what a stock DeepSeek-V3 "
-        "checkpoint can express (one rank, one even table of frequencies with one component each).",
+        help="Cache layout for fisher and transmla: free, or deepseek for what a stock DeepSeek-V3 checkpoint can "
+        "express (one rank, one geometric table of frequencies with one component each).",
         rich_help_panel=METHOD,
     ),
 ]
 Exact = Annotated[
-    bool, typer.Option("--exact", help="Leave nothing out: the result must equal the original.", rich_help_panel=SIZE)
+    bool, typer.Option("--exact", help="Discard nothing: the result must equal the original.", rich_help_panel=SIZE)
 ]
 RopeDims = Annotated[
     int | None,
     typer.Option(
-        help="Rotating channels kept: of the one rope key of all heads, or of every key/value head in mha2mla.",
-        show_default="chosen; an eighth of the head in mha2mla",
+        help="Rotating channels to keep: in the rope key shared by all heads, or in every key/value head with mha2mla.",
+        show_default="chosen; an eighth of the head with mha2mla",
         rich_help_panel=METHOD,
     ),
 ]
 Selection = Annotated[
     str,
     typer.Option(
-        help="Which rotary components keep rotating in mha2mla: high, low, uniform, 2-norm; auto is 2-norm with "
+        help="Which rotary components keep rotating with mha2mla: high, low, uniform or 2-norm; auto is 2-norm with "
         "calibration text, else uniform.",
         rich_help_panel=METHOD,
     ),
@@ -137,36 +141,36 @@ Selection = Annotated[
 Svd = Annotated[
     str,
     typer.Option(
-        help="Factorise keys and values in one latent (joint) or two halves (split), in mha2mla.",
+        help="With mha2mla, factorise keys and values into one latent (joint) or into two halves (split).",
         rich_help_panel=METHOD,
     ),
 ]
 MethodName = Annotated[
     str,
     typer.Option(
-        help="How sizes and weights are chosen: fisher or transmla by what the model does on text, mha2mla by its "
-        "weights; auto is mha2mla with a setting of its own (selection, svd, encoders), else fisher.",
+        help="How sizes and weights are chosen: fisher and transmla from what the model does on text, mha2mla from "
+        "its weights; auto is mha2mla if --selection, --svd or --encoders is given, else fisher.",
         rich_help_panel=METHOD,
     ),
 ]
 Calibration = Annotated[
     str | None,
     typer.Option(
-        help="Text to choose by and to measure on: a .txt (documents separated by <|endoftext|>) or .jsonl file, or a "
-        "dataset hf:NAME[:CONFIG][:SPLIT] (split train by default).",
+        help="Text to calibrate and measure on: a .txt file (documents separated by <|endoftext|>), a .jsonl file, "
+        "or a dataset hf:NAME[:CONFIG][:SPLIT] (split train by default).",
         rich_help_panel=TEXT,
     ),
 ]
 CALIBRATION_TOKENS = 65536
 """How many, by default; :class:`~mla_compile.config.CompileConfig` says the same, and takes longer to import."""
 CalibrationTokens = Annotated[
-    int, typer.Option(help="Tokens of it to calibrate on, from its beginning.", rich_help_panel=TEXT)
+    int, typer.Option(help="Tokens to calibrate on, from the beginning of the text.", rich_help_panel=TEXT)
 ]
 PolishSteps = Annotated[
     int,
     typer.Option(
-        help="Train the new matrices for so many steps on the calibration text, to predict what the original does; "
-        "helps most in small caches.",
+        help="Train the new matrices for this many steps on the calibration text to match the original's predictions; "
+        "helps small caches most.",
         rich_help_panel=METHOD,
     ),
 ]
@@ -175,13 +179,13 @@ SeqLen = Annotated[
     typer.Option(min=2, help="Tokens per window.", show_default="the model's limit, at most 512", rich_help_panel=TEXT),
 ]
 Tokenizer = Annotated[
-    str | None, typer.Option(help="Folder or id of the tokenizer, if the model has none.", rich_help_panel=TEXT)
+    str | None, typer.Option(help="Folder or hub id of the tokenizer, if the model has none.", rich_help_panel=TEXT)
 ]
 NoGradients = Annotated[
     bool,
     typer.Option(
         "--no-gradients",
-        help="Never run the model backward: less memory and time, and a little worse (fisher).",
+        help="With fisher, skip the backward pass: less memory and time, slightly lower quality.",
         rich_help_panel=METHOD,
     ),
 ]
@@ -189,36 +193,36 @@ NoCache = Annotated[
     bool,
     typer.Option(
         "--no-cache",
-        help="Neither reuse nor save what is measured on the text (in $MLA_COMPILE_CACHE, else ~/.cache/mla-compile).",
+        help="Neither reuse nor save statistics of the text (in $MLA_COMPILE_CACHE, else ~/.cache/mla-compile).",
         rich_help_panel=TEXT,
     ),
 ]
 Offload = Annotated[
     Path | None,
     typer.Option(
-        help="Folder for activations between layers, where a model is so large that it is run layer by layer.",
+        help="Folder for activations, when a model is too large to hold them in memory.",
         show_default="in memory, in rounds",
         rich_help_panel=TEXT,
     ),
 ]
 Seed = Annotated[
-    int, typer.Option(min=0, max=2**63 - 1, help="Seed of random ids and samples.", rich_help_panel=CHECKS)
+    int, typer.Option(min=0, max=2**63 - 1, help="Seed for random token ids and sampling.", rich_help_panel=CHECKS)
 ]
 AttnImplementation = Annotated[
     str,
     typer.Option(
-        help="How a transformers model spells its attention: sdpa, eager, or auto for the first it has.",
+        help="Attention implementation of a transformers model: sdpa, eager, or auto for the first it supports.",
         callback=one_of("auto", "sdpa", "eager"),
     ),
 ]
 UnsafeLoad = Annotated[
-    bool, typer.Option("--unsafe-load", help="Unpickle a module from a file; this runs the code in it.")
+    bool, typer.Option("--unsafe-load", help="Unpickle a module from a file, which runs any code in it.")
 ]
 Encoders = Annotated[
     bool,
     typer.Option(
         "--encoders",
-        help="Convert encoders too, whose projections become low-rank for want of a cache, and the decoder of an "
+        help="Also convert encoders (their projections become low-rank; they have no cache) and the decoder of an "
         "encoder-decoder.",
         rich_help_panel=METHOD,
     ),
@@ -226,15 +230,15 @@ Encoders = Annotated[
 Format = Annotated[
     str,
     typer.Option(
-        help="What to write: auto is what the name of --out says, hf a folder that mla_compile.load reads, deepseek a "
-        "folder that stock transformers loads as DeepSeek-V3, gguf a file for llama.cpp (both take --layout deepseek).",
+        help="Output format: auto follows the name of --out; hf is a folder for mla_compile.load; deepseek is a folder "
+        "that stock transformers loads as DeepSeek-V3; gguf is a file for llama.cpp (both use --layout deepseek).",
         rich_help_panel=OUTPUT,
     ),
 ]
 Preset = Annotated[
     str,
     typer.Option(
-        help="With --format deepseek: flashmla is 512 latent entries and 64 rotating channels, zeros included.",
+        help="With --format deepseek: flashmla pads with zeros to 512 latent entries and 64 rotating channels.",
         show_default=False,
         rich_help_panel=OUTPUT,
     ),
@@ -242,8 +246,8 @@ Preset = Annotated[
 QRank = Annotated[
     int | None,
     typer.Option(
-        help="With --format deepseek or gguf: numbers that the queries of a token are made from (q_lora_rank).",
-        show_default="none: queries are made directly",
+        help="With --format deepseek or gguf: rank of the queries' own latent (q_lora_rank).",
+        show_default="none: a full-rank query projection",
         rich_help_panel=SIZE,
     ),
 ]
@@ -258,52 +262,53 @@ CacheKind = Annotated[
     str,
     typer.Option(
         "--cache",
-        help="What an ONNX file's caches are: dynamic ones grow with every token, and any program can run them; "
-        "static ones are memory of a size that the program gives them, written in place.",
+        help="Caches of the ONNX file: dynamic caches grow with every token, and any program can run them; static "
+        "caches are buffers that the program allocates once, written in place.",
         rich_help_panel=OUTPUT,
     ),
 ]
 CacheType = Annotated[
     str,
     typer.Option(
-        help="What an ONNX file's caches hold: auto for numbers of the type --dtype, or int8 codes with two scales per "
-        "token, whose products are of integers; float32 is auto where that is the type.",
+        help="Cache type of the ONNX file: auto is that of --dtype; int8 stores codes with two scales per token and "
+        "uses integer products; float32 is the same as auto where --dtype is float32.",
         rich_help_panel=OUTPUT,
     ),
 ]
 Dtype = Annotated[
     str,
     typer.Option(
-        help="Type of weights and caches: float32, float16 or bfloat16; auto is the model's own.",
+        help="Type of weights and caches: float32, float16 or bfloat16; auto keeps the model's own.",
         rich_help_panel=OUTPUT,
     ),
 ]
 CacheLayout = Annotated[
     str,
     typer.Option(
-        help="How an ONNX file's caches lie: rows; genai for onnxruntime-genai, whose configuration is then written "
-        "beside the file; or paged, blocks for ONNX Runtime's CUDA provider (experimental), as --target cuda says too.",
+        help="Cache layout of the ONNX file: rows; genai for onnxruntime-genai, with its configuration beside it; "
+        "or paged for ONNX Runtime's CUDA provider (experimental), the same as --target cuda.",
         rich_help_panel=OUTPUT,
     ),
 ]
 Inline = Annotated[
-    bool, typer.Option("--inline", help="Standard operators only, no LatentAttention nodes.", rich_help_panel=OUTPUT)
+    bool,
+    typer.Option("--inline", help="Use standard operators only, no LatentAttention nodes.", rich_help_panel=OUTPUT),
 ]
 Target = Annotated[
     str,
     typer.Option(
-        help="What to write for: auto is what the name of --out says (ONNX Runtime for .onnx, TensorRT for .plan), "
-        "tensorrt an engine, or with .onnx the file that engines are built of, cuda an ONNX file with the CUDA "
+        help="Target runtime: auto follows the name of --out (ONNX Runtime for .onnx, TensorRT for .plan); tensorrt "
+        "writes an engine or, with .onnx, the file to build engines from; cuda writes an ONNX file with the CUDA "
         "provider's own operator for latent attention (experimental).",
         rich_help_panel=OUTPUT,
     ),
 ]
-MaxBatch = Annotated[int, typer.Option(min=1, help="Sequences at most.", rich_help_panel=TENSORRT)]
+MaxBatch = Annotated[int, typer.Option(min=1, help="Largest batch size.", rich_help_panel=TENSORRT)]
 MaxLength = Annotated[
     int,
     typer.Option(
         min=16,
-        help="Tokens that every sequence's cache has room for; no more than the model's longest.",
+        help="Cache capacity in tokens per sequence, at most the model's own limit.",
         rich_help_panel=TENSORRT,
     ),
 ]
@@ -311,23 +316,23 @@ MaxPrompt = Annotated[
     int,
     typer.Option(
         min=1,
-        help="New tokens at most that run together; longer prompts come one part after another.",
+        help="Most new tokens in one call; longer prompts are processed in chunks.",
         rich_help_panel=TENSORRT,
     ),
 ]
 Splits = Annotated[
     int,
-    typer.Option(min=1, max=64, help="Pieces that kernels cut every cache into.", rich_help_panel=TENSORRT),
+    typer.Option(min=1, max=64, help="Pieces that the kernels split every cache into.", rich_help_panel=TENSORRT),
 ]
 TimingCache = Annotated[
     Path | None,
-    typer.Option(help="File to keep measured times in, for builds to come.", rich_help_panel=TENSORRT),
+    typer.Option(help="File that keeps kernel timings for later builds.", rich_help_panel=TENSORRT),
 ]
 VersionCompatible = Annotated[
     bool,
     typer.Option(
         "--version-compatible",
-        help="An engine that other versions of TensorRT run too, perhaps more slowly.",
+        help="Build an engine that other TensorRT versions can run, perhaps more slowly.",
         rich_help_panel=TENSORRT,
     ),
 ]
@@ -335,7 +340,7 @@ WeightStreaming = Annotated[
     bool,
     typer.Option(
         "--weight-streaming",
-        help="An engine whose weights may stay in the host's memory where the GPU's has no room, which is slower.",
+        help="Build an engine whose weights may stay in host memory when GPU memory is short, which is slower.",
         rich_help_panel=TENSORRT,
     ),
 ]
@@ -343,18 +348,18 @@ Refit = Annotated[
     bool,
     typer.Option(
         "--refit",
-        help="An engine whose weights can be replaced without building it again, perhaps slower.",
+        help="Build an engine whose weights can be replaced without a rebuild, perhaps slower.",
         rich_help_panel=TENSORRT,
     ),
 ]
 NoPlugins = Annotated[
     bool,
-    typer.Option("--no-plugins", help="Standard operators only, instead of our kernels.", rich_help_panel=TENSORRT),
+    typer.Option("--no-plugins", help="Use standard operators only, not our kernels.", rich_help_panel=TENSORRT),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace existing files.", rich_help_panel=OUTPUT)]
 ForcePlot = Annotated[bool, typer.Option("--force", help="Replace an existing plot.", rich_help_panel=OUTPUT)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Hide progress.")]
 Verbose = Annotated[
     int,
     typer.Option(
@@ -363,6 +368,6 @@ Verbose = Annotated[
         count=True,
         show_default=False,
         metavar="",
-        help="Tell versions, and of every layer what was decided and why; twice (-vv) with the traceback of an error.",
+        help="Show versions, and the decision for every layer with its reason; -vv adds the traceback of an error.",
     ),
 ]

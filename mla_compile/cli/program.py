@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import io
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -25,7 +28,7 @@ __all__ = ["COMMANDS", "app", "main"]
 
 app = typer.Typer(
     name="mla-compile",
-    help="Make a trained transformer's KV cache small: rewrite its attention to latent attention, export to ONNX.\n\n"
+    help="Shrink a trained transformer's KV cache: rewrite its attention as latent attention and export it to ONNX.\n\n"
     "'mla-compile MODEL --out FILE.onnx' is short for 'mla-compile convert MODEL --out FILE.onnx'.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -46,6 +49,9 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "verify": verify,
     "report": report,
 }
+_ALIKE = 0.75
+"""How much a word is to be like a command to be taken for one that was mistyped."""
+_TERMINATED = 128 + signal.SIGTERM
 _OF_ALL = ("--help", "--version", "--install-completion", "--show-completion")
 
 
@@ -78,14 +84,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0 done, 1 our defect, 2 usage, 3 refused, 4 quality gate, 5 verification, 6 training,
-        130 interrupted, 141 nobody reads the result any more.
+        130 interrupted, 141 nobody reads the result any more. After ``SIGTERM`` the process ends with 143.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words and words[0] not in COMMANDS and words[0] not in _OF_ALL:
+        if meant := _mistyped(words[0]):
+            return _fail(f"There is no command '{words[0]}', and no such file. Did you mean '{meant}'?", 2)
         words.insert(0, "convert")  # the default verb
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # characters that a terminal's encoding lacks are spelled out
             stream.reconfigure(errors="backslashreplace")
+    if arguments is None:  # a process of its own
+        signal.signal(signal.SIGTERM, _end)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
         code = app(args=words or ["--help"], prog_name="mla-compile", standalone_mode=False)
@@ -96,7 +106,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from mla_compile.text.processes import end_share
 
         end_share()
-    except (KeyboardInterrupt, typer.Abort):
+    except (KeyboardInterrupt, typer.Abort) as stopped:
+        if isinstance(stopped.__cause__, EOFError):  # of a file, which the parser takes for the end of what is typed
+            raise stopped.__cause__ from None
         return _fail("Interrupted.", 130)
     except BrokenPipeError:
         return _end_quietly()
@@ -116,6 +128,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if code == 130:  # the parser turns an interrupt into this code
         return _fail("Interrupted.", 130)
     return 2 if not words else code or 0
+
+
+def _mistyped(word: str) -> str | None:
+    """The command that somebody may have meant by a word that names no file either."""
+    close = difflib.get_close_matches(word, COMMANDS, 1, _ALIKE)
+    return close[0] if close and not os.path.lexists(word) else None
+
+
+def _end(_signal: int, _frame: FrameType | None) -> None:
+    """End as after an interrupt, with nothing half-written left behind."""
+    raise SystemExit(_TERMINATED)
 
 
 def _explained(error: OSError) -> str:

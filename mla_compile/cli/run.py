@@ -14,19 +14,23 @@ __all__ = ["run"]
 
 def run(
     model: Annotated[Path, typer.Argument(help="An ONNX file, a folder or a TensorRT engine made by mla-compile.")],
-    prompt: Annotated[list[str], typer.Option(help="Text to continue; give it several times for a batch.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add.")] = 100,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")] = 0.0,
-    top_k: Annotated[int, typer.Option(min=0, help="Choose among the k most likely; 0 for all.")] = 0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Choose among the fewest tokens of this mass.")] = 1.0,
+    prompt: Annotated[list[str], typer.Option(help="Text to continue; repeat the option for a batch.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 100,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="Sampling temperature; 0 takes the most likely token.")
+    ] = 0.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Sample among the k most likely tokens; 0 for all.")] = 0,
+    top_p: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Sample among the fewest tokens that reach this probability.")
+    ] = 1.0,
     seed: Seed = 0,
     tokenizer: Tokenizer = None,
     max_length: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="Tokens of a sequence at most, prompt and continuation.",
-            show_default="as many as are asked for",
+            help="Longest sequence in tokens, prompt included.",
+            show_default="as long as needed",
         ),
     ] = None,
     provider: Annotated[
@@ -35,8 +39,8 @@ def run(
     kernel: Annotated[
         str | None,
         typer.Option(
-            help="What computes attention on the CPU: fused (needs a C++ compiler the first time), standard (the "
-            "operators in the file), or auto, the former where it can be had.",
+            help="Attention kernel on the CPU: fused (needs a C++ compiler the first time), standard (the operators in "
+            "the file), or auto for fused where possible.",
             callback=one_of("auto", "fused", "standard"),
             show_default="auto",
         ),

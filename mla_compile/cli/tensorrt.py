@@ -29,7 +29,7 @@ def tensorrt(
     source: Annotated[
         Path,
         typer.Argument(
-            help="A folder written by 'mla-compile convert MODEL --out FOLDER', or for an engine a file written by "
+            help="A folder written by 'mla-compile convert MODEL --out FOLDER' or, for an engine, a file written by "
             "this command, perhaps on another machine."
         ),
     ],
@@ -37,8 +37,8 @@ def tensorrt(
     plugin: Annotated[
         str,
         typer.Option(
-            help="Which plugins the file's nodes are for: quick, which engines of this command have, or cpp, a library "
-            "by 'build-plugin', which cuts caches into pieces itself.",
+            help="Plugins for the file's nodes: quick (those that this command's engines use), or cpp (a library made "
+            "by 'build-plugin', which splits caches itself).",
             callback=one_of("quick", "cpp"),
             rich_help_panel=TENSORRT,
         ),
@@ -49,7 +49,7 @@ def tensorrt(
     quiet: Quiet = False,
     verbose: Verbose = 0,
 ) -> None:
-    """Write a converted model for TensorRT: caches of fixed memory, nodes that plugins can take; or build an engine."""
+    """Write a converted model for TensorRT, with fixed caches and nodes for plugins, or build an engine."""
     from mla_compile import display
     from mla_compile.artifacts.tensorrt import commands, write_for_tensorrt
     from mla_compile.progress import Stages
@@ -79,26 +79,31 @@ def tensorrt(
 
 def build_plugin(
     files: Annotated[
-        list[Path], typer.Argument(help="ONNX files by 'mla-compile tensorrt --plugin cpp'; one or several.")
+        list[Path], typer.Argument(help="One or more ONNX files written by 'mla-compile tensorrt --plugin cpp'.")
     ],
-    tensorrt_include: Annotated[Path, typer.Option(help="The folder of TensorRT's headers, 10.3 or later.")],
+    tensorrt_include: Annotated[Path, typer.Option(help="Folder of TensorRT's headers, 10.3 or later.")],
     out: Annotated[Path, typer.Option(help="The .so file to write.", rich_help_panel=OUTPUT)],
     cuda_include: Annotated[
-        Path | None, typer.Option(help="The folder of CUDA's headers.", show_default="Triton's own")
+        Path | None, typer.Option(help="Folder of CUDA's headers.", show_default="Triton's own")
     ] = None,
     architecture: Annotated[
         list[int] | None,
-        typer.Option(help="A compute capability, as 90 for 9.0; several times for several.", show_default="all known"),
+        typer.Option(
+            help="A compute capability, such as 90 for 9.0; repeat the option for more.", show_default="all known"
+        ),
     ] = None,
     self_registering: Annotated[
-        bool, typer.Option("--self-registering", help="Register at load, as ONNX Runtime's provider expects.")
+        bool,
+        typer.Option(
+            "--self-registering", help="Register the plugins on load, as ONNX Runtime's TensorRT provider expects."
+        ),
     ] = False,
     force: Force = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
     verbose: Verbose = 0,
 ) -> None:
-    """Compile the plugins of ONNX files for TensorRT to a library, for trtexec and ONNX Runtime."""
+    """Compile the TensorRT plugins of ONNX files to a library, for trtexec and ONNX Runtime."""
     from mla_compile import display
     from mla_compile.artifacts.plugin_library import build_plugin_library
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from mla_compile.config import CompileConfig
 from mla_compile.conversion.encoders import is_encoder, require_encoder
-from mla_compile.conversion.seq2seq import is_seq2seq, undecodable
+from mla_compile.conversion.seq2seq import is_seq2seq, require_decodable
 from mla_compile.conversion_cost import polish_cost
 from mla_compile.errors import RefusedError, UsageError
+from mla_compile.passes.plain_caches import with_plain_caches
 from mla_compile.passes.recognise import Recognition
 from mla_compile.passes.task import Task
 from mla_compile.passes.weights import stored_numbers
@@ -16,8 +19,16 @@ from mla_compile.plan import latent_budget, shared_rope_plan
 from mla_compile.program import AnyProgram, OtherProgram, Program
 from mla_compile.progress import machine_memory
 from mla_compile.site import AttentionSite, Kind, Rejection, reasons
+from mla_compile.verification.agreement import WHOLE
 
-__all__ = ["convertible", "is_beyond_causal", "require_causal", "require_room_to_polish", "would_be_refused"]
+__all__ = [
+    "convertible",
+    "is_beyond_causal",
+    "require_causal",
+    "require_convertible",
+    "require_in_pieces",
+    "require_room_to_polish",
+]
 
 
 def is_beyond_causal(program: AnyProgram, found: Recognition, config: CompileConfig) -> bool:
@@ -38,14 +49,30 @@ def convertible(
     return found.sites, found.rejections
 
 
-def would_be_refused(program: AnyProgram, found: Recognition, encoders: bool) -> bool:
-    """Whether a conversion would refuse the model for its attention."""
+def require_convertible(program: AnyProgram, found: Recognition, encoders: bool) -> None:
+    """Refuse what a conversion would refuse, without converting.
+
+    Raises:
+        RefusedError: For its attention; or, of a model that is small enough to be tried, for what is outside of it.
+        LoadError: It is no causal language model for another reason.
+    """
     if encoders and is_encoder(found):
-        return False
+        return
     if encoders and is_seq2seq(found):
-        return bool(undecodable(program, found))
-    lost = any(r.plain is None for r in found.rejections)
-    return not isinstance(program, Program) or not found.sites or lost
+        require_decodable(program, found)
+        return
+    require_in_pieces(require_causal(program, found))
+
+
+def require_in_pieces(program: Program) -> None:
+    """Refuse a model that is something else than the original when it is run in pieces; a large one is not tried.
+
+    Raises:
+        RefusedError: Something outside attention looks at the length or at other tokens.
+    """
+    has_numbers = not any(value.is_meta for value in program.exported.state_dict.values())
+    if has_numbers and stored_numbers(program) * torch.float32.itemsize <= WHOLE:
+        with_plain_caches(program)
 
 
 def require_causal(program: AnyProgram, found: Recognition) -> Program:

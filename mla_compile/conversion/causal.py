@@ -237,7 +237,10 @@ def fine_tune(case: Case, converted: LatentModel) -> Training | None:
     if request.finetune is None:
         return None
     recipe = make_recipe(tokens=request.finetune_tokens, seed=task.config.seed)
-    return finetune_module(converted, task.program, request.finetune, request.source.tokenizer, recipe, task.stages)
+    folder = None if request.store is None else request.store.folder
+    return finetune_module(
+        converted, task.program, request.finetune, request.source.tokenizer, recipe, task.stages, folder
+    )
 
 
 def measure(case: Case, converted: LatentModel) -> Quality | None:
@@ -260,6 +263,7 @@ def make_report(case: Case, choice: Choice, finished: Finished, findings: Findin
     return Report(
         source=task.program.source,
         in_memory=task.program.in_memory,
+        max_positions=task.program.max_positions,
         config=config.model_dump(),
         sites=tuple(task.sites),
         kept=task.kept,
@@ -280,6 +284,7 @@ def make_report(case: Case, choice: Choice, finished: Finished, findings: Findin
             *case.notes,
             *choice.notes,
             *finished.notes,
+            *(findings.training.warnings if findings.training else ()),
             *warnings_of(choice.plans, task.kept, findings.quality, config),
             *costly_layers(choice.plans, findings.layer_errors),
         ),
@@ -292,9 +297,7 @@ def _settled(config: CompileConfig, text: bool) -> tuple[CompileConfig, tuple[st
         return config.model_copy(update={"method": "mha2mla", "selection": "uniform"}), ()  # every component is kept
     notes = () if text else ("without calibration text the quality of the conversion was not measured",)
     config = config.model_copy(update={"method": config.chosen_method})
-    if config.method != "mha2mla":
-        return config, notes
-    if config.selection != "auto":
+    if config.method != "mha2mla" or config.selection != "auto":
         return config, notes
     if text:
         return config.model_copy(update={"selection": "2-norm"}), ()

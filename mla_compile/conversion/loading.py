@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.export import ExportedProgram
 
 from mla_compile.artifacts.places import check_neighbours
@@ -34,6 +35,7 @@ def load_source(source: ModelSource, *, any_kind: bool, dtype: torch.dtype | Non
         LoadError: The model cannot be read.
     """
     model, example, tokenizer = source.model, source.example_inputs, source.tokenizer
+    example = (example,) if isinstance(example, Tensor) else example
     folder = str(tokenizer) if isinstance(tokenizer, str | Path) else None
     if isinstance(model, str | Path):
         return frontend.load_any(model, tokenizer=folder, attention=source.attention, unsafe=source.unsafe, dtype=dtype)
@@ -71,5 +73,5 @@ def load_original(session: Session) -> tuple[AnyProgram, Session]:
         stored = {**loaded.assets.config, "dtype": config.dtype}
         loaded = dataclasses.replace(loaded, assets=dataclasses.replace(loaded.assets, config=stored))
     if to is not None:
-        check_neighbours(to.path, loaded.source, loaded.assets, to.force)
+        check_neighbours(to.path, loaded.source, loaded.assets, to.force, config.cache_layout)
     return loaded, dataclasses.replace(session, request=dataclasses.replace(request, config=config))

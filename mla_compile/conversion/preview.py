@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mla_compile.config import CompileConfig, make_config
-from mla_compile.conversion.admission import is_beyond_causal, require_causal
+from mla_compile.conversion.admission import is_beyond_causal, require_causal, require_in_pieces
 from mla_compile.conversion.encoders import require_encoder
 from mla_compile.conversion.number_types import result_type, wanted_type
 from mla_compile.conversion.seq2seq import is_seq2seq, plan_seq2seq
@@ -44,6 +44,7 @@ class Planned:
         conversion: What converting the model takes; None where that depends on a text, or nothing is decoded.
         alike: Layers of the model, and how many of them were exported as the others are like them; None for a model
             that was exported whole.
+        max_positions: Longest sequence that the model takes; None if it does not say, or has no cache of its own.
     """
 
     found: Recognition
@@ -53,6 +54,7 @@ class Planned:
     dtype: str = "float32"
     conversion: ConversionCost | None = None
     alike: tuple[int, int] | None = None
+    max_positions: int | None = None
 
 
 def plan(
@@ -75,7 +77,7 @@ def plan(
         calibration: Text for the methods that need it, as in :func:`mla_compile.compile`.
         tokenizer: Folder of the tokenizer, if the model does not bring one.
         statistics_cache: As in :func:`mla_compile.compile`.
-        attn_implementation: How a transformers model given by name spells its attention: auto, sdpa or eager.
+        attn_implementation: Attention implementation of a transformers model given by name: auto, sdpa or eager.
         unsafe_load: Allow unpickling a module from a file.
         display: Shows progress.
 
@@ -99,6 +101,7 @@ def plan(
         sites, _ = require_encoder(program, found)
         return Planned(found, plan_layers(sites, [input_width(program, s) for s in sites], config))
     program = require_causal(program, found)
+    require_in_pieces(program)
     sites, method = found.sites, config.chosen_method
     widths = tuple(input_width(program, s) for s in sites)
     if config.exact or method == "mha2mla":
@@ -106,13 +109,13 @@ def plan(
         itemsize = result_type(program, config).itemsize
         cost = conversion_cost(sites, plans, widths, config, stored_numbers(program), itemsize, program.vocabulary)
         log_sizes(plans)
-        return Planned(found, plans, widths, *types, cost)
+        return Planned(found, plans, widths, *types, cost, max_positions=program.max_positions)
     text = cut_windows(program, documents, tokenizer, config)
     windows = None if text is None else text.calibration
     task = Task(program, sites, found.rejections, config, windows, Stages(display), open_cache(statistics_cache))
     plans = METHODS[method](task).plans
     log_sizes(plans)
-    return Planned(found, plans, widths, *types)
+    return Planned(found, plans, widths, *types, max_positions=program.max_positions)
 
 
 def _plan_weightless(
@@ -144,7 +147,7 @@ def _plan_weightless(
     types = type_name(program.dtype), type_name(result_type(program, config))
     itemsize = result_type(program, config).itemsize
     cost = conversion_cost(found.sites, plans, widths, config, blueprint.parameters, itemsize, program.vocabulary)
-    return Planned(found, plans, widths, *types, cost, alike)
+    return Planned(found, plans, widths, *types, cost, alike, program.max_positions)
 
 
 def lossless_elements(program: AnyProgram, sites: Sequence[AttentionSite]) -> tuple[int, ...]:

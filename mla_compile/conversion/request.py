@@ -32,12 +32,12 @@ class ModelSource:
         model: An ``nn.Module``, an ``ExportedProgram``, an archive, a Hugging Face folder or a hub id.
         example_inputs: Inputs to export an ``nn.Module`` with.
         tokenizer: Tokenizer for text, or the folder it is in, when the model does not bring one.
-        attention: How a transformers model given by name spells its attention: auto, sdpa or eager.
+        attention: Attention implementation of a transformers model given by name: auto, sdpa or eager.
         unsafe: Allow unpickling a module from a file.
     """
 
     model: nn.Module | ExportedProgram | str | Path
-    example_inputs: Sequence[Any] | Mapping[str, Any] | None = None
+    example_inputs: Tensor | Sequence[Any] | Mapping[str, Any] | None = None
     tokenizer: Any = None
     attention: str = "auto"
     unsafe: bool = False

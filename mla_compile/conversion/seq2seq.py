@@ -28,12 +28,12 @@ from mla_compile.program import AnyProgram, Assets, DecoderProgram
 from mla_compile.progress import Display, Stages
 from mla_compile.reporting.seq2seq_report import Seq2SeqReport, Seq2SeqVerification
 from mla_compile.runtime.module import LatentModel, LatentSeq2Seq, LowRankModel
-from mla_compile.site import AttentionSite, Kind, Rejection, reasons
+from mla_compile.site import AttentionSite, Kind, reasons
 from mla_compile.text.evaluate import worst
 from mla_compile.verification.agreement import require_equal, worst_error
 from mla_compile.verification.encoders import seq2seq_in_chunks, without_padding
 
-__all__ = ["CompiledSeq2Seq", "compile_seq2seq", "is_seq2seq", "plan_seq2seq", "undecodable"]
+__all__ = ["CompiledSeq2Seq", "compile_seq2seq", "is_seq2seq", "plan_seq2seq", "require_decodable"]
 
 _UNMEASURED = "the quality of the conversion was not measured on text"
 
@@ -105,10 +105,20 @@ def is_seq2seq(found: Recognition) -> bool:
     return crossed and causal
 
 
-def undecodable(program: AnyProgram, found: Recognition) -> tuple[Rejection, ...]:
-    """Layers of the decoder that are not understood; those of the encoder cache nothing and may be anything."""
+def require_decodable(program: AnyProgram, found: Recognition) -> None:
+    """Refuse a decoder with layers that are not understood; those of the encoder cache nothing and may be anything.
+
+    Raises:
+        RefusedError: There are some; they are named.
+    """
     inside = encoder_layers(program, _cross(found))
-    return tuple(r for r in found.rejections if r.site is None and r.plain is None and r.index not in inside)
+    lost = tuple(r for r in found.rejections if r.site is None and r.plain is None and r.index not in inside)
+    if lost:
+        raise RefusedError(
+            f"{len(lost)} attention layers of the decoder of '{program.source}' cannot be decoded with a cache: "
+            f"{reasons(lost)}.",
+            "Run 'mla-compile inspect' for the whole table.",
+        )
 
 
 def plan_seq2seq(
@@ -120,12 +130,7 @@ def plan_seq2seq(
         RefusedError: A layer of the decoder is not understood.
         UsageError: Settings do not fit the model.
     """
-    if lost := undecodable(program, found):
-        why = reasons(lost)
-        raise RefusedError(
-            f"{len(lost)} attention layers of the decoder of '{program.source}' cannot be decoded with a cache: {why}.",
-            "Run 'mla-compile inspect' for the whole table.",
-        )
+    require_decodable(program, found)
     return _planned(program, found.sites, config), _planned(program, _cross(found), config)
 
 

@@ -41,7 +41,8 @@ def warnings_of(
     found += clamped(plans, config)
     grown = [p.path for p in plans if p.elements_after >= p.elements_before]
     if grown and not config.exact:
-        found.append(f"the cache of {len(grown)} layers does not shrink at this setting")
+        what = "grows" if any(p.elements_after > p.elements_before for p in plans) else "does not shrink"
+        found.append(f"the cache of {len(grown)} layers {what} at this setting: take the original, or a smaller one")
     if quality is not None and not quality.held_out:
         found.append("the text is too short to hold any back: perplexity was measured on the calibration text itself")
     if quality is not None and quality.ratio > _MUCH_WORSE:

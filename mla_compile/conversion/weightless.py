@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from mla_compile.config import holds_conversion
 from mla_compile.passes.recognise import Recognition, recognise
 from mla_compile.program import AnyProgram
 from mla_compile.site import AttentionSite, Projection, Rejection
 from mla_compile.sources import huggingface
 from mla_compile.sources.capture import capture_any
-from mla_compile.sources.checkpoint_files import has_weights
+from mla_compile.sources.checkpoint_files import has_weights, holds_result
 
 __all__ = ["Blueprint", "draw", "is_weightless"]
 
@@ -73,7 +74,8 @@ def is_weightless(model: str | Path) -> bool:
     path = Path(model)
     if path.is_file():
         return path.suffix == ".json"
-    return (path / "config.json").is_file() and not has_weights(path) and not (path / "mla_config.yaml").is_file()
+    written = holds_conversion(path) or holds_result(path)
+    return (path / "config.json").is_file() and not has_weights(path) and not written
 
 
 def draw(model: str | Path, attention: str = "auto") -> Blueprint:

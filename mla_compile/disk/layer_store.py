@@ -105,7 +105,7 @@ class Journal:
 
 
 def store_folder(out: Path) -> Path:
-    """Where finished layers of a conversion are kept until it is done: hidden, beside the output."""
+    """Where layers of a conversion, and checkpoints of its training, are kept until it is done: hidden, beside it."""
     return out.absolute().parent / f".{out.name}.layers"
 
 
@@ -113,9 +113,9 @@ def store_folder(out: Path) -> Path:
 def store_beside(out: Path) -> Iterator[LayerStore]:
     """Keep finished layers beside an output while it is made.
 
-    They are removed when the body ends, fails or is interrupted, as nothing is to be left of it, and stay when this
-    process is killed: the same conversion then goes on behind the last of them. They stay too when this process has
-    done its share of the text, for they are the first process's, which goes on.
+    They are removed when the body ends, fails or is interrupted, and stay when this process is killed: the same
+    conversion then continues after the last of them. They also stay when this process has done its share of the text,
+    because the first process, which continues, needs them.
 
     Args:
         out: The file or folder that is made.

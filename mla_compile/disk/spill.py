@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mla_compile.disk.writing import explained
+from mla_compile.disk.writing import explained, own_folder
 
 __all__ = ["Shelf", "spilled"]
 
@@ -37,8 +36,8 @@ def spilled(record: _Record, folder: Path | None) -> _Record:
     tensors = {name: value.detach().contiguous() for name, value in values.items() if isinstance(value, Tensor)}
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix="spilled-", ignore_cleanup_errors=True) as own:
-            path = Path(own) / "tensors"
+        with own_folder(folder) as own:
+            path = own / "tensors"
             save_file(tensors, path)
             with safe_open(path, "pt") as file:
                 mapped: dict[str, Any] = {name: file.get_tensor(name) for name in tensors}

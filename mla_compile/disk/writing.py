@@ -27,6 +27,7 @@ __all__ = [
     "is_occupied",
     "missing_folders",
     "moved_into",
+    "own_folder",
     "remove_empty",
     "sizes_in",
     "unseen_errors",
@@ -74,8 +75,8 @@ def whole_file(path: Path) -> Iterator[Path]:
         path: The file; its folder is made.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as beside:
-        written = Path(beside) / path.name
+    with own_folder(path.parent) as beside:
+        written = beside / path.name
         yield written
         written.replace(path)
 
@@ -133,21 +134,75 @@ def held(folder: Path) -> Iterator[bool]:
     Where the system has no such locks, nobody ever holds a folder for certain, and the answer is no.
     """
     try:
-        import fcntl
-
-        handle = os.open(folder, os.O_RDONLY)
-    except (ImportError, OSError):
-        yield False
-        return
+        handle = _hold(folder)
+    except OSError:  # it is another's, or gone
+        handle = None
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield False
-        else:
-            yield True
+        yield handle is not None
     finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def _hold(folder: Path) -> int | None:
+    """A handle that holds a folder until it is closed; None where the system has no such locks.
+
+    Raises:
+        BlockingIOError: Another holds it.
+        OSError: It cannot be opened.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
         os.close(handle)
+        if isinstance(error, BlockingIOError):
+            raise
+        return None
+    return handle
+
+
+@contextlib.contextmanager
+def own_folder(parent: Path) -> Iterator[Path]:
+    """Give a hidden folder of this process in another, which is removed when the body has ended.
+
+    What processes that were killed left there is removed first.
+
+    Args:
+        parent: The folder to make it in; it is there.
+
+    Raises:
+        OSError: No folder can be made.
+    """
+    for left in parent.glob(f"{_HIDDEN}*"):
+        with held(left) as ours:
+            if ours:
+                shutil.rmtree(left, ignore_errors=True)
+    folder, handle = _new_folder(parent)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if handle is not None:
+            os.close(handle)
+
+
+def _new_folder(parent: Path) -> tuple[Path, int | None]:
+    """A hidden folder, and what holds it."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=_HIDDEN, dir=parent))
+        try:
+            handle = _hold(folder)
+        except (BlockingIOError, FileNotFoundError):  # until it was held, somebody took it for a leftover
+            continue
+        if folder.is_dir():
+            return folder, handle
+        if handle is not None:
+            os.close(handle)
 
 
 def missing_folders(path: Path) -> list[Path]:
@@ -184,19 +239,24 @@ def moved_into(target: Path) -> Iterator[Path]:
     """
     created = missing_folders(target)
     target.mkdir(parents=True, exist_ok=True)
-    for left in target.glob(f"{_HIDDEN}*"):
-        with held(left) as ours:
-            if ours:
-                shutil.rmtree(left, ignore_errors=True)
-    hidden = Path(tempfile.mkdtemp(prefix=_HIDDEN, dir=target))
     try:
-        with held(hidden), explained(target):
+        with explained(target), own_folder(target) as hidden:
             yield hidden
-            for name in sizes_in(hidden):
-                (target / name).parent.mkdir(parents=True, exist_ok=True)
-                (hidden / name).replace(target / name)
+            _move(hidden, target)
     except BaseException:
-        shutil.rmtree(hidden, ignore_errors=True)
         remove_empty(created)
         raise
-    shutil.rmtree(hidden)
+
+
+def _move(hidden: Path, target: Path) -> None:
+    """Move files to where they belong; one that others continue (``X.onnx``, and ``X.onnx.data``) comes last.
+
+    It is removed before: a process that is killed in between leaves none, rather than a new one with old weights.
+    """
+    names = sizes_in(hidden)
+    heads = [name for name in names if any(other.startswith(f"{name}.") for other in names)]
+    for name in heads:
+        (target / name).unlink(missing_ok=True)
+    for name in [*(n for n in names if n not in heads), *heads]:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        (hidden / name).replace(target / name)

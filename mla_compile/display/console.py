@@ -76,8 +76,6 @@ class StageDisplay:
             _LOG.setLevel(logging.INFO if self._verbose == 1 else logging.DEBUG)
             _LOG.propagate = False
             _LOG.info("versions: %s", ", ".join(f"{name} {found}" for name, found in environment().items()))
-        if self._bars:
-            self._bars.start()
         return self
 
     def __exit__(
@@ -95,6 +93,7 @@ class StageDisplay:
     def started(self, name: str, total: int | None) -> None:
         """A stage begins."""
         if self._bars:
+            self._bars.start()  # not before: while there are bars, what others write begins new lines
             self._task = self._bars.add_task(name, total=total, steps=f"0/{total}" if total else "", note="")
 
     def advanced(self, note: str) -> None:
@@ -112,6 +111,8 @@ class StageDisplay:
         """A stage ended by an error."""
         if self._bars:
             self._bars.remove_task(self._task)
+            if not self._bars.tasks:
+                self._bars.stop()
 
     def finished(self, timing: StageTiming) -> None:
         """A stage is done."""

@@ -25,8 +25,6 @@ _Rows: TypeAlias = list[list[object]]
 
 def show_report(report: Report, out: Path) -> None:
     """What was done, in a few lines."""
-    from mla_compile.reporting.report_page import PAGE
-
     rows = [
         *_layer_rows(report),
         *_quality_rows(report),
@@ -34,15 +32,21 @@ def show_report(report: Report, out: Path) -> None:
         *_checkpoint_rows(report),
         _written_row(report.artifacts, str(out)),
     ]
-    page = (out if out.is_dir() else out.parent) / PAGE
-    if page.is_file():
-        rows.append(["to look at", page])
+    rows += _page_row(out)
     if report.quality and report.quality.ratio > _MUCH:
         trained = "" if report.polish or report.training else ", --polish-steps 128, or mla-compile finetune"
         rows.append(["to lose less", f"a larger --cache-ratio{trained}"])
     print_table(report.source, ["", "result"], rows)
     _show_errors(report)
     warn(*report.warnings)
+
+
+def _page_row(out: Path) -> _Rows:
+    """Where the page of what was written is, if there is one."""
+    from mla_compile.reporting.report_page import PAGE
+
+    page = (out if out.is_dir() else out.parent) / PAGE
+    return [["to look at", page]] if page.is_file() else []
 
 
 def _layer_rows(report: Report) -> _Rows:
@@ -175,6 +179,7 @@ def show_encoder_report(report: EncoderReport, out: Path) -> None:
             rows.append(["ONNX Runtime vs PyTorch", f"{v.lowering_error:.1e}"])
         rows.append(["converted vs original", f"{v.conversion_error:.1e}"])
     rows.append(_written_row(report.artifacts, str(out)))
+    rows += _page_row(out)
     print_table(report.source, ["", "result"], rows)
     warn(*report.warnings)
 
@@ -196,6 +201,7 @@ def show_seq2seq_report(report: Seq2SeqReport, out: Path) -> None:
             rows.append(["ONNX Runtime vs PyTorch", f"{v.lowering_error:.1e}"])
         rows.append(["converted vs original", f"{v.conversion_error:.1e}"])
     rows.append(_written_row(report.artifacts, f"{out} and {out.with_suffix('.encoder.onnx').name}"))
+    rows += _page_row(out)
     print_table(report.source, ["", "result"], rows)
     warn(*report.warnings)
 
@@ -203,6 +209,8 @@ def show_seq2seq_report(report: Seq2SeqReport, out: Path) -> None:
 def show_training(report: Mapping[str, Any], out: Path) -> None:
     """What fine-tuning did, in a few lines and a curve."""
     import math
+
+    from mla_compile.report import NO_GAIN
 
     t = report["training"]
     before, after = (f"{t[key]:.4f} (perplexity {math.exp(min(t[key], 700.0)):.4f})" for key in ("before", "after"))
@@ -213,5 +221,16 @@ def show_training(report: Mapping[str, Any], out: Path) -> None:
         _written_row(report["artifacts"], str(out)),
     ]
     print_table(report["source"], ["", "result"], rows)
-    curve = [[p["step"], p["tokens"], _nats(p["loss"]), _nats(p["held_out"])] for p in t["curve"]]
-    print_table("Curve (nats per token)", ["step", "tokens", "training loss", "held-out loss"], curve)
+    # The kept step is the one with the least objective, which has a unit of its own where it is not the text.
+    towards = {} if t["objective"] == "next-token" else {f"held-out {_objective(t['objective'])}": "objective"}
+    columns = {"training loss": "loss", **towards, "held-out loss (nats per token)": "held_out"}
+    curve = [[p["step"], p["tokens"], *(_nats(p[name]) for name in columns.values())] for p in t["curve"]]
+    print_table("Curve", ["step", "tokens", *columns], curve)
+    if t["best_step"] == 0:
+        warn(NO_GAIN)
+
+
+def _objective(spelled: str) -> str:
+    """An objective with its unit."""
+    units = {"kl": " (nats per token)", "attention": " (squared error, relative)"}
+    return spelled + units.get(spelled, " (weighted sum)")

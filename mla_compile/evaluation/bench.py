@@ -19,11 +19,13 @@ from typing import Any, cast
 import numpy as np
 import torch
 
+from mla_compile.config import REPORT
 from mla_compile.errors import LoadError, MlaCompileError, RefusedError, UsageError
 from mla_compile.evaluation.benchmark import USUAL, Benchmark, File, Prefill, Step, Workload, slower
 from mla_compile.evaluation.turns import spread, turns
-from mla_compile.passes.lower_original import original_to_onnx, with_plain_caches, write_original
+from mla_compile.passes.lower_original import original_to_onnx, write_original
 from mla_compile.passes.original_attention import OriginalForm
+from mla_compile.passes.plain_caches import with_plain_caches
 from mla_compile.passes.retype import type_name
 from mla_compile.program import Program
 from mla_compile.progress import Display, Stages
@@ -132,7 +134,7 @@ def _load_original(file: Path, made_of: str | None, against: str) -> tuple[str, 
     """
     if against != "original":
         return against, _float32(against)
-    report = file.with_name("report.json")
+    report = file.with_name(REPORT)
     try:
         source = str(json.loads(report.read_text("utf-8"))["source"])
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -269,7 +271,7 @@ def _prompts(
 
     The first run of each is not counted: it is then that memory is taken.
     """
-    ids = random_ids(min(d.vocabulary for d in opened.values()), context)[:, : context - 1]
+    ids = random_ids(min(d.known_tokens for d in opened.values()), context)[:, : context - 1]
     clock = _clock(threads)
     times: dict[str, list[float]] = {name: [] for name in opened}
     caches: dict[str, Any] = {}
@@ -299,7 +301,7 @@ def _steps(
     workload: Workload,
 ) -> list[Step]:
     """Measure one setting; originals must agree on the logits first."""
-    ids = random_ids(min(d.vocabulary for d in opened.values()), context)
+    ids = random_ids(min(d.known_tokens for d in opened.values()), context)
     given = last_token(ids, batch)
     runs, held, logits = {}, {}, {}
     for name, decoder in opened.items():

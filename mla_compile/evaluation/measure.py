@@ -50,7 +50,7 @@ class Sample:
             )
 
     def longest(self, models: Sequence[Opened]) -> int:
-        """Tokens of a window that all models can run, however few are to be measured on."""
+        """Longest window, in tokens, that all models can run, however few tokens are measured."""
         return self.seq_len or min(longest_window(m.score, m.longest) for m in models)
 
     def windows(
@@ -137,7 +137,7 @@ class Measurement:
         models: Sequence[Measured],
         warnings: Sequence[str] = (),
     ) -> Measurement:
-        """Models that were run on windows ``[windows, length]`` of a sample; a warning is told once."""
+        """A measurement of models on windows ``[windows, length]`` of a sample; each warning appears once."""
         told = tuple(dict.fromkeys(warnings))
         return cls(str(sample.text), windows[:, 1:].numel(), windows.shape[1], original, tuple(models), told)
 

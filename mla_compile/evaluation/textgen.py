@@ -88,7 +88,7 @@ def generate_text(
     ids = [begin + list(words(prompt, add_special_tokens=False)["input_ids"]) for prompt in prompts]
     if not all(ids):
         raise UsageError("A prompt is empty, and this tokenizer has no begin token.", "Give at least one word.")
-    check_vocabulary(max(map(max, ids)), decoder.vocabulary, str(model))
+    check_vocabulary(max(map(max, ids)), decoder.known_tokens, str(model))
     longest = max(map(len, ids))
     decoder.require_length(longest + max_new_tokens - 1)
     end = decoder.metadata.get("eos_token_id")

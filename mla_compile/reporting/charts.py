@@ -75,7 +75,7 @@ class Axis:
     @property
     def _ends(self) -> tuple[float, float]:
         if self.least is None or self.most is None:
-            raise ValueError(f"The axis '{self.label}' has no ends yet. Call fit with data first.")
+            raise ValueError(f"The axis '{self.label}' has no ends yet. Call fitted with data first.")
         return self.least, self.most
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
 from markupsafe import Markup
 
+from mla_compile.config import REPORT
 from mla_compile.errors import LoadError
 from mla_compile.reporting.charts import Axis, Bar, Series, bar_chart, dot_rows, line_chart
 from mla_compile.reporting.reproduction import reproducing
@@ -26,7 +27,7 @@ __all__ = [
 
 _POINT = {"cache_kept", "method", "model"}
 """What else is read of every model of a measurement."""
-_OF_DECODERS = ("cache", "quality", "polish", "training")
+_OF_DECODERS = ("cache", "cross_cache", "quality", "polish", "training", "before_training")
 """What reports of other models do not have."""
 _UNITS = {
     "fisher": "what errors of keys and values would cost, by the statistics of the calibration text",
@@ -34,13 +35,14 @@ _UNITS = {
     "mha2mla": "the squares of the weights of keys and values, whatever text they meet",
 }
 """What a method's spectrum is a share of, by the method."""
+_FEW = 10
 PAGE = "report.html"
-"""What the page beside a ``report.json`` is called."""
+"""What a report is called for people."""
 
 
 def write_report(report: Mapping[str, Any], folder: Path) -> None:
     """Write a report into a folder, for programs (``report.json``) and for people (``report.html``)."""
-    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     (folder / PAGE).write_text(render_page(report), encoding="utf-8")
 
 
@@ -50,7 +52,9 @@ def read_report(path: Path) -> Mapping[str, Any]:
     Raises:
         LoadError: There is none, or it is something else.
     """
-    stored = path / "report.json" if path.is_dir() else path
+    stored = path / REPORT if path.is_dir() else path
+    if not stored.is_file():
+        raise LoadError(f"There is no report '{stored}'.", "Name the report.json that a conversion wrote.")
     try:
         found = json.loads(stored.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -120,7 +124,7 @@ def render_page(report: Mapping[str, Any], measurement: Mapping[str, Any] | None
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    pages.filters |= {"count": _count, "bytes": _bytes, "percent": _percent, "error": _error}
+    pages.filters |= {"count": _count, "amount": _amount, "bytes": _bytes, "percent": _percent, "error": _error}
     return pages.get_template("report.html").render(
         report=dict.fromkeys(_OF_DECODERS) | dict(report),
         name=Path(report["source"]).name,
@@ -137,6 +141,7 @@ def render_page(report: Mapping[str, Any], measurement: Mapping[str, Any] | None
         quality_chart=_quality_chart(measurement),
         rooflines=_rooflines(report.get("decode_steps") or []),
         commands=reproducing(report),
+        in_python=report.get("in_memory", False),
     )
 
 
@@ -312,6 +317,11 @@ def _roofline(name: str, steps: Sequence[Mapping[str, Any]]) -> Markup:
 
 def _count(number: float) -> str:
     return f"{number:,.0f}".replace(",", "\N{NARROW NO-BREAK SPACE}")
+
+
+def _amount(number: float) -> str:
+    """A count, or of a few the first figures."""
+    return _count(number) if number >= _FEW else f"{number:.2g}"
 
 
 def _bytes(number: float) -> str:

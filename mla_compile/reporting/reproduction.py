@@ -37,7 +37,7 @@ def reproducing(report: Mapping[str, Any]) -> Sequence[str]:
     if out.endswith(".onnx") and report.get("kind") is None and not _for_tensorrt(report):
         lines.append(shlex.join(["mla-compile", "run", out, "--prompt", "Once upon a time"]))
         if not in_memory:
-            lines.append(shlex.join(["mla-compile", "eval", out, "--text", "TEXT", "--original", name]))
+            lines.append(shlex.join(["mla-compile", "eval", out, "--text", "OTHER", "--original", name]))
     return lines
 
 
@@ -61,14 +61,14 @@ def _in_a_shell(report: Mapping[str, Any], name: str, out: str) -> Sequence[str]
             continue
         words = [f"--{setting.replace('_', '-')}", *([] if isinstance(value, bool) else [str(value)])]
         parts += _OTHER_WORDS.get((setting, value), words)
-    if report.get("quality"):
+    if _had_text(report):
         parts += ["--calibration", "TEXT"]
     return [shlex.join(parts)]
 
 
 def _in_python(report: Mapping[str, Any], name: str, out: str) -> Sequence[str]:
     given = [f"{setting}={value!r}" for setting, value in _own_settings(report).items()]
-    if report.get("quality"):
+    if _had_text(report):
         given.append("calibration='TEXT'")
     folder = "to_deepseek" if report["config"].get("format") == "deepseek" else "save"
     writer = "to_tensorrt" if _for_tensorrt(report) else _WRITERS.get(Path(out).suffix, folder)
@@ -78,3 +78,8 @@ def _in_python(report: Mapping[str, Any], name: str, out: str) -> Sequence[str]:
         f"compiled = mla_compile.compile({', '.join(['model', *given])})",
         f"compiled.{writer}({out!r})",
     ]
+
+
+def _had_text(report: Mapping[str, Any]) -> bool:
+    """Whether there was text to calibrate on: perplexity was measured, perhaps before a training."""
+    return bool(report.get("quality") or (report.get("before_training") or {}).get("quality"))

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from mla_compile.config import REPORT
 from mla_compile.disk.mapped import drop_pages
 from mla_compile.errors import LoadError, first_line
 
@@ -28,6 +29,11 @@ def has_weights(folder: Path) -> bool:
     """Whether a folder holds weights of any kind, or says that it does."""
     kinds = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth")
     return any(next(folder.glob(kind), None) for kind in kinds)
+
+
+def holds_result(folder: Path) -> bool:
+    """Whether a folder holds what a conversion wrote beside a file, and no weights of an original."""
+    return (folder / REPORT).is_file() and not has_weights(folder)
 
 
 def require_files(folder: Path) -> None:

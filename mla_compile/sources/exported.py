@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from mla_compile.errors import LoadError, reason_of
+from mla_compile.errors import LoadError, MlaCompileError, reason_of
 from mla_compile.program import AnyProgram, Assets, OtherProgram, Program
 from mla_compile.quiet import quiet_exporter
 from mla_compile.sources.patterns import patterns
@@ -73,7 +73,7 @@ def require_integers(name: str, value: Tensor, source: str) -> None:
         raise LoadError(
             f"Input '{name}' of '{source}' is {str(value.dtype).removeprefix('torch.')} of rank {value.dim()}.",
             "Give example_inputs, or export a model, of token ids [batch, length], and optionally attention_mask and "
-            "position_ids.",
+            "position_ids; an encoder, which may read anything, takes encoders=True.",
         )
 
 
@@ -95,16 +95,19 @@ def read_export(
     Raises:
         LoadError: The graph cannot be normalised, or its batch is static.
     """
-    try:
-        with quiet_exporter():
-            if _has_compositions(exported):
-                exported = exported.run_decompositions({**_RESPELLED, **patterns()})
-                _drop_type_assertions(exported)
-                spell_tables(exported)
-    except Exception as error:
-        raise LoadError(
-            f"The graph of '{source}' could not be normalised ({reason_of(error)}).", HOW_TO_EXPORT
-        ) from error
+    if _has_compositions(exported):
+        table = {**_RESPELLED, **patterns()}
+        try:
+            with quiet_exporter():
+                exported = exported.run_decompositions(table)
+        except MlaCompileError:
+            raise
+        except Exception as error:
+            raise LoadError(
+                f"The graph of '{source}' could not be normalised ({reason_of(error)}).", HOW_TO_EXPORT
+            ) from error
+        _drop_type_assertions(exported)
+        spell_tables(exported)
     common: dict[str, Any] = {
         "exported": exported,
         "source": source,

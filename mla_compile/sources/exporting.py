@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from mla_compile.errors import LoadError, reason_of
+from mla_compile.errors import LoadError, first_line, reason_of
 from mla_compile.quiet import quiet_exporter
 
 __all__ = ["export_module"]
@@ -68,10 +68,59 @@ def export_module(
 
     try:
         with torch.no_grad(), quiet_exporter():
-            return export()
+            exported = export()
     except Exception as error:
         _require_fitting(module, values, source)
         raise _explained(error, export, values, source) from error
+    _require_any_size(exported, source)
+    return exported
+
+
+def _require_any_size(exported: ExportedProgram, source: str) -> None:
+    """Refuse a graph that holds for the sizes of its example alone.
+
+    A float that is computed from a size becomes a constant in the graph, and that it does is a guard, which is no part
+    of the graph. The guards are asked about larger sizes and about smaller ones: models may allow the former or the
+    latter alone. No weights are read, and nothing is computed.
+
+    Raises:
+        LoadError: It does.
+    """
+    module = exported.module()
+    guards = getattr(module, "_guards_fn", None)
+    if guards is None:
+        return
+    inputs = [node.meta.get("val") for node in module.graph.find_nodes(op="placeholder")]
+    failed = [error for step in (1, -1) if (error := _failed_guard(guards, inputs, step)) is not None]
+    if len(failed) == 2:
+        reason = first_line(failed[0]).removeprefix("Guard failed: ")
+        raise LoadError(
+            f"{source} could not be exported with dynamic batch and length: a number that it computes from them became "
+            f"a constant ({reason}).",
+            "Compute that number with tensor operations, or from positions.",
+        )
+
+
+def _failed_guard(guards: nn.Module, inputs: Sequence[Any], step: int) -> Exception | None:
+    """What the guards say of inputs whose dynamic sizes are all a few more, or less, than those of the example."""
+    tensors = [value for value in inputs if isinstance(value, Tensor)]
+    sizes: list[Any] = [size for value in tensors for size in value.shape if not isinstance(size, int)]
+    changed = {size.node.expr: size.node.hint + step for size in sizes if size.node.expr.is_symbol}
+    given = [
+        torch.empty(
+            [size if isinstance(size, int) else int(size.node.expr.xreplace(changed)) for size in value.shape],
+            dtype=value.dtype,
+            device="meta",
+        )
+        if isinstance(value, Tensor)
+        else value
+        for value in inputs
+    ]
+    try:
+        guards(*given)
+    except Exception as error:  # torch's own, of several kinds
+        return error
+    return None
 
 
 def _explained(error: Exception, export: Any, values: Mapping[str, Any] | tuple[Any, ...], source: str) -> LoadError:  # noqa: ANN401

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import torch
 
+from mla_compile.config import holds_conversion
 from mla_compile.errors import LoadError
 from mla_compile.hub import is_hub_id
 from mla_compile.program import AnyProgram, Program
 from mla_compile.sources import huggingface
 from mla_compile.sources.capture import capture_any
+from mla_compile.sources.checkpoint_files import holds_result
 from mla_compile.sources.exported import language_model
 from mla_compile.sources.model_files import load_file
 
@@ -58,9 +60,14 @@ def load_any(
     """
     path = Path(source)
     if path.is_dir():
-        if (path / "mla_config.yaml").is_file():
+        if holds_conversion(path):
             raise LoadError(
                 f"'{source}' is a model that was converted already.", "Give the model it was converted from instead."
+            )
+        if holds_result(path):
+            raise LoadError(
+                f"'{source}' holds a converted model in a file, and beside it the configuration of its original.",
+                "Give the model it was converted from, or name the file.",
             )
         return _load_huggingface(str(path), tokenizer, attention, dtype)
     if path.is_file():

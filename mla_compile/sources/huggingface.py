@@ -182,8 +182,13 @@ def _read(kind: Any, name: str, config: Any, attention: str, dtype: torch.dtype 
 
 
 def _unreadable(name: str, error: Exception) -> LoadError:
+    if Path(name).exists():
+        return LoadError(
+            f"'{name}' could not be loaded from Hugging Face ({reason_of(error)}).",
+            "Check that its files are whole, and that the weights are safetensors.",
+        )
     return LoadError(
-        f"'{name}' could not be loaded as a Hugging Face causal language model ({reason_of(error)}).",
+        f"'{name}' could not be loaded from Hugging Face ({reason_of(error)}).",
         "Check the path or id, that the weights are safetensors, and that the hub can be reached.",
     )
 

@@ -19,7 +19,7 @@ _MEANINGS: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
 
 
 def register_pattern(operator: torch._ops.OpOverload | str, meaning: Callable[..., Any]) -> Callable[[], None]:
-    """Teach the compiler what an operator means; every model loaded from then on is read with it.
+    """Teach the compiler what an operator means, for every model loaded from then on.
 
     Args:
         operator: A dispatcher operator, ``torch.ops.mylib.attention.default``, or its name, ``"mylib::attention"``.
@@ -27,15 +27,20 @@ def register_pattern(operator: torch._ops.OpOverload | str, meaning: Callable[..
             (``torch.nn.functional.scaled_dot_product_attention``, matmul, softmax, ...) for any batch and length.
 
     Returns:
-        A function that forgets it again.
+        A function that undoes this.
 
     Raises:
         UsageError: There is no such operator, or ``meaning`` cannot be called.
 
     Example::
 
+        import mla_compile
+        from torch.nn.functional import scaled_dot_product_attention
+
+
         def meaning(q, k, v):
-            return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+            return scaled_dot_product_attention(q, k, v, is_causal=True)
+
 
         mla_compile.register_pattern("mylib::flash_attention", meaning)
     """

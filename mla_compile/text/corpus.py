@@ -210,14 +210,26 @@ def tokenize(documents: Iterable[str], tokenizer: Any, most: int | None = None) 
     Args:
         documents: Read until there are enough tokens.
         tokenizer: A tokenizer.
-        most: How many tokens are enough. The last document gives all that it has, but one that is several times as long
-            as that takes is tokenized only so far, and gives the first ones, as many as are missing.
+        most: How many tokens are enough. The last document is used whole, unless it is several times longer than
+            needed: then it is tokenized only that far and gives just the missing tokens.
     """
     return [*chain.from_iterable(tokenized(documents, tokenizer, most))]
 
 
-def tokenized(documents: Iterable[str], tokenizer: Any, most: int | None = None) -> Iterator[list[int]]:  # noqa: ANN401 - see load_tokenizer
-    """The ids of one document after another, as :func:`tokenize` joins them."""
+def tokenized(
+    documents: Iterable[str],
+    tokenizer: Any,  # noqa: ANN401 - see load_tokenizer
+    most: int | None = None,
+    end: Sequence[int] = (),
+) -> Iterator[list[int]]:
+    """The ids of one document after another, as :func:`tokenize` joins them.
+
+    Args:
+        documents: Read until there are enough tokens.
+        tokenizer: A tokenizer.
+        most: How many tokens are enough; see :func:`tokenize`.
+        end: Put behind every document; what stands behind the first part of one is beyond ``most``.
+    """
 
     def ids(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
@@ -226,7 +238,7 @@ def tokenized(documents: Iterable[str], tokenizer: Any, most: int | None = None)
     found = 0
     for document in documents:
         missing = None if most is None else most - found - len(begin)
-        yield (part := begin + (ids(document) if missing is None else _first(document, missing, ids)))
+        yield (part := [*begin, *(ids(document) if missing is None else _first(document, missing, ids)), *end])
         found += len(part)
         if most is not None and found >= most:
             return

@@ -58,7 +58,7 @@ class Perplexity:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """A model on text, beside the first of those it was compared with.
+    """A model on text, compared with the first one.
 
     Attributes:
         perplexity: Its perplexity.
@@ -128,7 +128,7 @@ def compare(
     batch: int = 8,
     progress: Callable[[Iterable[Tensor]], Iterable[Tensor]] = iter,
 ) -> list[Comparison]:
-    """Run models beside each other, batch by batch, so that no more logits are held than of one batch.
+    """Run models side by side, batch by batch, so that only one batch's logits are in memory.
 
     Args:
         scores: The models, of one vocabulary; all are compared with the first.

@@ -10,17 +10,20 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from accelerate import Accelerator
 from safetensors import SafetensorError
 
+from mla_compile.disk.writing import missing_folders, remove_empty
 from mla_compile.errors import LoadError, TrainingError, UsageError, first_line
 from mla_compile.report import TrainingPoint
 from mla_compile.training.recipe import Recipe
 
-__all__ = ["Checkpoints", "State"]
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+__all__ = ["Checkpoints", "State", "remove_checkpoints"]
 
 _FREE = ("keep", "patience", "tracker")
 """Settings that may change from one run to the next: they do not change what a step does."""
@@ -60,6 +63,7 @@ class Checkpoints:
         text: Fingerprint of the text.
         model: Fingerprint of the weights that training began with.
         teacher: Fingerprint of the weights of what is learned from; empty without a teacher.
+        stay: Whether they are still there when training failed, for somebody to go on from.
     """
 
     folder: Path
@@ -67,6 +71,7 @@ class Checkpoints:
     text: str
     model: str
     teacher: str
+    stay: bool = True
 
     @property
     def _origin(self) -> dict[str, str]:
@@ -79,11 +84,12 @@ class Checkpoints:
             TrainingError: It could not be written whole, and nothing of it is left.
         """
         hidden = self.folder / f".{_name(state.step)}"
-        if accelerator.is_main_process:
-            shutil.rmtree(hidden, ignore_errors=True)
-            hidden.mkdir(parents=True)
-        accelerator.wait_for_everyone()
+        created = missing_folders(self.folder)
         try:
+            if accelerator.is_main_process:
+                shutil.rmtree(hidden, ignore_errors=True)
+                hidden.mkdir(parents=True)
+            accelerator.wait_for_everyone()
             accelerator.save_state(str(hidden))
             if accelerator.is_main_process:
                 (hidden / "recipe.yaml").write_text(yaml.safe_dump(self.recipe.model_dump(), sort_keys=False), "utf-8")
@@ -91,11 +97,13 @@ class Checkpoints:
                 (hidden / "state.json").write_text(json.dumps(written, indent=1) + "\n", "utf-8")
         except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(hidden, ignore_errors=True)
-            reason = first_line(error)
+            remove_empty(created)
+            reason, earlier = first_line(error), self.stay and state.step > 0
+            then = "go on with --resume" if earlier else "begin again"
             raise TrainingError(
-                f"The checkpoint of step {state.step} could not be written to '{self.folder}' ({reason}); earlier ones "
-                "are whole.",
-                "Free some space, and go on with --resume.",
+                f"The checkpoint of step {state.step} could not be written to '{self.folder}' ({reason}); "
+                f"{'earlier ones are whole' if earlier else 'nothing is left of this training'}.",
+                f"Free some space, and {then}.",
             ) from error
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
@@ -117,7 +125,7 @@ class Checkpoints:
         if not steps:
             return None
         found = self.folder / _name(steps[-1])
-        with _damage_explained(found):
+        with self._damage_explained(found):
             written = json.loads((found / "state.json").read_text("utf-8"))
             state = State(int(written["step"]), tuple(TrainingPoint(**point) for point in written["curve"]))
             stored = dict(yaml.safe_load((found / "recipe.yaml").read_text("utf-8")))
@@ -138,24 +146,41 @@ class Checkpoints:
             LoadError: It is damaged.
         """
         found = self.folder / _name(step)
-        with _damage_explained(found):
+        with self._damage_explained(found):
             accelerator.load_state(str(found))
 
     def _steps(self) -> Sequence[int]:
         """Steps of which there is a checkpoint, in order."""
         return sorted(int(found[1]) for path in self.folder.glob("step-*") if (found := _NAME.fullmatch(path.name)))
 
+    @contextlib.contextmanager
+    def _damage_explained(self, checkpoint: Path) -> Iterator[None]:
+        """Turn what reading a damaged checkpoint raises into a sentence."""
+        try:
+            yield
+        except (*_DAMAGE, yaml.YAMLError) as error:
+            reason = first_line(error)
+            raise LoadError(
+                f"The checkpoint '{checkpoint}' is damaged ({reason}).",
+                "Remove it to go on from the one before, or pass --force to begin anew.",
+            ) from error
 
-@contextlib.contextmanager
-def _damage_explained(checkpoint: Path) -> Iterator[None]:
-    """Turn what reading a damaged checkpoint raises into a sentence."""
+
+def remove_checkpoints(folder: Path) -> None:
+    """Remove checkpoints, whole or not, and nothing else that somebody put beside them.
+
+    Raises:
+        UsageError: They cannot be removed.
+    """
     try:
-        yield
-    except (*_DAMAGE, yaml.YAMLError) as error:
-        reason = first_line(error)
-        raise LoadError(
-            f"The checkpoint '{checkpoint}' is damaged ({reason}).",
-            "Remove it to go on from the one before, or pass --force to begin anew.",
+        for path in [*folder.iterdir()] if folder.is_dir() else []:
+            if _NAME.fullmatch(path.name.removeprefix(".")):
+                shutil.rmtree(path)
+        remove_empty([folder])
+    except OSError as error:
+        raise UsageError(
+            f"The checkpoints in '{folder}' could not be removed ({error.strerror}).",
+            "Remove them yourself, or choose another folder.",
         ) from error
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.utils.checkpoint import checkpoint
 
 from mla_compile.program import Program
 from mla_compile.runtime.module import LatentModel
@@ -63,16 +64,16 @@ class Teacher:
         )
 
     @torch.no_grad()
-    def answer(self, ids: Tensor, objective: Mapping[str, float]) -> Wanted:
-        """What an objective needs to know of a batch ``[batch, length]``."""
+    def answer(self, ids: Tensor, parts: Collection[str]) -> Wanted:
+        """What these parts of an objective need to know of a batch ``[batch, length]``."""
         return Wanted(
-            self.score(ids) if DIVERGENCE in objective else None,
-            tuple(x.float() for x in self.attend(ids)) if ATTENTION in objective and self.attend is not None else (),
+            self.score(ids) if DIVERGENCE in parts else None,
+            tuple(x.float() for x in self.attend(ids)) if ATTENTION in parts and self.attend is not None else (),
         )
 
 
 class Student(nn.Module):
-    """A converted model whose result is its loss.
+    """A converted model whose results are its losses.
 
     Args:
         model: The model.
@@ -96,22 +97,22 @@ class Student(nn.Module):
         """Everything that takes weights."""
         return (self.model.graph, *self._matched)
 
-    def forward(self, ids: Tensor, objective: Mapping[str, float], wanted: Wanted) -> Tensor:
-        """Loss of a batch ``[batch, length]``, in nats per token but for matching, which is relative."""
-        total = torch.zeros((), device=ids.device)
-        if objective.keys() & {NEXT_TOKEN, DIVERGENCE}:
-            logits = self.model(ids).logits.float()
-            if NEXT_TOKEN in objective:
-                total = total + objective[NEXT_TOKEN] * F.cross_entropy(
-                    logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
-                )
+    def forward(self, ids: Tensor, parts: Collection[str], wanted: Wanted) -> Tensor:
+        """Losses of a batch ``[batch, length]``, one of every part, in nats per token but for matching.
+
+        All are means over windows, so that those of a batch are the means of those of its pieces.
+        """
+        found = {}
+        if {NEXT_TOKEN, DIVERGENCE} & {*parts}:
+            logits = self.model(ids).logits
+            if NEXT_TOKEN in parts:
+                found[NEXT_TOKEN] = _mean(_surprise, logits, ids)
             if wanted.predictions is not None:
-                total = total + objective[DIVERGENCE] * _divergence(logits, wanted.predictions.float())
-        if ATTENTION in objective:
+                found[DIVERGENCE] = _mean(_divergence, logits, wanted.predictions)
+        if ATTENTION in parts:
             pairs = zip(self._attended(ids, wanted.attended), wanted.attended, strict=True)
-            errors = [(got.float() - want.float()).square().sum() / want.float().square().sum() for got, want in pairs]
-            total = total + objective[ATTENTION] * torch.stack(errors).mean()
-        return total
+            found[ATTENTION] = torch.stack([_mismatch(got, want, len(ids)) for got, want in pairs]).mean()
+        return torch.stack([found[part] for part in parts])
 
     def _attended(self, ids: Tensor, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Output projections of attention where the layers before were the original's."""
@@ -123,9 +124,29 @@ class Student(nn.Module):
         return found
 
 
+def _mean(loss: Callable[[Tensor, Tensor], Tensor], *tensors: Tensor) -> Tensor:
+    """Mean of a loss over windows, one of which is computed at a time, and again for its gradient.
+
+    Logits of a batch may be gigabytes, and what a loss makes of them several times as much.
+    """
+    windows = zip(*(tensor.split(1) for tensor in tensors), strict=True)
+    return torch.stack([checkpoint(loss, *w, use_reentrant=False, preserve_rng_state=False) for w in windows]).mean()
+
+
+def _surprise(logits: Tensor, ids: Tensor) -> Tensor:
+    """-log p(next token) in nats per token."""
+    return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten())
+
+
+def _mismatch(got: Tensor, wanted: Tensor, windows: int) -> Tensor:
+    """Squares of errors over squares of what is wanted, of every window; their mean."""
+    got, wanted = (x.float().reshape(windows, -1) for x in (got, wanted))  # products may have flattened them
+    return ((got - wanted).square().sum(1) / wanted.square().sum(1)).mean()
+
+
 def _divergence(logits: Tensor, expected: Tensor) -> Tensor:
     """KL(expected || logits) in nats per token."""
-    got, wanted = logits.log_softmax(-1), expected.log_softmax(-1)
+    got, wanted = logits.float().log_softmax(-1), expected.float().log_softmax(-1)
     weights = wanted.exp()
     # A token may be ruled out by -inf.
     return torch.where(weights > 0, weights * (wanted - got), 0.0).sum() / logits[..., 0].numel()

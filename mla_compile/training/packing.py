@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from array import array
 from collections.abc import Iterable
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mla_compile.disk.content import content_of
 from mla_compile.errors import UsageError
 from mla_compile.text.corpus import tokenized
 
@@ -23,7 +23,8 @@ class Packed:
     """Token windows ``[windows, length]``, int32.
 
     A window begins where the one before ends, wherever that is in a document; every document is led by the begin token
-    if the tokenizer has one. Attention reaches across documents, as it did where most models were trained.
+    if the tokenizer has one, and followed by the end token if that is another one. Attention reaches across documents,
+    as it did where most models were trained.
 
     Attributes:
         train: To train on.
@@ -41,7 +42,7 @@ class Packed:
     @property
     def fingerprint(self) -> str:
         """Tells texts apart."""
-        return hashlib.sha256(self.train.numpy().tobytes() + self.held_out.numpy().tobytes()).hexdigest()
+        return content_of({"train": self.train, "held_out": self.held_out})
 
 
 def pack(
@@ -58,25 +59,27 @@ def pack(
         tokenizer: A tokenizer, for documents.
         length: Tokens per window, for documents.
         tokens: Tokens to train on; all of the text when None.
-        held_out: Windows held back, at most; a tenth of all if that is less.
+        held_out: Windows held back; of a text that ends before there are as many tokens as are wanted, a tenth if that
+            is less.
 
     Raises:
         UsageError: There are fewer than two windows.
     """
     if isinstance(text, Tensor):
-        windows = text.int()
+        windows, enough = text.int(), False
     else:
         most = None if tokens is None else (math.ceil(tokens / length) + held_out) * length
         stream = array("i")  # four bytes each, for texts may be long
-        for ids in tokenized(text, tokenizer, most):
+        for ids in tokenized(text, tokenizer, most, end=_end(tokenizer)):
             stream.extend(ids)
         windows = _windows(stream, length)
+        enough = most is not None and len(stream) >= most
     if len(windows) < 2:
         raise UsageError(
             f"The text makes one window of {windows.shape[1]} tokens; training takes one, and measuring another.",
             "Give more text.",
         )
-    aside = min(held_out, max(1, len(windows) // 10))
+    aside = held_out if enough else min(held_out, max(1, len(windows) // 10))
     train = windows[:-aside]
     return Packed(train if tokens is None else train[: math.ceil(tokens / windows.shape[1])], windows[-aside:])
 
@@ -87,6 +90,12 @@ def order(windows: int, wanted: int, seed: int) -> list[int]:
     rounds = [torch.randperm(windows, generator=generator) for _ in range(math.ceil(wanted / windows))]
     found: list[int] = torch.cat(rounds)[:wanted].tolist()
     return found
+
+
+def _end(tokenizer: Any) -> list[int]:  # noqa: ANN401 - see pack
+    """What a document ends in, where the begin token of the next one does not say so."""
+    end = tokenizer.eos_token_id
+    return [] if end is None or end == tokenizer.bos_token_id else [end]
 
 
 def _windows(stream: array[int], length: int) -> Tensor:

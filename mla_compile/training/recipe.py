@@ -19,33 +19,34 @@ class Recipe(BaseModel):
     """Settings of one fine-tuning.
 
     Attributes:
-        objective: What to come closer to: ``next-token`` (the text), ``kl`` (a teacher's predictions), ``attention``
-            (the original's attention outputs, layer by layer), or a mixture such as ``kl=0.9,next-token=0.1``.
-            ``auto`` is ``kl`` where there is a teacher, else ``next-token``.
-        match_steps: Steps at the beginning that have the objective ``attention`` instead: they skip what is behind the
-            last layer, and no layer sees another's error.
-        train: What is trained: the ``latent`` matrices, the ``attention`` (with its output projections, and all norms),
-            or ``all`` weights.
-        lora_rank: Rank of adapters that are trained instead of the matrices, and added to them in the end; 0 for none.
-            Everything else stays as it is.
-        lora_alpha: What adapters add is scaled by this over their rank; the rank by default.
-        tokens: Tokens to train on; the text once by default. Text that is shorter comes again in another order.
-        batch: Windows per step, of all processes together.
-        accumulate: Pieces that the windows of a step are computed in.
+        objective: What to match: ``next-token`` (the text), ``kl`` (a teacher's predictions), ``attention`` (the
+            original's attention outputs, layer by layer), or a mixture such as ``kl=0.9,next-token=0.1``. ``auto`` is
+            ``kl`` if there is a teacher, else ``next-token``.
+        match_steps: Initial steps with the objective ``attention`` instead: they skip everything after the last layer,
+            and no layer sees another's error.
+        train: Weights to train: ``latent`` (the latent matrices), ``attention`` (also output projections and all
+            norms), or ``all``.
+        lora_rank: Rank of LoRA adapters to train instead of the matrices, merged at the end; 0 for none. Nothing else
+            changes.
+        lora_alpha: Adapters are scaled by this over their rank; the rank by default.
+        tokens: Tokens to train on; the text once by default. Shorter text is repeated in another order.
+        batch: Windows per step, over all processes.
+        accumulate: Pieces that the windows of a step are computed in (gradient accumulation).
         seq_len: Tokens per window; the model's limit, at most 512, by default.
-        rate: Step size, relative to the root mean square of each weight tensor.
-        weight_decay: AdamW's, per step size.
-        clip: Longest gradient.
-        warm_up: Share of the steps in which the step size grows to its full size.
-        decay: Share of the steps in which it falls to zero, as one minus a square root.
-        every: Steps from one evaluation and checkpoint to the next.
-        patience: Evaluations without improvement after which training ends; 0 for never.
-        keep: How many checkpoints are kept, besides the best.
-        eval_windows: Windows kept out of training to measure on, at most; a tenth of the text if that is less.
-        seed: Seed of the order of windows.
+        rate: Learning rate, relative to the root mean square of each weight tensor.
+        weight_decay: Weight decay of AdamW, per learning rate.
+        clip: Gradient-norm clip.
+        warm_up: Fraction of steps spent warming up.
+        decay: Fraction of steps spent decaying to zero, as one minus a square root.
+        every: Steps between evaluations, each with a checkpoint.
+        patience: Evaluations without improvement after which training stops; 0 for never.
+        keep: Checkpoints to keep, besides the best.
+        eval_windows: Windows to hold out for evaluation; a tenth of the text if that is less, and the text ends before
+            the tokens that are wanted, or comes as windows.
+        seed: Seed for the order of windows.
         mixed_precision: ``bf16`` computes products in bfloat16; weights stay float32.
-        recompute: Keep activations of one layer at a time, and compute the others again on the way back.
-        tracker: Where accelerate sends the curve; ``auto`` is TensorBoard where it is installed, ``none`` nowhere.
+        recompute: Keep activations of one layer at a time and recompute the others in the backward pass.
+        tracker: Tracker that accelerate logs to; ``auto`` is TensorBoard if it is installed, ``none`` is none.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -89,7 +90,7 @@ class Recipe(BaseModel):
 
     @property
     def skips_the_output(self) -> bool:
-        """Whether some step trains nothing behind the last attention layer."""
+        """Whether some step trains nothing after the last attention layer."""
         return self.match_steps > 0 or self.weights.keys() == {ATTENTION}
 
     def weights_at(self, step: int) -> dict[str, float]:

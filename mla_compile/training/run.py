@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
-import shutil
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from mla_compile.artifacts.opened import module_scorer
 from mla_compile.artifacts.places import check_place, is_named_file
 from mla_compile.artifacts.saved import open_saved, write_trained
 from mla_compile.disk.content import content_of
+from mla_compile.disk.writing import explained
 from mla_compile.errors import LoadError, UsageError
 from mla_compile.passes.retype import is_narrow, widened
 from mla_compile.program import Program
@@ -26,7 +27,8 @@ from mla_compile.runtime.module import LatentModel
 from mla_compile.sources import frontend
 from mla_compile.text.calibration import Text, read_text
 from mla_compile.text.corpus import check_vocabulary, load_tokenizer
-from mla_compile.text.evaluate import longest_window
+from mla_compile.text.evaluate import longest_window, perplexity
+from mla_compile.training.checkpoints import Checkpoints, remove_checkpoints
 from mla_compile.training.packing import Packed, pack
 from mla_compile.training.recipe import DIVERGENCE, NEXT_TOKEN, Recipe
 
@@ -36,6 +38,9 @@ if TYPE_CHECKING:
 __all__ = ["finetune", "finetune_module", "require_accelerate"]
 
 _CHECKPOINTS = "checkpoints"
+_TRAINED = "recipe.yaml"
+"""What a folder has that was fine-tuned."""
+_RESULTS = ("model.pt2", "mla_config.yaml", "report.json", "report.html", _TRAINED)
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,11 @@ class _Task:
         """
         if recipe.objective == "auto":
             recipe = recipe.model_copy(update={"objective": NEXT_TOKEN if teacher is None else DIVERGENCE})
+        if isinstance(text, Tensor) and recipe.seq_len not in (None, text.shape[1]):
+            raise UsageError(
+                f"The windows have {text.shape[1]} tokens, and a seq_len of {recipe.seq_len} is asked for.",
+                "Leave seq_len out, or cut the text into such windows.",
+            )
         if recipe.learns_from_another and teacher is None:
             raise UsageError(
                 f"The objective '{recipe.objective}' with {recipe.match_steps} steps of matching learns from another "
@@ -101,18 +111,21 @@ class _Task:
         recipe = recipe.model_copy(update={"seq_len": limit, "tokens": tokens})
         return cls(model, teacher if recipe.learns_from_another else None, packed, recipe)
 
-    def train(self, engine: Accelerator, folder: Path, stages: Stages, *, resume: bool) -> Training:
-        """Train; checkpoints go to a folder."""
-        from mla_compile.training.checkpoints import Checkpoints
-        from mla_compile.training.trainer import train
-
-        checkpoints = Checkpoints(
+    def checkpoints(self, folder: Path, *, stay: bool) -> Checkpoints:
+        """Checkpoints of this training in a folder."""
+        return Checkpoints(
             folder / _CHECKPOINTS,
             self.recipe,
             text=self.text.fingerprint,
             model=content_of(self.model.state_dict()),
             teacher="" if self.teacher is None else content_of(self.teacher.exported.state_dict),
+            stay=stay,
         )
+
+    def train(self, engine: Accelerator, checkpoints: Checkpoints, stages: Stages, *, resume: bool) -> Training:
+        """Train, and keep checkpoints."""
+        from mla_compile.training.trainer import train
+
         return train(engine, self.model, self.teacher, self.text, self.recipe, checkpoints, stages, resume=resume)
 
 
@@ -139,8 +152,8 @@ def finetune(
         recipe: The settings.
         teacher: The original, or a larger model with the same vocabulary, for objectives that learn from one.
         tokenizer: Folder of the tokenizer, if the converted model has none.
-        resume: Go on from the last checkpoint in ``out``.
-        force: Begin anew where ``out`` holds something.
+        resume: Continue from the last checkpoint in ``out``.
+        force: Start over where ``out`` holds something; checkpoints and result of a training there are removed first.
         display: Shows progress.
 
     Returns:
@@ -149,33 +162,42 @@ def finetune(
     Raises:
         LoadError: Model, teacher, tokenizer or text cannot be read, or accelerate is not installed.
         UsageError: They do not fit together, or ``out`` cannot be written.
-        RefusedError: The model cannot be trained so.
-        TrainingError: The loss became not finite, or a checkpoint could not be written.
+        RefusedError: The model cannot be trained with these settings.
+        TrainingError: The loss is not finite, or a checkpoint could not be written.
     """
     folder, out = Path(folder), Path(out)
     _require_packages(recipe)
+    if teacher is not None and recipe.objective != "auto" and not recipe.learns_from_another:
+        raise UsageError(
+            f"The objective '{recipe.objective}' asks no teacher, and '{teacher}' is one.",
+            "Leave --teacher out, or give --objective kl.",
+        )
     _check_out(folder, out, resume=resume, force=force)
     stages = Stages(display)
     text = read_text(data)
     with stages.stage("load"):
         saved = open_saved(folder)
         model = _in_float32(saved.module)
-        program = None if teacher is None else frontend.load_program(teacher, tokenizer=tokenizer)
+        program = None if teacher is None else frontend.load_program(teacher)  # with a tokenizer of its own, if any
         words = None if isinstance(text, Tensor) else load_tokenizer(tokenizer or str(folder))
-        if program is not None and words is not None and tokenizer is None:
-            _require_same_words(program, words, str(folder))
+        if program is not None and words is not None:
+            _require_same_words(program, words, tokenizer or str(folder))
         task = _Task.of(model, str(folder), saved.longest, program, text, words, recipe)  # type: ignore[arg-type]
     from mla_compile.training.trainer import start_engine
 
     engine = start_engine(task.recipe, out)  # all processes have checked the folder when this returns
-    if engine.is_main_process and not resume and out.is_dir():
-        shutil.rmtree(out / _CHECKPOINTS, ignore_errors=True)
+    if engine.is_main_process and not resume:
+        _remove_earlier(out)
     engine.wait_for_everyone()
-    training = task.train(engine, out, stages, resume=resume)
+    training = task.train(engine, task.checkpoints(out, stay=True), stages, resume=resume)
     if not engine.is_main_process:
         return None
-    with stages.stage("write"):
+    if model is not saved.module:
         _write_back(model, saved.module)
+        with stages.stage("evaluate"):  # once more: weights were rounded
+            found = perplexity(module_scorer(saved.module), task.text.held_out.long(), task.recipe.batch)
+        training = replace(training, after=found.loss)
+    with stages.stage("write"):
         return write_trained(saved, saved.module, training, task.recipe.model_dump(), out)
 
 
@@ -186,6 +208,7 @@ def finetune_module(
     tokenizer: Any,  # noqa: ANN401 - a folder or any transformers tokenizer
     recipe: Recipe,
     stages: Stages,
+    folder: Path | None = None,
 ) -> Training:
     """Fine-tune a converted model in place, with its original as the teacher; checkpoints are temporary.
 
@@ -196,12 +219,14 @@ def finetune_module(
         tokenizer: A tokenizer, if the original brings none.
         recipe: The settings.
         stages: Times and shows what runs.
+        folder: Where checkpoints lie until the training is done. One that was killed goes on behind the last of them.
+            A temporary folder by default.
 
     Raises:
         LoadError: Text or tokenizer cannot be read, or accelerate is not installed.
         UsageError: Settings do not fit.
-        RefusedError: The model cannot be trained so.
-        TrainingError: The loss became not finite, or a checkpoint could not be written.
+        RefusedError: The model cannot be trained with these settings.
+        TrainingError: The loss is not finite, or a checkpoint could not be written.
     """
     _require_packages(recipe)
     text = read_text(data)
@@ -211,8 +236,30 @@ def finetune_module(
     task = _Task.of(model, original.source, original.max_positions, original, text, tokenizer, recipe)  # type: ignore[arg-type]
     from mla_compile.training.trainer import start_engine
 
-    with tempfile.TemporaryDirectory() as folder:
-        return task.train(start_engine(task.recipe, Path(folder)), Path(folder), stages, resume=False)
+    with tempfile.TemporaryDirectory() if folder is None else contextlib.nullcontext(folder) as place:
+        checkpoints = task.checkpoints(Path(place), stay=False)
+        resume = _are_there(checkpoints)
+        training = task.train(start_engine(task.recipe, Path(place)), checkpoints, stages, resume=resume)
+        remove_checkpoints(checkpoints.folder)
+        return training
+
+
+def _are_there(checkpoints: Checkpoints) -> bool:
+    """Whether there are checkpoints of this very training to go on from; those of another are removed."""
+    try:
+        return checkpoints.last() is not None
+    except UsageError:  # a LoadError, of damage, is one too
+        remove_checkpoints(checkpoints.folder)
+        return False
+
+
+def _remove_earlier(out: Path) -> None:
+    """Remove what an earlier training left, so that no result of it lies beside checkpoints of another."""
+    remove_checkpoints(out / _CHECKPOINTS)
+    if (out / _TRAINED).is_file():
+        with explained(out):
+            for name in _RESULTS:
+                (out / name).unlink(missing_ok=True)
 
 
 def require_accelerate() -> None:
@@ -269,8 +316,11 @@ def _check_out(folder: Path, out: Path, *, resume: bool, force: bool) -> None:
     occupied = out.is_dir() and any(out.iterdir())
     if occupied and not resume and not force:
         raise UsageError(f"'{out}' exists already.", "Go on with --resume, or begin anew with --force.")
-    if occupied and resume and not (out / _CHECKPOINTS).is_dir():
-        raise UsageError(f"'{out}' holds no checkpoints to go on from.", "Choose another folder, or pass --force.")
+    if resume and not any((out / _CHECKPOINTS).glob("step-*")):
+        raise UsageError(
+            f"'{out}' holds no checkpoints to go on from.",
+            f"Choose another folder, or {'pass --force instead of' if occupied else 'leave out'} --resume.",
+        )
     check_place(out, force=True)
 
 
@@ -296,15 +346,15 @@ def _vocabulary(model: LatentModel, source: str, teacher: Program | None) -> int
     Raises:
         UsageError: They predict different numbers of tokens.
     """
+    own = model.vocabulary
+    if teacher is None:
+        return model.known_tokens
     with torch.inference_mode():
         ids = torch.zeros(1, 1, dtype=torch.long)
-        own = model(ids).logits.shape[-1]
-        if teacher is None:
-            return int(own)
         theirs = teacher.flat_module()(*teacher.inputs(ids)).shape[-1]
     if own != theirs:
         raise UsageError(
             f"'{teacher.source}' predicts {theirs} tokens and '{source}' {own}: they have different vocabularies.",
             "Choose a teacher with the same vocabulary.",
         )
-    return min(int(own), teacher.vocabulary)
+    return min(model.known_tokens, teacher.vocabulary)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,9 +48,14 @@ def start_engine(recipe: Recipe, folder: Path) -> Accelerator:
         folder: Where the tracker writes.
 
     Raises:
-        UsageError: This process computes in another precision already, the device cannot do what is asked for, or the
-            processes cannot share a batch.
+        UsageError: This process computes in another precision already, the device cannot do what is asked for, the
+            processes cannot share a batch, or they are DeepSpeed's.
     """
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":  # whose backward pass takes the step, and clips by itself
+        raise UsageError(
+            "Training with DeepSpeed has never been run, and would not be what it is without.",
+            "Train without it; accelerate shards weights with FSDP too.",
+        )
     tracker = _tracker(recipe)
     try:
         accelerator = Accelerator(
@@ -124,9 +129,9 @@ def train(
         What was done.
 
     Raises:
-        TrainingError: The loss became not finite, or a checkpoint could not be written.
+        TrainingError: The loss is not finite, or a checkpoint could not be written.
         UsageError: The last checkpoint is of another training.
-        RefusedError: The model cannot be trained so.
+        RefusedError: The model cannot be trained with these settings.
     """
     run = _Run.start(accelerator, model, teacher, text, recipe, checkpoints)
     state = checkpoints.last() if resume else None
@@ -140,9 +145,7 @@ def train(
     if _tracker(recipe) is not None:
         accelerator.init_trackers("finetune", {k: v for k, v in recipe.model_dump().items() if v is not None})
     pieces = iter(skip_first_batches(run.loader, state.step * recipe.accumulate))
-    with stages.stage("train", run.steps) as stage:
-        for _ in range(state.step):
-            stage()
+    with stages.stage("train", run.steps - state.step) as stage:  # steps of before would tell nothing of time left
         while state.step < run.steps and not run.is_over(state):
             state = run.advance(state, pieces, stage)
             checkpoints.save(accelerator, state)
@@ -179,7 +182,7 @@ class _Run:
         teacher: What is learned from.
         text: Windows.
         recipe: The settings.
-        folder: Where checkpoints are.
+        checkpoints: Where checkpoints are.
         steps: Steps in all.
     """
 
@@ -194,7 +197,7 @@ class _Run:
     teacher: Teacher | None
     text: Packed
     recipe: Recipe
-    folder: Path
+    checkpoints: Checkpoints
     steps: int
 
     @classmethod
@@ -213,7 +216,7 @@ class _Run:
             raise RefusedError(
                 "Sharded weights can neither match attention outputs, nor have adapters, nor hold an entry of a latent "
                 "constant.",
-                "Train without FSDP and DeepSpeed.",
+                "Train without FSDP.",
             )
         names = trained_names(model, recipe.train)
         own_copies(model, names)
@@ -239,7 +242,6 @@ class _Run:
             DataLoader(text.train, batch_size=recipe.batch // recipe.accumulate, sampler=numbers),  # type: ignore[arg-type]
         )
         answers = None if teacher is None else Teacher.of(teacher, accelerator.device, layers=matching)
-        folder = checkpoints.folder
         return cls(
             accelerator,
             model,
@@ -252,7 +254,7 @@ class _Run:
             answers,
             text,
             recipe,
-            folder,
+            checkpoints,
             steps,
         )
 
@@ -286,15 +288,22 @@ class _Run:
         Raises:
             TrainingError: They are not finite.
         """
-        objectives = ({NEXT_TOKEN: 1.0}, self.recipe.weights)
-        totals = [0.0, 0.0]
+        weights = self.recipe.weights
+        parts = tuple(dict.fromkeys((NEXT_TOKEN, *weights)))
+        totals = torch.zeros(len(parts), dtype=torch.float64)
         with torch.no_grad():
             for piece in self.text.held_out.split(self.recipe.batch // self.recipe.accumulate):
                 ids = piece.to(self.accelerator.device).long()
-                for place, objective in enumerate(objectives):
-                    loss = self.student(ids, objective, self._wanted(ids, objective))
-                    totals[place] += float(loss) * len(ids)
-        held_out, towards = (total / len(self.text.held_out) for total in totals)
+                losses = self.student(ids, parts, self._wanted(ids, parts))
+                totals += losses.cpu().double() * len(ids)
+        means = dict(zip(parts, (totals / len(self.text.held_out)).tolist(), strict=True))
+        held_out, towards = means[NEXT_TOKEN], sum(weight * means[part] for part, weight in weights.items())
+        if step == 0 and not (math.isfinite(held_out) and math.isfinite(towards)):
+            model = "its teacher" if math.isfinite(held_out) else "the converted model"
+            raise TrainingError(
+                f"Before any training {model} gives no finite loss on the held-out text.",
+                "Check that model with mla-compile eval, or give another text.",
+            )
         what = "loss on held-out text"
         return self._finite(held_out, what, step), self._finite(towards, what, step)
 
@@ -327,7 +336,8 @@ class _Run:
             ids = next(pieces).long()
             wanted = self._wanted(ids, objective)
             with self.accelerator.accumulate(self.student):
-                loss = self.student(ids, objective, wanted)
+                losses = self.student(ids, tuple(objective), wanted)
+                loss = torch.stack([weight * losses[i] for i, weight in enumerate(objective.values())]).sum()
                 self.accelerator.backward(loss)
                 total += loss.detach() / self.recipe.accumulate
                 if self.accelerator.sync_gradients:
@@ -339,15 +349,17 @@ class _Run:
                 self.optimiser.zero_grad()
         return found
 
-    def _wanted(self, ids: Tensor, objective: Mapping[str, float]) -> Wanted:
-        return Wanted() if self.teacher is None else self.teacher.answer(ids, objective)
+    def _wanted(self, ids: Tensor, parts: Collection[str]) -> Wanted:
+        return Wanted() if self.teacher is None else self.teacher.answer(ids, parts)
 
     def _finite(self, value: float, what: str, step: int) -> float:
         if not math.isfinite(value):
+            folder, stay = self.checkpoints.folder, self.checkpoints.stay
+            left = f"checkpoints of earlier steps are in '{folder}'" if stay else "nothing is left of it"
+            how = "" if stay else " by mla-compile finetune, on a conversion without --finetune,"
             raise TrainingError(
-                f"The {what} is not finite at step {step}; training ended, and checkpoints of earlier steps are in "
-                f"'{self.folder}'.",
-                "Begin anew with a smaller --rate or a longer --warm-up.",
+                f"The {what} is not finite at step {step}; training ended, and {left}.",
+                f"Begin anew{how} with a smaller --rate or a longer --warm-up.",
             )
         return value
 
@@ -366,4 +378,4 @@ def _adapters(student: Student, model: LatentModel, names: set[str], recipe: Rec
 
 
 def _is_sharded(accelerator: Accelerator) -> bool:
-    return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    return bool(accelerator.distributed_type == DistributedType.FSDP)

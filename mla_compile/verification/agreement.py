@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from mla_compile.errors import VerificationError
 from mla_compile.passes.retype import type_name, widened
-from mla_compile.runtime.generate import Decoder, Ids, generate
+from mla_compile.runtime.generate import Decoder, Ids, check_step, generate
 from mla_compile.runtime.module import LatentModel, LatentOutput, cache_dtype
 from mla_compile.text.evaluate import Scorer, differences, relative_error, worst
 
@@ -57,10 +57,20 @@ _FEW_TOKENS = 4
 
 
 class TorchDecoder:
-    """A :class:`LatentModel` behind the decoder interface of :mod:`mla_compile.runtime.generate`."""
+    """A :class:`LatentModel` behind the decoder interface of :mod:`mla_compile.runtime.generate`.
 
-    def __init__(self, model: LatentModel) -> None:
-        self._model = model
+    Args:
+        model: The model.
+        name: What the user calls it.
+
+    Attributes:
+        vocabulary: How many logits a token has.
+        known_tokens: How many token ids the model reads.
+    """
+
+    def __init__(self, model: LatentModel, name: str = "the model") -> None:
+        self._model, self._name = model, name
+        self.vocabulary, self.known_tokens = model.vocabulary, model.known_tokens
 
     def empty_cache(self, batch: int, tokens: int | None = None) -> tuple[Tensor, ...]:
         """A cache of no tokens, which grows by itself."""
@@ -69,17 +79,21 @@ class TorchDecoder:
     def step(
         self, ids: Ids, attention_mask: Ids, position_ids: Ids, cache: tuple[Tensor, ...]
     ) -> tuple[np.ndarray, tuple[Tensor, ...]]:
-        """Run new tokens; see :class:`~mla_compile.runtime.generate.Decoder`."""
+        """Run new tokens; see :class:`~mla_compile.runtime.generate.Decoder`.
+
+        Raises:
+            UsageError: There are none, sizes do not fit, or a token is unknown.
+        """
+        check_step(self._name, self.known_tokens, ids, attention_mask, position_ids)
         given = (torch.from_numpy(np.ascontiguousarray(x)) for x in (ids, attention_mask, position_ids))
         with torch.inference_mode():
             result = self._model(*given, past=cache)
         return result.logits.float().numpy(), result.cache
 
 
-def greedy(decoder: Decoder, prompt: Tensor, count: int, known: int | None = None) -> list[int]:
+def greedy(decoder: Decoder, prompt: Tensor, count: int) -> list[int]:
     """Greedy continuation by a cache; see :func:`greedy_original`."""
-    until = None if known is None else lambda _, new: new[-1] >= known
-    return generate(decoder, [prompt.tolist()], count, until=until)[0]
+    return generate(decoder, [prompt.tolist()], count)[0]
 
 
 def greedy_original(score: Scorer, prompt: Tensor, count: int, known: int | None = None) -> list[int]:
@@ -89,14 +103,12 @@ def greedy_original(score: Scorer, prompt: Tensor, count: int, known: int | None
         score: The original model.
         prompt: ``[length]`` token ids.
         count: Tokens to add, at most.
-        known: How many ids it can read; another one, which a wide head may predict, is the last.
+        known: How many ids it can read; others, which a wide head may predict, are not chosen.
     """
     ids = prompt[None]
     with torch.inference_mode():
         for _ in range(count):
-            ids = torch.cat([ids, score(ids)[:, -1:].argmax(-1)], 1)
-            if known is not None and int(ids[0, -1]) >= known:
-                break
+            ids = torch.cat([ids, score(ids)[:, -1:, :known].argmax(-1)], 1)
     return ids[0, len(prompt) :].tolist()
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mla_compile.report import Verification
-from mla_compile.runtime.module import LatentModel, cache_dtype, known_tokens
+from mla_compile.runtime.module import LatentModel, cache_dtype
 from mla_compile.text.evaluate import Scorer, relative_error
 from mla_compile.verification.agreement import (
     TorchDecoder,
@@ -69,8 +69,7 @@ def check_module(
         require_rounding("The converted model", rounding[1], rounding[0], cache_dtype(converted.graph))
     prompt = ids[0, : ids.shape[1] - ids.shape[1] // 2]
     count = greedy_tokens(converted, ids)
-    known = known_tokens(converted.graph)
-    ours = greedy(TorchDecoder(converted), prompt, count, known)
+    ours = greedy(TorchDecoder(converted), prompt, count)
     with torch.inference_mode():
         one, all_of_them = ([c.nbytes for c in converted(part).cache] for part in (ids[:, :1], ids))
     require_bytes(sum(all_of_them), len(ids) * cache_bytes(converted, ids.shape[1]), ids)
@@ -80,7 +79,7 @@ def check_module(
         lowering_error=None,
         lowering_greedy=None,
         conversion_error=relative_error(whole, expected),
-        conversion_greedy=equal_share(ours, greedy_original(original, prompt, count, known)),
+        conversion_greedy=equal_share(ours, greedy_original(original, prompt, count, converted.known_tokens)),
         rounding=rounding,
         cache_bytes_per_token=sum(one) // len(ids),
         tokens=ids.numel(),

@@ -45,7 +45,7 @@ def compiler() -> list[str] | None:
     if words:
         raise UsageError(
             f"There is no compiler '{words[0]}', which the environment variable CXX names.",
-            "Name another there, or none; or go on without: --kernel standard.",
+            "Name another there, or none; or run files without it: --kernel standard.",
         )
     return None
 
@@ -77,26 +77,44 @@ def compile_library(out: Path, march: str = _NATIVE) -> None:
     if words is None:
         raise UsageError(
             "The fused kernel needs a C++ compiler, and none was found.",
-            "Install one, such as by: apt install g++; or go on without: --kernel standard.",
+            "Install one, such as by: apt install g++; or run files without it: --kernel standard.",
         )
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".mla-compile-", dir=out.parent) as folder:
+        with tempfile.TemporaryDirectory(prefix=".compiling-", dir=out.parent) as folder:
             made = Path(folder) / out.name
-            done = subprocess.run(
-                [*words, *_FLAGS, march, str(SOURCE), "-o", str(made)], capture_output=True, text=True, check=False
-            )
+            done = _run([*words, *_FLAGS, march, str(SOURCE), "-o", str(made)])
             if done.returncode:
                 command = shlex.join(words)
                 said = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip())
+                if march != _NATIVE and "-march" in said:
+                    raise UsageError(
+                        f"'{command}' knows no processor '{march.removeprefix('-march=')}' ({said[:200]}).",
+                        "Give one that it names as --march: x86-64-v3, say, or native.",
+                    )
                 raise UsageError(
                     f"'{command}' could not compile the fused kernel ({said[:200]}).",
-                    "Name GCC 11 or Clang 14 or later in the environment variable CXX; or go on without: "
+                    "Name GCC 11 or Clang 14 or later in the environment variable CXX; or run files without it: "
                     "--kernel standard.",
                 )
             made.replace(out)
     except OSError as error:
         raise UsageError(f"'{out}' cannot be written ({error.strerror}).", "Choose another folder.") from error
+
+
+def _run(words: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run a compiler.
+
+    Raises:
+        UsageError: The system cannot.
+    """
+    try:
+        return subprocess.run(words, capture_output=True, text=True, errors="replace", check=False)
+    except OSError as error:
+        raise UsageError(
+            f"The compiler '{words[0]}' cannot be run ({error.strerror}).",
+            "Name another in the environment variable CXX, or none; or run files without it: --kernel standard.",
+        ) from error
 
 
 def _key() -> str:

@@ -60,7 +60,8 @@ _TYPES = {
 }
 _BYTES = {Codes.INT8: "*i8", Codes.FP8: "*u8", Codes.INT4: "*u8"}
 _ALIGNED = ("latent_page", "latent_row", "rest_page", "rest_row")
-"""Strides that are multiples of 16 numbers, as :meth:`LatentCache.empty` allots pages and a rank of 16s gives."""
+"""Strides that are multiples of 16 numbers, as :meth:`LatentCache.empty` allots rows and so pages; pointers are such
+multiples of bytes, for which ranks are multiples of 16 where what is behind latents lies in the same memory."""
 
 
 @dataclass(frozen=True, slots=True)

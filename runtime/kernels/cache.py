@@ -12,7 +12,7 @@ from mla_compile.runtime.kernels.codes import Codes, decode
 __all__ = ["LatentCache", "RowLayout"]
 
 _ALIGNMENT = 16
-"""Bytes of the widest load; rows begin at multiples of it."""
+"""Numbers at multiples of which rows begin: at least as many bytes, those of the widest load."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class RowLayout:
 
     @property
     def rest_width(self) -> int:
-        """Numbers behind the latent."""
+        """Numbers after the latent."""
         return self.rope_width + self.key_scales + self.value_scales
 
     def check_heads(self, heads: int) -> None:
@@ -115,14 +115,14 @@ class LatentCache:
         """
         if codes is None:
             width = layout.rank + layout.rest_width
-            rows = torch.empty(blocks, tokens, _aligned(width, dtype), dtype=dtype, device=device)
+            rows = torch.empty(blocks, tokens, _aligned(width), dtype=dtype, device=device)
             return cls.of_rows(layout, rows[..., :width], page_table=page_table)
         codes = Codes(codes)
         width = codes.stored(layout.rank)
         return cls(
             layout,
-            torch.empty(blocks, tokens, _aligned(width, codes.dtype), dtype=codes.dtype, device=device)[..., :width],
-            torch.empty(blocks, tokens, _aligned(layout.rest_width, dtype), dtype=dtype, device=device)[
+            torch.empty(blocks, tokens, _aligned(width), dtype=codes.dtype, device=device)[..., :width],
+            torch.empty(blocks, tokens, _aligned(layout.rest_width), dtype=dtype, device=device)[
                 ..., : layout.rest_width
             ],
             torch.empty(blocks, tokens, dtype=torch.float32, device=device),
@@ -162,7 +162,6 @@ class LatentCache:
         return decode(latent, token_scales[:, :tokens], self.layout.rank, dtype), rest
 
 
-def _aligned(width: int, dtype: torch.dtype) -> int:
+def _aligned(width: int) -> int:
     """Numbers of a row whose successor is aligned."""
-    step = _ALIGNMENT // dtype.itemsize
-    return -(-width // step) * step
+    return -(-width // _ALIGNMENT) * _ALIGNMENT

@@ -93,9 +93,11 @@ def decode(stored: Tensor, scale: Tensor, rank: int, dtype: torch.dtype) -> Tens
         dtype: Of the result.
 
     Returns:
-        Latents ``[..., r]``.
+        Latents ``[..., r]``, multiplied in float32 or wider and then rounded once.
     """
+    exact = torch.promote_types(dtype, torch.float32)
     if Codes.of(stored.dtype) is Codes.INT4:
-        nibbles = torch.cat([stored & 15, stored >> 4], -1)[..., :rank]
-        return (nibbles.to(dtype) - _MIDDLE) * scale[..., None].to(dtype)
-    return stored.to(dtype) * scale[..., None].to(dtype)
+        numbers = torch.cat([stored & 15, stored >> 4], -1)[..., :rank].to(exact) - _MIDDLE
+    else:
+        numbers = stored.to(exact)
+    return (numbers * scale[..., None].to(exact)).to(dtype)

@@ -30,10 +30,13 @@ def attend(
     """Attend the fast way, for whose sake lengths are read: they must lie in host memory.
 
     Arguments and results are those of :func:`mla_compile.runtime.kernels.op.latent_attention`.
+
+    Raises:
+        ValueError: A sequence has more rows than the cache has room for.
     """
     layout = cache.layout
     scaled = layout.key_scales or layout.value_scales or softcap or sinks is not None or slopes is not None
-    tokens = int(lengths.max())
+    tokens = _most(lengths, cache)
     if scaled or return_lse or not tokens:
         explicit = q_latent, q_rope, cache, lengths, sinks, slopes, scale, window, softcap, causal, return_lse
         return attend_explicitly(*explicit, tokens=tokens)
@@ -103,6 +106,16 @@ def attend_explicitly(
     return context, lse.float() if return_lse else lse.new_empty(0, dtype=torch.float32)
 
 
+def _most(lengths: Tensor, cache: LatentCache) -> int:
+    """Rows of the longest sequence."""
+    tokens = max(lengths.tolist(), default=0)
+    if tokens > cache.capacity:
+        raise ValueError(
+            f"A sequence has {tokens} rows, and the cache room for {cache.capacity}. Pass lengths no larger than that."
+        )
+    return tokens
+
+
 def _visible(lengths: Tensor, new: int, tokens: int, window: int, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Which rows there are ``[B, T]``, which each query sees ``[B, S, T]``, and how far it lies behind them."""
     key = torch.arange(tokens, device=lengths.device)
@@ -140,7 +153,12 @@ def _joined(latent: Tensor, rest: Tensor) -> Tensor:
 
 
 def append(row: Tensor, cos: Tensor, sin: Tensor, cache: LatentCache, lengths: Tensor) -> None:
-    """Write new rows; arguments are those of :func:`mla_compile.runtime.kernels.op.append_latent`."""
+    """Write new rows; arguments are those of :func:`mla_compile.runtime.kernels.op.append_latent`.
+
+    Raises:
+        ValueError: A sequence has more rows than the cache has room for.
+    """
+    _most(lengths, cache)
     layout, new = cache.layout, row.shape[1]
     latent, rope, scales = row.split(
         [layout.rank, layout.rope_width, row.shape[2] - layout.rank - layout.rope_width], -1

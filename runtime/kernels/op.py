@@ -44,8 +44,8 @@ def latent_attention(
         q_latent: ``[B, S, H, r]``.
         q_rope: ``[B, S, H, rope_dim]``, rotated; None if rows have no rope keys.
         cache: Rows, the query tokens' own among them: see :func:`append_latent`.
-        lengths: ``[B]`` int32, how many rows each sequence has; its last ``S`` are the query tokens. What lies behind
-            them is not read.
+        lengths: ``[B]`` int32, how many rows each sequence has, no more than ``cache.capacity``; its last ``S`` are the
+            query tokens. What lies behind them is not read.
         scale: Factor between dot products and softmax logits.
         sinks: ``[H]``, a further logit in every softmax that has no value, or None.
         slopes: ``[H]``, what a logit loses per token of distance, or None.
@@ -61,7 +61,8 @@ def latent_attention(
 
     Raises:
         ValueError: Sizes do not fit, ``window`` or ``softcap`` is negative, or there is a window or a slope although
-            attention is not causal.
+            attention is not causal. On a CPU also: a length is above the capacity, which on a CUDA device, where
+            nothing waits to read lengths, is not noticed.
         UsageError: The tensors are on a CUDA device and Triton is not installed.
     """
     if q_rope is None:
@@ -83,11 +84,12 @@ def append_latent(row: Tensor, cos: Tensor, sin: Tensor, cache: LatentCache, len
         cos: ``[B, S, n, rope_dim / 2]`` at the new tokens' positions.
         sin: Like ``cos``.
         cache: Memory for the rows.
-        lengths: ``[B]`` int32, how many rows each sequence has then, the new ones among them. A new token that would
-            lie before a sequence's first row is padding, and is not written.
+        lengths: ``[B]`` int32, how many rows each sequence has then, the new ones among them, and no more than
+            ``cache.capacity``. A new token that would lie before a sequence's first row is padding, and is not written.
 
     Raises:
-        ValueError: Sizes do not fit.
+        ValueError: Sizes do not fit. On a CPU also: a length is above the capacity, which on a CUDA device, where
+            nothing waits to read lengths, is not noticed, and writes into memory of others.
         UsageError: The tensors are on a CUDA device and Triton is not installed.
     """
     layout = cache.layout

@@ -221,7 +221,7 @@ def choose_splits(batch: int, blocks: int, rows: int, tokens: int, processors: i
         tokens: Keys of the longest sequence.
         processors: Streaming multiprocessors.
     """
-    least = TOKENS_PER_ROW * rows
+    least = TOKENS_PER_ROW * max(1, rows)
     most = max(1, min(tokens // least, processors))
 
     def time(splits: int) -> int:

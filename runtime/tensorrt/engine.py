@@ -21,9 +21,9 @@ from torch import Tensor
 from mla_compile.errors import LoadError
 from mla_compile.runtime.fixed_cache import FixedCacheDecoder, Limits
 from mla_compile.runtime.generate import Ids
+from mla_compile.runtime.onnx_cache import PAST, PRESENT, cached_layers
 from mla_compile.runtime.tensorrt.engine_builder import DECODE, PREFILL
 from mla_compile.runtime.tensorrt.installed import messages, require_device, require_tensorrt, start
-from mla_compile.runtime.tensorrt.reference import PAST, PRESENT
 
 __all__ = ["EngineCache", "TensorRTDecoder", "facts_path"]
 
@@ -62,9 +62,10 @@ class _Step:
             if name in decoder.inputs
         }
         self._logits = torch.zeros(*shape, decoder.vocabulary, dtype=decoder.logits_dtype, device=decoder.device)
-        self._tensors = {**self._given, "logits": self._logits}
-        for i, rows in enumerate(cache.rows):  # one memory for both: rows are written in place
-            self._tensors |= {PAST.format(i): rows, PRESENT.format(i): rows}
+        pasts = {PAST.format(i): rows for i, rows in enumerate(cache.rows)}
+        presents = {PRESENT.format(i): rows for i, rows in enumerate(cache.rows)}  # the same: written in place
+        self._inputs = {**self._given, **pasts}
+        self._tensors = {**self._inputs, **presents, "logits": self._logits}
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, given: Mapping[str, Ids], repeated: bool) -> NDArray[Any]:
@@ -86,7 +87,7 @@ class _Step:
     def _bind(self) -> None:
         context = self._decoder.contexts[self._profile]
         for name, tensor in self._tensors.items():
-            if name in self._given or name.startswith("past_"):
+            if name in self._inputs:
                 self._must(context.set_input_shape(name, tuple(tensor.shape)), f"takes no {name} of this shape")
             self._must(context.set_tensor_address(name, tensor.data_ptr()), f"takes no memory for {name}")
         self._decoder.bound[self._profile] = self
@@ -120,7 +121,7 @@ class TensorRTDecoder(FixedCacheDecoder):
     Attributes:
         contexts: One for each profile, so that none is ever switched.
         bound: Which step every context was last prepared for, by profile, while somebody has its caches.
-        stream: What everything runs in; None without CUDA.
+        stream: The CUDA stream that everything runs in; None without CUDA.
         device: Where memory is.
         inputs: Names of the inputs it has.
         logits_dtype: Type of its logits.
@@ -148,7 +149,7 @@ class TensorRTDecoder(FixedCacheDecoder):
             )
         self._runtime, self._engine = runtime, engine  # contexts refer to them
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
-        layers = range(sum(name.startswith("past_") for name in names))
+        layers = range(cached_layers(names))
         dtypes = {trt.float32: torch.float32, trt.float16: torch.float16, trt.bfloat16: torch.bfloat16}
         self._cache_dtype = dtypes[engine.get_tensor_dtype(PAST.format(0))]
         self._caches = [tuple(engine.get_tensor_shape(PAST.format(i)))[1:] for i in layers]
@@ -205,7 +206,7 @@ class TensorRTDecoder(FixedCacheDecoder):
 
     @staticmethod
     def measured_bytes(cache: EngineCache) -> int:
-        """Bytes a cache really holds, from its tensors."""
+        """Bytes that a cache actually holds, from its tensors."""
         return sum(rows.nbytes for rows in cache.rows)
 
 

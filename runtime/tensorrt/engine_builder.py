@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,16 +26,15 @@ class EngineSettings:
     """What an engine is built for.
 
     Attributes:
-        batch: Sequences at most.
-        room: Rows that a cache has room for; a constant of the file.
-        prompt: New tokens at most that run together, and no more than there is room for. Longer prompts come one part
-            after another.
-        splits: Pieces that kernels cut every cache into; constants of the file. None where plugins choose that.
+        batch: Largest batch.
+        room: Cache capacity in rows; a constant of the file.
+        prompt: Most new tokens in one call, at most ``room``. Longer prompts are processed in chunks.
+        splits: Pieces that the kernels split every cache into; a constant of the file. None where plugins choose that.
         plugins: Whether plugins may be used.
-        version_compatible: Whether other versions of TensorRT can run it too, at some cost.
-        timing_cache: File that measured times are kept in, for builds to come; None for none.
-        weight_streaming: Whether weights may stay in the host's memory, as far as the GPU's has no room for them.
-        refit: Whether weights can be replaced without building again.
+        version_compatible: Whether other TensorRT versions can run it too, at some cost.
+        timing_cache: File that keeps kernel timings for later builds; None for none.
+        weight_streaming: Whether weights may stay in host memory when GPU memory is short.
+        refit: Whether weights can be replaced without a rebuild.
     """
 
     batch: int = 8
@@ -126,9 +126,10 @@ def build_engine(
         raise _refused(path, "build", said.reason)
     if times is not None:
         times.parent.mkdir(parents=True, exist_ok=True)
-        new = times.with_name(f".{times.name}.new")
-        new.write_bytes(memoryview(config.get_timing_cache().serialize()))
-        new.replace(times)
+        with tempfile.TemporaryDirectory(prefix=".timing-", dir=times.parent) as folder:  # other builds write it too
+            new = Path(folder) / times.name
+            new.write_bytes(memoryview(config.get_timing_cache().serialize()))
+            new.replace(times)
     kinds = [network.get_layer(i).type for i in range(network.num_layers)]
     return bytes(memoryview(built)), kinds.count(trt.LayerType.PLUGIN_V3)
 

@@ -12,11 +12,10 @@ from numpy.typing import NDArray
 from mla_compile.errors import LoadError
 from mla_compile.runtime.fixed_cache import FixedCacheDecoder, Limits
 from mla_compile.runtime.generate import Ids
+from mla_compile.runtime.onnx_cache import PAST, cached_layers
 from mla_compile.runtime.onnx_session import open_session
 
-__all__ = ["PAST", "PRESENT", "OnnxFixedDecoder"]
-
-PAST, PRESENT = "past_key_values.{}.latent", "present.{}.latent"
+__all__ = ["OnnxFixedDecoder"]
 
 
 class OnnxFixedDecoder(FixedCacheDecoder):
@@ -40,10 +39,11 @@ class OnnxFixedDecoder(FixedCacheDecoder):
                 "Give one written by: mla-compile tensorrt FOLDER --out FILE.onnx.",
             )
         self._inputs = frozenset(inputs)
-        caches = [inputs[PAST.format(i)] for i in range(sum(name.startswith("past_") for name in inputs))]
+        caches = [inputs[PAST.format(i)] for i in range(cached_layers(inputs))]
         vocabulary = int(self._session.get_outputs()[0].shape[-1])
         rows = [int(shape[-1]) for shape in caches]
-        super().__init__(str(path), Limits(int(caches[0][2])), rows, 4, vocabulary, json.loads(stored))
+        room = int(caches[0][2])
+        super().__init__(str(path), Limits(room, new=room), rows, 4, vocabulary, json.loads(stored))
 
     def empty_cache(self, batch: int, tokens: int | None = None) -> list[NDArray[Any]]:
         """Memory for ``batch`` sequences, of zeros."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -66,7 +65,7 @@ def transformers_model(name: str, config: str, *, eager: bool = False, **setting
     torch.manual_seed(0)
     made = getattr(transformers, config)(**settings)
     made._attn_implementation = "eager" if eager else "sdpa"
-    with warnings.catch_warnings(), contextlib.suppress(AttributeError):
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         module = getattr(transformers, name)(made)
     return settle(module)
@@ -321,7 +320,10 @@ ENCODERS: dict[str, Encoder] = {
             local_attention=8,
             global_attn_every_n_layers=2,
         ),
-        (Attention("model.layers.0.attn", "bidirectional", "attention_mask"), Attention("", "", code="mask")),
+        (
+            Attention("model.layers.0.attn", "bidirectional", "attention_mask"),
+            Attention("model.layers.1.attn", "", code="mask"),
+        ),
         placed,
     ),
     "vit": Encoder(
@@ -363,16 +365,23 @@ ENCODERS: dict[str, Encoder] = {
         speech,
     ),
     "t5": Encoder(lambda: transformers_model("T5ForConditionalGeneration", "T5Config", **T5), t5_layers(), pair),
-    "own-perceiver": Encoder(by_hand(Perceiver), (Attention("", "cross", "mask", 0.5),), perceived, given=True),
+    "own-perceiver": Encoder(
+        by_hand(Perceiver), (Attention("attention_0", "cross", "mask", 0.5),), perceived, given=True
+    ),
     "own-torch-encoder": Encoder(
         by_hand(TorchEncoder),
         both_ways("encoder.layers.{}.self_attn", padding=None),
         vectors(WIDTH),
         given=True,
     ),
-    "own-rotary": Encoder(by_hand(lambda: RotaryEncoder(False)), both_ways("", LAYERS), text, given=True),
-    "own-rotary-places": Encoder(by_hand(lambda: RotaryEncoder(True)), both_ways("", LAYERS), shuffled, given=True),
+    "own-rotary": Encoder(by_hand(lambda: RotaryEncoder(False)), both_ways("attention_{}", LAYERS), text, given=True),
+    "own-rotary-places": Encoder(
+        by_hand(lambda: RotaryEncoder(True)), both_ways("attention_{}", LAYERS), shuffled, given=True
+    ),
     "own-einsum": Encoder(
-        by_hand(EinsumEncoder), (Attention("", "bidirectional", None, 0.5),), vectors(WIDTH, WIDTH), given=True
+        by_hand(EinsumEncoder),
+        (Attention("attention_0", "bidirectional", None, 0.5),),
+        vectors(WIDTH, WIDTH),
+        given=True,
     ),
 }

@@ -675,8 +675,8 @@ CONVERTIBLE: dict[str, Family] = {
 }
 """Models that must convert."""
 
-NEVER_WRONG: dict[str, Family] = {"bucket-bias": _family(BucketLM, Layer())}
-"""Models that may convert, keep ordinary caches or be refused; whatever comes out must be right."""
-
-REFUSED: dict[str, Family] = {"batch-mixing": _family(BatchMixingLM, _INTERLEAVED)}
+REFUSED: dict[str, Family] = {
+    "bucket-bias": _family(BucketLM, Layer()),
+    "batch-mixing": _family(BatchMixingLM, _INTERLEAVED),
+}
 """Models nothing can be made of."""

@@ -384,15 +384,11 @@ CONVERTIBLE: dict[str, Family] = {
 }
 """Models that must convert."""
 
-NEVER_WRONG: dict[str, Family] = {
+REFUSED: dict[str, Family] = {
     # From 33 tokens on, all keys turn at other speeds than before: a cache of turned keys is wrong for them.
     "phi3-longrope-switching": _family(
         "Phi3Config", SCALED, original_max_position_embeddings=32, rope_parameters=longrope(32)
     ),
-}
-"""Models that may convert, keep ordinary caches or be refused; whatever comes out must be right."""
-
-REFUSED: dict[str, Family] = {
     "deepseek-v3": _family(
         "DeepseekV3Config",
         Layer(),

@@ -41,7 +41,7 @@ def test_layers_are_what_the_configuration_says(looked_at, name):
     expected, layers = ENCODERS[name].layers, in_order(looked_at(name))
     assert [layer.index for layer in layers] == list(range(len(expected)))
     for layer, wanted in zip(layers, expected, strict=True):
-        assert not wanted.path or layer.path == wanted.path
+        assert layer.path == wanted.path
         if wanted.code is not None:
             assert (layer.code.value, layer.site) == (wanted.code, None)
             continue

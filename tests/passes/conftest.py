@@ -10,7 +10,6 @@ import zoo
 from torch import Tensor
 
 from mla_compile.passes.activations import SiteActivations, observe_sites
-from mla_compile.passes.recognise import recognise
 from mla_compile.program import Program
 from mla_compile.site import AttentionSite
 
@@ -41,9 +40,7 @@ class Mixed:
 
     @cached_property
     def sites(self) -> tuple[AttentionSite, ...]:
-        found = recognise(self.program)
-        assert not found.rejections
-        return found.sites
+        return zoo.sites_of(self.program)
 
     def look(self, ids: Tensor) -> list[SiteActivations]:
         """What every layer does on these tokens, and gradients."""

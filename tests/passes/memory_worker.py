@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.export import Dim, export
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mla_compile.passes.activations import SiteRun
 from mla_compile.passes.layerwise import Resources
@@ -74,23 +75,49 @@ def memory(kind):
     return int(re.search(rf"{kind}:\s+(\d+)", Path("/proc/self/status").read_text()).group(1)) / 1024
 
 
+class Watch(TorchDispatchMode):
+    """The highest that memory of some kind gets.
+
+    It is looked at behind every operator of torch, when its inputs and its result are there, so that nothing is missed
+    on a busy machine; and every 2 ms, for what lives within one operator or is no tensor of torch. The kernel's own
+    high-water mark is of no use, because it counts pages of files.
+    """
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.highest, self._done = kind, 0.0, threading.Event()
+        self._watcher = threading.Thread(target=self._look_on)
+
+    def __enter__(self):
+        self._watcher.start()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self._done.set()
+        self._watcher.join()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        result = operator(*args, **(kwargs or {}))
+        self.look()
+        return result
+
+    def _look_on(self):
+        while not self._done.is_set():
+            self.look()
+            time.sleep(0.002)
+
+    def look(self):
+        self.highest = max(self.highest, memory(self.kind))
+
+
 def peak(work, kind="RssAnon"):
     """How far anonymous memory, or that of another kind, grows."""
     gc.collect()
-    begin, highest, done = memory(kind), 0.0, threading.Event()
-
-    def look():
-        nonlocal highest
-        while not done.is_set():
-            highest = max(highest, memory(kind))
-            time.sleep(0.002)
-
-    watcher = threading.Thread(target=look)
-    watcher.start()
-    found = work()
-    done.set()
-    watcher.join()
-    return highest - begin, found
+    begin = memory(kind)
+    with Watch(kind) as watch:
+        found = work()
+    return watch.highest - begin, found
 
 
 def main(folder):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import math
 import operator
@@ -387,8 +386,18 @@ UNDERSTOOD = [
     BySelection,
     BySine,
     BySineOfFloats,
+    ByClampedIndex,
+    ByRepeatingIndex,
+    ByFirst,
 ]
-OTHERS = [c for k in (Positioned, ByIndex) for c in k.__subclasses__() if c not in UNDERSTOOD]
+REFUSED = {
+    ByIndexFromTheEnd: "Positions are counted at .* and used at .* in a way that is not understood",
+    ByLength: "depends on the length or on other tokens",
+    ByConvolution: "depends on the length or on other tokens",
+    ByRunningSum: "depends on the length or on other tokens",
+    ByPrevious: "depends on the length or on other tokens",
+}
+assert {*UNDERSTOOD, *REFUSED} == {c for k in (Positioned, ByIndex) for c in k.__subclasses__()}
 
 
 def check_positions(kind):
@@ -407,11 +416,36 @@ def test_positions_are_taken_from_the_input(kind):
     check_positions(kind)
 
 
-@pytest.mark.parametrize("kind", OTHERS)
-def test_what_is_not_understood_is_refused(kind):
-    """Anything else that knows the length or another position either goes right or is refused; it never goes wrong."""
-    with contextlib.suppress(RefusedError):
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_knows_the_length_or_another_position_is_refused(kind):
+    with pytest.raises(RefusedError, match=REFUSED[kind]):
         check_positions(kind)
+
+
+class ByFarPrevious(zoo.TinyLM):
+    def embed(self, ids):
+        x = self.tokens(ids)
+        return x + nn.functional.pad(x, (0, 0, 24, 0))[:, :-24]
+
+
+class ByFarConvolution(zoo.TinyLM):
+    """Looks further back than random tokens to verify on are long."""
+
+    def embed(self, ids):
+        x = nn.functional.pad(self.tokens(ids).mT, (64, 0))
+        return nn.functional.conv1d(x, torch.ones(zoo.WIDTH, 1, 2), dilation=64, groups=zoo.WIDTH).mT
+
+
+class ByLateLength(zoo.TinyLM):
+    def embed(self, ids):
+        return self.tokens(ids) / (torch.ones(ids.shape[1]).sum() / 600).clamp(min=1)
+
+
+@pytest.mark.parametrize("kind", [ByFarPrevious, ByFarConvolution, ByLateLength])
+def test_what_looks_far_back_or_at_a_late_length_is_refused(kind):
+    program = zoo.program_of(zoo.model(zoo.Attention, kind=kind))
+    with pytest.raises(RefusedError, match=r"depends on the length or on tokens far back: .* differs by"):
+        convert(program, recognise(program).sites)
 
 
 @pytest.mark.parametrize("method", ["fisher", "transmla"])

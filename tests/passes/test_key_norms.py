@@ -26,7 +26,6 @@ from mla_compile.passes.fisher import assemble, fisher, joint_factors
 from mla_compile.passes.insert_latent import insert_latent
 from mla_compile.passes.layers import require_scalable
 from mla_compile.passes.lower_onnx import lower_to_onnx
-from mla_compile.passes.recognise import recognise
 from mla_compile.passes.rope_split import RopeSplit, rotary_channels, split_rope
 from mla_compile.passes.statistics import SiteStatistics, collect_statistics, key_weighting
 from mla_compile.passes.task import Task
@@ -145,9 +144,7 @@ class Normed:
 
     @cached_property
     def sites(self) -> tuple[AttentionSite, ...]:
-        found = recognise(self.program)
-        assert not found.rejections
-        return found.sites
+        return zoo.sites_of(self.program)
 
     @cached_property
     def weights(self) -> list[SiteWeights]:

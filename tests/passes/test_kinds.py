@@ -80,3 +80,35 @@ def test_norm_gains_and_sinks_are_a_layers_own(programs):
     assert (first.sinks, second.sinks) == ("layers.0.sink", "layers.1.sink")
     assert first.scores.sinks != second.scores.sinks
     assert len(sites) == models.LAYERS
+
+
+class Temperature(zoo.SpelledOut):
+    """The scale of the scores is a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.temperature = nn.Parameter(torch.rand(()) + 0.5)
+
+    def scores(self, q: Tensor, k: Tensor, x: Tensor) -> Tensor:
+        return super().scores(q, k, x) * self.temperature
+
+
+def test_what_is_learned_about_scores_is_each_layers_own_without_conversion_too():
+    program = zoo.program_of(zoo.model(*[zoo.Sink] * 2, *[Temperature] * 2))
+    scores = [layer.plain and layer.plain.scores for layer in recognise.plain_layers(program)]
+    assert scores == [site.scores for site in recognise.recognise(program).sites]
+    assert len({s.sinks for s in scores[:2]}) == len({s.scale for s in scores[2:]}) == 2
+
+
+def test_an_operator_that_fails_on_made_up_values_is_a_reason():
+    """An operator may raise any error, and a layer that cannot be evaluated is refused with what it says."""
+
+    program = zoo.program_of(zoo.model(zoo.Masked))
+
+    def fails(*arguments: object, **named: object) -> Tensor:
+        raise TypeError("ones() takes other arguments")
+
+    node = next(n for n in program.exported.graph.nodes if "aten.ones" in str(n.target))
+    node.target = fails
+    (rejection,) = recognise.recognise(program).rejections
+    assert rejection.reason.endswith("cannot be evaluated on 13 tokens (ones() takes other arguments)")

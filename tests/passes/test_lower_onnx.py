@@ -12,6 +12,7 @@ import torch
 from conversion import convert, difference
 from torch import nn
 
+from mla_compile.errors import RefusedError
 from mla_compile.passes import onnx_export
 from mla_compile.passes.lower_onnx import export_rewritten, lower_to_onnx
 from mla_compile.passes.onnx_export import METADATA_KEY
@@ -329,3 +330,15 @@ def test_every_feature_and_layers_that_are_not_converted(every_feature, tmp_path
         "key_scales": 2,
         "has_sinks": 1,
     }
+
+
+@pytest.mark.parametrize("cause", [None, RefusedError("Layer 3 has no ONNX form.", "Keep it.")])
+def test_a_refusal_of_ours_is_not_explained_again(monkeypatch, cause):
+    """Torch wraps whatever fails while it exports."""
+
+    def fails(*arguments, **named):
+        raise RuntimeError("failed to translate") from cause
+
+    monkeypatch.setattr(torch.onnx, "export", fails)
+    with pytest.raises(RefusedError, match="Layer 3" if cause else r"lowered to ONNX: failed to translate\."):
+        onnx_export.exported_to_onnx(None, [], [], 23)

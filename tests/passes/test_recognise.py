@@ -66,9 +66,7 @@ EXPECTED = {
 
 def only(program: Program) -> AttentionSite:
     """The one site of a program with one attention layer."""
-    found = recognise(program)
-    assert not found.rejections
-    (site,) = found.sites
+    (site,) = zoo.sites_of(program)
     return site
 
 
@@ -206,8 +204,7 @@ def test_window_of_any_size_is_seen(window, base):
 
 @pytest.mark.parametrize("kind", [zoo.FarBand, zoo.FarBandByTensor])
 def test_window_that_is_no_number_in_the_graph_is_not_overlooked(kind):
-    found = recognise(zoo.program_of(zoo.model(kind)))
-    assert [s.mask for s in found.sites] == [Mask(64)] or [r.code for r in found.rejections] == [RejectCode.MASK]
+    assert only(zoo.program_of(zoo.model(kind))).mask == Mask(64)
 
 
 @pytest.mark.parametrize("name", zoo.REFUSED)
@@ -264,6 +261,131 @@ def test_models_shorter_than_the_probes(longest):
 
     found = recognise(zoo.program_of(zoo.model(Short)))
     assert len(found.sites) + len(found.rejections) == 1
+
+
+class FixedTable(zoo.TinyLM):
+    """The table of tokens is a buffer."""
+
+    def __init__(self, *layers):
+        super().__init__(*layers)
+        self.register_buffer("table", self.tokens.weight.detach().clone())
+
+    def embed(self, ids):
+        return nn.functional.embedding(ids, self.table)
+
+
+def test_tokens_of_a_table_that_is_no_parameter_are_activations():
+    assert only(zoo.program_of(zoo.model(zoo.HalfRope, kind=FixedTable))).rope.layout == "half"
+
+
+class TablesOfAngles(zoo.Attention):
+    def __init__(self):
+        super().__init__()
+        angles = torch.arange(512)[:, None] * 50.0 ** (-torch.arange(zoo.DIM // 2) / (zoo.DIM // 2))
+        self.register_buffer("cos", torch.cat([angles.cos()] * 2, -1))
+        self.register_buffer("sin", torch.cat([angles.sin()] * 2, -1))
+
+    def queries(self, q):
+        a, b = q.chunk(2, -1)
+        return q * self.cos[: q.shape[2]] + torch.cat([-b, a], -1) * self.sin[: q.shape[2]]
+
+    keys = queries
+
+
+def test_a_rotation_table_that_is_rounded_is_named():
+    (rejection,) = recognise(zoo.program_of(zoo.model(TablesOfAngles).bfloat16())).rejections
+    assert rejection.code == RejectCode.ROPE
+    assert "rotates by the table 'b_layers_0_" in rejection.reason
+    assert rejection.reason.endswith("which is rounded to bfloat16")
+
+
+def hidden(layer, q, k, v, seen, mask):
+    return zoo.SpelledOut.hide(layer, zoo.SpelledOut.scores(layer, q, k, None), seen & mask), v
+
+
+def hidden_and_zeroed(layer, q, k, v, seen, mask):
+    return hidden(layer, q, k, v * mask.transpose(-1, -2), seen, mask)
+
+
+def discounted(layer, q, k, v, seen, mask):
+    return zoo.SpelledOut.hide(layer, zoo.SpelledOut.scores(layer, q, k, None), seen) - (~mask).float(), v
+
+
+def zeroed(layer, q, k, v, seen, mask):
+    return zoo.SpelledOut.hide(layer, zoo.SpelledOut.scores(layer, q, k, None), seen), v * mask.transpose(-1, -2)
+
+
+@pytest.mark.parametrize("use", [hidden, hidden_and_zeroed, discounted, zeroed])
+def test_a_mask_input_that_does_anything_else_than_hide_keys_is_refused(use):
+    """The compiler puts its own padding mask in the place of a causal layer's."""
+    from mla_compile.sources.capture import capture
+
+    class MaskedLM(zoo.TinyLM):
+        def forward(self, ids, attention_mask):
+            x, layer = self.embed(ids), self.layers[0]
+            q, k, v = map(layer.split, layer.project(x), (zoo.HEADS,) * 3)
+            scores, v = use(layer, q, k, v, layer.seen(ids.shape[1], ids), attention_mask[:, None, None] > 0)
+            return self.head(layer.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2)))
+
+    inputs = {"ids": torch.zeros(2, 5, dtype=torch.long), "attention_mask": torch.ones(2, 5, dtype=torch.long)}
+    found = recognise(capture(zoo.model(zoo.SpelledOut, kind=MaskedLM), inputs))
+    if use in (hidden, hidden_and_zeroed):
+        assert [s.mask for s in found.sites] == [Mask()]
+    else:
+        (rejection,) = found.rejections
+        assert rejection.plain is None
+        assert "'attention_mask' does more than hide the keys" in rejection.reason
+
+
+def slower_beyond(length):
+    """Frequencies of sequences longer than 16384 tokens."""
+    return 50.0 * (length / 16_384).clamp(min=1)[None]
+
+
+class SlowerBeyond(zoo.Attention):
+    def queries(self, q):
+        return zoo.rotate(q, slower_beyond(torch.ones(q.shape[2]).sum()))
+
+    keys = queries
+
+
+class SlowerByBranch(zoo.Attention):
+    def queries(self, q):
+        length = torch.ones(q.shape[2]).sum()
+        theta = torch.cond(length > 16_384, slower_beyond, lambda n: torch.full((1,), 50.0), (length,))
+        return zoo.rotate(q, theta)
+
+    keys = queries
+
+
+class QueriesByLength(zoo.NormBehindRotation):
+    def queries(self, q):
+        return super().queries(q) * (torch.ones(q.shape[2]).sum().log() / math.log(16_384)).clamp(min=1)
+
+
+def far(x):
+    return x * (1 + torch.floor(torch.arange(x.shape[2], dtype=torch.float32) / 10_000))[:, None]
+
+
+class FarKeys(zoo.HalfRope):
+    def keys(self, k):
+        return far(super().keys(k))
+
+
+class FarValues(zoo.HalfRope):
+    def values(self, v):
+        return far(v)
+
+
+@pytest.mark.parametrize("kind", [SlowerBeyond, SlowerByBranch, QueriesByLength, FarKeys, FarValues])
+def test_what_changes_beyond_every_probe_is_refused(kind):
+    found = recognise(zoo.program_of(zoo.model(kind, zoo.FarScale)))
+    assert [s.path for s in found.sites] == ["layers.1"]  # whose queries are made anew with their position
+    (rejection,) = found.rejections
+    by_position = kind in (FarKeys, FarValues)
+    assert rejection.code == (RejectCode.ROPE if by_position else RejectCode.POSITION_MIXING)
+    assert "between 8192 and" in rejection.reason
+    assert (rejection.plain is None) != by_position  # which an ordinary cache holds as it was
 
 
 def test_program_is_only_read(programs):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mla_compile.program import Program
-from mla_compile.site import RejectCode
+from mla_compile.site import AttentionSite, RejectCode
 
 VOCABULARY, WIDTH, HEADS, DIM = 5003, 24, 4, 6
 PADDING = 1  # one of thousands of tokens: random inputs hardly contain it
@@ -140,6 +140,16 @@ def program_of(module: nn.Module) -> Program:
     return capture(module, (torch.randint(0, VOCABULARY, (2, 5), generator=torch.Generator().manual_seed(0)),))
 
 
+def sites_of(program: Program) -> tuple[AttentionSite, ...]:
+    """The attention layers of a program that must all convert."""
+    from mla_compile.passes.recognise import recognise
+
+    found = recognise(program)
+    assert not found.rejections
+    assert found.sites
+    return found.sites
+
+
 # ---- the same attention, written otherwise
 
 
@@ -250,6 +260,18 @@ class ParameterProduct(HalfRope):
         return x @ self.w[0] + self.bias, x @ (self.w[1] + self.low[0] @ self.low[1]), x @ self.w[2] - self.bias
 
 
+class WeightsOnTheLeft(HalfRope):
+    """Projections with channels before positions, by square weights and by one that is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.v, self.out = nn.Linear(WIDTH, HEADS * 9), nn.Linear(HEADS * 9, WIDTH)
+
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        turned = x.transpose(1, 2)
+        return tuple((p.weight @ turned + p.bias[:, None]).transpose(1, 2) for p in (self.q, self.k, self.v))
+
+
 class FlatProduct(HalfRope):
     """Projections of ``[batch * length, width]``, as ``addmm``."""
 
@@ -357,6 +379,18 @@ class WithoutValues(SpelledOut):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, ids: Tensor) -> Tensor:
         p = F.softmax(self.hide(self.scores(q, k, x), self.seen(ids.shape[1], ids)), -1)
         return p.sum(-1, keepdim=True) * v
+
+
+class OwnSoftmax(SpelledOut):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, ids: Tensor) -> Tensor:
+        scores = self.hide(self.scores(q, k, x), self.seen(ids.shape[1], ids))
+        weights = (scores - scores.amax(-1, keepdim=True)).exp()
+        return weights / weights.sum(-1, keepdim=True) @ v
+
+
+class ExponentialOfLogSoftmax(SpelledOut):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, ids: Tensor) -> Tensor:
+        return self.hide(self.scores(q, k, x), self.seen(ids.shape[1], ids)).log_softmax(-1).exp() @ v
 
 
 class TwoProjections(Attention):
@@ -1084,6 +1118,7 @@ MIXED: dict[str, type[Attention]] = {
     "merged": MergedHeads,
     "fused": InterleavedProjection,
     "flat product": FlatProduct,
+    "weights on the left": WeightsOnTheLeft,
     "scaled queries": ScaledQueries,
     "wide values": WideValues,
     "soft-cap": SoftCapped,
@@ -1148,6 +1183,7 @@ ACCEPTED: dict[str, type[Attention]] = {
     "shared queries and keys": SharedQueriesAndKeys,
     "parameter product": ParameterProduct,
     "flat product": FlatProduct,
+    "weights on the left": WeightsOnTheLeft,
     "scaled queries": ScaledQueries,
     "wide values": WideValues,
     "large negative mask": LargeNegativeMask,
@@ -1166,6 +1202,8 @@ REFUSED: dict[str, tuple[type[Attention], frozenset[RejectCode]]] = {
         ("talking heads after the softmax", MixedProbabilities, RejectCode.ANCHOR),
         ("two products", TwoProducts, RejectCode.ANCHOR),
         ("no values", WithoutValues, RejectCode.ANCHOR),
+        ("a softmax by hand", OwnSoftmax, RejectCode.ANCHOR),
+        ("the exponential of a log-softmax", ExponentialOfLogSoftmax, RejectCode.ANCHOR),
         ("keys of two projections", TwoProjections, RejectCode.PROJECTION),
         ("latent attention", AlreadyLatent, RejectCode.LATENT),
         ("keys without a projection", NoProjection, RejectCode.PROJECTION),

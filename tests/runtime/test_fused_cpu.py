@@ -252,6 +252,14 @@ def test_codes_are_exact_where_they_are_decoded(older, kind):
     test_onnx_quantised.check_form(case, True, code_session(older, case, True))
 
 
+@pytest.mark.parametrize("kind", ["a block and a bit", "soft-cap, sinks, slopes", "everything"])
+def test_numbers_are_exact_without_the_widest_registers(older, kind):
+    """By vectors of eight numbers, not of sixteen."""
+    case = LONG_WITH_SCALES[kind]
+    test_onnx_static.check_form(case, static_session(older, case))
+    check_growing(older, case, fused_form(case, 23))
+
+
 @pytest.mark.parametrize("kind", [name for name, case in LONG_WITH_SCALES.items() if not case.value_scales])
 def test_equal_weights_are_exact(library, kind):
     """No row is left out or counted twice: of equal weights, only those of the new rows, which have smaller scales, are
@@ -445,6 +453,9 @@ def test_the_command_line_says_what_it_wrote(files, tmp_path, capsys):
     said = capsys.readouterr()
     assert json.loads(said.out) == {"onnx": words[-1], "library": str(tmp_path / "fused.so")}
     assert said.err == ""
+    with pytest.raises(UsageError, match=r"written by mla-compile fuse.*--kernel auto or fused"):
+        OnnxDecoder(tmp_path / "fused.onnx", kernel="standard")
+    assert OnnxDecoder(tmp_path / "fused.onnx", kernel="auto").fused
 
 
 def test_what_cannot_be_written_is_said(files, tmp_path):
@@ -463,7 +474,7 @@ def test_what_cannot_be_written_is_said(files, tmp_path):
     with pytest.raises(UsageError, match="--kernel standard"):
         OnnxDecoder(tmp_path / "inlined.onnx", kernel="fused")
     assert not OnnxDecoder(tmp_path / "inlined.onnx", kernel="auto").fused
-    with pytest.raises(UsageError, match="could not compile the fused kernel"):
+    with pytest.raises(UsageError, match=r"knows no processor 'abacus' .*as --march"):
         write_fused(path, tmp_path / "fused.onnx", march="abacus")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["damaged.onnx", "inlined.onnx"]
 
@@ -517,6 +528,16 @@ def test_a_compiler_that_is_named_and_missing_is_said(files, monkeypatch, tmp_pa
         files().open("static", kernel="fused")
 
 
+def test_a_compiler_that_cannot_be_run_is_named(monkeypatch, tmp_path):
+    named = tmp_path / "compiler"
+    named.write_bytes(b"no program")
+    named.chmod(0o755)
+    monkeypatch.setenv("CXX", str(named))
+    with pytest.raises(UsageError, match=r"compiler' cannot be run \(Exec format error\)\. .*CXX"):
+        compiling.compile_library(tmp_path / "made.so")
+    assert [f.name for f in tmp_path.iterdir()] == ["compiler"]
+
+
 def test_a_compiler_may_be_named_with_words_before_and_behind_it(monkeypatch, tmp_path):
     found = compiling.compiler()
     monkeypatch.setenv("CXX", f"env {found[0]} '-DWORD=of two'")
@@ -534,7 +555,7 @@ def test_a_library_that_cannot_be_loaded_is_not_in_the_way(files, monkeypatch, t
     monkeypatch.setattr(compiling, "library", lambda: broken)
     assert not files().open("static", kernel="auto").fused
     assert f"'{broken}', the library of the fused kernel, cannot be loaded (" in caplog.text
-    with pytest.raises(UsageError, match=r"broken\.so', the library .* go on without: --kernel standard"):
+    with pytest.raises(UsageError, match=r"broken\.so', the library .* run files without it: --kernel standard"):
         files().open("static", kernel="fused")
 
 

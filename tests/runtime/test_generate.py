@@ -15,6 +15,8 @@ MASS = np.array([0.4, 0.24, 0.16, 0.1, 0.06, 0.03, 0.01])
 class Scripted:
     """Answers every token with given logits, and writes down what it was asked."""
 
+    known_tokens = VOCABULARY
+
     def __init__(self, logits):
         self.logits = logits
         self.calls = []
@@ -168,6 +170,38 @@ def test_logits_that_are_not_numbers_are_told(temperature, wrong):
     logits = np.where(np.arange(VOCABULARY) == 2, wrong, 0.0).astype(np.float32)
     with pytest.raises(VerificationError, match="are not numbers"):
         generate(Scripted(lambda _: logits), [[1]], 2, sampling=Sampling(temperature))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_token_that_cannot_be_read_is_chosen_only_to_end_a_sequence(temperature):
+    """A head that is wider than the table; what follows the end of one sequence is nobody's text, but is run."""
+
+    def logits(token):
+        wanted = {4: 6, 1: 5}.get(token, token + 1)
+        return (50.0 * np.eye(VOCABULARY)[wanted] + 40.0 * np.eye(VOCABULARY)[0]).astype(np.float32)
+
+    decoder = Scripted(logits)
+    decoder.known_tokens = 5
+    found = generate(decoder, [[3], [1]], 3, stop=[6, 99], sampling=Sampling(temperature))
+    assert found == [[4], [0, 1, 0]]
+    assert [call[0] for call in decoder.calls] == [[[3], [1]], [[4], [0]], [[0], [1]]]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"temperature": np.nan}, "temperature is nan"),
+        ({"temperature": -1.0}, r"temperature is -1\.0"),
+        ({"top_k": -1}, "top_k is -1"),
+        ({"top_p": np.nan}, "top_p is nan"),
+        ({"top_p": -0.1}, r"top_p is -0\.1"),
+        ({"top_p": 1.5}, r"top_p is 1\.5"),
+        ({"seed": -1}, "seed is -1"),
+    ],
+)
+def test_sampling_out_of_range_is_refused(settings, said):
+    with pytest.raises(UsageError, match=said):
+        Sampling(**settings)
 
 
 def test_a_token_may_be_ruled_out():

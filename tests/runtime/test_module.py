@@ -69,6 +69,11 @@ def test_with_a_cache_the_mask_covers_it_and_positions_go_on():
     assert all(torch.equal(given, kept) for given, kept in zip(past, cache, strict=True))
 
 
+def test_no_new_tokens_are_an_error():
+    with pytest.raises(ValueError, match="There are no new tokens"):
+        LatentModel(Recorder(), ROWS, (0, 0))(torch.zeros(2, 0, dtype=torch.long))
+
+
 def test_positions_are_counted_from_the_mask_that_is_given():
     graph = Recorder()
     LatentModel(graph, ROWS, (0, 0))(torch.zeros(2, 3, dtype=torch.long), torch.tensor([[0, 1, 1], [1, 1, 0]]))

@@ -23,8 +23,10 @@ from mla_compile.errors import LoadError, RefusedError, UsageError
 from mla_compile.passes import onnx_export
 from mla_compile.passes.lower_onnx import lower_to_onnx
 from mla_compile.runtime import onnx_cache
+from mla_compile.runtime.generate import generate
 from mla_compile.runtime.onnx_checksum import require_unchanged
 from mla_compile.runtime.onnx_session import PROVIDERS, OnnxDecoder
+from mla_compile.verification.agreement import TorchDecoder
 
 LOGITS = 1e-4  # as in tests/passes/test_lower_onnx.py: 1e-6 was observed
 NAMES = ("llama-gqa", "mistral-window")
@@ -68,10 +70,10 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(onnx_cache, "_BLOCK", 4)
 
 
-def in_pieces(decoder, ids, mask, sizes):
+def in_pieces(decoder, ids, mask, sizes, room=None):
     """Logits of whole sequences fed part by part, and the cache in the end."""
     positions = np.maximum(mask.cumsum(1) - 1, 0)
-    cache, parts, done = decoder.empty_cache(*ids.shape), [], 0
+    cache, parts, done = decoder.empty_cache(len(ids), room or ids.shape[1]), [], 0
     for size in sizes:
         own = slice(done, done + size)
         logits, cache = decoder.step(ids[:, own], mask[:, : done + size], positions[:, own], cache)
@@ -150,6 +152,37 @@ def test_a_full_static_cache_takes_no_more(files):
         decoder.step(ids[:, :1], np.ones((1, 6), np.int64), np.full((1, 1), 5), cache)
 
 
+@pytest.mark.parametrize("kind", ["dynamic", "static", "torch"])
+@pytest.mark.parametrize("token", [-1, models.VOCABULARY])
+def test_a_token_that_is_none_is_refused(files, kind, token):
+    """ONNX Runtime counts negative ones from the end of the table."""
+    decoder = TorchDecoder(files().model) if kind == "torch" else files().open(kind)
+    with pytest.raises(UsageError, match=f"Token {token} is none of the {models.VOCABULARY}"):
+        generate(decoder, [[5, token]], 3)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_mask_of_other_sizes_is_refused(files, kind, name):
+    """ONNX Runtime would stretch a mask of one sequence, or of the new token alone, and so make padding real."""
+    decoder, ids = files(name).open(kind), models.tokens(2, 9).numpy()
+    mask = np.ones_like(ids)
+    mask[1, :4] = 0
+    _, cache = in_pieces(decoder, ids[:, :8], mask[:, :8], (8,), room=9)
+    last, positions = ids[:, 8:], np.array([[8], [4]])
+    for wrong in (mask[:1], mask[:, 8:], mask[:, 5:], mask[:, :0], mask[0]):
+        with pytest.raises(UsageError, match=r"mask"):
+            decoder.step(last, wrong, positions, cache)
+    with pytest.raises(UsageError, match="positions of shape"):
+        decoder.step(last, mask, positions[:1], cache)
+    with pytest.raises(UsageError, match=r"of 1 sequences|these are 1"):
+        decoder.step(last[:1], mask[:1], positions[:1], cache)
+    with pytest.raises(UsageError, match="no new tokens"):
+        decoder.step(last[:, :0], mask[:, :8], positions[:, :0], cache)
+    expected = in_pieces(decoder, ids, mask, (8, 1))[0][:, 8:]
+    np.testing.assert_array_equal(decoder.step(last, mask, positions, cache)[0], expected)
+
+
 def test_a_spent_cache_is_recognised(files):
     decoder = files().open("static")
     ids = models.tokens(1, 3).numpy()
@@ -157,6 +190,23 @@ def test_a_spent_cache_is_recognised(files):
     decoder.step(ids, np.ones_like(ids), np.arange(3)[None], first)
     with pytest.raises(UsageError, match="mask is of 3 earlier tokens, but the cache of 0"):
         decoder.step(ids[:, :1], np.ones((1, 4), np.int64), np.full((1, 1), 3), first)
+
+
+@pytest.mark.parametrize("between", ["a step that fails", "a repeatable one"])
+def test_a_step_that_spends_nothing_leaves_a_static_cache_as_it_is(files, between):
+    """At the token with which the rows of the second sequence move; oracle: a cache that nothing happened to."""
+    decoder, ids = files().open("static"), models.tokens(2, 129).numpy()
+    mask, positions = np.ones_like(ids), np.broadcast_to(np.arange(129), ids.shape)
+    last = (ids[:, 128:], mask, positions[:, 128:])
+    kept, tried = (in_pieces(decoder, ids[:, :128], mask[:, :128], (128,), room=129)[1] for _ in range(2))
+    expected, _ = decoder.step(*last, kept)
+    for _ in range(2):
+        if between == "a repeatable one":
+            decoder.repeatable(*last, tried)()
+        else:
+            with pytest.raises(UsageError):
+                decoder.step(np.full_like(last[0], 5000), *last[1:], tried)
+    np.testing.assert_array_equal(decoder.step(*last, tried)[0], expected)
 
 
 def test_a_cache_that_nothing_can_hold_is_refused(files):

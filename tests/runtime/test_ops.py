@@ -186,6 +186,7 @@ def test_sequences_of_padding_alone_are_finite(kind):
     [
         ({"attention_mask": torch.ones(2, 6).long()}, "covers 6 tokens, of which 4 are new, but 3 are cached. Pass"),
         ({"attention_mask": torch.ones(2, 8).long()}, "covers 8 tokens, of which 4 are new, but 3 are cached. Pass"),
+        ({"attention_mask": torch.ones(1, 7).long()}, "2 sequences of queries.* 1 in attention_mask. Pass as many"),
         ({"sinks": torch.ones(3)}, r"sinks has shape \[3\]. Pass one number for each of 4 heads"),
         ({"slopes": torch.ones(4, 1)}, r"slopes has shape \[4, 1\]. Pass one number for each of 4 heads"),
         ({"window": 3}, "3 are cached for a window of 3"),

@@ -10,13 +10,17 @@ import re
 import sys
 from pathlib import Path
 
+import models
 import pytest
 import stand_in_engine
 
+import mla_compile
 from mla_compile.artifacts import opened
 from mla_compile.artifacts import tensorrt as tensorrt_command
+from mla_compile.artifacts.tensorrt import write_for_tensorrt
 from mla_compile.cli import main
 from mla_compile.runtime.tensorrt import engine
+from mla_compile.runtime.tensorrt.engine_builder import EngineSettings
 from mla_compile.runtime.tensorrt.reference import OnnxFixedDecoder
 from mla_compile.text.corpus import load_tokenizer
 
@@ -93,6 +97,15 @@ def test_run_says_what_the_original_says(plan, capsys):
 def test_there_is_no_more_room_than_the_model_has_places(plan):
     places = json.loads((TINY / "config.json").read_text())["max_position_embeddings"]
     assert OnnxFixedDecoder(plan.with_suffix(".onnx")).limits.room == places < 4096
+
+
+def test_a_very_small_model_is_compared_on_tokens_and_places_that_it_has(tmp_path):
+    model = models.llama(vocab_size=12, max_position_embeddings=8, eos_token_id=1)
+    mla_compile.compile(model, method="mha2mla", check=False).save(tmp_path / "saved")
+    written = write_for_tensorrt(tmp_path / "saved", tmp_path / "small" / "small.onnx", EngineSettings())
+    decoder = OnnxFixedDecoder(written.onnx)
+    assert (decoder.vocabulary, decoder.limits.room) == (12, 8)
+    assert written.error < 1e-4
 
 
 def test_a_text_that_does_not_fit_is_one_sentence(plan, capsys):

@@ -148,8 +148,12 @@ def test_a_graph_is_captured_anew_when_another_cache_had_the_context(lowered, pl
         (np.ones((1, 1), np.int64), np.ones((1, 33), np.int64), "A sequence of 33 tokens .* room for 32.*--max-length"),
         (np.ones((1, 3), np.int64), np.array([[1, 0, 1]]), "Padding stands behind earlier tokens. Pad prompts on the"),
         (np.full((1, 1), models.VOCABULARY), np.ones((1, 1), np.int64), "none of the 97 that"),
+        (np.full((1, 1), -1), np.ones((1, 1), np.int64), "Token -1 is none of the 97 that"),
+        (np.ones((1, 3), np.int64), np.ones((1, 2), np.int64), r"3 new tokens with a mask of shape \[1, 2\]"),
+        (np.ones((2, 1), np.int64), np.ones((1, 5), np.int64), r"2 sequences of .* with a mask of shape \[1, 5\]"),
+        (np.ones((1, 0), np.int64), np.ones((1, 2), np.int64), "hold no new tokens"),
     ],
-    ids=["batch", "room", "padding", "token"],
+    ids=["batch", "room", "padding", "token", "negative token", "short mask", "mask of one", "no tokens"],
 )
 def test_what_does_not_fit_is_one_sentence(plan, ids, mask, sentence):
     decoder = TensorRTDecoder(plan, device="cpu")
@@ -197,3 +201,14 @@ def test_whole_sequences_in_onnx_runtime(lowered):
         expected = case.model(ids).logits
     assert difference(torch.from_numpy(decoder.logits(ids.numpy())), expected) <= LOGITS
     assert decoder.generate(PROMPTS, 6) == generate(TorchDecoder(case.model), PROMPTS, 6)
+
+
+def test_padding_may_be_longer_than_the_room(lowered, plan):
+    """It is not written, and the tokens behind it come as if it were not there."""
+    ids = models.tokens(1, 40).numpy()
+    mask = (np.arange(40) >= 32).astype(np.int64)[None]
+    for decoder in (OnnxFixedDecoder(lowered("llama-gqa").path), TensorRTDecoder(plan, device="cpu")):
+        expected = decoder.logits(ids[:, 32:])
+        positions = np.maximum(mask.cumsum(1) - 1, 0)
+        got, _ = decoder.step(ids, mask, positions, decoder.empty_cache(1))
+        assert difference(torch.from_numpy(got[:, 32:]), torch.from_numpy(expected)) <= LOGITS

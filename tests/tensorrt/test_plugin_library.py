@@ -34,6 +34,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
 from mla_compile.runtime.kernels import aot
+from mla_compile.runtime.tensorrt import source
 from mla_compile.runtime.tensorrt.cubins import SPLITS, Combination, Decode
 from mla_compile.runtime.tensorrt.kernels import Append
 from mla_compile.runtime.tensorrt.nodes import read_nodes
@@ -441,6 +442,16 @@ def test_kernels_that_serve_two_purposes_are_there_once(monkeypatch):
     text = kernel_tables(nodes, [80, 90])
     assert len(re.findall(r"kIMAGE_\d+\[\]", text)) == len({*compiled}) == 2 * (2 + len(SPLITS) + 1)
     assert "{80, DataType::kFLOAT, 48, 3, 8, 0, 0, 9, false, true, false, false, false, 1, {{16, 16, " in text
+
+
+def test_times_are_of_one_host_code(tmp_path, monkeypatch):
+    """A timing cache knows a build by this name, and the host's code is part of what was timed."""
+    names = []
+    for text in ("launch", "launch", "launch twice"):
+        (tmp_path / "plugin.cpp").write_text(text)
+        monkeypatch.setattr(source, "PLUGIN_SOURCE", tmp_path / "plugin.cpp")
+        names += re.findall(r'kBUILD_ID\[\] = "(\w{16})"', kernel_tables((), ()))
+    assert names[0] == names[1] != names[2]
 
 
 def test_nodes_of_a_file(tmp_path):

@@ -10,7 +10,7 @@ import torch
 
 import mla_compile
 from mla_compile import Recipe, finetune
-from training import SETTINGS, Trained, counting
+from training import MATCHING, SETTINGS, Trained, counting
 
 pytest.importorskip("accelerate")
 
@@ -32,6 +32,20 @@ def converted(compiled, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("converted") / "model"
     compiled.save(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def archive(programs, tmp_path_factory) -> Path:
+    """The original, as a teacher."""
+    path = tmp_path_factory.mktemp("original") / "original.pt2"
+    torch.export.save(programs["llama-gqa"].program.exported, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def matching(train, archive) -> Trained:
+    """The same training towards a teacher."""
+    return train(teacher=archive, **MATCHING)
 
 
 @pytest.fixture(scope="session")

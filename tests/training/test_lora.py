@@ -61,10 +61,8 @@ def test_adapters_go_on_where_they_were(adapted, train, monkeypatch, tmp_path):
     assert_same(found.weights, adapted.weights, 0)
 
 
-def test_adapters_reach_graphs_that_are_cut_and_those_that_match(adapted, train, programs, tmp_path):
+def test_adapters_reach_graphs_that_are_cut_and_those_that_match(adapted, train, archive):
     assert_same(train(recompute=True, **LORA).weights, adapted.weights, 1e-6)
-    archive = tmp_path / "original.pt2"
-    torch.export.save(programs["llama-gqa"].program.exported, archive)
     matching = {"teacher": archive, "match_steps": 3, "objective": "attention", "tokens": 4 * 4 * LENGTH, "rate": 0.02}
     curve = train(**{**LORA, **matching}).curve
     assert min(p["objective"] for p in curve) < curve[0]["objective"]

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import shutil
+from pathlib import Path
 
 import models
 import pytest
 import torch
 
 import mla_compile
-from mla_compile.artifacts.saved import open_saved, write_saved_onnx
+from mla_compile.artifacts.places import check_neighbours
+from mla_compile.artifacts.saved import open_saved, save, write_saved_onnx, write_trained
 from mla_compile.cli import main
 from mla_compile.config import make_config
-from mla_compile.errors import UsageError
+from mla_compile.disk.layer_store import LayerStore
+from mla_compile.errors import TrainingError, UsageError
+from mla_compile.report import Training, TrainingPoint
 from mla_compile.runtime.onnx_session import OnnxDecoder
-from training import LENGTH, counting
+from mla_compile.training import trainer
+from training import LENGTH, assert_same, counting
 
+TINY = Path(__file__).parents[2] / "examples" / "tiny-llama"
 ROUNDING = 1e-5  # of the largest logit; float32 in another order of operations
 
 
@@ -65,6 +73,128 @@ def test_what_belongs_to_another_model_is_not_replaced(plain, tmp_path, name):
     with pytest.raises(UsageError, match="belongs to something else"):
         write_saved_onnx(open_saved(folder), other.parent / "model.onnx", make_config(), force=False)
     assert [other.read_text()] == ['"precious"'] * len(list(other.parent.iterdir()))
+
+
+def test_what_genai_is_told_is_not_replaced(converted, tmp_path):
+    told = tmp_path / "genai_config.json"
+    told.write_text("precious")
+    file, saved = tmp_path / "b.onnx", open_saved(converted)
+    with pytest.raises(UsageError, match=r"genai_config.json' exists already and belongs to something else"):
+        write_saved_onnx(saved, file, make_config(cache_layout="genai"), force=False)
+    assert [f.read_text() for f in tmp_path.iterdir()] == ["precious"]
+    check_neighbours(file, "", saved.assets, force=False)  # other layouts tell it nothing
+    write_saved_onnx(saved, file, make_config(cache_layout="genai"), force=True)
+    assert json.loads(told.read_text())["model"]["decoder"]["filename"] == "b.onnx"
+
+
+def test_a_model_is_not_saved_into_the_folder_of_its_original(converted, tmp_path):
+    folder, original = shutil.copytree(converted, tmp_path / "saved"), tmp_path / "original"
+    original.mkdir()
+    (original / "config.json").write_text("precious")
+    report = json.loads((folder / "report.json").read_text())
+    (folder / "report.json").write_text(json.dumps({**report, "source": str(original)}))
+    with pytest.raises(UsageError, match="is the folder of the original model"):
+        save(mla_compile.load(folder), original, like=folder, force=True)
+    assert [f.read_text() for f in original.iterdir()] == ["precious"]
+
+
+def test_what_was_measured_of_other_weights_is_told_apart(converted, tmp_path):
+    """Trained twice: what is kept apart is that of the conversion."""
+    saved = open_saved(converted)
+    quality = {"original": 20.0, "converted": 5000.0, "ratio": 250.0, "tokens": 64, "held_out": True}
+    measured = {"loss": 1.5, "output": 0.5}
+    report = {
+        **saved.report,
+        "quality": quality,
+        "verification": {"rewrite_error": 1e-7},
+        "layers": [{**layer, "measured": measured} for layer in saved.report["layers"]],
+        "warnings": ["perplexity grows 250.0 times"],
+    }
+    saved = dataclasses.replace(saved, report=report)
+    curve = tuple(TrainingPoint(step, 100 * step, None, loss, loss) for step, loss in enumerate((8.5, 4.25)))
+    training = Training("kl", "latent", 1, 100, 1, 8.5, 4.25, 64, curve)
+    for name in ("once", "twice"):
+        folder = tmp_path / name
+        found = write_trained(saved, saved.module, training, {}, folder)
+        assert (found["quality"], found["verification"]) == (None, None)
+        assert not any(layer["measured"] for layer in found["layers"])
+        assert found["warnings"] == ["before fine-tuning: perplexity grows 250.0 times"]
+        assert found["before_training"]["quality"] == quality
+        assert found["before_training"]["layers"] == [measured] * len(report["layers"])
+        page = (folder / "report.html").read_text()
+        head = page[page.index('id="summary"') : page.index("</header>")]
+        assert "8.5000 → 4.2500" in head
+        assert "× 250" not in head
+        assert "perplexity before fine-tuning" in page
+        assert "--calibration TEXT" in page
+        saved = open_saved(folder)
+    file = tmp_path / "onnx" / "model.onnx"
+    checked = write_saved_onnx(saved, file, make_config(), force=False)["verification"]
+    assert "lowering_error" in checked
+    assert "rewrite_error" not in checked
+
+
+def test_training_is_drawn_without_text_of_the_conversion(plain):
+    page = (plain.folder / "report.html").read_text()
+    assert "Loss of the next token while training" in page
+    assert "<dt>fine-tuning</dt>" in page
+
+
+GO = {"method": "mha2mla", "kv_rank": 8, "rope_dims": 4, "check": False, "finetune_tokens": 3 * 16 * LENGTH}
+
+
+def test_a_killed_training_in_one_go_goes_on_and_then_removes_its_checkpoints(programs, monkeypatch, tmp_path):
+    original, text, store = programs["llama-gqa"].program.exported, counting(44), LayerStore(tmp_path / "store")
+    alone = mla_compile.compile(original, finetune=text, **GO)
+    save, saved = trainer.Checkpoints.save, []
+
+    def killed_at(step):
+        def killed(self, accelerator, state):
+            save(self, accelerator, state)
+            saved.append(state.step)
+            if state.step == step:
+                raise KeyboardInterrupt
+
+        return killed
+
+    monkeypatch.setattr(trainer.Checkpoints, "save", killed_at(3))
+    with pytest.raises(KeyboardInterrupt):
+        mla_compile.compile(original, finetune=text, store=store, **GO)
+    assert (store.folder / "checkpoints" / "step-00000003").is_dir()
+    monkeypatch.setattr(trainer.Checkpoints, "save", killed_at(None))
+    found = mla_compile.compile(original, finetune=text, store=store, **GO)
+    assert saved == [0, 3]
+    assert found.report.training == alone.report.training
+    assert_same(found.module.state_dict(), alone.module.state_dict(), 0)
+    assert not (store.folder / "checkpoints").exists()
+
+
+def test_checkpoints_of_another_training_in_one_go_are_not_taken(programs, monkeypatch, tmp_path):
+    original, text, store = programs["llama-gqa"].program.exported, counting(44), LayerStore(tmp_path / "store")
+    (store.folder / "checkpoints" / "step-00000003").mkdir(parents=True)  # damaged
+    found = mla_compile.compile(original, finetune=text, store=store, **GO)
+    assert found.report.training.steps == 3
+    assert not (store.folder / "checkpoints").exists()
+    lost = torch.full((1,), math.nan, requires_grad=True)
+    monkeypatch.setattr(trainer.Student, "forward", lambda *_: lost)
+    monkeypatch.setattr(trainer._Run, "measure", lambda *_: (1.0, 1.0))
+    with pytest.raises(TrainingError, match=r"step 1; .*nothing is left of it\. Begin anew by mla-comp") as caught:
+        mla_compile.compile(original, finetune=text, store=store, **GO)
+    assert "checkpoints" not in str(caught.value)
+
+
+def test_the_command_line_converts_trains_and_writes_onnx(tmp_path, capsys):
+    text, out = tmp_path / "text.txt", tmp_path / "out" / "model.onnx"
+    text.write_text("Once upon a time there was a small cat that ran to a big red ball. " * 100)
+    words = ["convert", str(TINY), "--out", str(out), "--method", "mha2mla", "--cache-ratio", "0.5", "-q"]
+    assert main([*words, "--finetune", str(text), "--finetune-tokens", "512", "--no-verify"]) == 0
+    training = json.loads((out.parent / "report.json").read_text())["training"]
+    assert (training["objective"], training["steps"]) == ("kl", 1)
+    assert training["curve"][1]["objective"] < training["curve"][0]["objective"]
+    assert "tokens of training" in capsys.readouterr().out
+    assert OnnxDecoder(out).logits(torch.tensor([[1, 2, 3]]).numpy()).shape == (1, 3, 1024)
+    assert {p.name for p in tmp_path.iterdir()} == {"text.txt", "out"}
+    assert not [*out.parent.glob(".*")]
 
 
 def test_conversion_and_training_in_one_go(tmp_path):

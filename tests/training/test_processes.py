@@ -11,7 +11,7 @@ import sys
 import pytest
 
 import mla_compile
-from training import assert_same
+from training import MATCHING, assert_same, assert_same_curve
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
@@ -31,15 +31,16 @@ def test_a_training_killed_in_a_checkpoint_goes_on_to_the_same_curve(plain, trai
     assert not [*(out / "checkpoints").glob(".*")]
 
 
-@pytest.mark.parametrize("sharded", [False, True])
-def test_two_processes_train_as_one(plain, worker, sharded, tmp_path):
-    out, options = tmp_path / "model", ["--shard"] if sharded else []
-    done = run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *worker(out, *options))
+@pytest.mark.parametrize("kind", ["plain", "sharded", "matching"])
+def test_two_processes_train_as_one(request, worker, kind, tmp_path):
+    out, sharded = tmp_path / "model", kind == "sharded"
+    one = request.getfixturevalue("matching" if kind == "matching" else "plain")
+    changes = {**MATCHING, "teacher": str(request.getfixturevalue("archive"))} if kind == "matching" else {}
+    words = worker(out, *(["--shard"] if sharded else []), **changes)
+    done = run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *words)
     assert done.returncode == 0, done.stderr
     names = {p.name for p in (out / "checkpoints" / "step-00000008").iterdir()}
     assert ("pytorch_model_fsdp_0" in names) == sharded
     # Means over halves of the batch; Adam divides by the gradient's size, which makes more of it where that is small.
-    assert_same(mla_compile.load(out).state_dict(), plain.weights, 1e-3)
-    curve = json.loads((out / "report.json").read_text())["training"]["curve"]
-    for got, expected in zip(curve, plain.curve, strict=True):
-        assert got["held_out"] == pytest.approx(expected["held_out"], abs=1e-4)
+    assert_same(mla_compile.load(out).state_dict(), one.weights, 1e-3)
+    assert_same_curve(json.loads((out / "report.json").read_text())["training"]["curve"], one.curve)

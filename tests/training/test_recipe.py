@@ -69,7 +69,7 @@ def test_every_window_comes_before_any_comes_again():
 class Letters:
     """A tokenizer of letters, led by 0."""
 
-    bos_token_id = 0
+    bos_token_id = eos_token_id = 0
 
     def __call__(self, text, **_):
         return {"input_ids": [ord(letter) - 96 for letter in text]}
@@ -87,6 +87,35 @@ def test_documents_are_packed_and_read_no_further_than_needed():
     assert packed.train.tolist() == [[0, 1, 2], [3, 0, 4]]
     assert packed.held_out.tolist() == [[7, 8, 9]]
     assert read == ["abc", "de", "fghij"]
+
+
+@pytest.mark.parametrize(
+    ("begin", "end", "stream"),
+    [(0, 0, [0, 1, 0, 2, 3, 0, 4]), (0, 30, [0, 1, 30, 0, 2, 3, 30, 0]), (None, 30, [1, 30, 2, 3, 30, 4]),
+     (None, None, [1, 2, 3, 4, 5, 6])],
+)  # fmt: skip
+def test_documents_end_where_the_next_one_does_not_say_that_it_begins(begin, end, stream):
+    letters = Letters()
+    letters.bos_token_id, letters.eos_token_id = begin, end
+    packed = pack(["a", "bc", "def"], letters, length=2, tokens=None, held_out=1)
+    assert torch.cat([packed.train, packed.held_out]).flatten().tolist()[: len(stream)] == stream[: len(stream)]
+
+
+@pytest.mark.parametrize("letters", [20, 5000])
+def test_part_of_a_document_has_no_end(letters):
+    """One that is cut off ends beyond the last window."""
+    tokenizer = Letters()
+    tokenizer.bos_token_id, tokenizer.eos_token_id = None, 30
+    packed = pack(["a" * letters], tokenizer, length=4, tokens=4, held_out=1)
+    assert (packed.train == 1).all()
+    assert (packed.held_out == 1).all()
+
+
+@pytest.mark.parametrize(("tokens", "held_out"), [(20, 6), (200, 3), (None, 3)])
+def test_a_tenth_is_held_out_only_where_the_text_ends_first(tokens, held_out):
+    packed = pack(["abcd"] * 30, Letters(), length=5, tokens=tokens, held_out=6)
+    assert len(packed.held_out) == held_out
+    assert len(packed.train) == (4 if tokens == 20 else 27)
 
 
 @pytest.mark.parametrize("texts", [["ab"], ["abc"]])

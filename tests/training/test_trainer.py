@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import pickle
 import resource
 import shutil
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock, call
 
 import models
 import pytest
@@ -18,12 +23,18 @@ from accelerate.state import AcceleratorState
 import mla_compile
 from mla_compile import Recipe, finetune
 from mla_compile.cli import main
+from mla_compile.display import show_training
 from mla_compile.errors import LoadError, TrainingError, UsageError
+from mla_compile.report import Training, TrainingPoint
+from mla_compile.runtime.module import LatentModel
 from mla_compile.sources.capture import capture
-from mla_compile.training import trainer
+from mla_compile.training import checkpoints, trainer
+from mla_compile.training.objectives import Student, Teacher, Wanted
+from mla_compile.training.packing import Packed
 from mla_compile.training.run import _check_out
-from training import LENGTH, SETTINGS, assert_same, counting
+from training import LENGTH, MATCHING, SETTINGS, assert_same, assert_same_curve, counting
 
+TINY = Path(__file__).parents[2] / "examples" / "tiny-llama"
 MIXED = {"match_steps": 4, "objective": "kl=1,next-token=0.01,attention=0.5"}
 
 
@@ -78,10 +89,56 @@ def test_only_what_is_asked_for_changes(train, converted, train_, others):
     assert any("mlp" in name for name in changed) == (train_ == "all")
 
 
-def test_pieces_of_a_step_make_the_same_step(plain, train):
-    found = train(accumulate=2)
+@pytest.mark.parametrize("changes", [{}, MATCHING], ids=["next-token", "matching, kl and attention"])
+def test_pieces_of_a_step_make_the_same_step(request, train, changes):
+    one = request.getfixturevalue("matching" if changes else "plain")
+    found = train(accumulate=2, teacher=request.getfixturevalue("archive") if changes else None, **changes)
     # Sums in another order; Adam divides by the gradient's own size, which makes more of it where that is small.
-    assert_same(found.weights, plain.weights, 1e-3)
+    assert_same(found.weights, one.weights, 1e-3)
+    assert_same_curve(found.curve, one.curve)
+
+
+@pytest.mark.parametrize("objective", ["next-token", "kl=0.5,next-token=2", "attention"])
+def test_losses_of_a_batch_are_means_of_those_of_its_pieces(compiled, programs, data, objective):
+    """And every part is what its name says, spelled out in float64."""
+    weights = Recipe(objective=objective).weights
+    student = Student(compiled.module, matching="attention" in weights, recompute=False)
+    teacher = Teacher.of(programs["llama-gqa"].program, torch.device("cpu"), layers="attention" in weights)
+    ids, parts = data[:4], tuple(weights)
+
+    def losses(ids):
+        return dict(zip(parts, student(ids, parts, teacher.answer(ids, parts)), strict=True))
+
+    with torch.no_grad():
+        whole, pieces = losses(ids), [losses(piece) for piece in ids.split((1, 1, 1, 1))]
+        logits = compiled.module(ids).logits.double().log_softmax(-1)
+        expected = teacher.score(ids).double().log_softmax(-1)
+    for part in parts:
+        assert float(whole[part]) == pytest.approx(sum(float(p[part]) for p in pieces) / 4, rel=1e-6)
+    if "kl" in parts:
+        kl = (expected.exp() * (expected - logits)).sum(-1).mean()
+        assert float(whole["kl"]) == pytest.approx(float(kl), rel=1e-4)
+    if "next-token" in parts:
+        surprise = -logits[:, :-1].gather(-1, ids[:, 1:, None]).mean()
+        assert float(whole["next-token"]) == pytest.approx(float(surprise), rel=1e-6)
+
+
+def test_an_evaluation_runs_every_model_once(compiled, data, monkeypatch):
+    calls, forward = [], LatentModel.forward
+    monkeypatch.setattr(LatentModel, "forward", lambda self, ids: (calls.append(ids), forward(self, ids))[1])
+    recipe = Recipe(**SETTINGS, seq_len=LENGTH)
+    run = SimpleNamespace(
+        recipe=recipe,
+        text=Packed(data[:-4].int(), data[-4:].int()),
+        accelerator=SimpleNamespace(device=torch.device("cpu")),
+        student=Student(compiled.module, matching=False, recompute=False),
+        teacher=None,
+        _wanted=lambda ids, parts: Wanted(),
+        _finite=lambda value, *_: value,
+    )
+    held_out, objective = trainer._Run.measure(run, 0)
+    assert held_out == objective
+    assert len(calls) == 1
 
 
 def test_recomputed_activations_make_the_same_step(plain, train):
@@ -115,9 +172,9 @@ def test_a_loss_that_is_not_finite_ends_training(train, monkeypatch, tmp_path, c
     forward = trainer.Student.forward
     calls = []
 
-    def broken(self, ids, objective, wanted):
+    def broken(self, ids, parts, wanted):
         calls.append(torch.is_grad_enabled())
-        return forward(self, ids, objective, wanted) * (math.nan if sum(calls) == 4 else 1.0)
+        return forward(self, ids, parts, wanted) * (math.nan if sum(calls) == 4 else 1.0)
 
     monkeypatch.setattr(trainer.Student, "forward", broken)
     with pytest.raises(TrainingError, match=r"not finite at step 4.*checkpoints"):
@@ -125,6 +182,31 @@ def test_a_loss_that_is_not_finite_ends_training(train, monkeypatch, tmp_path, c
     monkeypatch.undo()
     assert [p.name for p in (tmp_path / "model").iterdir()] == ["checkpoints"]
     assert (tmp_path / "model" / "checkpoints" / "step-00000002" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("broken", ["converted model", "teacher"])
+def test_a_loss_that_never_was_finite_is_not_the_trainings(train, monkeypatch, tmp_path, archive, broken):
+    forward = trainer.Student.forward
+
+    def lost(self, ids, parts, wanted):
+        factors = [math.nan if (part == "kl") == (broken == "teacher") else 1.0 for part in parts]
+        return forward(self, ids, parts, wanted) * torch.tensor(factors)
+
+    monkeypatch.setattr(trainer.Student, "forward", lost)
+    with pytest.raises(TrainingError, match=f"Before any training .*{broken} gives no finite loss") as caught:
+        train(tmp_path / "model", teacher=archive)
+    assert not any(words in str(caught.value) for words in ("checkpoint", "--rate", "nothing is left"))
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_full_disk_at_the_first_checkpoint_leaves_nothing(train, tmp_path, monkeypatch):
+    def full(self, folder):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(trainer.Accelerator, "save_state", full)
+    with pytest.raises(TrainingError, match=r"step 0 could not .*nothing is left.*Free some space, and begin again"):
+        train(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
 
 
 def test_a_full_disk_leaves_earlier_checkpoints_whole(plain, train, tmp_path, monkeypatch):
@@ -153,11 +235,9 @@ def test_a_full_disk_leaves_earlier_checkpoints_whole(plain, train, tmp_path, mo
 # ---- objectives
 
 
-def test_a_teacher_is_approached(train, programs, converted, tmp_path):
+def test_a_teacher_is_approached(train, programs, converted, archive, tmp_path):
     """KL to the original falls, by the definition spelled out."""
     original = programs["llama-gqa"].module
-    archive = tmp_path / "original.pt2"
-    torch.export.save(programs["llama-gqa"].program.exported, archive)
     text = models.tokens(44, LENGTH, seed=5)
 
     def divergence(folder):
@@ -174,9 +254,9 @@ def test_a_teacher_is_approached(train, programs, converted, tmp_path):
     other = models.llama()
     with torch.no_grad():
         other.lm_head.weight.mul_(0.5)
-    torch.export.save(capture(other, models.example(other)).exported, archive)
+    torch.export.save(capture(other, models.example(other)).exported, tmp_path / "other.pt2")
     with pytest.raises(UsageError, match="another training, with another teacher"):
-        train(found.folder, resume=True, **learning)
+        train(found.folder, resume=True, **{**learning, "teacher": tmp_path / "other.pt2"})
 
 
 # ---- what is refused
@@ -189,6 +269,8 @@ def test_a_teacher_is_approached(train, programs, converted, tmp_path):
         ({}, counting(44) + 90, "knows only 97"),
         ({"objective": "kl"}, None, "--teacher"),
         ({"batch": 3, "accumulate": 1, "match_steps": 0, "objective": "next-token,kl=2"}, None, "--teacher"),
+        ({"objective": "next-token", "teacher": "any"}, None, "asks no teacher"),
+        ({"seq_len": 2 * LENGTH}, None, "windows have 16 tokens, and a seq_len of 32"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_written(train, tmp_path, data, changes, text, problem):
@@ -221,6 +303,104 @@ def test_a_folder_is_not_overwritten(plain, train, converted, data):
         train(plain.folder, resume=True, text=counting(44, seed=1))
     with pytest.raises(UsageError, match="folder of the converted model"):
         finetune(converted, data, converted, Recipe(**SETTINGS), resume=True)
+
+
+@pytest.mark.parametrize("there", [None, "checkpoints", "checkpoints/.step-00000000"])
+def test_nothing_to_go_on_from_is_told(train, tmp_path, there):
+    if there:
+        (tmp_path / "model" / there).mkdir(parents=True)
+    before = {*tmp_path.rglob("*")}
+    with pytest.raises(UsageError, match="no checkpoints to go on from"):
+        train(tmp_path / "model", resume=True)
+    assert {*tmp_path.rglob("*")} == before
+
+
+def test_beginning_anew_removes_a_trainings_files_only(plain, train, converted, data, tmp_path, monkeypatch):
+    out = shutil.copytree(plain.folder, tmp_path / "model")
+    precious = out / "checkpoints" / "mine" / "precious.bin"
+    precious.parent.mkdir()
+    precious.touch()
+    (out / "checkpoints" / ".step-00000004").mkdir()
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer.Accelerator, "save_state", killed)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(converted, data, out, Recipe(**SETTINGS), force=True)
+    assert precious.is_file()
+    assert not {"step-00000006", "step-00000008", ".step-00000004"} & {p.name for p in (out / "checkpoints").iterdir()}
+    assert not {"model.pt2", "report.json", "recipe.yaml"} & {p.name for p in out.iterdir()}
+    monkeypatch.setattr(checkpoints.shutil, "rmtree", lambda path, **_: Path(path / "gone").rmdir())
+    with pytest.raises(UsageError, match="could not be removed"):
+        finetune(converted, data, out, Recipe(**SETTINGS), force=True)
+
+
+def test_steps_of_before_say_nothing_of_the_time_left(plain, converted, data, tmp_path):
+    out = tmp_path / "model"
+    shutil.copytree(plain.folder / "checkpoints", out / "checkpoints")
+    shutil.rmtree(out / "checkpoints" / "step-00000008")
+    display = Mock()
+    finetune(converted, data, out, Recipe(**SETTINGS), resume=True, display=display)
+    assert call("train", 2) in display.started.mock_calls
+    assert display.advanced.call_count == 2
+
+
+def test_deepspeed_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(UsageError, match="DeepSpeed has never been run"):
+        trainer.start_engine(Recipe(), tmp_path)
+
+
+def test_a_teacher_with_another_tokenizer_is_refused_whatever_tokenizer_was_given(converted, tmp_path):
+    teacher, text = tmp_path / "teacher", tmp_path / "text.txt"
+    models.llama(vocab_size=1024, num_hidden_layers=1).save_pretrained(teacher)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(TINY / name, teacher / name)
+    shutil.copytree(teacher, tmp_path / "other")
+    words = json.loads((tmp_path / "other" / "tokenizer.json").read_text())
+    vocabulary = words["model"]["vocab"]
+    vocabulary["Once"], vocabulary["the"] = vocabulary.get("the", 0), vocabulary.get("Once", 1)
+    (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(words))
+    text.write_text("Once upon a time. " * 50)
+    with pytest.raises(UsageError, match=r"has another vocabulary than '.*other'"):
+        finetune(
+            converted, str(text), tmp_path / "out", Recipe(**SETTINGS), teacher=teacher,
+            tokenizer=str(tmp_path / "other"),
+        )  # fmt: skip
+
+
+# ---- what is shown
+
+
+@pytest.mark.parametrize("best", [0, 2])
+@pytest.mark.parametrize(
+    ("objective", "column"),
+    [
+        ("next-token", None),
+        ("kl", "held-out kl (nats per token)"),
+        ("attention", "held-out attention (squared error, relative)"),
+        ("kl=1,attention=2", "held-out kl=1,attention=2 (weighted sum)"),
+    ],
+)
+def test_the_figure_that_chooses_is_shown_with_its_unit(capsys, objective, column, best):
+    points = (TrainingPoint(0, 0, None, 2.5, 0.25), TrainingPoint(2, 64, 0.75, 2.125, 0.125))
+    training = Training(objective, "all", 2, 64, best, 2.5, 2.125, 60, points)
+    report = {"source": "x", "artifacts": {}, "training": asdict(training)}
+    show_training(report, Path("out"))
+    shown = capsys.readouterr()
+    lines = [line.split("\t") for line in shown.out.splitlines()]
+    wanted = [[], [column]][column is not None]
+    assert ["step", "tokens", "training loss", *wanted, "held-out loss (nats per token)"] in lines
+    assert ["2", "64", "0.7500", *(["0.1250"] if column else []), "2.1250"] in lines
+    assert ("weights of step 0 are kept" in shown.err) == (best == 0)
+    assert len(training.warnings) == (best == 0)
+
+
+def test_a_training_without_gain_is_told_in_its_report(train, tmp_path):
+    found = train(rate=100.0, tokens=4 * LENGTH, warm_up=0.0, decay=0.0)
+    assert found.report["training"]["best_step"] == 0
+    assert [w for w in found.report["warnings"] if "weights of step 0 are kept" in w]
 
 
 def test_a_version_in_a_name_is_no_suffix(converted, tmp_path):

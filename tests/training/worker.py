@@ -51,4 +51,6 @@ if __name__ == "__main__":
         kill_in_the_middle_of(options[options.index("--kill") + 1])
     if "--shard" in options:
         shard()
-    finetune(folder, torch.load(data), out, Recipe(**json.loads(settings)), resume="--resume" in options)
+    changes = json.loads(settings)
+    teacher = changes.pop("teacher", None)
+    finetune(folder, torch.load(data), out, Recipe(**changes), teacher=teacher, resume="--resume" in options)

@@ -8,12 +8,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from absorbed_cases import Problem, expected, problems
+from absorbed_cases import Problem, expected, numbers_of, problems
 from hypothesis import given, settings
 
 from mla_compile.errors import UsageError
 from mla_compile.runtime.attention import rotate_and_append
 from mla_compile.runtime.kernels import Codes, LatentCache, RowLayout, append_latent, folded, latent_attention, op
+from mla_compile.runtime.kernels.codes import decode, encode
 
 # Both sides compute in float64 and differ in the order of additions only; denominators are told from shares in the
 # oracle, which keeps 7 digits of them.
@@ -56,11 +57,48 @@ def test_reads_contiguous_rows_where_they_lie(monkeypatch):
     assert key.data_ptr() == value.data_ptr() == x["cache"].latent.data_ptr()
 
 
-def test_rows_begin_at_multiples_of_16_bytes():
-    for codes in (None, *Codes):
-        cache = LatentCache.empty(RowLayout(24, 3, 2, 3), 2, 5, dtype=torch.float16, codes=codes)
-        assert cache.latent.stride(1) * cache.latent.itemsize % 16 == 0
-        assert cache.rest.stride(1) * cache.rest.itemsize % 16 == 0
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("codes", [None, *Codes])
+def test_rows_begin_at_multiples_of_16_numbers(codes, dtype):
+    """Which kernels that are compiled ahead of time are told; 16 bytes, the widest load, are no more."""
+    for layout in (RowLayout(24, 3, 2, 3), RowLayout(32, 1, 8)):
+        cache = LatentCache.empty(layout, 2, 5, dtype=dtype, codes=codes)
+        strides = [stride for part in (cache.latent, cache.rest) for stride in part.stride()[:2]]
+        assert [stride % 16 for stride in strides] == [0] * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("codes", Codes)
+def test_what_a_code_stands_for_is_rounded_once(codes, dtype):
+    """As kernels do, whose scales are float32; oracle: the product in float64."""
+    latent = torch.randn(200, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    stored, scale = encode(latent, codes)
+    expected = torch.stack([numbers_of(row, 16) for row in stored]) * scale[:, None].double()
+    assert torch.equal(decode(stored, scale, 16, dtype), expected.float().to(dtype))
+
+
+def test_no_sequences_have_no_result():
+    x = Problem().arguments()
+    cache = LatentCache.empty(x["cache"].layout, 0, 40, dtype=torch.float32)
+    none = {"cache": cache, "lengths": torch.zeros(0, dtype=torch.int32)}
+    context, lse = latent_attention(**x | {"q_latent": x["q_latent"][:0], "q_rope": x["q_rope"][:0]} | none)
+    assert (context.shape, lse.shape) == ((0, 1, 2, 16), (0, 1, 2))
+    append_latent(torch.zeros(0, 1, 24), *[torch.zeros(0, 1, 1, 4)] * 2, cache, none["lengths"])
+
+
+@pytest.mark.parametrize("page", [0, 16])
+def test_more_rows_than_there_is_room_for_are_an_error(page):
+    x = Problem(page=page).arguments()
+    cache = x["cache"]
+    lengths = torch.tensor([cache.capacity, cache.capacity + 1])
+    message = f"has {cache.capacity + 1} rows, and the cache room for {cache.capacity}"
+    for wanted in (False, True):
+        with pytest.raises(ValueError, match=message):
+            latent_attention(**x | {"lengths": lengths, "return_lse": wanted})
+    before = cache.rest.clone()
+    with pytest.raises(ValueError, match=message):
+        append_latent(torch.zeros(2, 1, 24), *[torch.zeros(2, 1, 1, 4)] * 2, cache, lengths)
+    torch.testing.assert_close(cache.rest, before, rtol=0, atol=0, equal_nan=True)
 
 
 def test_parts_merge_by_their_denominators():

@@ -81,6 +81,7 @@ def test_an_older_gpu_is_an_error(architecture):
         (132, 1, 32, 65536, 1),
         (1, 1, 9, 65536, 132),
         (66, 1, 32, 8192, 2),
+        (0, 0, 0, 65536, 1),
         (100, 1, 32, 65536, 13),  # whole sequences would leave 32 of 132 processors idle; 10 turns of 130 pieces do not
     ],
 )
