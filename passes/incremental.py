@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from mla_compile.disk.mapped import DroppingInterpreter
 from mla_compile.errors import RefusedError, first_line
 from mla_compile.passes.evaluate import example_inputs
+from mla_compile.passes.weights import stored_numbers
 from mla_compile.program import DecoderProgram, Program
 from mla_compile.text.evaluate import differences, relative_error
 
@@ -24,6 +25,8 @@ _LONG, _LONG_PIECES = 1040, (640, 400)
 """Tokens that show what looks far back, or at lengths of hundreds; as many as a check on text runs."""
 _LONG_DIFFERENCE, _ROUNDED = 1e-3, 8
 """What is no rounding among so many tokens, and how many of them may be another expert's because of one."""
+_LARGE = 2**29
+"""Numbers in the weights of models that so many tokens are too much for."""
 
 
 def check_incremental(module: fx.GraphModule, program: Program, rows: Sequence[int], cross: Sequence[int] = ()) -> None:
@@ -72,8 +75,11 @@ def check_incremental(module: fx.GraphModule, program: Program, rows: Sequence[i
 def _far_error(module: fx.GraphModule, program: Program, rows: Sequence[int], context: Sequence[Tensor]) -> float:
     """How far a long sequence in two pieces is from the same at once, over the largest logit.
 
-    It is that of the token behind the few worst ones: a router's choice may turn on a rounding.
+    It is that of the token behind the few worst ones: a router's choice may turn on a rounding. Large models are not
+    tried: they differ from small ones of their kind in sizes, and minutes of work and gigabytes of logits are theirs.
     """
+    if stored_numbers(program) > _LARGE:
+        return 0.0
     context = [value[:1] for value in context]
     length = min(program.max_positions or _LONG, _LONG)
     while length > _LENGTH:
