@@ -276,6 +276,7 @@ def _with_sizes(node: Node) -> set[Node]:
 def _counters(program: Program, evaluator: GraphEvaluator, flow: DataFlow, alive: Mapping[str, Node]) -> dict[str, int]:
     """Live integer nodes that evaluate to ``c + arange(length)``, and their ``c``."""
     found: dict[str, int] = {}
+    sizes = _sizes(evaluator)
     for node in evaluator.graph.nodes:
         value = node.meta.get("val")
         if (
@@ -292,18 +293,25 @@ def _counters(program: Program, evaluator: GraphEvaluator, flow: DataFlow, alive
             continue
 
         def start(length: int, node: Node = node) -> int | None:
-            return _start(evaluator.run([node], {}, example_inputs(program, 2, length))[0], length)
+            given = _blanks(node, flow, sizes, length)
+            return _start(evaluator.run([node], given, example_inputs(program, 2, length))[0], length)
 
         # The long one tells a count from one that stops or starts anew (a clamp, a remainder).
         try:
-            starts = {
-                start(length) for length in (7, 12, longest_length(evaluator, _sizes(evaluator), start, _LONG_COUNT))
-            }
-        except (RuntimeError, IndexError):
-            continue  # made in pieces of a fixed size: it counts places inside a piece, if anything
+            starts = {start(length) for length in (7, 12, longest_length(evaluator, sizes, start, _LONG_COUNT))}
+        except (RuntimeError, IndexError, TypeError):
+            continue  # made in pieces of a fixed size, or of a size in the data: it counts places inside, if anything
         if len(starts) == 1 and (first := starts.pop()) is not None:
             found[node.name] = first
     return found
+
+
+def _blanks(node: Node, flow: DataFlow, sizes: Sizes, length: int) -> dict[Node, Tensor]:
+    """Zeros for the activations behind a node that is made of sizes only: layers of experts are not run for these."""
+    behind = upstream([node], lambda n: n.target is _aten.sym_size.int or n in flow.hidden)
+    read = behind | {i for n in behind for i in n.all_input_nodes}
+    values = {n: n.meta["val"] for n in read if n in flow.hidden and isinstance(n.meta.get("val"), Tensor)}
+    return {n: torch.zeros((), dtype=v.dtype).expand(sizes.bind(v.shape, 2, length)) for n, v in values.items()}
 
 
 def _start(values: Tensor, length: int) -> int | None:
