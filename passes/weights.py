@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from mla_compile.passes.einsum import einsum_parts
 from mla_compile.passes.evaluate import GraphEvaluator
 from mla_compile.program import AnyProgram
 from mla_compile.site import AttentionSite, Projection
 
-__all__ = ["HeadWeights", "SiteWeights", "input_width", "read_site", "stored_numbers"]
+__all__ = ["HeadWeights", "SiteWeights", "has_numbers", "input_width", "read_site", "stored_numbers"]
 
 _aten = torch.ops.aten
 
@@ -63,6 +64,11 @@ def input_width(program: AnyProgram, site: AttentionSite) -> int:
     """Width of the activation a site's projections read; needs shapes only."""
     nodes = {n.name: n for n in program.exported.graph.nodes}
     return int(nodes[site.key.source].meta["val"].shape[-1])
+
+
+def has_numbers(program: AnyProgram) -> bool:
+    """Whether a model's weights are there, and not their shapes alone."""
+    return not any(isinstance(v, FakeTensor) or v.is_meta for v in program.exported.state_dict.values())
 
 
 def stored_numbers(program: AnyProgram) -> int:

@@ -14,7 +14,7 @@ from mla_compile.errors import RefusedError, UsageError
 from mla_compile.passes.plain_caches import with_plain_caches
 from mla_compile.passes.recognise import Recognition
 from mla_compile.passes.task import Task
-from mla_compile.passes.weights import stored_numbers
+from mla_compile.passes.weights import has_numbers, stored_numbers
 from mla_compile.plan import latent_budget, shared_rope_plan
 from mla_compile.program import AnyProgram, OtherProgram, Program
 from mla_compile.progress import machine_memory
@@ -70,8 +70,7 @@ def require_in_pieces(program: Program) -> None:
     Raises:
         RefusedError: Something outside attention looks at the length or at other tokens.
     """
-    has_numbers = not any(value.is_meta for value in program.exported.state_dict.values())
-    if has_numbers and stored_numbers(program) * torch.float32.itemsize <= WHOLE:
+    if has_numbers(program) and stored_numbers(program) * torch.float32.itemsize <= WHOLE:
         with_plain_caches(program)
 
 

@@ -651,8 +651,6 @@ KEPT_BESIDE = {
     "layer norm behind the rotation",
     "norm of half a head behind the rotation",
     "shift behind the rotation",
-    "normed queries scaled by length",
-    "rectified queries scaled by length",
     "chosen keys",
     "padding emptied by its token",
     "other source",
