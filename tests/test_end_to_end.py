@@ -660,8 +660,11 @@ def test_paths_that_cannot_be_written_are_refused(compiled, tmp_path):
         with pytest.raises(mla_compile.MlaCompileError) as caught:
             compiled.to_onnx(tmp_path / path)
         assert phrase in str(caught.value)
-    with pytest.raises(mla_compile.MlaCompileError, match="holds no converted model"):
+    with pytest.raises(mla_compile.MlaCompileError, match=r"holds a model as a file, 'taken\.onnx', and this takes"):
         mla_compile.load(tmp_path)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(mla_compile.MlaCompileError, match="holds no converted model"):
+        mla_compile.load(tmp_path / "folder")
 
 
 # ---- as a program
