@@ -429,11 +429,15 @@ def test_every_layer_is_refused_with_its_reason(place, tmp_path):
 
 
 def test_the_table_of_refused_layers_goes_to_standard_output(place):
+    """And what a conversion would say of them to the other stream."""
     done = command("inspect", place / "both-ways.pt2")
-    assert (done.code, done.err) == (3, "")
+    told = r"mla-compile: 2 of 2 attention layers of '.*' cannot be converted: .* Pass --encoders .*\.\n"
+    assert done.code == 3
+    assert re.fullmatch(told, done.err)
     assert done.out.count("no: mask") == 2
     done = command("inspect", place / "both-ways.pt2", "--json")
-    assert (done.code, done.err) == (3, "")
+    assert done.code == 3
+    assert re.fullmatch(told, done.err)
     assert [(row["path"], row["rejected"]) for row in json.loads(done.out)["layers"]] == [
         ("attentions.0", "mask"),
         ("attentions.1", "mask"),
@@ -442,7 +446,8 @@ def test_the_table_of_refused_layers_goes_to_standard_output(place):
 
 def test_a_model_without_attention_is_inspected(place):
     done = command("inspect", place / "bag.pt2")
-    assert (done.code, done.out, done.err) == (3, "No attention was found.\n", "")
+    assert (done.code, done.out) == (3, "No attention was found.\n")
+    assert done.err.startswith(f"mla-compile: No attention was found in '{place / 'bag.pt2'}'. ")
 
 
 def test_the_window_recommended_by_the_error_works(place, tmp_path):
