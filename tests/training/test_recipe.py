@@ -52,7 +52,7 @@ def test_objectives_are_mixed_by_name():
         ({"batch": 5, "accumulate": 2}, "cannot be cut"),
         ({"warm_up": 0.6, "decay": 0.5}, "more than all"),
         ({"train": "some"}, "train='some'"),
-        ({"steps": 3}, "steps=3"),
+        ({"steps": 3}, "no setting 'steps'"),
     ],
 )
 def test_settings_that_cannot_be(settings, problem):
