@@ -34,6 +34,6 @@ def hub_answers(name: str) -> bool:
         get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=_SECONDS)
     except HfHubHTTPError:
         return True
-    except Exception:
+    except Exception:  # its versions reach the network by libraries whose errors share no base
         return False
     return True

@@ -18,7 +18,7 @@ from mla_compile.passes.evaluate import example_inputs
 from mla_compile.passes.mismatch import MismatchError
 from mla_compile.passes.norm import nodes_between
 from mla_compile.passes.probe import Operand
-from mla_compile.passes.trace import DataFlow, upstream
+from mla_compile.passes.trace import DataFlow, blank_activations, upstream
 from mla_compile.site import RejectCode
 
 __all__ = ["require_same_far"]
@@ -90,12 +90,7 @@ def _values(operand: Operand, flow: DataFlow, nodes: Sequence[Node], length: int
     inputs = example_inputs(evaluator.program, 1, length, sizes=sizes)
     for node in nodes:
         behind = upstream([node], lambda n: n.target is _SIZE or n in flow.hidden)
-        # Of activations only the shape is read, if anything.
-        given = {
-            n: torch.zeros((), dtype=torch.float64).expand(sizes.bind(n.meta["val"].shape, 1, length))
-            for n in behind | {i for n in behind for i in n.all_input_nodes}
-            if n in flow.hidden
-        }
+        given = blank_activations(flow, node, lambda shape: sizes.bind(shape, 1, length))
         tensors = [n.meta["val"] for n in behind - given.keys() if isinstance(n.meta.get("val"), Tensor)]
         if any(math.prod(sizes.bind(value.shape, 1, length)) > _MOST for value in tensors):
             continue

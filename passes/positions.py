@@ -19,7 +19,7 @@ from mla_compile.errors import RefusedError
 from mla_compile.passes.evaluate import GraphEvaluator, example_inputs
 from mla_compile.passes.layout import Sizes
 from mla_compile.passes.probe import longest_length
-from mla_compile.passes.trace import DataFlow, upstream
+from mla_compile.passes.trace import DataFlow, blank_activations, upstream
 from mla_compile.program import Program
 
 __all__ = ["repair_positions"]
@@ -293,7 +293,7 @@ def _counters(program: Program, evaluator: GraphEvaluator, flow: DataFlow, alive
             continue
 
         def start(length: int, node: Node = node) -> int | None:
-            given = _blanks(node, flow, sizes, length)
+            given = blank_activations(flow, node, lambda shape: sizes.bind(shape, 2, length))
             return _start(evaluator.run([node], given, example_inputs(program, 2, length))[0], length)
 
         # The long one tells a count from one that stops or starts anew (a clamp, a remainder).
@@ -304,14 +304,6 @@ def _counters(program: Program, evaluator: GraphEvaluator, flow: DataFlow, alive
         if len(starts) == 1 and (first := starts.pop()) is not None:
             found[node.name] = first
     return found
-
-
-def _blanks(node: Node, flow: DataFlow, sizes: Sizes, length: int) -> dict[Node, Tensor]:
-    """Zeros for the activations behind a node that is made of sizes only: layers of experts are not run for these."""
-    behind = upstream([node], lambda n: n.target is _aten.sym_size.int or n in flow.hidden)
-    read = behind | {i for n in behind for i in n.all_input_nodes}
-    values = {n: n.meta["val"] for n in read if n in flow.hidden and isinstance(n.meta.get("val"), Tensor)}
-    return {n: torch.zeros((), dtype=v.dtype).expand(sizes.bind(v.shape, 2, length)) for n, v in values.items()}
 
 
 def _start(values: Tensor, length: int) -> int | None:

@@ -7,7 +7,7 @@ products of an activation with a weight. Nothing here looks at module classes or
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +68,21 @@ SHAPE_ONLY = frozenset(
     }
 )
 """Operators that read the shape of their input and not its content."""
+
+
+def blank_activations(flow: DataFlow, node: Node, bind: Callable[[Sequence[Any]], Sequence[int]]) -> dict[Node, Tensor]:
+    """Zeros for the activations behind a node of which it reads sizes only, so that layers are not run for these.
+
+    Args:
+        flow: Data flow of the graph.
+        node: A node that no activation reaches by its values.
+        bind: Makes a symbolic shape one of integers.
+    """
+    behind = upstream([node], lambda n: n.target is _aten.sym_size.int or n in flow.hidden)
+    read = behind | {i for n in behind for i in n.all_input_nodes}
+    values = {n: n.meta["val"] for n in read if n in flow.hidden and isinstance(n.meta.get("val"), Tensor)}
+    kinds = {n: torch.float64 if v.is_floating_point() else v.dtype for n, v in values.items()}
+    return {n: torch.zeros((), dtype=kinds[n]).expand(list(bind(v.shape))) for n, v in values.items()}
 
 
 def upstream(

@@ -36,11 +36,13 @@ from mla_compile.runtime.module import LatentModel
 from mla_compile.runtime.onnx_halves import halves_bytes
 from mla_compile.runtime.onnx_quantised import quantised_bytes
 
-__all__ = ["Saved", "open_saved", "save", "write_saved_onnx", "write_trained"]
+__all__ = ["RECIPE", "Saved", "open_saved", "save", "write_saved_onnx", "write_trained"]
 
 _MEASURED = ("quality", "polish", "verification")
 """What a report says of weights as they were."""
 _BEFORE = "before fine-tuning: "
+RECIPE = "recipe.yaml"
+"""What the settings of a training are called in the folder that it wrote."""
 _CHECKED = 24
 """Random tokens per sequence that an ONNX file is compared on."""
 
@@ -145,7 +147,7 @@ def write_trained(
         write_archive(module, folder)
         copy_assets(saved.assets, folder)
         shutil.copyfile(saved.folder / SETTINGS, folder / SETTINGS)
-        (folder / "recipe.yaml").write_text(yaml.safe_dump(dict(recipe), sort_keys=False), encoding="utf-8")
+        (folder / RECIPE).write_text(yaml.safe_dump(dict(recipe), sort_keys=False), encoding="utf-8")
         return _finished(report, folder)
 
 

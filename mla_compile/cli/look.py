@@ -21,6 +21,7 @@ from mla_compile.cli.options import (
 __all__ = ["inspect", "plan"]
 
 _CONTEXT = 4096
+"""Tokens in the cache of the step that a plan estimates, unless the model takes fewer."""
 
 
 def inspect(

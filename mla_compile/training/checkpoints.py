@@ -125,7 +125,7 @@ class Checkpoints:
         if not steps:
             return None
         found = self.folder / _name(steps[-1])
-        with self._damage_explained(found):
+        with _damage_explained(found):
             written = json.loads((found / "state.json").read_text("utf-8"))
             state = State(int(written["step"]), tuple(TrainingPoint(**point) for point in written["curve"]))
             stored = dict(yaml.safe_load((found / "recipe.yaml").read_text("utf-8")))
@@ -146,24 +146,25 @@ class Checkpoints:
             LoadError: It is damaged.
         """
         found = self.folder / _name(step)
-        with self._damage_explained(found):
+        with _damage_explained(found):
             accelerator.load_state(str(found))
 
     def _steps(self) -> Sequence[int]:
         """Steps of which there is a checkpoint, in order."""
         return sorted(int(found[1]) for path in self.folder.glob("step-*") if (found := _NAME.fullmatch(path.name)))
 
-    @contextlib.contextmanager
-    def _damage_explained(self, checkpoint: Path) -> Iterator[None]:
-        """Turn what reading a damaged checkpoint raises into a sentence."""
-        try:
-            yield
-        except (*_DAMAGE, yaml.YAMLError) as error:
-            reason = first_line(error)
-            raise LoadError(
-                f"The checkpoint '{checkpoint}' is damaged ({reason}).",
-                "Remove it to go on from the one before, or pass --force to begin anew.",
-            ) from error
+
+@contextlib.contextmanager
+def _damage_explained(checkpoint: Path) -> Iterator[None]:
+    """Turn what reading a damaged checkpoint raises into a sentence."""
+    try:
+        yield
+    except (*_DAMAGE, yaml.YAMLError) as error:
+        reason = first_line(error)
+        raise LoadError(
+            f"The checkpoint '{checkpoint}' is damaged ({reason}).",
+            "Remove it to go on from the one before, or pass --force to begin anew.",
+        ) from error
 
 
 def remove_checkpoints(folder: Path) -> None:

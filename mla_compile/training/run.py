@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
+from mla_compile.artifacts.companions import MODEL
 from mla_compile.artifacts.opened import module_scorer
 from mla_compile.artifacts.places import check_place, is_named_file
-from mla_compile.artifacts.saved import open_saved, write_trained
+from mla_compile.artifacts.saved import RECIPE, open_saved, write_trained
+from mla_compile.config import REPORT, SETTINGS
 from mla_compile.disk.content import content_of
 from mla_compile.disk.writing import explained
 from mla_compile.errors import LoadError, UsageError
@@ -23,6 +25,7 @@ from mla_compile.passes.retype import is_narrow, widened
 from mla_compile.program import Program
 from mla_compile.progress import Display, Stages
 from mla_compile.report import Training
+from mla_compile.reporting.report_page import PAGE
 from mla_compile.runtime.module import LatentModel
 from mla_compile.sources import frontend
 from mla_compile.text.calibration import Text, read_text
@@ -38,9 +41,7 @@ if TYPE_CHECKING:
 __all__ = ["finetune", "finetune_module", "require_accelerate"]
 
 _CHECKPOINTS = "checkpoints"
-_TRAINED = "recipe.yaml"
-"""What a folder has that was fine-tuned."""
-_RESULTS = ("model.pt2", "mla_config.yaml", "report.json", "report.html", _TRAINED)
+_RESULTS = (MODEL, SETTINGS, REPORT, PAGE, RECIPE)
 
 
 @dataclass(frozen=True)
@@ -256,7 +257,7 @@ def _are_there(checkpoints: Checkpoints) -> bool:
 def _remove_earlier(out: Path) -> None:
     """Remove what an earlier training left, so that no result of it lies beside checkpoints of another."""
     remove_checkpoints(out / _CHECKPOINTS)
-    if (out / _TRAINED).is_file():
+    if (out / RECIPE).is_file():
         with explained(out):
             for name in _RESULTS:
                 (out / name).unlink(missing_ok=True)
