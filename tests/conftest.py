@@ -12,6 +12,7 @@ from typing import Any
 
 import hypothesis
 import models
+import permissions
 import pytest
 import torch
 from converted import Conversions
@@ -69,6 +70,13 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Statistics are kept away from the user's own, in subprocesses too."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLA_COMPILE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture
+def binding_permissions() -> Iterator[None]:
+    """Who may read and write what is as for an ordinary user, even for root."""
+    with permissions.binding():
         yield
 
 

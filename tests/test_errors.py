@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 import re
 import runpy
 import shutil
@@ -544,7 +543,7 @@ def test_a_folder_nobody_can_write_to(place):
     assert_one_sentence(convert(place / "nano.pt2", "--out", "/proc/new/o.onnx", "-q"), 2, "cannot be written")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root can write everywhere")
+@pytest.mark.usefixtures("binding_permissions")
 @pytest.mark.parametrize("name", ["o.onnx", "folder"])
 def test_a_read_only_folder(place, tmp_path, name):
     tmp_path.chmod(0o500)

@@ -56,7 +56,7 @@ def folder(tmp_path_factory):
     model = models.llama(num_hidden_layers=1, max_position_embeddings=24)
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(8)  # so that some tokens are likelier than others
-    compiled = mla_compile.compile(model, tokenizer=tokenizer, cache_ratio=0.5, check=False)
+    compiled = mla_compile.compile(model, tokenizer=tokenizer, method="mha2mla", cache_ratio=0.5, check=False)
     compiled.to_onnx(place / "model.onnx")
     compiled.save(place / "folder")
     return place
