@@ -15,7 +15,10 @@ _OVERRIDES = 1 << 1 | 1 << 2  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
 
 @contextmanager
 def binding() -> Iterator[None]:
-    """Lay down root's capabilities to read and write everything, in this thread (a process that it starts has them again)."""
+    """Lay down root's capabilities to read and write everything, in this thread.
+
+    A process that it starts has them again.
+    """
     if os.geteuid() != 0:
         yield
         return
