@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx import Node
 
-from mla_compile.passes.factorise import LatentWeights
+from mla_compile.latent_weights import LatentWeights
 from mla_compile.passes.layout import Layout, Sizes, token_axes
 from mla_compile.passes.retype import NARROW
 from mla_compile.program import AnyProgram, Program

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from mla_compile.errors import RefusedError
+from mla_compile.latent_weights import LatentWeights
 from mla_compile.passes.emit import Emitter, layer_parameters
-from mla_compile.passes.factorise import LatentWeights
 from mla_compile.passes.layout import Sizes
 from mla_compile.program import AnyProgram, Role
 from mla_compile.site import AttentionSite

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from mla_compile.deepseek import deepseek_shape, require_expressible, require_table, rope_table
+from mla_compile.latent_weights import LatentWeights
 from mla_compile.passes.converted import steps_beside
-from mla_compile.passes.factorise import LatentWeights
 from mla_compile.passes.gauge import balanced
 from mla_compile.passes.layers import MeasuredLayer, input_moments, measure_layers, no_room, rope_is_shifted, settled_by
 from mla_compile.passes.principal import principal_components
@@ -28,12 +28,13 @@ from mla_compile.passes.refit import refit_values
 from mla_compile.passes.rope_split import RopeSplit, rotary_channels, split_rope
 from mla_compile.passes.search import Divergence, Shares, search_shares
 from mla_compile.passes.sizes import LayerSizes, same_ranks, shared_ranks, split_budget
-from mla_compile.passes.statistics import SiteStatistics, key_weighting
+from mla_compile.passes.statistics import key_weighting
 from mla_compile.passes.task import BATCH, Choice, Task, left_out
 from mla_compile.passes.weights import SiteWeights
 from mla_compile.plan import shared_rope_plan
 from mla_compile.report import LayerForecast
 from mla_compile.site import AttentionSite
+from mla_compile.site_statistics import SiteStatistics
 
 __all__ = ["JointFactors", "assemble", "fisher", "from_rows", "joint_factors", "joint_rows"]
 

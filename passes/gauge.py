@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mla_compile.passes.factorise import LatentWeights
+from mla_compile.latent_weights import LatentWeights
 
 __all__ = ["balanced"]
 

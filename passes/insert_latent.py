@@ -24,9 +24,9 @@ from torch import fx
 from torch.fx import Node
 
 from mla_compile.errors import RefusedError
+from mla_compile.latent_weights import LatentWeights
 from mla_compile.passes.emit import Emitter, last_placeholder
 from mla_compile.passes.emit_open import OpenEmitter
-from mla_compile.passes.factorise import LatentWeights
 from mla_compile.passes.incremental import check_incremental
 from mla_compile.passes.positions import repair_positions
 from mla_compile.passes.retype import attribute, widened

@@ -9,9 +9,9 @@ from torch import Tensor, fx
 from torch.fx import Node
 
 from mla_compile.errors import RefusedError
+from mla_compile.latent_weights import LatentWeights
 from mla_compile.passes.emit import last_placeholder
 from mla_compile.passes.emit_open import OpenEmitter
-from mla_compile.passes.factorise import LatentWeights
 from mla_compile.passes.insert_latent import check_scores_are_dead, erase_dead, finished
 from mla_compile.passes.scores import layer_sizes
 from mla_compile.program import AnyProgram

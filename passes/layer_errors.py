@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mla_compile.latent_weights import LatentWeights
 from mla_compile.passes.activations import SiteRun
 from mla_compile.passes.converted import side_by_side, steps_beside
-from mla_compile.passes.factorise import LatentWeights
 from mla_compile.passes.kept import kept_values
 from mla_compile.passes.layerwise import Resources
 from mla_compile.program import Program

@@ -16,10 +16,11 @@ from mla_compile.disk.spill import spilled
 from mla_compile.disk.statistics_cache import Found, statistics_key
 from mla_compile.errors import RefusedError, UsageError
 from mla_compile.passes.output_metric import output_metrics
-from mla_compile.passes.statistics import SiteStatistics, collect_statistics
+from mla_compile.passes.statistics import collect_statistics
 from mla_compile.passes.task import BATCH, Task
 from mla_compile.passes.weights import SiteWeights, read_site
 from mla_compile.site import AttentionSite
+from mla_compile.site_statistics import SiteStatistics
 
 __all__ = [
     "Measured",

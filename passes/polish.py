@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from mla_compile.latent_weights import LatentWeights
 from mla_compile.passes.emit import holder_name
-from mla_compile.passes.factorise import LatentWeights
 from mla_compile.passes.gauge import balanced
+from mla_compile.passes.retype import widened
 from mla_compile.passes.search import Divergence
 from mla_compile.passes.task import Task
 from mla_compile.report import Polish
@@ -97,7 +98,7 @@ def _train(
     parameters = {name: p for layer in layers for name, p in layer.parameters.items()}
     optimiser = torch.optim.Adam([group for layer in layers for group in layer.groups()], betas=_BETAS)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _share(step, steps))
-    teacher = original_scorer(task.program, wide=True)
+    teacher = original_scorer(task.program, widened(task.program.flat_module()))
     # The last weights that are known to have a finite loss.
     good, done = {name: p.detach().clone() for name, p in parameters.items()}, 0
     with task.stages.stage("polish", steps) as advance:

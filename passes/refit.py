@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from mla_compile.disk.spill import Shelf, spilled
+from mla_compile.latent_weights import LatentWeights
 from mla_compile.passes.converted import side_by_side, steps_beside
-from mla_compile.passes.factorise import LatentWeights
 from mla_compile.passes.layerwise import Resources
 from mla_compile.program import Program
 from mla_compile.runtime.module import LatentModel

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from mla_compile.passes.lanczos import leading_vectors
-from mla_compile.passes.statistics import SiteStatistics, key_weighting
+from mla_compile.passes.statistics import key_weighting
 from mla_compile.passes.weights import SiteWeights
 from mla_compile.site import AttentionSite
+from mla_compile.site_statistics import SiteStatistics
 
 __all__ = ["RopeSplit", "RotaryChannels", "real_split", "rotary_channels", "split_rope"]
 

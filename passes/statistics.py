@@ -25,38 +25,10 @@ from mla_compile.errors import RefusedError
 from mla_compile.passes.activations import Attended, SiteActivations, SiteRun, attend_site, per_head
 from mla_compile.program import Program
 from mla_compile.site import AttentionSite
+from mla_compile.site_statistics import SiteStatistics
 from mla_compile.text.processes import Processes
 
-__all__ = ["SiteStatistics", "SiteSums", "collect_statistics", "key_weighting", "logit_fisher", "logit_spread"]
-
-
-@dataclass(frozen=True)
-class SiteStatistics:
-    """Statistics of one site over ``N`` tokens, in float64; ``E`` is the mean over tokens.
-
-    Attributes:
-        tokens: ``N``.
-        mean: ``[width]``, ``E x`` of the input of keys and values.
-        moment: ``[width, width]``, ``E x x^T``.
-        query: ``[H, D, D]``, ``E f_m q_m q_m^T`` with ``f_m = sum_j (dL/ds_mj)^2`` and ``s`` the scaled logits.
-        distance: ``[H, T]``, share of ``(dL/ds)^2`` at every distance between query and key; sums to 1.
-        output: ``[H, Dv, Dv]``, ``E (dL/do)(dL/do)^T``.
-        attended: ``[H]``, ``E |o|^2 / E |v|^2``: how much of the values' variance is left after averaging.
-        key_squares: ``[n]``, ``E s_g^2`` of what every key head's norm multiplies it with; None where keys have none.
-        key_moment: ``[width, width]``, ``E mean_g s_g^2 x x^T``; None where keys have no norm, and it is ``moment``.
-        key_mean: ``[width]``, ``E mean_g s_g^2 x``; None where keys have no norm, and it is ``mean``.
-    """
-
-    tokens: int
-    mean: Tensor
-    moment: Tensor
-    query: Tensor
-    distance: Tensor
-    output: Tensor
-    attended: Tensor
-    key_squares: Tensor | None = None
-    key_moment: Tensor | None = None
-    key_mean: Tensor | None = None
+__all__ = ["SiteSums", "collect_statistics", "key_weighting", "logit_fisher", "logit_spread"]
 
 
 def key_weighting(site: AttentionSite, statistics: SiteStatistics) -> tuple[Tensor, Tensor, Tensor]:

@@ -18,8 +18,8 @@ from mla_compile.deepseek import DeepSeekShape
 from mla_compile.disk.layer_store import LayerStore, rounded
 from mla_compile.disk.spill import spilled
 from mla_compile.disk.statistics_cache import StatisticsCache
+from mla_compile.latent_weights import LatentWeights
 from mla_compile.passes.activations import SiteRun
-from mla_compile.passes.factorise import LatentWeights
 from mla_compile.passes.insert_latent import insert_latent
 from mla_compile.passes.layerwise import Resources
 from mla_compile.passes.weights import input_width

@@ -18,17 +18,18 @@ import torch
 from mla_compile.config import CompileConfig
 from mla_compile.deepseek import deepseek_shape, require_expressible, require_table, rope_table
 from mla_compile.errors import UsageError
-from mla_compile.passes.factorise import LatentWeights
+from mla_compile.latent_weights import LatentWeights
 from mla_compile.passes.fisher import JointFactors, assemble, from_rows, joint_rows
 from mla_compile.passes.layers import MeasuredLayer, input_moments, measure_layers, no_room, settled_by
 from mla_compile.passes.principal import principal_components
 from mla_compile.passes.rope_split import RopeSplit, RotaryChannels, real_split, rotary_channels, split_rope
 from mla_compile.passes.search import Divergence
-from mla_compile.passes.statistics import SiteStatistics, key_weighting
+from mla_compile.passes.statistics import key_weighting
 from mla_compile.passes.task import Choice, Task, unpredicted
 from mla_compile.passes.weights import SiteWeights
 from mla_compile.plan import LatentPlan, latent_budget, one_rank, shared_rope_plan
 from mla_compile.site import AttentionSite
+from mla_compile.site_statistics import SiteStatistics
 
 __all__ = ["balanced_factors", "fold_frequencies", "transmla"]
 

@@ -12,8 +12,8 @@ from mla_compile import api
 from mla_compile.config import make_config
 from mla_compile.errors import UsageError
 from mla_compile.passes.layers import certain, measure_layers
-from mla_compile.passes.statistics import SiteStatistics
 from mla_compile.passes.task import Task
+from mla_compile.site_statistics import SiteStatistics
 from mla_compile.text.calibration import read_text
 
 WINDOWS = models.tokens(12, 16)

@@ -25,7 +25,7 @@ from onnx.external_data_helper import ExternalDataInfo
 
 from mla_compile.disk.statistics_cache import StatisticsCache
 from mla_compile.errors import LoadError
-from mla_compile.passes.statistics import SiteStatistics
+from mla_compile.site_statistics import SiteStatistics
 from mla_compile.text.corpus import read_documents
 
 TINY = Path(__file__).parents[1] / "examples" / "tiny-llama"

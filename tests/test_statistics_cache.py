@@ -14,9 +14,9 @@ from mla_compile import api
 from mla_compile.disk.statistics_cache import StatisticsCache, open_cache, statistics_key
 from mla_compile.passes import layers
 from mla_compile.passes.recognise import recognise
-from mla_compile.passes.statistics import SiteStatistics
 from mla_compile.program import Program
 from mla_compile.runtime.user_cache import default_folder
+from mla_compile.site_statistics import SiteStatistics
 from mla_compile.sources.capture import capture
 
 WINDOWS = models.tokens(12, 16)

@@ -17,8 +17,8 @@ from mla_compile.conversion.request import Request, Session
 from mla_compile.conversion.verdict import costly_layers, log_sizes, warnings_of
 from mla_compile.deepseek import require_expressible, with_preset
 from mla_compile.disk.statistics_cache import open_cache
+from mla_compile.latent_weights import LatentWeights
 from mla_compile.passes.converted import converted_logits, original_logits
-from mla_compile.passes.factorise import LatentWeights
 from mla_compile.passes.gauge import balanced
 from mla_compile.passes.layer_errors import error_steps, layer_errors
 from mla_compile.passes.layerwise import Resources
@@ -27,7 +27,7 @@ from mla_compile.passes.polish import polish
 from mla_compile.passes.quantise_cache import check_quantisable
 from mla_compile.passes.query_rank import with_query_rank
 from mla_compile.passes.recognise import Recognition
-from mla_compile.passes.retype import NARROW
+from mla_compile.passes.retype import NARROW, widened
 from mla_compile.passes.task import BATCH, Choice, Task
 from mla_compile.program import Program
 from mla_compile.progress import Stages
@@ -219,6 +219,7 @@ def verify_module(case: Case, converted: LatentModel, ids: Tensor) -> Verificati
     if not case.request.check:
         return None
     program = case.task.program
+    narrow = program.dtype in NARROW
     with case.task.stages.stage("verify"):
         exact = case.task.config.exact and program.dtype == torch.float32
         return check_module(
@@ -227,7 +228,7 @@ def verify_module(case: Case, converted: LatentModel, ids: Tensor) -> Verificati
             converted,
             ids,
             case.text is not None,
-            wide_original=original_scorer(program, wide=True) if program.dtype in NARROW else None,
+            wide_original=original_scorer(program, widened(program.flat_module())) if narrow else None,
         )
 
 

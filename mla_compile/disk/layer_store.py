@@ -22,7 +22,7 @@ from torch import Tensor
 from mla_compile.disk.content import content_of
 from mla_compile.disk.writing import explained, missing_folders, remove_empty, whole_file
 from mla_compile.errors import ShareDone
-from mla_compile.passes.factorise import LatentWeights
+from mla_compile.latent_weights import LatentWeights
 
 __all__ = ["Journal", "LayerStore", "rounded", "store_beside", "store_folder"]
 

@@ -19,10 +19,10 @@ from torch import Tensor, fx
 from mla_compile.disk.content import content_of, hash_tensors
 from mla_compile.disk.writing import whole_file
 from mla_compile.errors import first_line
-from mla_compile.passes.statistics import SiteStatistics
 from mla_compile.program import Program
 from mla_compile.runtime.user_cache import default_folder
 from mla_compile.site import AttentionSite
+from mla_compile.site_statistics import SiteStatistics
 
 __all__ = ["Found", "StatisticsCache", "open_cache", "statistics_key"]
 

@@ -8,10 +8,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mla_compile.errors import UsageError, VerificationError
-from mla_compile.passes.retype import widened
 from mla_compile.program import Program
 
 __all__ = [
@@ -203,15 +202,15 @@ def longest_window(score: Scorer, limit: int | None, wanted: int = DEFAULT_WINDO
     return runs
 
 
-def original_scorer(program: Program, *, wide: bool = False) -> Scorer:
+def original_scorer(program: Program, module: nn.Module | None = None) -> Scorer:
     """The unconverted model as a function of whole sequences.
 
     Args:
         program: The model.
-        wide: Whether to compute in float32 what the model computes in fewer bits.
+        module: What computes: by default the model as it is, otherwise the same graph in another number type.
     """
-    module = widened(program.flat_module()) if wide else program.flat_module()
-    return lambda ids: module(*program.inputs(ids))
+    computes = program.flat_module() if module is None else module
+    return lambda ids: computes(*program.inputs(ids))
 
 
 def divergence(expected: Tensor, got: Tensor) -> Tensor:

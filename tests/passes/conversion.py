@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from mla_compile.config import make_config
-from mla_compile.passes.factorise import LatentWeights, factorise_mha2mla
+from mla_compile.latent_weights import LatentWeights
+from mla_compile.passes.factorise import factorise_mha2mla
 from mla_compile.passes.insert_latent import insert_latent
 from mla_compile.passes.weights import input_width, read_site
 from mla_compile.plan import plan_layers

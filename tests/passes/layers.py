@@ -9,11 +9,11 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mla_compile.passes.factorise import LatentWeights
-from mla_compile.passes.statistics import SiteStatistics
+from mla_compile.latent_weights import LatentWeights
 from mla_compile.passes.weights import HeadWeights, SiteWeights
 from mla_compile.runtime import reference
 from mla_compile.site import AttentionSite, Mask, Norm, Projection, Rope, Scores
+from mla_compile.site_statistics import SiteStatistics
 
 LENGTH = 9
 

@@ -11,8 +11,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from mla_compile.config import make_config
+from mla_compile.latent_weights import LatentWeights
 from mla_compile.passes.calibrate import PairNorms
-from mla_compile.passes.factorise import LatentWeights, factorise_mha2mla, select_pairs, truncated_svd
+from mla_compile.passes.factorise import factorise_mha2mla, select_pairs, truncated_svd
 from mla_compile.passes.weights import HeadWeights, SiteWeights
 from mla_compile.plan import plan_layers
 from mla_compile.runtime import reference

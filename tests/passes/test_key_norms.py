@@ -20,14 +20,14 @@ from torch import Tensor, nn
 
 from mla_compile.config import make_config
 from mla_compile.errors import RefusedError
+from mla_compile.latent_weights import LatentWeights
 from mla_compile.passes.activations import observe_sites
-from mla_compile.passes.factorise import LatentWeights
 from mla_compile.passes.fisher import assemble, fisher, joint_factors
 from mla_compile.passes.insert_latent import insert_latent
 from mla_compile.passes.layers import require_scalable
 from mla_compile.passes.lower_onnx import lower_to_onnx
 from mla_compile.passes.rope_split import RopeSplit, rotary_channels, split_rope
-from mla_compile.passes.statistics import SiteStatistics, collect_statistics, key_weighting
+from mla_compile.passes.statistics import collect_statistics, key_weighting
 from mla_compile.passes.task import Task
 from mla_compile.passes.transmla import balanced_factors, transmla
 from mla_compile.passes.weights import SiteWeights, input_width, read_site
@@ -36,6 +36,7 @@ from mla_compile.program import Program
 from mla_compile.runtime.module import LatentModel
 from mla_compile.runtime.onnx_session import OnnxDecoder
 from mla_compile.site import AttentionSite
+from mla_compile.site_statistics import SiteStatistics
 
 # Both sides are float32 models of two layers with other orders of products: 3e-7 was observed, and 5e-2 or more where
 # the scales do not reach the rope keys.

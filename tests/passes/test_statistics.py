@@ -13,7 +13,8 @@ import zoo
 from mla_compile.errors import RefusedError
 from mla_compile.passes.activations import attend_site
 from mla_compile.passes.recognise import recognise
-from mla_compile.passes.statistics import SiteStatistics, collect_statistics, logit_fisher, logit_spread
+from mla_compile.passes.statistics import collect_statistics, logit_fisher, logit_spread
+from mla_compile.site_statistics import SiteStatistics
 
 # Products of float32 activations that were summed in another order: some tens of roundings of 6e-8.
 CLOSE = 1e-5
