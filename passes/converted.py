@@ -96,7 +96,6 @@ def side_by_side(
     Yields:
         Number of the batch and of the site, the original's attention outputs ``[B, S, H, Dv]``, and what the hook told.
     """
-    assert isinstance(model.graph, fx.GraphModule)
     graph = widened(model.graph)
     nodes = _latent_nodes(graph)
     told: dict[int, tuple[Tensor, Tensor]] = {}

@@ -52,10 +52,9 @@ def positions_from_mask(attention_mask: Tensor, new: int) -> Tensor:
     return ((attention_mask != 0).long().cumsum(-1) - 1).clamp(min=0)[:, -new:]
 
 
-def cache_windows(module: nn.Module) -> tuple[int, ...]:
+def cache_windows(module: fx.GraphModule) -> tuple[int, ...]:
     """The window of every attention layer of a rewritten graph, in the order of their caches; 0 for none."""
     graph = module.graph
-    assert isinstance(graph, fx.Graph)
     operators = (torch.ops.mla.latent_attention.default, torch.ops.mla.cached_attention.default)
     nodes = [n for n in graph.nodes if n.target in operators]
     arguments = [[a.name for a in n.target._schema.arguments] for n in nodes]
@@ -110,7 +109,9 @@ class LatentModel(nn.Module):
         windows: How many tokens a layer sees, 0 for all; its cache keeps one less. Read from the graph by default.
     """
 
-    def __init__(self, graph: nn.Module, rows: Sequence[int], windows: Sequence[int] | None = None) -> None:
+    graph: fx.GraphModule
+
+    def __init__(self, graph: fx.GraphModule, rows: Sequence[int], windows: Sequence[int] | None = None) -> None:
         super().__init__()
         self.graph = graph
         self.rows = tuple(rows)
@@ -119,9 +120,7 @@ class LatentModel(nn.Module):
     @property
     def vocabulary(self) -> int:
         """How many logits a token has, by the graph."""
-        graph = self.graph.graph
-        assert isinstance(graph, fx.Graph)
-        logits = cast(Any, graph.output_node().args[0])[0]
+        logits = cast(Any, self.graph.graph.output_node().args[0])[0]
         return int(logits.meta["val"].shape[-1])
 
     @property
@@ -198,7 +197,9 @@ class LowRankModel(nn.Module):
         outputs: Names of its outputs, in order.
     """
 
-    def __init__(self, graph: nn.Module, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+    graph: fx.GraphModule
+
+    def __init__(self, graph: fx.GraphModule, inputs: Sequence[str], outputs: Sequence[str]) -> None:
         super().__init__()
         self.graph = graph
         self.inputs, self.outputs = tuple(inputs), tuple(outputs)

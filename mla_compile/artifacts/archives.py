@@ -53,7 +53,7 @@ def write_archive(module: LatentModel, folder: Path) -> None:
 
     Where the nodes came from is left out: it names files of this machine, and grows with every export.
     """
-    exported = export_rewritten(module.graph, module.rows)  # type: ignore[arg-type]
+    exported = export_rewritten(module.graph, module.rows)
     for node in exported.graph.nodes:
         for name in _PROVENANCE:
             node.meta.pop(name, None)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, fx
+from torch import Tensor
 
 from mla_compile.artifacts.companions import copy_assets, finished
 from mla_compile.artifacts.genai import write_genai_config
@@ -105,7 +105,7 @@ def lower_and_check(
     paged, static = form["cache_layout"] == "paged", form["cache"] == "static"
     with stages.stage("lower to ONNX"):
         lower_to_onnx(
-            module.graph,  # type: ignore[arg-type]
+            module.graph,
             module.rows,
             file,
             opset=form["opset"],
@@ -156,7 +156,7 @@ def write_encoder_onnx(
     with moved_into(path.parent) as folder:
         with stages.stage("lower to ONNX"):
             lower_encoder_to_onnx(
-                module.graph,  # type: ignore[arg-type]
+                module.graph,
                 face,
                 folder / path.name,
                 opset=report.config["opset"],
@@ -207,8 +207,8 @@ def write_seq2seq_onnx(
     with moved_into(path.parent) as folder:
         with stages.stage("lower to ONNX"):
             opset = report.config["opset"]
-            encoder: fx.GraphModule = module.encoder.graph  # type: ignore[assignment]
-            decoder: fx.GraphModule = module.decoder.graph  # type: ignore[assignment]
+            encoder = module.encoder.graph
+            decoder = module.decoder.graph
             lower_encoder_to_onnx(encoder, face, folder / other.name, opset=opset, metadata=facts)
             lower_to_onnx(
                 decoder,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from mla_compile.artifacts.archives import read_folder
 from mla_compile.artifacts.companions import is_converted_folder, read_assets, read_settings, written_files
@@ -140,7 +140,6 @@ def mapped_scorer(model: LatentModel) -> Scorer:
     def score(ids: Tensor) -> Tensor:
         mask = torch.ones_like(ids)
         inputs = (ids, mask, positions_from_mask(mask, ids.shape[1]), *model.empty_cache(len(ids)))
-        assert isinstance(model.graph, fx.GraphModule)
         logits: Tensor = DroppingInterpreter(model.graph).run(*inputs)[0]
         return logits
 

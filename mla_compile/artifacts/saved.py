@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import yaml
-from torch import fx
 
 from mla_compile.artifacts.archives import read_folder, write_archive
 from mla_compile.artifacts.companions import copy_assets, displaced, is_converted_folder, read_assets
@@ -191,7 +190,6 @@ def write_saved_onnx(saved: Saved, path: Path, form: CompileConfig, *, force: bo
     halves = form.cache_layout == "genai"
     if int8 or halves:
         graph, rows = saved.module.graph, saved.module.rows
-        assert isinstance(graph, fx.GraphModule)
         after = halves_bytes(rows) if halves else quantised_bytes(rows, check_quantisable(graph, rows))
         cache = {**cache, "bytes_per_token_after": after, "ratio": after / cache["bytes_per_token_before"]}
     own = {name: getattr(form, name) for name in ("opset", "cache", "cache_type", "cache_layout", "inline")}

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from torch import fx
 
 from mla_compile.artifacts.archives import read_folder
 from mla_compile.artifacts.companions import copy_assets, finished, read_assets
@@ -267,7 +266,7 @@ def _write(
         VerificationError: ONNX Runtime or the engine computes something else.
     """
     file = hidden / path.with_suffix(".onnx").name
-    graph: fx.GraphModule = model.graph  # type: ignore[assignment]
+    graph = model.graph
     metadata = {**metadata, "known_tokens": model.known_tokens}
     with stages.stage("lower to ONNX"):
         facts = {**metadata, "target": "tensorrt"}

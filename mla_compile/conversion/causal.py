@@ -176,7 +176,7 @@ def rewrite(case: Case, weights: tuple[LatentWeights, ...]) -> LatentModel:
     with case.task.stages.stage("rewrite"):
         converted = case.task.result(weights)
     if case.task.config.cache_type == "int8":  # before anything takes long
-        check_quantisable(converted.graph, converted.rows)  # type: ignore[arg-type]
+        check_quantisable(converted.graph, converted.rows)
     return converted
 
 

@@ -10,8 +10,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from torch import fx
-
 from mla_compile.artifacts.opened import ONNX_RUNTIME, Opened, latent_bytes, module_scorer, onnx_scorer, open_program
 from mla_compile.config import CompileConfig, make_config
 from mla_compile.conversion.admission import require_causal
@@ -168,7 +166,7 @@ def _runnable(task: Task, base: Opened, model: LatentModel, onnxruntime: bool) -
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         with task.stages.stage("lower to ONNX"):
-            graph: fx.GraphModule = model.graph  # type: ignore[assignment]
+            graph = model.graph
             lower_to_onnx(graph, model.rows, path, opset=config.opset, inline=False, metadata={})
             decoder = OnnxDecoder(path)
         lowered = replace(

@@ -87,7 +87,6 @@ class Student(nn.Module):
     def __init__(self, model: LatentModel, *, matching: bool, recompute: bool) -> None:
         super().__init__()
         graph = model.graph
-        assert isinstance(graph, fx.GraphModule)
         self.model = LatentModel(recomputed(graph), model.rows, model.windows) if recompute else model
         # In a tuple, so that parameters have one name: both graphs share them.
         self._matched: tuple[fx.GraphModule, ...] = (matched(graph),) if matching else ()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from mla_compile.artifacts.companions import MODEL
 from mla_compile.artifacts.opened import module_scorer
@@ -279,7 +279,6 @@ def require_accelerate() -> None:
 def _in_float32(model: LatentModel) -> LatentModel:
     """A model to train: a copy with float32 weights, where narrow ones would lose small steps."""
     graph = model.graph
-    assert isinstance(graph, fx.GraphModule)
     return LatentModel(widened(graph, stored=True), model.rows, model.windows) if is_narrow(graph) else model
 
 

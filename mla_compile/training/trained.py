@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.fx import Node
 
 from mla_compile.runtime.module import LatentModel
@@ -39,7 +39,6 @@ def trained_names(model: LatentModel, train: str) -> set[str]:
     if train == "latent":
         return found
     graph = model.graph.graph
-    assert isinstance(graph, fx.Graph)
     products = output_products(latent_nodes(graph))
     weights = {n for p in products for n in map(_stored, p.all_input_nodes) if n is not None}
     # Norms are vectors that are not added: the bias of a product is its argument.

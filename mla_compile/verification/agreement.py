@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from mla_compile.errors import VerificationError
 from mla_compile.passes.retype import type_name, widened
@@ -129,7 +129,6 @@ def wide_bytes(model: LatentModel) -> int:
 
 def in_float32(model: LatentModel) -> LatentModel:
     """The same model computing in float32, with shared weights; the model itself, if it does already."""
-    assert isinstance(model.graph, fx.GraphModule)
     graph = widened(model.graph)
     return model if graph is model.graph else LatentModel(graph, model.rows, model.windows)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from mla_compile.errors import VerificationError
 from mla_compile.passes.onnx_pieces import PiecewiseSession
@@ -48,7 +48,6 @@ __all__ = ["check_lowering", "check_onnx", "quantised"]
 
 def quantised(converted: LatentModel) -> LatentModel:
     """The same model with a cache of numbers that codes and scales stand for; weights are shared."""
-    assert isinstance(converted.graph, fx.GraphModule)
     return LatentModel(with_quantised_rows(converted.graph), converted.rows)
 
 
@@ -194,7 +193,6 @@ def _halved_cache_bytes(model: LatentModel, tokens: int) -> int:
 
 def _quantised_cache_bytes(model: LatentModel, tokens: int) -> int:
     """Bytes that codes and scales of one sequence of so many tokens take."""
-    assert isinstance(model.graph, fx.GraphModule)
     norms = check_quantisable(model.graph, model.rows)
     layers = zip(model.rows, norms, model.windows, strict=True)
     return sum(quantised_bytes([row], [norm]) * kept_rows(tokens, window) for row, norm, window in layers)
