@@ -50,8 +50,9 @@ from mla_compile.runtime.generate import generate
 from mla_compile.runtime.module import LatentModel
 from mla_compile.runtime.onnx_cache import GrowingCache
 from mla_compile.runtime.onnx_session import OnnxDecoder
+from mla_compile.runtime.torch_decoder import TorchDecoder
 from mla_compile.text.evaluate import relative_error
-from mla_compile.verification.agreement import TorchDecoder, in_float32
+from mla_compile.verification.agreement import in_float32
 
 SHAPES: Mapping[str, Mapping[str, Any]] = {
     "llama-2-7b": {

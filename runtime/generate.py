@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from mla_compile.errors import UsageError, VerificationError
 
-__all__ = ["Decoder", "Sampling", "check_length", "check_step", "generate"]
+__all__ = ["Decoder", "Ids", "Sampling", "check_length", "check_step", "generate"]
 
 Ids = NDArray[np.int64]
 

@@ -29,7 +29,7 @@ from mla_compile.errors import LoadError, RefusedError, UsageError, Verification
 from mla_compile.passes.methods import METHODS
 from mla_compile.passes.task import Task
 from mla_compile.runtime.generate import generate
-from mla_compile.verification.agreement import TorchDecoder
+from mla_compile.runtime.torch_decoder import TorchDecoder
 
 TOLERANCE = 1e-5
 """Of the largest logit: float32 through two layers, with other matrices between the same numbers, stays below 1e-6."""

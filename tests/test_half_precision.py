@@ -31,9 +31,10 @@ from mla_compile.runtime.generate import generate
 from mla_compile.runtime.module import LatentModel
 from mla_compile.runtime.onnx_cache import CacheLayer, GrowingCache
 from mla_compile.runtime.onnx_session import OnnxDecoder
+from mla_compile.runtime.torch_decoder import TorchDecoder
 from mla_compile.sources.capture import capture
 from mla_compile.text.evaluate import original_scorer
-from mla_compile.verification.agreement import ROUNDING_FACTOR, TorchDecoder, require_rounding, rounding_error
+from mla_compile.verification.agreement import ROUNDING_FACTOR, require_rounding, rounding_error
 from mla_compile.verification.module import check_module
 
 BFLOAT16, FLOAT16 = torch.bfloat16, torch.float16

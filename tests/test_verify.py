@@ -18,9 +18,10 @@ from mla_compile.passes.quantise_cache import check_quantisable
 from mla_compile.runtime.generate import generate
 from mla_compile.runtime.module import LatentModel, LatentOutput, known_tokens
 from mla_compile.runtime.onnx_session import OnnxDecoder
+from mla_compile.runtime.torch_decoder import TorchDecoder
 from mla_compile.text.evaluate import original_scorer
 from mla_compile.verification import agreement
-from mla_compile.verification.agreement import QUANTISED_TOLERANCE, TorchDecoder, chunks, equal_share, greedy_original
+from mla_compile.verification.agreement import QUANTISED_TOLERANCE, chunks, equal_share, greedy_original
 from mla_compile.verification.module import check_module
 from mla_compile.verification.onnx import check_onnx
 

@@ -32,9 +32,10 @@ from mla_compile.progress import Stages
 from mla_compile.report import CheckpointFacts, Report
 from mla_compile.runtime.generate import generate
 from mla_compile.runtime.module import LatentModel, cache_dtype
+from mla_compile.runtime.torch_decoder import TorchDecoder
 from mla_compile.sources import huggingface
 from mla_compile.text.evaluate import divergence, relative_error, worst
-from mla_compile.verification.agreement import ROUNDING_FACTOR, TOLERANCE, TorchDecoder, in_float32
+from mla_compile.verification.agreement import ROUNDING_FACTOR, TOLERANCE, in_float32
 
 __all__ = [
     "DEFAULT_SHARD",

@@ -10,7 +10,7 @@ from mla_compile.artifacts.archives import read_folder
 from mla_compile.artifacts.companions import read_assets
 from mla_compile.runtime.generate import check_length
 from mla_compile.runtime.module import cache_dtype
-from mla_compile.verification.agreement import TorchDecoder
+from mla_compile.runtime.torch_decoder import TorchDecoder
 
 __all__ = ["FolderDecoder"]
 

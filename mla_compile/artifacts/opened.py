@@ -23,9 +23,9 @@ from mla_compile.runtime.module import LatentModel, cache_dtype, positions_from_
 from mla_compile.runtime.onnx_checksum import require_unchanged
 from mla_compile.runtime.onnx_session import OnnxDecoder
 from mla_compile.runtime.tensorrt.engine import TensorRTDecoder
+from mla_compile.runtime.torch_decoder import TorchDecoder
 from mla_compile.sources import frontend
 from mla_compile.text.evaluate import Scorer, original_scorer
-from mla_compile.verification.agreement import TorchDecoder
 
 __all__ = [
     "ONNX_RUNTIME",

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from mla_compile.errors import VerificationError
 from mla_compile.passes.retype import type_name, widened
-from mla_compile.runtime.generate import Decoder, Ids, check_step, generate
+from mla_compile.runtime.generate import Decoder, generate
 from mla_compile.runtime.module import LatentModel, LatentOutput, cache_dtype
 from mla_compile.text.evaluate import Scorer, differences, relative_error, worst
 
@@ -20,7 +19,6 @@ __all__ = [
     "ROUNDING_FACTOR",
     "TOLERANCE",
     "WHOLE",
-    "TorchDecoder",
     "cache_bytes",
     "chunks",
     "equal_share",
@@ -54,41 +52,6 @@ WHOLE = 2**31
 """Bytes of weights in float32 up to which a file is run as a whole: ONNX Runtime packs them for products besides."""
 _FEW_TOKENS = 4
 """Greedy tokens of larger models, every one of which reads all weights again."""
-
-
-class TorchDecoder:
-    """A :class:`LatentModel` behind the decoder interface of :mod:`mla_compile.runtime.generate`.
-
-    Args:
-        model: The model.
-        name: What the user calls it.
-
-    Attributes:
-        vocabulary: How many logits a token has.
-        known_tokens: How many token ids the model reads.
-    """
-
-    def __init__(self, model: LatentModel, name: str = "the model") -> None:
-        self._model, self._name = model, name
-        self.vocabulary, self.known_tokens = model.vocabulary, model.known_tokens
-
-    def empty_cache(self, batch: int, tokens: int | None = None) -> tuple[Tensor, ...]:
-        """A cache of no tokens, which grows by itself."""
-        return self._model.empty_cache(batch)
-
-    def step(
-        self, ids: Ids, attention_mask: Ids, position_ids: Ids, cache: tuple[Tensor, ...]
-    ) -> tuple[np.ndarray, tuple[Tensor, ...]]:
-        """Run new tokens; see :class:`~mla_compile.runtime.generate.Decoder`.
-
-        Raises:
-            UsageError: There are none, sizes do not fit, or a token is unknown.
-        """
-        check_step(self._name, self.known_tokens, ids, attention_mask, position_ids)
-        given = (torch.from_numpy(np.ascontiguousarray(x)) for x in (ids, attention_mask, position_ids))
-        with torch.inference_mode():
-            result = self._model(*given, past=cache)
-        return result.logits.float().numpy(), result.cache
 
 
 def greedy(decoder: Decoder, prompt: Tensor, count: int) -> list[int]:

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from mla_compile.report import Verification
 from mla_compile.runtime.module import LatentModel, cache_dtype
+from mla_compile.runtime.torch_decoder import TorchDecoder
 from mla_compile.text.evaluate import Scorer, relative_error
 from mla_compile.verification.agreement import (
-    TorchDecoder,
     cache_bytes,
     equal_share,
     greedy,

@@ -24,12 +24,12 @@ from mla_compile.runtime.onnx_cache import OnnxCache
 from mla_compile.runtime.onnx_halves import halves_bytes
 from mla_compile.runtime.onnx_quantised import quantised_bytes
 from mla_compile.runtime.onnx_session import OnnxDecoder
+from mla_compile.runtime.torch_decoder import TorchDecoder
 from mla_compile.text.evaluate import relative_error
 from mla_compile.verification.agreement import (
     QUANTISED_TOLERANCE,
     TOLERANCE,
     WHOLE,
-    TorchDecoder,
     cache_bytes,
     chunks,
     equal_share,

@@ -23,7 +23,7 @@ from mla_compile.passes.recognise import recognise
 from mla_compile.runtime.generate import generate
 from mla_compile.runtime.onnx_quantised import quantised_bytes
 from mla_compile.runtime.onnx_session import OnnxDecoder
-from mla_compile.verification.agreement import TorchDecoder
+from mla_compile.runtime.torch_decoder import TorchDecoder
 from mla_compile.verification.onnx import check_lowering, quantised
 
 # A number between two codes gets either by a rounding, and moves the logits: to 1e-3 in these models, where quantising

@@ -26,7 +26,7 @@ from mla_compile.runtime import onnx_cache
 from mla_compile.runtime.generate import generate
 from mla_compile.runtime.onnx_checksum import require_unchanged
 from mla_compile.runtime.onnx_session import PROVIDERS, OnnxDecoder
-from mla_compile.verification.agreement import TorchDecoder
+from mla_compile.runtime.torch_decoder import TorchDecoder
 
 LOGITS = 1e-4  # as in tests/passes/test_lower_onnx.py: 1e-6 was observed
 NAMES = ("llama-gqa", "mistral-window")

@@ -20,7 +20,7 @@ from mla_compile.runtime.generate import Sampling, generate
 from mla_compile.runtime.onnx_session import OnnxDecoder
 from mla_compile.runtime.tensorrt.engine import TensorRTDecoder, facts_path
 from mla_compile.runtime.tensorrt.reference import OnnxFixedDecoder
-from mla_compile.verification.agreement import TorchDecoder
+from mla_compile.runtime.torch_decoder import TorchDecoder
 
 # The same operators on the same numbers, in float32, but for the order of sums.
 LOGITS = 1e-4

@@ -11,7 +11,7 @@ import torch
 from conversion import difference
 
 from mla_compile.runtime.generate import generate
-from mla_compile.verification.agreement import TorchDecoder
+from mla_compile.runtime.torch_decoder import TorchDecoder
 
 pytestmark = pytest.mark.gpu
 BATCH, PROMPT, STEPS = 2, 9, 4
