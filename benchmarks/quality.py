@@ -109,7 +109,7 @@ def measure(folder: Path, arguments: argparse.Namespace) -> Iterator[Row]:
     )
     task = Task(program, recognised.sites, recognised.rejections, make_config(), calibration)
     more = calibration if arguments.polish_windows is None else windows(arguments.calibration, arguments.polish_windows)
-    divergence = Divergence(program, calibration, program.vocabulary)
+    divergence = Divergence(program, calibration)
     base = perplexity(original_scorer(program), text).value
     with tempfile.TemporaryDirectory() as folder_of_statistics:
         task = replace(task, cache=open_cache(folder_of_statistics))  # measured once for all sizes

@@ -226,7 +226,16 @@ class Program(AnyProgram):
 
     @property
     def vocabulary(self) -> int:
-        """How many token ids the model knows: the rows of the smallest table its tokens index."""
+        """How many logits a token has."""
+        logits = next(n for n in self.exported.graph.nodes if n.name == self.logits)
+        return int(logits.meta["val"].shape[-1])
+
+    @property
+    def known_tokens(self) -> int:
+        """How many token ids the model reads: the rows of the smallest table its tokens index.
+
+        All that it predicts where there is none.
+        """
         nodes = {n.name: n for n in self.exported.graph.nodes}
         tokens = nodes[self.tokens]
         embedding = torch.ops.aten.embedding.default
@@ -237,7 +246,7 @@ class Program(AnyProgram):
             for user in ids.users
             if user.target is embedding and user.args[1] is ids
         ]
-        return min(rows) if rows else int(nodes[self.logits].meta["val"].shape[-1])
+        return min(rows, default=self.vocabulary)
 
     def flat_module(self) -> fx.GraphModule:
         """Return the graph as a module of positional tensors in placeholder order, with weights shared."""

@@ -76,7 +76,7 @@ def example_inputs(
 
 def _ids(program: AnyProgram, name: str) -> int:
     """How many ids an input may name."""
-    return program.vocabulary if isinstance(program, Program) and name == program.tokens else program.id_limits[name]
+    return program.known_tokens if isinstance(program, Program) and name == program.tokens else program.id_limits[name]
 
 
 class GraphEvaluator:

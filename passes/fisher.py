@@ -198,7 +198,7 @@ def fisher(task: Task) -> Choice:
     windows = task.require_windows()
     measured = measure_layers(task)
     layers = measured.layers
-    divergence = Divergence(task.program, windows, task.program.vocabulary, task.sites, task.resources)
+    divergence = Divergence(task.program, windows, task.sites, task.resources)
 
     parts = _Parts(layers, even)
     settled = None if task.store is None else settled_by(task)

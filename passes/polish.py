@@ -76,7 +76,7 @@ def polish(task: Task, weights: Sequence[LatentWeights], steps: int) -> Polished
     """
     windows = task.require_windows()
     aside = max(1, min(_ASIDE, len(windows) // 8))
-    measure = Divergence(task.program, windows[-aside:], task.program.vocabulary, task.sites, task.resources)
+    measure = Divergence(task.program, windows[-aside:], task.sites, task.resources)
     before = measure(task.rewrite(weights))  # checked before anything takes long
     trained, done = _train(task, weights, windows[:-aside] if len(windows) > 1 else windows, steps)
     after = measure(task.rewrite(trained, check=False))

@@ -51,7 +51,6 @@ class Divergence:
     Args:
         program: The original.
         windows: Token ids ``[windows, length]``; as many are used as a probe takes.
-        vocabulary: How many tokens it predicts.
         sites: Its attention sites, between which it is cut if it is large.
         resources: What running a model may take.
     """
@@ -60,12 +59,11 @@ class Divergence:
         self,
         program: Program,
         windows: Tensor,
-        vocabulary: int,
         sites: Sequence[AttentionSite] = (),
         resources: Resources | None = None,
     ) -> None:
         length = windows.shape[1]
-        count = max(1, min(_PROBE_TOKENS // length, _PROBE_LOGITS // (length * vocabulary), len(windows)))
+        count = max(1, min(_PROBE_TOKENS // length, _PROBE_LOGITS // (length * program.vocabulary), len(windows)))
         self._windows, self._resources = windows[:count], resources or Resources()
         logits = original_logits(program, sites, self._windows.split(1), self._resources, wide=True)
         self._expected = [found.float().log_softmax(-1) for found in logits]

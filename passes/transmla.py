@@ -97,8 +97,7 @@ def transmla(task: Task) -> Choice:
         require_table(task.sites[0], task.config.rope_dims)
     measured = measure_layers(task)
     layers = measured.layers
-    windows, vocabulary = task.require_windows(), task.program.vocabulary
-    divergence = Divergence(task.program, windows, vocabulary, task.sites, task.resources)
+    divergence = Divergence(task.program, task.require_windows(), task.sites, task.resources)
     tries = None if task.store is None else task.store.journal(settled_by(task))
     checks = chain([True], repeat(False))  # the first of what is tried
     best: _Try | None = None

@@ -159,6 +159,25 @@ def test_commands_to_make_it_again_are_ones_that_the_command_line_takes(report, 
     assert "'absent.pt2'" in capsys.readouterr().err
 
 
+def test_an_operator_set_that_was_asked_for_is_asked_for_again(report):
+    config, file = report["config"], {"in_memory": False, "artifacts": {"model.onnx": 1}}
+    assert "--opset 24" in reproducing(report | file | {"config": config | {"opset": 24}})[0]
+    assert "--opset" not in reproducing(report | file | {"config": config | {"opset": 24, "cache": "static"}})[0]
+
+
+def test_what_was_trained_is_trained_again(report):
+    given = report | {"in_memory": False, "training": {"tokens": 640}, "artifacts": {"model.onnx": 1}}
+    assert reproducing(given)[0].endswith(" --finetune TEXT --finetune-tokens 640")
+    assert "finetune='TEXT', finetune_tokens=640" in reproducing(given | {"in_memory": True})[2]
+    later = given | {"before_training": {"quality": None}}
+    convert, train, export, *_ = reproducing(later)
+    assert convert.startswith("mla-compile LlamaForCausalLM --out converted ")
+    assert "--finetune" not in convert
+    assert train.startswith("mla-compile finetune converted --data TEXT --out finetuned")
+    assert export == "mla-compile export finetuned --out model.onnx"
+    assert len(reproducing(later | {"artifacts": {"model.pt2": 1}})) == 2
+
+
 def test_files_for_tensorrt_are_made_again_for_tensorrt(report):
     made = report | {"target": "tensorrt", "artifacts": {"model.onnx": 1}}
     assert reproducing(made)[-1] == "compiled.to_tensorrt('model.onnx')"

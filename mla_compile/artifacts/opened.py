@@ -32,10 +32,10 @@ __all__ = [
     "TENSORRT",
     "TORCH",
     "Opened",
+    "decoder_scorer",
     "latent_bytes",
     "mapped_scorer",
     "module_scorer",
-    "onnx_scorer",
     "open_model",
     "open_program",
 ]
@@ -53,7 +53,7 @@ class Opened:
         score: Token ids to logits.
         cache_bytes: Cache bytes per token; None where some attention was not understood.
         longest: Longest sequence, if the model says.
-        known: How many token ids it can be given.
+        known_tokens: How many token ids it reads.
         vocabulary: How many logits it returns.
         tokenizer: Folder or hub id where its tokenizer may be.
         decoder: The model step by step; None for an original, which is run without a cache.
@@ -66,7 +66,7 @@ class Opened:
     score: Scorer
     cache_bytes: int | None
     longest: int | None
-    known: int
+    known_tokens: int
     vocabulary: int
     tokenizer: str | None
     decoder: Decoder | None = None
@@ -97,15 +97,14 @@ def open_model(name: str, tokenizer: str | None = None) -> Opened:
 
 def open_program(name: str, program: Program, found: Recognition) -> Opened:
     """Open an original that was read and recognised already."""
-    logits = next(n for n in program.exported.graph.nodes if n.name == program.logits)
     return Opened(
         name=name,
         runtime=TORCH,
         score=original_scorer(program),
         cache_bytes=_plain_bytes(found, program.dtype),
         longest=program.max_positions,
-        known=program.vocabulary,
-        vocabulary=int(logits.meta["val"].shape[-1]),
+        known_tokens=program.known_tokens,
+        vocabulary=program.vocabulary,
         tokenizer=program.assets.folder,
     )
 
@@ -124,7 +123,7 @@ def _plain_bytes(found: Recognition, dtype: torch.dtype) -> int | None:
     return elements * dtype.itemsize
 
 
-def onnx_scorer(decoder: OnnxDecoder | TensorRTDecoder) -> Scorer:
+def decoder_scorer(decoder: OnnxDecoder | TensorRTDecoder) -> Scorer:
     """A converted model in ONNX Runtime or TensorRT as a function of whole sequences."""
     return lambda ids: torch.from_numpy(decoder.logits(ids.numpy()))
 
@@ -160,10 +159,10 @@ def _opened(path: Path, name: str, runtime: str, decoder: OnnxDecoder | TensorRT
     return Opened(
         name=name,
         runtime=runtime,
-        score=onnx_scorer(decoder),
+        score=decoder_scorer(decoder),
         cache_bytes=decoder.cache_bytes_per_token,
         longest=decoder.metadata.get("max_position_embeddings"),
-        known=decoder.known_tokens,
+        known_tokens=decoder.known_tokens,
         vocabulary=decoder.vocabulary,
         tokenizer=str(path.absolute().parent),
         decoder=decoder,
@@ -181,7 +180,7 @@ def _open_folder(path: Path, name: str) -> Opened:
         score=mapped_scorer(model),
         cache_bytes=latent_bytes(model),
         longest=read_assets(path).longest,
-        known=model.known_tokens,
+        known_tokens=model.known_tokens,
         vocabulary=model.vocabulary,
         tokenizer=name,
         decoder=TorchDecoder(model),

@@ -207,7 +207,7 @@ def ids_to_check(case: Case) -> Tensor:
     program = case.task.program
     length = longest_window(original_scorer(program), program.max_positions, _RANDOM_LENGTH)
     generator = torch.Generator().manual_seed(case.task.config.seed)
-    return torch.randint(0, program.vocabulary, (2, length), generator=generator)
+    return torch.randint(0, program.known_tokens, (2, length), generator=generator)
 
 
 def verify_module(case: Case, converted: LatentModel, ids: Tensor) -> Verification | None:

@@ -170,15 +170,13 @@ def _float32(name: str) -> Program:
 
 
 def _require_same(decoders: Mapping[str, OnnxDecoder], program: Program, name: str) -> None:
-    logits = next(n for n in program.exported.graph.nodes if n.name == program.logits)
-    vocabulary = int(logits.meta["val"].shape[-1])
     for file, decoder in decoders.items():
         kind = decoder.metadata["config"].get("dtype", "float32")
         if kind in ("float16", "bfloat16"):
             raise UsageError(f"'{file}' is {kind}, and files are measured in float32 or with int8 caches.", _AS_FLOAT32)
-        if decoder.vocabulary != vocabulary:
+        if decoder.vocabulary != program.vocabulary:
             raise UsageError(
-                f"'{file}' has a vocabulary of {decoder.vocabulary} tokens and '{name}' one of {vocabulary}.",
+                f"'{file}' has a vocabulary of {decoder.vocabulary} tokens and '{name}' one of {program.vocabulary}.",
                 "Give the model that was converted.",
             )
 
@@ -192,7 +190,7 @@ def _write_originals(
         Files by form, and a sentence for every form that there is not.
     """
     translated = original_to_onnx(with_plain_caches(program))
-    ids = torch.from_numpy(random_ids(program.vocabulary, min(_CHECKED, program.max_positions or _CHECKED)))
+    ids = torch.from_numpy(random_ids(program.known_tokens, min(_CHECKED, program.max_positions or _CHECKED)))
     with torch.inference_mode():
         expected = original_scorer(program)(ids)
     forms, notes = [OriginalForm.GROUPED, OriginalForm.PRODUCTS, OriginalForm.ATTENTION], []

@@ -14,7 +14,7 @@ from mla_compile.artifacts.opened import Opened, open_model
 from mla_compile.errors import LoadError, UsageError
 from mla_compile.progress import Display, Stages
 from mla_compile.text.corpus import check_vocabulary, load_tokenizer, open_documents, token_windows, tokenize
-from mla_compile.text.evaluate import Comparison, compare, longest_window
+from mla_compile.text.evaluate import Comparison, compare, longest_window, require_window
 
 __all__ = ["Measured", "Measurement", "Sample", "measure", "run_beside"]
 
@@ -244,10 +244,5 @@ def _require_room(model: Opened, windows: Tensor) -> None:
     Raises:
         UsageError: They hold ids it does not know, or are too long.
     """
-    check_vocabulary(int(windows.max()), model.known, model.name)
-    length = windows.shape[1]
-    longest = longest_window(model.score, model.longest, length)
-    if longest < length:
-        raise UsageError(
-            f"Windows of {length} tokens are longer than '{model.name}' can run.", f"Use --seq-len {longest} or less."
-        )
+    check_vocabulary(int(windows.max()), model.known_tokens, model.name)
+    require_window(model.score, model.longest, windows.shape[1], model.name)

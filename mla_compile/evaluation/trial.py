@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from mla_compile.artifacts.opened import ONNX_RUNTIME, Opened, latent_bytes, module_scorer, onnx_scorer, open_program
+from mla_compile.artifacts.opened import ONNX_RUNTIME, Opened, decoder_scorer, latent_bytes, module_scorer, open_program
 from mla_compile.config import CompileConfig, make_config
 from mla_compile.conversion.admission import require_causal
 from mla_compile.conversion.number_types import require_known_types
@@ -170,6 +170,6 @@ def _runnable(task: Task, base: Opened, model: LatentModel, onnxruntime: bool) -
             lower_to_onnx(graph, model.rows, path, opset=config.opset, inline=False, metadata={})
             decoder = OnnxDecoder(path)
         lowered = replace(
-            asked, runtime=ONNX_RUNTIME, score=onnx_scorer(decoder), cache_bytes=decoder.cache_bytes_per_token
+            asked, runtime=ONNX_RUNTIME, score=decoder_scorer(decoder), cache_bytes=decoder.cache_bytes_per_token
         )
         yield [converted, lowered]

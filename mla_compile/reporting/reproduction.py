@@ -14,16 +14,18 @@ __all__ = ["reproducing"]
 
 _OTHER_WORDS = {("gradients", False): ["--no-gradients"], ("cache_layout", "paged"): ["--target", "cuda"]}
 """Settings that the command line calls otherwise."""
-_NOT_GIVEN = ("schema_version", "opset")
-"""Settings that nobody gives: one version, and what follows from the kind of cache."""
-_OF_ONNX = ("cache", "inline", "cache_layout")
+_NOT_GIVEN = ("schema_version",)
+"""Settings that nobody gives."""
+_OF_ONNX = ("cache", "inline", "cache_layout", "opset")
 """Settings that the command line takes for an ONNX file for ONNX Runtime alone."""
+_CONVERTED = "converted"
+"""A folder of a name that says nothing: what the user called it is not known."""
 _WRITERS = {".onnx": "to_onnx", ".plan": "to_tensorrt", ".gguf": "to_gguf"}
 """What writes a file from Python, by its suffix."""
 
 
 def reproducing(report: Mapping[str, Any]) -> Sequence[str]:
-    """Lines that make the same files again; ``TEXT`` stands for the calibration text, which a report does not name.
+    """Lines that make the same files again; ``TEXT`` stands for texts, which a report does not name.
 
     Args:
         report: What was read of a ``report.json``.
@@ -31,9 +33,11 @@ def reproducing(report: Mapping[str, Any]) -> Sequence[str]:
     source = str(report["source"])
     name = source if is_hub_id(source) else Path(source).name  # where a file lay is nobody's business
     written = [n for n in report["artifacts"] if Path(n).suffix in _WRITERS and ".encoder." not in n]
-    out = next(iter(sorted(written, reverse=True)), "converted")
-    in_memory = report.get("in_memory", False)
-    lines = list((_in_python if in_memory else _in_a_shell)(report, name, out))
+    out = next(iter(sorted(written, reverse=True)), _CONVERTED)
+    in_memory, trained_later = report.get("in_memory", False), bool(report.get("before_training"))
+    lines = list((_in_python if in_memory else _in_a_shell)(report, name, _CONVERTED if trained_later else out))
+    if trained_later:
+        lines += _trained(out)
     if out.endswith(".onnx") and report.get("kind") is None and not _for_tensorrt(report):
         lines.append(shlex.join(["mla-compile", "run", out, "--prompt", "Once upon a time"]))
         if not in_memory:
@@ -46,9 +50,23 @@ def _for_tensorrt(report: Mapping[str, Any]) -> bool:
 
 
 def _own_settings(report: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Settings that are not the defaults."""
-    defaults = CompileConfig().model_dump()
-    return {k: v for k, v in report["config"].items() if v != defaults.get(k) and k not in _NOT_GIVEN}
+    """Settings that are not the defaults, of which the operator set's follows from the kind of cache."""
+    config = report["config"]
+    defaults = CompileConfig().model_dump() | {"opset": CompileConfig(cache=config["cache"]).opset}
+    return {k: v for k, v in config.items() if v != defaults.get(k) and k not in _NOT_GIVEN}
+
+
+def _trained_on(report: Mapping[str, Any]) -> int | None:
+    """Tokens that the result was trained on while it was converted; None where it was not."""
+    return report["training"]["tokens"] if report.get("training") and not report.get("before_training") else None
+
+
+def _trained(out: str) -> Sequence[str]:
+    """Lines that train what the conversion left, and write the file if there is one."""
+    lines = [
+        f"mla-compile finetune {_CONVERTED} --data TEXT --out finetuned  # settings: recipe.yaml, beside the report"
+    ]
+    return [*lines, *([shlex.join(["mla-compile", "export", "finetuned", "--out", out])] if "." in out else [])]
 
 
 def _in_a_shell(report: Mapping[str, Any], name: str, out: str) -> Sequence[str]:
@@ -63,6 +81,8 @@ def _in_a_shell(report: Mapping[str, Any], name: str, out: str) -> Sequence[str]
         parts += _OTHER_WORDS.get((setting, value), words)
     if _had_text(report):
         parts += ["--calibration", "TEXT"]
+    if (tokens := _trained_on(report)) is not None:
+        parts += ["--finetune", "TEXT", "--finetune-tokens", str(tokens)]
     return [shlex.join(parts)]
 
 
@@ -70,6 +90,8 @@ def _in_python(report: Mapping[str, Any], name: str, out: str) -> Sequence[str]:
     given = [f"{setting}={value!r}" for setting, value in _own_settings(report).items()]
     if _had_text(report):
         given.append("calibration='TEXT'")
+    if (tokens := _trained_on(report)) is not None:
+        given.append(f"finetune='TEXT', finetune_tokens={tokens}")
     folder = "to_deepseek" if report["config"].get("format") == "deepseek" else "save"
     writer = "to_tensorrt" if _for_tensorrt(report) else _WRITERS.get(Path(out).suffix, folder)
     return [

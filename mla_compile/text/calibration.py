@@ -18,7 +18,7 @@ from mla_compile.errors import UsageError
 from mla_compile.program import Program
 from mla_compile.text.corpus import check_vocabulary, load_tokenizer, open_documents, token_windows, tokenize
 from mla_compile.text.dataset import is_dataset, stream_documents
-from mla_compile.text.evaluate import longest_window, original_scorer
+from mla_compile.text.evaluate import longest_window, original_scorer, require_window
 
 __all__ = ["Text", "TextWindows", "cut_windows", "read_text", "require_text"]
 
@@ -121,14 +121,9 @@ def cut_windows(
         length = config.seq_len or longest_window(original_scorer(program), program.max_positions)
         enough = (_used(config, length) + _HELD_OUT) * length
         windows = token_windows(tokenize(text, tokenizer, enough), length)
-    check_vocabulary(int(windows.max()), program.vocabulary, program.source)
+    check_vocabulary(int(windows.max()), program.known_tokens, program.source)
     length = windows.shape[1]
-    longest = longest_window(original_scorer(program), program.max_positions, length)
-    if longest < length:
-        raise UsageError(
-            f"Windows of {length} tokens are longer than '{program.source}' can run.",
-            f"Use --seq-len {longest} or less.",
-        )
+    require_window(original_scorer(program), program.max_positions, length, program.source)
     held_out = min(_HELD_OUT, max(1, len(windows) // 10))
     calibration = windows[: max(1, len(windows) - held_out)][: _used(config, length)]
     return TextWindows(calibration, windows[-held_out:], len(windows) > 1)

@@ -202,6 +202,25 @@ def longest_window(score: Scorer, limit: int | None, wanted: int = DEFAULT_WINDO
     return runs
 
 
+def require_window(score: Scorer, limit: int | None, length: int, name: str) -> None:
+    """Refuse windows that are longer than a model can run.
+
+    Args:
+        score: The model.
+        limit: What the model says of itself, if anything.
+        length: Tokens of a window.
+        name: What the user calls the model.
+
+    Raises:
+        UsageError: They are.
+    """
+    longest = longest_window(score, limit, length)
+    if longest < length:
+        raise UsageError(
+            f"Windows of {length} tokens are longer than '{name}' can run.", f"Use --seq-len {longest} or less."
+        )
+
+
 def original_scorer(program: Program, module: nn.Module | None = None) -> Scorer:
     """The unconverted model as a function of whole sequences.
 

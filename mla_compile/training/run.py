@@ -30,7 +30,7 @@ from mla_compile.runtime.module import LatentModel
 from mla_compile.sources import frontend
 from mla_compile.text.calibration import Text, read_text
 from mla_compile.text.corpus import check_vocabulary, load_tokenizer
-from mla_compile.text.evaluate import longest_window, perplexity
+from mla_compile.text.evaluate import longest_window, perplexity, require_window
 from mla_compile.training.checkpoints import Checkpoints, remove_checkpoints
 from mla_compile.training.packing import Packed, pack
 from mla_compile.training.recipe import DIVERGENCE, NEXT_TOKEN, Recipe
@@ -99,17 +99,16 @@ class _Task:
                 "Give the original, or a larger model with the same vocabulary, with --teacher MODEL.",
             )
         score = module_scorer(model)
-        wanted = text.shape[1] if isinstance(text, Tensor) else recipe.seq_len
-        limit = longest_window(score, longest, wanted) if wanted else longest_window(score, longest)
-        if wanted and limit < wanted:
-            raise UsageError(
-                f"Windows of {wanted} tokens are longer than '{source}' can run.", f"Use --seq-len {limit} or less."
-            )
+        length = text.shape[1] if isinstance(text, Tensor) else recipe.seq_len
+        if length is None:
+            length = longest_window(score, longest)
+        else:
+            require_window(score, longest, length, source)
         known = _vocabulary(model, source, teacher)
-        packed = pack(text, tokenizer, limit, recipe.tokens, recipe.eval_windows)
+        packed = pack(text, tokenizer, length, recipe.tokens, recipe.eval_windows)
         check_vocabulary(max(int(packed.train.max()), int(packed.held_out.max())), known, source)
         tokens = recipe.tokens or packed.train.numel()
-        recipe = recipe.model_copy(update={"seq_len": limit, "tokens": tokens})
+        recipe = recipe.model_copy(update={"seq_len": length, "tokens": tokens})
         return cls(model, teacher if recipe.learns_from_another else None, packed, recipe)
 
     def checkpoints(self, folder: Path, *, stay: bool) -> Checkpoints:
@@ -346,15 +345,12 @@ def _vocabulary(model: LatentModel, source: str, teacher: Program | None) -> int
     Raises:
         UsageError: They predict different numbers of tokens.
     """
-    own = model.vocabulary
     if teacher is None:
         return model.known_tokens
-    with torch.inference_mode():
-        ids = torch.zeros(1, 1, dtype=torch.long)
-        theirs = teacher.flat_module()(*teacher.inputs(ids)).shape[-1]
+    own, theirs = model.vocabulary, teacher.vocabulary
     if own != theirs:
         raise UsageError(
             f"'{teacher.source}' predicts {theirs} tokens and '{source}' {own}: they have different vocabularies.",
             "Choose a teacher with the same vocabulary.",
         )
-    return min(model.known_tokens, teacher.vocabulary)
+    return min(model.known_tokens, teacher.known_tokens)

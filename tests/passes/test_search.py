@@ -124,7 +124,7 @@ class Same(nn.Module):
 
 def test_the_original_is_no_distance_from_itself(programs):
     captured = programs["llama-gqa"]
-    measure = Divergence(captured.program, models.tokens(3, LENGTH), models.VOCABULARY)
+    measure = Divergence(captured.program, models.tokens(3, LENGTH))
     assert measure(Same(lambda ids: models.logits(captured.module, ids))) == pytest.approx(0.0, abs=1e-7)
     shifted = measure(Same(lambda ids: models.logits(captured.module, ids) + 3.0))
     assert shifted == pytest.approx(0.0, abs=1e-6), "logits are known up to a constant"
@@ -137,7 +137,7 @@ def test_divergence_is_the_kl_divergence_of_predictions(programs):
     with torch.no_grad():
         p, q = (x.double().softmax(-1) for x in (models.logits(captured.module, ids), model(ids).logits))
     expected = float((p * (p / q).log()).sum()) / ids.numel()
-    got = Divergence(captured.program, ids, models.VOCABULARY)(model)
+    got = Divergence(captured.program, ids)(model)
     assert got == pytest.approx(expected, rel=1e-4)
     assert got > 0
 
@@ -151,9 +151,9 @@ def test_divergence_looks_at_a_few_windows_only(programs, monkeypatch):
         seen.append(asked)
         return models.logits(captured.module, asked)
 
-    Divergence(captured.program, ids, models.VOCABULARY)(Same(answer))
+    Divergence(captured.program, ids)(Same(answer))
     assert torch.equal(torch.cat(seen), ids[:2])
     monkeypatch.setattr("mla_compile.passes.search._PROBE_LOGITS", LENGTH * models.VOCABULARY - 1)
     seen.clear()
-    Divergence(captured.program, ids, models.VOCABULARY)(Same(answer))
+    Divergence(captured.program, ids)(Same(answer))
     assert torch.equal(torch.cat(seen), ids[:1]), "one at least"
