@@ -59,7 +59,7 @@ def compile(
     share: bool = False,
     check: bool = True,
     max_perplexity_ratio: float | None = None,
-    out: Path | None = None,
+    out: str | Path | None = None,
     engine: EngineSettings | None = None,
     force: bool = False,
     attn_implementation: str = "auto",
@@ -89,9 +89,10 @@ def compile(
         share: Share the calibration with the other processes that a launcher started, which do nothing else.
         check: Verify the conversion against the original.
         max_perplexity_ratio: Fail if perplexity grows by more than this factor; needs calibration text.
-        out: Where the result will be written; checked before any work is done.
-        engine: Settings of the TensorRT engine, if one will be built; also checked first.
-        force: Whether ``out`` may replace existing files.
+        out: Where the result is meant to be written: that it can be is checked before any work is done. Nothing is
+            written there but by :meth:`CompiledModel.to_onnx`, :meth:`CompiledModel.save` and their like.
+        engine: Settings of the TensorRT engine, if one will be built there; also checked first.
+        force: Whether existing files there may be replaced.
         attn_implementation: Attention implementation of a transformers model given by name: auto, sdpa or eager.
         unsafe_load: Allow unpickling a module from a file.
         finetune: Text to fine-tune the result on, to match the original's predictions, with the default
@@ -114,18 +115,21 @@ def compile(
         UsageError: Settings do not fit the model.
         VerificationError: The conversion is not correct.
         QualityGateError: The conversion loses more than ``max_perplexity_ratio``.
+        TrainingError: Training with ``finetune`` went wrong.
         ShareDone: With ``share``, in every process but the first, when it has done its part.
     """
     if config is not None and settings:
         raise UsageError("Both config and single settings were given.", "Give one of them.")
     config = config or make_config(**settings)
+    if out is None and (engine is not None or force):
+        raise UsageError("What engine and force are checked against was not given.", "Give out, or leave them out.")
     if engine is not None and config.encoders:
         raise UsageError("Only a causal language model is written for TensorRT.", "Leave --encoders out.")
     request = Request(
         ModelSource(model, example_inputs, tokenizer, attn_implementation, unsafe_load),
         config,
         calibration=calibration,
-        destination=None if out is None else Destination(out, config.format, engine, force=force),
+        destination=None if out is None else Destination(Path(out), config.format, engine, force=force),
         statistics_cache=statistics_cache,
         offload=offload,
         store=store,
@@ -167,7 +171,6 @@ def inspect(
     model: nn.Module | ExportedProgram | str | Path,
     example_inputs: Tensor | Sequence[Any] | Mapping[str, Any] | None = None,
     *,
-    tokenizer: str | None = None,
     attn_implementation: str = "auto",
     unsafe_load: bool = False,
 ) -> tuple[AnyProgram, Recognition]:
@@ -178,7 +181,6 @@ def inspect(
             ``config.json``, or a folder without weights, is enough; equal layers are then exported once, so the program
             has fewer layers than the model.
         example_inputs: Inputs to export an ``nn.Module`` with; integers are token ids, floats anything else.
-        tokenizer: Folder of the tokenizer, if the model has none.
         attn_implementation: Attention implementation of a transformers model given by name: auto, sdpa or eager.
         unsafe_load: Allow unpickling a module from a file.
 
@@ -191,7 +193,7 @@ def inspect(
     if isinstance(model, str | Path) and is_weightless(model):
         blueprint = draw(model, attn_implementation)
         return blueprint.program, blueprint.found
-    source = ModelSource(model, example_inputs, tokenizer, attn_implementation, unsafe_load)
+    source = ModelSource(model, example_inputs, None, attn_implementation, unsafe_load)
     program = load_source(source, any_kind=True)
     return program, recognise(program)
 

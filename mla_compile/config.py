@@ -13,6 +13,8 @@ from mla_compile.errors import UsageError
 
 __all__ = ["DEFAULT_CACHE_RATIO", "REPORT", "SETTINGS", "CompileConfig", "holds_conversion", "make_config", "validated"]
 
+_STOCK = ("deepseek", "gguf")
+"""Formats that hold a stock DeepSeek-V3 checkpoint."""
 _Settings = TypeVar("_Settings", bound=BaseModel)
 
 DEFAULT_CACHE_RATIO = 0.3125
@@ -95,9 +97,11 @@ class CompileConfig(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _opset_of_the_cache(cls, given: dict[str, Any]) -> dict[str, Any]:
+    def _what_follows(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """The operator set that the kind of cache needs, and the one layout that a format has."""
         opset = given.get("opset") or (24 if given.get("cache") == "static" else 23)
-        return {**given, "opset": opset}
+        layout = {"layout": "deepseek"} if given.get("format") in _STOCK else {}
+        return {**given, "opset": opset, **layout}
 
     @property
     def onnx_options(self) -> tuple[str, ...]:
@@ -112,7 +116,7 @@ class CompileConfig(BaseModel):
     @property
     def for_stock_code(self) -> bool:
         """Whether a DeepSeek-V3 checkpoint will be written, as a folder or as a file."""
-        return self.format in ("deepseek", "gguf")
+        return self.format in _STOCK
 
     @property
     def chosen_method(self) -> str:
@@ -136,8 +140,6 @@ class CompileConfig(BaseModel):
 
     @model_validator(mode="after")
     def _settings_of_the_layout(self) -> CompileConfig:
-        if self.for_stock_code and self.layout == "free":
-            raise ValueError(f"the format {self.format} needs the layout deepseek")
         if self.preset != "none" and not self.for_stock_code:
             raise ValueError(f"the preset {self.preset} belongs to the format deepseek")
         if self.q_rank is not None and not self.for_stock_code:

@@ -57,6 +57,8 @@ class RejectCode(StrEnum):
     """The recovered description does not reproduce the original sub-graph."""
     ORPHAN = "orphan"
     """Attention scores are used by something other than the weighted sum of values."""
+    AS_ASKED = "as-asked"
+    """It was asked for without conversion."""
 
 
 @dataclass(frozen=True, slots=True)

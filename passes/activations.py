@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +25,6 @@ __all__ = [
     "SiteActivations",
     "SiteRun",
     "attend_site",
-    "observe_outputs",
-    "observe_sites",
     "output_run",
     "per_head",
     "site_heads",
@@ -140,30 +137,6 @@ class SiteRun:
                     yield seen.batch, number, _of_site(site, values, slope, len(batches[seen.batch]))
 
 
-def observe_sites(
-    program: Program, sites: Sequence[AttentionSite], *, gradients: bool, resources: Resources | None = None
-) -> Callable[[Tensor], list[SiteActivations]]:
-    """Prepare to look at every site on one batch at a time.
-
-    Args:
-        program: The original model.
-        sites: Its attention sites.
-        gradients: Whether to run backward too, from the sum of the next tokens' losses (empirical Fisher).
-        resources: What the run may take.
-
-    Returns:
-        A function from token ids ``[B, S]`` to one entry per site.
-    """
-
-    def activations(ids: Tensor) -> list[SiteActivations]:
-        shape = (int(ids.shape[0]), int(ids.shape[1]))
-        run = SiteRun(program, sites, shape, gradients=gradients, resources=resources)
-        found = {number: seen for _, number, seen in run.run([ids])}
-        return [found[number] for number in range(len(sites))]
-
-    return activations
-
-
 def output_run(
     program: Program, sites: Sequence[AttentionSite], shape: tuple[int, int], resources: Resources | None = None
 ) -> Layerwise:
@@ -178,23 +151,6 @@ def output_run(
     outputs = [site.output for site in sites]
     marks = [Mark(name, (name,)) for name in outputs]
     return Layerwise(widened(program.flat_module()), program.tokens, outputs, marks, shape, resources or Resources())
-
-
-def observe_outputs(program: Program, sites: Sequence[AttentionSite]) -> Callable[[Tensor], list[Tensor]]:
-    """Prepare to look at the attention outputs ``[B, S, H, Dv]`` of every site, heads in the site's order.
-
-    Returns:
-        A function from token ids ``[B, S]`` to one tensor per site.
-    """
-
-    def outputs(ids: Tensor) -> list[Tensor]:
-        run = output_run(program, sites, (int(ids.shape[0]), int(ids.shape[1])))
-        found: dict[str, Any] = {}
-        for seen in run.run([ids], program.inputs):
-            found |= seen.values
-        return [site_heads(site, found[site.output], len(ids)) for site in sites]
-
-    return outputs
 
 
 def _watched(site: AttentionSite) -> tuple[str, ...]:

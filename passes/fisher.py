@@ -210,18 +210,6 @@ def fisher(task: Task) -> Choice:
             return parts.weights(index, s)
         return task.store.recall((settled, index, s), {}, torch.float64, lambda: parts.weights(index, s))
 
-    @functools.cache
-    def loss(sizes: tuple[LayerSizes, ...]) -> float:
-        if any(s.rank < layer.least_rank for layer, s in zip(layers, sizes, strict=True)):
-            return math.inf
-        tried()
-
-        def measure() -> float:
-            weights = (parts.weights(index, s) for index, s in enumerate(sizes))
-            return divergence(task.rewrite(weights, check=next(checks)))
-
-        return measure() if tries is None else tries.recall(repr(sizes), measure)
-
     def at(shares: Shares) -> tuple[LayerSizes, ...]:
         sizes = tuple(split_budget(layer, config, shares) for layer in layers)
         return same_ranks(sizes) if even or config.uniform_rank else sizes
@@ -231,29 +219,27 @@ def fisher(task: Task) -> Choice:
         found = [parts.worth(index, s).spectrum for index, s in enumerate(sizes)]
         return [torch.cat([loss[: layer.least_rank - 1], loss]) for layer, loss in zip(layers, found, strict=True)]
 
-    with task.stages.stage("sizes") as tried:
+    with task.stages.stage("sizes") as advance:
+
+        @functools.cache
+        def loss(sizes: tuple[LayerSizes, ...]) -> float:
+            if any(s.rank < layer.least_rank for layer, s in zip(layers, sizes, strict=True)):
+                return math.inf
+            advance()
+
+            def measure() -> float:
+                weights = (parts.weights(index, s) for index, s in enumerate(sizes))
+                return divergence(task.rewrite(weights, check=next(checks)))
+
+            return measure() if tries is None else tries.recall(repr(sizes), measure)
+
         sizes = at(search_shares(lambda shares: loss(at(shares))))
         if not math.isfinite(loss(sizes)):
             fewest = [split_budget(layer, config, Shares(0.0)).components for layer in layers]
             raise no_room(layers, fewest, config)
         if config.kv_rank is None and len(layers) > 1 and not (even or config.uniform_rank):
             sizes = min(sizes, shared_ranks(layers, config, sizes, costs(sizes)), key=loss)
-    weights = tuple(finished(index, s) for index, s in enumerate(sizes))
-    model = task.rewrite(weights, check=False)
-    steps = steps_beside(task.program, task.sites, windows.split(BATCH), task.resources)
-    with task.stages.stage("refit", steps) as stage:
-        refitted = refit_values(
-            task.program,
-            task.sites,
-            weights,
-            model,
-            windows,
-            resources=task.resources,
-            folder=task.folder,
-            progress=stage.each,
-        )
-    if divergence(task.rewrite(refitted, check=False)) < divergence(model):
-        weights = refitted
+    weights = _refitted(task, tuple(finished(index, s) for index, s in enumerate(sizes)), divergence)
     plans = tuple(
         shared_rope_plan(layer.site, layer.width, s.components, s.rank) for layer, s in zip(layers, sizes, strict=True)
     )
@@ -273,6 +259,24 @@ def fisher(task: Task) -> Choice:
     if done:  # as whoever takes the choice would, but layer by layer
         weights = tuple(task.held(balanced(layer)) for layer in weights)
     return Choice(plans, weights, forecasts, shape, measured.notes, balanced=done, moments=input_moments(task, layers))
+
+
+def _refitted(task: Task, weights: tuple[LatentWeights, ...], divergence: Divergence) -> tuple[LatentWeights, ...]:
+    """Weights with values refitted to the original's outputs, where that brings the model closer."""
+    windows, model = task.require_windows(), task.rewrite(weights, check=False)
+    steps = steps_beside(task.program, task.sites, windows.split(BATCH), task.resources)
+    with task.stages.stage("refit", steps) as stage:
+        refitted = refit_values(
+            task.program,
+            task.sites,
+            weights,
+            model,
+            windows,
+            resources=task.resources,
+            folder=task.folder,
+            progress=stage.each,
+        )
+    return refitted if divergence(task.rewrite(refitted, check=False)) < divergence(model) else weights
 
 
 @dataclass(frozen=True)

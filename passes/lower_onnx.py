@@ -25,13 +25,12 @@ from mla_compile.passes.retype import NARROW, type_name
 from mla_compile.passes.symbolic_nodes import with_symbolic_nodes
 from mla_compile.quiet import quiet_exporter
 from mla_compile.runtime.module import cache_dtype, cache_windows
-from mla_compile.runtime.onnx_cache import PAST, PAST_SCALE, PRESENT, PRESENT_SCALE, ROOM, WINDOW
+from mla_compile.runtime.onnx_cache import CROSS, PAST, PAST_SCALE, PRESENT, PRESENT_SCALE, ROOM, WINDOW
 from mla_compile.runtime.onnx_quantised import SCALES
 from mla_compile.runtime.onnx_variant import DOMAIN
 
-__all__ = ["CROSS_NAME", "export_rewritten", "lower_to_onnx", "rewritten_to_onnx"]
+__all__ = ["export_rewritten", "lower_to_onnx", "rewritten_to_onnx"]
 
-CROSS_NAME = "cross.{}.latent"
 """Rows of one cross attention layer: an output of the encoder's file and an input of the decoder's."""
 _BATCH, _NEW, _PAST, _ENCODED, _ROOM = 2, 3, 5, 7, 11
 
@@ -189,7 +188,7 @@ def rewritten_to_onnx(
     caches = [(PAST, PRESENT), *([(PAST_SCALE, PRESENT_SCALE)] if quantised else [])]
     pasts, presents = ([names[i].format(layer) for names in caches for layer in range(len(rows))] for i in (0, 1))
     batch, new, past, total = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
-    crossed = [CROSS_NAME.format(i) for i in range(len(cross))]
+    crossed = [CROSS.format(i) for i in range(len(cross))]
     inputs = [*INPUT_NAMES, *pasts, *crossed]
     inputs += [ENCODER_MASK] if masked else []
     model = exported_to_onnx(exported, inputs, ["logits", *presents], opset)

@@ -28,6 +28,7 @@ from mla_compile.quiet import quiet_exporter
 from mla_compile.runtime import ops  # noqa: F401 - registers the operators
 from mla_compile.runtime.attention import rotate_and_append
 from mla_compile.runtime.module import cache_dtype
+from mla_compile.runtime.onnx_cache import PAST, PRESENT
 from mla_compile.runtime.onnx_variant import DOMAIN, VERSION, Variant
 from mla_compile.runtime.tensorrt.functions import APPEND, COMBINE, DECODE, OPSET, PARTIAL, PLUGIN, SPLITS, function
 
@@ -88,8 +89,8 @@ def lower_to_tensorrt_onnx(
     with torch.no_grad(), quiet_exporter():
         exported = torch.export.export(replaced, example, dynamic_shapes=shapes, strict=False)
     layers = range(len(rows))
-    inputs = ["input_ids", "lengths", "position_ids", *(f"past_key_values.{i}.latent" for i in layers)]
-    outputs = ["logits", *(f"present.{i}.latent" for i in layers)]
+    inputs = ["input_ids", "lengths", "position_ids", *(PAST.format(i) for i in layers)]
+    outputs = ["logits", *(PRESENT.format(i) for i in layers)]
     model = exported_to_onnx(exported, inputs, outputs, OPSET)
     batch, new = "batch_size", "sequence_length"
     name_dimensions(

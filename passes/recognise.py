@@ -131,7 +131,9 @@ def plain_layers(program: AnyProgram) -> tuple[Rejection, ...]:
             continue
         try:
             site = _of_kind(context, kinds, _describe_plain)
-            layers.append(Rejection(context.index, context.path, RejectCode.ORPHAN, "it was asked for as it is", site))
+            layers.append(
+                Rejection(context.index, context.path, RejectCode.AS_ASKED, "it was asked for as it is", site)
+            )
         except MismatchError as mismatch:
             layers.append(Rejection(context.index, context.path, mismatch.code, mismatch.reason))
     return tuple(layers)

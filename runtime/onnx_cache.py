@@ -14,6 +14,7 @@ from mla_compile.errors import UsageError
 
 __all__ = [
     "BLOCKS",
+    "CROSS",
     "KEY_VALUE",
     "PAST",
     "PAST_SCALE",
@@ -32,6 +33,8 @@ PAST, PRESENT = "past_key_values.{}.latent", "present.{}.latent"
 """A layer's cache as input and output of a file."""
 PAST_SCALE, PRESENT_SCALE = "past_key_values.{}.scale", "present.{}.scale"
 """What the numbers of a quantised one are to be multiplied with."""
+CROSS = "cross.{}.latent"
+"""What a decoder's layer reads of the encoder: an input of the decoder, and an output of the encoder."""
 KEY_VALUE = (("past_key_values.{}.key", "present.{}.key"), ("past_key_values.{}.value", "present.{}.value"))
 """The same where it is two tensors ``[batch, heads, tokens, channels]``: two halves of a row, or keys and values."""
 ROOM = "cache_length"

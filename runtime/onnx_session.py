@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from mla_compile.errors import LoadError, MlaCompileError, UsageError, first_line
 from mla_compile.runtime.generate import Ids, Sampling, check_length, check_step, generate
 from mla_compile.runtime.onnx_cache import (
+    CROSS,
     KEY_VALUE,
     PAST,
     PAST_SCALE,
@@ -218,7 +219,7 @@ class OnnxDecoder:
         self._runtime = onnxruntime
         self._path = path
         inputs = {i.name: i for i in self._session.get_inputs()}
-        if any(name.startswith("cross.") for name in inputs):
+        if any(name.startswith(CROSS.split("{")[0]) for name in inputs):
             raise LoadError(
                 f"'{path}' is the decoder of an encoder-decoder, which needs its encoder's rows.",
                 "Run it with ONNX Runtime itself, together with the .encoder.onnx file beside it.",

@@ -127,6 +127,18 @@ def test_where_a_python_caller_writes_no_file_options_of_files_are_refused(tmp_p
             mla_compile.compile("no-model", method="mha2mla", out=tmp_path / "folder", **settings)
 
 
+def test_a_place_is_a_string_too_and_what_is_checked_against_one_needs_it():
+    with pytest.raises(UsageError, match=r"^--inline: only an ONNX file .* 'folder' is none"):
+        mla_compile.compile("no-model", method="mha2mla", out="folder", inline=True)
+    with pytest.raises(UsageError, match="engine and force are checked against was not given"):
+        mla_compile.compile("no-model", method="mha2mla", force=True)
+
+
+def test_tokens_to_train_on_need_a_text():
+    with pytest.raises(UsageError, match="--finetune-tokens counts tokens of --finetune TEXT"):
+        mla_compile.compile("no-model", method="mha2mla", finetune_tokens=8)
+
+
 @pytest.mark.parametrize(("settings", "subject", "problem"), REFUSED, ids=str)
 def test_refused_settings_are_named_in_one_sentence(settings, subject, problem):
     with pytest.raises(UsageError) as caught:

@@ -25,6 +25,8 @@ from mla_compile.text.tokenizer_files import tokenizer_files
 __all__ = [
     "GENAI_CONFIG",
     "MODEL",
+    "MODEL_FILES",
+    "OPENED_HERE",
     "copy_assets",
     "displaced",
     "finished",
@@ -37,8 +39,10 @@ __all__ = [
 
 MODEL, GENAI_CONFIG = "model.pt2", "genai_config.json"
 """The model in a converted folder, and what onnxruntime-genai is told beside a file."""
-_OPENED_HERE = (".onnx", ".plan")
-_MODEL_FILES = (".gguf", *_OPENED_HERE)
+OPENED_HERE = (".onnx", ".plan")
+"""Suffixes of files that are run here."""
+MODEL_FILES = (".gguf", *OPENED_HERE)
+"""Suffixes of files that are a model."""
 _AnyReport = TypeVar("_AnyReport", Report, EncoderReport, Seq2SeqReport)
 
 
@@ -49,7 +53,7 @@ def is_converted_folder(path: Path) -> bool:
 
 def written_files(folder: Path) -> list[Path]:
     """Files in a folder that are opened by their own names: converted models as ONNX, and engines."""
-    return sorted(p for p in folder.glob("*.*") if p.suffix in _OPENED_HERE)
+    return sorted(p for p in folder.glob("*.*") if p.suffix in OPENED_HERE)
 
 
 def copy_assets(assets: Assets, folder: Path) -> None:
@@ -138,7 +142,7 @@ def _files_of_report(folder: Path) -> Sequence[str]:
         names = sorted(report["artifacts"])
     except (OSError, ValueError, KeyError, TypeError):
         return ()
-    return [n for n in names if Path(n).suffix in _MODEL_FILES and (folder / n).is_file()]
+    return [n for n in names if Path(n).suffix in MODEL_FILES and (folder / n).is_file()]
 
 
 def displaced(folder: Path, new: Mapping[str, int]) -> Sequence[str]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mla_compile.artifacts.archives import read_folder
-from mla_compile.artifacts.companions import is_converted_folder, read_assets, read_settings, written_files
+from mla_compile.artifacts.companions import OPENED_HERE, is_converted_folder, read_assets, read_settings, written_files
 from mla_compile.config import REPORT
 from mla_compile.disk.mapped import DroppingInterpreter
 from mla_compile.errors import LoadError
@@ -85,7 +85,7 @@ def open_model(name: str, tokenizer: str | None = None) -> Opened:
         LoadError: It cannot be read.
     """
     path = Path(name)
-    if path.suffix in (".onnx", ".plan"):
+    if path.suffix in OPENED_HERE:
         return _open_decoder(path, name)
     if is_converted_folder(path):
         return _open_folder(path, name)

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from mla_compile.artifacts.companions import GENAI_CONFIG, copy_assets
+from mla_compile.artifacts.companions import GENAI_CONFIG, MODEL_FILES, copy_assets
 from mla_compile.config import REPORT
 from mla_compile.disk.writing import is_occupied, sizes_in
 from mla_compile.errors import UsageError
@@ -27,7 +27,7 @@ __all__ = [
     "is_named_file",
 ]
 
-_DIGITS = ("7z", "bz2", "h5", "mp4", "pt2")
+_SUFFIXES_WITH_DIGITS = ("7z", "bz2", "h5", "mp4", "pt2")
 """Suffixes of files that are not letters alone."""
 
 
@@ -62,7 +62,7 @@ def check_target(path: Path, force: bool) -> None:
 def is_named_file(path: Path) -> bool:
     """Whether a name ends like that of a file: in letters after a dot, and not in a version (``llama-3.2-1b``)."""
     ending = path.suffix.removeprefix(".").lower()
-    return ending.isalpha() or ending in _DIGITS
+    return ending.isalpha() or ending in _SUFFIXES_WITH_DIGITS
 
 
 def check_cache_type(path: Path, cache_type: str, *, tensorrt: bool = False) -> None:
@@ -158,7 +158,7 @@ def check_neighbours(path: Path, source: str, assets: Assets, force: bool, layou
         UsageError: Configuration, tokenizer or report of something else lies where this model's would go, or it is the
             folder of the original, which is never written to.
     """
-    folder = path.parent if path.suffix in (".onnx", ".plan", ".gguf") else path
+    folder = path.parent if path.suffix in MODEL_FILES else path
     if Path(source).is_dir() and folder.exists() and folder.samefile(source):
         raise UsageError(f"'{folder}' is the folder of the original model.", "Choose another folder.")
     if force:

@@ -89,8 +89,6 @@ def convert(
     from mla_compile import display
     from mla_compile.config import make_config
 
-    if finetune is None and finetune_tokens is not None:
-        raise UsageError("--finetune-tokens counts tokens of --finetune TEXT, and none was given.", "Add --finetune.")
     if format == "auto" and out.suffix == ".gguf":
         format = "gguf"
     if shard_size != _SHARD and format != "deepseek":
@@ -101,7 +99,7 @@ def convert(
     for_tensorrt = _is_for_tensorrt(out, target, format)
     config = make_config(
         **sizes.settings(),
-        **how.settings() | ({"layout": "deepseek"} if format in ("deepseek", "gguf") else {}),
+        **how.settings(),
         **form.settings() | ({"cache_layout": "paged"} if target == "cuda" else {}),
         format=format,
         preset=preset,

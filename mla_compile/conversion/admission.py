@@ -26,6 +26,7 @@ __all__ = [
     "is_beyond_causal",
     "require_causal",
     "require_convertible",
+    "require_halves",
     "require_in_pieces",
     "require_room_to_polish",
 ]
@@ -95,7 +96,7 @@ def require_causal(program: AnyProgram, found: Recognition) -> Program:
     )
 
 
-def _require_some(program: AnyProgram, found: Recognition) -> Recognition:
+def _require_some(program: AnyProgram, found: Recognition) -> None:
     """Refuse a model with nothing to convert, or with a layer that cannot even be kept as it is."""
     lost = [r for r in found.rejections if r.plain is None]
     if lost or (found.rejections and not found.sites):
@@ -118,7 +119,20 @@ def _require_some(program: AnyProgram, found: Recognition) -> Recognition:
             f"No attention was found in '{program.source}'.",
             "Export with run_decompositions({}) at most, so that attention is still a softmax between two products.",
         )
-    return found
+
+
+def require_halves(found: Recognition) -> None:
+    """Refuse a cache in halves where a layer is kept: its rows are keys and values, of another length.
+
+    Raises:
+        RefusedError: There are such layers.
+    """
+    if found.rejections:
+        raise RefusedError(
+            f"{len(found.rejections)} attention layers were not converted, and a cache in halves needs rows of one "
+            "length.",
+            "Leave --cache-layout genai out.",
+        )
 
 
 def require_room_to_polish(task: Task) -> None:

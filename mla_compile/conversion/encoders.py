@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -175,8 +174,8 @@ def compile_encoder(
         multiplications=_multiplications(program, sites, plans),
         verification=verification,
         warnings=_warnings(program, sites, plans, kept, config),
+        stages=tuple(stages.timings),
     )
-    report = dataclasses.replace(report, stages=tuple(stages.timings))
     face = EncoderFace.of(program, sizes)
     return CompiledEncoder(converted, report, face, program.assets, checks if check else None)
 
@@ -209,7 +208,8 @@ def inputs_to_compare(
         RefusedError: It runs on none of the lengths.
     """
     original, found = program.whole_module(), []
-    for number, length in enumerate([sizes.short] if sizes.fixed else _LENGTHS):
+    lengths = (sizes.short,) if sizes.fixed else _LENGTHS
+    for number, length in enumerate(lengths):
         generator = torch.Generator().manual_seed(seed + number)
         made = example_inputs(program, 3, length, seed=seed + number, sizes=sizes)
         for name, (role, _) in program.user_inputs.items():
@@ -225,7 +225,7 @@ def inputs_to_compare(
         found.append(made)
     if not found:
         raise RefusedError(
-            f"'{program.source}' runs on none of {', '.join(map(str, _LENGTHS))} tokens, so nothing can be verified.",
+            f"'{program.source}' runs on none of {', '.join(map(str, lengths))} tokens, so nothing can be verified.",
             "Export a model that takes more of them.",
         )
     return tuple(found)

@@ -59,6 +59,11 @@ def result_type(program: AnyProgram, config: CompileConfig) -> torch.dtype:
             f"The cache of a model in {name} holds that type, and {config.cache_type} caches are of float32.",
             f"Leave --cache-type {config.cache_type} out, or pass --dtype float32.",
         )
+    if config.cache_layout == "genai" and wanted != torch.float32:
+        raise UsageError(
+            f"The cache layout genai holds float32, and the model is {name}.",
+            "Leave --cache-layout genai out, or pass --dtype float32.",
+        )
     return wanted
 
 

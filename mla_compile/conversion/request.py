@@ -108,6 +108,8 @@ def check_request(request: Request) -> None:
         raise UsageError("A perplexity limit needs text to measure on.", "Give some with --calibration FILE.")
     if request.finetune is not None:
         require_accelerate()
+    elif request.finetune_tokens is not None:
+        raise UsageError("--finetune-tokens counts tokens of --finetune TEXT, and none was given.", "Add --finetune.")
     if request.destination is not None:
         _check_destination(request.destination, config)
 

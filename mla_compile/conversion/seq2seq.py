@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +17,6 @@ from mla_compile.passes.factorise import factorise_layers
 from mla_compile.passes.insert_latent import LatentGraph, insert_latent
 from mla_compile.passes.insert_low_rank import insert_rows
 from mla_compile.passes.lower_encoder import EncoderFace
-from mla_compile.passes.lower_onnx import CROSS_NAME
 from mla_compile.passes.recognise import Recognition, recognise
 from mla_compile.passes.scores import layer_sizes
 from mla_compile.passes.split_decoder import encoder_inputs, encoder_layers, split_decoder
@@ -28,6 +26,7 @@ from mla_compile.program import AnyProgram, Assets, DecoderProgram
 from mla_compile.progress import Display, Stages
 from mla_compile.reporting.seq2seq_report import Seq2SeqReport, Seq2SeqVerification
 from mla_compile.runtime.module import LatentModel, LatentSeq2Seq, LowRankModel
+from mla_compile.runtime.onnx_cache import CROSS
 from mla_compile.site import AttentionSite, Kind, reasons
 from mla_compile.text.evaluate import worst
 from mla_compile.verification.agreement import require_equal, worst_error
@@ -193,9 +192,9 @@ def compile_seq2seq(
         kept=tuple(r for r in found.rejections if r.index in encoder_layers(program, cross)),
         verification=verification,
         warnings=() if config.exact else (*clamped((*plans, *cross_plans), config), _UNMEASURED),
+        stages=tuple(stages.timings),
     )
-    report = dataclasses.replace(report, stages=tuple(stages.timings))
-    rows = {CROSS_NAME.format(i): (sizes.batch, sizes.keys, p.elements_after) for i, p in enumerate(cross_plans)}
+    rows = {CROSS.format(i): (sizes.batch, sizes.keys, p.elements_after) for i, p in enumerate(cross_plans)}
     face = EncoderFace(program, sizes, encoder_inputs(program, cross), rows)
     return CompiledSeq2Seq(converted, report, face, decoder.tokens, program.assets, checks if check else None)
 
@@ -240,7 +239,7 @@ def _convert(
         encoder = insert_rows(parts.whole, inputs, parts.cross, crossed, torch.float32)
         pairs = list(zip(_cross(parts.inside), crossed, strict=True))
         graph: LatentGraph = insert_latent(parts.decoder, parts.inside.sites, own, torch.float32, kept, pairs)
-    names = [CROSS_NAME.format(i) for i in range(len(crossed))]
+    names = [CROSS.format(i) for i in range(len(crossed))]
     decoder = LatentModel(graph.module, graph.rows)
     return LatentSeq2Seq(LowRankModel(encoder, inputs, names), decoder, parts.decoder.encoder_mask)
 
@@ -258,18 +257,22 @@ def _verified(
             whole = without_padding(inputs, parts.decoder.attention_mask)
             ids = whole[parts.decoder.tokens]
             expected = {"logits": original(*whole.values())[logits]}
-            results = []
-            for model in (exact, converted):
-                context = model.encode(**{name: whole[name] for name in model.encoder.inputs})
-                results.append({"logits": model(ids, context).logits})
-            pieces = seq2seq_in_chunks(converted, ids, context)
-            rewrite = worst(rewrite, worst_error(results[0], expected))
-            conversion = worst(conversion, worst_error(results[1], expected))
-            decode = worst(decode, worst_error({"logits": pieces}, results[1]))
+            same = {"logits": exact(ids, _encoded(exact, whole)).logits}
+            context = _encoded(converted, whole)
+            got = {"logits": converted(ids, context).logits}
+            pieces = {"logits": seq2seq_in_chunks(converted, ids, context)}
+            rewrite = worst(rewrite, worst_error(same, expected))
+            conversion = worst(conversion, worst_error(got, expected))
+            decode = worst(decode, worst_error(pieces, got))
             tokens += ids.numel()
     require_equal("The rewritten graph at full rank", "the original model", rewrite)
     require_equal("Decoding with the latent cache", "the same model on the whole sequence", decode)
     return Seq2SeqVerification(rewrite, None, conversion, tokens, decode)
+
+
+def _encoded(model: LatentSeq2Seq, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    """What the decoder reads of the encoder, from inputs of the whole model."""
+    return model.encode(**{name: inputs[name] for name in model.encoder.inputs})
 
 
 def _logits_name(parts: _Parts) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from mla_compile.errors import LoadError, MlaCompileError, reason_of
-from mla_compile.program import AnyProgram, Assets, OtherProgram, Program
+from mla_compile.program import AnyProgram, Assets, OtherProgram, Program, Role, input_role
 from mla_compile.quiet import quiet_exporter
 from mla_compile.sources.patterns import patterns
 from mla_compile.sources.tables import has_other_tables, spell_tables
@@ -134,17 +134,16 @@ def _as_language_model(common: Mapping[str, Any], max_positions: int | None) -> 
         for name in signature.user_inputs
         if isinstance(name, str) and isinstance(placeholders[name].meta.get("val"), Tensor)
     }
-    roles: dict[str, list[str]] = {"mask": [], "position": [], "tokens": []}
+    roles: dict[Role, list[str]] = {role: [] for role in Role}
     for name, value in tensors.items():
-        role = "mask" if "mask" in name else "position" if "pos" in name else "tokens"
         require_integers(name, value, source)
-        roles[role].append(name)
-    if len(roles["tokens"]) != 1 or len(roles["mask"]) > 1 or len(roles["position"]) > 1:
+        roles[input_role(name, value)].append(name)
+    if len(roles[Role.TOKENS]) != 1 or len(roles[Role.MASK]) > 1 or len(roles[Role.POSITIONS]) > 1:
         raise LoadError(
             f"The inputs of '{source}' are {', '.join(tensors) or 'none'}; which one holds the token ids is unclear.",
             "Export a model whose only other inputs are attention_mask and position_ids.",
         )
-    tokens = roles["tokens"][0]
+    (tokens,) = roles[Role.TOKENS]
     for dim, name in enumerate(("batch", "length")):
         if not _is_symbolic(tensors[tokens].shape[dim]):
             raise LoadError(
@@ -153,8 +152,8 @@ def _as_language_model(common: Mapping[str, Any], max_positions: int | None) -> 
     return Program(
         **common,
         tokens=tokens,
-        attention_mask=next(iter(roles["mask"]), None),
-        position_ids=next(iter(roles["position"]), None),
+        attention_mask=next(iter(roles[Role.MASK]), None),
+        position_ids=next(iter(roles[Role.POSITIONS]), None),
         logits=_logits(exported, tensors[tokens], source),
         max_positions=max_positions or _length_limit(exported, tensors[tokens]),
     )

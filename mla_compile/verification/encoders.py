@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mla_compile.passes.insert_latent import ENCODER_MASK
 from mla_compile.runtime.module import LatentSeq2Seq, LowRankModel
+from mla_compile.runtime.onnx_cache import PAST
 from mla_compile.runtime.onnx_session import open_session
 from mla_compile.text.evaluate import relative_error, worst
 from mla_compile.verification.agreement import chunks, in_steps, require_equal, worst_error
@@ -81,7 +83,7 @@ def check_seq2seq_onnx(
         fed = {i.name: given[i.name].numpy() for i in encoder.get_inputs()}
         context = dict(zip(names, encoder.run(names, fed), strict=True))
         if converted.mask is not None:
-            context["encoder_attention_mask"] = given[converted.mask].numpy()
+            context[ENCODER_MASK] = given[converted.mask].numpy()
         cache = [np.zeros((len(ids), 0, row), np.float32) for row in converted.decoder.rows]
         parts: list[np.ndarray] = []
         done = 0
@@ -90,7 +92,7 @@ def check_seq2seq_onnx(
                 "input_ids": ids[:, done : done + size].numpy(),
                 "attention_mask": np.ones((len(ids), done + size), np.int64),
                 "position_ids": np.broadcast_to(np.arange(done, done + size), (len(ids), size)).copy(),
-                **{f"past_key_values.{i}.latent": past for i, past in enumerate(cache)},
+                **{PAST.format(i): past for i, past in enumerate(cache)},
                 **context,
             }
             logits, *cache = decoder.run(None, {name: value for name, value in step.items() if name in taken})

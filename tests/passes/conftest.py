@@ -7,9 +7,10 @@ from functools import cached_property
 
 import pytest
 import zoo
+from observed import observe_sites
 from torch import Tensor
 
-from mla_compile.passes.activations import SiteActivations, observe_sites
+from mla_compile.passes.activations import SiteActivations
 from mla_compile.program import Program
 from mla_compile.site import AttentionSite
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 import zoo
+from observed import observe_outputs, observe_sites
 
 from mla_compile.errors import RefusedError
-from mla_compile.passes.activations import attend_site, observe_outputs, observe_sites
+from mla_compile.passes.activations import attend_site
 from mla_compile.passes.recognise import recognise
 
 # Both sides run in float32 and in another order of sums: some tens of roundings of 6e-8, relative to the largest.

@@ -16,12 +16,12 @@ import pytest
 import torch
 import zoo
 from conversion import difference, in_chunks
+from observed import observe_sites
 from torch import Tensor, nn
 
 from mla_compile.config import make_config
 from mla_compile.errors import RefusedError
 from mla_compile.latent_weights import LatentWeights
-from mla_compile.passes.activations import observe_sites
 from mla_compile.passes.fisher import assemble, fisher, joint_factors
 from mla_compile.passes.insert_latent import insert_latent
 from mla_compile.passes.layers import require_scalable

@@ -8,8 +8,8 @@ import pytest
 import torch
 import zoo
 from conversion import latent_weights
+from observed import observe_outputs
 
-from mla_compile.passes.activations import observe_outputs
 from mla_compile.passes.insert_latent import insert_latent
 from mla_compile.passes.layer_errors import layer_errors
 from mla_compile.runtime.module import LatentModel

@@ -13,10 +13,11 @@ import models
 import pytest
 import torch
 import zoo
+from observed import observe_sites
 
 from mla_compile.config import make_config
 from mla_compile.errors import RefusedError, UsageError
-from mla_compile.passes.activations import SiteRun, observe_sites
+from mla_compile.passes.activations import SiteRun
 from mla_compile.passes.converted import converted_logits, original_logits
 from mla_compile.passes.fisher import fisher
 from mla_compile.passes.kept import KeptValues

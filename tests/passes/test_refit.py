@@ -7,9 +7,9 @@ import pytest
 import torch
 import zoo
 from conversion import difference, latent_weights
+from observed import observe_outputs
 
 from mla_compile.passes import refit
-from mla_compile.passes.activations import observe_outputs
 from mla_compile.passes.insert_latent import insert_latent
 from mla_compile.passes.refit import _RIDGE, refit_values
 from mla_compile.runtime.module import LatentModel, positions_from_mask
