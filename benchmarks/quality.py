@@ -48,7 +48,20 @@ _POLISHED = "fisher+polish"
 
 @dataclass(frozen=True)
 class Row:
-    """One conversion, measured."""
+    """One conversion, measured.
+
+    Attributes:
+        model: Folder of the original.
+        method: How it was converted.
+        cache_kept: Numbers in the cache, over the original's.
+        text: The text it was measured on.
+        perplexity: On that text.
+        base_perplexity: The original's.
+        plan: Sizes of every layer.
+        settings: The best ones by the calibration text.
+        seconds: Of trying all settings of the method. Statistics are measured by the first method that needs them, at
+            the first size, and read again by all others; of a polished one, of polishing.
+    """
 
     model: str
     method: str

@@ -9,11 +9,14 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from story_grammar import HELD_OUT_SEEDS, TRAIN_SEEDS, stories
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -38,25 +41,39 @@ PROMPTS = ("In a little house by the hill lived a", "There once was a kind")
 NEW_TOKENS = 120
 
 
-def original_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> tuple[str, float]:
-    """Continue a prompt with the original in PyTorch, with its own KV cache; text and tokens per second."""
+@dataclass(frozen=True)
+class Written:
+    """A prompt and its continuation of some tokens, which took some seconds."""
+
+    text: str
+    tokens: int
+    seconds: float
+
+
+def written_by_original(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> Written:
+    """Continue a prompt with the original in PyTorch, with its own KV cache."""
     ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]])
     model.generate(ids, max_new_tokens=4, do_sample=False)  # the first call sets things up
     start = time.perf_counter()
     out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False)
     seconds = time.perf_counter() - start
     new = out[0, ids.shape[1] :]
-    return prompt + tokenizer.decode(new, skip_special_tokens=True), len(new) / seconds
+    return Written(prompt + tokenizer.decode(new, skip_special_tokens=True), len(new), seconds)
 
 
-def converted_text(decoder: OnnxDecoder, tokenizer: PreTrainedTokenizerBase, prompt: str) -> tuple[str, float]:
-    """Continue a prompt with the converted model in ONNX Runtime; text and tokens per second."""
+def written_by_conversion(decoder: OnnxDecoder, tokenizer: PreTrainedTokenizerBase, prompt: str) -> Written:
+    """Continue a prompt with the converted model in ONNX Runtime."""
     ids = [tokenizer.bos_token_id, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
     decoder.generate([ids], 4)
     start = time.perf_counter()
     (new,) = decoder.generate([ids], NEW_TOKENS, stop=[tokenizer.eos_token_id])
     seconds = time.perf_counter() - start
-    return prompt + tokenizer.decode(new, skip_special_tokens=True), len(new) / seconds
+    return Written(prompt + tokenizer.decode(new, skip_special_tokens=True), len(new), seconds)
+
+
+def speed(written: Sequence[Written]) -> str:
+    """Tokens per second over all prompts."""
+    return f"{sum(w.tokens for w in written) / sum(w.seconds for w in written):.0f}"
 
 
 def main() -> int:
@@ -90,13 +107,15 @@ def main() -> int:
         decoders[name], paths[name] = OnnxDecoder(path), path
 
     console.rule("generate: the original in PyTorch, the conversions in ONNX Runtime")
-    speeds: dict[str, float] = {}
+    written: dict[str, list[Written]] = {name: [] for name in ("original", *decoders)}
     for prompt in PROMPTS:
-        text, speeds["original"] = original_text(original, tokenizer, prompt)
-        console.print("[bold]original[/bold]", text, sep="\n", highlight=False)
+        written["original"].append(written_by_original(original, tokenizer, prompt))
         for name, decoder in decoders.items():
-            text, speeds[name] = converted_text(decoder, tokenizer, prompt)
-            console.print(f"\n[bold]{name}[/bold]", text, sep="\n", highlight=False)
+            written[name].append(written_by_conversion(decoder, tokenizer, prompt))
+        console.print(
+            "\n\n".join(f"[bold]{name}[/bold]\n{escape(texts[-1].text)}" for name, texts in written.items()),
+            highlight=False,
+        )
         console.print()
 
     table = Table(title=f"{evaluation.numel() - len(evaluation)} tokens of stories no model has seen")
@@ -104,12 +123,12 @@ def main() -> int:
         table.add_column(column)
     before = decoders[BEST].metadata["original_cache_bytes_per_token"]
     base = perplexity(lambda ids: original(ids, use_cache=False).logits, evaluation).value
-    table.add_row("original", "PyTorch", f"{before}", f"{base:.3f}", f"{speeds['original']:.0f}")
+    table.add_row("original", "PyTorch", f"{before}", f"{base:.3f}", speed(written["original"]))
     found = {}
     for name, decoder in decoders.items():
         found[name] = perplexity(lambda ids, d=decoder: torch.from_numpy(d.logits(ids.numpy())), evaluation).value
         cache = f"{decoder.cache_bytes_per_token} ({decoder.cache_bytes_per_token / before:.0%})"
-        table.add_row(name, "ONNX Runtime", cache, f"{found[name]:.3f}", f"{speeds[name]:.0f}")
+        table.add_row(name, "ONNX Runtime", cache, f"{found[name]:.3f}", speed(written[name]))
     console.print(table)
     console.print(
         f"The same cache, {RATIO:.0%} of the original's: perplexity "

@@ -118,6 +118,11 @@ class CompileConfig(BaseModel):
         """Whether a DeepSeek-V3 checkpoint will be written, as a folder or as a file."""
         return self.format in _STOCK
 
+    def lossless(self) -> CompileConfig:
+        """The same settings with nothing left out: every rotation, and the full rank."""
+        sizes = {"cache_ratio": None, "kv_rank": None, "uniform_rank": False, "rope_dims": None}
+        return self.model_copy(update={"exact": True, "selection": "uniform", **sizes})
+
     @property
     def chosen_method(self) -> str:
         """The method, ``auto`` resolved."""

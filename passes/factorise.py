@@ -45,6 +45,9 @@ def select_pairs(site: AttentionSite, count: int, selection: str, norms: PairNor
 
     Returns:
         For every key/value head, indices into ``site.rope.pairs``, from high to low frequency.
+
+    Raises:
+        ValueError: The selection needs norms, and there are none.
     """
     total = len(site.rope.pairs)
     ranked = sorted(range(total), key=lambda i: -site.rope.inv_freq[i])

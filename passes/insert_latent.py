@@ -200,7 +200,11 @@ def erase_dead(graph: fx.Graph) -> None:
 
 
 def check_scores_are_dead(graph: fx.Graph, softmaxes: Sequence[tuple[str, str]]) -> None:
-    """Refuse when something outside the layers still needs their scores."""
+    """Refuse when something outside the layers still needs their scores.
+
+    Raises:
+        RefusedError: Something does; the layer is named.
+    """
     alive = {n.name: n for n in graph.nodes}
     for path, softmax in softmaxes:
         if softmax in alive:

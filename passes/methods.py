@@ -34,8 +34,7 @@ def mha2mla(task: Task) -> Choice:
 
 def nothing_left_out(task: Task) -> Choice:
     """Every rotation and the full rank: what comes out computes what the original does."""
-    config = task.config.model_copy(update={"exact": True, "selection": "uniform", "rope_dims": None})
-    config = config.model_copy(update={"cache_ratio": None, "kv_rank": None, "uniform_rank": False})
+    config = task.config.lossless()
     plans = plan_layers(task.sites, task.widths, config)
     return _factorised(task, plans, config)
 

@@ -120,7 +120,11 @@ class Task:
         return run.steps(len(self.processes.share(self.require_windows().split(batch))))
 
     def require_windows(self) -> Tensor:
-        """Calibration text, which the caller of a method that needs it has to give."""
+        """Calibration text, which the caller of a method that needs it has to give.
+
+        Raises:
+            ValueError: It was not given.
+        """
         if self.windows is None:
             raise ValueError(f"The method '{self.config.method}' needs calibration text. Pass windows of it.")
         return self.windows

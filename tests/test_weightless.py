@@ -10,14 +10,18 @@ import pytest
 from transformers import Gemma2Config, LlamaConfig
 
 from mla_compile import api
+from mla_compile import conversion_cost as estimate
 from mla_compile.config import make_config
 from mla_compile.conversion import weightless
 from mla_compile.conversion_cost import conversion_cost
 from mla_compile.errors import LoadError, UsageError
+from mla_compile.passes import polish, search, task
+from mla_compile.passes.layerwise import Resources
 from mla_compile.passes.search import Divergence
 from mla_compile.passes.task import Task
 from mla_compile.passes.transmla import transmla
 from mla_compile.plan import plan_layers
+from mla_compile.text import evaluate
 
 SIZES = {**models._COMMON, "head_dim": 16, "num_hidden_layers": 5}
 
@@ -99,6 +103,19 @@ def test_what_a_conversion_writes_is_what_it_has(programs):
     assert cost.weight_bytes == 4 * parameters
     converted = api.compile(captured.module, models.example(captured.module), config=config, check=False)
     assert cost.written_bytes == 4 * sum(p.numel() for p in converted.module.parameters())
+
+
+def test_estimates_count_with_what_conversions_run_with():
+    """The constants of modules that the estimate may not import."""
+    estimated = {name: getattr(estimate, name) for name in ("_WINDOW", "_BATCH", "_KEPT", "_PROBE", "_PROBE_LOGITS")}
+    assert estimated == {
+        "_WINDOW": evaluate.DEFAULT_WINDOW,
+        "_BATCH": task.BATCH,
+        "_KEPT": Resources().kept,
+        "_PROBE": search._PROBE_TOKENS,
+        "_PROBE_LOGITS": search._PROBE_LOGITS,
+    }
+    assert (estimate._STEP_WINDOWS, estimate._STEP_LOGITS) == (polish._BATCH, polish._LOGITS)
 
 
 def cost_of(captured, layers=1, itemsize=4, **settings):

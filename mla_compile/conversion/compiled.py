@@ -52,6 +52,7 @@ class CompiledModel:
 
         Raises:
             UsageError: The path cannot be written, or something exists there.
+            RefusedError: Something in the model has no ONNX form, or not with the cache that was asked for.
             VerificationError: ONNX Runtime computes something else.
         """
         return write_onnx(self.module, self.report, self.assets, Path(path), self.checks, force, Stages(display))

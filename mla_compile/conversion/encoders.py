@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mla_compile.artifacts.archives import write_encoder_folder
 from mla_compile.artifacts.onnx_files import write_encoder_onnx
-from mla_compile.config import CompileConfig, make_config
+from mla_compile.config import CompileConfig
 from mla_compile.errors import RefusedError, UsageError, VerificationError
 from mla_compile.passes.evaluate import example_inputs
 from mla_compile.passes.factorise import factorise_layers
@@ -159,7 +159,7 @@ def compile_encoder(
         with stages.stage("verify"):
             exact = converted
             if not config.exact:
-                everything = make_config(exact=True, selection="uniform")
+                everything = config.lossless()
                 full = plan_layers(sites, [input_width(program, s) for s in sites], everything)
                 exact = _convert(program, sites, full, everything, Stages())
             verification = _verified(program, exact, converted, checks)

@@ -15,7 +15,11 @@ _TYPES = (torch.float32, *NARROW)
 
 
 def require_known_types(program: AnyProgram) -> None:
-    """Refuse weights of types that the rewrite, its checks and the cache do not know."""
+    """Refuse weights of types that the rewrite, its checks and the cache do not know.
+
+    Raises:
+        UsageError: There are some; the first is named.
+    """
     for name, value in program.exported.state_dict.items():
         if value.is_floating_point() and value.dtype not in _TYPES:
             kind = type_name(value.dtype)

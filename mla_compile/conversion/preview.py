@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mla_compile.config import CompileConfig, make_config
+from mla_compile.config import CompileConfig
 from mla_compile.conversion.admission import is_beyond_causal, require_causal, require_in_pieces
 from mla_compile.conversion.encoders import require_encoder
 from mla_compile.conversion.number_types import result_type, wanted_type
@@ -82,6 +82,8 @@ def plan(
         display: Shows progress.
 
     Raises:
+        LoadError: The model or text cannot be read.
+        RefusedError: It would not be converted; the message says why.
         UsageError: Sizes are chosen by text, and there is none; or settings do not fit the model.
     """
     if is_weightless(model):
@@ -152,6 +154,5 @@ def _plan_weightless(
 
 def lossless_elements(program: AnyProgram, sites: Sequence[AttentionSite]) -> tuple[int, ...]:
     """Numbers per token and layer that a latent cache needs at most, with every rotation kept and nothing lost."""
-    config = make_config(exact=True, selection="uniform")
-    plans = plan_layers(sites, [input_width(program, s) for s in sites], config)
+    plans = plan_layers(sites, [input_width(program, s) for s in sites], CompileConfig().lossless())
     return tuple(p.elements_after for p in plans)

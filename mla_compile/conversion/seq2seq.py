@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mla_compile.artifacts.onnx_files import write_seq2seq_onnx
-from mla_compile.config import CompileConfig, make_config
+from mla_compile.config import CompileConfig
 from mla_compile.conversion.encoders import inputs_to_compare
 from mla_compile.errors import RefusedError, UsageError
 from mla_compile.passes.factorise import factorise_layers
@@ -178,7 +178,7 @@ def compile_seq2seq(
         with stages.stage("verify"):
             exact = converted
             if not config.exact:
-                everything = make_config(exact=True, selection="uniform")
+                everything = config.lossless()
                 exact = _convert(parts, *plan_seq2seq(program, found, everything), everything, Stages())
             verification = _verified(parts, exact, converted, checks)
     report = Seq2SeqReport(

@@ -210,7 +210,12 @@ class _Run:
         recipe: Recipe,
         checkpoints: Checkpoints,
     ) -> _Run:
-        """Choose what is trained, and prepare everything."""
+        """Choose what is trained, and prepare everything.
+
+        Raises:
+            RefusedError: Weights are sharded, and the recipe has what that cannot be had with.
+            UsageError: Nothing would be trained, or a step has no whole window.
+        """
         matching = recipe.match_steps > 0 or ATTENTION in recipe.weights
         if _is_sharded(accelerator) and (matching or recipe.lora_rank or constant_rows(model)):
             raise RefusedError(

@@ -135,7 +135,11 @@ def cache_bytes(model: LatentModel, tokens: int) -> int:
 
 
 def require_bytes(held: int, expected: int, ids: Tensor) -> None:
-    """Compare the bytes of a cache's tensors with what so many tokens are to take."""
+    """Compare the bytes of a cache's tensors with what so many tokens are to take.
+
+    Raises:
+        VerificationError: They differ.
+    """
     if held != expected:
         raise VerificationError(
             f"The cache of {ids.numel()} tokens holds {held} bytes instead of {expected}.",
