@@ -214,7 +214,7 @@ class _Run:
 
         Raises:
             RefusedError: Weights are sharded, and the recipe has what that cannot be had with.
-            UsageError: Nothing would be trained, or a step has no whole window.
+            UsageError: All steps would match attention outputs.
         """
         matching = recipe.match_steps > 0 or ATTENTION in recipe.weights
         if _is_sharded(accelerator) and (matching or recipe.lora_rank or constant_rows(model)):
