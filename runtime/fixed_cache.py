@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mla_compile.errors import UsageError
-from mla_compile.runtime.generate import Ids, Sampling, check_step, generate
+from mla_compile.runtime.generate import SAME_CACHE, Ids, Sampling, check_step, generate
 
-__all__ = ["FixedCacheDecoder", "Limits"]
+__all__ = ["FixedCache", "FixedCacheDecoder", "Limits"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +29,19 @@ class Limits:
     room: int
     batch: int | None = None
     new: int | None = None
+
+
+@dataclass
+class FixedCache:
+    """Memory for the rows of all sequences, and how much of it is written.
+
+    Attributes:
+        rows: Per layer ``[batch, 1, room, row]``.
+        tokens: How many were run, padding among them: the columns of their mask.
+    """
+
+    rows: Sequence[Any]
+    tokens: int = 0
 
 
 class FixedCacheDecoder(ABC):
@@ -85,9 +98,23 @@ class FixedCacheDecoder(ABC):
                 "Generate fewer tokens, or build it with a larger --max-length.",
             )
 
-    @abstractmethod
     def empty_cache(self, batch: int, tokens: int | None = None) -> Any:  # noqa: ANN401 - each runtime has its own cache
-        """Memory for ``batch`` sequences, of zeros; how many tokens there will be changes nothing."""
+        """Memory for ``batch`` sequences.
+
+        Args:
+            batch: How many.
+            tokens: How many each will have, if that is known.
+
+        Raises:
+            UsageError: There is no room for so many.
+        """
+        if tokens is not None:
+            self.require_length(tokens)
+        return self.memory(batch)
+
+    @abstractmethod
+    def memory(self, batch: int) -> FixedCache:
+        """Memory for ``batch`` sequences, of zeros."""
 
     @abstractmethod
     def run(self, ids: Ids, lengths: Ids, positions: Ids, cache: Any) -> NDArray[Any]:  # noqa: ANN401
@@ -114,10 +141,10 @@ class FixedCacheDecoder(ABC):
 
         Raises:
             UsageError: There are more sequences or tokens than the caches have room for, there are none, sizes do not
-                fit, a token is unknown, or padding stands behind real tokens.
+                fit, a token is unknown, padding stands behind real tokens, or the cache is of others.
         """
         check_step(f"'{self._name}'", self.known_tokens, ids, attention_mask, position_ids)
-        (batch, new), limits = ids.shape, self.limits
+        (batch, new), mask_tokens, limits = ids.shape, attention_mask.shape[1], self.limits
         real = attention_mask != 0
         if (real[:, :-1] & ~real[:, 1:]).any():
             raise UsageError("Padding stands behind earlier tokens.", "Pad prompts on the left.")
@@ -128,12 +155,19 @@ class FixedCacheDecoder(ABC):
             )
         counts = real.cumsum(1)[:, -new:]
         self.require_length(int(counts.max()))
+        if (held := len(cache.rows[0])) != batch or cache.tokens != mask_tokens - new:
+            raise UsageError(
+                f"The cache is of {held} sequences of {cache.tokens} tokens, and these are {batch} whose mask has "
+                f"{mask_tokens - new} earlier ones.",
+                SAME_CACHE,
+            )
         together = limits.new or new
         parts = []
         for begin in range(0, new, together):
             end = min(begin + together, new)
             part = slice(begin, end)
             parts.append(self.run(ids[:, part], counts[:, end - 1], position_ids[:, part], cache))
+        cache.tokens = mask_tokens
         return np.concatenate(parts, 1), cache
 
     def logits(self, ids: Ids) -> NDArray[Any]:

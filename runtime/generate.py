@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -11,9 +12,11 @@ from numpy.typing import NDArray
 
 from mla_compile.errors import UsageError, VerificationError
 
-__all__ = ["Decoder", "Ids", "Sampling", "check_length", "check_step", "generate"]
+__all__ = ["SAME_CACHE", "Decoder", "Ids", "Sampling", "check_length", "check_step", "generate"]
 
 Ids = NDArray[np.int64]
+SAME_CACHE = "Give a mask over all tokens so far, and the cache that the last step returned."
+"""What to do where a cache is not of the sequences of a step."""
 
 
 class Decoder(Protocol):
@@ -57,7 +60,7 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.temperature >= 0:  # true of NaN too
+        if not 0 <= self.temperature < math.inf:  # true of NaN too
             raise UsageError(f"The temperature is {self.temperature}.", "Give 0, or a larger number.")
         if self.top_k < 0:
             raise UsageError(f"top_k is {self.top_k}.", "Give 0 for all tokens, or how many to choose among.")
@@ -202,7 +205,7 @@ def _choose(logits: NDArray[Any], sampling: Sampling, random: np.random.Generato
     Raises:
         VerificationError: A logit is not a number.
     """
-    if not (logits.max(-1) < np.inf).all():  # false of NaN too
+    if not np.isfinite(logits.max(-1)).all():
         raise VerificationError(
             "The model's logits are not numbers: its weights are damaged, or overflow their type.",
             "Convert the model again, with --dtype float32 if it is in float16.",

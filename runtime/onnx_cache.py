@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mla_compile.errors import UsageError
+from mla_compile.runtime.generate import SAME_CACHE
 
 __all__ = [
     "BLOCKS",
@@ -54,9 +55,6 @@ _BFLOAT16 = 16
 """ONNX's number of the type."""
 _BLOCK = 128
 """Rows by which the part of a static cache that is shown to the model grows: it attends to all it is shown."""
-
-
-_SAME_CACHE = "Give a mask over all tokens so far, and the cache that the last step returned."
 
 
 @dataclass(frozen=True)
@@ -183,7 +181,7 @@ class GrowingCache:
                 raise UsageError(
                     f"The mask is of {batch} sequences of {past} earlier tokens, of which a cache has shape "
                     f"{list(expected)}, but '{layer.past}' has {shape}.",
-                    _SAME_CACHE,
+                    SAME_CACHE,
                 )
         return self
 
@@ -299,11 +297,11 @@ class StaticCache:
         """See :class:`OnnxCache`."""
         total = past + new
         if batch != self.batch:
-            raise UsageError(f"The cache is of {self.batch} sequences, and these are {batch}.", _SAME_CACHE)
+            raise UsageError(f"The cache is of {self.batch} sequences, and these are {batch}.", SAME_CACHE)
         if past != self.tokens:
             raise UsageError(
                 f"The mask is of {past} earlier tokens, but the cache of {self.tokens}.",
-                _SAME_CACHE,
+                SAME_CACHE,
             )
         if total > self.capacity:
             raise UsageError(

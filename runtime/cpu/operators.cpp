@@ -13,6 +13,7 @@
 #include <memory>
 #include <mutex>
 #include <new>
+#include <string>
 #include <type_traits>
 #include <vector>
 
@@ -84,6 +85,11 @@ struct Call {
 
     void check(ort::Status* status) const {
         if (status) throw Failure{status};
+    }
+
+    [[noreturn]] void refuse(const std::string& why) const {
+        constexpr int invalid_argument = 2;
+        throw Failure{ort::call<ort::Status*>(table, ort::Place::CreateStatus, invalid_argument, why.c_str())};
     }
 
     ort::Value* input(size_t index) const {
@@ -173,6 +179,35 @@ constexpr bool quantised = std::is_same_v<Form, Codes>;
 // Inputs of all operators, in order.
 enum Input : size_t { Plain, Turned, Rows, Seen, KeyUp, ValueUp, Scales, Sinks, Slopes, Distance, Inputs };
 
+constexpr const char* names[] = {"queries",          "turned queries", "rows",  "mask",   "key up-projections",
+                                 "value up-projections", "scales",         "sinks", "slopes", "distances"};
+
+// ONNX Runtime lets sizes that are told at run time be anything, and what does not fit would be read past its end.
+void require(const Call& call, Input input, const std::vector<int64_t>& sizes) {
+    if (call.shape(input) != sizes) call.refuse(std::string("attention: the sizes of ") + names[input] +
+                                                " do not fit the others: are all inputs of equally many sequences and tokens?");
+}
+
+// How far the numbers of one sequence are from those of the next; one sequence's are all others' too.
+long of_each(const Call& call, Input input, const mla::Sizes& s) {
+    const bool shared = call.shape(input)[0] == 1;
+    require(call, input, {shared ? 1 : s.batch, s.queries, s.tokens});
+    return shared ? 0 : s.queries * s.tokens;
+}
+
+// Whether all inputs are as large as s says, which is read from five of them.
+template <typename Form>
+void require_sizes(const Call& call, const mla::Sizes& s, bool sinks, bool slopes) {
+    require(call, Turned, {s.batch, s.queries, s.rope_groups, s.heads / std::max(1L, s.rope_groups), s.rope});
+    require(call, Rows, {s.batch, s.tokens, s.first_value_scale() + s.value_scales -
+                                                (quantised<Form> ? s.key_scales + s.value_scales : 0)});
+    require(call, KeyUp, {s.key_groups, s.plain, s.rank});
+    require(call, ValueUp, {s.value_groups, s.rank, s.value});
+    if (quantised<Form>) require(call, Scales, {s.batch, s.tokens, s.scales()});
+    if (sinks) require(call, Sinks, {s.heads});
+    if (slopes) require(call, Slopes, {s.heads});
+}
+
 template <typename Form>
 void attention(const Call& call, const Kernel& kernel) {
     const auto plain = call.shape(Plain), turned = call.shape(Turned), rows = call.shape(Rows),
@@ -181,12 +216,14 @@ void attention(const Call& call, const Kernel& kernel) {
     const mla::Sizes s{plain[0],  plain[1],  plain[2], rows[1],   rows[2] + apart, key_up[2],
                        turned[4], turned[2], plain[3], key_up[0], value_up[0], value_up[2],
                        kernel.key_scales, kernel.value_scales, kernel.scaled_rope != 0};
-    float* output = call.output({s.batch, s.queries, s.heads, s.value});
     const auto *plain_data = call.data<float>(call.input(Plain)), *turned_data = call.data<float>(call.input(Turned)),
                *key_data = call.data<float>(call.input(KeyUp)), *value_data = call.data<float>(call.input(ValueUp));
     const bool* seen_data = call.data<bool>(call.input(Seen));
     const float *sinks = call.optional(Sinks), *slopes = call.optional(Slopes), *distance = call.optional(Distance);
     const auto* rows_data = call.data<typename Form::Row>(call.input(Rows));
+    require_sizes<Form>(call, s, sinks, slopes);
+    const long seen_each = of_each(call, Seen, s), distance_each = slopes ? of_each(call, Distance, s) : 0;
+    float* output = call.output({s.batch, s.queries, s.heads, s.value});
 
     const long query_size = quantised<Form> ? mla::code_query(s) : s.query();
     Borrowed memory(s.batch * (query_size + s.splits() * s.partial()));
@@ -206,8 +243,8 @@ void attention(const Call& call, const Kernel& kernel) {
     call.each(s.batch * s.splits(), [&](long task) {
         const long b = task / s.splits(), split = task % s.splits();
         const auto* own_rows = rows_data + b * s.tokens * rows[2];
-        const long first = b * s.queries * s.tokens;
-        const mla::Logits logits{seen_data + first, kernel.softcap, slopes, slopes ? distance + first : nullptr};
+        const mla::Logits logits{seen_data + b * seen_each, kernel.softcap, slopes,
+                                 slopes ? distance + b * distance_each : nullptr};
         const float* query = queries + b * query_size;
         float* partial = partials + task * s.partial();
         if constexpr (quantised<Form>) {
@@ -290,6 +327,9 @@ extern "C" __attribute__((visibility("default"))) ort::Status* RegisterCustomOps
     static const ort::Operator operators[] = {folded_attention<Numbers>(), folded_attention<Halves>(),
                                               folded_attention<Codes>()};
     const ort::Table table = base->table(ort::kVersion);
+    if (!table)
+        return ort::call<ort::Status*>(base->table(1), ort::Place::CreateStatus, 1,
+                                       "the library of mla-compile needs ONNX Runtime 1.17 or later");
     static ort::Domain* domain = nullptr;
     static std::mutex lock;
     std::lock_guard<std::mutex> guard(lock);

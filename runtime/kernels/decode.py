@@ -449,8 +449,9 @@ def decode_kernel(
     if sinks is not None:
         sink = tl.load(sinks + head, mask=alive, other=0) * _LOG2E
         larger = tl.maximum(largest, sink)
-        fade = tl.exp2(largest - larger)
-        total = total * fade + tl.exp2(sink - larger)
+        origin = tl.where(larger == _NOTHING, 0, larger)  # neither a token was seen nor is there a sink
+        fade = tl.exp2(largest - origin)
+        total = total * fade + tl.exp2(sink - origin)
         largest = larger
     target = (sequence * new * heads + row) * splits + split
     some = total > 0

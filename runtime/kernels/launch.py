@@ -70,49 +70,53 @@ def attend(
     else:
         partial = torch.empty(*output.shape[:3], splits, rank, dtype=torch.float32, device=q_latent.device)
         partial_lse = torch.empty(*lse.shape, splits, dtype=torch.float32, device=q_latent.device)
-    decode_kernel[blocks, splits, batch](
-        q_latent.contiguous(),
-        q_rope.contiguous(),
-        *_memory(cache, lengths),
-        sinks if splits == 1 else None,
-        slopes,
-        partial,
-        partial_lse,
-        scale,
-        softcap,
-        new,
-        heads,
-        window,
-        splits,
-        least_tiles,
-        **spec.constants(tiles),
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
-    )
-    if splits > 1:
-        constants = combine_constants(rank, splits)
-        grid = batch * spec.rows, triton.cdiv(rank, constants["COLUMNS"])
-        combine_kernel[grid](partial, partial_lse, sinks, output, lse, heads, splits, **constants, num_warps=4)
+    with torch.cuda.device_of(q_latent):  # Triton launches on the current device, whatever it is given
+        decode_kernel[blocks, splits, batch](
+            q_latent.contiguous(),
+            q_rope.contiguous(),
+            *_memory(cache, lengths),
+            sinks if splits == 1 else None,
+            slopes,
+            partial,
+            partial_lse,
+            scale,
+            softcap,
+            new,
+            heads,
+            window,
+            splits,
+            least_tiles,
+            **spec.constants(tiles),
+            num_warps=tiles.warps,
+            num_stages=tiles.stages,
+        )
+        if splits > 1:
+            constants = combine_constants(rank, splits)
+            grid = batch * spec.rows, triton.cdiv(rank, constants["COLUMNS"])
+            combine_kernel[grid](partial, partial_lse, sinks, output, lse, heads, splits, **constants, num_warps=4)
     return output, lse if return_lse else lse.new_empty(0)
 
 
 def append(row: Tensor, cos: Tensor, sin: Tensor, cache: LatentCache, lengths: Tensor) -> None:
     """Write new rows; arguments are those of :func:`mla_compile.runtime.kernels.op.append_latent`."""
     batch, new, _ = row.shape
-    append_kernel[new, batch](
-        row.contiguous(),
-        cos.contiguous(),
-        sin.contiguous(),
-        *_memory(cache, lengths),
-        new,
-        **append_constants(cache.layout, 0 if cache.page_table is None else cache.latent.shape[1], cache.codes),
-        num_warps=4,
-    )
+    with torch.cuda.device_of(row):
+        append_kernel[new, batch](
+            row.contiguous(),
+            cos.contiguous(),
+            sin.contiguous(),
+            *_memory(cache, lengths),
+            new,
+            **append_constants(cache.layout, 0 if cache.page_table is None else cache.latent.shape[1], cache.codes),
+            num_warps=4,
+        )
 
 
 def _memory(cache: LatentCache, lengths: Tensor) -> tuple[Tensor | int | None, ...]:
     """The arguments by which both kernels find a cache's rows."""
     scales, table = cache.token_scales, cache.page_table
+    # Kernels count on numbers that follow each other.
+    table, lengths = None if table is None else table.contiguous(), lengths.contiguous()
     return (
         # Triton knows no fp8 before compute capability 8.9: kernels read its bytes.
         cache.latent.view(torch.uint8) if cache.codes is Codes.FP8 else cache.latent,

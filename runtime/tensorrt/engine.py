@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,9 @@ from weakref import WeakValueDictionary
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from mla_compile.errors import LoadError
-from mla_compile.runtime.fixed_cache import FixedCacheDecoder, Limits
+from mla_compile.runtime.fixed_cache import FixedCache, FixedCacheDecoder, Limits
 from mla_compile.runtime.generate import Ids
 from mla_compile.runtime.onnx_cache import PAST, PRESENT, cached_layers
 from mla_compile.runtime.tensorrt.engine_builder import DECODE, PREFILL
@@ -31,15 +31,13 @@ _INPUTS = {"input_ids": torch.int64, "lengths": torch.int32, "position_ids": tor
 
 
 @dataclass
-class EngineCache:
+class EngineCache(FixedCache):
     """Rows of all sequences, and how the next token of them all is run.
 
     Attributes:
-        rows: Per layer ``[batch, 1, room, row]``.
         step: The step of one token, once there was one.
     """
 
-    rows: tuple[Tensor, ...]
     step: _Step | None = None
 
 
@@ -80,7 +78,7 @@ class _Step:
         else:
             self._enqueue()
         logits: NDArray[Any] = self._logits.float().cpu().numpy()
-        if repeated and self._graph is None and self._decoder.stream is not None:
+        if repeated and self._graph is None and self._decoder.stream is not None and self._decoder.captures:
             self._capture(self._decoder.stream)
         return logits
 
@@ -98,12 +96,19 @@ class _Step:
         self._must(self._decoder.contexts[self._profile].execute_async_v3(handle), "cannot be run")
 
     def _capture(self, stream: torch.cuda.Stream) -> None:
-        """Keep the launches of the step that has just run; capturing runs nothing."""
+        """Keep the launches of the step that has just run; capturing runs nothing.
+
+        An engine that cannot be captured is run launch by launch: its answers are the same.
+        """
         graph = torch.cuda.CUDAGraph()
-        # Only this thread's calls are watched: what TensorRT does elsewhere is none of the graph's business.
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            self._enqueue()
-        self._graph = graph
+        try:
+            # Only this thread's calls are watched: what TensorRT does elsewhere is none of the graph's business.
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                self._enqueue()
+        except (RuntimeError, LoadError):
+            self._decoder.captures = False
+        else:
+            self._graph = graph
 
     @staticmethod
     def _must(done: bool, what: str) -> None:
@@ -123,6 +128,8 @@ class TensorRTDecoder(FixedCacheDecoder):
         bound: Which step every context was last prepared for, by profile, while somebody has its caches.
         stream: The CUDA stream that everything runs in; None without CUDA.
         device: Where memory is.
+        captures: Whether steps of one token are kept as CUDA graphs; not where that was tried in vain, nor where
+            weights are streamed.
         inputs: Names of the inputs it has.
         logits_dtype: Type of its logits.
 
@@ -158,6 +165,8 @@ class TensorRTDecoder(FixedCacheDecoder):
         self.device = torch.device(device)
         self.stream = torch.cuda.Stream() if self.device.type == "cuda" else None
         self.bound: MutableMapping[int, _Step] = WeakValueDictionary()
+        self.captures = not facts.get("weight_streaming")
+        self._lock = threading.Lock()
         if facts.get("weight_streaming"):
             self._stream_weights()
         self.contexts = [self._context(trt, profile) for profile in (DECODE, PREFILL)]
@@ -188,8 +197,8 @@ class TensorRTDecoder(FixedCacheDecoder):
             )
         return context
 
-    def empty_cache(self, batch: int, tokens: int | None = None) -> EngineCache:
-        """See :meth:`FixedCacheDecoder.empty_cache`."""
+    def memory(self, batch: int) -> EngineCache:
+        """See :meth:`FixedCacheDecoder.memory`."""
         with torch.cuda.stream(self.stream):
             made = [torch.zeros(batch, *shape, dtype=self._cache_dtype, device=self.device) for shape in self._caches]
         return EngineCache(tuple(made))
@@ -198,7 +207,7 @@ class TensorRTDecoder(FixedCacheDecoder):
         """Run new tokens; see :meth:`FixedCacheDecoder.run`."""
         batch, new = ids.shape
         given = {"input_ids": ids, "lengths": lengths, "position_ids": positions}
-        with torch.cuda.stream(self.stream):
+        with self._lock, torch.cuda.stream(self.stream):  # contexts and the stream are those of all threads
             if new > 1:
                 return _Step(self, PREFILL, (batch, new), cache)(given, repeated=False)
             cache.step = cache.step or _Step(self, DECODE, (batch, 1), cache)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mla_compile.errors import LoadError
-from mla_compile.runtime.fixed_cache import FixedCacheDecoder, Limits
+from mla_compile.runtime.fixed_cache import FixedCache, FixedCacheDecoder, Limits
 from mla_compile.runtime.generate import Ids
 from mla_compile.runtime.onnx_cache import PAST, cached_layers
 from mla_compile.runtime.onnx_session import open_session
@@ -45,15 +45,14 @@ class OnnxFixedDecoder(FixedCacheDecoder):
         room = int(caches[0][2])
         super().__init__(str(path), Limits(room, new=room), rows, 4, vocabulary, json.loads(stored))
 
-    def empty_cache(self, batch: int, tokens: int | None = None) -> list[NDArray[Any]]:
-        """Memory for ``batch`` sequences, of zeros."""
-        return [np.zeros((batch, 1, self.limits.room, row), np.float32) for row in self.rows]
+    def memory(self, batch: int) -> FixedCache:
+        """See :meth:`FixedCacheDecoder.memory`."""
+        return FixedCache([np.zeros((batch, 1, self.limits.room, row), np.float32) for row in self.rows])
 
-    def run(self, ids: Ids, lengths: Ids, positions: Ids, cache: list[NDArray[Any]]) -> NDArray[Any]:
+    def run(self, ids: Ids, lengths: Ids, positions: Ids, cache: FixedCache) -> NDArray[Any]:
         """Run new tokens; see :meth:`FixedCacheDecoder.run`."""
         given = {"input_ids": ids, "lengths": lengths.astype(np.int32), "position_ids": positions}
         fed = {name: np.ascontiguousarray(x) for name, x in given.items() if name in self._inputs}
-        fed |= {PAST.format(i): x for i, x in enumerate(cache)}
-        logits, *present = self._session.run(None, fed)
-        cache[:] = present
+        fed |= {PAST.format(i): x for i, x in enumerate(cache.rows)}
+        logits, *cache.rows = self._session.run(None, fed)
         return np.asarray(logits)

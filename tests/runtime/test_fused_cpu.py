@@ -339,6 +339,68 @@ def test_sequences_of_nothing_but_padding_attend_to_themselves(library):
     test_onnx_static.check_form(case, static_session(library, case))
 
 
+@pytest.mark.parametrize("kind", ["plain", "slopes"])
+def test_one_mask_is_every_sequences(library, kind):
+    """As standard operators take it, to which the sizes that are told at run time may be anything."""
+    case = replace({"plain": Case(), **SHORT}[kind], batch=3, padding=((0, 0),) * 3)
+    x = {name: value.numpy() for name, value in case.tensors(torch.float32).items()}
+    outputs = {"output": ["B", "S", case.heads, case.v_dim], "present": ["B", "T", case.width]}
+    node = make_node(case, input_names(case), ["output", "present"])
+    function = fused_form(case, 23)
+    session = session_of(library, node, function, dimensions(case), outputs)
+    (expected, _), (got, _) = (
+        session.run(None, given) for given in (x, x | {"attention_mask": x["attention_mask"][:1]})
+    )
+    np.testing.assert_array_equal(got, expected)
+
+
+OPERANDS = {
+    "plain": (2, 1, 4, 3),
+    "turned": (2, 1, 2, 2, 4),
+    "rows": (2, 5, 13),
+    "seen": (2, 1, 5),
+    "key_up": (2, 3, 5),
+    "value_up": (2, 5, 3),
+}
+
+
+def operator(library, shapes):
+    """The operator by itself, of inputs that are zeros and see everything."""
+    kinds = {"seen": TensorProto.BOOL}
+    given = [
+        helper.make_tensor_value_info(n, kinds.get(n, TensorProto.FLOAT), ["?"] * len(s)) for n, s in shapes.items()
+    ]
+    result = helper.make_tensor_value_info("output", TensorProto.FLOAT, ["?"] * 4)
+    graph = helper.make_graph(
+        [helper.make_node("FoldedAttention", [*shapes], ["output"], domain=FUSED_DOMAIN)], "operator", given, [result]
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid(FUSED_DOMAIN, 1)], ir_version=10)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.register_custom_ops_library(str(library))
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
+    dtypes = {"seen": bool}
+    return session.run(None, {n: np.ones(s, dtypes.get(n, np.float32)) for n, s in shapes.items()})[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "words"),
+    [
+        ("rows", (1, 5, 13), "rows"),
+        ("rows", (2, 5, 12), "rows"),
+        ("seen", (2, 1, 4), "mask"),
+        ("seen", (3, 1, 5), "mask"),
+        ("turned", (1, 1, 2, 2, 4), "turned queries"),
+        ("key_up", (2, 4, 5), "key up-projections"),
+        ("value_up", (2, 4, 3), "value up-projections"),
+    ],
+)
+def test_what_would_be_read_past_its_end_is_refused(library, name, shape, words):
+    assert operator(library, OPERANDS).shape == (2, 1, 4, 3)
+    with pytest.raises(Exception, match=f"the sizes of {words} do not fit the others"):
+        operator(library, OPERANDS | {name: shape})
+
+
 @pytest.mark.parametrize(
     ("op_type", "variant"),
     [
