@@ -140,7 +140,8 @@ class CompileConfig(BaseModel):
         own = {"selection": self.selection != "auto", "svd": self.svd != "joint"}
         foreign = [name for name, given in own.items() if given]
         if foreign and self.method in ("fisher", "transmla"):
-            raise ValueError(f"{' and '.join(foreign)} belong to the method mha2mla, not to {self.method}")
+            verb = "belongs" if len(foreign) == 1 else "belong"
+            raise ValueError(f"{' and '.join(foreign)} {verb} to the method mha2mla, not to {self.method}")
         return self
 
     @model_validator(mode="after")
@@ -155,8 +156,8 @@ class CompileConfig(BaseModel):
             raise ValueError("exact keeps a rope key for every head, and the layout deepseek has one for all")
         if self.chosen_method == "mha2mla":
             raise ValueError(
-                "the layout deepseek has one rope key for all heads, as fisher and transmla make it, and mha2mla one "
-                "for every head"
+                f"the layout deepseek{f' of the format {self.format}' if self.for_stock_code else ''} has one rope key "
+                "for all heads, as fisher and transmla make it, and mha2mla one for every head"
             )
         return self
 
@@ -235,10 +236,14 @@ def validated(kind: type[_Settings], command: str, settings: Mapping[str, Any]) 
             raise UsageError(f"There is no setting '{name}'.", f"Use {', '.join(meant)}.") from error
         if name == "cache_ratio":
             problem += " (a quarter is 0.25)"
-        subject = (
-            f"The setting {name}={first['input']!r} is not allowed: {problem}." if name else f"Settings: {problem}."
-        )
-        raise UsageError(subject, f"See 'mla-compile {command} --help' for the allowed values.") from error
+        if not name:
+            raise UsageError(
+                f"Settings: {problem}.", f"Leave one of them out; 'mla-compile {command} --help' tells of each."
+            ) from error
+        raise UsageError(
+            f"The setting {name}={first['input']!r} is not allowed: {problem}.",
+            f"See 'mla-compile {command} --help' for the allowed values.",
+        ) from error
 
 
 def holds_conversion(folder: Path) -> bool:

@@ -77,8 +77,14 @@ class ShareDone(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of somebody else says, to stand in a sentence: its first line, or its name where it is silent."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")
+    """What an error of somebody else says, to stand in a sentence: its first line, or its name where it is silent.
+
+    A line that only announces the next one, by a colon, is followed by it.
+    """
+    first, *others = (str(error).strip() or type(error).__name__).splitlines()
+    following = next((line.strip() for line in others if line.strip()), "")
+    told = f"{first} {following}" if first.endswith(":") else first
+    return told[:200].rstrip(".: ")
 
 
 def reason_of(error: BaseException) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from mla_compile.disk.mapped import DroppingInterpreter
 from mla_compile.errors import RefusedError, first_line
 from mla_compile.passes.evaluate import example_inputs
+from mla_compile.passes.singled_out import singled_out
 from mla_compile.passes.weights import stored_numbers
 from mla_compile.program import DecoderProgram, Program
 from mla_compile.text.evaluate import differences, relative_error
@@ -33,7 +34,8 @@ def check_incremental(module: fx.GraphModule, program: Program, rows: Sequence[i
     """Refuse a graph in which something outside attention still looks at the length or at other tokens.
 
     Whatever was overlooked (a convolution, a running sum, positions counted in floats, a mean over the batch) shows as
-    a difference between a sequence at once and the same sequence in pieces, or beside another one and padded.
+    a difference between a sequence at once and the same sequence in pieces, or beside another one and padded. Among
+    the sequences are some of ids that the graph compares with or looks up (a separator), and of few ids.
 
     Args:
         module: The rewritten graph, computing in float32.
@@ -44,9 +46,9 @@ def check_incremental(module: fx.GraphModule, program: Program, rows: Sequence[i
     Raises:
         RefusedError: There is such a difference.
     """
-    ids = example_inputs(program, 2, _LENGTH, seed=1)[program.tokens]
+    ids = _telling_ids(program)
     try:
-        context = _made_up(program, cross)
+        context = _made_up(program, cross, len(ids))
         whole = _run_in_pieces(module, ids, [_LENGTH], rows, context)
         pieces = _run_in_pieces(module, ids, [5, 1, 2, 3, 1], rows, context)
         padded = _run_padded(module, ids, rows, context)
@@ -58,7 +60,7 @@ def check_incremental(module: fx.GraphModule, program: Program, rows: Sequence[i
             "depends on the length of the sequence.",
             "Compute it from positions instead.",
         ) from error
-    beside = relative_error(padded, whole[:1, : _LENGTH - _PADDING])
+    beside = relative_error(padded, whole[::2, : _LENGTH - _PADDING])
     for difference, limit, how, what in (
         (relative_error(pieces, whole), _INCREMENTAL, "in pieces", "the length or on other tokens"),
         (beside, _INCREMENTAL, "padded, beside another sequence", "padding or on other sequences"),
@@ -97,12 +99,26 @@ def _far_error(module: fx.GraphModule, program: Program, rows: Sequence[int], co
     return 0.0
 
 
-def _made_up(program: Program, cross: Sequence[int]) -> list[Tensor]:
-    """Rows of an encoder for two sequences, and a mask that hides some of the first one's."""
+def _telling_ids(program: Program) -> Tensor:
+    """Pairs of sequences: of random ids, of few ids, so that neighbours are alike, and of ids that the graph names."""
+    random = example_inputs(program, 2, _LENGTH, seed=1)[program.tokens]
+    generator = torch.Generator().manual_seed(4)
+    pairs, few = [random], random[0, :2]
+    for number in (None, *singled_out(program)):
+        ids = few if number is None else torch.cat([few, few.new_tensor([number])])
+        pair = ids[torch.randint(len(ids), random.shape, generator=generator)]
+        if number is not None:  # in the first piece, and in a later one
+            pair[0, [2, 6]] = pair[1, [1, 10]] = number
+        pairs.append(pair)
+    return torch.cat(pairs)
+
+
+def _made_up(program: Program, cross: Sequence[int], batch: int) -> list[Tensor]:
+    """Rows of an encoder for so many sequences, and a mask that hides some of the first one's."""
     generator = torch.Generator().manual_seed(2)
-    found = [torch.randn(2, _ENCODED, width, generator=generator) for width in cross]
+    found = [torch.randn(batch, _ENCODED, width, generator=generator) for width in cross]
     if isinstance(program, DecoderProgram) and program.encoder_mask is not None:
-        mask = torch.ones(2, _ENCODED, dtype=torch.long)
+        mask = torch.ones(batch, _ENCODED, dtype=torch.long)
         mask[0, -2:] = 0
         found.append(mask)
     return found
@@ -124,14 +140,14 @@ def _run_in_pieces(
 
 
 def _run_padded(module: fx.GraphModule, ids: Tensor, rows: Sequence[int], context: Sequence[Tensor]) -> Tensor:
-    """Logits of the first sequence's first tokens, padded on the left beside the second sequence."""
+    """Logits of every other sequence's first tokens, padded on the left beside the sequences between them."""
     real = _LENGTH - _PADDING
     batch = ids.flip(1)
-    batch[0, _PADDING:] = ids[0, :real]
+    batch[::2, _PADDING:] = ids[::2, :real]
     mask = torch.ones_like(batch)
-    mask[0, :_PADDING] = 0
+    mask[::2, :_PADDING] = 0
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     cache = [torch.zeros(len(ids), 0, row) for row in rows]
     with torch.no_grad():
         logits: Tensor = DroppingInterpreter(module).run(batch, mask, positions, *cache, *context)[0]
-    return logits[:1, _PADDING:]
+    return logits[::2, _PADDING:]

@@ -23,7 +23,7 @@ class FolderDecoder(TorchDecoder):
         max_length: Tokens of a sequence at most, prompt and continuation.
 
     Attributes:
-        metadata: The model's end token, as files have it.
+        metadata: The model's end token and longest sequence, as files have them.
         vocabulary: How many logits a token has.
         known_tokens: How many token ids the model reads.
         cache_bytes_per_token: Bytes one token of one sequence adds to the cache.
@@ -38,7 +38,10 @@ class FolderDecoder(TorchDecoder):
         assets = read_assets(folder)
         self._max_length = max_length
         self._elements, self._itemsize = model.cached_elements, cache_dtype(model.graph).itemsize
-        self.metadata: Mapping[str, Any] = {"eos_token_id": assets.generation.get("eos_token_id")}
+        self.metadata: Mapping[str, Any] = {
+            "eos_token_id": assets.generation.get("eos_token_id"),
+            "max_position_embeddings": assets.longest,
+        }
         self.cache_bytes_per_token = sum(model.rows) * self._itemsize
 
     def cache_bytes(self, batch: int, tokens: int) -> int:

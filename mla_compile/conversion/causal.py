@@ -14,7 +14,7 @@ from mla_compile.config import CompileConfig
 from mla_compile.conversion.admission import require_halves, require_room_to_polish
 from mla_compile.conversion.number_types import require_float32
 from mla_compile.conversion.request import Request, Session
-from mla_compile.conversion.verdict import costly_layers, log_sizes, warnings_of
+from mla_compile.conversion.verdict import costly_layers, log_sizes, rounded_slopes, warnings_of
 from mla_compile.deepseek import require_expressible, with_preset
 from mla_compile.disk.statistics_cache import open_cache
 from mla_compile.latent_weights import LatentWeights
@@ -132,6 +132,7 @@ def prepare(program: Program, found: Recognition, session: Session) -> Case:
         require_halves(found)
     text = cut_windows(program, session.documents, request.source.tokenizer, config)
     config, notes = _settled(config, text is not None)
+    notes = (*notes, *rounded_slopes(program, found.sites))
     folder = None if request.offload is None else Path(request.offload)
     task = Task(
         program,

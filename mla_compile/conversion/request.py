@@ -18,6 +18,7 @@ from mla_compile.disk.layer_store import LayerStore
 from mla_compile.errors import UsageError
 from mla_compile.progress import Display, Stages
 from mla_compile.text.calibration import Text, read_text, require_text
+from mla_compile.text.corpus import require_tokenizer
 from mla_compile.text.processes import Processes, join_processes
 from mla_compile.training.run import require_accelerate
 
@@ -124,6 +125,21 @@ def _check_destination(to: Destination, config: CompileConfig) -> None:
     target_of(to).check(to.path, to.force)
 
 
+def _require_words(request: Request) -> None:
+    """Refuse text without a tokenizer, as far as names of files tell, before the model is read.
+
+    Raises:
+        LoadError: The folder that it is to come from has none.
+    """
+    source, texts = request.source, (request.calibration, request.finetune)
+    if all(text is None or isinstance(text, Tensor) for text in texts):
+        return
+    if isinstance(source.tokenizer, str | Path):
+        require_tokenizer(str(source.tokenizer))
+    elif source.tokenizer is None and isinstance(source.model, str | Path) and Path(source.model).is_dir():
+        require_tokenizer(str(source.model))
+
+
 def begin(request: Request, display: Display | None) -> Session:
     """Open the text, and join the processes that share it.
 
@@ -133,6 +149,7 @@ def begin(request: Request, display: Display | None) -> Session:
         ShareDone: Another process does all there is to do.
     """
     documents = read_text(request.calibration)
+    _require_words(request)
     processes = join_processes() if request.share else Processes()
     if processes.count > 1 and request.finetune is not None:
         raise UsageError(

@@ -5,13 +5,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
 from mla_compile.config import CompileConfig
 from mla_compile.errors import QualityGateError
+from mla_compile.passes.retype import NARROW, type_name
 from mla_compile.plan import LatentPlan, clamped
+from mla_compile.program import Program
 from mla_compile.report import LayerError, Quality
-from mla_compile.site import Rejection, reasons
+from mla_compile.site import AttentionSite, Rejection, reasons
 
-__all__ = ["costly_layers", "log_sizes", "require_quality", "warnings_of"]
+__all__ = ["costly_layers", "log_sizes", "require_quality", "rounded_slopes", "warnings_of"]
 
 _log = logging.getLogger(__name__)
 _MUCH_WORSE = 2.0
@@ -51,6 +56,19 @@ def warnings_of(
             "spend it differently with --rope-dims"
         )
     return tuple(found)
+
+
+def rounded_slopes(program: Program, sites: Sequence[AttentionSite]) -> tuple[str, ...]:
+    """Say so where a float32 model computes slopes in fewer bits (Falcon's ALiBi): they are exact in the conversion."""
+    if program.dtype in NARROW or not any(site.slopes for site in sites):
+        return ()
+    values = (node.meta.get("val") for node in program.exported.graph.nodes)
+    narrow = {value.dtype for value in values if isinstance(value, Tensor) and value.dtype in NARROW}
+    return tuple(
+        f"the original computes slopes in {type_name(dtype)}, which counts distances exactly up to "
+        f"{round(2 / torch.finfo(dtype).eps)} tokens; the conversion computes them in float32, and differs beyond"
+        for dtype in narrow
+    )
 
 
 def costly_layers(plans: Sequence[LatentPlan], errors: Sequence[LayerError]) -> tuple[str, ...]:

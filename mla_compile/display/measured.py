@@ -107,6 +107,7 @@ def generation_row(result: Generation) -> dict[str, Any]:
         "tokens_per_second": result.tokens_per_second,
         "cache_bytes_per_token": result.cache_bytes_per_token,
         "cache_bytes": result.cache_bytes,
+        "warnings": list(result.warnings),
     }
 
 
@@ -118,6 +119,8 @@ def stream_text(piece: str) -> None:
 def show_generation(result: Generation, streamed: bool, quiet: bool) -> None:
     """The texts, unless they were streamed, and the speed, unless ``quiet``."""
     say("" if streamed else "\n\n".join(result.texts))
+    for warning in result.warnings:
+        tell(f"Warning: {warning}.")
     if not quiet:
         tell(
             f"{sum(result.new_tokens)} tokens, {result.tokens_per_second:.0f} tokens/s, "

@@ -19,7 +19,7 @@ from typing import Any
 
 from mla_compile.artifacts.opened import open_model
 from mla_compile.errors import UsageError
-from mla_compile.evaluation.textgen import continuation
+from mla_compile.evaluation.textgen import continuation, cut_at
 from mla_compile.runtime.generate import Sampling, generate
 from mla_compile.text.corpus import load_tokenizer
 from mla_compile.text.evaluate import longest_window
@@ -164,7 +164,7 @@ class MlaCompileLM(TemplateLM):
         stop = [] if self.eot_token_id is None else [self.eot_token_id]
         ids = generate(self._decoder, [prompt], new, sampling=sampling, stop=stop, until=ends)[0]
         text = continuation(self.tokenizer, prompt, ids)
-        return text[: min((place for string in strings if (place := text.find(string)) >= 0), default=None)]
+        return cut_at(text, strings)
 
 
 if __name__ == "__main__":

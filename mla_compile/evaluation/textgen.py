@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from mla_compile.artifacts.folder_decoder import FolderDecoder
     from mla_compile.runtime.tensorrt.engine import TensorRTDecoder
 
-__all__ = ["Generation", "continuation", "generate_text"]
+__all__ = ["Generation", "continuation", "cut_at", "generate_text"]
+
+_FOREIGN = 0.75
+"""Of the tokens that a model reads, a tokenizer of its own has as many at least: tables are filled up by a few."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Generation:
         seconds: Wall-clock time, prompts included.
         cache_bytes_per_token: Bytes one token of one sequence takes in the cache.
         cache_bytes: Bytes of the whole cache in the end, or of the memory that was allocated for it.
+        warnings: What the user should know of it.
     """
 
     texts: tuple[str, ...]
@@ -39,6 +43,7 @@ class Generation:
     seconds: float
     cache_bytes_per_token: int
     cache_bytes: int
+    warnings: tuple[str, ...] = ()
 
     @property
     def tokens_per_second(self) -> float:
@@ -57,6 +62,7 @@ def generate_text(
     provider: str | None = None,
     max_length: int | None = None,
     kernel: str | None = None,
+    stop: Sequence[str] = (),
     on_text: Callable[[str], None] | None = None,
 ) -> Generation:
     """Continue texts.
@@ -72,6 +78,7 @@ def generate_text(
         max_length: Tokens of a sequence at most, prompt and continuation; as many as are asked for by default.
         kernel: What computes attention of an ONNX file: ``auto``, the default, ``fused`` or ``standard``; see
             :data:`mla_compile.runtime.onnx_session.KERNELS`.
+        stop: Texts in front of which a continuation ends.
         on_text: Called with the first prompt and then each new piece of it, never half a character.
 
     Raises:
@@ -82,6 +89,8 @@ def generate_text(
     """
     if not all(map(is_text, prompts)):
         raise UsageError("A prompt is not UTF-8 text.", "Give it in UTF-8.")
+    if not all(stop):
+        raise UsageError("A text to stop at is empty.", "Give at least one character.")
     decoder = _open(model, threads, provider, max_length, kernel)
     words = load_tokenizer(tokenizer or str(model if model.is_dir() else model.absolute().parent))
     begin = [] if words.bos_token_id is None else [words.bos_token_id]
@@ -92,21 +101,47 @@ def generate_text(
     longest = max(map(len, ids))
     decoder.require_length(longest + max_new_tokens - 1)
     end = decoder.metadata.get("eos_token_id")
-    stop = end if isinstance(end, list) else [] if end is None else [end]
+    ends = end if isinstance(end, list) else [] if end is None else [end]
     stream = None
     if on_text:
         on_text(prompts[0])
-        stream = _Stream(words, ids[0], on_text)
+        stream = _Stream(words, ids[0], on_text, stop)
+
+    def stops(row: int, so_far: list[int]) -> bool:
+        text = continuation(words, ids[row], so_far)
+        return any(string in text for string in stop)
+
     start = time.perf_counter()
-    new = generate(decoder, ids, max_new_tokens, sampling=sampling, stop=stop, on_tokens=stream)
+    new = generate(
+        decoder,
+        ids,
+        max_new_tokens,
+        sampling=sampling,
+        stop=ends,
+        until=stops if stop else None,
+        on_tokens=stream,
+    )
     seconds = time.perf_counter() - start
     if stream is not None:
         stream.finish()
-    texts = [p + continuation(words, before, after) for p, before, after in zip(prompts, ids, new, strict=True)]
+    texts = [p + cut_at(continuation(words, i, n), stop) for p, i, n in zip(prompts, ids, new, strict=True)]
     grows = not decoder.static if isinstance(decoder, OnnxDecoder) else model.is_dir()
     added = max(map(len, new)) if grows else max_new_tokens
     held = decoder.cache_bytes(len(ids), longest + max(added - 1, 0))
-    return Generation(tuple(texts), tuple(map(len, new)), seconds, decoder.cache_bytes_per_token, held)
+    counts = tuple(map(len, new))
+    reached = max(len(before) + count for before, count in zip(ids, counts, strict=True))
+    warnings = _warnings(len(words), decoder.known_tokens, reached, decoder.metadata.get("max_position_embeddings"))
+    return Generation(tuple(texts), counts, seconds, decoder.cache_bytes_per_token, held, warnings)
+
+
+def _warnings(words: int, known: int, reached: int, longest: int | None) -> tuple[str, ...]:
+    """What may be wrong with a text that was generated without an error."""
+    found = []
+    if words < _FOREIGN * known:
+        found.append(f"the tokenizer has {words} tokens and the model {known}: it may belong to another model")
+    if longest is not None and reached > longest:
+        found.append(f"the model was made for {longest} tokens at most, and the text has {reached}")
+    return tuple(found)
 
 
 def _open(
@@ -123,7 +158,8 @@ def _open(
 
         return FolderDecoder(model, max_length)
     if model.is_dir():
-        raise LoadError(f"'{model}' holds no converted model that runs here.", _what_to_run(model))
+        held = "models as files" if written_files(model) else "no converted model that runs here"
+        raise LoadError(f"'{model}' holds {held}.", _what_to_run(model))
     if model.suffix != ".plan":
         decoder = OnnxDecoder(model, [PROVIDERS[provider or "cpu"]], threads, max_length, kernel or "auto")
         require_unchanged(model)
@@ -158,11 +194,30 @@ def continuation(tokenizer: Any, prompt: list[int], new: list[int]) -> str:  # n
     return after[len(before) :]
 
 
+def cut_at(text: str, strings: Sequence[str]) -> str:
+    """A text up to the first of some strings, which are no part of it."""
+    return text[: min((place for string in strings if (place := text.find(string)) >= 0), default=None)]
+
+
+def _begun(text: str, strings: Sequence[str]) -> int:
+    """How many of the last characters may be the beginning of one of some strings."""
+    longest = max(map(len, strings), default=1)
+    sizes = range(min(longest - 1, len(text)), 0, -1)
+    return next((size for size in sizes if any(s.startswith(text[-size:]) for s in strings)), 0)
+
+
 class _Stream:
     """Turns the first sequence's tokens into pieces of text as they arrive."""
 
-    def __init__(self, tokenizer: Any, prompt: list[int], on_text: Callable[[str], None]) -> None:  # noqa: ANN401
+    def __init__(
+        self,
+        tokenizer: Any,  # noqa: ANN401 - see load_tokenizer
+        prompt: list[int],
+        on_text: Callable[[str], None],
+        stop: Sequence[str] = (),
+    ) -> None:
         self._tokenizer = tokenizer
+        self._stop = stop
         self._prompt = prompt
         self._on_text = on_text
         self._ids: list[int] = []
@@ -173,12 +228,15 @@ class _Stream:
         if tokens[0] is None:
             return
         self._ids.append(tokens[0])
-        self._text = continuation(self._tokenizer, self._prompt, self._ids)
+        self._text = cut_at(continuation(self._tokenizer, self._prompt, self._ids), self._stop)
         if not self._text.endswith("\N{REPLACEMENT CHARACTER}"):  # the character goes on in the next token
-            self.finish()
+            self._show(len(self._text) - _begun(self._text, self._stop))
 
     def finish(self) -> None:
         """Show what is left: no token is to come."""
-        if len(self._text) > self._shown:
-            self._on_text(self._text[self._shown :])
-            self._shown = len(self._text)
+        self._show(len(self._text))
+
+    def _show(self, end: int) -> None:
+        if end > self._shown:
+            self._on_text(self._text[self._shown : end])
+            self._shown = end

@@ -184,8 +184,8 @@ def _read(kind: Any, name: str, config: Any, attention: str, dtype: torch.dtype 
 def _unreadable(name: str, error: Exception) -> LoadError:
     if Path(name).exists():
         return LoadError(
-            f"'{name}' could not be loaded from Hugging Face ({reason_of(error)}).",
-            "Check that its files are whole, and that the weights are safetensors.",
+            f"'{name}' could not be loaded by transformers ({reason_of(error)}).",
+            "Check that its files are whole, what config.json says, and that the weights are safetensors.",
         )
     return LoadError(
         f"'{name}' could not be loaded from Hugging Face ({reason_of(error)}).",

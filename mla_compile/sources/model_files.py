@@ -22,6 +22,9 @@ from mla_compile.sources.exported import HOW_TO_EXPORT, assets_of, read_export
 
 __all__ = ["load_file"]
 
+_WEIGHTS = (".safetensors", ".bin", ".pth", ".index.json")
+"""What names of files with a checkpoint's weights, or with their places, end in."""
+
 
 def load_file(path: Path, tokenizer: str | None, unsafe: bool, dtype: torch.dtype | None) -> AnyProgram:
     """Load a model from a file; see :func:`~mla_compile.sources.frontend.load_any`.
@@ -32,6 +35,10 @@ def load_file(path: Path, tokenizer: str | None, unsafe: bool, dtype: torch.dtyp
     if path.suffix == ".onnx":
         raise LoadError(
             f"'{path}' is an ONNX file, which cannot be converted.", "Give the model it was exported from instead."
+        )
+    if path.name.endswith(_WEIGHTS) and (path.parent / "config.json").is_file():
+        raise LoadError(
+            f"'{path}' holds weights alone, and the model is the folder it is in.", f"Give the folder: {path.parent}."
         )
     try:
         path.open("rb").close()

@@ -25,9 +25,11 @@ __all__ = [
     "DOCUMENT_END",
     "TextFile",
     "check_vocabulary",
+    "is_text",
     "load_tokenizer",
     "open_documents",
     "read_documents",
+    "require_tokenizer",
     "special_tokens",
     "token_windows",
     "tokenize",
@@ -54,13 +56,10 @@ def load_tokenizer(folder: str | None) -> Any:  # noqa: ANN401 - transformers' t
     """
     if folder is None:
         raise LoadError("The model comes without a tokenizer.", "Give one with --tokenizer FOLDER.")
+    require_tokenizer(folder)
     from transformers import AutoTokenizer
 
     path = Path(folder)
-    if path.is_dir() and not holds_tokenizer(path):
-        raise LoadError(f"There is no tokenizer in the folder '{folder}'.", "Give one with --tokenizer FOLDER.")
-    if not path.exists() and (path.is_absolute() or folder.startswith(".") or folder.count("/") > 1):
-        raise LoadError(f"There is no tokenizer folder '{folder}'.", "Give one with --tokenizer FOLDER.")
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=not (path.exists() or hub_answers(folder)))
     except Exception as error:
@@ -68,6 +67,19 @@ def load_tokenizer(folder: str | None) -> Any:  # noqa: ANN401 - transformers' t
         raise LoadError(
             f"No tokenizer could be loaded from '{folder}' ({reason}).", "Give one with --tokenizer FOLDER."
         ) from error
+
+
+def require_tokenizer(folder: str) -> None:
+    """Refuse a folder without a tokenizer, by the names of the files in it.
+
+    Raises:
+        LoadError: There is none in it, or no such folder; a hub id is taken for what it is.
+    """
+    path = Path(folder)
+    if path.is_dir() and not holds_tokenizer(path):
+        raise LoadError(f"There is no tokenizer in the folder '{folder}'.", "Give one with --tokenizer FOLDER.")
+    if not path.exists() and (path.is_absolute() or folder.startswith(".") or folder.count("/") > 1):
+        raise LoadError(f"There is no tokenizer folder '{folder}'.", "Give one with --tokenizer FOLDER.")
 
 
 def special_tokens(folder: str) -> dict[str, Any]:
@@ -146,6 +158,8 @@ class TextFile:
 
     def _pieces(self) -> Iterator[str]:
         """Its text as ``open`` would give it, with the place of what is no text."""
+        if self.path.is_dir():
+            raise LoadError(f"'{self.path}' is a folder, not a text file.", "Give a .txt or .jsonl file.")
         if not self.path.is_file():
             raise LoadError(f"There is no text file '{self.path}'.", "Give a .txt or .jsonl file.")
         signed = codecs.getincrementaldecoder("utf-8-sig")()  # some editors put a byte order mark in front
@@ -161,11 +175,11 @@ class TextFile:
                         place = file.tell() - len(error.object) + error.start
                         raise LoadError(
                             f"'{self.path}' is not UTF-8 text ({error.reason} at byte {place}).",
-                            "Give a .txt or .jsonl file.",
+                            "Save it as UTF-8, or give another file.",
                         ) from error
         except OSError as error:
             raise LoadError(
-                f"'{self.path}' cannot be read ({error.strerror}).", "Give a .txt or .jsonl file."
+                f"'{self.path}' cannot be read ({error.strerror}).", "Give yourself access to it."
             ) from error
 
 

@@ -146,6 +146,87 @@ class ConvolvingLM(TinyLM):
         return x + self.mix(F.pad(x.transpose(1, 2), (2, 0))).transpose(1, 2)
 
 
+# ---- one token among thousands, which random text never has
+
+
+SEPARATOR = 4321
+
+
+def behind_separators(ids: Tensor) -> Tensor:
+    """How many separators there were."""
+    return (ids == SEPARATOR).long().cumsum(1)
+
+
+class SegmentsLM(TinyLM):
+    """Embedded segments, which separators divide."""
+
+    def __init__(self, *layers: Callable[[], nn.Module]) -> None:
+        super().__init__(*layers)
+        self.segments = nn.Embedding(8, WIDTH)
+
+    def count(self, ids: Tensor) -> Tensor:
+        return behind_separators(ids)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return super().embed(ids) + self.segments(self.count(ids).clamp(max=7))
+
+
+class TabulatedSegmentsLM(SegmentsLM):
+    """Which ids are separators stands in a table."""
+
+    def __init__(self, *layers: Callable[[], nn.Module]) -> None:
+        super().__init__(*layers)
+        self.register_buffer("separates", torch.arange(zoo.VOCABULARY) == SEPARATOR)
+
+    def count(self, ids: Tensor) -> Tensor:
+        return self.separates[ids].long().cumsum(1)
+
+
+class RestartingLM(TinyLM):
+    """Learned positions are counted from the last separator (packed documents)."""
+
+    def __init__(self, *layers: Callable[[], nn.Module]) -> None:
+        super().__init__(*layers)
+        self.places = nn.Embedding(4096, WIDTH)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        place = torch.arange(ids.shape[1])[None].expand(ids.shape)
+        start = torch.where(ids == SEPARATOR, place, torch.zeros_like(place)).cummax(1).values
+        return super().embed(ids) + self.places(place - start)
+
+
+class RepeatingLM(TinyLM):
+    """A token that equals the one before is told so."""
+
+    def __init__(self, *layers: Callable[[], nn.Module]) -> None:
+        super().__init__(*layers)
+        self.repeated = nn.Embedding(2, WIDTH)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        before = F.pad(ids, (1, 0), value=-1)[:, :-1]
+        return super().embed(ids) + self.repeated((before == ids).long())
+
+
+class SwitchedOutput(HalfRope):
+    """Attention counts twice behind a separator."""
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        y = super().forward(x, ids)
+        return torch.where((behind_separators(ids) > 0)[..., None], 2 * y, y)
+
+
+class SwitchedQueries(HalfRope):
+    """Queries count twice behind a separator."""
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        self.ids = ids
+        return super().forward(x, ids)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = super().project(x)
+        return torch.where((behind_separators(self.ids) > 0)[..., None], 2 * q, q), k, v
+
+
 # ---- positions
 
 
@@ -538,6 +619,12 @@ CASES: dict[str, Case] = {
     "running mean": Case(within(RunningAverageLM), REFUSED),
     "token shift": Case(within(ShiftingLM), REFUSED),
     "convolution": Case(within(ConvolvingLM), REFUSED),
+    "segments": Case(within(SegmentsLM), REFUSED),
+    "segments by a table": Case(within(TabulatedSegmentsLM), REFUSED),
+    "positions from the last separator": Case(within(RestartingLM), REFUSED),
+    "repeated tokens": Case(within(RepeatingLM), REFUSED),
+    "outputs behind a separator": Case(beside(SwitchedOutput), REFUSED),
+    "queries behind a separator": Case(beside(SwitchedQueries), REFUSED),
     "sigmoid attention": Case(beside(SigmoidAttention), REFUSED),
     "linear attention": Case(beside(LinearAttention), REFUSED),
     # positions outside attention
