@@ -98,6 +98,11 @@ def test_family(name, tmp_path):
     for index, (site, layer) in enumerate(zip(sites, family.layers, strict=True)):
         assert_described(site, layer, frequencies(family, layer, module, index))
     assert compiled.report.verification.conversion_error <= TOLERANCE
+    # Only Falcon computes slopes in bfloat16, in a model of any type.
+    rounded = [
+        w for w in compiled.report.warnings if "slopes in bfloat16, which counts distances exactly up to 256" in w
+    ]
+    assert len(rounded) == (name == "falcon-alibi")
     ids = tokens(3, LENGTH, seed=11)
     assert_equal(compiled, module, ids)
     assert_equal_in_onnx(compiled, module, ids, tmp_path)
