@@ -122,7 +122,10 @@ def compile(
         raise UsageError("Both config and single settings were given.", "Give one of them.")
     config = config or make_config(**settings)
     if out is None and (engine is not None or force):
-        raise UsageError("What engine and force are checked against was not given.", "Give out, or leave them out.")
+        raise UsageError(
+            "Arguments engine and force are about what is written to out, which was not given.",
+            "Give it, or leave them out.",
+        )
     if engine is not None and config.encoders:
         raise UsageError("Only a causal language model is written for TensorRT.", "Leave --encoders out.")
     request = Request(

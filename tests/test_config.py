@@ -130,7 +130,7 @@ def test_where_a_python_caller_writes_no_file_options_of_files_are_refused(tmp_p
 def test_a_place_is_a_string_too_and_what_is_checked_against_one_needs_it():
     with pytest.raises(UsageError, match=r"^--inline: only an ONNX file .* 'folder' is none"):
         mla_compile.compile("no-model", method="mha2mla", out="folder", inline=True)
-    with pytest.raises(UsageError, match="engine and force are checked against was not given"):
+    with pytest.raises(UsageError, match="engine and force are about what is written to out"):
         mla_compile.compile("no-model", method="mha2mla", force=True)
 
 

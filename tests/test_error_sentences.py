@@ -38,7 +38,7 @@ REMEDIES = re.findall(
     """
     Add Begin Build Calibrate Call Check Choose Compile Compute Convert Copy Correct Download Export Free Generate
     Get Give Go Import Index Install Keep Leave Make Match Measure Name Pad Pass Plan Put Raise Read Remove Report
-    Resume Rewrite Run See Set Start Stay Take Train Try Use Wait Write
+    Resume Rewrite Run Save See Set Start Stay Take Train Try Use Wait Write
     """,
 )
 """Words that tell somebody to do something."""

@@ -72,6 +72,44 @@ def test_decode_equals_the_reference(kind):
     check(KINDS[kind])
 
 
+def apart(tensor: torch.Tensor) -> torch.Tensor:
+    """The same numbers in every third place of memory, with others between them."""
+    return torch.stack([tensor, tensor + 5, tensor * 0 - 1], -1)[..., 0]
+
+
+def test_lengths_and_pages_may_lie_anywhere():
+    x = KINDS["rope per head"].arguments()
+    exact, exact_lse = launch.attend(**x)
+    table = x["cache"].page_table
+    for lengths, pages in (
+        (apart(x["lengths"]), table),
+        (x["lengths"], apart(table)),
+        (x["lengths"], table.T.contiguous().T),
+    ):
+        given = x | {"lengths": lengths, "cache": replace(x["cache"], page_table=pages)}
+        assert not (lengths.is_contiguous() and pages.is_contiguous())
+        got = launch.attend(**given)
+        assert torch.equal(got[0], exact)
+        assert torch.equal(got[1], exact_lse)
+
+
+def test_one_length_may_be_all_sequences():
+    problem = Problem(SHARED, 4, lengths=(20, 20, 20))
+    x = problem.arguments()
+    exact, _ = launch.attend(**x)
+    got, _ = launch.attend(**x | {"lengths": x["lengths"][:1].expand(3)})
+    assert torch.equal(got, exact)
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+def test_a_sink_of_no_weight_is_none(splits):
+    x = Problem(SHARED, 4, lengths=(60, 0)).arguments()
+    expected_context, expected_lse = launch.attend(**x, splits=splits)
+    context, lse = launch.attend(**x | {"sinks": torch.full((4,), -torch.inf)}, splits=splits)
+    assert torch.equal(context, expected_context)
+    assert torch.equal(lse, expected_lse)
+
+
 # Without shrinking: a smaller failure is not worth the minutes that the interpreter takes to find it.
 @settings(max_examples=30, phases=[Phase.generate])
 @given(problems(dtypes=(torch.float32, F16, BF16)))
