@@ -155,7 +155,8 @@ class FixedCacheDecoder(ABC):
             )
         counts = real.cumsum(1)[:, -new:]
         self.require_length(int(counts.max()))
-        if (held := len(cache.rows[0])) != batch or cache.tokens != mask_tokens - new:
+        # Fewer tokens than the cache has are a way back: rows in front are as they were.
+        if (held := len(cache.rows[0])) != batch or cache.tokens < mask_tokens - new:
             raise UsageError(
                 f"The cache is of {held} sequences of {cache.tokens} tokens, and these are {batch} whose mask has "
                 f"{mask_tokens - new} earlier ones.",

@@ -163,6 +163,18 @@ def test_a_sequence_ends_where_it_is_told_to():
     assert all(row == 1 for row, _ in asked[4:])
 
 
+@pytest.mark.parametrize("temperature", [np.inf, np.nan, -1.0])
+def test_a_temperature_is_a_number(temperature):
+    with pytest.raises(UsageError, match="The temperature is"):
+        Sampling(temperature)
+
+
+def test_logits_that_rule_out_every_token_are_told():
+    logits = np.full(3, -np.inf)
+    with pytest.raises(VerificationError, match="not numbers"):
+        generate(Scripted(lambda _: logits), [[1]], 2)
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("wrong", [np.nan, np.inf])
 def test_logits_that_are_not_numbers_are_told(temperature, wrong):

@@ -6,6 +6,7 @@ import contextlib
 import json
 import sys
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import models
@@ -139,6 +140,58 @@ def test_a_graph_is_captured_anew_when_another_cache_had_the_context(lowered, pl
             expected, theirs[i] = model.step(*given, theirs[i])
             assert difference(torch.from_numpy(got), torch.from_numpy(expected)) <= LOGITS
     assert [graph.replays for graph in graphs] == [0, 0, 0, 0, 0, 0, 2]
+
+
+def test_an_engine_that_cannot_be_captured_runs_all_the_same(lowered, plan, graphs, monkeypatch):
+    tried = []
+
+    @contextlib.contextmanager
+    def refused(graph, **_):
+        tried.append(graph)
+        yield
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "graph", refused)
+    expected = generate(TorchDecoder(lowered("llama-gqa").model), PROMPTS, 9)
+    decoder = with_stream(plan)
+    assert decoder.generate(PROMPTS, 9) == decoder.generate(PROMPTS, 9) == expected
+    assert len(tried) == 1
+    assert not decoder.captures
+
+
+def test_streamed_weights_are_not_captured(lowered, plan, graphs):
+    facts_path(plan).write_text(json.dumps({**FACTS, "weight_streaming": True}))
+    decoder = with_stream(plan)
+    assert decoder.generate(PROMPTS, 9) == generate(TorchDecoder(lowered("llama-gqa").model), PROMPTS, 9)
+    assert not graphs
+
+
+def test_threads_wait_for_each_other(lowered, plan):
+    decoder = TensorRTDecoder(plan, device="cpu")
+    expected = [generate(TorchDecoder(lowered("llama-gqa").model), [prompt], 9) for prompt in PROMPTS]
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(3):
+            assert [*pool.map(lambda prompt: decoder.generate([prompt], 9), PROMPTS)] == expected
+
+
+def test_caches_of_other_sequences_are_refused(lowered, plan):
+    for decoder in (TensorRTDecoder(plan, device="cpu"), OnnxFixedDecoder(lowered("llama-gqa").path)):
+        one, position = np.ones((1, 1), np.int64), np.zeros((1, 1), np.int64)
+        with pytest.raises(
+            UsageError, match="The cache is of 2 sequences of 0 tokens, and these are 1 whose mask has 0"
+        ):
+            decoder.step(one, one, position, decoder.empty_cache(2))
+        with pytest.raises(UsageError, match="of 0 tokens, and these are 1 whose mask has 4 earlier ones"):
+            decoder.step(one, np.ones((1, 5), np.int64), position, decoder.empty_cache(1))
+
+
+def test_what_will_not_fit_is_refused_before_it_begins(lowered, plan):
+    for decoder in (TensorRTDecoder(plan, device="cpu"), OnnxFixedDecoder(lowered("llama-gqa").path)):
+        seen = []
+        with pytest.raises(UsageError, match=r"A sequence of 33 tokens does not fit .* room for 32"):
+            decoder.generate(PROMPTS, 26, on_tokens=seen.append)
+        assert not seen
+        assert len(decoder.generate(PROMPTS, 25)[0]) == 25
 
 
 @pytest.mark.parametrize(
