@@ -34,8 +34,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from mla_compile.passes.original_attention import MICROSOFT, OriginalForm, original_function
 from mla_compile.runtime.cpu.library import library
-from mla_compile.runtime.onnx_function import DOMAIN, FUSED_DOMAIN, LATENT, VERSION, Variant, attention_function
+from mla_compile.runtime.onnx_function import attention_function
 from mla_compile.runtime.onnx_quantised import LATENT_LEVELS, ROPE_LEVELS, SCALES
+from mla_compile.runtime.onnx_variant import DOMAIN, FUSED_DOMAIN, LATENT, VERSION, Variant
 
 OPSET = 24
 HIDDEN = "hidden"

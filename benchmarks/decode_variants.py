@@ -23,8 +23,9 @@ from decode_cpu import OPSET, SHAPES, SPARE, Arrays, Shape, Step, conditions
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from mla_compile.runtime.onnx_function import DOMAIN, FUSED_DOMAIN, LATENT, VERSION, Variant, attention_function
+from mla_compile.runtime.onnx_function import attention_function
 from mla_compile.runtime.onnx_quantised import SCALES
+from mla_compile.runtime.onnx_variant import DOMAIN, FUSED_DOMAIN, LATENT, VERSION, Variant
 
 WINDOW = 1024
 

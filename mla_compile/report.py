@@ -20,6 +20,7 @@ from mla_compile.runtime.onnx_quantised import quantised_bytes
 from mla_compile.site import AttentionSite, Kind, Rejection
 
 __all__ = [
+    "NO_GAIN",
     "CheckpointFacts",
     "LayerError",
     "LayerForecast",

@@ -28,6 +28,7 @@ __all__ = [
     "MismatchError",
     "ProjectionNode",
     "beside_scores",
+    "blank_activations",
     "find_anchors",
     "module_path",
     "operator_argument",

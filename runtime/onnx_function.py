@@ -35,16 +35,10 @@ from mla_compile.runtime.onnx_quantised import dequantised, quantised_append, wi
 from mla_compile.runtime.onnx_queries import SIZES, TURNED_KEYS, TURNED_QUERIES
 from mla_compile.runtime.onnx_rows import rows_and_masks
 from mla_compile.runtime.onnx_unfolded import MANY_QUERIES, unfolded_attention
-from mla_compile.runtime.onnx_variant import CACHED, DOMAIN, FUSED_DOMAIN, LATENT, PLAIN, VERSION, Variant
+from mla_compile.runtime.onnx_variant import CACHED, DOMAIN, FUSED_DOMAIN, LATENT, PLAIN, Variant
 
 __all__ = [
-    "CACHED",
-    "DOMAIN",
     "FUSED",
-    "FUSED_DOMAIN",
-    "LATENT",
-    "VERSION",
-    "Variant",
     "attention_function",
     "has_fused_form",
 ]

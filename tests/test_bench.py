@@ -26,8 +26,8 @@ from mla_compile.passes.original_attention import OriginalForm, form_problem
 from mla_compile.passes.plain_caches import with_plain_caches
 from mla_compile.passes.recognise import recognise
 from mla_compile.runtime.cpu.library import compiler
-from mla_compile.runtime.onnx_function import Variant
 from mla_compile.runtime.onnx_session import OnnxDecoder
+from mla_compile.runtime.onnx_variant import Variant
 from mla_compile.text.evaluate import original_scorer
 
 LOGITS = 1e-4  # as in tests/passes/test_lower_onnx.py: 1e-6 was observed

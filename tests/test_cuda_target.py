@@ -26,9 +26,9 @@ from mla_compile.config import make_config
 from mla_compile.errors import RefusedError, UsageError
 from mla_compile.passes.lower_onnx import lower_to_onnx
 from mla_compile.runtime.onnx_cache import BLOCKS, CacheLayer
-from mla_compile.runtime.onnx_function import Variant
 from mla_compile.runtime.onnx_paged import BLOCK, MICROSOFT, paged_function, paged_problem
 from mla_compile.runtime.onnx_session import OnnxDecoder
+from mla_compile.runtime.onnx_variant import Variant
 
 TINY = str(Path(__file__).parent.parent / "examples" / "tiny-llama")
 HALF = 5e-3  # of the largest logit: caches and queries have eleven bits; 1e-3 was observed

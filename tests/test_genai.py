@@ -18,9 +18,10 @@ from mla_compile.config import make_config
 from mla_compile.errors import RefusedError, UsageError
 from mla_compile.passes.lower_onnx import lower_to_onnx
 from mla_compile.program import Assets
-from mla_compile.runtime.onnx_function import CACHED, LATENT, Variant, attention_function
+from mla_compile.runtime.onnx_function import attention_function
 from mla_compile.runtime.onnx_halves import half_width, halves_bytes
 from mla_compile.runtime.onnx_session import OnnxDecoder
+from mla_compile.runtime.onnx_variant import CACHED, LATENT, Variant
 
 LOGITS = 1e-4  # as in tests/passes/test_lower_onnx.py: 1e-6 was observed
 ASSETS = Assets(config={"max_position_embeddings": 128, "bos_token_id": 0, "eos_token_id": 96, "pad_token_id": 95})

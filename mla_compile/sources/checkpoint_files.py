@@ -16,7 +16,7 @@ from mla_compile.config import REPORT
 from mla_compile.disk.mapped import drop_pages
 from mla_compile.errors import LoadError, first_line
 
-__all__ = ["has_weights", "require_files", "require_finite", "require_fitting_weights"]
+__all__ = ["has_weights", "holds_result", "require_files", "require_finite", "require_fitting_weights"]
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _COPY = "Copy or download the checkpoint again."

@@ -25,6 +25,7 @@ __all__ = [
     "original_scorer",
     "perplexity",
     "relative_error",
+    "require_window",
     "streamed_perplexity",
     "worst",
 ]

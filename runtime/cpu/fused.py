@@ -10,15 +10,8 @@ import onnx
 from onnx import TensorProto, helper
 
 from mla_compile.runtime.onnx_cache import PAST
-from mla_compile.runtime.onnx_function import (
-    DOMAIN,
-    FUSED_DOMAIN,
-    LATENT,
-    VERSION,
-    Variant,
-    attention_function,
-    has_fused_form,
-)
+from mla_compile.runtime.onnx_function import attention_function, has_fused_form
+from mla_compile.runtime.onnx_variant import DOMAIN, FUSED_DOMAIN, LATENT, VERSION, Variant
 
 __all__ = ["fused_model", "obstacle"]
 

@@ -19,8 +19,8 @@ from mla_compile.passes.onnx_export import METADATA_KEY
 from mla_compile.runtime import ops  # noqa: F401 - registers the operators
 from mla_compile.runtime.module import LatentModel
 from mla_compile.runtime.onnx_checksum import CHECKSUM_KEY
-from mla_compile.runtime.onnx_function import CACHED, DOMAIN, LATENT, VERSION, Variant
 from mla_compile.runtime.onnx_session import OnnxDecoder
+from mla_compile.runtime.onnx_variant import CACHED, DOMAIN, LATENT, VERSION, Variant
 
 # Both runtimes compute in float32, in another order and with other kernels: 1e-6 was observed.
 LOGITS = 1e-4

@@ -30,16 +30,9 @@ from mla_compile.cli import main
 from mla_compile.errors import LoadError, RefusedError, UsageError
 from mla_compile.runtime.cpu import library as compiling
 from mla_compile.runtime.cpu.fused import fused_model
-from mla_compile.runtime.onnx_function import (
-    CACHED,
-    DOMAIN,
-    FUSED_DOMAIN,
-    LATENT,
-    VERSION,
-    Variant,
-    attention_function,
-)
+from mla_compile.runtime.onnx_function import attention_function
 from mla_compile.runtime.onnx_session import OnnxDecoder
+from mla_compile.runtime.onnx_variant import CACHED, DOMAIN, FUSED_DOMAIN, LATENT, VERSION, Variant
 from mla_compile.sources.capture import capture
 
 pytestmark = pytest.mark.skipif(compiling.compiler() is None, reason="there is no C++ compiler")

@@ -16,7 +16,8 @@ from latent_cases import CachedCase, Case, cached_cases, cases
 from onnx import TensorProto, helper
 from onnx_ir.passes.common import InlinePass
 
-from mla_compile.runtime.onnx_function import CACHED, DOMAIN, LATENT, VERSION, Variant, attention_function
+from mla_compile.runtime.onnx_function import attention_function
+from mla_compile.runtime.onnx_variant import CACHED, DOMAIN, LATENT, VERSION, Variant
 
 # float32 rounds by 6e-8 of numbers up to about 30; two products and a softmax in between make some 1e-6 of that.
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}

@@ -25,8 +25,9 @@ from test_onnx_function import (
 from test_onnx_static import GARBAGE, room_of, slots_of
 
 from mla_compile.passes.quantise_cache import quantised_row
-from mla_compile.runtime.onnx_function import CACHED, LATENT, Variant, attention_function
+from mla_compile.runtime.onnx_function import attention_function
 from mla_compile.runtime.onnx_quantised import quantised_bytes
+from mla_compile.runtime.onnx_variant import CACHED, LATENT, Variant
 
 # Queries and weights in two digits are off by 1/128^2 of the largest at most, 3e-5, in sums of a few numbers of size 1.
 CLOSE = {"rtol": 1e-3, "atol": 3e-4}

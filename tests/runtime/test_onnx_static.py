@@ -23,7 +23,8 @@ from test_onnx_function import (
     variant_of,
 )
 
-from mla_compile.runtime.onnx_function import CACHED, LATENT, Variant, attention_function
+from mla_compile.runtime.onnx_function import attention_function
+from mla_compile.runtime.onnx_variant import CACHED, LATENT, Variant
 
 STEPS = {"prefill": (5, 0), "chunk": (3, 4), "decoding": (1, 6), "first token": (1, 0)}
 SPARE = 3

@@ -16,7 +16,8 @@ from torch import Tensor
 from mla_compile.runtime import ops, reference
 from mla_compile.runtime.attention import attend_folded, attend_unfolded, rotate_and_append
 from mla_compile.runtime.masks import open_keys
-from mla_compile.runtime.onnx_function import DOMAIN, LATENT, VERSION, Variant, attention_function
+from mla_compile.runtime.onnx_function import attention_function
+from mla_compile.runtime.onnx_variant import DOMAIN, LATENT, VERSION, Variant
 
 # Float64 on both sides, in another order of additions.
 EXACT = {"rtol": 1e-10, "atol": 1e-11}

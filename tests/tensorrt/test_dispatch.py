@@ -12,7 +12,7 @@ import sys
 import onnx
 import pytest
 
-from mla_compile.runtime.onnx_function import DOMAIN
+from mla_compile.runtime.onnx_variant import DOMAIN
 from mla_compile.runtime.tensorrt.functions import APPEND, COMBINE, DECODE, NAMESPACE, PARTIAL, SPLITS, function
 
 PARSE = """

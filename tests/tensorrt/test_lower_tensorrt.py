@@ -17,7 +17,7 @@ from conversion import difference
 from mla_compile.errors import RefusedError
 from mla_compile.passes.lower_tensorrt import lower_to_tensorrt_onnx
 from mla_compile.runtime.module import LatentModel
-from mla_compile.runtime.onnx_function import DOMAIN, VERSION
+from mla_compile.runtime.onnx_variant import DOMAIN, VERSION
 from mla_compile.runtime.tensorrt.functions import APPEND, COMBINE, DECODE, NAMESPACE, OPSET, PARTIAL
 
 # Grouped keys; a window, whose cache keeps all rows here; no rope.

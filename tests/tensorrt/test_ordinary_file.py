@@ -7,7 +7,8 @@ import pytest
 from onnx import TensorProto, helper
 
 from mla_compile.passes.lower_onnx import lower_to_onnx
-from mla_compile.runtime.onnx_function import CACHED, DOMAIN, VERSION, Variant, attention_function
+from mla_compile.runtime.onnx_function import attention_function
+from mla_compile.runtime.onnx_variant import CACHED, DOMAIN, VERSION, Variant
 
 
 @pytest.mark.parametrize("name", ["llama-gqa", "mistral-window"])

@@ -26,7 +26,7 @@ from onnx import TensorProto, helper
 from mla_compile.cli import main
 from mla_compile.runtime.kernels.cache import RowLayout
 from mla_compile.runtime.kernels.schedule import Tiles, choose_splits, choose_tiles, combine_constants
-from mla_compile.runtime.onnx_function import DOMAIN, VERSION, Variant
+from mla_compile.runtime.onnx_variant import DOMAIN, VERSION, Variant
 from mla_compile.runtime.tensorrt.functions import APPEND, DECODE, OPSET, PLUGIN, function
 
 pytest.importorskip("triton")

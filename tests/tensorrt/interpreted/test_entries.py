@@ -14,7 +14,7 @@ from onnx import helper
 from mla_compile.runtime.kernels.cache import RowLayout
 from mla_compile.runtime.kernels.decode import combine_kernel
 from mla_compile.runtime.kernels.schedule import combine_constants
-from mla_compile.runtime.onnx_function import DOMAIN, VERSION, Variant
+from mla_compile.runtime.onnx_variant import DOMAIN, VERSION, Variant
 from mla_compile.runtime.tensorrt.cubins import Decode
 from mla_compile.runtime.tensorrt.entries import append_entry, combine_entry, decode_entry, partial_entry
 from mla_compile.runtime.tensorrt.functions import APPEND, COMBINE, DECODE, OPSET, PARTIAL, PLUGIN, function
