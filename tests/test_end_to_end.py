@@ -325,13 +325,34 @@ PROMPTS = ("Once upon a time, there was a little girl", "Tom", "One day, a big d
 
 def test_run_continues_the_prompt(converted):
     found = run(converted(), "--prompt", PROMPTS[0], "--max-new-tokens", 12)
-    assert found.keys() == {"texts", "new_tokens", "tokens_per_second", "cache_bytes_per_token", "cache_bytes"}
+    assert found.keys() == {
+        "texts",
+        "new_tokens",
+        "tokens_per_second",
+        "cache_bytes_per_token",
+        "cache_bytes",
+        "warnings",
+    }
     assert found["texts"][0].startswith(PROMPTS[0])
     assert len(found["texts"][0]) > len(PROMPTS[0])
     assert 0 < found["new_tokens"][0] <= 12
     assert found["cache_bytes_per_token"] == 1024
     streamed = command("run", converted(), "--prompt", PROMPTS[0], "--max-new-tokens", 12)
     assert streamed == found["texts"][0] + "\n"
+
+
+def test_run_reads_prompts_from_files_and_ends_in_front_of_texts(converted, tmp_path):
+    (tmp_path / "prompt.txt").write_text(f"{PROMPTS[0]}\n")
+    words = ("--prompt-file", tmp_path / "prompt.txt", "--max-new-tokens", 12)
+    (text,) = run(converted(), *words)["texts"]
+    assert text == run(converted(), "--prompt", PROMPTS[0], "--max-new-tokens", 12)["texts"][0]
+    new = text.removeprefix(PROMPTS[0])
+    stop = new[4:7]
+    expected = PROMPTS[0] + new[: new.index(stop)]
+    found = run(converted(), *words, "--stop", "no such words", "--stop", stop)
+    assert found["texts"] == [expected]
+    assert found["new_tokens"][0] < 12
+    assert command("run", converted(), *words, "--stop", stop) == f"{expected}\n"
 
 
 def test_run_with_a_static_cache_says_the_same(exact, tokenizer, tmp_path):

@@ -119,8 +119,7 @@ def stream_text(piece: str) -> None:
 def show_generation(result: Generation, streamed: bool, quiet: bool) -> None:
     """The texts, unless they were streamed, and the speed, unless ``quiet``."""
     say("" if streamed else "\n\n".join(result.texts))
-    for warning in result.warnings:
-        tell(f"Warning: {warning}.")
+    warn(*result.warnings)
     if not quiet:
         tell(
             f"{sum(result.new_tokens)} tokens, {result.tokens_per_second:.0f} tokens/s, "
