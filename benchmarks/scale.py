@@ -432,7 +432,7 @@ def main() -> None:
         print(json.dumps(result))
         return
     if given.factorisation:
-        figures = [factorisation(7680, 4096, 2048), factorisation(1920, 4096, 512)]
+        figures = [factorisation(7680, 4096, 2048), factorisation(1920, 1024, 512)]
         if given.json:
             write(given.json, json.dumps(figures, indent=2))
         return

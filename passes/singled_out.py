@@ -26,7 +26,7 @@ _ORDERS = ("lt", "le", "gt", "ge", "clamp", "clamp_min", "clamp_max", "floor_div
 
 
 def singled_out(program: Program) -> tuple[int, ...]:
-    """Ids that what is computed of ids, before they are embedded, is compared with or looks up as few others are.
+    """Find ids that a graph compares ids with, and ids whose entries in a table are rare.
 
     Args:
         program: The original.
@@ -66,8 +66,8 @@ def _numbers(node: Node, program: Program) -> Iterator[float]:
         value = program.constant(constant.name).detach()
         if value.numel() <= _FEW:
             yield from _whole(value)
-        elif not value.is_floating_point() and value.dim() == 1:
-            yield from _first_of_each(value)
+        elif not value.is_floating_point() and value.numel() == max(value.shape):
+            yield from _first_of_each(value.flatten())
     for argument in (*node.args, *node.kwargs.values()):
         if isinstance(argument, int | float) and not isinstance(argument, bool):
             yield from _whole(torch.tensor(argument, dtype=torch.float64))
@@ -75,7 +75,7 @@ def _numbers(node: Node, program: Program) -> Iterator[float]:
 
 def _whole(value: Tensor) -> Iterator[float]:
     numbers = value.flatten().double()
-    yield from numbers[numbers == numbers.round()].tolist()
+    yield from numbers[numbers.isfinite() & (numbers == numbers.round())].tolist()
 
 
 def _first_of_each(table: Tensor) -> Iterator[float]:
