@@ -21,6 +21,7 @@ from mla_compile.disk.layer_store import LayerStore
 from mla_compile.errors import TrainingError, UsageError
 from mla_compile.report import Training, TrainingPoint
 from mla_compile.runtime.onnx_session import OnnxDecoder
+from mla_compile.runtime.tensorrt.reference import OnnxFixedDecoder
 from mla_compile.training import trainer
 from training import LENGTH, assert_same, counting
 
@@ -44,6 +45,14 @@ def test_a_trained_folder_becomes_onnx(plain, cache, tmp_path):
     assert report["training"] == json.loads((plain.folder / "report.json").read_text())["training"]
     assert decoder.cache_bytes_per_token == report["cache"]["bytes_per_token_after"]
     assert [layer["kv_rank"] for layer in decoder.metadata["layers"]] == [8, 8]
+
+
+def test_a_trained_folder_becomes_a_file_for_tensorrt(plain, tmp_path):
+    file, ids = tmp_path / "tensorrt" / "model.onnx", models.tokens(2, LENGTH)
+    assert main(["tensorrt", str(plain.folder), "--out", str(file), "--max-length", "32"]) == 0
+    decoder, expected = OnnxFixedDecoder(file), logits(plain.folder, ids)
+    error = (torch.from_numpy(decoder.logits(ids.numpy())) - expected).abs().max() / expected.abs().max()
+    assert float(error) < ROUNDING
 
 
 def test_a_folder_becomes_a_file_with_an_int8_cache(plain, tmp_path, capsys):

@@ -31,13 +31,27 @@ def test_a_training_killed_in_a_checkpoint_goes_on_to_the_same_curve(plain, trai
     assert not [*(out / "checkpoints").glob(".*")]
 
 
-@pytest.mark.parametrize("kind", ["plain", "sharded", "matching"])
-def test_two_processes_train_as_one(request, worker, kind, tmp_path):
+LAUNCHERS = {
+    "torchrun": ("torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
+    "accelerate": (
+        "accelerate.commands.launch",
+        "--cpu",
+        *("--num_processes", "2", "--num_machines", "1", "--num_cpu_threads_per_process", "1"),
+        *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("launcher", "kind"),
+    [("torchrun", "plain"), ("accelerate", "plain"), ("torchrun", "sharded"), ("torchrun", "matching")],
+)
+def test_two_processes_train_as_one(request, worker, launcher, kind, tmp_path):
     out, sharded = tmp_path / "model", kind == "sharded"
     one = request.getfixturevalue("matching" if kind == "matching" else "plain")
     changes = {**MATCHING, "teacher": str(request.getfixturevalue("archive"))} if kind == "matching" else {}
     words = worker(out, *(["--shard"] if sharded else []), **changes)
-    done = run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *words)
+    done = run("-m", *LAUNCHERS[launcher], *words)
     assert done.returncode == 0, done.stderr
     names = {p.name for p in (out / "checkpoints" / "step-00000008").iterdir()}
     assert ("pytorch_model_fsdp_0" in names) == sharded
