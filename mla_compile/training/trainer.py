@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs, skip_first_batches
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, LoggerType
+from accelerate.utils import DeepSpeedPlugin, DistributedType, LoggerType
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -38,6 +38,9 @@ from mla_compile.training.trained import (
 __all__ = ["start_engine", "train"]
 
 _BETAS = (0.9, 0.95)
+_STAGES = 2
+"""Of ZeRO: the first shards the states of the optimiser, the second gradients too, the third also weights."""
+_SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 def start_engine(recipe: Recipe, folder: Path) -> Accelerator:
@@ -49,13 +52,8 @@ def start_engine(recipe: Recipe, folder: Path) -> Accelerator:
 
     Raises:
         UsageError: This process computes in another precision already, the device cannot do what is asked for, the
-            processes cannot share a batch, or they are DeepSpeed's.
+            processes cannot share a batch, or DeepSpeed is missing, or asked for what it was not tried with.
     """
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":  # whose backward pass takes the step, and clips by itself
-        raise UsageError(
-            "Training with DeepSpeed has never been run, and would not be what it is without.",
-            "Train without it; accelerate shards weights with FSDP too.",
-        )
     tracker = _tracker(recipe)
     try:
         accelerator = Accelerator(
@@ -71,8 +69,15 @@ def start_engine(recipe: Recipe, folder: Path) -> Accelerator:
         raise UsageError(
             f"accelerate refuses these settings in this process ({error}).", "Start another process for the training."
         ) from error
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.distributed_type != DistributedType.FSDP:
-        raise UsageError("accelerate shards weights on accelerators only, and there is none.", "Train without FSDP.")
+    except ImportError as error:
+        raise UsageError("DeepSpeed is not installed.", "Run: pip install 'mla-compile[deepspeed]'.") from error
+    for kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        if os.environ.get(f"ACCELERATE_USE_{kind.name}") == "true" and accelerator.distributed_type != kind:
+            raise UsageError(
+                "accelerate shards a training on accelerators only, and there is none.", f"Train without {kind.name}."
+            )
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        _set_up_deepspeed(accelerator.deepspeed_plugin, recipe)
     piece = recipe.batch // recipe.accumulate
     if piece % accelerator.num_processes:
         raise UsageError(
@@ -80,6 +85,25 @@ def start_engine(recipe: Recipe, folder: Path) -> Accelerator:
             "Make --batch over --accumulate a multiple of them.",
         )
     return accelerator
+
+
+def _set_up_deepspeed(plugin: DeepSpeedPlugin, recipe: Recipe) -> None:
+    """Tell DeepSpeed, whose backward pass takes the step, what a step is.
+
+    Raises:
+        UsageError: It would shard the weights themselves, or keep them in fewer bits.
+    """
+    if plugin.zero_stage > _STAGES:
+        raise UsageError(
+            f"Weights that DeepSpeed shards (ZeRO stage {plugin.zero_stage}) are not gathered here.",
+            f"Choose stage {_STAGES} or less, or FSDP.",
+        )
+    if recipe.mixed_precision != "no":
+        raise UsageError(
+            f"With DeepSpeed --mixed-precision {recipe.mixed_precision} is the type of the weights themselves.",
+            "Leave it out.",
+        )
+    plugin.deepspeed_config.update(gradient_clipping=recipe.clip, gradient_accumulation_steps=recipe.accumulate)
 
 
 def _tracker(recipe: Recipe) -> str | None:
@@ -217,11 +241,11 @@ class _Run:
             UsageError: All steps would match attention outputs.
         """
         matching = recipe.match_steps > 0 or ATTENTION in recipe.weights
-        if _is_sharded(accelerator) and (matching or recipe.lora_rank or constant_rows(model)):
+        if accelerator.distributed_type in _SHARDED and (matching or recipe.lora_rank or constant_rows(model)):
             raise RefusedError(
-                "Sharded weights can neither match attention outputs, nor have adapters, nor hold an entry of a latent "
-                "constant.",
-                "Train without FSDP.",
+                "A sharded training can neither match attention outputs, nor have adapters, nor hold an entry of a "
+                "latent constant.",
+                f"Train without {accelerator.distributed_type.name}.",
             )
         names = trained_names(model, recipe.train)
         own_copies(model, names)
@@ -319,7 +343,7 @@ class _Run:
 
     def hand_back(self) -> None:
         """Leave the model on the CPU, whole and trainable as it was given; of sharded weights, in the main process."""
-        if _is_sharded(self.accelerator):
+        if self.accelerator.distributed_type == DistributedType.FSDP:
             whole = self.accelerator.get_state_dict(self.student)
             gathered: dict[nn.Parameter, nn.Parameter] = {}
             for name, parameter in [*self.model.named_parameters(remove_duplicate=False)]:
@@ -380,7 +404,3 @@ def _adapters(student: Student, model: LatentModel, names: set[str], recipe: Rec
         alpha=recipe.lora_alpha or recipe.lora_rank,
         seed=recipe.seed,
     )
-
-
-def _is_sharded(accelerator: Accelerator) -> bool:
-    return bool(accelerator.distributed_type == DistributedType.FSDP)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -58,3 +59,19 @@ def test_two_processes_train_as_one(request, worker, launcher, kind, tmp_path):
     # Means over halves of the batch; Adam divides by the gradient's size, which makes more of it where that is small.
     assert_same(mla_compile.load(out).state_dict(), one.weights, 1e-3)
     assert_same_curve(json.loads((out / "report.json").read_text())["training"]["curve"], one.curve)
+
+
+def test_deepspeed_trains_as_one_process(plain, worker, tmp_path):
+    """Gradients and the optimiser's states in halves; and from a checkpoint on, to the same curve."""
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: .[deepspeed]")
+    out, launch = tmp_path / "model", ("-m", *LAUNCHERS["torchrun"])
+    for options in ([], ["--resume"]):
+        done = run(*launch, *worker(out, "--deepspeed", *options))
+        assert done.returncode == 0, done.stderr
+        last = out / "checkpoints" / "step-00000008"
+        assert len([*last.rglob("zero_pp_rank_*_optim_states.pt")]) == 2
+        assert_same(mla_compile.load(out).state_dict(), plain.weights, 1e-3)
+        assert_same_curve(json.loads((out / "report.json").read_text())["training"]["curve"], plain.curve)
+        shutil.rmtree(last)
+        for name in ("model.pt2", "report.json", "report.html"):
+            (out / name).unlink()

@@ -19,6 +19,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 
 import mla_compile
 from mla_compile import Recipe, finetune
@@ -346,10 +347,30 @@ def test_steps_of_before_say_nothing_of_the_time_left(plain, converted, data, tm
     assert display.advanced.call_count == 2
 
 
-def test_deepspeed_is_refused(monkeypatch, tmp_path):
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(UsageError, match="DeepSpeed has never been run"):
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator")
+def test_without_an_accelerator_nothing_is_sharded(kind, monkeypatch, tmp_path):
+    monkeypatch.setattr(trainer, "Accelerator", lambda **_: Mock(distributed_type=DistributedType.NO))
+    monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")
+    with pytest.raises(UsageError, match=rf"on accelerators only, and there is none\. Train without {kind}"):
         trainer.start_engine(Recipe(), tmp_path)
+
+
+def test_deepspeed_that_is_missing_is_said(monkeypatch, tmp_path):
+    monkeypatch.setattr(trainer, "Accelerator", Mock(side_effect=ImportError("DeepSpeed is not available")))
+    with pytest.raises(UsageError, match=r"Run: pip install 'mla-compile\[deepspeed\]'"):
+        trainer.start_engine(Recipe(), tmp_path)
+
+
+def test_what_a_step_is_is_told_to_deepspeed():
+    plugin = Mock(zero_stage=2, deepspeed_config={"gradient_clipping": "auto"})
+    trainer._set_up_deepspeed(plugin, Recipe(clip=0.5, batch=8, accumulate=4))
+    assert plugin.deepspeed_config == {"gradient_clipping": 0.5, "gradient_accumulation_steps": 4}
+    with pytest.raises(UsageError, match="--mixed-precision bf16 is the type of the weights"):
+        trainer._set_up_deepspeed(plugin, Recipe(mixed_precision="bf16"))
+    plugin.zero_stage = 3
+    with pytest.raises(UsageError, match="Choose stage 2 or less"):
+        trainer._set_up_deepspeed(plugin, Recipe())
 
 
 def test_a_teacher_with_another_tokenizer_is_refused_whatever_tokenizer_was_given(converted, tmp_path):

@@ -1,4 +1,4 @@
-"""One process of a training: ``worker.py FOLDER OUT DATA SETTINGS [--kill STEP] [--resume] [--shard]``."""
+"""One process of a training: ``worker.py FOLDER OUT DATA SETTINGS [--kill STEP] [--resume] [--shard|--deepspeed]``."""
 
 from __future__ import annotations
 
@@ -44,6 +44,17 @@ def shard() -> None:
     trainer.start_engine = sharding
 
 
+def with_deepspeed() -> None:
+    """Have accelerate train with DeepSpeed, which it does on accelerators only, on a CPU all the same."""
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2", "DS_ACCELERATOR": "cpu"}
+    os.environ.pop("ACCELERATE_USE_CPU")
+    torch.accelerator.is_available = lambda: True
+    PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_CPU)
+
+
 if __name__ == "__main__":
     folder, out, data, settings, *options = sys.argv[1:]
     torch.set_num_threads(1)
@@ -51,6 +62,8 @@ if __name__ == "__main__":
         kill_in_the_middle_of(options[options.index("--kill") + 1])
     if "--shard" in options:
         shard()
+    if "--deepspeed" in options:
+        with_deepspeed()
     changes = json.loads(settings)
     teacher = changes.pop("teacher", None)
     finetune(folder, torch.load(data), out, Recipe(**changes), teacher=teacher, resume="--resume" in options)
