@@ -6,7 +6,9 @@ A layer that was not converted has a ``CachedAttention`` node instead.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -29,7 +31,7 @@ from mla_compile.runtime.onnx_cache import CROSS, PAST, PAST_SCALE, PRESENT, PRE
 from mla_compile.runtime.onnx_quantised import SCALES
 from mla_compile.runtime.onnx_variant import DOMAIN
 
-__all__ = ["export_rewritten", "lower_to_onnx", "rewritten_to_onnx"]
+__all__ = ["ROWS", "CacheForm", "export_rewritten", "lower_to_onnx", "rewritten_to_onnx"]
 
 """Rows of one cross attention layer: an output of the encoder's file and an input of the decoder's."""
 _BATCH, _NEW, _PAST, _ENCODED, _ROOM = 2, 3, 5, 7, 11
@@ -87,6 +89,42 @@ def _example_caches(
     return [*codes, *(torch.zeros(_BATCH, tokens, SCALES + norm, dtype=dtype) for norm in norms)]
 
 
+@dataclass(frozen=True)
+class CacheForm:
+    """How a file has its caches; by default each as one tensor of rows that grows.
+
+    A growing cache goes in as ``[batch, past, row]`` and comes out as ``[batch, past + new, row]``. Whatever
+    the form, ``attention_mask [batch, past + new]`` tells padding from tokens, and its length how many there are.
+
+    Attributes:
+        static: Room for as many tokens as the caller likes, going in and coming out: bind one memory to both.
+        quantised: Codes ``past_key_values.{i}.latent`` uint8 of latents and rope keys, and scales
+            ``past_key_values.{i}.scale [batch, past, 2 + norms]``: two of a token's codes, and behind them the inverse
+            norms that rows end in.
+        halves: ``past_key_values.{i}.key`` and ``.value``, ``[batch, 1, past, width]`` with one width for all layers,
+            as programs expect that know of keys and values only.
+        paged: Static, in blocks ``[blocks, 16, 1, row]`` of float16 or bfloat16, of which every sequence has equally
+            many; attention is an operator of ONNX Runtime's CUDA provider.
+    """
+
+    static: bool = False
+    quantised: bool = False
+    halves: bool = False
+    paged: bool = False
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> CacheForm:
+        """Read from the settings of a conversion."""
+        layout = settings["cache_layout"]
+        paged = layout == "paged"
+        static, quantised = settings["cache"] == "static", settings["cache_type"] == "int8"
+        return cls(paged or static, quantised, layout == "genai", paged)
+
+
+ROWS = CacheForm()
+"""The default."""
+
+
 def lower_to_onnx(
     module: fx.GraphModule,
     rows: Sequence[int],
@@ -97,22 +135,9 @@ def lower_to_onnx(
     metadata: Mapping[str, object],
     cross: Sequence[int] = (),
     masked: bool = False,
-    static: bool = False,
-    quantised: bool = False,
-    halves: bool = False,
-    paged: bool = False,
+    caches: CacheForm = ROWS,
 ) -> None:
     """Write the rewritten graph as an ONNX file.
-
-    A growing cache goes in as ``[batch, past, row]`` and comes out as ``[batch, past + new, row]``. A static one has
-    room for as many tokens as the caller likes, going in and coming out: bind one memory to both. Padding is told from
-    tokens by ``attention_mask [batch, past + new]`` either way, and how many tokens there are by its length.
-
-    A quantised cache is codes ``past_key_values.{i}.latent`` uint8 of latents and rope keys, and two scales per token,
-    ``past_key_values.{i}.scale [batch, past, 2 + norms]``, theirs; behind them are the inverse norms that rows end in.
-
-    A cache in halves is ``past_key_values.{i}.key`` and ``.value``, ``[batch, 1, past, width]`` with one width for all
-    layers, as programs expect that know of keys and values only.
 
     Args:
         module: The rewritten graph.
@@ -123,25 +148,20 @@ def lower_to_onnx(
         metadata: JSON-able facts stored in the model's metadata under ``mla_compile``.
         cross: Row length per cross attention layer of a decoder.
         masked: Whether the decoder reads a padding mask over them.
-        static: Whether caches are static.
-        quantised: Whether caches are quantised.
-        halves: Whether caches are in halves.
-        paged: Whether caches are blocks ``[blocks, 16, 1, row]`` in float16 or bfloat16, and attention an operator of
-            ONNX Runtime's CUDA provider; every sequence has equally many blocks.
+        caches: How the file has its caches.
 
     Raises:
-        RefusedError: There is no ONNX form of an operator, or no static or quantised cache, or cache in halves, for a
-            layer.
+        RefusedError: There is no ONNX form of an operator, or a layer's cache has not that form.
     """
-    if halves and cache_dtype(module) in NARROW:
+    if caches.halves and cache_dtype(module) in NARROW:
         raise RefusedError(
             "A cache in halves is of a float32 model, and this one has half precision.",
             "Convert it with --dtype float32, or leave --cache-layout genai out.",
         )
-    model = rewritten_to_onnx(module, rows, opset=opset, cross=cross, masked=masked, static=static, quantised=quantised)
-    if halves:
-        halve_caches(model, rows, static)
-    if paged:
+    model = rewritten_to_onnx(module, rows, opset=opset, cross=cross, masked=masked, caches=caches)
+    if caches.halves:
+        halve_caches(model, rows, caches.static)
+    if caches.paged:
         page_caches(model, opset)
     else:
         add_functions(model, opset)
@@ -158,35 +178,34 @@ def rewritten_to_onnx(
     opset: int,
     cross: Sequence[int] = (),
     masked: bool = False,
-    static: bool = False,
-    quantised: bool = False,
+    caches: CacheForm = ROWS,
 ) -> ir.Model:
     """Translate the rewritten graph to a model with one node of ours per layer, and no functions for them yet.
 
     Arguments and errors are those of :func:`lower_to_onnx`.
     """
     windows = cache_windows(module)
-    if static and 1 in windows:
+    if caches.static and 1 in windows:
         raise RefusedError(
             f"Layer {windows.index(1)} sees one token only and caches nothing, which a static cache cannot be.",
             "Use a dynamic cache.",
         )
-    norms = check_quantisable(module, rows) if quantised else None
+    norms = check_quantisable(module, rows) if caches.quantised else None
     dtype = cache_dtype(module)
-    if quantised and dtype in NARROW:
+    if caches.quantised and dtype in NARROW:
         name = type_name(dtype)
         raise RefusedError(
             f"An int8 cache is of a float32 model, and this one is {name}.",
             "Convert it with --dtype float32, or leave --cache-type int8 out.",
         )
-    symbolic = with_symbolic_nodes(module, static, quantised)
+    symbolic = with_symbolic_nodes(module, caches.static, caches.quantised)
     if dtype in NARROW:
         with_float32_logits(symbolic)
     if dtype == torch.bfloat16:
         without_narrow_einsums(symbolic)
-    exported = export_rewritten(symbolic, rows, dtype, cross=cross, masked=masked, static=static, norms=norms)
-    caches = [(PAST, PRESENT), *([(PAST_SCALE, PRESENT_SCALE)] if quantised else [])]
-    pasts, presents = ([names[i].format(layer) for names in caches for layer in range(len(rows))] for i in (0, 1))
+    exported = export_rewritten(symbolic, rows, dtype, cross=cross, masked=masked, static=caches.static, norms=norms)
+    pairs = [(PAST, PRESENT), *([(PAST_SCALE, PRESENT_SCALE)] if caches.quantised else [])]
+    pasts, presents = ([names[i].format(layer) for names in pairs for layer in range(len(rows))] for i in (0, 1))
     batch, new, past, total = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
     crossed = [CROSS.format(i) for i in range(len(cross))]
     inputs = [*INPUT_NAMES, *pasts, *crossed]
@@ -196,8 +215,8 @@ def rewritten_to_onnx(
         model, {**{"input_ids": (batch, new), "position_ids": (batch, new)}, "attention_mask": (batch, total)}
     )
     # The rows of a layer with a window stop growing in number, and have a dimension of their own.
-    own = [f"{WINDOW}{w}" if w else "" for w in windows] * len(caches)
-    before, after = (ROOM, ROOM) if static else (past, total)
+    own = [f"{WINDOW}{w}" if w else "" for w in windows] * len(pairs)
+    before, after = (ROOM, ROOM) if caches.static else (past, total)
     name_dimensions(model, {name: (batch, f"{before}{w}") for name, w in zip(pasts, own, strict=True)})
     name_dimensions(model, {name: (batch, f"{after}{w}") for name, w in zip(presents, own, strict=True)})
     name_dimensions(model, {"logits": (batch, new)})

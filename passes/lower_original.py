@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from mla_compile.errors import RefusedError
 from mla_compile.passes.insert_latent import LatentGraph
-from mla_compile.passes.lower_onnx import rewritten_to_onnx
+from mla_compile.passes.lower_onnx import CacheForm, rewritten_to_onnx
 from mla_compile.passes.onnx_export import save
 from mla_compile.passes.onnx_nodes import name_function, node_variant
 from mla_compile.passes.original_attention import (
@@ -36,7 +36,7 @@ def original_to_onnx(plain: LatentGraph) -> ir.Model:
     Args:
         plain: From :func:`~mla_compile.passes.plain_caches.with_plain_caches`.
     """
-    return rewritten_to_onnx(plain.module, plain.rows, opset=ORIGINAL_OPSET, static=True)
+    return rewritten_to_onnx(plain.module, plain.rows, opset=ORIGINAL_OPSET, caches=CacheForm(static=True))
 
 
 def write_original(

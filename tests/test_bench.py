@@ -20,7 +20,7 @@ from mla_compile.evaluation import bench as module
 from mla_compile.evaluation.bench import bench
 from mla_compile.evaluation.benchmark import Spread, Step, Workload, slower
 from mla_compile.evaluation.turns import spread, turns
-from mla_compile.passes.lower_onnx import lower_to_onnx
+from mla_compile.passes.lower_onnx import CacheForm, lower_to_onnx
 from mla_compile.passes.lower_original import original_to_onnx, write_original
 from mla_compile.passes.original_attention import OriginalForm, form_problem
 from mla_compile.passes.plain_caches import with_plain_caches
@@ -92,7 +92,7 @@ def files(programs, tmp_path_factory):
     written = {}
     for kind in ("dynamic", "static"):
         written[kind] = folder / f"{kind}.onnx"
-        settings = {"opset": 24, "inline": False, "metadata": metadata, "static": kind == "static"}
+        settings = {"opset": 24, "inline": False, "metadata": metadata, "caches": CacheForm(static=kind == "static")}
         lower_to_onnx(model.graph, model.rows, written[kind], **settings)
     (folder / "report.json").write_text(json.dumps({"source": "absent/llama"}))
     return written, model, case.program

@@ -24,7 +24,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state
 from mla_compile import cli
 from mla_compile.config import make_config
 from mla_compile.errors import RefusedError, UsageError
-from mla_compile.passes.lower_onnx import lower_to_onnx
+from mla_compile.passes.lower_onnx import CacheForm, lower_to_onnx
 from mla_compile.runtime.onnx_cache import BLOCKS, CacheLayer
 from mla_compile.runtime.onnx_paged import BLOCK, MICROSOFT, paged_function, paged_problem
 from mla_compile.runtime.onnx_session import OnnxDecoder
@@ -72,7 +72,7 @@ def made(programs, tmp_path_factory):
         case = programs[name]
         model = convert(case.program, case.sites, exact=False, cache_ratio=0.5)
         path = tmp_path_factory.mktemp(name) / "cuda.onnx"
-        settings = {"opset": 24, "inline": False, "metadata": {}, "static": True, "paged": True}
+        settings = {"opset": 24, "inline": False, "metadata": {}, "caches": CacheForm(static=True, paged=True)}
         lower_to_onnx(model.graph, model.rows, path, **settings)
         written[name] = path, model
     return written
@@ -159,7 +159,9 @@ def test_what_the_operator_does_not_compute_is_refused(programs):
 
     plain = with_plain_caches(programs["nanogpt"].program)
     with pytest.raises(RefusedError, match="it was not converted"):
-        lower_to_onnx(plain.module, plain.rows, None, opset=24, inline=False, metadata={}, static=True, paged=True)
+        lower_to_onnx(
+            plain.module, plain.rows, None, opset=24, inline=False, metadata={}, caches=CacheForm(True, paged=True)
+        )
 
 
 @pytest.mark.skipif("CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="there is a provider")

@@ -16,7 +16,7 @@ from mla_compile.artifacts.genai import write_genai_config
 from mla_compile.artifacts.onnx_files import stored_metadata
 from mla_compile.config import make_config
 from mla_compile.errors import RefusedError, UsageError
-from mla_compile.passes.lower_onnx import lower_to_onnx
+from mla_compile.passes.lower_onnx import CacheForm, lower_to_onnx
 from mla_compile.program import Assets
 from mla_compile.runtime.onnx_function import attention_function
 from mla_compile.runtime.onnx_halves import half_width, halves_bytes
@@ -38,7 +38,7 @@ def folders(programs, tmp_path_factory):
         for static in (False, True):
             folder = tmp_path_factory.mktemp(f"{name}-{static}")
             file = folder / "model.onnx"
-            settings = {"opset": 24, "inline": False, "metadata": {}, "static": static, "halves": True}
+            settings = {"opset": 24, "inline": False, "metadata": {}, "caches": CacheForm(static=static, halves=True)}
             lower_to_onnx(model.graph, model.rows, file, **settings)
             write_genai_config(file, model.rows, ASSETS, static=static)
             made[name, static] = folder, model
@@ -135,7 +135,9 @@ def test_what_has_no_halves_is_said(programs):
 
     plain = with_plain_caches(case.program)
     with pytest.raises(RefusedError, match="were not converted"):
-        lower_to_onnx(plain.module, plain.rows, None, opset=24, inline=False, metadata={}, halves=True)
+        lower_to_onnx(
+            plain.module, plain.rows, None, opset=24, inline=False, metadata={}, caches=CacheForm(halves=True)
+        )
 
 
 @pytest.mark.parametrize("kind", ["GPT2Config", "GPTJConfig", "LlamaConfig"])

@@ -14,7 +14,7 @@ from mla_compile.artifacts.genai import write_genai_config
 from mla_compile.artifacts.places import check_neighbours, check_onnx_target, check_pair
 from mla_compile.disk.writing import moved_into
 from mla_compile.passes.lower_encoder import EncoderFace, lower_encoder_to_onnx
-from mla_compile.passes.lower_onnx import lower_to_onnx
+from mla_compile.passes.lower_onnx import CacheForm, lower_to_onnx
 from mla_compile.program import Assets
 from mla_compile.progress import Stages
 from mla_compile.report import Report, environment
@@ -102,7 +102,7 @@ def lower_and_check(
         RefusedError: A layer's cache cannot be quantised, or has no ONNX form.
         VerificationError: ONNX Runtime computes something else.
     """
-    paged, static = form["cache_layout"] == "paged", form["cache"] == "static"
+    caches = CacheForm.of(form)
     with stages.stage("lower to ONNX"):
         lower_to_onnx(
             module.graph,
@@ -111,14 +111,11 @@ def lower_and_check(
             opset=form["opset"],
             inline=form["inline"],
             metadata={**metadata, "known_tokens": module.known_tokens},
-            static=paged or static,
-            quantised=form["cache_type"] == "int8",
-            halves=form["cache_layout"] == "genai",
-            paged=paged,
+            caches=caches,
         )
-    if form["cache_layout"] == "genai":
-        write_genai_config(file, module.rows, assets, static=static)
-    if paged:
+    if caches.halves:
+        write_genai_config(file, module.rows, assets, static=caches.static)
+    if caches.paged:
         return {}, (_UNTRIED,)
     if checks is None:
         return {}, ()

@@ -17,7 +17,7 @@ from test_kept import NormBehindRope
 
 from mla_compile.errors import RefusedError, VerificationError
 from mla_compile.passes.insert_latent import insert_latent
-from mla_compile.passes.lower_onnx import lower_to_onnx
+from mla_compile.passes.lower_onnx import CacheForm, lower_to_onnx
 from mla_compile.passes.quantise_cache import check_quantisable
 from mla_compile.passes.recognise import recognise
 from mla_compile.runtime.generate import generate
@@ -44,8 +44,9 @@ class File:
         self.norms = [site.key_scales(1) for site in captured.sites]  # kept in float32, behind two scales
         self.row_bytes = quantised_bytes(self.model.rows, self.norms)
         self.rounded = quantised(self.model)
-        settings = {"opset": 24 if static else 23, "inline": False, "metadata": {}, "static": static}
-        lower_to_onnx(self.model.graph, self.model.rows, path, **settings, quantised=True)
+        settings = {"opset": 24 if static else 23, "inline": False, "metadata": {}}
+        caches = CacheForm(static=static, quantised=True)
+        lower_to_onnx(self.model.graph, self.model.rows, path, **settings, caches=caches)
 
 
 @pytest.fixture(scope="module", params=FILES)
@@ -142,7 +143,7 @@ def test_layers_that_were_kept_are_named(tmp_path):
     found = recognise(program)
     weights = latent_weights(program, found.sites)
     graph = insert_latent(program, found.sites, weights, torch.float32, found.rejections)
-    settings = {"opset": 23, "inline": False, "metadata": {}, "quantised": True}
+    settings = {"opset": 23, "inline": False, "metadata": {}, "caches": CacheForm(quantised=True)}
     with pytest.raises(RefusedError, match="cannot be int8: layer 1 was not converted, and keeps keys and values"):
         lower_to_onnx(graph.module, graph.rows, tmp_path / "model.onnx", **settings)
     assert not any(tmp_path.iterdir())

@@ -21,7 +21,7 @@ from onnx import numpy_helper
 
 from mla_compile.errors import LoadError, RefusedError, UsageError
 from mla_compile.passes import onnx_export
-from mla_compile.passes.lower_onnx import lower_to_onnx
+from mla_compile.passes.lower_onnx import CacheForm, lower_to_onnx
 from mla_compile.runtime import onnx_cache
 from mla_compile.runtime.generate import generate
 from mla_compile.runtime.onnx_checksum import require_unchanged
@@ -45,7 +45,7 @@ class Files:
             self.write(path, static=kind == "static")
 
     def write(self, path, static):
-        settings = {"opset": 24, "inline": False, "metadata": {}, "static": static}
+        settings = {"opset": 24, "inline": False, "metadata": {}, "caches": CacheForm(static=static)}
         lower_to_onnx(self.model.graph, self.model.rows, path, **settings)
 
     def open(self, kind, **settings):
@@ -228,7 +228,7 @@ def test_a_window_of_one_token_has_no_static_cache(files, tmp_path):
     for node in graph.graph.nodes:
         if node.target is torch.ops.mla.latent_attention.default:
             node.update_arg([a.name for a in node.target._schema.arguments].index("window"), 1)
-    settings = {"opset": 24, "inline": False, "metadata": {}, "static": True}
+    settings = {"opset": 24, "inline": False, "metadata": {}, "caches": CacheForm(static=True)}
     with pytest.raises(RefusedError, match="Layer 0 sees one token only"):
         lower_to_onnx(graph, model.rows, tmp_path / "model.onnx", **settings)
     assert not any(tmp_path.iterdir())
