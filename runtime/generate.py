@@ -17,6 +17,10 @@ __all__ = ["SAME_CACHE", "Decoder", "Ids", "Sampling", "check_length", "check_st
 Ids = NDArray[np.int64]
 SAME_CACHE = "Give a mask over all tokens so far, and the cache that the last step returned."
 """What to do where a cache is not of the sequences of a step."""
+_LOGITS = 2**28
+"""Logits of a step at most, a gigabyte of float32: all are computed, and of a prompt only the last token's wanted."""
+_TOGETHER = 64
+"""Tokens of a prompt that run together at least."""
 
 
 class Decoder(Protocol):
@@ -25,6 +29,11 @@ class Decoder(Protocol):
     @property
     def known_tokens(self) -> int:
         """How many token ids it reads; where its head is wider, it predicts more."""
+        ...
+
+    @property
+    def vocabulary(self) -> int:
+        """How many logits a token has."""
         ...
 
     def empty_cache(self, batch: int, tokens: int) -> Any:  # noqa: ANN401 - each runtime has its own cache
@@ -121,8 +130,8 @@ def generate(
     results: list[list[int]] = [[] for _ in prompts]
     running = [True] * len(prompts)
     for _ in range(max_new_tokens):
-        logits, cache = decoder.step(ids, mask, positions, cache)
-        chosen = _choose(_readable(logits[:, -1], decoder.known_tokens, stop), sampling, random)
+        logits, cache = _last_logits(decoder, ids, mask, positions, cache)
+        chosen = _choose(_readable(logits, decoder.known_tokens, stop), sampling, random)
         emitted: list[int | None] = [None] * len(prompts)
         for row, token in enumerate(chosen.tolist()):
             running[row] = running[row] and token not in stop
@@ -138,6 +147,23 @@ def generate(
         mask = np.concatenate([mask, np.ones((len(prompts), 1), dtype=np.int64)], 1)
         positions = positions[:, -1:] + 1
     return results
+
+
+def _last_logits(
+    decoder: Decoder,
+    ids: Ids,
+    mask: Ids,
+    positions: Ids,
+    cache: Any,  # noqa: ANN401 - each runtime has its own cache
+) -> tuple[NDArray[Any], Any]:
+    """Run new tokens in as many parts as memory for logits takes; those of the last one, ``[batch, vocabulary]``."""
+    batch, new = ids.shape
+    earlier = mask.shape[1] - new
+    together = max(_TOGETHER, _LOGITS // (batch * decoder.vocabulary))
+    for begin in range(0, new, together):
+        part = slice(begin, begin + together)
+        logits, cache = decoder.step(ids[:, part], mask[:, : earlier + part.stop], positions[:, part], cache)
+    return logits[:, -1], cache
 
 
 def check_length(tokens: int, most: int | None) -> None:

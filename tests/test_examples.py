@@ -128,7 +128,7 @@ class Template:
 class Ending:
     """A decoder whose every answer is the end token; it writes down what it was given."""
 
-    known_tokens = 3
+    known_tokens = vocabulary = 3
 
     def __init__(self):
         self.given = []

@@ -144,6 +144,30 @@ def test_no_sequence_grows_beyond_the_longest_that_is_allowed(files, kind):
             decoder.generate(prompts, new)
 
 
+@pytest.mark.parametrize("kind", ["dynamic", "static", "torch"])
+@pytest.mark.parametrize("name", NAMES)
+def test_long_prompts_run_in_parts(files, kind, name, monkeypatch):
+    """A part may hold nothing but padding of the shorter prompts."""
+    prompts = [[*range(1, 24)], [5, 6], [7]]
+
+    def written():
+        case = files(name)
+        return generate(TorchDecoder(case.model) if kind == "torch" else case.open(kind), prompts, 6)
+
+    expected, steps = written(), []
+    monkeypatch.setattr("mla_compile.runtime.generate._LOGITS", 1)
+    monkeypatch.setattr("mla_compile.runtime.generate._TOGETHER", 5)
+    kinds = {OnnxDecoder: OnnxDecoder.step, TorchDecoder: TorchDecoder.step}
+    for decoder in kinds:
+        monkeypatch.setattr(
+            decoder,
+            "step",
+            lambda self, ids, *others: steps.append(ids.shape[1]) or kinds[type(self)](self, ids, *others),
+        )
+    assert written() == expected
+    assert steps == [5, 5, 5, 5, 3, 1, 1, 1, 1, 1]
+
+
 def test_a_full_static_cache_takes_no_more(files):
     decoder = files().open("static")
     ids = models.tokens(1, 5).numpy()
