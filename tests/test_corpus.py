@@ -153,8 +153,11 @@ def test_files_of_the_same_documents_are_equal(file):
 
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path):
-    for path in (tmp_path / "none.txt", tmp_path):
-        with pytest.raises(LoadError, match=r"^There is no text file '.*'\. Give a \.txt or \.jsonl file\.$"):
+    for path, said in (
+        (tmp_path / "none.txt", r"There is no text file '.*'"),
+        (tmp_path, "'.*' is a folder, not a text file"),
+    ):
+        with pytest.raises(LoadError, match=rf"^{said}\. Give a \.txt or \.jsonl file\.$"):
             read_documents(path)
 
 
