@@ -177,7 +177,7 @@ CONVERT = {
     "transmla with a setting of mha2mla": (
         "{nano} --out {out} --method transmla --svd split",
         2,
-        "svd belong to the method mha2mla, not to transmla",
+        "svd belongs to the method mha2mla, not to transmla",
     ),
     "polish without text": ("{nano} --out {out} --polish-steps 5", 2, "Polishing needs text to train on"),
     "polish exact": ("{nano} --out {out} --exact --polish-steps 5", 2, "nothing to polish"),

@@ -384,7 +384,7 @@ def test_folder_without_config(tmp_path):
 @pytest.mark.parametrize("config", ["{}", "{", '{"model_type": "no-such-model"}', '{"model_type": "vit"}'])
 def test_folder_with_a_config_of_something_else(tmp_path, config):
     (tmp_path / "config.json").write_text(config)
-    assert "could not be loaded from Hugging Face" in refused(tmp_path).message
+    assert "could not be loaded by transformers" in refused(tmp_path).message
 
 
 @pytest.mark.parametrize("weights", ["half", "garbage", "missing", "pickled"])
@@ -402,7 +402,7 @@ def test_folder_with_unusable_weights(llama_folder, llama, tmp_path, weights):
     if weights in ("half", "garbage"):
         assert f"'{path}' is damaged or was cut short (" in error.message
     else:
-        assert "could not be loaded from Hugging Face (" in error.message
+        assert "could not be loaded by transformers (" in error.message
         assert "safetensors" in str(error)
 
 
