@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -69,7 +68,7 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf:  # true of NaN too
+        if not self.temperature >= 0:  # true of NaN too
             raise UsageError(f"The temperature is {self.temperature}.", "Give 0, or a larger number.")
         if self.top_k < 0:
             raise UsageError(f"top_k is {self.top_k}.", "Give 0 for all tokens, or how many to choose among.")
@@ -239,8 +238,11 @@ def _choose(logits: NDArray[Any], sampling: Sampling, random: np.random.Generato
     if sampling.temperature <= 0:
         return np.asarray(logits.argmax(-1), dtype=np.int64)
     exact = logits.astype(np.float64)
-    with np.errstate(over="ignore"):  # a temperature next to 0 sends all but the most likely to minus infinity
+    # A temperature next to 0 sends all but the most likely to minus infinity; an infinite one makes no number of what is
+    # ruled out, which stays so.
+    with np.errstate(over="ignore", invalid="ignore"):
         scaled = (exact - exact.max(-1, keepdims=True)) / sampling.temperature
+    scaled[exact == -np.inf] = -np.inf
     if 0 < sampling.top_k < scaled.shape[-1]:
         least = np.partition(scaled, -sampling.top_k, -1)[:, -sampling.top_k, None]
         scaled = np.where(scaled < least, -np.inf, scaled)

@@ -21,6 +21,7 @@ from torch.export import Dim
 from mla_compile import api
 from mla_compile.errors import LoadError
 from mla_compile.passes.recognise import recognise
+from mla_compile.passes.retype import widened
 from mla_compile.sources.capture import capture
 from mla_compile.sources.exported import language_model, read_export
 from mla_compile.sources.frontend import load_program
@@ -143,7 +144,7 @@ def test_a_huggingface_folder_keeps_its_type(folder, dtype):
     assert {p.dtype for p in program.exported.state_dict.values()} == {dtype}
     ids = models.tokens(2, 6)
     with torch.no_grad():
-        wide = original_scorer(program, wide=True)(ids)
+        wide = original_scorer(program, widened(program.flat_module()))(ids)
         narrow = original_scorer(program)(ids)
         expected = rounded(ids).logits
     assert (wide.dtype, narrow.dtype) == (torch.float32, dtype)

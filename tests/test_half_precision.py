@@ -25,6 +25,7 @@ from mla_compile.errors import UsageError, VerificationError
 from mla_compile.passes.insert_latent import insert_latent
 from mla_compile.passes.methods import nothing_left_out
 from mla_compile.passes.recognise import recognise
+from mla_compile.passes.retype import widened
 from mla_compile.passes.task import Task
 from mla_compile.runtime.cpu.library import compiler
 from mla_compile.runtime.generate import generate
@@ -139,7 +140,7 @@ def test_an_error_below_the_types_rounding_is_found():
     object.__setattr__(wrong[1], "value_up", weights[1].value_up * 1.003)
     rewritten = insert_latent(program, sites, wrong, torch.float32)
     exact = LatentModel(rewritten.module, rewritten.rows)
-    scorers = original_scorer(program), original_scorer(program, wide=True)
+    scorers = original_scorer(program), original_scorer(program, widened(program.flat_module()))
     with pytest.raises(VerificationError, match="rewritten graph at full rank"):
         check_module(scorers[0], exact, good.module, TEXT[:2], text=True, wide_original=scorers[1])
 

@@ -89,5 +89,5 @@ def test_the_original_in_float32_is_closer_to_the_weights_than_the_original_itse
     ids = models.tokens(1, 6) % 11
     with torch.no_grad():
         exact = copy.deepcopy(module).double()(ids)
-        wide, narrow = original_scorer(program, wide=True)(ids), original_scorer(program)(ids)
+        wide, narrow = original_scorer(program, widened(program.flat_module()))(ids), original_scorer(program)(ids)
     assert (wide - exact).abs().max() < 1e-3 * (narrow - exact).abs().max()

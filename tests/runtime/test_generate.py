@@ -163,10 +163,17 @@ def test_a_sequence_ends_where_it_is_told_to():
     assert all(row == 1 for row, _ in asked[4:])
 
 
-@pytest.mark.parametrize("temperature", [np.inf, np.nan, -1.0])
+@pytest.mark.parametrize("temperature", [np.nan, -1.0])
 def test_a_temperature_is_a_number(temperature):
     with pytest.raises(UsageError, match="The temperature is"):
         Sampling(temperature)
+
+
+def test_an_infinite_temperature_chooses_among_what_can_be_read():
+    decoder = Scripted(fixed)
+    decoder.known_tokens = 2
+    found = generate(decoder, [[0]] * 200, 1, sampling=Sampling(np.inf))
+    assert {token for (token,) in found} == {0, 1}
 
 
 def test_logits_that_rule_out_every_token_are_told():
