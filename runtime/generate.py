@@ -238,8 +238,8 @@ def _choose(logits: NDArray[Any], sampling: Sampling, random: np.random.Generato
     if sampling.temperature <= 0:
         return np.asarray(logits.argmax(-1), dtype=np.int64)
     exact = logits.astype(np.float64)
-    # A temperature next to 0 sends all but the most likely to minus infinity; an infinite one makes no number of what is
-    # ruled out, which stays so.
+    # A temperature next to 0 sends all but the most likely to minus infinity; of what is ruled out, which stays so, an
+    # infinite one makes no number.
     with np.errstate(over="ignore", invalid="ignore"):
         scaled = (exact - exact.max(-1, keepdims=True)) / sampling.temperature
     scaled[exact == -np.inf] = -np.inf
