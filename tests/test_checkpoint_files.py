@@ -69,8 +69,9 @@ def test_a_tensor_that_is_not_where_the_index_says_is_named(checkpoint, capsys):
     assert f"lacks the tensor '{NAME}', which the index says it has." in refused(checkpoint, capsys)
 
 
-def test_a_damaged_index_is_named(checkpoint, capsys):
-    (checkpoint / "model.safetensors.index.json").write_text('{"weight_map": 3}')
+@pytest.mark.parametrize("places", ["3", '{"lm_head.weight": null}', '{"a": "b", "c": [1]}'])
+def test_a_damaged_index_is_named(places, checkpoint, capsys):
+    (checkpoint / "model.safetensors.index.json").write_text(f'{{"weight_map": {places}}}')
     assert "model.safetensors.index.json' is damaged (" in refused(checkpoint, capsys)
 
 

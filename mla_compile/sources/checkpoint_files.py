@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from os import fspath
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,8 @@ def require_files(folder: Path) -> None:
     if index.is_file():
         try:
             places: Mapping[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            files = {name: [t for t, at in places.items() if at == name] for name in sorted(set(places.values()))}
+            names = sorted(set(map(fspath, places.values())))  # a TypeError where one is no string
+            files = {name: [t for t, at in places.items() if at == name] for name in names}
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise LoadError(f"'{index}' is damaged ({type(error).__name__}).", _COPY) from error
     else:
