@@ -16,13 +16,27 @@ from mla_compile.program import Program
 
 __all__ = ["singled_out"]
 
+_aten = torch.ops.aten
 _MOST = 16
 """Ids that are told."""
 _FEW = 64
 """Numbers in a constant that names ids itself; a larger one is looked up by them."""
 _VALUES = 8
 """Different numbers in a table that is looked up, of each of which one id is told."""
-_ORDERS = ("lt", "le", "gt", "ge", "clamp", "clamp_min", "clamp_max", "floor_divide", "bucketize")
+_ORDERS = frozenset(
+    {
+        _aten.lt,
+        _aten.le,
+        _aten.gt,
+        _aten.ge,
+        _aten.clamp,
+        _aten.clamp_min,
+        _aten.clamp_max,
+        _aten.floor_divide,
+        _aten.bucketize,
+    }
+)
+"""Operators at whose number ids fall on two sides: those beside it are told too."""
 
 
 def singled_out(program: Program) -> tuple[int, ...]:
@@ -37,14 +51,9 @@ def singled_out(program: Program) -> tuple[int, ...]:
     known = program.known_tokens
     found: dict[int, None] = {}
     for node in _of_ids(program):
-        around = (-1, 0, 1) if _name(node) in _ORDERS else (0,)
+        around = (-1, 0, 1) if getattr(node.target, "overloadpacket", None) in _ORDERS else (0,)
         found |= {int(number) + step: None for number in _numbers(node, program) for step in around}
     return tuple([number for number in found if 0 <= number < known][:_MOST])
-
-
-def _name(node: Node) -> str:
-    """An operator's name without its overload, such as ``lt``."""
-    return str(getattr(node.target, "overloadpacket", node.target)).rpartition(".")[2]
 
 
 def _of_ids(program: Program) -> Iterator[Node]:

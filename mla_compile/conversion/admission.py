@@ -26,8 +26,8 @@ __all__ = [
     "is_beyond_causal",
     "require_causal",
     "require_convertible",
-    "require_halves",
     "require_in_pieces",
+    "require_no_kept_layers",
     "require_room_to_polish",
 ]
 
@@ -121,7 +121,7 @@ def _require_some(program: AnyProgram, found: Recognition) -> None:
         )
 
 
-def require_halves(found: Recognition) -> None:
+def require_no_kept_layers(found: Recognition) -> None:
     """Refuse a cache in halves where a layer is kept: its rows are keys and values, of another length.
 
     Raises:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mla_compile.artifacts.checkpoint import require_blocks
 from mla_compile.config import CompileConfig
-from mla_compile.conversion.admission import require_halves, require_room_to_polish
+from mla_compile.conversion.admission import require_no_kept_layers, require_room_to_polish
 from mla_compile.conversion.number_types import require_float32
 from mla_compile.conversion.request import Request, Session
 from mla_compile.conversion.verdict import costly_layers, log_sizes, rounded_slopes, warnings_of
@@ -129,7 +129,7 @@ def prepare(program: Program, found: Recognition, session: Session) -> Case:
         require_blocks(program, found.sites)
         config = with_preset(config, found.sites[0])
     if config.cache_layout == "genai":
-        require_halves(found)
+        require_no_kept_layers(found)
     text = cut_windows(program, session.documents, request.source.tokenizer, config)
     config, notes = _settled(config, text is not None)
     notes = (*notes, *rounded_slopes(program, found.sites))

@@ -125,7 +125,7 @@ def _check_destination(to: Destination, config: CompileConfig) -> None:
     target_of(to).check(to.path, to.force)
 
 
-def _require_words(request: Request) -> None:
+def _require_tokenizer(request: Request) -> None:
     """Refuse text without a tokenizer, as far as names of files tell, before the model is read.
 
     Raises:
@@ -149,7 +149,7 @@ def begin(request: Request, display: Display | None) -> Session:
         ShareDone: Another process does all there is to do.
     """
     documents = read_text(request.calibration)
-    _require_words(request)
+    _require_tokenizer(request)
     processes = join_processes() if request.share else Processes()
     if processes.count > 1 and request.finetune is not None:
         raise UsageError(

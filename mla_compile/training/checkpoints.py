@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from safetensors import SafetensorError
 
+from mla_compile.artifacts.saved import RECIPE
 from mla_compile.disk.writing import missing_folders, remove_empty
 from mla_compile.errors import LoadError, TrainingError, UsageError, first_line
 from mla_compile.report import TrainingPoint
@@ -92,7 +93,7 @@ class Checkpoints:
             accelerator.wait_for_everyone()
             accelerator.save_state(str(hidden))
             if accelerator.is_main_process:
-                (hidden / "recipe.yaml").write_text(yaml.safe_dump(self.recipe.model_dump(), sort_keys=False), "utf-8")
+                (hidden / RECIPE).write_text(yaml.safe_dump(self.recipe.model_dump(), sort_keys=False), "utf-8")
                 written = {**self._origin, "step": state.step, "curve": [asdict(point) for point in state.curve]}
                 (hidden / "state.json").write_text(json.dumps(written, indent=1) + "\n", "utf-8")
         except (OSError, RuntimeError, SafetensorError) as error:
@@ -128,7 +129,7 @@ class Checkpoints:
         with _damage_explained(found):
             written = json.loads((found / "state.json").read_text("utf-8"))
             state = State(int(written["step"]), tuple(TrainingPoint(**point) for point in written["curve"]))
-            stored = dict(yaml.safe_load((found / "recipe.yaml").read_text("utf-8")))
+            stored = dict(yaml.safe_load((found / RECIPE).read_text("utf-8")))
             changed = _changes(stored, self.recipe.model_dump()) or _changes(written, self._origin)
         if changed:
             raise UsageError(

@@ -41,6 +41,7 @@ _BETAS = (0.9, 0.95)
 _STAGES = 2
 """Of ZeRO: the first shards the states of the optimiser, the second gradients too, the third also weights."""
 _SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+"""Engines that part weights, gradients or states among processes."""
 
 
 def start_engine(recipe: Recipe, folder: Path) -> Accelerator:
@@ -71,7 +72,7 @@ def start_engine(recipe: Recipe, folder: Path) -> Accelerator:
         ) from error
     except ImportError as error:
         raise UsageError("DeepSpeed is not installed.", "Run: pip install 'mla-compile[deepspeed]'.") from error
-    for kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+    for kind in _SHARDED:
         if os.environ.get(f"ACCELERATE_USE_{kind.name}") == "true" and accelerator.distributed_type != kind:
             raise UsageError(
                 "accelerate shards a training on accelerators only, and there is none.", f"Train without {kind.name}."
@@ -237,7 +238,7 @@ class _Run:
         """Choose what is trained, and prepare everything.
 
         Raises:
-            RefusedError: Weights are sharded, and the recipe has what that cannot be had with.
+            RefusedError: The training is sharded, and the recipe has what that cannot be had with.
             UsageError: All steps would match attention outputs.
         """
         matching = recipe.match_steps > 0 or ATTENTION in recipe.weights
