@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from trained import shared_model, shared_text
 
 from mla_compile import api
+from mla_compile.artifacts.blueprint import read_blueprint
 from mla_compile.artifacts.checkpoint import Checkpoint, require_blocks, stock_checkpoint
 from mla_compile.artifacts.checkpoint_folder import _write_weights, check_folder, verify_folder
 from mla_compile.cli import main
@@ -81,7 +82,7 @@ def test_only_biases_and_scaled_rotations_are_for_transformers_only(conversions)
     found = {}
     for name, settings in MODELS.items():
         module, report, assets = conversions(name, **settings)
-        found[name] = stock_checkpoint(module, report, assets.config).caveats
+        found[name] = stock_checkpoint(module, read_blueprint(report.to_dict()), assets.config).caveats
     assert [name for name, caveats in found.items() if not caveats] == ["wide", "smollm", "mistral"]
     assert "biases" in found["qwen2"][0]
     assert "'llama3'" in found["llama-llama3-rope"][0]
@@ -206,7 +207,7 @@ def test_queries_of_more_than_the_rank_that_was_asked_for_are_refused(conversion
     module, report, assets = conversions("smollm", **MODELS["smollm"])
     report = dataclasses.replace(report, config={**report.config, "q_rank": 12})
     with pytest.raises(RefusedError, match="of more than rank 12: training gave them more"):
-        dict(stock_checkpoint(module, report, assets.config).tensors())
+        dict(stock_checkpoint(module, read_blueprint(report.to_dict()), assets.config).tensors())
     with pytest.raises(UsageError, match="q_rank belongs to the format deepseek"):
         make_config(q_rank=12)
 
@@ -218,7 +219,7 @@ def test_large_latents_are_refused(conversions):
     with torch.no_grad():
         holder.row.mul_(1e5)
     with pytest.raises(RefusedError, match=r"might change them by 9.*e-02"):
-        stock_checkpoint(module, report, assets.config)
+        stock_checkpoint(module, read_blueprint(report.to_dict()), assets.config)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -296,7 +297,7 @@ def test_sizes_above_those_of_the_preset_are_refused(conversions):
     shape = dataclasses.replace(report.deepseek, kv_rank=513)
     report = dataclasses.replace(report, deepseek=shape, config={**report.config, "preset": "flashmla"})
     with pytest.raises(RefusedError, match="this model has 513 and 8"):
-        stock_checkpoint(module, report, assets.config)
+        stock_checkpoint(module, read_blueprint(report.to_dict()), assets.config)
 
 
 def test_a_wrong_tensor_is_found_and_leaves_no_folder(conversions, tmp_path, monkeypatch):
@@ -354,9 +355,9 @@ def test_other_blocks_are_refused_with_the_first_reason(programs):
 
 
 def test_another_layout_and_other_places_are_refused(conversions, tmp_path):
-    module, report, assets = conversions("smollm", **MODELS["smollm"])
+    _, report, _ = conversions("smollm", **MODELS["smollm"])
     with pytest.raises(UsageError, match="layout free"):
-        stock_checkpoint(module, dataclasses.replace(report, deepseek=None), assets.config)
+        read_blueprint(dataclasses.replace(report, deepseek=None).to_dict())
     assert make_config(format="deepseek").layout == make_config(format="gguf").layout == "deepseek"
     with pytest.raises(UsageError, match="names a file"):
         check_folder(tmp_path / "model.onnx", force=False)

@@ -116,7 +116,7 @@ def test_checks_of_llama_cpp(conversions, tmp_path, change, reason):
     config = tmp_path / "folder" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), **change}))
     with pytest.raises(RefusedError, match=reason):
-        export_gguf(tmp_path / "folder", tmp_path / "model.gguf", force=False)
+        export_gguf(tmp_path / "folder", tmp_path / "model.gguf", force=False, stages=Stages())
     assert [f.name for f in tmp_path.iterdir()] == ["folder"]
 
 
@@ -182,7 +182,7 @@ def test_a_damaged_checkpoint_is_no_file(folder, tmp_path, reason):
     shutil.copytree(folder, tmp_path / "folder")
     DAMAGES[reason](tmp_path / "folder")
     with pytest.raises(LoadError, match=reason):
-        export_gguf(tmp_path / "folder", tmp_path / "model.gguf", force=False)
+        export_gguf(tmp_path / "folder", tmp_path / "model.gguf", force=False, stages=Stages())
     assert [f.name for f in tmp_path.iterdir()] == ["folder"]
 
 
@@ -190,7 +190,7 @@ def test_experts_are_refused(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "folder")
     _settings(first_k_dense_replace=1)(tmp_path / "folder")
     with pytest.raises(RefusedError, match="layers with experts"):
-        export_gguf(tmp_path / "folder", tmp_path / "model.gguf", force=False)
+        export_gguf(tmp_path / "folder", tmp_path / "model.gguf", force=False, stages=Stages())
 
 
 def test_a_configuration_of_before_is_read(folder, tmp_path):
@@ -198,7 +198,7 @@ def test_a_configuration_of_before_is_read(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "folder")
     _settings(rope_parameters=...)(tmp_path / "folder")
     for source, name in ((folder, "new"), (tmp_path / "folder", "old")):
-        export_gguf(source, tmp_path / f"{name}.gguf", force=False)
+        export_gguf(source, tmp_path / f"{name}.gguf", force=False, stages=Stages())
     new, old = (Graph(tmp_path / f"{name}.gguf") for name in ("new", "old"))
     ids = models.tokens(1, 12, seed=7)[0].numpy()
     assert (new.logits(ids) == old.logits(ids)).all()
@@ -222,10 +222,10 @@ def test_a_folder_becomes_the_same_file(conversions, files, tmp_path, capsys):
 def test_other_names_are_refused(tmp_path):
     for name in ("model.bin", ".gguf", "folder"):
         with pytest.raises(UsageError, match="not named like a GGUF file"):
-            check_gguf(tmp_path / name, force=False)
+            check_gguf(tmp_path / name, force=False, stages=Stages())
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     with pytest.raises(UsageError, match="exists already"):
-        check_gguf(tmp_path / "model.gguf", force=False)
+        check_gguf(tmp_path / "model.gguf", force=False, stages=Stages())
     if has_llama_cpp():
         with pytest.raises(LoadError, match="holds no answers"):
             verify_gguf(tmp_path / "model.gguf")

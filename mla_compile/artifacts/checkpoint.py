@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from mla_compile.artifacts.blueprint import Blueprint
 from mla_compile.artifacts.checkpoint_tensors import (
     BLOCK_PARTS,
     BLOCKS,
@@ -32,10 +33,8 @@ from mla_compile.artifacts.checkpoint_tensors import (
     norm_error,
 )
 from mla_compile.deepseek import FLASHMLA
-from mla_compile.errors import LoadError, RefusedError, UsageError
-from mla_compile.passes.emit import holder_name
+from mla_compile.errors import LoadError, RefusedError
 from mla_compile.program import AnyProgram
-from mla_compile.report import Report
 from mla_compile.runtime.module import LatentModel
 from mla_compile.site import AttentionSite
 
@@ -111,33 +110,28 @@ def require_blocks(program: AnyProgram, sites: Sequence[AttentionSite]) -> None:
     _require_names(_both_tables(dict.fromkeys(found - own)).keys(), program.source, len(sites))
 
 
-def stock_checkpoint(module: LatentModel, report: Report, config: Mapping[str, Any]) -> Checkpoint:
+def stock_checkpoint(module: LatentModel, blueprint: Blueprint, config: Mapping[str, Any]) -> Checkpoint:
     """Say what a stock checkpoint of a converted model holds.
 
     Args:
         module: The converted model, as it is now.
-        report: What its conversion did.
+        blueprint: What its conversion fixed.
         config: The original's configuration.
 
     Raises:
-        UsageError: It was converted with another layout.
         LoadError: It has no configuration.
         RefusedError: Its blocks are not those of such a checkpoint, or it is larger than the preset.
     """
-    if report.deepseek is None:
-        raise UsageError(
-            "The model was converted with the layout free, which a DeepSeek checkpoint cannot express.",
-            "Convert it with --layout deepseek.",
-        )
-    _require_config(config, report.source)
+    _require_config(config, blueprint.source)
     weights = _both_tables({name.removeprefix("graph."): value for name, value in module.state_dict().items()})
-    holders = [f"{holder_name(site.path, site.index)}." for site in report.sites]
-    _require_names({n for n in weights if not n.startswith(tuple(holders))}, report.source, len(holders))
+    attentions = blueprint.attentions
+    latent = tuple(attention.holder for attention in attentions)
+    _require_names({name for name in weights if not name.startswith(latent)}, blueprint.source, len(attentions))
     layers = [
-        Layer(site, _inside(weights, holder), _inside(weights, f"{BLOCKS}{i}."), forecast.rope_frequencies)
-        for i, (site, holder, forecast) in enumerate(zip(report.sites, holders, report.forecasts, strict=True))
+        Layer(attention, _inside(weights, attention.holder), _inside(weights, f"{BLOCKS}{i}."))
+        for i, attention in enumerate(attentions)
     ]
-    stock = _stock(layers, weights, report, config)
+    stock = _stock(layers, weights, blueprint, config)
     return Checkpoint(
         config=_written(stock.config),
         shapes=stock.shapes,
@@ -191,16 +185,17 @@ def _require_names(found: Set[str], source: str, layers: int) -> None:
         )
 
 
-def _stock(layers: Sequence[Layer], weights: Mapping[str, Tensor], report: Report, given: Mapping[str, Any]) -> Stock:
+def _stock(
+    layers: Sequence[Layer], weights: Mapping[str, Tensor], blueprint: Blueprint, given: Mapping[str, Any]
+) -> Stock:
     """Configure the stock code, and read from it what it computes with."""
     from transformers.models.deepseek_v3 import modeling_deepseek_v3 as code
 
-    assert report.deepseek is not None
-    config = _configure(layers[0], len(layers), weights, report, given)
+    config = _configure(layers[0], len(layers), weights, blueprint, given)
     biases = ("query_bias", "row_bias", "output_bias")
     own = any(name in layer.latent for layer in layers for name in biases)
     config.attention_bias = own or any(name.endswith(f"{OUTPUT}.bias") for name in weights)
-    config.q_lora_rank = _query_latent(layers, report.config.get("q_rank"))
+    config.q_lora_rank = _query_latent(layers, blueprint.q_rank)
     with torch.device("meta"):
         model = code.DeepseekV3ForCausalLM(config)
     table, rope_factor, scale = _rotation(config)
@@ -247,13 +242,12 @@ def _rotation(config: Any) -> tuple[tuple[float, ...], float, float]:  # noqa: A
 
 
 def _configure(
-    layer: Layer, layers: int, weights: Mapping[str, Tensor], report: Report, given: Mapping[str, Any]
+    layer: Layer, layers: int, weights: Mapping[str, Tensor], blueprint: Blueprint, given: Mapping[str, Any]
 ) -> Any:  # noqa: ANN401 - transformers' own
     from transformers import DeepseekV3Config
 
-    shape = report.deepseek
-    assert shape is not None
-    rank, rope = FLASHMLA if report.config.get("preset") == "flashmla" else (shape.kv_rank, shape.rope_dims)
+    shape = blueprint.shape
+    rank, rope = FLASHMLA if blueprint.preset == "flashmla" else (shape.kv_rank, shape.rope_dims)
     if shape.kv_rank > rank or shape.rope_dims > rope:
         raise RefusedError(
             f"FlashMLA reads {rank} latent entries and {rope} rotating channels, and this model has {shape.kv_rank} "
@@ -276,13 +270,13 @@ def _configure(
         first_k_dense_replace=layers,
         routed_scaling_factor=1.0,
         num_mtp_layers=0,
-        num_attention_heads=layer.site.heads,
-        num_key_value_heads=layer.site.heads,
+        num_attention_heads=layer.attention.heads,
+        num_key_value_heads=layer.attention.heads,
         q_lora_rank=None,
         kv_lora_rank=rank,
         qk_nope_head_dim=layer.latent["key_up"].shape[1],
         qk_rope_head_dim=rope,
-        v_head_dim=layer.site.v_dim,
+        v_head_dim=layer.attention.v_dim,
         hidden_act=given["hidden_act"],
         max_position_embeddings=given["max_position_embeddings"],
         rope_parameters=rotation,

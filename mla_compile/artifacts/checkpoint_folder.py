@@ -5,6 +5,7 @@ What the converted module answered is kept in the folder, so that the folder can
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -20,6 +21,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mla_compile.artifacts.blueprint import Blueprint, read_blueprint
 from mla_compile.artifacts.checkpoint import Checkpoint, stock_checkpoint
 from mla_compile.artifacts.companions import copy_assets, finished, write_settings
 from mla_compile.artifacts.places import check_neighbours, check_place
@@ -41,7 +43,9 @@ __all__ = [
     "DEFAULT_SHARD",
     "Expected",
     "FolderCheck",
+    "Made",
     "check_folder",
+    "new_checkpoint",
     "read_expected",
     "verify_folder",
     "write_checkpoint",
@@ -96,6 +100,21 @@ class FolderCheck:
     without_biases: float | None
 
 
+@dataclass(frozen=True)
+class Made:
+    """A checkpoint that was made and checked, and is not in its place yet.
+
+    Attributes:
+        folder: The hidden folder that it is in.
+        facts: What was measured of it.
+        notes: What the user should know of it.
+    """
+
+    folder: Path
+    facts: CheckpointFacts
+    notes: tuple[str, ...]
+
+
 def check_folder(path: Path, force: bool) -> None:
     """Refuse a folder that cannot be written, before any work is done.
 
@@ -139,63 +158,110 @@ def write_checkpoint(
         RefusedError: Its blocks are not those of such a checkpoint.
         VerificationError: Stock transformers computes something else.
     """
+    stored = report.to_dict()
+    blueprint = read_blueprint(stored)
+    with new_checkpoint(
+        module, blueprint, stored, assets, path, checks, shard=shard, force=force, stages=stages
+    ) as made:
+        report = dataclasses.replace(report, checkpoint=made.facts, warnings=(*report.warnings, *made.notes))
+        return finished(report, made.folder, stages)
+
+
+@contextlib.contextmanager
+def new_checkpoint(
+    module: LatentModel,
+    blueprint: Blueprint,
+    report: Mapping[str, Any],
+    assets: Assets,
+    path: Path,
+    checks: Tensor | None,
+    *,
+    shard: int,
+    force: bool,
+    stages: Stages,
+) -> Iterator[Made]:
+    """Make a checkpoint in a hidden folder, and check it; it goes to its place when its report has been added.
+
+    Args:
+        module: The converted model.
+        blueprint: What its conversion fixed.
+        report: What was done so far, as it is stored.
+        assets: Configuration and tokenizer of the original.
+        path: Where it goes.
+        checks: Token ids ``[batch, length]`` to compare on; random ones when None.
+        shard: Bytes per file of weights, at most; a larger tensor has a file of its own.
+        force: Replace existing files.
+        stages: Times and shows what runs.
+
+    Raises:
+        UsageError: The folder cannot be written.
+        LoadError: The model has no configuration.
+        RefusedError: Its blocks are not those of such a checkpoint.
+        VerificationError: Stock transformers computes something else.
+    """
     check_folder(path, force)
-    checkpoint = stock_checkpoint(module, report, assets.config)
-    dtype = cache_dtype(module.graph)
-    written_in = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-    assets = dataclasses.replace(assets, config=checkpoint.config)
-    check_neighbours(path, report.source, assets, force)
+    checkpoint = stock_checkpoint(module, blueprint, assets.config)
+    check_neighbours(path, report["source"], dataclasses.replace(assets, config=checkpoint.config), force)
     with moved_into(path) as folder:
-        copy_assets(assets, folder)
-        with stages.stage("write checkpoint"):
-            _write_weights(checkpoint, folder, shard, torch.float32)
-        write_settings(report.config, folder)
-        with stages.stage("verify checkpoint"):
-            expected = _answers(in_float32(module), checks, checkpoint)
-            _keep(expected, folder)
-            found = _compare(folder, expected, _UNLIKE)
-        rounded = None
-        if dtype == torch.bfloat16:
-            for file in _weight_files(folder):
-                file.unlink()
-            assets = dataclasses.replace(assets, config={**checkpoint.config, "dtype": "bfloat16"})
-            copy_assets(assets, folder)
-            with stages.stage("write checkpoint in bfloat16"):
-                _write_weights(checkpoint, folder, shard, dtype)
-            with stages.stage("verify bfloat16"):
-                usual = max(_rounding(module, expected), torch.finfo(dtype).eps)
-                expected = dataclasses.replace(expected, tolerance=ROUNDING_FACTOR * usual)
-                _keep(expected, folder)
-                rounded = _compare(folder, expected, _ROUNDED).error
-        facts = CheckpointFacts(
-            latent=int(checkpoint.config["kv_lora_rank"]),
-            rope=int(checkpoint.config["qk_rope_head_dim"]),
-            cache_bytes_per_token=checkpoint.cached_elements * written_in.itemsize,
-            norm_error=checkpoint.norm_error,
-            error=found.error,
-            greedy=found.greedy,
-            caveats=_priced(checkpoint.caveats, found),
-            cache_bytes_measured=found.cache_bytes_per_token * written_in.itemsize / torch.float32.itemsize,
-            norm_error_measured=found.norm_error,
-            without_biases=found.without_biases,
-            dtype=type_name(written_in),
-            rounding_error=rounded,
-        )
-        notes = [f"this checkpoint is for transformers only: {caveat}" for caveat in facts.caveats]
-        if dtype == torch.float16:
-            notes.append("the checkpoint is in float32: float16 cannot hold the small latents in front of their norm")
-        report = dataclasses.replace(
-            report,
-            checkpoint=facts,
-            warnings=(*report.warnings, *notes),
-        )
-        (folder / "README.md").write_text(_card(report, facts), encoding="utf-8")
-        report = finished(report, folder, stages)
+        made = _make(module, checkpoint, assets, folder, checks, shard, stages)
+        write_settings(report["config"], folder)
+        (folder / "README.md").write_text(_card(report, made.facts), encoding="utf-8")
+        yield made
         written = {file.name for file in folder.iterdir()}
     for file in _weight_files(path):
         if file.name not in written:  # of an earlier checkpoint, which --force replaced
             file.unlink()
-    return report
+
+
+def _make(
+    module: LatentModel,
+    checkpoint: Checkpoint,
+    assets: Assets,
+    folder: Path,
+    checks: Tensor | None,
+    shard: int,
+    stages: Stages,
+) -> Made:
+    """Write configuration, tokenizer, weights and answers; in bfloat16 only after the same in float32 was right."""
+    dtype = cache_dtype(module.graph)
+    written_in = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    copy_assets(dataclasses.replace(assets, config=checkpoint.config), folder)
+    with stages.stage("write checkpoint"):
+        _write_weights(checkpoint, folder, shard, torch.float32)
+    with stages.stage("verify checkpoint"):
+        expected = _answers(in_float32(module), checks, checkpoint)
+        _keep(expected, folder)
+        found = _compare(folder, expected, _UNLIKE)
+    rounded = None
+    if dtype == torch.bfloat16:
+        for file in _weight_files(folder):
+            file.unlink()
+        copy_assets(dataclasses.replace(assets, config={**checkpoint.config, "dtype": "bfloat16"}), folder)
+        with stages.stage("write checkpoint in bfloat16"):
+            _write_weights(checkpoint, folder, shard, dtype)
+        with stages.stage("verify bfloat16"):
+            usual = max(_rounding(module, expected), torch.finfo(dtype).eps)
+            expected = dataclasses.replace(expected, tolerance=ROUNDING_FACTOR * usual)
+            _keep(expected, folder)
+            rounded = _compare(folder, expected, _ROUNDED).error
+    facts = CheckpointFacts(
+        latent=int(checkpoint.config["kv_lora_rank"]),
+        rope=int(checkpoint.config["qk_rope_head_dim"]),
+        cache_bytes_per_token=checkpoint.cached_elements * written_in.itemsize,
+        norm_error=checkpoint.norm_error,
+        error=found.error,
+        greedy=found.greedy,
+        caveats=_priced(checkpoint.caveats, found),
+        cache_bytes_measured=found.cache_bytes_per_token * written_in.itemsize / torch.float32.itemsize,
+        norm_error_measured=found.norm_error,
+        without_biases=found.without_biases,
+        dtype=type_name(written_in),
+        rounding_error=rounded,
+    )
+    notes = [f"this checkpoint is for transformers only: {caveat}" for caveat in facts.caveats]
+    if dtype == torch.float16:
+        notes.append("the checkpoint is in float32: float16 cannot hold the small latents in front of their norm")
+    return Made(folder, facts, tuple(notes))
 
 
 def verify_folder(folder: Path) -> FolderCheck:
@@ -377,9 +443,9 @@ def _priced(caveats: Sequence[str], found: FolderCheck) -> tuple[str, ...]:
     return tuple(f"{caveat}{cost}" if "biases" in caveat else caveat for caveat in caveats)
 
 
-def _card(report: Report, facts: CheckpointFacts) -> str:
+def _card(report: Mapping[str, Any], facts: CheckpointFacts) -> str:
     """The model card."""
-    source = report.source
+    source = str(report["source"])
     name = Path(source).name if Path(source).exists() else source
     lines = [
         "---",
@@ -396,9 +462,11 @@ def _card(report: Report, facts: CheckpointFacts) -> str:
         "",
         "| | |",
         "|---|---|",
-        f"| cache bytes per token, {facts.dtype} | {report.cache_bytes_before} -> {facts.cache_bytes_per_token} |",
+        f"| cache bytes per token, {facts.dtype} "
+        f"| {report['cache']['bytes_per_token_before']} -> {facts.cache_bytes_per_token} |",
         f"| the same, measured in transformers | {facts.cache_bytes_measured:g} |",
-        *_quality(report),
+        *_quality(report["quality"]),
+        *_training(report["training"]),
         f"| checkpoint in transformers against the converted module | {facts.error:.1e} of the largest logit |",
         f"| greedy tokens of the two that are equal | {facts.greedy:.0%} |",
         f"| norm of the latent, which is made to do nothing | changes it by less than {facts.norm_error:.1e} "
@@ -413,12 +481,19 @@ def _card(report: Report, facts: CheckpointFacts) -> str:
     return "\n".join(lines)
 
 
-def _quality(report: Report) -> list[str]:
-    if report.quality is None:
+def _quality(quality: Mapping[str, Any] | None) -> list[str]:
+    if quality is None:
         return []
-    text = "held-out" if report.quality.held_out else "calibration"
-    change = f"{report.quality.original:.4f} -> {report.quality.converted:.4f}"
-    return [f"| perplexity, {report.quality.tokens} {text} tokens | {change} |"]
+    text = "held-out" if quality["held_out"] else "calibration"
+    change = f"{quality['original']:.4f} -> {quality['converted']:.4f}"
+    return [f"| perplexity, {quality['tokens']} {text} tokens | {change} |"]
+
+
+def _training(training: Mapping[str, Any] | None) -> list[str]:
+    if training is None:
+        return []
+    change = f"{training['before']:.4f} -> {training['after']:.4f} nats per token"
+    return [f"| loss on held-out text, fine-tuned on {training['tokens']} tokens | {change} |"]
 
 
 def _usage(facts: CheckpointFacts) -> list[str]:

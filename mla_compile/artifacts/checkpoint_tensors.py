@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mla_compile.artifacts.blueprint import AttentionShape
 from mla_compile.deepseek import same_frequency
 from mla_compile.errors import RefusedError
-from mla_compile.site import AttentionSite
 
 __all__ = ["BLOCKS", "BLOCK_PARTS", "OUTPUT", "REMEDY", "Layer", "Stock", "block_tensors", "norm_error"]
 
@@ -40,16 +40,14 @@ class Layer:
     """One block of the converted model.
 
     Attributes:
-        site: Its attention.
+        attention: Its attention.
         latent: Its latent weights, named as :func:`~mla_compile.passes.emit.layer_parameters` names them.
         rest: Its other weights, by their names inside it.
-        frequencies: Those of its rope components, in their order.
     """
 
-    site: AttentionSite
+    attention: AttentionShape
     latent: Mapping[str, Tensor]
     rest: Mapping[str, Tensor]
-    frequencies: tuple[float, ...]
 
     @property
     def rank(self) -> int:
@@ -164,7 +162,7 @@ def _query_factors(weight: Tensor, rank: int, layer: Layer) -> tuple[Tensor, Ten
     left, values, right = torch.linalg.svd(weight, full_matrices=False)
     if rank < rows and values[rank] > _RANK_TOLERANCE * values[0]:
         raise RefusedError(
-            f"The queries of {layer.site.path} are of more than rank {rank}: training gave them more.",
+            f"The queries of {layer.attention.path} are of more than rank {rank}: training gave them more.",
             "Leave --q-rank or the training out.",
         )
     return right[:rank], left[:, :rank] * values[:rank]
@@ -173,7 +171,7 @@ def _query_factors(weight: Tensor, rank: int, layer: Layer) -> tuple[Tensor, Ten
 def _query_rows(weight: Tensor, layer: Layer, stock: Stock) -> Tensor:
     """Rows of a query matrix in the order of the stock code, with its factor of logits taken out."""
     still = layer.latent["key_up"].shape[1]
-    heads = weight.unflatten(0, (layer.site.heads, -1)) * (layer.site.scale / stock.scale)
+    heads = weight.unflatten(0, (layer.attention.heads, -1)) * (layer.attention.scale / stock.scale)
     return torch.cat([heads[:, :still], _arranged(heads[:, still:], layer, stock)], 1).flatten(0, 1)
 
 
@@ -186,7 +184,7 @@ def _row(layer: Layer, rows: Tensor, stock: Stock) -> Tensor:
 
 def _up(layer: Layer, stock: Stock) -> Tensor:
     """Keys that do not rotate and values, of every query head, from the latent."""
-    heads = layer.site.heads
+    heads = layer.attention.heads
     keys, values = layer.matrix("key_up"), layer.matrix("value_up").mT
     parts = [x.repeat_interleave(heads // len(x), 0) for x in (keys, values)]
     missing = stock.config.kv_lora_rank - layer.rank
@@ -206,11 +204,15 @@ def _arranged(rows: Tensor, layer: Layer, stock: Stock) -> Tensor:
     Raises:
         RefusedError: A frequency is not in its table, or twice.
     """
-    places = [next((i for i, f in enumerate(stock.table) if same_frequency(f, own)), -1) for own in layer.frequencies]
+    places = [
+        next((i for i, f in enumerate(stock.table) if same_frequency(f, own)), -1)
+        for own in layer.attention.frequencies
+    ]
     if -1 in places or len({*places}) < len(places):
+        channels = 2 * len(stock.table)
         raise RefusedError(
-            f"The frequencies of {layer.site.path} are not those of a rope key of {2 * len(stock.table)} channels.",
-            f"Give a divisor of {2 * len(stock.table)} as --rope-dims.",
+            f"The frequencies of {layer.attention.path} are not those of a rope key of {channels} channels.",
+            f"Give a divisor of {channels} as --rope-dims.",
         )
     half, at = len(places), torch.tensor(places)
     found = rows.new_zeros(*rows.shape[:-2], 2 * len(stock.table), rows.shape[-1])

@@ -27,6 +27,7 @@ __all__ = [
     "MODEL",
     "MODEL_FILES",
     "OPENED_HERE",
+    "completed",
     "copy_assets",
     "displaced",
     "finished",
@@ -133,6 +134,20 @@ def finished(report: _AnyReport, folder: Path, stages: Stages) -> _AnyReport:
     )
     write_report(report.to_dict(), folder)
     return report
+
+
+def completed(report: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Complete a report that was stored, as :func:`finished` does one that is new, and write it there.
+
+    Args:
+        report: What was done so far.
+        folder: A hidden one, in the folder that its files go to.
+    """
+    sizes = sizes_in(folder)
+    warnings = [*report["warnings"], *displaced(folder.parent, sizes)]
+    found = {**report, "artifacts": sizes, "warnings": warnings}
+    write_report(found, folder)
+    return found
 
 
 def _files_of_report(folder: Path) -> Sequence[str]:

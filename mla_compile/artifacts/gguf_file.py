@@ -34,7 +34,7 @@ from mla_compile.runtime.module import LatentModel
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-__all__ = ["check_gguf", "export_gguf", "write_gguf"]
+__all__ = ["UNCHECKED", "check_gguf", "export_gguf", "write_and_check", "write_gguf"]
 
 _ARCHITECTURE = "deepseek2"
 _LITE_LAYERS = (26, 27)
@@ -44,7 +44,7 @@ _LAYERS, _EXPERTS = 512, 0
 _SCALINGS = ("default", "linear", "yarn")
 """Of rotations, that its file format says in numbers."""
 _REMEDY = "Write --format deepseek instead."
-_UNCHECKED = "the file was not checked in llama.cpp: llama-cpp-python is not installed"
+UNCHECKED = "the file was not checked in llama.cpp: llama-cpp-python is not installed"
 
 
 def check_gguf(path: Path, force: bool) -> None:
@@ -100,30 +100,49 @@ def write_gguf(
     check_neighbours(path, report.source, Assets(), force)
     with moved_into(path.parent) as folder:
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            source = Path(scratch) / "checkpoint"
+            checkpoint = Path(scratch) / "checkpoint"
             written = write_checkpoint(
-                module, report, assets, source, checks, shard=DEFAULT_SHARD, force=True, stages=stages
+                module, report, assets, checkpoint, checks, shard=DEFAULT_SHARD, force=True, stages=stages
             )
-            with stages.stage("write GGUF"):
-                _write(source, folder / path.name, Path(report.source).name)
-        error = None
-        if has_llama_cpp():
-            with stages.stage("verify GGUF"):
-                error, _ = verify_gguf(folder / path.name)
-        assert written.checkpoint is not None
+            assert written.checkpoint is not None
+            error = write_and_check(checkpoint, folder / path.name, Path(report.source).name, stages)
         facts = dataclasses.replace(written.checkpoint, llama_cpp_error=error, caveats=())
-        notes = () if error is not None else (_UNCHECKED,)
+        notes = () if error is not None else (UNCHECKED,)
         report = dataclasses.replace(report, checkpoint=facts, warnings=(*report.warnings, *notes))
         return finished(report, folder, stages)
 
 
-def export_gguf(source: Path, path: Path, *, force: bool) -> float | None:
+def write_and_check(checkpoint: Path, file: Path, name: str, stages: Stages) -> float | None:
+    """Write a checkpoint as a file, and compare it in llama.cpp with the answers that the checkpoint holds.
+
+    Args:
+        checkpoint: A folder written with ``--format deepseek``.
+        file: The file.
+        name: What the model is called in it.
+        stages: Times and shows what runs.
+
+    Returns:
+        The relative error of logits in llama.cpp; None where it is not installed, or the folder holds no answers.
+
+    Raises:
+        LoadError, RefusedError, VerificationError: As :func:`export_gguf`.
+    """
+    with stages.stage("write GGUF"):
+        answers = _write(checkpoint, file, name)
+    if not answers or not has_llama_cpp():
+        return None
+    with stages.stage("verify GGUF"):
+        return verify_gguf(file)[0]
+
+
+def export_gguf(source: Path, path: Path, *, force: bool, stages: Stages) -> float | None:
     """Write a DeepSeek checkpoint as a file for llama.cpp, which is there only when the check passed.
 
     Args:
         source: A folder written with ``--format deepseek``.
         path: The ``.gguf`` file.
         force: Replace an existing file.
+        stages: Times and shows what runs.
 
     Returns:
         The relative error of logits in llama.cpp; None where it is not installed, or the folder holds no answers.
@@ -136,8 +155,7 @@ def export_gguf(source: Path, path: Path, *, force: bool) -> float | None:
     """
     check_gguf(path, force)
     with moved_into(path.parent) as folder:
-        answers = _write(source, folder / path.name, source.absolute().name)
-        return verify_gguf(folder / path.name)[0] if answers and has_llama_cpp() else None
+        return write_and_check(source, folder / path.name, source.absolute().name, stages)
 
 
 def _write(source: Path, file: Path, name: str) -> bool:

@@ -13,11 +13,11 @@ import torch
 import yaml
 
 from mla_compile.artifacts.archives import read_folder, write_archive
-from mla_compile.artifacts.companions import copy_assets, displaced, is_converted_folder, read_assets
+from mla_compile.artifacts.companions import completed, copy_assets, is_converted_folder, read_assets
 from mla_compile.artifacts.onnx_files import lower_and_check, stored_metadata
 from mla_compile.artifacts.places import check_neighbours, check_place, check_target
 from mla_compile.config import REPORT, SETTINGS, CompileConfig
-from mla_compile.disk.writing import moved_into, sizes_in
+from mla_compile.disk.writing import moved_into
 from mla_compile.errors import LoadError, UsageError
 from mla_compile.passes.quantise_cache import check_quantisable
 from mla_compile.plan import LatentPlan
@@ -29,7 +29,6 @@ from mla_compile.reporting.report_page import (
     damage_explained,
     read_report,
     render_page,
-    write_report,
 )
 from mla_compile.runtime.module import LatentModel
 from mla_compile.runtime.onnx_halves import halves_bytes
@@ -147,7 +146,7 @@ def write_trained(
         copy_assets(saved.assets, folder)
         shutil.copyfile(saved.folder / SETTINGS, folder / SETTINGS)
         (folder / RECIPE).write_text(yaml.safe_dump(dict(recipe), sort_keys=False), encoding="utf-8")
-        return _finished(report, folder)
+        return completed(report, folder)
 
 
 def _of_weights_before(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -180,8 +179,8 @@ def write_saved_onnx(saved: Saved, path: Path, form: CompileConfig, *, force: bo
     """
     if path.suffix != ".onnx":
         raise UsageError(
-            f"'{path}' is not named like an ONNX file, and a saved model becomes nothing else.",
-            "Name it with the suffix .onnx. A DeepSeek checkpoint is written by convert --format deepseek --finetune.",
+            f"'{path}' is not named like an ONNX file.",
+            "Name it with the suffix .onnx, or .gguf, or add --format deepseek for the folder of a checkpoint.",
         )
     check_target(path, force)
     check_neighbours(path, saved.report["source"], saved.assets, force, form.cache_layout)
@@ -210,13 +209,4 @@ def write_saved_onnx(saved: Saved, path: Path, form: CompileConfig, *, force: bo
             "warnings": [*saved.report["warnings"], *warnings],
         }
         copy_assets(saved.assets, folder)
-        return _finished(report, folder)
-
-
-def _finished(report: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Complete a report with what lies in its folder, and write it there."""
-    sizes = sizes_in(folder)
-    warnings = [*report["warnings"], *displaced(folder.parent, sizes)]
-    report = {**report, "artifacts": sizes, "warnings": warnings}
-    write_report(report, folder)
-    return report
+        return completed(report, folder)

@@ -13,6 +13,7 @@ from mla_compile.cli.options import (
     CHECKS,
     METHOD,
     OUTPUT,
+    SHARD_SIZE,
     AsJson,
     Force,
     Format,
@@ -24,15 +25,15 @@ from mla_compile.cli.options import (
     Quiet,
     Seed,
     Selection,
+    ShardSize,
     Target,
     TrainTokens,
     Verbose,
+    require_no_shards,
 )
 from mla_compile.errors import UsageError
 
 __all__ = ["convert"]
-
-_SHARD = 5.0
 
 
 @grouped
@@ -57,10 +58,7 @@ def convert(
     format: Format = "auto",
     preset: Preset = "none",
     q_rank: QRank = None,
-    shard_size: Annotated[
-        float,
-        typer.Option(min=0.001, help="With --format deepseek: largest weight file, in GB.", rich_help_panel=OUTPUT),
-    ] = _SHARD,
+    shard_size: ShardSize = SHARD_SIZE,
     target: Target = "auto",
     force: Force = False,
     for_engine: EngineOptions,
@@ -91,11 +89,8 @@ def convert(
 
     if format == "auto" and out.suffix == ".gguf":
         format = "gguf"
-    if shard_size != _SHARD and format != "deepseek":
-        raise UsageError(
-            "--shard-size cuts the weights of --format deepseek, and something else is written.",
-            "Add --format deepseek, or leave it out.",
-        )
+    if format != "deepseek":
+        require_no_shards(shard_size)
     for_tensorrt = _is_for_tensorrt(out, target, format)
     config = make_config(
         **sizes.settings(),

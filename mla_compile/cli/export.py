@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mla_compile.cli.groups import FileOptions, grouped
 from mla_compile.cli.options import (
     OUTPUT,
+    SHARD_SIZE,
     AsJson,
     Force,
+    Preset,
     Quiet,
+    ShardSize,
     Verbose,
+    one_of,
+    require_no_shards,
 )
 from mla_compile.errors import UsageError
+
+if TYPE_CHECKING:
+    from mla_compile.config import CompileConfig
 
 __all__ = ["export", "fuse", "report", "verify"]
 
@@ -27,42 +36,86 @@ def export(
     folder: Annotated[
         Path,
         typer.Argument(
-            help="A folder written by 'convert' or 'finetune'; for .gguf, one written with --format deepseek."
+            help="A folder written by 'convert' or 'finetune'; for .gguf, also one written with --format deepseek."
         ),
     ],
-    out: Annotated[Path, typer.Option(help="The .onnx or .gguf file to write.", rich_help_panel=OUTPUT)],
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="The .onnx or .gguf file to write, or with --format deepseek a folder.", rich_help_panel=OUTPUT
+        ),
+    ],
     form: FileOptions,
+    format: Annotated[
+        str,
+        typer.Option(
+            help="auto follows the name of --out; deepseek is a folder that stock transformers loads as "
+            "DeepSeek-V3; it and gguf take a model that was converted with --layout deepseek.",
+            rich_help_panel=OUTPUT,
+            callback=one_of("auto", "deepseek", "gguf"),
+        ),
+    ] = "auto",
+    preset: Preset = "none",
+    shard_size: ShardSize = SHARD_SIZE,
     force: Force = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
     verbose: Verbose = 0,
 ) -> None:
-    """Write a saved model as ONNX, checked in ONNX Runtime, or a DeepSeek checkpoint as GGUF, checked in llama.cpp."""
+    """Write a saved model as ONNX, as a DeepSeek checkpoint or as GGUF, and check it where it is to run."""
     from mla_compile import display
+    from mla_compile.artifacts.companions import is_converted_folder
+    from mla_compile.artifacts.gguf_file import export_gguf
     from mla_compile.artifacts.saved import open_saved, write_saved_onnx
+    from mla_compile.artifacts.saved_checkpoint import write_saved_checkpoint, write_saved_gguf
     from mla_compile.config import make_config
+    from mla_compile.progress import Stages
 
-    if out.suffix == ".gguf":
-        from mla_compile.artifacts.gguf_file import export_gguf
-
-        if form not in (FileOptions(), FileOptions(cache_type="float32")):
-            raise UsageError("Options of ONNX files were given for a GGUF file.", "Leave them out.")
-        with display.make_display(quiet, as_json, verbose):
-            error = export_gguf(folder, out, force=force)
-        if as_json:
-            display.print_json({"llama_cpp_error": error}, one_line=True)
-        else:
-            display.show_gguf(out, error)
-        return
-
+    if format == "auto" and out.suffix == ".gguf":
+        format = "gguf"
     # Others are refused before anything is read.
-    config = make_config(**form.settings())
-    with display.make_display(quiet, as_json, verbose):
-        report = write_saved_onnx(open_saved(folder), out, config, force=force)
+    config = make_config(**form.settings(), format=format, preset=preset)
+    _require_fitting(config, form, shard_size)
+    report: Mapping[str, Any] | None = None
+    with display.make_display(quiet, as_json, verbose) as shown:
+        stages = Stages(shown)
+        if format == "gguf" and not is_converted_folder(folder):
+            if preset != "none":
+                raise UsageError(f"'{folder}' is a checkpoint already, whose sizes are fixed.", "Leave --preset out.")
+            error = export_gguf(folder, out, force=force, stages=stages)
+        elif format == "gguf":
+            report = write_saved_gguf(open_saved(folder), out, preset=preset, force=force, stages=stages)
+            error = report["checkpoint"]["llama_cpp_error"]
+        elif format == "deepseek":
+            shard = int(shard_size * 1e9)
+            report = write_saved_checkpoint(
+                open_saved(folder), out, preset=preset, shard=shard, force=force, stages=stages
+            )
+        else:
+            report = write_saved_onnx(open_saved(folder), out, config, force=force)
     if as_json:
-        display.print_json(report)
+        display.print_json({"llama_cpp_error": error} if report is None else report, one_line=report is None)
+    elif report is None or format == "gguf":
+        display.show_gguf(out, error)
+    elif format == "deepseek":
+        display.show_checkpoint(report, out)
     else:
         display.show_exported(report, out)
+
+
+def _require_fitting(config: CompileConfig, form: FileOptions, shard_size: float) -> None:
+    """Refuse options of something else than what is written.
+
+    Raises:
+        UsageError: There are some.
+    """
+    if config.for_stock_code and form not in (FileOptions(), FileOptions(cache_type="float32")):
+        raise UsageError(
+            f"Options of ONNX files were given for a {'GGUF file' if config.format == 'gguf' else 'checkpoint'}.",
+            "Leave them out.",
+        )
+    if config.format != "deepseek":
+        require_no_shards(shard_size)
 
 
 def fuse(

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from mla_compile.errors import UsageError
+
 __all__ = [
     "CALIBRATION_TOKENS",
     "CHECKS",
@@ -15,6 +17,7 @@ __all__ = [
     "OBJECTIVE",
     "OUTPUT",
     "SCHEDULE",
+    "SHARD_SIZE",
     "SIZE",
     "TENSORRT",
     "TEXT",
@@ -56,6 +59,7 @@ __all__ = [
     "Seed",
     "Selection",
     "SeqLen",
+    "ShardSize",
     "Splits",
     "Svd",
     "Target",
@@ -68,11 +72,14 @@ __all__ = [
     "VersionCompatible",
     "WeightStreaming",
     "one_of",
+    "require_no_shards",
 ]
 
 SIZE, METHOD, TEXT, OUTPUT, CHECKS = "Size", "Method", "Text", "Output", "Checks"
 TRIALS, TENSORRT = "Trial conversions", "TensorRT"
 OBJECTIVE, SCHEDULE = "Objective and weights", "Schedule"
+SHARD_SIZE = 5.0
+"""GB of a weight file, at most."""
 
 
 def one_of(*choices: str) -> Callable[[str | None], str | None]:
@@ -84,6 +91,19 @@ def one_of(*choices: str) -> Callable[[str | None], str | None]:
         return value
 
     return checked
+
+
+def require_no_shards(shard_size: float) -> None:
+    """Refuse a size of weight files where there is one file.
+
+    Raises:
+        UsageError: One was given.
+    """
+    if shard_size != SHARD_SIZE:
+        raise UsageError(
+            "--shard-size cuts the weights of --format deepseek, and something else is written.",
+            "Add --format deepseek, or leave it out.",
+        )
 
 
 Model = Annotated[str, typer.Argument(help="A torch.export archive (.pt2, .pt), a Hugging Face folder, or a hub id.")]
@@ -242,6 +262,10 @@ Preset = Annotated[
         show_default=False,
         rich_help_panel=OUTPUT,
     ),
+]
+ShardSize = Annotated[
+    float,
+    typer.Option(min=0.001, help="With --format deepseek: largest weight file, in GB.", rich_help_panel=OUTPUT),
 ]
 QRank = Annotated[
     int | None,

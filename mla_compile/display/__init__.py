@@ -8,6 +8,7 @@ from mla_compile.display.measured import generation_row, show_benchmark, show_ge
 from mla_compile.display.outcome import show_encoder_report, show_report, show_seq2seq_report, show_training
 from mla_compile.display.written import (
     show_check,
+    show_checkpoint,
     show_commands,
     show_exported,
     show_gguf,
@@ -26,6 +27,7 @@ __all__ = [
     "say",
     "show_benchmark",
     "show_check",
+    "show_checkpoint",
     "show_commands",
     "show_conversion",
     "show_encoder_report",

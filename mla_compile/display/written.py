@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "show_check",
+    "show_checkpoint",
     "show_commands",
     "show_exported",
     "show_gguf",
@@ -34,6 +35,17 @@ def show_exported(report: Mapping[str, Any], out: Path) -> None:
     error, cost = checked["lowering_error"], checked.get("quantisation_error")
     rounded = "" if cost is None else f" with rows rounded to int8, which changes its logits by {cost:.1e}"
     say(f"{out}: in ONNX Runtime it equals the PyTorch module{rounded} (largest relative difference {error:.1e}).")
+
+
+def show_checkpoint(report: Mapping[str, Any], out: Path) -> None:
+    """What is known of a checkpoint of a saved model, in a line."""
+    facts = report["checkpoint"]
+    rounded = "" if facts["rounding_error"] is None else f"; rounded to {facts['dtype']}: {facts['rounding_error']:.1e}"
+    say(
+        f"{out}: in stock transformers it equals the PyTorch module (largest relative difference {facts['error']:.1e}"
+        f"{rounded}), and caches {facts['cache_bytes_measured']:g} bytes per token."
+    )
+    warn(*report["warnings"])
 
 
 def show_gguf(out: Path, error: float | None) -> None:

@@ -20,6 +20,8 @@ _OF_ONNX = ("cache", "inline", "cache_layout", "opset")
 """Settings that the command line takes for an ONNX file for ONNX Runtime alone."""
 _CONVERTED = "converted"
 """A folder of a name that says nothing: what the user called it is not known."""
+_OF_CHECKPOINTS = ("format", "preset")
+"""Settings that say how a model is written, and not how it is converted: a training may lie in between."""
 _WRITERS = {".onnx": "to_onnx", ".plan": "to_tensorrt", ".gguf": "to_gguf"}
 """What writes a file from Python, by its suffix."""
 
@@ -35,9 +37,10 @@ def reproducing(report: Mapping[str, Any]) -> Sequence[str]:
     written = [n for n in report["artifacts"] if Path(n).suffix in _WRITERS and ".encoder." not in n]
     out = next(iter(sorted(written, reverse=True)), _CONVERTED)
     in_memory, trained_later = report.get("in_memory", False), bool(report.get("before_training"))
-    lines = list((_in_python if in_memory else _in_a_shell)(report, name, _CONVERTED if trained_later else out))
+    convert = _in_python if in_memory else _in_a_shell
+    lines = list(convert(_saved(report), name, _CONVERTED) if trained_later else convert(report, name, out))
     if trained_later:
-        lines += _trained(out)
+        lines += _trained(report, out)
     if out.endswith(".onnx") and report.get("kind") is None and not _for_tensorrt(report):
         lines.append(shlex.join(["mla-compile", "run", out, "--prompt", "Once upon a time"]))
         if not in_memory:
@@ -61,12 +64,22 @@ def _trained_on(report: Mapping[str, Any]) -> int | None:
     return report["training"]["tokens"] if report.get("training") and not report.get("before_training") else None
 
 
-def _trained(out: str) -> Sequence[str]:
-    """Lines that train what the conversion left, and write the file if there is one."""
+def _saved(report: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The report of a conversion that was saved to be trained, and written in its last form only then."""
+    settings = {name: value for name, value in report["config"].items() if name not in _OF_CHECKPOINTS}
+    return {**report, "config": settings}
+
+
+def _trained(report: Mapping[str, Any], out: str) -> Sequence[str]:
+    """Lines that train what the conversion left, and write the file or the checkpoint if there is one."""
+    settings = _own_settings(report)
+    form = [word for name in _OF_CHECKPOINTS if name in settings for word in (f"--{name}", str(settings[name]))]
+    exported = "." in out or bool(form)
     lines = [
         f"mla-compile finetune {_CONVERTED} --data TEXT --out finetuned  # settings: recipe.yaml, beside the report"
     ]
-    return [*lines, *([shlex.join(["mla-compile", "export", "finetuned", "--out", out])] if "." in out else [])]
+    out = "checkpoint" if out == _CONVERTED else out
+    return [*lines, *([shlex.join(["mla-compile", "export", "finetuned", "--out", out, *form])] if exported else [])]
 
 
 def _in_a_shell(report: Mapping[str, Any], name: str, out: str) -> Sequence[str]:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import mla_compile
+from mla_compile import Recipe, finetune
 from mla_compile.artifacts.places import check_neighbours
 from mla_compile.artifacts.saved import open_saved, save, write_saved_onnx, write_trained
 from mla_compile.cli import main
@@ -20,10 +21,11 @@ from mla_compile.config import make_config
 from mla_compile.disk.layer_store import LayerStore
 from mla_compile.errors import TrainingError, UsageError
 from mla_compile.report import Training, TrainingPoint
+from mla_compile.reporting.reproduction import reproducing
 from mla_compile.runtime.onnx_session import OnnxDecoder
 from mla_compile.runtime.tensorrt.reference import OnnxFixedDecoder
 from mla_compile.training import trainer
-from training import LENGTH, assert_same, counting
+from training import LENGTH, SETTINGS, assert_same, counting
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny-llama"
 ROUNDING = 1e-5  # of the largest logit; float32 in another order of operations
@@ -67,9 +69,95 @@ def test_a_folder_becomes_a_file_with_an_int8_cache(plain, tmp_path, capsys):
     assert decoder.metadata["config"]["cache_type"] == report["config"]["cache_type"] == "int8"
 
 
-def test_a_saved_folder_becomes_nothing_but_onnx(plain, tmp_path):
-    with pytest.raises(UsageError, match="--finetune"):
-        write_saved_onnx(open_saved(plain.folder), tmp_path / "checkpoint", make_config(), force=False)
+@pytest.fixture(scope="module")
+def for_stock_code(data, tmp_path_factory) -> Path:
+    """A folder in the layout of DeepSeek checkpoints, trained."""
+    place = tmp_path_factory.mktemp("stock")
+    settings = {"layout": "deepseek", "method": "transmla", "kv_rank": 16, "rope_dims": 8}
+    mla_compile.compile(models.llama(), calibration=data, check=False, **settings).save(place / "converted")
+    finetune(place / "converted", data, place / "trained", Recipe(**SETTINGS))
+    return place / "trained"
+
+
+@pytest.mark.parametrize("preset", ["none", "flashmla"])
+def test_a_trained_folder_becomes_a_checkpoint_for_stock_code(for_stock_code, preset, tmp_path, capsys):
+    from transformers import AutoModelForCausalLM
+
+    out, ids = tmp_path / "checkpoint", models.tokens(2, LENGTH)
+    words = ["export", str(for_stock_code), "--out", str(out), "--format", "deepseek", "--preset", preset]
+    assert main(words) == 0
+    assert "in stock transformers it equals the PyTorch module" in capsys.readouterr().out
+    model, expected = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32), logits(for_stock_code, ids)
+    with torch.no_grad():
+        error = (model(ids).logits - expected).abs().max() / expected.abs().max()
+    assert float(error) < ROUNDING
+    assert (model.config.kv_lora_rank, model.config.qk_rope_head_dim) == (
+        (512, 64) if preset == "flashmla" else (16, 8)
+    )
+    assert main(["verify", str(out), "--quiet"]) == 0
+    report, trained = (json.loads((folder / "report.json").read_text()) for folder in (out, for_stock_code))
+    assert report["training"] == trained["training"]
+    assert report["checkpoint"]["error"] < ROUNDING
+    assert report["layers"] == trained["layers"]
+    tokens = trained["training"]["tokens"]
+    assert f"| loss on held-out text, fine-tuned on {tokens} tokens |" in (out / "README.md").read_text()
+    convert, train, export = reproducing(report)[-3:]
+    assert "layout='deepseek'" in convert or "layout" in "".join(reproducing(report))
+    assert "format=" not in convert
+    asked = f"--format deepseek{' --preset flashmla' if preset == 'flashmla' else ''}"
+    assert (train.split(" --")[0], export) == (
+        "mla-compile finetune converted",
+        f"mla-compile export finetuned --out checkpoint {asked}",
+    )
+
+
+def test_a_trained_folder_becomes_a_checkpoint_in_shards(for_stock_code, tmp_path):
+    words = ["export", str(for_stock_code), "--out", str(tmp_path / "out"), "--format", "deepseek"]
+    assert main([*words, "--shard-size", "0.001"]) == 0
+    assert main([*words, "--force"]) == 0
+    assert [f.name for f in (tmp_path / "out").glob("*.safetensors*")] == ["model.safetensors"]
+
+
+def test_a_folder_becomes_a_file_for_llama_cpp(tmp_path, capsys):
+    pytest.importorskip("gguf", reason="llama.cpp's package gguf is not installed")
+    text, folder, file = tmp_path / "text.txt", tmp_path / "converted", tmp_path / "out" / "model.gguf"
+    text.write_text("Once upon a time there was a small cat that ran to a big red ball. " * 100)
+    words = ["convert", str(TINY), "--out", str(folder), "--layout", "deepseek", "--calibration", str(text), "-q"]
+    assert main([*words, "--method", "transmla", "--no-verify", "--cache-ratio", "0.5"]) == 0
+    assert main(["export", str(folder), "--out", str(file)]) == 0
+    report = json.loads((file.parent / "report.json").read_text())
+    assert report["checkpoint"]["error"] < ROUNDING
+    assert (report["config"]["format"], report["artifacts"]) == ("gguf", {"model.gguf": file.stat().st_size})
+    assert [p.name for p in file.parent.iterdir() if p.name.startswith(".")] == []
+    assert "model.gguf" in capsys.readouterr().out
+
+
+def test_a_folder_becomes_nothing_that_it_does_not_fit(plain, for_stock_code, tmp_path, capsys):
+    def refusal(folder, out, *options):
+        assert main(["export", str(folder), "--out", str(tmp_path / out), *options]) == 2
+        assert not (tmp_path / out).exists()
+        return capsys.readouterr().err
+
+    stock = ("--format", "deepseek")
+    assert "converted with the layout free" in refusal(plain.folder, "a", *stock)
+    assert "--format deepseek" in refusal(plain.folder, "a")
+    assert "names a file" in refusal(for_stock_code, "a.onnx", *stock)
+    assert "--cache" in refusal(for_stock_code, "a", *stock, "--cache", "static")
+    assert "--shard-size" in refusal(for_stock_code, "a.onnx", "--shard-size", "1")
+    assert "preset" in refusal(for_stock_code, "a.onnx", "--preset", "flashmla")
+    assert "not one of auto" in refusal(for_stock_code, "a", "--format", "hf")
+    assert main(["export", str(for_stock_code), "--out", str(for_stock_code), *stock, "--force"]) == 2
+    assert "is the folder of the converted model" in capsys.readouterr().err
+
+
+def test_a_checkpoint_is_not_made_of_a_damaged_report(for_stock_code, tmp_path, capsys):
+    folder = shutil.copytree(for_stock_code, tmp_path / "damaged")
+    report = json.loads((folder / "report.json").read_text())
+    del report["layers"][0]["scale"]
+    (folder / "report.json").write_text(json.dumps(report))
+    assert main(["export", str(folder), "--out", str(tmp_path / "out"), "--format", "deepseek"]) == 2
+    assert "is damaged (KeyError: 'scale')" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["config.json", "report.json", "report.html"])
