@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from mla_compile.config import CompileConfig
 from mla_compile.errors import RefusedError, UsageError
 from mla_compile.plan import latent_budget
-from mla_compile.site import AttentionSite, Rejection
+from mla_compile.site import SAME_FREQUENCY, AttentionSite, Rejection
 
 __all__ = [
     "FLASHMLA",
@@ -30,9 +30,6 @@ __all__ = [
 
 FLASHMLA = (512, 64)
 """Latent entries and rotating channels that FlashMLA's kernels are written for."""
-
-_SAME = 1e-5
-"""Relative difference of frequencies that are taken to be one: models compute them in float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +145,7 @@ def _geometric(theta: float, count: int) -> tuple[float, ...]:
 
 def same_frequency(first: float, second: float) -> bool:
     """Whether two frequencies are taken to be one."""
-    return abs(first - second) <= _SAME * second
+    return abs(first - second) <= SAME_FREQUENCY * second
 
 
 def _alike(first: Sequence[float], second: Sequence[float]) -> bool:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 __all__ = [
+    "SAME_FREQUENCY",
     "AttentionSite",
     "Kind",
     "Mask",
@@ -24,6 +25,9 @@ __all__ = [
     "Scores",
     "reasons",
 ]
+
+SAME_FREQUENCY = 1e-5
+"""Relative difference of frequencies that are taken to be one: models compute them in float32."""
 
 
 class RejectCode(StrEnum):

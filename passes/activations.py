@@ -133,8 +133,8 @@ class SiteRun:
                     values = {
                         name: per_token(self._axes[name], seen.values[name], *shape) for name in _watched(site)[:-1]
                     }
-                    slope = seen.slopes[site.output] if self._gradients else None
-                    yield seen.batch, number, _of_site(site, values, slope, len(batches[seen.batch]))
+                    gradient = seen.gradients[site.output] if self._gradients else None
+                    yield seen.batch, number, _of_site(site, values, gradient, len(batches[seen.batch]))
 
 
 def output_run(
@@ -174,7 +174,7 @@ def site_heads(site: AttentionSite, output: Tensor, batch: int) -> Tensor:
     return heads if site.order is None else heads[:, :, list(site.order)]
 
 
-def _of_site(site: AttentionSite, seen: Mapping[str, Tensor], slope: Tensor | None, batch: int) -> SiteActivations:
+def _of_site(site: AttentionSite, seen: Mapping[str, Tensor], gradient: Tensor | None, batch: int) -> SiteActivations:
     query, key, value = (normalised(p, seen[_printed(p)].double()) for p in (site.query, site.key, site.value))
     if site.query.turned is not None:
         query = turn_back(query, site.rope)
@@ -184,7 +184,7 @@ def _of_site(site: AttentionSite, seen: Mapping[str, Tensor], slope: Tensor | No
         query=query.float(),
         key=key.float(),
         value=value.float(),
-        gradient=None if slope is None else site_heads(site, slope, batch).float(),
+        gradient=None if gradient is None else site_heads(site, gradient, batch).float(),
         key_scale=key.new_zeros(*key.shape[:2], 0).float() if scale is None else scale.float(),
     )
 

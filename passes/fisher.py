@@ -26,7 +26,7 @@ from mla_compile.passes.layers import MeasuredLayer, input_moments, measure_laye
 from mla_compile.passes.principal import principal_components
 from mla_compile.passes.refit import refit_values
 from mla_compile.passes.rope_split import RopeSplit, rotary_channels, split_rope
-from mla_compile.passes.search import Divergence, Shares, search_shares
+from mla_compile.passes.search import Divergence, Shares, require_finite, search_shares
 from mla_compile.passes.sizes import LayerSizes, same_ranks, shared_ranks, split_budget
 from mla_compile.passes.statistics import key_weighting
 from mla_compile.passes.task import BATCH, Choice, Task, left_out
@@ -234,9 +234,10 @@ def fisher(task: Task) -> Choice:
             return measure() if tries is None else tries.recall(repr(sizes), measure)
 
         sizes = at(search_shares(lambda shares: loss(at(shares))))
-        if not math.isfinite(loss(sizes)):
+        if any(s.rank < layer.least_rank for layer, s in zip(layers, sizes, strict=True)):
             fewest = [split_budget(layer, config, Shares(0.0)).components for layer in layers]
             raise no_room(layers, fewest, config)
+        require_finite(loss(sizes))
         if config.kv_rank is None and len(layers) > 1 and not (even or config.uniform_rank):
             sizes = min(sizes, shared_ranks(layers, config, sizes, costs(sizes)), key=loss)
     weights = _refitted(task, tuple(finished(index, s) for index, s in enumerate(sizes)), divergence)

@@ -55,12 +55,12 @@ class Observed:
     Attributes:
         batch: Number of the batch.
         values: Values of the wanted nodes in the segment, by name; empty where a step has nothing to show.
-        slopes: Derivatives of the loss by the followed nodes among them; empty without gradients.
+        gradients: Derivatives of the loss by the followed nodes among them; empty without gradients.
     """
 
     batch: int
     values: Mapping[str, Any]
-    slopes: Mapping[str, Tensor]
+    gradients: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ class Layerwise:
         """
         at_a_time = self.at_a_time(len(batches))
         steps = [s for start in range(0, len(batches), at_a_time) for s in self._plan(start, at_a_time, len(batches))]
-        with kept_values(self._resources.folder) as kept, kept_values(self._resources.folder) as slopes:
+        with kept_values(self._resources.folder) as kept, kept_values(self._resources.folder) as gradients:
             loaded, weights = -1, dict[Node, Any]()
             for ids, step in zip(progress([batches[s.batch] for s in steps]), steps, strict=True):
                 if step.segment != loaded:
@@ -164,7 +164,7 @@ class Layerwise:
                         tell(f"segment {loaded + 1} of {len(self.segments)}{', backward' if step.backward else ''}")
                 given = weights | dict(zip(self._inputs, map(self._moved, inputs(ids)), strict=True))
                 if step.backward:
-                    yield self._backward(step, given, ids, kept, slopes)
+                    yield self._backward(step, given, ids, kept, gradients)
                 else:
                     yield self._forward(step, given, kept)
 
@@ -187,7 +187,7 @@ class Layerwise:
         return Observed(step.batch, {n.name: _here(values[n]) for n in segment.results}, {})
 
     def _backward(
-        self, step: _Step, given: dict[Node, Any], ids: Tensor, kept: KeptValues, slopes: KeptValues
+        self, step: _Step, given: dict[Node, Any], ids: Tensor, kept: KeptValues, gradients: KeptValues
     ) -> Observed:
         segment, batch = self.segments[step.segment], step.batch
         read = self._read(segment, batch, kept)
@@ -203,14 +203,14 @@ class Layerwise:
                     (self._loss(_named(values, self._result), self._moved(ids)), None)
                 ]
             else:
-                wanted = [n for n in segment.writes if slopes.has(batch, n.name) and values[n].requires_grad]
-                ends = [(values[n], self._moved(slopes.get(batch, [n.name])[n.name])) for n in wanted]
-            found = _slopes(ends, [*(values[n] for n in followed), *(read[n] for n in leaves)], len(followed))
-        for node, slope in zip(leaves, found[len(followed) :], strict=True):
-            slopes.add(batch, node.name, _here(slope))
-        slopes.drop(batch, [n.name for n in segment.writes])
+                wanted = [n for n in segment.writes if gradients.has(batch, n.name) and values[n].requires_grad]
+                ends = [(values[n], self._moved(gradients.get(batch, [n.name])[n.name])) for n in wanted]
+            found = _gradients_of(ends, [*(values[n] for n in followed), *(read[n] for n in leaves)], len(followed))
+        for node, gradient in zip(leaves, found[len(followed) :], strict=True):
+            gradients.add(batch, node.name, _here(gradient))
+        gradients.drop(batch, [n.name for n in segment.writes])
         self._drop_read(step, kept)
-        by_name = {n.name: _here(slope) for n, slope in zip(followed, found, strict=False)}
+        by_name = {n.name: _here(gradient) for n, gradient in zip(followed, found, strict=False)}
         return Observed(batch, {n.name: _here(values[n]) for n in segment.results}, by_name)
 
     def _last_readers(self) -> dict[str, int]:
@@ -276,7 +276,7 @@ def _differentiable(value: Any) -> bool:  # noqa: ANN401 - what a graph hands on
     return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 
-def _slopes(ends: Sequence[tuple[Tensor, Tensor | None]], by: Sequence[Tensor], needed: int) -> Sequence[Tensor]:
+def _gradients_of(ends: Sequence[tuple[Tensor, Tensor | None]], by: Sequence[Tensor], needed: int) -> Sequence[Tensor]:
     """Derivatives by some tensors, of which the ``needed`` first ones must have one; 0 where another has none.
 
     Raises:
@@ -285,12 +285,14 @@ def _slopes(ends: Sequence[tuple[Tensor, Tensor | None]], by: Sequence[Tensor], 
     try:
         if not ends:
             raise RuntimeError("the loss does not depend on a layer's outputs")
-        found = torch.autograd.grad([value for value, _ in ends], by, [slope for _, slope in ends], allow_unused=True)
-        if any(slope is None for slope in found[:needed]):
+        found = torch.autograd.grad(
+            [value for value, _ in ends], by, [gradient for _, gradient in ends], allow_unused=True
+        )
+        if any(gradient is None for gradient in found[:needed]):
             raise RuntimeError("the loss does not depend on a layer's outputs")
     except RuntimeError as error:  # NotImplementedError too
         raise RefusedError(
             f"The model cannot be run backward ({first_line(error)}).",
             "Pass --no-gradients (gradients=False in Python).",
         ) from error
-    return [torch.zeros_like(x) if slope is None else slope for x, slope in zip(by, found, strict=True)]
+    return [torch.zeros_like(x) if gradient is None else gradient for x, gradient in zip(by, found, strict=True)]

@@ -33,7 +33,6 @@ from mla_compile.runtime.onnx_variant import DOMAIN
 
 __all__ = ["ROWS", "CacheForm", "export_rewritten", "lower_to_onnx", "rewritten_to_onnx"]
 
-"""Rows of one cross attention layer: an output of the encoder's file and an input of the decoder's."""
 _BATCH, _NEW, _PAST, _ENCODED, _ROOM = 2, 3, 5, 7, 11
 
 

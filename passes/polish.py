@@ -82,7 +82,8 @@ def polish(task: Task, weights: Sequence[LatentWeights], steps: int) -> Polished
     after = measure(task.rewrite(trained, check=False))
     notes = [] if done == steps else [f"polishing stopped after {done} of {steps} steps: the loss was not finite"]
     if not after < before:
-        notes.append("polishing did not come closer to the original on text it had not seen, and was undone")
+        unseen = "text it had not seen" if len(windows) > 1 else "its text, which is one window"
+        notes.append(f"polishing did not come closer to the original on {unseen}, and was undone")
         trained, after = tuple(weights), before
     return Polished(trained, Polish(done, before, after), tuple(notes))
 

@@ -20,15 +20,13 @@ from torch import Tensor
 from mla_compile.passes.lanczos import leading_vectors
 from mla_compile.passes.statistics import key_weighting
 from mla_compile.passes.weights import SiteWeights
-from mla_compile.site import AttentionSite
+from mla_compile.site import SAME_FREQUENCY, AttentionSite
 from mla_compile.site_statistics import SiteStatistics
 
 __all__ = ["RopeSplit", "RotaryChannels", "real_split", "rotary_channels", "split_rope"]
 
 _USABLE = 1e-6
 """Channels whose root of worth is smaller than this, relative to the largest, take no part in a component."""
-_SAME = 1e-5
-"""Relative difference of frequencies that are taken to be one: models compute them in float32."""
 _BATCH = 8
 """Targets that are tried side by side: one pass over the moment serves them all."""
 _ROUGH, _FINE = 1e-3, 1e-10
@@ -240,7 +238,7 @@ def _own_components(found: RotaryChannels, worth: Tensor, each: int, most: int) 
 
 def _alike(found: RotaryChannels) -> Tensor:
     """Whether a target is a pair's own frequency, ``[P, T]``."""
-    return (found.frequencies[:, None] - found.targets).abs() <= _SAME * found.targets
+    return (found.frequencies[:, None] - found.targets).abs() <= SAME_FREQUENCY * found.targets
 
 
 class _Riders:

@@ -7,12 +7,14 @@ model's predictions are from the original's on a part of the calibration text.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from mla_compile.errors import VerificationError
 from mla_compile.passes.converted import converted_logits, original_logits
 from mla_compile.passes.layerwise import Resources
 from mla_compile.program import Program
@@ -20,7 +22,7 @@ from mla_compile.runtime.module import LatentModel
 from mla_compile.site import AttentionSite
 from mla_compile.text.evaluate import divergence
 
-__all__ = ["Divergence", "Shares", "global_ranks", "search_shares"]
+__all__ = ["Divergence", "Shares", "global_ranks", "require_finite", "search_shares"]
 
 _PROBE_TOKENS = 4096
 """Tokens that conversions are compared on."""
@@ -53,6 +55,9 @@ class Divergence:
         windows: Token ids ``[windows, length]``; as many are used as a probe takes.
         sites: Its attention sites, between which it is cut if it is large.
         resources: What running a model may take.
+
+    Raises:
+        VerificationError: What the original predicts is no number.
     """
 
     def __init__(
@@ -67,15 +72,34 @@ class Divergence:
         self._windows, self._resources = windows[:count], resources or Resources()
         logits = original_logits(program, sites, self._windows.split(1), self._resources, wide=True)
         self._expected = [found.float().log_softmax(-1) for found in logits]
+        if any(bool(found.isnan().any()) for found in self._expected):
+            raise _overflow("original")
 
     def __call__(self, model: LatentModel) -> float:
-        """KL divergence in nats per token."""
+        """KL divergence in nats per token; infinite for a model that overflows."""
         total = 0.0
         logits = converted_logits(model, self._windows.split(1), self._resources)
         for found, expected in zip(logits, self._expected, strict=True):
             got = found.float().log_softmax(-1)
             total += float(divergence(expected, got))
-        return total / self._windows.numel()
+        return math.inf if math.isnan(total) else total / self._windows.numel()
+
+
+def require_finite(loss: float) -> None:
+    """Refuse the best that was found where all that was tried overflows.
+
+    Raises:
+        VerificationError: It is infinitely far from the original.
+    """
+    if not math.isfinite(loss):
+        raise _overflow("converted")
+
+
+def _overflow(whose: str) -> VerificationError:
+    return VerificationError(
+        f"What the {whose} model predicts on the calibration text is no number: something in it overflows.",
+        "Convert it in a wider type, with --dtype bfloat16 or float32.",
+    )
 
 
 def search_shares(loss: Callable[[Shares], float]) -> Shares:

@@ -22,6 +22,7 @@ from mla_compile.program import AnyProgram, Program
 from mla_compile.site import RejectCode
 
 __all__ = [
+    "PRODUCTS",
     "SHAPE_ONLY",
     "Anchor",
     "DataFlow",
@@ -40,7 +41,7 @@ __all__ = [
 _aten = torch.ops.aten
 _SDPA = _aten.scaled_dot_product_attention.default
 _SOFTMAX = frozenset({_aten.softmax.int, _aten._softmax.default, _aten._safe_softmax.default})
-_PRODUCTS = frozenset(
+PRODUCTS = frozenset(
     {
         _aten.matmul.default,
         _aten.bmm.default,
@@ -51,7 +52,7 @@ _PRODUCTS = frozenset(
         _aten.einsum.default,
     }
 )
-
+"""Products of two tensors."""
 _MATRICES = frozenset({_aten.matmul.default, _aten.mm.default})
 """Products of which either factor may be a weight."""
 
@@ -223,7 +224,7 @@ class DataFlow:
 
     def projection(self, node: Node) -> ProjectionNode | None:
         """Return the node as a product of one activation with one weight expression, if it is one."""
-        if node.op != "call_function" or node.target not in _PRODUCTS or node not in self.hidden:
+        if node.op != "call_function" or node.target not in PRODUCTS or node not in self.hidden:
             return None
         operands, bias = _operands(node)
         if len(operands) != 2:
@@ -314,7 +315,7 @@ def find_anchors(flow: DataFlow, program: AnyProgram) -> list[Anchor | tuple[Nod
 
 
 def _is_product(node: Node) -> bool:
-    return node.op == "call_function" and node.target in _PRODUCTS
+    return node.op == "call_function" and node.target in PRODUCTS
 
 
 def _multiplies(flow: DataFlow, node: Node) -> bool:
@@ -369,7 +370,7 @@ def _anchor_of_softmax(flow: DataFlow, softmax: Node) -> Anchor:
             if user in seen or user.op != "call_function":
                 continue
             seen.add(user)
-            if user.target in _PRODUCTS:
+            if user.target in PRODUCTS:
                 operands = _operands(user)[0]
                 if node in operands and all(o in flow.hidden for o in operands):
                     value = next(o for o in operands if o is not node)
@@ -469,7 +470,7 @@ def read_projection(flow: DataFlow, operand: Node, role: str) -> ProjectionNode:
         and (
             not any(i in flow.hidden for i in n.all_input_nodes)
             or n.target is _SDPA
-            or (n.target in _PRODUCTS and n.op == "call_function")
+            or (n.target in PRODUCTS and n.op == "call_function")
         )
     ]
     if leaves:

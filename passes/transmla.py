@@ -23,7 +23,7 @@ from mla_compile.passes.fisher import JointFactors, assemble, from_rows, joint_r
 from mla_compile.passes.layers import MeasuredLayer, input_moments, measure_layers, no_room, settled_by
 from mla_compile.passes.principal import principal_components
 from mla_compile.passes.rope_split import RopeSplit, RotaryChannels, real_split, rotary_channels, split_rope
-from mla_compile.passes.search import Divergence
+from mla_compile.passes.search import Divergence, require_finite
 from mla_compile.passes.statistics import key_weighting
 from mla_compile.passes.task import Choice, Task, unpredicted
 from mla_compile.passes.weights import SiteWeights
@@ -103,15 +103,17 @@ def transmla(task: Task) -> Choice:
     best: _Try | None = None
     least, collapses = math.inf, _collapses(layers, task.config)
     if not collapses:
+        channels = ", ".join(str(2 * pairs) for pairs in _pairs(layers))
         raise UsageError(
-            f"--rope-dims {task.config.rope_dims} does not divide the rotating channels of a head.",
+            f"--rope-dims {task.config.rope_dims} does not divide the rotating channels of every head ({channels}) by "
+            "one number.",
             "Give a divisor, or leave --rope-dims out.",
         )
     with task.stages.stage("sizes") as tried:
         for collapse in collapses:
             smallest = math.inf
             fold = collapse
-            while all(len(layer.site.rope.pairs) % fold == 0 for layer in layers):  # double it while that helps
+            while all(pairs % fold == 0 for pairs in _pairs(layers) or [1]):  # double it while that helps
                 plans = tuple(_plan(layer, task.config, collapse) for layer in layers)
                 if even and rope_table(task.sites[0], plans[0].rope_dims) is None:
                     break
@@ -131,6 +133,7 @@ def transmla(task: Task) -> Choice:
     if best is None:
         fewest = [len(layer.site.rope.pairs) // max(collapses) for layer in layers]
         raise no_room(layers, fewest, task.config)
+    require_finite(least)
     shape = deepseek_shape(task.sites[0], best.plans[0].rope_dims, best.plans[0].kv_rank) if even else None
     forecasts, moments = unpredicted(best.weights, own=best.fold == 1), input_moments(task, layers)
     return Choice(best.plans, best.weights, forecasts, shape, measured.notes, moments=moments)
@@ -184,13 +187,18 @@ def _weights(layer: MeasuredLayer, plan: LatentPlan, fold: int) -> LatentWeights
 
 def _collapses(layers: Sequence[MeasuredLayer], config: CompileConfig) -> list[int]:
     """By how much a head's rotating channels may be divided, to be the shared rope head."""
-    pairs = math.gcd(*(len(layer.site.rope.pairs) for layer in layers))
-    if not pairs:
+    if not (rotating := _pairs(layers)):
         return [1]
-    divisors = [c for c in range(1, pairs + 1) if pairs % c == 0]
+    most = math.gcd(*rotating)
+    divisors = [c for c in range(1, most + 1) if most % c == 0]
     if config.rope_dims is None:
         return divisors
-    return [c for c in divisors if all(len(layer.site.rope.pairs) == c * config.rope_dims // 2 for layer in layers)]
+    return [c for c in divisors if all(2 * pairs == c * config.rope_dims for pairs in rotating)]
+
+
+def _pairs(layers: Sequence[MeasuredLayer]) -> list[int]:
+    """How many pairs of channels rotate in a head, of the layers that have some; every number once."""
+    return sorted({len(layer.site.rope.pairs) for layer in layers} - {0})
 
 
 def _plan(layer: MeasuredLayer, config: CompileConfig, collapse: int) -> LatentPlan:

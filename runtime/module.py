@@ -182,10 +182,15 @@ class LatentModel(nn.Module):
                 return cache.shape[1]
         raise ValueError("Every layer has a window, and the cache is full. Pass attention_mask over all tokens so far.")
 
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return next(self.parameters()).device
+
     def empty_cache(self, batch: int) -> tuple[Tensor, ...]:
         """A cache of no tokens."""
-        device, dtype = next(self.parameters()).device, cache_dtype(self.graph)
-        return tuple(torch.empty(batch, 0, row, device=device, dtype=dtype) for row in self.rows)
+        dtype = cache_dtype(self.graph)
+        return tuple(torch.empty(batch, 0, row, device=self.device, dtype=dtype) for row in self.rows)
 
 
 class LowRankModel(nn.Module):

@@ -22,6 +22,7 @@ from mla_compile.runtime.attention import (
     rotate_and_append,
     scales_of,
 )
+from mla_compile.runtime.autocast import register_autocast
 from mla_compile.runtime.gradient import register_gradient
 from mla_compile.runtime.masks import kept_rows, open_keys, score_mask
 
@@ -318,6 +319,5 @@ def _check_arguments(
 
 register_gradient(latent_attention, _latent_attention, tensors=10)
 register_gradient(cached_attention, _cached_attention, tensors=6)
-for _device in ("cpu", "cuda"):  # beside products in bfloat16, all that an operator reads is bfloat16 too
-    latent_attention.register_autocast(_device, torch.bfloat16)
-    cached_attention.register_autocast(_device, torch.bfloat16)
+for _name, _operator in (("latent_attention", latent_attention), ("cached_attention", cached_attention)):
+    register_autocast(f"mla::{_name}", _operator)

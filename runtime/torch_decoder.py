@@ -41,7 +41,8 @@ class TorchDecoder:
             UsageError: There are none, sizes do not fit, or a token is unknown.
         """
         check_step(self._name, self.known_tokens, ids, attention_mask, position_ids)
-        given = (torch.from_numpy(np.ascontiguousarray(x)) for x in (ids, attention_mask, position_ids))
+        device = self._model.device
+        given = (torch.from_numpy(np.ascontiguousarray(x)).to(device) for x in (ids, attention_mask, position_ids))
         with torch.inference_mode():
             result = self._model(*given, past=cache)
-        return result.logits.float().numpy(), result.cache
+        return result.logits.float().cpu().numpy(), result.cache

@@ -164,3 +164,14 @@ def test_layers_whose_outputs_go_nowhere_linear_are_named(llama, monkeypatch):
     for layer in measured.layers:
         eye = torch.eye(layer.site.v_dim).double().expand(layer.site.heads, -1, -1)
         torch.testing.assert_close(layer.statistics().output, eye, rtol=1e-12, atol=1e-12)
+
+
+# ---- settings of another kind of model
+
+
+def test_asking_for_encoders_changes_nothing_for_a_causal_model(llama):
+    given = {"check": False, "cache_ratio": 0.5, "encoders": True}
+    compiled = api.compile(llama.program.exported, calibration=WINDOWS, **given)
+    assert (compiled.report.config["method"], compiled.report.config["encoders"]) == ("fisher", False)
+    with pytest.raises(UsageError, match="The method 'fisher' chooses by what the model does on text"):
+        api.compile(llama.program.exported, **given)

@@ -19,6 +19,8 @@ from torch import nn
 from torch.export import Dim
 
 from mla_compile import api
+from mla_compile.conversion.loading import load_source
+from mla_compile.conversion.request import ModelSource
 from mla_compile.errors import LoadError
 from mla_compile.passes.recognise import recognise
 from mla_compile.passes.retype import widened
@@ -28,6 +30,7 @@ from mla_compile.sources.frontend import load_program
 from mla_compile.sources.huggingface import plain_inputs, read_checkpoint
 from mla_compile.text.evaluate import original_scorer
 
+TINY = Path(__file__).parents[1] / "examples" / "tiny-llama"
 DYNAMIC = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
 HOW_TO_EXPORT = "Export it with torch.export.save(torch.export.export(model.eval(), (ids,), dynamic_shapes="
 ROUNDING = 1e-6  # of the largest logit: the same float32 operators on the same machine, in another graph
@@ -628,3 +631,33 @@ def test_tokenizer_that_is_not_there(nano_file, tmp_path, tokenizer):
     assert str(tmp_path / tokenizer) in caught.value.message
     assert caught.value.remedy == "Give one with --tokenizer FOLDER."
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("form", ["module", "program", "archive"])
+@pytest.mark.parametrize("as_object", [False, True])
+def test_what_ends_a_text_is_known_of_every_tokenizer(form, as_object, programs, tmp_path):
+    """A model that never stops is of little use, however it and its tokenizer were given."""
+    from transformers import AutoTokenizer
+
+    captured, tokenizer = programs["llama-gqa"], AutoTokenizer.from_pretrained(TINY) if as_object else str(TINY)
+    given, example = captured.program.exported, None
+    if form == "module":
+        given, example = Answering(captured.module), models.tokens(2, 8)
+    if form == "archive":
+        given = tmp_path / "model.pt2"
+        torch.export.save(captured.program.exported, given)
+    assets = load_source(ModelSource(given, example, tokenizer), any_kind=False).assets
+    words = AutoTokenizer.from_pretrained(TINY)
+    assert assets.generation == {"bos_token_id": words.bos_token_id, "eos_token_id": words.eos_token_id}
+    assert (assets.folder, assets.tokenizer) == ((None, tokenizer) if as_object else (tokenizer, None))
+
+
+class Answering(torch.nn.Module):
+    """A model that transformers does not know."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, ids):
+        return self.module(ids).logits

@@ -295,3 +295,14 @@ def test_a_new_graph_never_stands_beside_old_weights(tmp_path, monkeypatch):
                 (hidden / name).write_text("new")
         assert len(moves) == survived
         assert not (tmp_path / "model.onnx").exists()
+
+
+def test_weights_of_an_earlier_file_do_not_stay_beside_a_smaller_one(tmp_path):
+    for name in ("model.onnx", "model.onnx.data", "other.onnx", "other.onnx.data", "report.json.data"):
+        (tmp_path / name).write_text("earlier")
+    with moved_into(tmp_path) as hidden:
+        (hidden / "model.onnx").write_text("new")
+        (hidden / "report.json").write_text("new")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "model.onnx", "other.onnx", "other.onnx.data", "report.json", "report.json.data"
+    ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -215,3 +216,22 @@ def test_a_second_conversion_at_another_ratio_does_not_run_the_model_again(llama
     assert runs[2:] == [False]
     assert len([*tmp_path.iterdir()]) == 2
     assert replace(second.report, stages=()) == replace(without.report, stages=())
+
+
+def test_the_usual_folder_stays_small(tmp_path):
+    """What was not used for longest goes first; what is new stays, and so does what is none of ours."""
+    names = [digit * 32 for digit in "abcd"]
+    StatisticsCache(tmp_path).recall(names[0], Measuring())
+    size = (tmp_path / f"{names[0]}.safetensors").stat().st_size
+    cache = StatisticsCache(tmp_path, most=2 * size)
+    (tmp_path / "other.safetensors").write_bytes(bytes(size))
+    cache.recall(names[1], Measuring())
+    for age, name in enumerate(names[:2]):
+        os.utime(tmp_path / f"{name}.safetensors", (1000 + age, 1000 + age))
+    cache.recall(names[0], Measuring())  # used now
+    cache.recall(names[2], Measuring())
+    assert sorted(f.stem for f in tmp_path.iterdir()) == [names[0], names[2], "other"]
+    StatisticsCache(tmp_path, most=0).recall(names[3], Measuring())
+    assert sorted(f.stem for f in tmp_path.iterdir()) == [names[3], "other"]
+    assert open_cache(True).most < 2**40
+    assert open_cache(tmp_path).most is None

@@ -19,9 +19,11 @@ from mla_compile.plan import latent_budget, shared_rope_plan
 from mla_compile.program import AnyProgram, OtherProgram, Program
 from mla_compile.progress import machine_memory
 from mla_compile.site import AttentionSite, Kind, Rejection, reasons
+from mla_compile.text.calibration import Text, require_text
 from mla_compile.verification.agreement import WHOLE
 
 __all__ = [
+    "as_causal",
     "convertible",
     "is_beyond_causal",
     "require_causal",
@@ -94,6 +96,17 @@ def require_causal(program: AnyProgram, found: Recognition) -> Program:
         f"'{program.source}' is no causal language model: some of its attention is {' and '.join(kinds)}.",
         remedy or "Run 'mla-compile inspect' for the whole table.",
     )
+
+
+def as_causal(config: CompileConfig, calibration: Text | None) -> CompileConfig:
+    """Settings as they hold for a causal language model, which ``encoders`` says nothing of.
+
+    Raises:
+        UsageError: Then there must be text, and there is none.
+    """
+    config = config.model_copy(update={"encoders": False})
+    require_text(config, calibration)
+    return config
 
 
 def _require_some(program: AnyProgram, found: Recognition) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mla_compile.artifacts.checkpoint import require_blocks
 from mla_compile.config import CompileConfig
-from mla_compile.conversion.admission import require_no_kept_layers, require_room_to_polish
+from mla_compile.conversion.admission import as_causal, require_no_kept_layers, require_room_to_polish
 from mla_compile.conversion.number_types import require_float32
 from mla_compile.conversion.request import Request, Session
 from mla_compile.conversion.verdict import costly_layers, log_sizes, rounded_slopes, warnings_of
@@ -121,7 +121,8 @@ def prepare(program: Program, found: Recognition, session: Session) -> Case:
         UsageError: Settings do not fit the model, or the text is too short.
         RefusedError: The format cannot express the model.
     """
-    request, config = session.request, session.request.config
+    request = session.request
+    config = as_causal(request.config, request.calibration)
     if request.finetune is not None:
         require_float32(program, getattr(torch, config.dtype), "A conversion", "fine-tuned")
     if config.for_stock_code:

@@ -13,11 +13,12 @@ from mla_compile.artifacts.places import check_neighbours
 from mla_compile.conversion.number_types import require_known_types, result_type, wanted_type
 from mla_compile.conversion.request import ModelSource, Session
 from mla_compile.passes.retype import type_name
-from mla_compile.program import AnyProgram, Assets
+from mla_compile.program import AnyProgram
 from mla_compile.sources import frontend
 from mla_compile.sources.capture import capture, capture_any
 from mla_compile.sources.checkpoint_files import require_finite
-from mla_compile.sources.exported import read_export
+from mla_compile.sources.exported import assets_of, read_export
+from mla_compile.text.corpus import special_tokens
 
 __all__ = ["load_original", "load_source"]
 
@@ -34,21 +35,30 @@ def load_source(source: ModelSource, *, any_kind: bool, dtype: torch.dtype | Non
     Raises:
         LoadError: The model cannot be read.
     """
-    model, example, tokenizer = source.model, source.example_inputs, source.tokenizer
-    example = (example,) if isinstance(example, Tensor) else example
+    tokenizer = source.tokenizer
     folder = str(tokenizer) if isinstance(tokenizer, str | Path) else None
+    program = _read(source, folder, any_kind=any_kind, dtype=dtype)
+    if folder is not None or tokenizer is None:
+        return program
+    ends = {name: value for name, value in program.assets.generation.items() if value is not None}
+    assets = dataclasses.replace(
+        program.assets, folder=None, tokenizer=tokenizer, generation=special_tokens(tokenizer) | ends
+    )
+    return dataclasses.replace(program, assets=assets)
+
+
+def _read(source: ModelSource, tokenizer: str | None, *, any_kind: bool, dtype: torch.dtype | None) -> AnyProgram:
+    """Read a model whose tokenizer, if one was given, lies in a folder."""
+    model, example = source.model, source.example_inputs
+    example = (example,) if isinstance(example, Tensor) else example
     if isinstance(model, str | Path):
-        return frontend.load_any(model, tokenizer=folder, attention=source.attention, unsafe=source.unsafe, dtype=dtype)
+        return frontend.load_any(
+            model, tokenizer=tokenizer, attention=source.attention, unsafe=source.unsafe, dtype=dtype
+        )
     if isinstance(model, ExportedProgram):
-        return read_export(model, source="ExportedProgram", assets=Assets(folder=folder), in_memory=True)
-    program: AnyProgram
-    if any_kind or example is None:
-        program = capture_any(model, example, tokenizer=folder, dtype=dtype)
-    else:
-        program = capture(model, example, tokenizer=folder, dtype=dtype)
-    if folder is None and tokenizer is not None:
-        program = dataclasses.replace(program, assets=dataclasses.replace(program.assets, tokenizer=tokenizer))
-    return program
+        return read_export(model, source="ExportedProgram", assets=assets_of(tokenizer, None), in_memory=True)
+    taken = capture_any if any_kind or example is None else capture
+    return taken(model, example, tokenizer=tokenizer, dtype=dtype)
 
 
 def load_original(session: Session) -> tuple[AnyProgram, Session]:

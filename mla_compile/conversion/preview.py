@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mla_compile.config import CompileConfig
-from mla_compile.conversion.admission import is_beyond_causal, require_causal, require_in_pieces
+from mla_compile.conversion.admission import as_causal, is_beyond_causal, require_causal, require_in_pieces
 from mla_compile.conversion.encoders import require_encoder
 from mla_compile.conversion.number_types import result_type, wanted_type
 from mla_compile.conversion.seq2seq import is_seq2seq, plan_seq2seq
@@ -103,6 +103,7 @@ def plan(
         sites, _ = require_encoder(program, found)
         return Planned(found, plan_layers(sites, [input_width(program, s) for s in sites], config))
     program = require_causal(program, found)
+    config = as_causal(config, calibration)
     require_in_pieces(program)
     sites, method = found.sites, config.chosen_method
     widths = tuple(input_width(program, s) for s in sites)

@@ -6,6 +6,7 @@ weight, graph, text or version is another name.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -26,6 +27,10 @@ from mla_compile.site_statistics import SiteStatistics
 
 __all__ = ["Found", "StatisticsCache", "open_cache", "statistics_key"]
 
+_MOST = 32 * 2**30
+"""Bytes that the usual folder holds, at most: one file of a model of 7 billion parameters is about 4 GB."""
+_NAMES = f"{'[0-9a-f]' * 32}.safetensors"
+"""What files are called here."""
 _SCHEMA = 1
 """Raise it with every change of what statistics are or how they are measured."""
 
@@ -51,9 +56,11 @@ class StatisticsCache:
 
     Attributes:
         folder: It is made when something is written.
+        most: Bytes of statistics in it, at most, but for those written last; None for no limit.
     """
 
     folder: Path
+    most: int | None = None
 
     def recall(self, key: str, measure: Callable[[], tuple[SiteStatistics, ...]]) -> Found:
         """Read what was measured before, or measure and keep it. A cache that fails costs time and nothing else.
@@ -65,7 +72,10 @@ class StatisticsCache:
         path = self.folder / f"{key}.safetensors"
         warnings = []
         try:
-            return Found(_read(path), f"reused from {path}")
+            found = Found(_read(path), f"reused from {path}")
+            with contextlib.suppress(OSError):
+                path.touch()  # what was not used for longest goes first
+            return found
         except FileNotFoundError:
             pass
         except (OSError, SafetensorError, KeyError, ValueError) as error:
@@ -73,6 +83,8 @@ class StatisticsCache:
         statistics = measure()
         try:
             _write(path, statistics)
+            if self.most is not None:
+                _prune(path, self.most)
         except (OSError, SafetensorError) as error:
             warnings.append(f"statistics could not be saved to {self.folder} ({first_line(error)})")
             return Found(statistics, "computed", tuple(warnings))
@@ -86,7 +98,7 @@ def open_cache(where: bool | str | Path) -> StatisticsCache | None:
         where: True for the usual folder, False for none, or a folder.
     """
     if isinstance(where, bool):
-        return StatisticsCache(default_folder()) if where else None
+        return StatisticsCache(default_folder(), _MOST) if where else None
     return StatisticsCache(Path(where))
 
 
@@ -127,6 +139,20 @@ def _read(path: Path) -> tuple[SiteStatistics, ...]:
         SiteStatistics(int(stored["tokens"]), **{name: tensors.get(f"{index}.{name}") for name in names})  # type: ignore[arg-type]
         for index in sites
     )
+
+
+def _prune(new: Path, most: int) -> None:
+    """Remove from a folder the statistics that were not used for longest, until the others take at most ``most`` bytes.
+
+    Raises:
+        OSError: One cannot be removed.
+    """
+    others = [(file.stat().st_mtime, file) for file in new.parent.glob(_NAMES) if file != new]
+    room = most - new.stat().st_size
+    for _, file in sorted(others, reverse=True):
+        room -= file.stat().st_size
+        if room < 0:
+            file.unlink(missing_ok=True)
 
 
 def _write(path: Path, statistics: Sequence[SiteStatistics]) -> None:

@@ -260,3 +260,5 @@ def _move(hidden: Path, target: Path) -> None:
     for name in [*(n for n in names if n not in heads), *heads]:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         (hidden / name).replace(target / name)
+        if name.endswith(".onnx") and f"{name}.data" not in names:  # weights of an earlier file, which was larger
+            (target / f"{name}.data").unlink(missing_ok=True)

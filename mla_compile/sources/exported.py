@@ -53,9 +53,9 @@ def assets_of(tokenizer: str | None, beside: Path | None) -> Assets:
         tokenizer = str(beside)
     if tokenizer is None:
         return Assets()
-    from mla_compile.text.corpus import special_tokens
+    from mla_compile.text.corpus import load_tokenizer, special_tokens
 
-    return Assets(folder=tokenizer, generation=special_tokens(tokenizer))
+    return Assets(folder=tokenizer, generation=special_tokens(load_tokenizer(tokenizer)))
 
 
 def require_integers(name: str, value: Tensor, source: str) -> None:

@@ -82,9 +82,8 @@ def require_tokenizer(folder: str) -> None:
         raise LoadError(f"There is no tokenizer folder '{folder}'.", "Give one with --tokenizer FOLDER.")
 
 
-def special_tokens(folder: str) -> dict[str, Any]:
+def special_tokens(tokenizer: Any) -> dict[str, Any]:  # noqa: ANN401 - see load_tokenizer
     """Begin and end tokens of a tokenizer, in the form of a generation config."""
-    tokenizer = load_tokenizer(folder)
     return {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
 
 

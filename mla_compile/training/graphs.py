@@ -16,13 +16,11 @@ from torch.utils.checkpoint import checkpoint
 from mla_compile.errors import RefusedError
 from mla_compile.passes.insert_latent import erase_dead
 from mla_compile.passes.recognise import recognise
+from mla_compile.passes.trace import PRODUCTS
 from mla_compile.program import Program
 
 __all__ = ["latent_nodes", "matched", "output_products", "recomputed", "with_attention_outputs"]
 
-_aten = torch.ops.aten
-_PRODUCTS = (_aten.linear.default, _aten.addmm.default, _aten.mm.default, _aten.matmul.default, _aten.bmm.default,
-             _aten.einsum.default)  # fmt: skip
 _LATENT = torch.ops.mla.latent_attention.default
 
 
@@ -40,7 +38,7 @@ def output_products(outputs: Iterable[Node]) -> list[Node]:
     found = []
     for output in outputs:
         node = output
-        while node.target not in _PRODUCTS:
+        while node.target not in PRODUCTS:
             if len(node.users) != 1:
                 raise RefusedError(
                     f"The attention outputs at '{output.name}' do not go into one output projection.",

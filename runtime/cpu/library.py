@@ -118,9 +118,11 @@ def _run(words: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 def _key() -> str:
-    """What a library follows from: sources, compiler, flags and processor."""
+    """What a library follows from: sources, compiler and its version, flags and processor."""
     parts = [path.read_bytes() for path in sorted(SOURCE.parent.glob("*.[ch]*"))]
-    parts += [shlex.join(compiler() or ()).encode(), " ".join(_FLAGS).encode(), _processor().encode()]
+    words = compiler() or []
+    version = _run([*words, "--version"]).stdout.partition("\n")[0] if words else ""
+    parts += [text.encode() for text in (shlex.join(words), version, " ".join(_FLAGS), _processor())]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 

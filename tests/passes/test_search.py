@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from mla_compile.passes.search import _FRACTIONS, _OWN, Divergence, Shares, global_ranks, search_shares
+from mla_compile.errors import VerificationError
+from mla_compile.passes.search import _FRACTIONS, _OWN, Divergence, Shares, global_ranks, require_finite, search_shares
 from mla_compile.runtime.module import LatentOutput
 
 # ---- how much of a row rotates
@@ -157,3 +158,18 @@ def test_divergence_looks_at_a_few_windows_only(programs, monkeypatch):
     seen.clear()
     Divergence(captured.program, ids)(Same(answer))
     assert torch.equal(torch.cat(seen), ids[:1]), "one at least"
+
+
+def test_what_overflows_is_told_and_not_compared(programs, monkeypatch):
+    """It is not a cache ratio that leaves no room."""
+    captured, ids = programs["llama-gqa"], models.tokens(2, LENGTH)
+    answer = models.logits(captured.module, ids)
+    broken = answer.clone()
+    broken[0, 3] = math.nan
+    given = iter(broken.split(1))
+    assert Divergence(captured.program, ids)(Same(lambda _: next(given))) == math.inf
+    with pytest.raises(VerificationError, match=r"the converted model predicts .* is no number"):
+        require_finite(math.inf)
+    monkeypatch.setattr("mla_compile.passes.search.original_logits", lambda *_, **__: iter(broken.split(1)))
+    with pytest.raises(VerificationError, match=r"the original model predicts .* is no number"):
+        Divergence(captured.program, ids)

@@ -20,7 +20,7 @@ from mla_compile.passes.rope_split import rotary_channels, split_rope
 from mla_compile.passes.search import Shares
 from mla_compile.passes.sizes import LayerSizes, same_ranks, shared_ranks, split_budget
 from mla_compile.passes.task import Task
-from mla_compile.passes.transmla import balanced_factors
+from mla_compile.passes.transmla import _collapses, balanced_factors
 from mla_compile.plan import latent_budget, liked_ranks, shared_rope_plan
 
 
@@ -127,6 +127,14 @@ def test_a_model_that_no_checkpoint_can_express_is_refused(programs, method):
 def test_rope_dims_without_a_table_are_refused(programs):
     with pytest.raises(UsageError, match="no rope key of 0 channels"):
         choose(programs["llama-gqa"], method="fisher", layout="deepseek", rope_dims=0)
+
+
+def test_layers_in_which_nothing_rotates_take_no_part_in_choosing_rope_dims():
+    rotating, still = (measured(Layer(heads=2, kv_heads=2, dim=16, pairs=n, v_dim=16, width=32)) for n in (8, 0))
+    assert _collapses([rotating, still], make_config(rope_dims=4)) == [4]
+    assert _collapses([rotating, still], make_config()) == [1, 2, 4, 8]
+    assert _collapses([still], make_config(rope_dims=4)) == [1]
+    assert _collapses([rotating], make_config(rope_dims=6)) == []
 
 
 def test_uniform_rank_is_one_rank(chosen):

@@ -312,16 +312,18 @@ def test_gradient_by_differences(kind):
     assert torch.autograd.gradcheck(attended, inputs, fast_mode=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["prefill", "everything", "cached"])
-def test_autocast_computes_in_bfloat16(kind):
-    """Weights stay float32 beside activations in bfloat16; gradients come back in each tensor's own type."""
+def test_autocast_computes_in_its_type(kind, dtype):
+    """Weights stay float32 beside activations in it; gradients come back in each tensor's own type."""
     case = KINDS[kind]
     x = case.tensors(torch.float32)
-    x["query"] = x["query"].bfloat16()
+    x["query"] = x["query"].to(dtype)
     inputs = [x[name].requires_grad_() for name in case.floats if x[name].numel()]
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", dtype):
         output, cache = case.operator(**x, **case.settings())
-    assert (output.dtype, cache.dtype) == (torch.bfloat16, torch.bfloat16)
+        assert (x["query"] @ x["query"].mT.float()).dtype == dtype, "autocast goes on behind the operator"
+    assert (output.dtype, cache.dtype) == (dtype, dtype)
     expected, _ = case.expected({name: value.double() for name, value in x.items()})
     # bfloat16 keeps 8 bits: 4e-3 per rounding, and logits of some 10 pass through the exponential.
     torch.testing.assert_close(output.double(), expected, rtol=0.05, atol=0.1)
