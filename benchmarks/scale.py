@@ -314,7 +314,7 @@ def require_room(folder: Path, wanted: Sequence[Settings]) -> None:
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows as a table."""
     heads = (
-        "model | layers | text | checks | seconds (of the processor) | seconds per layer | of these factorising | "
+        "model | layers | text | checks | seconds (of the processor) | seconds per layer | factorising, elapsed | "
         "peak resident, GiB | peak anonymous, GiB | weights, GB | file, GB | largest difference of a layer | "
         "of the logits | 4 tokens"
     )
