@@ -222,10 +222,10 @@ def test_a_folder_becomes_the_same_file(conversions, files, tmp_path, capsys):
 def test_other_names_are_refused(tmp_path):
     for name in ("model.bin", ".gguf", "folder"):
         with pytest.raises(UsageError, match="not named like a GGUF file"):
-            check_gguf(tmp_path / name, force=False, stages=Stages())
+            check_gguf(tmp_path / name, force=False)
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     with pytest.raises(UsageError, match="exists already"):
-        check_gguf(tmp_path / "model.gguf", force=False, stages=Stages())
+        check_gguf(tmp_path / "model.gguf", force=False)
     if has_llama_cpp():
         with pytest.raises(LoadError, match="holds no answers"):
             verify_gguf(tmp_path / "model.gguf")
