@@ -121,7 +121,7 @@ def test_the_folder_is_where_caches_are(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert default_folder() == tmp_path / ".cache" / "mla-compile"
-    assert open_cache(True) == StatisticsCache(default_folder())
+    assert open_cache(True).folder == default_folder()
     assert open_cache(False) is None
     assert open_cache("/other") == StatisticsCache(Path("/other"))
 
