@@ -16,6 +16,7 @@ from torch.export import ExportedProgram
 
 from mla_compile.errors import LoadError
 from mla_compile.quiet import quiet_exporter
+from mla_compile.token_tables import tables_of
 
 __all__ = ["AnyProgram", "Assets", "DecoderProgram", "OtherProgram", "Program", "Role", "input_role"]
 
@@ -236,17 +237,8 @@ class Program(AnyProgram):
 
         All that it predicts where there is none.
         """
-        nodes = {n.name: n for n in self.exported.graph.nodes}
-        tokens = nodes[self.tokens]
-        embedding = torch.ops.aten.embedding.default
-        same = [tokens, *(user for user in tokens.users if user.target is torch.ops.aten._to_copy.default)]
-        rows = [
-            int(user.args[0].meta["val"].shape[0])
-            for ids in same
-            for user in ids.users
-            if user.target is embedding and user.args[1] is ids
-        ]
-        return min(rows, default=self.vocabulary)
+        tokens = next(n for n in self.exported.graph.nodes if n.name == self.tokens)
+        return min((int(table.meta["val"].shape[0]) for table in tables_of(tokens)), default=self.vocabulary)
 
     def flat_module(self) -> fx.GraphModule:
         """Return the graph as a module of positional tensors in placeholder order, with weights shared."""

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from mla_compile.runtime import ops  # noqa: F401 - registers the operators
 from mla_compile.runtime.masks import kept_rows
+from mla_compile.token_tables import tables_of
 
 __all__ = [
     "LatentModel",
@@ -71,15 +72,9 @@ def known_tokens(module: nn.Module) -> int | None:
     graph = getattr(module, "graph", None)
     if not isinstance(graph, fx.Graph):
         return None
-    found, readers = [], [next(n for n in graph.nodes if n.op == "placeholder")]
-    while readers:
-        ids = readers.pop()
-        readers += [user for user in ids.users if user.target is torch.ops.aten._to_copy.default]
-        tables = [user.args[0] for user in ids.users if user.target is torch.ops.aten.embedding.default]
-        found += [
-            _attribute(module, table) for table in tables if isinstance(table, fx.Node) and table.op == "get_attr"
-        ]
-    return min((int(table.shape[0]) for table in found), default=None)
+    ids = next(n for n in graph.nodes if n.op == "placeholder")
+    rows = [len(_attribute(module, table)) for table in tables_of(ids) if table.op == "get_attr"]
+    return min(rows, default=None)
 
 
 def _attribute(module: nn.Module, node: fx.Node) -> Tensor:

@@ -29,12 +29,18 @@ class Pool {
         std::vector<float> found;
         {
             std::lock_guard<std::mutex> guard(lock_);
-            if (!free_.empty()) {
-                found = std::move(free_.back());
-                free_.pop_back();
+            auto best = free_.end();
+            for (auto it = free_.begin(); it != free_.end(); ++it)
+                if (best == free_.end() || fits_better(it->size(), best->size(), count)) best = it;
+            if (best != free_.end()) {
+                found = std::move(*best);
+                free_.erase(best);
             }
         }
-        if (found.size() < count) found.resize(count);
+        if (found.size() < count) {
+            found.clear();  // or what it holds would be copied
+            found.resize(count);
+        }
         return found;
     }
 
@@ -44,6 +50,12 @@ class Pool {
     }
 
   private:
+    // The smallest that is large enough, else the largest: what a long prompt took does not become the size of all.
+    static bool fits_better(size_t one, size_t other, size_t count) {
+        if ((one >= count) != (other >= count)) return one >= count;
+        return one >= count ? one < other : one > other;
+    }
+
     std::mutex lock_;
     std::vector<std::vector<float>> free_;
 };
