@@ -358,7 +358,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
 
 def factorisation(rows: int, width: int, rank: int) -> dict[str, Any]:
     """Ways to the best factors of a matrix of bfloat16 numbers whose singular values fall by 10 000, by one thread."""
-    from mla_compile.passes.factorise import truncated_svd
+    from mla_compile.passes.low_rank import truncated_svd
 
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
@@ -382,16 +382,16 @@ def factorisation(rows: int, width: int, rank: int) -> dict[str, Any]:
         down = (basis @ torch.linalg.eigh(inner.mT @ inner)[1].flip(1)[:, :rank]).mT
         return matrix @ down.mT, down
 
-    def single() -> tuple[Tensor, Tensor]:
-        up, down = truncated_svd(matrix.float(), rank)
-        return up.double(), down.double()
+    def ours(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        made = truncated_svd(matrix.to(dtype), rank)
+        return made.up.double(), made.down.double()
 
     square = random(min(rows, width), min(rows, width))
     unit = _seconds(lambda: torch.linalg.eigh(square + square.mT))[1]
     found: dict[str, Any] = {"rows": rows, "width": width, "rank": rank, "eigh_seconds": unit, "ways": {}}
     ways: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
-        "ours": lambda: truncated_svd(matrix, rank),
-        "ours, float32": single,
+        "ours": lambda: ours(torch.float64),
+        "ours, float32": lambda: ours(torch.float32),
         "randomised": randomised,
         "full svd": svd,
     }

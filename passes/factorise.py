@@ -24,13 +24,14 @@ from torch import Tensor
 from mla_compile.config import CompileConfig
 from mla_compile.latent_weights import LatentWeights
 from mla_compile.passes.calibrate import PairNorms
+from mla_compile.passes.low_rank import low_rank_factors
 from mla_compile.passes.weights import SiteWeights, read_site
 from mla_compile.plan import LatentPlan
 from mla_compile.program import AnyProgram
 from mla_compile.progress import Stages, peak_memory_mib
 from mla_compile.site import AttentionSite
 
-__all__ = ["Keep", "factorise_layers", "factorise_mha2mla", "select_pairs", "truncated_svd"]
+__all__ = ["Keep", "factorise_layers", "factorise_mha2mla", "select_pairs"]
 
 
 def select_pairs(site: AttentionSite, count: int, selection: str, norms: PairNorms | None) -> list[list[int]]:
@@ -67,52 +68,6 @@ def select_pairs(site: AttentionSite, count: int, selection: str, norms: PairNor
     return [chosen] * site.kv_heads
 
 
-def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Best rank-``rank`` factors of a matrix (Eckart-Young), with reproducible signs.
-
-    The directions are eigenvectors of the smaller Gram matrix. That squares the condition number, which in float64
-    costs nothing that shows: the factors are the matrix projected on an orthonormal basis, whose error is second order
-    in what a direction is off, and a direction is off only among those of alike or negligible singular values. It takes
-    half the time of an SVD, or a third (``benchmarks/scale.py``).
-
-    Args:
-        matrix: ``[rows, width]``, float64.
-        rank: Number of components; past the matrix's own rank they are zero.
-
-    Returns:
-        ``up`` ``[rows, rank]`` (carrying the singular values) and ``down`` ``[rank, width]`` with orthonormal rows.
-    """
-    up, down, _ = _svd(matrix, rank)
-    return up, down
-
-
-def _svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`truncated_svd`, and squares of all singular values, falling."""
-    available = min(rank, *matrix.shape)
-    if matrix.shape[0] < matrix.shape[1]:
-        squares, left = torch.linalg.eigh(matrix @ matrix.mT)
-        down = torch.linalg.qr(matrix.mT @ left.flip(1)[:, :available])[0].mT
-    else:
-        squares, right = torch.linalg.eigh(matrix.mT @ matrix)
-        down = right.flip(1)[:, :available].mT
-    down = down * down.gather(1, down.abs().argmax(1, keepdim=True)).sign()
-    up = matrix @ down.mT
-    missing = rank - available
-    pad = torch.nn.functional.pad
-    return pad(up, (0, missing)), pad(down, (0, 0, 0, missing)), squares.flip(0).clamp(min=0)
-
-
-def _factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """:func:`_svd`, but where nothing is left out by a basis of the rows in no order, which costs far less."""
-    smaller = min(matrix.shape)
-    if rank < smaller:
-        return _svd(matrix, rank)
-    down = torch.linalg.qr(matrix[:smaller].mT)[0].mT
-    down = down * down.gather(1, down.abs().argmax(1, keepdim=True)).sign()
-    up, missing = matrix @ down.mT, rank - smaller
-    return torch.nn.functional.pad(up, (0, missing)), torch.nn.functional.pad(down, (0, 0, 0, missing)), None
-
-
 def factorise_mha2mla(
     site: AttentionSite, weights: SiteWeights, plan: LatentPlan, config: CompileConfig, norms: PairNorms | None
 ) -> LatentWeights:
@@ -140,16 +95,17 @@ def factorise_mha2mla(
     constant = int(site.needs_constant(nope))
     rank = plan.kv_rank - constant
     if config.svd == "joint":
-        up, down, worth = _factors(torch.cat([keys, values]), rank)
-        key_part, value_part = up[: keys.shape[0]], up[keys.shape[0] :]
+        both = low_rank_factors(torch.cat([keys, values]), rank)
+        down, worth = both.down, both.squares
+        key_part, value_part = both.up[: keys.shape[0]], both.up[keys.shape[0] :]
     else:
         key_rank, value_rank = _split_rank(rank, min(keys.shape), min(values.shape))
-        key_up, key_down, of_keys = _factors(keys, key_rank)
-        value_up, value_down, of_values = _factors(values, value_rank)
-        worth = None if of_keys is None or of_values is None else _alternating(of_keys, of_values)
-        down = torch.cat([key_down, value_down])
-        key_part = torch.nn.functional.pad(key_up, (0, value_rank))
-        value_part = torch.nn.functional.pad(value_up, (key_rank, 0))
+        of_keys, of_values = low_rank_factors(keys, key_rank), low_rank_factors(values, value_rank)
+        squares = of_keys.squares, of_values.squares
+        worth = None if squares[0] is None or squares[1] is None else _alternating(*squares)
+        down = torch.cat([of_keys.down, of_values.down])
+        key_part = torch.nn.functional.pad(of_keys.up, (0, value_rank))
+        value_part = torch.nn.functional.pad(of_values.up, (key_rank, 0))
     value_part = value_part.unflatten(0, (len(first), site.v_dim))[owners].flatten(0, 1)
     if constant:  # the last latent entry is always 1 and carries the biases
         key_column = key_bias[:, :nope].reshape(-1, 1) * site.key_bias_matters

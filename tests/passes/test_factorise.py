@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from mla_compile.config import make_config
 from mla_compile.latent_weights import LatentWeights
 from mla_compile.passes.calibrate import PairNorms
-from mla_compile.passes.factorise import factorise_mha2mla, select_pairs, truncated_svd
+from mla_compile.passes.factorise import factorise_mha2mla, select_pairs
+from mla_compile.passes.low_rank import truncated_svd
 from mla_compile.passes.weights import HeadWeights, SiteWeights
 from mla_compile.plan import plan_layers
 from mla_compile.runtime import reference
@@ -147,7 +148,8 @@ def test_two_norm_needs_measurements():
 def test_truncated_svd_is_the_best_approximation(rows, width, rank, seed):
     """Eckart-Young: the error is the norm of the singular values that are left out."""
     matrix = torch.randn(rows, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    up, down = truncated_svd(matrix, rank)
+    made = truncated_svd(matrix, rank)
+    up, down = made.up, made.down
     assert (up.shape, down.shape) == ((rows, rank), (rank, width))
     error = torch.linalg.matrix_norm(matrix - up @ down)
     torch.testing.assert_close(error, torch.linalg.svdvals(matrix)[rank:].norm(), **EXACT)
@@ -161,16 +163,15 @@ def test_truncated_svd_is_the_best_approximation(rows, width, rank, seed):
 def test_truncated_svd_has_reproducible_signs():
     """Turning a component round is the same decomposition; the largest entry of ``down`` is the positive one."""
     matrix = torch.randn(6, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    up, down = truncated_svd(matrix, 4)
-    assert (down.gather(1, down.abs().argmax(1, keepdim=True)) > 0).all()
-    negated_up, negated_down = truncated_svd(-matrix, 4)
-    torch.testing.assert_close(negated_down, down, **EXACT)
-    torch.testing.assert_close(negated_up, -up, **EXACT)
+    made, negated = truncated_svd(matrix, 4), truncated_svd(-matrix, 4)
+    assert (made.down.gather(1, made.down.abs().argmax(1, keepdim=True)) > 0).all()
+    torch.testing.assert_close(negated.down, made.down, **EXACT)
+    torch.testing.assert_close(negated.up, -made.up, **EXACT)
 
 
 def test_truncated_svd_of_nothing_is_nothing():
-    up, down = truncated_svd(torch.zeros(3, 4).double(), 2)
-    assert not (up @ down).any()
+    made = truncated_svd(torch.zeros(3, 4).double(), 2)
+    assert not (made.up @ made.down).any()
 
 
 def stacked(shape: Shape, weights: SiteWeights, chosen: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
