@@ -147,10 +147,13 @@ class Rope:
     Attributes:
         pairs: Channel pairs inside one head, in order of the first channel.
         inv_freq: Radians per position of every pair.
+        phases: Radians by which queries are turned ahead of keys at the same position, per pair, where their positions
+            are counted from different numbers; empty where they are not. Weights of queries contain them.
     """
 
     pairs: tuple[tuple[int, int], ...] = ()
     inv_freq: tuple[float, ...] = ()
+    phases: tuple[float, ...] = ()
 
     @property
     def rotary_dim(self) -> int:
@@ -231,6 +234,8 @@ class Scores:
         slopes: Slope per query head (ALiBi, Press et al. 2022), or None.
         sinks: One logit per query head that takes weight and has no value (gpt-oss), or None.
         sinks_name: Qualified name of the parameter the sinks come from.
+        factors: Factor of ``q . k`` per query head (a temperature), beside the scale, or None. Queries of a described
+            layer have them among their gains; those of a layer that keeps an ordinary cache have not.
     """
 
     scale: float
@@ -239,6 +244,12 @@ class Scores:
     slopes: tuple[float, ...] | None = None
     sinks: tuple[float, ...] | None = None
     sinks_name: str | None = None
+    factors: tuple[float, ...] | None = None
+
+    @property
+    def own(self) -> bool:
+        """Whether they contain numbers of one layer, which others of its kind have not."""
+        return self.sinks is not None or self.factors is not None
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mla_compile.passes.layerwise import Layerwise, Resources
 from mla_compile.passes.layout import Layout, Sizes, per_token, token_axes
+from mla_compile.passes.offset_rotation import turn_by_phases
 from mla_compile.passes.operands import norm_scale, normalised
 from mla_compile.passes.retype import widened
 from mla_compile.passes.segments import Mark
@@ -178,6 +179,7 @@ def _of_site(site: AttentionSite, seen: Mapping[str, Tensor], gradient: Tensor |
     query, key, value = (normalised(p, seen[_printed(p)].double()) for p in (site.query, site.key, site.value))
     if site.query.turned is not None:
         query = turn_back(query, site.rope)
+    query = turn_by_phases(query, site.rope)
     scale = norm_scale(site.key, seen[_printed(site.key)].double())
     return SiteActivations(
         source=seen[site.key.source].float(),

@@ -125,7 +125,10 @@ class Emitter:
             path: Its module path.
             past: Placeholder of its cache.
         """
-        holder = self._add_weights(path, index, _score_parameters(site.scores))
+        made = _score_parameters(site.scores)
+        if site.scores.factors is not None:
+            made["factors"] = torch.tensor(site.scores.factors, dtype=torch.float64)
+        holder = self._add_weights(path, index, made)
 
         weight = functools.partial(self._weight, holder)
         with self.module.graph.inserting_before(self.nodes[site.output]):
@@ -139,6 +142,9 @@ class Emitter:
                     strict=False,
                 )
             )
+            if site.scores.factors is not None:
+                factors = self._call(_aten.unsqueeze.default, weight("factors"), -1)
+                query = self._call(_aten.mul.Tensor, query, factors)
             if site.repeats > 1:
                 every = (2, 0, site.kv_heads * site.repeats, site.repeats)
                 key, value = (self._call(_aten.slice.Tensor, x, *every) for x in (key, value))

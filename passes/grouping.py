@@ -8,7 +8,7 @@ from dataclasses import replace
 from mla_compile.passes.mismatch import MismatchError
 from mla_compile.site import Projection, RejectCode
 
-__all__ = ["chosen_heads", "distinct_heads", "side_by_side", "value_heads"]
+__all__ = ["chosen_heads", "distinct_heads", "scaled_heads", "side_by_side", "value_heads"]
 
 
 def side_by_side(key: Projection, heads: int) -> tuple[int, ...] | None:
@@ -38,6 +38,20 @@ def chosen_heads(projection: Projection, chosen: Sequence[int]) -> Projection:
         norm=norm,
         turned=None if projection.turned is None else tuple(projection.turned[i] for i in chosen),
     )
+
+
+def scaled_heads(projection: Projection, factors: Sequence[float]) -> Projection:
+    """Heads multiplied by one number each, whatever is read of them."""
+
+    def scaled(numbers: tuple[tuple[float, ...], ...] | None) -> tuple[tuple[float, ...], ...] | None:
+        if numbers is None:
+            return None
+        return tuple(tuple(factor * x for x in head) for factor, head in zip(factors, numbers, strict=True))
+
+    # Queries that are turned back have gains of one; others have no second ones.
+    gain = projection.gain if projection.turned is not None else scaled(projection.gain)
+    assert gain is not None
+    return replace(projection, gain=gain, offset=scaled(projection.offset), turned=scaled(projection.turned))
 
 
 def value_heads(projection: Projection, heads: int) -> Projection:

@@ -15,6 +15,7 @@ from mla_compile.passes.einsum import einsum_parts
 from mla_compile.passes.late import require_same_far
 from mla_compile.passes.mismatch import MismatchError
 from mla_compile.passes.norm import FoundNorm, describe_norm, linear_again, nodes_between
+from mla_compile.passes.offset_rotation import OffsetRows, probe_offset_rows, with_phases
 from mla_compile.passes.probe import Operand, mixes_positions, probe_linear, probe_rope, probe_rows
 from mla_compile.passes.trace import DataFlow, ProjectionNode, projections_behind, read_projection, upstream
 from mla_compile.passes.turned import Unscaled, as_read, gains_turn, scaled_by_place
@@ -88,11 +89,11 @@ def read_operand(
         return _read_behind_norm(operand, found, flow, generator, known)
     if operand.role == "query" and scaled_by_place(operand, flow):
         raise MismatchError(RejectCode.ROPE, "the query is scaled by position")
-    rows, gain, offset = probe_rows(operand, generator)
-    rope = _rotation(operand, rows, gain, flow) if known is None else known
+    read = _rows(operand, generator)
+    rope = _rotation(operand, read, flow, known)
     if known is None:
         require_same_far(operand, flow)
-    return ReadOperand(_projection(found, flow, rows, gain, offset), rope)
+    return ReadOperand(_projection(found, flow, read.rows, read.gain, read.offset), rope)
 
 
 def _read_behind_norm(
@@ -103,8 +104,9 @@ def _read_behind_norm(
         return _read_norm_behind_rotation(operand, later, found, flow, generator, known)
     if operand.role == "query" and scaled_by_place(later, flow):
         raise MismatchError(RejectCode.ROPE, "the query is scaled by position")
-    rows, gain, offset = probe_rows(later, generator)
-    rope = _rotation(later, rows, gain, flow) if known is None else known
+    read = _rows(later, generator)
+    rows, gain, offset = read.rows, read.gain, read.offset
+    rope = _rotation(later, read, flow, known)
     if known is None:
         require_same_far(operand, flow)
     try:
@@ -138,7 +140,12 @@ def _read_norm_behind_rotation(
         raise MismatchError(RejectCode.NONLINEAR, reason)
     # At position 0 nothing is rotated: there, what stands behind the rotation is what would stand in front of it.
     entries, gain, offset = probe_rows(later, generator)
-    norm = describe_norm(operand, later, flow, generator)
+    try:
+        norm = describe_norm(operand, later, flow, generator)
+    except MismatchError as mismatch:
+        raise MismatchError(
+            RejectCode.NONLINEAR, f"{reason}: no RMS or L2 norm of channels that are at rest at position 0"
+        ) from mismatch
     rows, total, shift = norm.rows[entries], gain * norm.gain[entries], gain * norm.offset[entries] + offset
     if norm.kind != "rms" or shift.any():
         raise MismatchError(RejectCode.NONLINEAR, f"{reason}: a norm that shifts channels")
@@ -149,7 +156,7 @@ def _read_norm_behind_rotation(
     except MismatchError as mismatch:
         raise MismatchError(RejectCode.NONLINEAR, f"{reason}: a norm that changes with position") from mismatch
     ones = torch.ones_like(total)
-    rope = _rotation(unscaled, rows, ones, flow) if known is None else known
+    rope = _rotation(unscaled, OffsetRows(rows, ones, torch.zeros_like(total), {}), flow, known)
     if known is None:
         require_same_far(operand, flow)
     commute = gains_turn(total, rope)
@@ -219,10 +226,34 @@ def with_gains(query: ReadOperand, gains: Sequence[Sequence[float]]) -> ReadOper
     return replace(query, projection=replace(query.projection, turned=total))
 
 
-def _rotation(operand: Operand, rows: Tensor, gain: Tensor, flow: DataFlow) -> Rope:
-    """Measure how channels rotate; where a rounded table is behind what is no rotation, that is the reason."""
+def _rows(operand: Operand, generator: torch.Generator) -> OffsetRows:
+    """Find what feeds the channels at position 0, whether they are at rest there or turned already.
+
+    Raises:
+        MismatchError: They are no re-arrangement of projection outputs, turned in pairs or not.
+    """
     try:
-        return probe_rope(operand, rows, gain)
+        return OffsetRows(*probe_rows(operand, generator), {})
+    except MismatchError:
+        found = probe_offset_rows(operand)
+        if found is None:
+            raise
+        return found
+
+
+def _rotation(operand: Operand, read: OffsetRows, flow: DataFlow, known: Rope | None) -> Rope:
+    """Measure how channels rotate; where a rounded table is behind what is no rotation, that is the reason.
+
+    Args:
+        operand: Queries, keys or values.
+        read: What feeds their channels.
+        flow: Data flow of the graph.
+        known: Pairs and frequencies, if they are known from a layer of the same kind.
+    """
+    if known is not None:
+        return with_phases(known, read.phases, operand.role)
+    try:
+        return probe_rope(operand, read.rows, read.gain)
     except MismatchError as mismatch:
         between = nodes_between(operand, operand.node, flow)
         starts = [i for n in between if n is not operand.base for i in n.all_input_nodes if i not in flow.hidden]

@@ -22,6 +22,7 @@ from mla_compile.site import RejectCode
 
 __all__ = ["check_own_mask", "padding_input"]
 
+_SIZE = torch.ops.aten.sym_size.int
 _MORE = "does more than hide the keys it marks with 0"
 _PADDED = 3
 """Tokens that are padding in front of a sequence, where a model that generates has them."""
@@ -39,16 +40,15 @@ def check_own_mask(scorer: Scorer, flow: DataFlow) -> None:
     """
     anchor, sizes, evaluator = scorer.anchor, scorer.sizes, scorer.evaluator
 
-    def projects(node: Node) -> bool:
-        return flow.projection(node) is not None
+    def ends(node: Node) -> bool:
+        return flow.projection(node) is not None or node.target is _SIZE
 
-    behind = _behind_mask(scorer) | upstream([anchor.key, anchor.value], projects)
+    behind = _behind_mask(scorer) | upstream([anchor.key, anchor.value], ends)
     for name in sorted(_masks(scorer, behind)):
         value, length = evaluator.program.user_inputs[name][1], sizes.short
         given = torch.ones(2, length)
         given[1, :_PADDED] = 0
-        if sizes.bind(value.shape, 2, length) != [*given.shape]:
-            raise MismatchError(RejectCode.MASK, f"the mask input '{name}' is not one number per key")
+        _require_one_per_key(name, sizes.bind(value.shape, 2, length), length)
         padded = given.to(value.dtype)
         generator = torch.Generator().manual_seed(10)
         scores = torch.rand(2, scorer.heads, length, length, generator=generator, dtype=torch.float64)
@@ -99,14 +99,25 @@ def padding_input(scorer: Scorer) -> str | None:
     (name,) = names
     value, length = inputs[name][1], scorer.sizes.short
     shape = scorer.sizes.bind(value.shape, 2, length)
-    if shape != [2, scorer.sizes.key_length(length)]:
-        raise MismatchError(RejectCode.MASK, f"the mask input '{name}' is not one number per key")
+    _require_one_per_key(name, shape, scorer.sizes.key_length(length))
     given = torch.ones(shape)
     given[1, 1::2] = 0
     logits = scorer.absolute(length, inputs={name: given.to(value.dtype)})[..., : shape[1]]
     if not torch.equal(hides(logits), (given == 0)[:, None, None].expand(logits.shape)):
         raise MismatchError(RejectCode.MASK, f"the mask input '{name}' {_MORE}")
     return name
+
+
+def _require_one_per_key(name: str, shape: list[int], keys: int) -> None:
+    """Refuse a mask input whose shape, for two sequences, is not that of keys."""
+    if len(shape) == 2 and shape[0] == 2 and shape[1] != keys:
+        raise MismatchError(
+            RejectCode.MASK,
+            f"the mask input '{name}' has {shape[1]} numbers for {keys} keys, which are subsampled; no mask made of it "
+            "is read: export without it, for inputs without padding",
+        )
+    if shape != [2, keys]:
+        raise MismatchError(RejectCode.MASK, f"the mask input '{name}' is not one number per key")
 
 
 def _masks(scorer: Scorer, nodes: Iterable[Node]) -> set[str]:
@@ -116,7 +127,7 @@ def _masks(scorer: Scorer, nodes: Iterable[Node]) -> set[str]:
 
 
 def _behind_mask(scorer: Scorer) -> set[Node]:
-    """What the scores are made of, besides activations."""
+    """What the scores are made of, besides activations, and besides what only has its size read."""
     anchor = scorer.anchor
     start = operator_argument(anchor.scores, "attn_mask") if anchor.fused else anchor.softmax.args[0]
     seen: set[Node] = set()
@@ -125,5 +136,5 @@ def _behind_mask(scorer: Scorer) -> set[Node]:
         node = stack.pop()
         if isinstance(node, Node) and node not in seen and (anchor.fused or node is not anchor.scores):
             seen.add(node)
-            stack.extend(node.all_input_nodes)
+            stack.extend(node.all_input_nodes if node.target is not _SIZE else ())
     return seen

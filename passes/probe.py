@@ -276,7 +276,9 @@ def _frequencies(operand: Operand, rows: Tensor, gain: Tensor, pairs: list[tuple
     real, imaginary = turned[:, first], turned[:, second]
     if exceeds(real.square() + imaginary.square() - 1, _TABLE):
         raise MismatchError(RejectCode.ROPE, f"channel pairs of the {operand.role} are not only rotated but scaled too")
+    start = torch.atan2(imaginary[0], real[0])  # where positions are not counted from 0
     unwrapped = torch.atan2(imaginary, real)
+    unwrapped = torch.remainder(unwrapped - start + math.pi, 2 * math.pi) - math.pi
     positions = torch.arange(long, dtype=torch.float64)[:, None]
     known = 2
     while known < long:  # what is known up to a position tells the turns up to nearly twice that position
@@ -284,14 +286,20 @@ def _frequencies(operand: Operand, rows: Tensor, gain: Tensor, pairs: list[tuple
         expected = positions[ahead] * (unwrapped[known - 1] / (known - 1))
         unwrapped[ahead] += 2 * math.pi * torch.round((expected - unwrapped[ahead]) / (2 * math.pi))
         known = 2 * known - 1
+    if bool(((start != 0) & (unwrapped.abs().amax(0) < _EXACT)).any()):
+        raise MismatchError(
+            RejectCode.ROW_MAP, f"channels of the {operand.role} are mixed in pairs, the same at every position"
+        )
     frequency = (positions * unwrapped).sum(0) / positions.square().sum()
     if exceeds(unwrapped - positions * frequency, _TABLE):
         raise MismatchError(
             RejectCode.ROPE, f"the {operand.role}'s rotation is not proportional to position up to length {long}"
         )
     # A negative frequency is the same pair read in the other order.
-    ordered = [(pair, f) if f >= 0 else (pair[::-1], -f) for pair, f in zip(pairs, frequency.tolist(), strict=True)]
-    return Rope(tuple((a, b) for (a, b), _ in ordered), tuple(f for _, f in ordered))
+    found = zip(pairs, frequency.tolist(), start.tolist(), strict=True)
+    ordered = [(pair, f, p) if f >= 0 else (pair[::-1], -f, -p) for pair, f, p in found]
+    phases = tuple(p for _, _, p in ordered) if start.any() else ()
+    return Rope(tuple((a, b) for (a, b), _, _ in ordered), tuple(f for _, f, _ in ordered), phases)
 
 
 def longest_length(evaluator: GraphEvaluator, sizes: Sizes, attempt: Callable[[int], object], wanted: int) -> int:

@@ -15,12 +15,13 @@ from torch.fx import Node
 
 from mla_compile.errors import first_line
 from mla_compile.passes.evaluate import GraphEvaluator, example_inputs
-from mla_compile.passes.grouping import chosen_heads, distinct_heads, side_by_side, value_heads
+from mla_compile.passes.grouping import chosen_heads, distinct_heads, scaled_heads, side_by_side, value_heads
 from mla_compile.passes.kinds import kind_of
 from mla_compile.passes.late import require_same_far
 from mla_compile.passes.layout import Layout, Sizes
 from mla_compile.passes.mismatch import MismatchError
 from mla_compile.passes.norm import nodes_between
+from mla_compile.passes.offset_rotation import common_rope, turn_by_phases
 from mla_compile.passes.operands import (
     MOVES,
     ReadOperand,
@@ -234,7 +235,8 @@ def _describe(context: _Context, other: AttentionSite | None = None) -> Attentio
         raise MismatchError(RejectCode.MASK, f"attention depends on which tokens were given, at '{reader.name}'")
     if read["value"].rope.pairs:
         raise MismatchError(RejectCode.ROPE, "values are rotated by position")
-    rope = _common_rope(read["query"].rope, read["key"].rope) if query.turned is None else read["key"].rope
+    turning = read["query"].rope if query.turned is None else replace(read["key"].rope, phases=())
+    rope = common_rope(turning, read["key"].rope)
     heads = query.heads
     if query.activation is not None and other is None:
         projected = query.node != query.activation
@@ -246,13 +248,15 @@ def _describe(context: _Context, other: AttentionSite | None = None) -> Attentio
     if order is not None and value.heads == heads:
         query, key, value = (chosen_heads(p, order) for p in (query, key, value))
     key, value = distinct_heads(key, heads), value_heads(value, heads)
-    if other is None or other.scores.sinks is not None:  # sinks are a layer's own
+    if other is None or other.scores.own:
         scores = probe_scores(context.evaluator, flow, context.sizes, anchor, layouts, heads=heads, dim=query.head_dim)
     else:
         scores = other.scores
     probe_probabilities(context.evaluator, context.sizes, anchor, layouts)
-    if order is not None and (other is None or other.scores.sinks is not None):
+    if order is not None and (other is None or other.scores.own):
         scores = _ordered(scores, order)
+    if scores.factors is not None:
+        query = scaled_heads(query, scores.factors)
     site = AttentionSite(
         index=context.index,
         path=context.path,
@@ -296,8 +300,9 @@ def _of_other_kind(context: _Context, site: AttentionSite) -> AttentionSite:
 
 def _ordered(scores: Scores, order: tuple[int, ...]) -> Scores:
     """What scores are per head, for heads in another order."""
-    sinks, slopes = (None if x is None else tuple(x[h] for h in order) for x in (scores.sinks, scores.slopes))
-    return replace(scores, sinks=sinks, slopes=slopes)
+    found = (scores.sinks, scores.slopes, scores.factors)
+    sinks, slopes, factors = (None if x is None else tuple(x[h] for h in order) for x in found)
+    return replace(scores, sinks=sinks, slopes=slopes, factors=factors)
 
 
 def _plain(context: _Context) -> PlainSite | None:
@@ -309,7 +314,7 @@ def _plain(context: _Context) -> PlainSite | None:
 
 
 def _describe_plain(context: _Context, other: PlainSite | None = None) -> PlainSite:
-    """Describe a layer; the scores of another of its kind are not probed again, but for sinks, which are its own."""
+    """Describe a layer; the scores of another of its kind are not probed again, but for a layer's own numbers."""
     anchor, layouts, evaluator = context.anchor, context.layouts, context.evaluator
     shapes = {role: getattr(anchor, role).meta["val"].shape for role in ("query", "key", "value", "output")}
     heads, key_heads, value_heads = (
@@ -321,7 +326,7 @@ def _describe_plain(context: _Context, other: PlainSite | None = None) -> PlainS
     if key_heads != value_heads or heads % key_heads:
         raise MismatchError(RejectCode.GROUPING, f"{heads} query, {key_heads} key and {value_heads} value heads")
     dims = {role: int(shapes[role][getattr(layouts, role).axes.index("d")]) for role in ("query", "value")}
-    if other is not None and other.scores.sinks is None:
+    if other is not None and not other.scores.own:
         scores = other.scores
     else:
         scores = probe_scores(evaluator, context.flow, context.sizes, anchor, layouts, heads=heads, dim=dims["query"])
@@ -380,14 +385,6 @@ def _heads(shape: torch.Size, layout: Layout, sizes: Sizes) -> int:
     return heads
 
 
-def _common_rope(query: Rope, key: Rope) -> Rope:
-    if query.pairs != key.pairs or any(
-        abs(a - b) > 1e-6 * max(a, b) for a, b in zip(query.inv_freq, key.inv_freq, strict=True)
-    ):
-        raise MismatchError(RejectCode.ROPE, "queries and keys rotate differently")
-    return query
-
-
 def _verified(context: _Context, compare: Callable[[int], float]) -> float:
     """Compare description and sub-graph at a short and a long length, and return the larger error.
 
@@ -431,6 +428,7 @@ def _compare(context: _Context, site: AttentionSite, length: int) -> float:
         outputs["query"] = base.flatten(activation[0], batch, length)
     query, key, value = (normalised(getattr(site, role), outputs[role]) for role in ("query", "key", "value"))
     query = query if site.query.turned is None else turn_back(query, site.rope)
+    query = turn_by_phases(query, site.rope)
     return _difference(got, query, key, value, site.rope, site.scores, site.output_axes, site.order)
 
 
@@ -451,6 +449,8 @@ def _compare_plain(context: _Context, site: PlainSite, length: int) -> float:
     inputs = example_inputs(evaluator.program, batch, length, sizes=context.sizes)
     (got,) = evaluator.run([context.anchor.output], overrides, inputs)
     query, key, value = plain
+    if site.scores.factors is not None:
+        query = query * torch.tensor(site.scores.factors, dtype=torch.float64)[:, None]
     return _difference(got, query, key, value, Rope(), site.scores, site.axes[3])
 
 

@@ -104,8 +104,9 @@ def probe_scores(
             raise MismatchError(RejectCode.SCORES, "the output has a factor beside sinks in the softmax")
         sinks = scorer.factor_sinks(base)
     softcap = 0.0
+    factors = torch.ones(heads, 1, 1, dtype=torch.float64)
     if scale is None:
-        scale, softcap = _bending(scorer, base[..., :keys])
+        scale, factors, softcap = _bending(scorer, base[..., :keys])
     slopes, mask = visible(base[..., :keys])
     seen: dict[int, Tensor] = {}
 
@@ -119,7 +120,7 @@ def probe_scores(
     if seen_long[1].causal != mask.causal or (mask.window is not None and (slopes, mask) != seen_long):
         raise MismatchError(RejectCode.MASK, "the mask changes its kind with the length")
     slopes, mask = seen_long
-    bend = functools.partial(_bent, scale=scale, softcap=softcap)
+    bend = functools.partial(_bent, scale=scale * factors, softcap=softcap)
     if not anchor.fused and long > short:
         _check_long(scorer, seen[long], long, bend)
     if not sizes.fixed:
@@ -127,7 +128,8 @@ def probe_scores(
     if slopes is not None and len(slopes) == 1:
         slopes = slopes * heads  # one mask for all heads
     name = _parameter_behind(flow, anchor) if sinks is not None else None
-    return Scores(scale=scale, mask=mask, softcap=softcap, slopes=slopes, sinks=sinks, sinks_name=name)
+    different = None if bool((factors == 1).all()) else tuple(factors.flatten().tolist())
+    return Scores(scale, mask, softcap, slopes, sinks, name, different)
 
 
 def _operator_scale(flow: DataFlow, anchor: Anchor, dim: int) -> float:
@@ -170,8 +172,11 @@ def _parameter_behind(flow: DataFlow, anchor: Anchor) -> str | None:
     return names.pop() if len(names) == 1 else None
 
 
-def _bending(scorer: Scorer, base: Tensor) -> tuple[float, float]:
-    """Factor and soft-cap between raw scores and logits.
+def _bending(scorer: Scorer, base: Tensor) -> tuple[float, Tensor, float]:
+    """What stands between raw scores and logits.
+
+    Returns:
+        Their factor, another one per head ``[H, 1, 1]`` of at most one, and the soft-cap.
 
     Raises:
         MismatchError: There is anything else between them.
@@ -192,28 +197,43 @@ def _bending(scorer: Scorer, base: Tensor) -> tuple[float, float]:
         rounding = 1e-9 * max(1.0, 1e-3 * magnitude)  # of the largest scores, when the maximum is subtracted
         if exceeds(logits[..., keys:] - logits[:1, :, :1, keys:], rounding):
             raise MismatchError(RejectCode.SCORES, "the extra column of the softmax depends on the scores")
-        return (logits[..., :keys] - base).expand(shape)[visible]
+        return torch.where(visible, (logits[..., :keys] - base).expand(shape), 0.0)
 
-    plain = scores[visible]
-    if not len(plain):
-        return 1.0, 0.0  # a query sees itself alone, and scores do not matter
-    scale = float((moved(1e-4) / (plain * 1e-4)).median())
+    plain = torch.where(visible, scores, 0.0)
+    if not bool(visible.any()):
+        return 1.0, torch.ones(scorer.heads, 1, 1, dtype=torch.float64), 0.0  # a query sees itself alone
+    scale, factors = _factors((moved(1e-4) / (plain * 1e-4)).transpose(0, 1).flatten(1))
     softcap = 0.0
     largest = float(moved(1e9).abs().max())
     if largest < 1e-3 * abs(scale) * 1e9:
         softcap = largest
     for magnitude in (1e-2, 1.0, 1e1, 1e3):
-        wanted = _bent(plain * magnitude, scale, softcap)
+        wanted = _bent(plain * magnitude, scale * factors, softcap)
         # Logits are differences from a query's own position, where a bias may have cost some digits.
         if exceeds(moved(magnitude) - wanted, 1e-6 * float(wanted.abs().max()) + 1e-12):
             raise MismatchError(
-                RejectCode.SCORES, "scores pass through something other than one constant factor or a soft-cap"
+                RejectCode.SCORES,
+                "scores pass through something other than one constant factor per head, or a soft-cap behind it",
             )
-    return scale, softcap
+    return scale, factors, softcap
 
 
-def _bent(scores: Tensor, scale: float, softcap: float) -> Tensor:
-    """Logits made of raw scores."""
+def _factors(seen: Tensor) -> tuple[float, Tensor]:
+    """One factor for all heads, and what each head has beside it, ``[H, 1, 1]``.
+
+    Args:
+        seen: ``[H, numbers]`` ratios of logits and scores; no number where a score is hidden.
+    """
+    common = float(seen.nanmedian())
+    own = seen.nanmedian(1).values.nan_to_num(common)
+    if not exceeds(own - common, 1e-9 * abs(common)):
+        return common, torch.ones(len(seen), 1, 1, dtype=torch.float64)
+    largest = float(own[own.abs().argmax()])
+    return largest, (own / largest)[:, None, None]
+
+
+def _bent(scores: Tensor, scale: Tensor, softcap: float) -> Tensor:
+    """Logits made of raw scores ``[..., H, S, T]``, by factors ``[H, 1, 1]``."""
     return softcap * torch.tanh(scale * scores / softcap) if softcap else scale * scores
 
 

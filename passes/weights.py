@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from mla_compile.passes.einsum import einsum_parts
 from mla_compile.passes.evaluate import GraphEvaluator
+from mla_compile.passes.offset_rotation import turn_by_phases
 from mla_compile.program import AnyProgram
 from mla_compile.site import AttentionSite, Projection
 
@@ -54,10 +55,17 @@ def read_site(program: AnyProgram, site: AttentionSite) -> SiteWeights:
         site: The recognised site.
 
     Returns:
-        Per-head float64 weights, un-rotated, in the site's channel order.
+        Per-head float64 weights, un-rotated, in the site's channel order; those of queries turned by the rotation's
+        phases.
     """
     evaluator = GraphEvaluator(program)
-    return SiteWeights(*(_read(evaluator, p) for p in (site.query, site.key, site.value)))
+    query, key, value = (_read(evaluator, p) for p in (site.query, site.key, site.value))
+    turned = HeadWeights(
+        turn_by_phases(query.weight.mT, site.rope).mT,
+        turn_by_phases(query.bias, site.rope),
+        turn_by_phases(query.shift, site.rope),
+    )
+    return SiteWeights(turned, key, value)
 
 
 def input_width(program: AnyProgram, site: AttentionSite) -> int:

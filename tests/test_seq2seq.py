@@ -270,12 +270,12 @@ class _Heads(nn.Module):
         self.q, self.k, self.v, self.out = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
         self.causal = causal
 
-    def forward(self, x: Tensor, states: Tensor) -> Tensor:
+    def forward(self, x: Tensor, states: Tensor, seen: Tensor | None = None) -> Tensor:
         q, k, v = (
             layer(y).unflatten(2, (HEADS, -1)).transpose(1, 2)
             for layer, y in ((self.q, x), (self.k, states), (self.v, states))
         )
-        y = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        y = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=self.causal)
         return self.out(y.transpose(1, 2).flatten(2))
 
 
@@ -311,6 +311,49 @@ def test_an_encoder_may_subsample(tmp_path):
             got = compiled.module(ids, compiled.module.encode(features=features)).logits
             assert difference(got, module(features, ids)) <= TOLERANCE
     compiled.to_onnx(tmp_path / "model.onnx")
+
+
+class SubsamplingWithMask(Subsampling):
+    """The mask of the spectra tells how many tokens are made of those that are no padding."""
+
+    def forward(self, features: Tensor, attention_mask: Tensor, decoder_ids: Tensor) -> Tensor:
+        states = self.conv((features * attention_mask[..., None]).mT).mT
+        length = (attention_mask.sum(-1) + 1) // 2
+        seen = (torch.arange(states.shape[1]) < length[:, None])[:, None, None]
+        states = states + self.encoder(states, states, seen)
+        x = self.tokens(decoder_ids)
+        x = x + self.own(x, x)
+        return self.head(x + self.cross(x, states, seen))
+
+
+def test_a_mask_that_is_subsampled_is_named_with_what_can_be_done():
+    torch.manual_seed(0)
+    example = torch.randn(2, 10, 8), torch.ones(2, 10, dtype=torch.long), torch.zeros(2, 7, dtype=torch.long)
+    with pytest.raises(RefusedError) as caught:
+        mla_compile.compile(SubsamplingWithMask().eval(), example, encoders=True, exact=True)
+    said = (
+        "cross: the mask input 'attention_mask' has 7 numbers for 4 keys, which are subsampled; no mask made of it is "
+        "read: export without it, for inputs without padding [mask]"
+    )
+    assert said in caught.value.message
+    assert "is causal, and of some layers not understood (encoder: the mask input" in caught.value.message
+
+
+class MaskOfStates(Subsampling):
+    """The mask of the encoder's states is an input, of which everything reads the batch size."""
+
+    def forward(self, features: Tensor, states_mask: Tensor, decoder_ids: Tensor) -> Tensor:
+        states = self.conv(features.mT).mT
+        states = states + self.encoder(states, states, states_mask[:, None, None].bool())
+        x = self.tokens(decoder_ids)
+        return self.head(x + self.own(x, x) + self.cross(x, states))
+
+
+def test_a_mask_whose_size_alone_is_read_hides_nothing():
+    torch.manual_seed(0)
+    example = torch.randn(2, 10, 8), torch.ones(2, 5, dtype=torch.long), torch.zeros(2, 7, dtype=torch.long)
+    _, found = mla_compile.inspect(MaskOfStates().eval(), example)
+    assert [site.path for site in found.sites] == ["own"]
 
 
 def test_a_decoder_that_cannot_be_exported_by_itself_is_refused(monkeypatch):

@@ -116,9 +116,11 @@ def require_encoder(program: AnyProgram, found: Recognition) -> tuple[tuple[Atte
     if not is_encoder(found):
         kinds = {s.kind for s in found.sites} | {r.site.kind for r in found.rejections if r.site is not None}
         told = ", ".join(sorted(k.value for k in kinds)) or "not understood"
+        lost = reasons([r for r in found.rejections if r.site is None])
+        told += f", and of some layers not understood ({lost})" if kinds and lost else f" ({lost})" if lost else ""
         raise RefusedError(
             f"The attention of '{program.source}' is {told}; --encoders converts models whose attention is all "
-            "bidirectional.",
+            "bidirectional, and decoders that read an encoder.",
             "Run 'mla-compile inspect' for the whole table.",
         )
     sites = tuple(r.site for r in found.rejections if r.site is not None)

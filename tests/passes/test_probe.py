@@ -196,7 +196,7 @@ def test_window_within_and_beyond_the_probe(window):
 @pytest.mark.parametrize(
     ("kind", "code"),
     [
-        (zoo.TemperaturePerHead, RejectCode.SCORES),
+        (zoo.TemperatureBehindCap, RejectCode.SCORES),
         (zoo.Dilated, RejectCode.MASK),
         (zoo.HiddenByActivation, RejectCode.MASK),
     ],

@@ -156,9 +156,12 @@ def test_refusal_of_a_whole_model(programs, name, code):
 def test_spelling_does_not_matter(zoo_programs, name):
     kind = zoo.ACCEPTED[name]
     site = only(zoo_programs[kind])
-    layout = {"interleaved rope": "interleaved", "backward rope": "custom"}.get(
-        name, "half" if issubclass(kind, zoo.HalfRope | zoo.PartialRope) else "none"
-    )
+    layout = {
+        "interleaved rope": "interleaved",
+        "interleaved keys behind": "interleaved",
+        "backward rope": "custom",
+        "positions from one": "half",
+    }.get(name, "half" if issubclass(kind, zoo.HalfRope | zoo.PartialRope) else "none")
     assert (site.heads, site.kv_heads, site.qk_dim) == (zoo.HEADS, kind.kv_heads, zoo.DIM)
     assert site.rope.layout == layout
     assert site.mask == Mask(5 if "window" in name else None)

@@ -760,6 +760,75 @@ class RopeFromOne(Attention):
         return rotate(k, first=1)
 
 
+class KeysAhead(HalfRope):
+    """Positions of keys are counted from three."""
+
+    def keys(self, k: Tensor) -> Tensor:
+        return rotate(k, first=3)
+
+
+class QueriesAhead(PartialRope):
+    """Positions of queries are counted from five; some channels stand still."""
+
+    kv_heads = 2
+
+    def queries(self, q: Tensor) -> Tensor:
+        return torch.cat([q[..., :2], rotate(q[..., 2:], first=5)], -1)
+
+
+class InterleavedKeysBehind(ParameterProduct):
+    """Positions of keys are counted from minus two, biases are added before, and channels have gains of both signs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.randn(HEADS, 1, DIM))
+
+    def queries(self, q: Tensor) -> Tensor:
+        return rotate(q * 0.5, layout="interleaved")
+
+    def keys(self, k: Tensor) -> Tensor:
+        return rotate(k * self.gain, first=-2, layout="interleaved")
+
+
+class NormedKeysAhead(NormedKeysAndValues):
+    """Queries and keys are normed before their rotation, and keys are turned further."""
+
+    def queries(self, q: Tensor) -> Tensor:
+        return rotate(rms(q))
+
+    def keys(self, k: Tensor) -> Tensor:
+        return rotate(rms(k) * self.gain, first=4)
+
+
+class NormedQueriesBehindRotation(KeysAhead):
+    """Queries are read behind their rotation, by a norm with gains."""
+
+    def queries(self, q: Tensor) -> Tensor:
+        return rms(super().queries(q)) * torch.linspace(0.5, 2.0, DIM)
+
+
+class NormBehindOffsetRotation(RopeFromOne):
+    """Keys are normed behind a rotation that has begun at position 0."""
+
+    def keys(self, k: Tensor) -> Tensor:
+        return rms(super().keys(k))
+
+
+class HeadsAhead(HalfRope):
+    """Every head of the keys counts positions from another number."""
+
+    def keys(self, k: Tensor) -> Tensor:
+        return torch.cat([rotate(k[:, h : h + 1], first=h + 1) for h in range(HEADS)], 1)
+
+
+class TurnedChannels(HalfRope):
+    """Pairs of channels are turned by the same angle at every position, before the rotation of others."""
+
+    def values(self, v: Tensor) -> Tensor:
+        a, b = v.chunk(2, -1)
+        return torch.cat([0.6 * a - 0.8 * b, 0.8 * a + 0.6 * b], -1)
+
+
 class RotatedValues(HalfRope):
     def values(self, v: Tensor) -> Tensor:
         return rotate(v)
@@ -976,6 +1045,70 @@ class TemperaturePerHead(SpelledOut):
         return super().scores(q, k, x) * torch.arange(1.0, 1.0 + HEADS)[:, None, None]
 
 
+class LearnedTemperature(SpelledOut, HalfRope):
+    """A clamped exponential of a parameter per head multiplies the scores (Swin v2, CLIP)."""
+
+    kv_heads = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logit_scale = nn.Parameter(3 * torch.rand(1, HEADS, 1, 1))
+
+    def scores(self, q: Tensor, k: Tensor, x: Tensor) -> Tensor:
+        return super().scores(q, k, x) * self.logit_scale.exp().clamp(max=10.0)
+
+
+class CosineAttention(LearnedTemperature):
+    """Queries and keys have unit length, so that the temperature is all that there is of scale."""
+
+    def queries(self, q: Tensor) -> Tensor:
+        return super().queries(F.normalize(q, dim=-1))
+
+    def keys(self, k: Tensor) -> Tensor:
+        return super().keys(F.normalize(k, dim=-1))
+
+
+class TemperatureBelowCap(SoftCapped):
+    """Scores are multiplied per head, and capped then; some factors are negative."""
+
+    def scores(self, q: Tensor, k: Tensor, x: Tensor) -> Tensor:
+        factor = torch.tensor([0.5, -1.0, 2.0, 0.25])[:, None, None]
+        return 5 * torch.tanh(SpelledOut.scores(self, q, k, x) * factor / 5)
+
+
+class TemperatureOfAlternatingGroups(AlternatingGroupsWithSlopes):
+    """Per head: a temperature, a slope and a sink, of heads that share keys with others than their neighbours."""
+
+    def scores(self, q: Tensor, k: Tensor, x: Tensor) -> Tensor:
+        return super().scores(q, k, x) * torch.arange(1.0, 1.0 + HEADS)[:, None, None]
+
+
+class TemperatureBehindRotation(LearnedTemperature, GainsBehindRotation):
+    """With queries that are read behind their rotation."""
+
+
+class TemperatureOfRotatedValues(LearnedTemperature):
+    """A layer that keeps an ordinary cache, because its values rotate."""
+
+    def values(self, v: Tensor) -> Tensor:
+        return rotate(v)
+
+
+class TemperatureBehindCap(SoftCapped):
+    """Every head has a cap of its own."""
+
+    def scores(self, q: Tensor, k: Tensor, x: Tensor) -> Tensor:
+        return super().scores(q, k, x) * torch.arange(1.0, 1.0 + HEADS)[:, None, None]
+
+
+class TemperatureByDistance(SpelledOut):
+    """The factor of a head depends on the position, too."""
+
+    def scores(self, q: Tensor, k: Tensor, x: Tensor) -> Tensor:
+        place = torch.arange(q.shape[2], dtype=torch.float32)[:, None]
+        return super().scores(q, k, x) * (1 + place * torch.arange(HEADS)[:, None, None] / 100)
+
+
 class AbsoluteScores(SpelledOut):
     """Looks like a constant factor to positive scores."""
 
@@ -1136,6 +1269,13 @@ MIXED: dict[str, type[Attention]] = {
     "centred values": CentredValues,
     "wide norm behind the rotation": WideNormBehindRotation,
     "gains behind the rotation": GainsBehindRotation,
+    "keys ahead": KeysAhead,
+    "interleaved keys behind": InterleavedKeysBehind,
+    "normed keys ahead": NormedKeysAhead,
+    "normed queries behind the rotation": NormedQueriesBehindRotation,
+    "learned temperature": LearnedTemperature,
+    "cosine attention": CosineAttention,
+    "temperature of alternating groups": TemperatureOfAlternatingGroups,
 }
 """Layers of one model in which every layer is another attention: captured once for all of them."""
 
@@ -1192,6 +1332,18 @@ ACCEPTED: dict[str, type[Attention]] = {
     "single precision softmax": SinglePrecisionSoftmax,
     "window": windowed(5),
     "spelled-out window": windowed(5, SpelledOut),
+    "positions from one": RopeFromOne,
+    "keys ahead": KeysAhead,
+    "queries ahead": QueriesAhead,
+    "interleaved keys behind": InterleavedKeysBehind,
+    "normed keys ahead": NormedKeysAhead,
+    "normed queries behind the rotation": NormedQueriesBehindRotation,
+    "a temperature per head": TemperaturePerHead,
+    "learned temperature": LearnedTemperature,
+    "cosine attention": CosineAttention,
+    "temperature below a soft-cap": TemperatureBelowCap,
+    "temperature of alternating groups": TemperatureOfAlternatingGroups,
+    "temperature behind the rotation": TemperatureBehindRotation,
 }
 
 REFUSED: dict[str, tuple[type[Attention], frozenset[RejectCode]]] = {
@@ -1225,7 +1377,9 @@ REFUSED: dict[str, tuple[type[Attention], frozenset[RejectCode]]] = {
         ("rotated normed values", RotatedNormedValues, RejectCode.ROPE),
         ("squashed values", SquashedValues, RejectCode.NONLINEAR),
         ("mixed channels", MixedChannels, RejectCode.ROW_MAP),
-        ("positions from one", RopeFromOne, RejectCode.ROW_MAP),
+        ("heads that count from different positions", HeadsAhead, RejectCode.ROPE),
+        ("channels turned everywhere alike", TurnedChannels, RejectCode.ROW_MAP),
+        ("norm behind a rotation from one", NormBehindOffsetRotation, RejectCode.NONLINEAR),
         ("rotated values", RotatedValues, RejectCode.ROPE),
         ("rotated queries only", RotatedQueriesOnly, RejectCode.ROPE),
         ("a frequency per head", RopePerHead, RejectCode.ROPE),
@@ -1249,7 +1403,9 @@ REFUSED: dict[str, tuple[type[Attention], frozenset[RejectCode]]] = {
         ("scores behind the output", ScoresBehindTheOutput, RejectCode.ORPHAN),
         ("scaled probabilities", ScaledProbabilities, RejectCode.SCORES),
         ("living dropout", LivingDropout, RejectCode.SCORES, RejectCode.VERIFY),
-        ("a temperature per head", TemperaturePerHead, RejectCode.SCORES),
+        ("a temperature behind the soft-cap", TemperatureBehindCap, RejectCode.SCORES),
+        ("a temperature that depends on position", TemperatureByDistance, RejectCode.SCORES),
+        ("rotated values and a temperature", TemperatureOfRotatedValues, RejectCode.ROPE),
         ("absolute scores", AbsoluteScores, RejectCode.SCORES, RejectCode.VERIFY),
         ("scores scaled by length", ScaledByLength, RejectCode.SCORES, RejectCode.VERIFY),
         ("scores scaled by activations", ScaledByActivation, RejectCode.SCORES, RejectCode.VERIFY),
