@@ -20,8 +20,10 @@ SAME_CACHE = "Give a mask over all tokens so far, and the cache that the last st
 _LOGITS = 2**28
 """Logits of a step at most, a gigabyte of float32, by a decoder that computes all, of which only the last token's are
 wanted."""
-_SCORES = 2**24
-"""Pairs of a step's tokens and all that they attend to, at most, by one that does not: 2 GB of float32 for 32 heads."""
+_SCORES = 2**22
+"""Pairs of a step's tokens and all that they attend to, by one that does not: half a gigabyte of float32 for 32 heads,
+several times. More run together only where as many did before. All 4096 tokens of a prompt at once took more memory for
+scores than was saved on logits."""
 _TOGETHER = 64
 """Tokens of a prompt that run together at least."""
 
