@@ -18,6 +18,7 @@ from torch.export import Dim, ExportedProgram
 
 from mla_compile.errors import RefusedError
 from mla_compile.passes.insert_latent import ENCODER_MASK, INPUT_NAMES
+from mla_compile.passes.keep_logits import LOGITS_LENGTH, add_logits_to_keep
 from mla_compile.passes.lower_encoder import ENCODER_LENGTH
 from mla_compile.passes.narrow_onnx import with_float32_logits, without_narrow_einsums
 from mla_compile.passes.onnx_export import exported_to_onnx, name_dimensions, save
@@ -218,6 +219,7 @@ def rewritten_to_onnx(
     before, after = (ROOM, ROOM) if caches.static else (past, total)
     name_dimensions(model, {name: (batch, f"{before}{w}") for name, w in zip(pasts, own, strict=True)})
     name_dimensions(model, {name: (batch, f"{after}{w}") for name, w in zip(presents, own, strict=True)})
-    name_dimensions(model, {"logits": (batch, new)})
+    kept = add_logits_to_keep(model)
+    name_dimensions(model, {"logits": (batch, LOGITS_LENGTH if kept else new)})
     name_dimensions(model, dict.fromkeys([*crossed, ENCODER_MASK], (batch, ENCODER_LENGTH)))
     return model

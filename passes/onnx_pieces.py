@@ -86,7 +86,8 @@ class PiecewiseSession:
     def __init__(self, path: Path, *, wide: bool = False, piece_bytes: int = PIECE_BYTES) -> None:
         model = widened_file(path) if wide else ir.load(path)
         self._metadata = dict(model.metadata_props)
-        self._names = [[str(v.name) for v in values] for values in (model.graph.inputs, model.graph.outputs)]
+        inputs = [v for v in model.graph.inputs if not v.is_initializer()]
+        self._names = [[str(v.name) for v in values] for values in (inputs, model.graph.outputs)]
         self._pieces = _cut(model, piece_bytes)
 
     @property
@@ -98,6 +99,10 @@ class PiecewiseSession:
         """As ONNX Runtime describes them."""
         found = {value.name: value for piece in self._pieces for value in piece.session.get_inputs()}
         return [found[name] for name in self._names[0]]
+
+    def get_overridable_initializers(self) -> list[Any]:
+        """None: inputs with a default have that."""
+        return []
 
     def get_outputs(self) -> list[Any]:
         """As ONNX Runtime describes them."""

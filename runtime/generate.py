@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mla_compile.errors import UsageError, VerificationError
 
-__all__ = ["SAME_CACHE", "Decoder", "Ids", "Sampling", "check_length", "check_step", "generate"]
+__all__ = ["SAME_CACHE", "Decoder", "Ids", "PruningDecoder", "Sampling", "check_length", "check_step", "generate"]
 
 Ids = NDArray[np.int64]
 SAME_CACHE = "Give a mask over all tokens so far, and the cache that the last step returned."
 """What to do where a cache is not of the sequences of a step."""
 _LOGITS = 2**28
-"""Logits of a step at most, a gigabyte of float32: all are computed, and of a prompt only the last token's wanted."""
+"""Logits of a step at most, a gigabyte of float32, by a decoder that computes all, of which only the last token's are
+wanted."""
+_SCORES = 2**22
+"""Pairs of a step's tokens and all that they attend to, by one that does not: half a gigabyte of float32 for 32 heads,
+several times. More run together only where as many did before. All 4096 tokens of a prompt at once took more memory for
+scores than was saved on logits."""
 _TOGETHER = 64
 """Tokens of a prompt that run together at least."""
 
@@ -45,6 +51,27 @@ class Decoder(Protocol):
         Returns:
             Logits ``[batch, new, vocabulary]`` and the grown cache.
         """
+        ...
+
+
+@runtime_checkable
+class PruningDecoder(Decoder, Protocol):
+    """A decoder that may compute fewer logits than there are new tokens."""
+
+    @property
+    def prunes_logits(self) -> bool:
+        """Whether it does."""
+        ...
+
+    def step(
+        self,
+        ids: Ids,
+        attention_mask: Ids,
+        position_ids: Ids,
+        cache: Any,  # noqa: ANN401
+        logits_to_keep: int = 0,
+    ) -> tuple[NDArray[Any], Any]:
+        """Run new tokens, and return logits of so many of the last ones; of all, if that is 0."""
         ...
 
 
@@ -155,13 +182,21 @@ def _last_logits(
     positions: Ids,
     cache: Any,  # noqa: ANN401 - each runtime has its own cache
 ) -> tuple[NDArray[Any], Any]:
-    """Run new tokens in as many parts as memory for logits takes; those of the last one, ``[batch, vocabulary]``."""
+    """Logits of the last token of every sequence, ``[batch, vocabulary]``: padding is on the left.
+
+    A prompt runs in as many parts as memory takes: for logits, or where no more than the last token's are computed, for
+    scores of attention.
+    """
     batch, new = ids.shape
     earlier = mask.shape[1] - new
     together = max(_TOGETHER, _LOGITS // (batch * decoder.vocabulary))
+    step = decoder.step
+    if isinstance(decoder, PruningDecoder) and decoder.prunes_logits and new > 1:
+        together = max(together, _SCORES // (batch * mask.shape[1]))
+        step = functools.partial(decoder.step, logits_to_keep=1)
     for begin in range(0, new, together):
         part = slice(begin, begin + together)
-        logits, cache = decoder.step(ids[:, part], mask[:, : earlier + part.stop], positions[:, part], cache)
+        logits, cache = step(ids[:, part], mask[:, : earlier + part.stop], positions[:, part], cache)
     return logits[:, -1], cache
 
 

@@ -26,13 +26,15 @@ from mla_compile.runtime.onnx_cache import (
 )
 from mla_compile.runtime.onnx_variant import FUSED_DOMAIN
 
-__all__ = ["KERNELS", "PROVIDERS", "OnnxDecoder", "open_session"]
+__all__ = ["KERNELS", "LOGITS_TO_KEEP", "PROVIDERS", "OnnxDecoder", "open_session"]
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 """ONNX Runtime's names of the devices that users name."""
 KERNELS = ("auto", "fused", "standard")
 """What computes latent attention: the kernel of :mod:`mla_compile.runtime.cpu` (``fused``), the operators in the file
 (``standard``), or the former where the file, the provider and a compiler allow it."""
+LOGITS_TO_KEEP = "logits_to_keep"
+"""The optional input of a file that says of how many last tokens it computes logits: 0, its default, of all."""
 _DEFAULT_ROOM = 2048
 """Tokens that a static cache has room for where nobody says how many there will be."""
 
@@ -194,6 +196,7 @@ class OnnxDecoder:
         fused: Whether the fused kernel computes attention.
         vocabulary: How many logits a token has.
         known_tokens: How many token ids the model reads; by files that do not say, as many as it predicts.
+        prunes_logits: Whether the file computes the logits of no more tokens than are asked for.
 
     Raises:
         LoadError: The file is missing, damaged, or was not made by this compiler.
@@ -245,6 +248,7 @@ class OnnxDecoder:
         self.halves = bool(halves)
         self.static = any(layer.static for layer in self._layers)
         self._inputs = frozenset(inputs)
+        self.prunes_logits = any(i.name == LOGITS_TO_KEEP for i in self._session.get_overridable_initializers())
         self._device = "cuda" if self._session.get_providers()[0] == PROVIDERS["cuda"] else "cpu"
         self._max_length = max_length
         self.vocabulary = int(self._session.get_outputs()[0].shape[-1])
@@ -287,7 +291,7 @@ class OnnxDecoder:
         return StaticCache.empty(self._layers, batch, room, self._runtime, self._device)
 
     def step(
-        self, ids: Ids, attention_mask: Ids, position_ids: Ids, cache: OnnxCache
+        self, ids: Ids, attention_mask: Ids, position_ids: Ids, cache: OnnxCache, logits_to_keep: int = 0
     ) -> tuple[NDArray[Any], OnnxCache]:
         """Run new tokens; the cache is bound in place, not copied through numpy.
 
@@ -296,15 +300,21 @@ class OnnxDecoder:
             attention_mask: ``[batch, past + new]``.
             position_ids: ``[batch, new]``.
             cache: From :meth:`empty_cache` or the previous step.
+            logits_to_keep: How many of the last tokens to return logits of; 0 for all. A file that has no such input
+                computes the others too.
 
         Returns:
-            Logits ``[batch, new, vocabulary]`` and the cache with the new rows; a static one that went in is spent.
+            Logits ``[batch, new, vocabulary]`` (or of the tokens to keep) and the cache with the new rows; a static one
+            that went in is spent.
 
         Raises:
             UsageError: The model cannot run these tokens, sizes do not fit, the cache has no room for them, or earlier
                 padding stands behind real tokens, where it takes up room in a window's cache.
         """
         binding, cache = self._bound(ids, attention_mask, position_ids, cache)
+        if self.prunes_logits and logits_to_keep:  # not by bind_cpu_input, which looks for it among the other inputs
+            number = self._runtime.OrtValue.ortvalue_from_numpy(np.array(logits_to_keep, np.int64))
+            binding.bind_ortvalue_input(LOGITS_TO_KEEP, number)
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:
@@ -316,7 +326,7 @@ class OnnxDecoder:
                 "Stay within the model's longest sequence and its vocabulary.",
             ) from error
         logits, *presents = binding.get_outputs()
-        return logits.numpy(), cache.after(presents)
+        return logits.numpy()[:, -logits_to_keep:], cache.after(presents)
 
     def repeatable(self, ids: Ids, attention_mask: Ids, position_ids: Ids, cache: OnnxCache) -> Callable[[], None]:
         """A step that runs as often as it is called, always after the same tokens, and returns nothing: to time it.

@@ -32,7 +32,7 @@ def random_ids(vocabulary: int, tokens: int) -> Ids:
 
 
 def filled(decoder: OnnxDecoder, ids: Ids, room: int, clock: Callable[[], float]) -> tuple[OnnxCache, float]:
-    """Run a prompt in pieces.
+    """Run a prompt in pieces; of each no logits but the last token's are computed, if the file can leave others out.
 
     Args:
         decoder: The model.
@@ -47,7 +47,7 @@ def filled(decoder: OnnxDecoder, ids: Ids, room: int, clock: Callable[[], float]
     for start in range(0, ids.shape[1], PIECE):
         part = ids[:, start : start + PIECE]
         end = start + part.shape[1]
-        _, cache = decoder.step(part, np.ones((1, end), np.int64), np.arange(start, end)[None], cache)
+        _, cache = decoder.step(part, np.ones((1, end), np.int64), np.arange(start, end)[None], cache, 1)
     return cache, clock() - begin
 
 

@@ -181,9 +181,10 @@ def test_interface_is_the_documented_one(lowered, name):
         ("attention_mask", whole, (batch, total)),
         ("position_ids", whole, (batch, new)),
         *((f"past_key_values.{i}.latent", number, (batch, f"{past}{own[i]}", row)) for i, row in rows),
+        ("logits_to_keep", whole, ()),
     ]
     assert interface(graph.output) == [
-        ("logits", number, (batch, new, models.VOCABULARY)),
+        ("logits", number, (batch, "logits_length", models.VOCABULARY)),
         *((f"present.{i}.latent", number, (batch, f"{total}{own[i]}", row)) for i, row in rows),
     ]
 

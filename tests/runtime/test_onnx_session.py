@@ -147,7 +147,7 @@ def test_no_sequence_grows_beyond_the_longest_that_is_allowed(files, kind):
 @pytest.mark.parametrize("kind", ["dynamic", "static", "torch"])
 @pytest.mark.parametrize("name", NAMES)
 def test_long_prompts_run_in_parts(files, kind, name, monkeypatch):
-    """A part may hold nothing but padding of the shorter prompts."""
+    """A part may hold nothing but padding of the shorter prompts. Files that compute few logits have parts too."""
     prompts = [[*range(1, 24)], [5, 6], [7]]
 
     def written():
@@ -156,13 +156,16 @@ def test_long_prompts_run_in_parts(files, kind, name, monkeypatch):
 
     expected, steps = written(), []
     monkeypatch.setattr("mla_compile.runtime.generate._LOGITS", 1)
+    monkeypatch.setattr("mla_compile.runtime.generate._SCORES", 1)
     monkeypatch.setattr("mla_compile.runtime.generate._TOGETHER", 5)
     kinds = {OnnxDecoder: OnnxDecoder.step, TorchDecoder: TorchDecoder.step}
     for decoder in kinds:
         monkeypatch.setattr(
             decoder,
             "step",
-            lambda self, ids, *others: steps.append(ids.shape[1]) or kinds[type(self)](self, ids, *others),
+            lambda self, ids, *others, **named: (
+                steps.append(ids.shape[1]) or kinds[type(self)](self, ids, *others, **named)
+            ),
         )
     assert written() == expected
     assert steps == [5, 5, 5, 5, 3, 1, 1, 1, 1, 1]
