@@ -17,7 +17,17 @@ from torch.export import ExportedProgram
 from mla_compile.errors import LoadError
 from mla_compile.quiet import quiet_exporter
 
-__all__ = ["AnyProgram", "Assets", "DecoderProgram", "OtherProgram", "Program", "Role", "input_role"]
+__all__ = [
+    "AnyProgram",
+    "Assets",
+    "DecoderProgram",
+    "OtherProgram",
+    "Program",
+    "Role",
+    "input_role",
+    "outputs_of",
+    "table_shapes",
+]
 
 
 @dataclass(frozen=True)
@@ -68,6 +78,42 @@ def input_role(name: str, value: Tensor) -> Role:
     if value.is_floating_point():
         return Role.VALUES
     return Role.POSITIONS if "pos" in name else Role.TOKENS
+
+
+def outputs_of(exported: ExportedProgram) -> dict[str, str]:
+    """Graph node of every tensor that an exported model returns, by the name it has there."""
+    spec, found = exported.call_spec.out_spec, list(exported.graph_signature.user_outputs)
+    paths = [path for path, _ in pytree.tree_flatten_with_path(pytree.tree_unflatten(range(len(found)), spec))[0]]
+    names = ["_".join(map(_key_name, path)) for path in paths]
+    tensors = {n.name for n in exported.graph.nodes if isinstance(n.meta.get("val"), Tensor)}
+    return {
+        (name if name and not name[0].isdigit() else f"output_{name}".rstrip("_")): str(node)
+        for name, node in zip(names, found, strict=True)
+        if node in tensors
+    }
+
+
+def _key_name(key: Any) -> str:  # noqa: ANN401 - any of the kinds of keys that pytree has
+    """Key of a mapping, place in a sequence, or field of a named tuple."""
+    return str(next((value for kind in ("key", "idx", "name") if (value := getattr(key, kind, None)) is not None), ""))
+
+
+def table_shapes(exported: ExportedProgram, tokens: str) -> list[tuple[int, int]]:
+    """Rows and width of every embedding table that token ids index.
+
+    Args:
+        exported: The graph.
+        tokens: Placeholder of the token ids.
+    """
+    given = next(n for n in exported.graph.nodes if n.name == tokens)
+    embedding = torch.ops.aten.embedding.default
+    same = [given, *(user for user in given.users if user.target is torch.ops.aten._to_copy.default)]
+    return [
+        (int(user.args[0].meta["val"].shape[0]), int(user.args[0].meta["val"].shape[1]))
+        for ids in same
+        for user in ids.users
+        if user.target is embedding and user.args[1] is ids
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,15 +210,7 @@ class AnyProgram:
     @property
     def outputs(self) -> dict[str, str]:
         """Graph node of every tensor the model returns, by the name it has there."""
-        spec, found = self.exported.call_spec.out_spec, list(self.exported.graph_signature.user_outputs)
-        paths = [path for path, _ in pytree.tree_flatten_with_path(pytree.tree_unflatten(range(len(found)), spec))[0]]
-        names = ["_".join(str(getattr(key, "key", getattr(key, "idx", ""))) for key in path) for path in paths]
-        tensors = {n.name for n in self.exported.graph.nodes if isinstance(n.meta.get("val"), Tensor)}
-        return {
-            (name if name and not name[0].isdigit() else f"output_{name}".rstrip("_")): str(node)
-            for name, node in zip(names, found, strict=True)
-            if node in tensors
-        }
+        return outputs_of(self.exported)
 
     def whole_module(self) -> fx.GraphModule:
         """Return the graph as a module of positional tensors, in placeholder order, to a tuple of :attr:`outputs`."""
@@ -212,12 +250,14 @@ class Program(AnyProgram):
         attention_mask: Placeholder of the padding mask ``[batch, length]``, if the graph takes one.
         position_ids: Placeholder of the positions ``[batch, length]``, if the graph takes them.
         logits: Graph node of the logits ``[batch, length, vocabulary]``.
+        notes: What the user should know of how the model was read.
     """
 
     tokens: str
     attention_mask: str | None
     position_ids: str | None
     logits: str
+    notes: tuple[str, ...] = ()
 
     @property
     def reads_another(self) -> bool:
@@ -236,16 +276,7 @@ class Program(AnyProgram):
 
         All that it predicts where there is none.
         """
-        nodes = {n.name: n for n in self.exported.graph.nodes}
-        tokens = nodes[self.tokens]
-        embedding = torch.ops.aten.embedding.default
-        same = [tokens, *(user for user in tokens.users if user.target is torch.ops.aten._to_copy.default)]
-        rows = [
-            int(user.args[0].meta["val"].shape[0])
-            for ids in same
-            for user in ids.users
-            if user.target is embedding and user.args[1] is ids
-        ]
+        rows = [rows for rows, _ in table_shapes(self.exported, self.tokens)]
         return min(rows, default=self.vocabulary)
 
     def flat_module(self) -> fx.GraphModule:
