@@ -42,6 +42,7 @@ from mla_compile.program import AnyProgram
 from mla_compile.progress import Display
 from mla_compile.runtime.module import LatentModel
 from mla_compile.runtime.tensorrt.engine_builder import EngineSettings
+from mla_compile.sources.given import require_model
 from mla_compile.text.calibration import Text
 
 __all__ = ["CompiledModel", "Planned", "compile", "inspect", "load", "plan"]
@@ -193,6 +194,7 @@ def inspect(
     Raises:
         LoadError: The model cannot be read.
     """
+    require_model(model)
     if isinstance(model, str | Path) and is_weightless(model):
         blueprint = draw(model, attn_implementation)
         return blueprint.program, blueprint.found

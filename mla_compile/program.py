@@ -18,7 +18,17 @@ from mla_compile.errors import LoadError
 from mla_compile.quiet import quiet_exporter
 from mla_compile.token_tables import tables_of
 
-__all__ = ["AnyProgram", "Assets", "DecoderProgram", "OtherProgram", "Program", "Role", "input_role"]
+__all__ = [
+    "AnyProgram",
+    "Assets",
+    "DecoderProgram",
+    "OtherProgram",
+    "Program",
+    "Role",
+    "input_role",
+    "outputs_of",
+    "table_shapes",
+]
 
 
 @dataclass(frozen=True)
@@ -69,6 +79,122 @@ def input_role(name: str, value: Tensor) -> Role:
     if value.is_floating_point():
         return Role.VALUES
     return Role.POSITIONS if "pos" in name else Role.TOKENS
+
+
+def outputs_of(exported: ExportedProgram) -> dict[str, str]:
+    """Graph node of every tensor that an exported model returns, by the name it has there."""
+    spec, found = exported.call_spec.out_spec, list(exported.graph_signature.user_outputs)
+    paths = [path for path, _ in pytree.tree_flatten_with_path(pytree.tree_unflatten(range(len(found)), spec))[0]]
+    names = ["_".join(map(_key_name, path)) for path in paths]
+    tensors = {n.name for n in exported.graph.nodes if isinstance(n.meta.get("val"), Tensor)}
+    return {
+        (name if name and not name[0].isdigit() else f"output_{name}".rstrip("_")): str(node)
+        for name, node in zip(names, found, strict=True)
+        if node in tensors
+    }
+
+
+def _key_name(key: Any) -> str:  # noqa: ANN401 - any of the kinds of keys that pytree has
+    """Key of a mapping, place in a sequence, or field of a named tuple."""
+    return str(next((value for kind in ("key", "idx", "name") if (value := getattr(key, kind, None)) is not None), ""))
+
+
+def table_shapes(exported: ExportedProgram, tokens: str) -> list[tuple[int, int]]:
+    """Rows and width of every embedding table that token ids index.
+
+    Args:
+        exported: The graph.
+        tokens: Placeholder of the token ids.
+    """
+    given = next(n for n in exported.graph.nodes if n.name == tokens)
+    shapes = [table.meta["val"].shape for table in tables_of(given)]
+    return [(int(rows), int(width)) for rows, width in shapes]
+
+
+@dataclass(frozen=True)
+class Assets:
+    """What travels beside a model: configuration, generation settings and the tokenizer's folder.
+
+    Attributes:
+        folder: Folder (or hub id) the tokenizer is loaded from, if any.
+        config: The model's ``config.json`` as a mapping; empty when the model has none.
+        generation: The model's ``generation_config.json`` as a mapping.
+        tokenizer: A tokenizer in memory, where there is no folder.
+    """
+
+    folder: str | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    tokenizer: Any = None
+
+    @property
+    def longest(self) -> int | None:
+        """Longest sequence the model was built for, if its configuration says; older families name it otherwise."""
+        said = (self.config.get(name) for name in ("max_position_embeddings", "n_positions"))
+        return next((number for number in said if isinstance(number, int) and number > 0), None)
+
+    @property
+    def local_folder(self) -> Path | None:
+        """The asset folder when it is on this machine."""
+        return Path(self.folder) if self.folder and Path(self.folder).is_dir() else None
+
+
+class Role(StrEnum):
+    """What a user gives with an input."""
+
+    TOKENS = "tokens"
+    """Integers that name something: token ids, segment ids."""
+    MASK = "mask"
+    """Which tokens are real: 1, or 0 for padding."""
+    POSITIONS = "positions"
+    """Places of tokens."""
+    VALUES = "values"
+    """Numbers: pixels, spectra, embeddings."""
+
+
+def input_role(name: str, value: Tensor) -> Role:
+    """Tell what an input is from its name and type."""
+    if "mask" in name:
+        return Role.MASK
+    if value.is_floating_point():
+        return Role.VALUES
+    return Role.POSITIONS if "pos" in name else Role.TOKENS
+
+
+def outputs_of(exported: ExportedProgram) -> dict[str, str]:
+    """Graph node of every tensor that an exported model returns, by the name it has there."""
+    spec, found = exported.call_spec.out_spec, list(exported.graph_signature.user_outputs)
+    paths = [path for path, _ in pytree.tree_flatten_with_path(pytree.tree_unflatten(range(len(found)), spec))[0]]
+    names = ["_".join(map(_key_name, path)) for path in paths]
+    tensors = {n.name for n in exported.graph.nodes if isinstance(n.meta.get("val"), Tensor)}
+    return {
+        (name if name and not name[0].isdigit() else f"output_{name}".rstrip("_")): str(node)
+        for name, node in zip(names, found, strict=True)
+        if node in tensors
+    }
+
+
+def _key_name(key: Any) -> str:  # noqa: ANN401 - any of the kinds of keys that pytree has
+    """Key of a mapping, place in a sequence, or field of a named tuple."""
+    return str(next((value for kind in ("key", "idx", "name") if (value := getattr(key, kind, None)) is not None), ""))
+
+
+def table_shapes(exported: ExportedProgram, tokens: str) -> list[tuple[int, int]]:
+    """Rows and width of every embedding table that token ids index.
+
+    Args:
+        exported: The graph.
+        tokens: Placeholder of the token ids.
+    """
+    given = next(n for n in exported.graph.nodes if n.name == tokens)
+    embedding = torch.ops.aten.embedding.default
+    same = [given, *(user for user in given.users if user.target is torch.ops.aten._to_copy.default)]
+    return [
+        (int(user.args[0].meta["val"].shape[0]), int(user.args[0].meta["val"].shape[1]))
+        for ids in same
+        for user in ids.users
+        if user.target is embedding and user.args[1] is ids
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,15 +291,7 @@ class AnyProgram:
     @property
     def outputs(self) -> dict[str, str]:
         """Graph node of every tensor the model returns, by the name it has there."""
-        spec, found = self.exported.call_spec.out_spec, list(self.exported.graph_signature.user_outputs)
-        paths = [path for path, _ in pytree.tree_flatten_with_path(pytree.tree_unflatten(range(len(found)), spec))[0]]
-        names = ["_".join(str(getattr(key, "key", getattr(key, "idx", ""))) for key in path) for path in paths]
-        tensors = {n.name for n in self.exported.graph.nodes if isinstance(n.meta.get("val"), Tensor)}
-        return {
-            (name if name and not name[0].isdigit() else f"output_{name}".rstrip("_")): str(node)
-            for name, node in zip(names, found, strict=True)
-            if node in tensors
-        }
+        return outputs_of(self.exported)
 
     def whole_module(self) -> fx.GraphModule:
         """Return the graph as a module of positional tensors, in placeholder order, to a tuple of :attr:`outputs`."""
@@ -213,12 +331,14 @@ class Program(AnyProgram):
         attention_mask: Placeholder of the padding mask ``[batch, length]``, if the graph takes one.
         position_ids: Placeholder of the positions ``[batch, length]``, if the graph takes them.
         logits: Graph node of the logits ``[batch, length, vocabulary]``.
+        notes: What the user should know of how the model was read.
     """
 
     tokens: str
     attention_mask: str | None
     position_ids: str | None
     logits: str
+    notes: tuple[str, ...] = ()
 
     @property
     def reads_another(self) -> bool:
@@ -237,8 +357,8 @@ class Program(AnyProgram):
 
         All that it predicts where there is none.
         """
-        tokens = next(n for n in self.exported.graph.nodes if n.name == self.tokens)
-        return min((int(table.meta["val"].shape[0]) for table in tables_of(tokens)), default=self.vocabulary)
+        rows = [rows for rows, _ in table_shapes(self.exported, self.tokens)]
+        return min(rows, default=self.vocabulary)
 
     def flat_module(self) -> fx.GraphModule:
         """Return the graph as a module of positional tensors in placeholder order, with weights shared."""

@@ -182,7 +182,9 @@ def test_archive_with_a_cache_among_its_outputs(folder, llama, caplog):
     program = load_program(path)
     assert_same_model(program, llama)
     said = [r.getMessage() for r in caplog.records if r.name.startswith("mla_compile")]
-    assert said == [f"{path} has 2 outputs besides the logits; they are dropped."]
+    told = "the output 'output_1' is taken for the logits, and 'output_0_0_0' and 'output_0_0_1' are dropped"
+    assert said == [f"{path}: {told}."]
+    assert program.notes == (told,)
     assert len(recognise(program).sites) == 1
 
 

@@ -21,6 +21,7 @@ __all__ = [
     "check_neighbours",
     "check_onnx_options",
     "check_onnx_target",
+    "check_original",
     "check_pair",
     "check_place",
     "check_target",
@@ -144,6 +145,26 @@ def check_pair(path: Path, force: bool) -> None:
         check_target(target, force)
 
 
+def check_original(path: Path, source: str) -> None:
+    """Refuse to write into the folder of the original, whatever may be replaced.
+
+    Args:
+        path: The file or folder that is written.
+        source: Where the original is.
+
+    Raises:
+        UsageError: It is that folder.
+    """
+    folder = _folder_of(path)
+    if Path(source).is_dir() and folder.exists() and folder.samefile(source):
+        raise UsageError(f"'{folder}' is the folder of the original model.", "Choose another folder.")
+
+
+def _folder_of(path: Path) -> Path:
+    """The folder that a model's files are written to."""
+    return path.parent if path.suffix in MODEL_FILES else path
+
+
 def check_neighbours(path: Path, source: str, assets: Assets, force: bool, layout: str = "rows") -> None:
     """Refuse to put a model's files beside those of another, before any work is done.
 
@@ -158,9 +179,8 @@ def check_neighbours(path: Path, source: str, assets: Assets, force: bool, layou
         UsageError: Configuration, tokenizer or report of something else lies where this model's would go, or it is the
             folder of the original, which is never written to.
     """
-    folder = path.parent if path.suffix in MODEL_FILES else path
-    if Path(source).is_dir() and folder.exists() and folder.samefile(source):
-        raise UsageError(f"'{folder}' is the folder of the original model.", "Choose another folder.")
+    check_original(path, source)
+    folder = _folder_of(path)
     if force:
         return
     with tempfile.TemporaryDirectory() as scratch:

@@ -133,7 +133,7 @@ def prepare(program: Program, found: Recognition, session: Session) -> Case:
         require_no_kept_layers(found)
     text = cut_windows(program, session.documents, request.source.tokenizer, config)
     config, notes = _settled(config, text is not None)
-    notes = (*notes, *rounded_slopes(program, found.sites))
+    notes = (*program.notes, *notes, *rounded_slopes(program, found.sites))
     folder = None if request.offload is None else Path(request.offload)
     task = Task(
         program,

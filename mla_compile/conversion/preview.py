@@ -26,7 +26,9 @@ from mla_compile.program import AnyProgram
 from mla_compile.progress import Display, Stages
 from mla_compile.site import AttentionSite
 from mla_compile.sources import frontend
+from mla_compile.sources.given import require_model
 from mla_compile.text.calibration import Text, cut_windows, read_text, require_text
+from mla_compile.text.corpus import require_named_tokenizer
 
 __all__ = ["Planned", "lossless_elements", "plan"]
 
@@ -86,10 +88,13 @@ def plan(
         RefusedError: It would not be converted; the message says why.
         UsageError: Sizes are chosen by text, and there is none; or settings do not fit the model.
     """
+    require_model(model)
     if is_weightless(model):
         return _plan_weightless(model, config, calibration, attn_implementation)
     require_text(config, calibration)
     documents = read_text(calibration)
+    if tokenizer is not None:
+        require_named_tokenizer(tokenizer)
     dtype = wanted_type(config)
     program = frontend.load_any(
         model, tokenizer=tokenizer, attention=attn_implementation, unsafe=unsafe_load, dtype=dtype

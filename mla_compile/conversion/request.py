@@ -1,4 +1,4 @@
-"""One conversion, as it was asked for; what cannot be is refused before anything is read."""
+"""One conversion, as it was asked for; what cannot be is refused before the model is read, inputs before outputs."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from typing import Any
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from mla_compile.artifacts.places import check_cache_layout, check_cache_type, check_onnx_options
+from mla_compile.artifacts.places import check_cache_layout, check_cache_type, check_onnx_options, check_original
 from mla_compile.artifacts.tensorrt import check_settings
 from mla_compile.config import CompileConfig
 from mla_compile.conversion.targets import Destination, target_of
 from mla_compile.disk.layer_store import LayerStore
 from mla_compile.errors import UsageError
 from mla_compile.progress import Display, Stages
+from mla_compile.sources.given import require_model
 from mla_compile.text.calibration import Text, read_text, require_text
-from mla_compile.text.corpus import require_tokenizer
+from mla_compile.text.corpus import require_named_tokenizer, require_tokenizer
 from mla_compile.text.processes import Processes, join_processes
 from mla_compile.training.run import require_accelerate
 
@@ -98,9 +99,10 @@ def check_request(request: Request) -> None:
     """Refuse what cannot be done, before anything is read.
 
     Raises:
-        UsageError: Something that is needed was not given, or the result cannot be written where it is to go.
-        LoadError: Training was asked for, and the package that does it is not installed.
+        UsageError: Something that is needed was not given.
+        LoadError: There is no such model, or training was asked for, and the package that does it is not installed.
     """
+    require_model(request.source.model)
     config, limit = request.config, request.max_perplexity_ratio
     require_text(config, request.calibration)
     if limit is not None and not limit > 0:
@@ -111,11 +113,11 @@ def check_request(request: Request) -> None:
         require_accelerate()
     elif request.finetune_tokens is not None:
         raise UsageError("--finetune-tokens counts tokens of --finetune TEXT, and none was given.", "Add --finetune.")
-    if request.destination is not None:
-        _check_destination(request.destination, config)
 
 
-def _check_destination(to: Destination, config: CompileConfig) -> None:
+def _check_destination(to: Destination, config: CompileConfig, source: ModelSource) -> None:
+    if isinstance(source.model, str | Path):
+        check_original(to.path, str(source.model))  # first: nothing may replace that
     for_tensorrt = to.engine is not None
     check_cache_type(to.path, config.cache_type, tensorrt=for_tensorrt)
     check_cache_layout(to.path, config.cache_layout, tensorrt=for_tensorrt)
@@ -126,12 +128,16 @@ def _check_destination(to: Destination, config: CompileConfig) -> None:
 
 
 def _require_tokenizer(request: Request) -> None:
-    """Refuse text without a tokenizer, as far as names of files tell, before the model is read.
+    """Refuse a tokenizer that is not there, and text without one, before the model is read.
+
+    Folders are looked at by the names of their files; a hub id is loaded, for only the hub knows.
 
     Raises:
-        LoadError: The folder that it is to come from has none.
+        LoadError: There is none where it is to come from.
     """
     source, texts = request.source, (request.calibration, request.finetune)
+    if isinstance(source.tokenizer, str | Path):
+        require_named_tokenizer(str(source.tokenizer))
     if all(text is None or isinstance(text, Tensor) for text in texts):
         return
     if isinstance(source.tokenizer, str | Path):
@@ -141,15 +147,19 @@ def _require_tokenizer(request: Request) -> None:
 
 
 def begin(request: Request, display: Display | None) -> Session:
-    """Open the text, and join the processes that share it.
+    """Open the texts, look at where the result will go, and join the processes that share the calibration.
 
     Raises:
-        LoadError: The text cannot be read.
-        UsageError: Training was asked for, which one of several processes cannot do alone.
+        LoadError: A text or the tokenizer cannot be read.
+        UsageError: The result cannot be written where it is to go; or training was asked for, which one of several
+            processes cannot do alone.
         ShareDone: Another process does all there is to do.
     """
     documents = read_text(request.calibration)
+    read_text(request.finetune)  # it is opened again when it is time to train
     _require_tokenizer(request)
+    if request.destination is not None:
+        _check_destination(request.destination, request.config, request.source)
     processes = join_processes() if request.share else Processes()
     if processes.count > 1 and request.finetune is not None:
         raise UsageError(

@@ -13,7 +13,14 @@ from torch import Tensor
 from mla_compile.artifacts.opened import Opened, open_model
 from mla_compile.errors import LoadError, UsageError
 from mla_compile.progress import Display, Stages
-from mla_compile.text.corpus import check_vocabulary, load_tokenizer, open_documents, token_windows, tokenize
+from mla_compile.text.corpus import (
+    check_vocabulary,
+    load_tokenizer,
+    open_documents,
+    require_predictable,
+    token_windows,
+    tokenize,
+)
 from mla_compile.text.evaluate import Comparison, compare, longest_window, require_window
 
 __all__ = ["Measured", "Measurement", "Sample", "measure", "run_beside"]
@@ -242,7 +249,9 @@ def _require_room(model: Opened, windows: Tensor) -> None:
     """Refuse windows that a model cannot be run on.
 
     Raises:
-        UsageError: They hold ids it does not know, or are too long.
+        UsageError: They hold ids it does not read or predict, or are too long.
     """
-    check_vocabulary(int(windows.max()), model.known_tokens, model.name)
+    largest = int(windows.max())
+    check_vocabulary(largest, model.known_tokens, model.name)
+    require_predictable(largest, model.vocabulary, model.name)
     require_window(model.score, model.longest, windows.shape[1], model.name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from mla_compile.errors import LoadError, MlaCompileError, reason_of
-from mla_compile.program import AnyProgram, Assets, OtherProgram, Program, Role, input_role
+from mla_compile.program import AnyProgram, Assets, OtherProgram, Program, Role, input_role, outputs_of, table_shapes
 from mla_compile.quiet import quiet_exporter
 from mla_compile.sources.patterns import patterns
 from mla_compile.sources.tables import has_other_tables, spell_tables
@@ -29,6 +29,11 @@ _log = logging.getLogger(__name__)
 _ASSERTION = torch.ops.aten._assert_tensor_metadata.default
 _RESPELLED = {torch.ops.aten.type_as.default: lambda value, other: value.to(other.dtype)}
 """Operators that read a value for its type only: what attention scores are read for is looked at closely."""
+_LOGITS = "logits"
+"""Name of the output that is taken for the logits, whatever others there are."""
+_NAMED = 4
+"""Outputs named in a sentence, at most."""
+_EXPORT_ALL = "Export a causal language model that returns the logits of every position."
 HOW_TO_EXPORT = (
     "Export it with torch.export.save(torch.export.export(model.eval(), (ids,), dynamic_shapes="
     "({0: Dim.DYNAMIC, 1: Dim.DYNAMIC},)), 'model.pt2'), ids being a batch of at least 2 by 3 token ids."
@@ -149,12 +154,17 @@ def _as_language_model(common: Mapping[str, Any], max_positions: int | None) -> 
             raise LoadError(
                 f"'{source}' was exported with a static {name} of {tensors[tokens].shape[dim]}.", HOW_TO_EXPORT
             )
+    name, logits = _logits(exported, tokens, source)
+    notes = _notes(exported, name, logits, tokens)
+    for note in notes:
+        _log.warning("%s: %s.", source, note)
     return Program(
         **common,
         tokens=tokens,
         attention_mask=next(iter(roles[Role.MASK]), None),
         position_ids=next(iter(roles[Role.POSITIONS]), None),
-        logits=_logits(exported, tensors[tokens], source),
+        logits=logits,
+        notes=notes,
         max_positions=max_positions or _length_limit(exported, tensors[tokens]),
     )
 
@@ -170,25 +180,67 @@ def _length_limit(exported: ExportedProgram, tokens: Tensor) -> int | None:
     return int(bounds.upper) if bounds is not None and bounds.upper < 2**24 else None  # else it is "no bound"
 
 
-def _logits(exported: ExportedProgram, tokens: Tensor, source: str) -> str:
-    """Name the first float output shaped ``[batch, length, vocabulary]``."""
-    nodes = {n.name: n for n in exported.graph.nodes}
-    for name in exported.graph_signature.user_outputs:
-        value = nodes[name].meta.get("val") if isinstance(name, str) else None
-        if (
-            isinstance(value, Tensor)
-            and value.is_floating_point()
-            and value.dim() == 3
-            and [str(d) for d in value.shape[:2]] == [str(d) for d in tokens.shape]
-        ):
-            extra = len(exported.graph_signature.user_outputs) - 1
-            if extra:
-                _log.warning("%s has %d outputs besides the logits; they are dropped.", source, extra)
-            return str(name)
+def _logits(exported: ExportedProgram, tokens: str, source: str) -> tuple[str, str]:
+    """Name and graph node of the output ``[batch, length, vocabulary]``.
+
+    The output named ``logits``; else the only one shaped so; else, of several, the only one that is as wide as the
+    tokens' table has rows, unless hidden states are that wide too.
+
+    Raises:
+        LoadError: There is none, or which of several it is cannot be told.
+    """
+    outputs, nodes = outputs_of(exported), {n.name: n for n in exported.graph.nodes}
+    ids = nodes[tokens].meta["val"]
+    shaped = {name: node for name, node in outputs.items() if _is_per_token(nodes[node].meta["val"], ids)}
+    if _LOGITS in outputs and _LOGITS not in shaped:
+        shape = ", ".join(map(str, nodes[outputs[_LOGITS]].meta["val"].shape))
+        raise LoadError(
+            f"The output '{_LOGITS}' of '{source}' is shaped [{shape}], not [batch, length, vocabulary].", _EXPORT_ALL
+        )
+    if not shaped:
+        raise LoadError(f"No output of '{source}' is shaped [batch, length, vocabulary].", _EXPORT_ALL)
+    widths = {name: int(nodes[node].meta["val"].shape[-1]) for name, node in shaped.items()}
+    rows = {rows for rows, width in table_shapes(exported, tokens) if rows != width}
+    fitting = [name for name, width in widths.items() if width in rows]
+    for names in ([name for name in shaped if name == _LOGITS], [*shaped], fitting):
+        if len({shaped[name] for name in names}) == 1:
+            return names[0], shaped[names[0]]
     raise LoadError(
-        f"No output of '{source}' is shaped [batch, length, vocabulary].",
-        "Export a causal language model that returns the logits of every position.",
+        f"Which output of '{source}' is the logits cannot be told: "
+        f"{_listed([f'{name} [batch, length, {width}]' for name, width in widths.items()])} are shaped like them.",
+        f"Name the one to take '{_LOGITS}', as in a dictionary that the model returns, or export a model that returns "
+        "the logits alone.",
     )
+
+
+def _is_per_token(value: Tensor, tokens: Tensor) -> bool:
+    """Whether an output is floats of every token, ``[batch, length, anything]``."""
+    return (
+        value.is_floating_point()
+        and value.dim() == 3
+        and [str(d) for d in value.shape[:2]] == [str(d) for d in tokens.shape]
+        and isinstance(value.shape[-1], int)
+    )
+
+
+def _notes(exported: ExportedProgram, name: str, logits: str, tokens: str) -> tuple[str, ...]:
+    """What a user should know of what was taken for the logits: what is dropped for it, and that it is narrow."""
+    dropped = [f"'{other}'" for other, node in outputs_of(exported).items() if node != logits]
+    width = int(next(n for n in exported.graph.nodes if n.name == logits).meta["val"].shape[-1])
+    rows = min((rows for rows, _ in table_shapes(exported, tokens)), default=width)
+    found = []
+    if dropped:
+        verb = "is" if len(dropped) == 1 else "are"
+        found.append(f"the output '{name}' is taken for the logits, and {_listed(dropped)} {verb} dropped")
+    if width < rows:
+        found.append(f"the output '{name}', taken for the logits, is of {width} tokens, and the model reads {rows}")
+    return tuple(found)
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Names in a sentence, the first of them where there are many."""
+    shown = [*names[:_NAMED], *([f"{len(names) - _NAMED} more"] if len(names) > _NAMED else [])]
+    return " and ".join([", ".join(shown[:-1]), shown[-1]] if len(shown) > 1 else shown)
 
 
 def _has_compositions(exported: ExportedProgram) -> bool:

@@ -12,12 +12,12 @@ import torch
 
 from mla_compile.config import holds_conversion
 from mla_compile.errors import LoadError
-from mla_compile.hub import is_hub_id
 from mla_compile.program import AnyProgram, Program
 from mla_compile.sources import huggingface
 from mla_compile.sources.capture import capture_any
 from mla_compile.sources.checkpoint_files import holds_result
 from mla_compile.sources.exported import language_model
+from mla_compile.sources.given import require_named
 from mla_compile.sources.model_files import load_file
 
 __all__ = ["load_any", "load_program"]
@@ -72,12 +72,8 @@ def load_any(
         return _load_huggingface(str(path), tokenizer, attention, dtype)
     if path.is_file():
         return load_file(path, tokenizer, unsafe, dtype)
-    name = str(source)
-    if not is_hub_id(name):
-        raise LoadError(
-            f"There is no file or folder '{source}'.", "Give a .pt2 archive, a Hugging Face folder or a hub id."
-        )
-    return _load_huggingface(name, tokenizer, attention, dtype)
+    require_named(source)
+    return _load_huggingface(str(source), tokenizer, attention, dtype)
 
 
 def _load_huggingface(name: str, tokenizer: str | None, attention: str, dtype: torch.dtype | None) -> AnyProgram:

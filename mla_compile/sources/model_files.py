@@ -18,7 +18,9 @@ from mla_compile.program import AnyProgram
 from mla_compile.sources import huggingface
 from mla_compile.sources.archive_guard import load_data_only
 from mla_compile.sources.capture import capture_any
+from mla_compile.sources.checkpoint_files import has_weights
 from mla_compile.sources.exported import HOW_TO_EXPORT, assets_of, read_export
+from mla_compile.sources.given import require_values
 
 __all__ = ["load_file"]
 
@@ -40,6 +42,8 @@ def load_file(path: Path, tokenizer: str | None, unsafe: bool, dtype: torch.dtyp
         raise LoadError(
             f"'{path}' holds weights alone, and the model is the folder it is in.", f"Give the folder: {path.parent}."
         )
+    if path.suffix == ".json" and (path.parent / "config.json").is_file():
+        raise _no_weights(path)
     try:
         path.open("rb").close()
     except OSError as error:
@@ -63,6 +67,18 @@ def load_file(path: Path, tokenizer: str | None, unsafe: bool, dtype: torch.dtyp
     if any(n.endswith("data.pkl") for n in names):
         return _load_pickle(path, tokenizer, unsafe, dtype)
     raise LoadError(f"'{path}' is an archive but holds no model.", HOW_TO_EXPORT)
+
+
+def _no_weights(path: Path) -> LoadError:
+    """What to say of a configuration, or of another of a model's small files."""
+    if has_weights(path.parent):
+        return LoadError(
+            f"'{path}' holds no weights; the model is the folder it is in.", f"Give the folder: {path.parent}."
+        )
+    return LoadError(
+        f"'{path}' holds no weights, and there are none beside it.",
+        "Give a folder with weights; mla-compile plan and inspect need none.",
+    )
 
 
 def _read_archive(path: Path, unsafe: bool) -> ExportedProgram:
@@ -117,5 +133,6 @@ def _load_pickle(path: Path, tokenizer: str | None, unsafe: bool, dtype: torch.d
             ) from failure
     if not isinstance(weights, nn.Module):
         raise LoadError(f"'{path}' holds weights but no model that uses them.", HOW_TO_EXPORT)
+    require_values(weights, f"'{path}'")
     inputs = None if huggingface.is_transformers_model(weights) else (torch.zeros(2, 5, dtype=torch.long),)
     return capture_any(weights, inputs, source=str(path), tokenizer=tokenizer, dtype=dtype)

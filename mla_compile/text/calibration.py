@@ -16,7 +16,14 @@ from torch import Tensor
 from mla_compile.config import CompileConfig
 from mla_compile.errors import UsageError
 from mla_compile.program import Program
-from mla_compile.text.corpus import check_vocabulary, load_tokenizer, open_documents, token_windows, tokenize
+from mla_compile.text.corpus import (
+    check_vocabulary,
+    load_tokenizer,
+    open_documents,
+    require_predictable,
+    token_windows,
+    tokenize,
+)
 from mla_compile.text.dataset import is_dataset, stream_documents
 from mla_compile.text.evaluate import longest_window, original_scorer, require_window
 
@@ -109,7 +116,8 @@ def cut_windows(
 
     Raises:
         LoadError: There is no tokenizer.
-        UsageError: The text is shorter than one window, or a window is longer than the model can run.
+        UsageError: The text is shorter than one window, a window is longer than the model can run, or a token is one
+            that the model does not read or predict.
     """
     if text is None:
         return None
@@ -121,7 +129,9 @@ def cut_windows(
         length = config.seq_len or longest_window(original_scorer(program), program.max_positions)
         enough = (_used(config, length) + _HELD_OUT) * length
         windows = token_windows(tokenize(text, tokenizer, enough), length)
-    check_vocabulary(int(windows.max()), program.known_tokens, program.source)
+    largest = int(windows.max())
+    check_vocabulary(largest, program.known_tokens, program.source)
+    require_predictable(largest, program.vocabulary, program.source)
     length = windows.shape[1]
     require_window(original_scorer(program), program.max_positions, length, program.source)
     held_out = min(_HELD_OUT, max(1, len(windows) // 10))

@@ -29,6 +29,8 @@ __all__ = [
     "load_tokenizer",
     "open_documents",
     "read_documents",
+    "require_named_tokenizer",
+    "require_predictable",
     "require_tokenizer",
     "special_tokens",
     "token_windows",
@@ -80,6 +82,18 @@ def require_tokenizer(folder: str) -> None:
         raise LoadError(f"There is no tokenizer in the folder '{folder}'.", "Give one with --tokenizer FOLDER.")
     if not path.exists() and (path.is_absolute() or folder.startswith(".") or folder.count("/") > 1):
         raise LoadError(f"There is no tokenizer folder '{folder}'.", "Give one with --tokenizer FOLDER.")
+
+
+def require_named_tokenizer(name: str) -> None:
+    """Refuse a name of no tokenizer, before anything takes long; a folder that exists is not looked into.
+
+    A hub id is loaded, for only the hub knows whether there is one.
+
+    Raises:
+        LoadError: There is no such folder, and none of that name came from the hub.
+    """
+    if not Path(name).exists():
+        load_tokenizer(name)
 
 
 def special_tokens(tokenizer: Any) -> dict[str, Any]:  # noqa: ANN401 - see load_tokenizer
@@ -159,8 +173,13 @@ class TextFile:
         """Its text as ``open`` would give it, with the place of what is no text."""
         if self.path.is_dir():
             raise LoadError(f"'{self.path}' is a folder, not a text file.", "Give a .txt or .jsonl file.")
-        if not self.path.is_file():
+        if not self.path.exists():
             raise LoadError(f"There is no text file '{self.path}'.", "Give a .txt or .jsonl file.")
+        if not self.path.is_file():
+            raise LoadError(
+                f"'{self.path}' is no regular file but a pipe or a device, and text is read more than once.",
+                "Save the text as a .txt or .jsonl file, and give that.",
+            )
         signed = codecs.getincrementaldecoder("utf-8-sig")()  # some editors put a byte order mark in front
         decoder = io.IncrementalNewlineDecoder(signed, translate=True)
         try:
@@ -284,6 +303,24 @@ def check_vocabulary(largest: int, vocabulary: int, source: str) -> None:
         raise UsageError(
             f"The tokenizer gives token {largest}, but '{source}' knows only {vocabulary}.",
             "Give the model's own tokenizer with --tokenizer FOLDER.",
+        )
+
+
+def require_predictable(largest: int, predicted: int, source: str) -> None:
+    """Refuse to score a text that has tokens which a model reads but has no logits for.
+
+    Args:
+        largest: The largest id of the text.
+        predicted: How many logits a token has.
+        source: The model's name.
+
+    Raises:
+        UsageError: There are some.
+    """
+    if largest >= predicted:
+        raise UsageError(
+            f"The text has token {largest}, and what '{source}' returns for logits is of {predicted} tokens only.",
+            "Check that it returns logits and not hidden states, or give text without such tokens.",
         )
 
 
