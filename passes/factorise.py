@@ -101,8 +101,8 @@ def factorise_mha2mla(
     else:
         key_rank, value_rank = _split_rank(rank, min(keys.shape), min(values.shape))
         of_keys, of_values = low_rank_factors(keys, key_rank), low_rank_factors(values, value_rank)
-        squares = of_keys.squares, of_values.squares
-        worth = None if squares[0] is None or squares[1] is None else _alternating(*squares)
+        one, other = of_keys.squares, of_values.squares
+        worth = None if one is None or other is None else _alternating(one, other)
         down = torch.cat([of_keys.down, of_values.down])
         key_part = torch.nn.functional.pad(of_keys.up, (0, value_rank))
         value_part = torch.nn.functional.pad(of_values.up, (key_rank, 0))
