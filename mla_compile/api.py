@@ -54,7 +54,7 @@ def compile(
     *,
     calibration: Text | None = None,
     tokenizer: Any = None,  # noqa: ANN401 - a folder or any transformers tokenizer
-    config: CompileConfig | None = None,
+    config: CompileConfig | Mapping[str, Any] | None = None,
     statistics_cache: bool | str | Path = True,
     offload: str | Path | None = None,
     share: bool = False,
@@ -82,7 +82,7 @@ def compile(
         calibration: Text to calibrate and measure on, for causal language models only: a ``.txt`` or ``.jsonl`` file,
             ``hf:NAME[:CONFIG][:SPLIT]`` for a dataset, documents, or token windows ``[windows, length]``.
         tokenizer: Tokenizer for the text, or its folder, if the model has none.
-        config: All settings at once.
+        config: All settings at once, also as a dictionary.
         statistics_cache: Whether to save statistics of the text for the next conversion of the same model, or the
             folder to save them in.
         offload: Folder for activations, when a model is too large to hold them in memory; by default they stay in
@@ -121,7 +121,7 @@ def compile(
     """
     if config is not None and settings:
         raise UsageError("Both config and single settings were given.", "Give one of them.")
-    config = config or make_config(**settings)
+    config = make_config(**settings) if config is None else CompileConfig.of(config)
     if out is None and (engine is not None or force):
         raise UsageError(
             "Arguments engine and force are about what is written to out, which was not given.",

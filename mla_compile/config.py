@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from mla_compile.errors import UsageError
+from mla_compile.settings import Settings
 
-__all__ = ["DEFAULT_CACHE_RATIO", "REPORT", "SETTINGS", "CompileConfig", "holds_conversion", "make_config", "validated"]
+__all__ = ["DEFAULT_CACHE_RATIO", "REPORT", "SETTINGS", "CompileConfig", "holds_conversion", "make_config"]
 
 _STOCK = ("deepseek", "gguf")
 """Formats that hold a stock DeepSeek-V3 checkpoint."""
-_Settings = TypeVar("_Settings", bound=BaseModel)
 
 DEFAULT_CACHE_RATIO = 0.3125
 """Cache kept when nothing is asked for: the mildest setting of the MHA2MLA paper (its -68.75 %)."""
@@ -23,7 +21,7 @@ SETTINGS, REPORT = "mla_config.yaml", "report.json"
 """What the settings of a conversion are called in the folder that it wrote, and its report beside any result."""
 
 
-class CompileConfig(BaseModel):
+class CompileConfig(Settings):
     """Settings of one conversion.
 
     Attributes:
@@ -67,7 +65,7 @@ class CompileConfig(BaseModel):
         encoders: Convert bidirectional attention too, which has no cache: its projections become low-rank.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    command: ClassVar[str] = "convert"
 
     schema_version: Literal[1] = 1
     method: Literal["auto", "fisher", "transmla", "mha2mla"] = "auto"
@@ -98,10 +96,18 @@ class CompileConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _what_follows(cls, given: dict[str, Any]) -> dict[str, Any]:
-        """The operator set that the kind of cache needs, and the one layout that a format has."""
-        opset = given.get("opset") or (24 if given.get("cache") == "static" else 23)
-        layout = {"layout": "deepseek"} if given.get("format") in _STOCK else {}
-        return {**given, "opset": opset, **layout}
+        """The operator set that the kind of cache needs, and the layout that a format has, where none was given."""
+        stock = given.get("format") in _STOCK
+        follows = {
+            "opset": 24 if given.get("cache") == "static" else 23,
+            "layout": "deepseek" if stock else "free",
+        }
+        if stock and given.get("layout") == "free":
+            raise UsageError(
+                f"The format {given['format']} is a checkpoint of the layout deepseek, and the layout free was given.",
+                "Leave layout out, or choose another format.",
+            )
+        return {**given, **{name: value for name, value in follows.items() if given.get(name) is None}}
 
     @property
     def onnx_options(self) -> tuple[str, ...]:
@@ -147,9 +153,16 @@ class CompileConfig(BaseModel):
     @model_validator(mode="after")
     def _settings_of_the_layout(self) -> CompileConfig:
         if self.preset != "none" and not self.for_stock_code:
-            raise ValueError(f"the preset {self.preset} belongs to the format deepseek")
+            raise UsageError(
+                f"The preset {self.preset} belongs to the format deepseek, and the format is {self.format}.",
+                "Give the format deepseek or gguf, or leave preset out.",
+            )
         if self.q_rank is not None and not self.for_stock_code:
-            raise ValueError("q_rank belongs to the format deepseek, whose queries may have a latent of their own")
+            raise UsageError(
+                "q_rank belongs to the format deepseek, whose queries may have a latent, and the format is "
+                f"{self.format}.",
+                "Give the format deepseek or gguf, or leave q_rank out.",
+            )
         if self.layout == "free":
             return self
         if self.exact:
@@ -164,7 +177,10 @@ class CompileConfig(BaseModel):
     @model_validator(mode="after")
     def _settings_of_the_file(self) -> CompileConfig:
         if self.cache == "static" and self.opset < 24:
-            raise ValueError("a static cache needs opset 24, whose TensorScatter writes it")
+            raise UsageError(
+                f"A static cache needs opset 24, whose TensorScatter writes it, and opset {self.opset} was given.",
+                "Give opset 24, or leave opset out.",
+            )
         if self.cache_type != "auto" and self.dtype in ("float16", "bfloat16"):
             raise ValueError(
                 f"the cache of a model in {self.dtype} holds that type, and {self.cache_type} ones are of float32"
@@ -215,35 +231,7 @@ def make_config(**settings: Any) -> CompileConfig:  # noqa: ANN401 - validated b
     Raises:
         UsageError: A name is unknown or a value is out of range; the sentence names it.
     """
-    return validated(CompileConfig, "convert", settings)
-
-
-def validated(kind: type[_Settings], command: str, settings: Mapping[str, Any]) -> _Settings:
-    """Make a settings object, or say in a sentence which of the settings of a command cannot be.
-
-    Raises:
-        UsageError: A name is unknown or a value is out of range.
-    """
-    try:
-        return kind(**settings)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
-        problem = first["msg"].removeprefix("Value error, ").rstrip(".")
-        problem = problem[0].lower() + problem[1:]
-        if first["type"] == "extra_forbidden":
-            meant = difflib.get_close_matches(name, kind.model_fields, 1) or [*kind.model_fields]
-            raise UsageError(f"There is no setting '{name}'.", f"Use {', '.join(meant)}.") from error
-        if name == "cache_ratio":
-            problem += " (a quarter is 0.25)"
-        if not name:
-            raise UsageError(
-                f"Settings: {problem}.", f"Leave one of them out; 'mla-compile {command} --help' tells of each."
-            ) from error
-        raise UsageError(
-            f"The setting {name}={first['input']!r} is not allowed: {problem}.",
-            f"See 'mla-compile {command} --help' for the allowed values.",
-        ) from error
+    return CompileConfig(**settings)
 
 
 def holds_conversion(folder: Path) -> bool:

@@ -65,7 +65,7 @@ def require_expressible(sites: Sequence[AttentionSite], kept: Sequence[Rejection
         raise RefusedError(
             f"A DeepSeek checkpoint has no place for {len(reasons)} of {len(found)} attention layers: "
             f"{'; '.join(reasons)}.",
-            "Use --layout free.",
+            "Use --layout free, and another format than deepseek or gguf.",
         )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mla_compile.errors import UsageError
-from mla_compile.runtime.generate import SAME_CACHE, Ids, Sampling, check_step, generate
+from mla_compile.runtime.generate import SAME_CACHE, Ids, Sampling, checked_step, generate
 
 __all__ = ["FixedCache", "FixedCacheDecoder", "Limits"]
 
@@ -143,7 +143,8 @@ class FixedCacheDecoder(ABC):
             UsageError: There are more sequences or tokens than the caches have room for, there are none, sizes do not
                 fit, a token is unknown, padding stands behind real tokens, or the cache is of others.
         """
-        check_step(f"'{self._name}'", self.known_tokens, ids, attention_mask, position_ids)
+        given = (ids, attention_mask, position_ids)
+        ids, attention_mask, position_ids = checked_step(f"'{self._name}'", self.known_tokens, *given)
         (batch, new), mask_tokens, limits = ids.shape, attention_mask.shape[1], self.limits
         real = attention_mask != 0
         if (real[:, :-1] & ~real[:, 1:]).any():

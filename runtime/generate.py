@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mla_compile.errors import UsageError, VerificationError
+from mla_compile.errors import UsageError, VerificationError, first_line
 
-__all__ = ["SAME_CACHE", "Decoder", "Ids", "PruningDecoder", "Sampling", "check_length", "check_step", "generate"]
+__all__ = [
+    "SAME_CACHE",
+    "Decoder",
+    "Ids",
+    "PruningDecoder",
+    "Sampling",
+    "as_ids",
+    "check_length",
+    "checked_step",
+    "generate",
+]
 
 Ids = NDArray[np.int64]
 SAME_CACHE = "Give a mask over all tokens so far, and the cache that the last step returned."
 """What to do where a cache is not of the sequences of a step."""
+_ARRAYS = "Give whole numbers [sequences, tokens], as many in every sequence."
 _LOGITS = 2**28
 """Logits of a step at most, a gigabyte of float32, by a decoder that computes all, of which only the last token's are
 wanted."""
@@ -136,29 +147,32 @@ def generate(
         New token ids per sequence.
 
     Raises:
-        UsageError: There is no prompt, or an empty one.
+        UsageError: There is no prompt, or an empty one, or one that is no row of token ids; the mask is of other sizes;
+            or ``stop`` or ``max_new_tokens`` cannot be.
     """
-    if attention_mask is not None:
-        pairs = zip(prompts, attention_mask, strict=True)
-        prompts = [[token for token, real in zip(*pair, strict=True) if real] for pair in pairs]
-    if not len(prompts) or any(not len(p) for p in prompts):
-        raise UsageError("There is no prompt, or one of them is empty.", "Give every prompt at least one token.")
+    rows = _prompts(prompts, attention_mask)
+    ends = _row([*stop] if isinstance(stop, Set) else stop)
+    if ends is None:
+        raise UsageError(f"The tokens to stop at are {stop!r}.", "Give a list of token ids.")
+    stop = ends.tolist()
+    if not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 0:
+        raise UsageError(f"max_new_tokens is {max_new_tokens!r}.", "Give 0, or a larger whole number.")
     sampling = sampling or Sampling()
     random = np.random.default_rng(sampling.seed)
-    longest = max(map(len, prompts))
-    ids = np.zeros((len(prompts), longest), dtype=np.int64)
+    longest = max(map(len, rows))
+    ids = np.zeros((len(rows), longest), dtype=np.int64)
     mask = np.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = prompt
-        mask[row, longest - len(prompt) :] = 1
+    for place, prompt in enumerate(rows):
+        ids[place, longest - len(prompt) :] = prompt
+        mask[place, longest - len(prompt) :] = 1
     positions = np.maximum(mask.cumsum(1) - 1, 0)
-    cache = decoder.empty_cache(len(prompts), longest + max(max_new_tokens - 1, 0))  # the last new token is not run
-    results: list[list[int]] = [[] for _ in prompts]
-    running = [True] * len(prompts)
+    cache = decoder.empty_cache(len(rows), longest + max(max_new_tokens - 1, 0))  # the last new token is not run
+    results: list[list[int]] = [[] for _ in rows]
+    running = [True] * len(rows)
     for _ in range(max_new_tokens):
         logits, cache = _last_logits(decoder, ids, mask, positions, cache)
         chosen = _choose(_readable(logits, decoder.known_tokens, stop), sampling, random)
-        emitted: list[int | None] = [None] * len(prompts)
+        emitted: list[int | None] = [None] * len(rows)
         for row, token in enumerate(chosen.tolist()):
             running[row] = running[row] and token not in stop
             if running[row]:
@@ -170,9 +184,46 @@ def generate(
         if not any(running):
             break
         ids = np.where(chosen < decoder.known_tokens, chosen, 0)[:, None]  # others have ended their sequences
-        mask = np.concatenate([mask, np.ones((len(prompts), 1), dtype=np.int64)], 1)
+        mask = np.concatenate([mask, np.ones((len(rows), 1), dtype=np.int64)], 1)
         positions = positions[:, -1:] + 1
     return results
+
+
+def _prompts(prompts: Sequence[Sequence[int]], attention_mask: Ids | None) -> list[Ids]:
+    """The tokens of every prompt ``[tokens]``, of padded ones those that a mask calls real.
+
+    Raises:
+        UsageError: There is none, or an empty one, or one that is no row of token ids; or the mask is of other sizes.
+    """
+    rows: list[Ids] = []
+    for place, prompt in enumerate(prompts if isinstance(prompts, Iterable) else ()):
+        if (row := _row(prompt)) is None:
+            raise UsageError(
+                f"Prompt {place} is no list of token ids.",
+                "Give a list of token ids for every sequence, such as [[1, 2, 3]].",
+            )
+        rows.append(row)
+    if attention_mask is not None:
+        real = [np.asarray(row) for row in (attention_mask if isinstance(attention_mask, Iterable) else ())]
+        if [row.shape for row in rows] != [row.shape for row in real]:
+            raise UsageError(
+                f"The mask is not of the {len(rows)} prompts: they have other lengths, or it has other rows.",
+                "Give a mask [sequences, tokens] of the same shape as the prompts.",
+            )
+        rows = [row[mask != 0] for row, mask in zip(rows, real, strict=True)]
+    if not rows or any(not len(row) for row in rows):
+        raise UsageError("There is no prompt, or one of them is empty.", "Give every prompt at least one token.")
+    return rows
+
+
+def _row(tokens: Any) -> Ids | None:  # noqa: ANN401 - whatever a caller took for token ids
+    """Token ids ``[tokens]``; None of what is none."""
+    try:
+        found = np.asarray(tokens)
+    except (TypeError, ValueError):  # a ragged list, or a tensor of another device
+        return None
+    whole = found.ndim == 1 and (not found.size or found.dtype.kind in "iu")
+    return found.astype(np.int64) if whole else None
 
 
 def _last_logits(
@@ -218,35 +269,77 @@ def check_length(tokens: int, most: int | None) -> None:
         )
 
 
-def check_step(name: str, known: int, ids: Ids, attention_mask: Ids, position_ids: Ids) -> None:
-    """Refuse a step that a runtime would not: it reads before a table, and stretches one row over all sequences.
+def as_ids(name: str, ids: Any) -> Ids:  # noqa: ANN401 - an array, or lists like one
+    """Take token ids as an array ``[batch, new]``, at least one of each.
+
+    Args:
+        name: What runs them.
+        ids: Integers ``[batch, new]``.
+
+    Raises:
+        UsageError: They are no such array.
+    """
+    found = _integers(name, _array(name, ids))
+    if found.ndim != 2 or not found.size:
+        raise UsageError(
+            f"Ids of shape {list(found.shape)} hold no new tokens for {name}.",
+            "Give ids [sequences, tokens], at least one of each.",
+        )
+    return found
+
+
+def checked_step(
+    name: str,
+    known: int,
+    ids: Any,  # noqa: ANN401 - an array, or lists like one
+    attention_mask: Any,  # noqa: ANN401
+    position_ids: Any,  # noqa: ANN401
+) -> tuple[Ids, Ids, Ids]:
+    """Take a step's inputs as arrays, and refuse what a runtime would not.
+
+    One reads before a table, and stretches one row over all sequences.
 
     Args:
         name: What runs it.
         known: How many token ids that reads.
         ids: ``[batch, new]``.
-        attention_mask: ``[batch, past + new]``.
+        attention_mask: ``[batch, past + new]``, non-zero for real tokens.
         position_ids: ``[batch, new]``.
 
+    Returns:
+        All three as int64, the mask of zeros and ones.
+
     Raises:
-        UsageError: There are no new tokens, sizes do not fit, or a token is unknown.
+        UsageError: There are no new tokens, they are no integers, sizes do not fit, or a token is unknown.
     """
-    if ids.ndim != 2 or not ids.size:
-        raise UsageError(
-            f"Ids of shape {list(ids.shape)} hold no new tokens for {name}.",
-            "Give ids [sequences, tokens], at least one of each.",
-        )
+    ids = as_ids(name, ids)
+    mask = (_array(name, attention_mask) != 0).astype(np.int64)
+    positions = _integers(name, _array(name, position_ids))
     batch, new = ids.shape
-    fits = attention_mask.ndim == 2 and len(attention_mask) == batch and attention_mask.shape[1] >= new
-    if not fits or position_ids.shape != ids.shape:
+    fits = mask.ndim == 2 and len(mask) == batch and mask.shape[1] >= new
+    if not fits or positions.shape != ids.shape:
         raise UsageError(
             f"For {name} there are {batch} sequences of {new} new tokens with a mask of shape "
-            f"{list(attention_mask.shape)} and positions of shape {list(position_ids.shape)}.",
+            f"{list(mask.shape)} and positions of shape {list(positions.shape)}.",
             "Give a mask [sequences, earlier and new tokens] and positions [sequences, new tokens].",
         )
     unknown = ids[(ids < 0) | (ids >= known)]
     if unknown.size:
         raise UsageError(f"Token {unknown[0]} is none of the {known} that {name} knows.", "Use its own tokenizer.")
+    return ids, mask, positions
+
+
+def _array(name: str, given: Any) -> NDArray[Any]:  # noqa: ANN401
+    try:
+        return np.asarray(given)
+    except (TypeError, ValueError) as error:  # a ragged list, or a tensor of another device
+        raise UsageError(f"What is given to {name} is no array ({first_line(error)}).", _ARRAYS) from error
+
+
+def _integers(name: str, given: NDArray[Any]) -> Ids:
+    if given.size and given.dtype.kind not in "iu":
+        raise UsageError(f"Ids and positions for {name} are integers, and some are {given.dtype}.", _ARRAYS)
+    return given.astype(np.int64, copy=False)
 
 
 def _readable(logits: NDArray[Any], known: int, stop: Sequence[int]) -> NDArray[Any]:

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mla_compile.errors import LoadError, MlaCompileError, UsageError, first_line
-from mla_compile.runtime.generate import Ids, Sampling, check_length, check_step, generate
+from mla_compile.errors import LoadError, UsageError, first_line
+from mla_compile.runtime.generate import Ids, Sampling, as_ids, check_length, checked_step, generate
 from mla_compile.runtime.onnx_cache import (
     CROSS,
     KEY_VALUE,
@@ -35,13 +35,15 @@ KERNELS = ("auto", "fused", "standard")
 (``standard``), or the former where the file, the provider and a compiler allow it."""
 LOGITS_TO_KEEP = "logits_to_keep"
 """The optional input of a file that says of how many last tokens it computes logits: 0, its default, of all."""
+Provider = str | tuple[str, Mapping[str, Any]]
+"""An execution provider as ONNX Runtime takes it: its name, or with options."""
 _DEFAULT_ROOM = 2048
 """Tokens that a static cache has room for where nobody says how many there will be."""
 
 
 def open_session(
     path: str | Path,
-    providers: Sequence[str] | None = None,
+    providers: str | Sequence[Provider] | None = None,
     threads: int | None = None,
     kernel: str = "standard",
     in_turns: bool = False,
@@ -50,7 +52,8 @@ def open_session(
 
     Args:
         path: The ``.onnx`` file.
-        providers: Execution providers in order of preference; the CPU by default.
+        providers: Execution providers in order of preference, by name or with their options, as ONNX Runtime takes
+            them; the CPU by default.
         threads: Threads per operator; ONNX Runtime's choice by default.
         kernel: One of :data:`KERNELS`.
         in_turns: Whether its threads sleep between runs, because other sessions run then; by default they spin.
@@ -67,51 +70,68 @@ def open_session(
         import onnxruntime
     except ImportError as error:
         raise UsageError("ONNX Runtime is not installed.", "Run: pip install 'mla-compile[cpu]'.") from error
-    if not Path(path).is_file():
-        raise LoadError(f"There is no file '{path}'.", "Convert a model first: mla-compile MODEL --out FILE.onnx.")
-    try:
-        Path(path).open("rb").close()
-    except OSError as error:
-        raise LoadError(f"'{path}' cannot be read ({error.strerror}).", "Give yourself access to it.") from error
-    wanted = list(providers or [PROVIDERS["cpu"]])
-    _require_providers(wanted, onnxruntime.get_available_providers(), "has no")
+    _require_readable(Path(path))
+    wanted = [providers] if isinstance(providers, str) else list(providers or [PROVIDERS["cpu"]])
+    names = [_name(provider) for provider in wanted]
+    _require_providers(names, onnxruntime.get_available_providers(), "has no")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what fails is raised, and told once
     if threads is not None:
         options.intra_op_num_threads = threads
     if in_turns:
         options.add_session_config_entry("session.force_spinning_stop", "1")
-    fused = None
+    fused = _fused(Path(path), names, kernel, options)
     try:
-        fused = _fused(Path(path), wanted, kernel, options)
         session = onnxruntime.InferenceSession(fused or str(path), options, wanted)
-    except MlaCompileError:
-        raise
     except Exception as error:
-        data = Path(f"{path}.data")
-        if "External data" in str(error) and not data.exists():
-            raise LoadError(
-                f"The weights of '{path}' are in '{data.name}', which is not beside it.", "Keep both files together."
-            ) from error
-        reason = first_line(error)
-        if "NOT_IMPLEMENTED" in reason and _is_bfloat16(Path(path)):
-            raise UsageError(
-                f"'{path}' is bfloat16, for which ONNX Runtime's {wanted[0]} has no kernels.",
-                "Run it with --provider cuda, or convert the model with --dtype float16 or float32.",
-            ) from error
-        if "PagedAttention" in str(error):
-            raise UsageError(
-                f"'{path}' was made with --target cuda, and ONNX Runtime's {wanted[0]} has no kernel for it.",
-                "Run it with --provider cuda, or convert the model without --target cuda.",
-            ) from error
-        if fused is None and FUSED_DOMAIN in str(error):
-            raise UsageError(
-                f"'{path}' was written by mla-compile fuse, and runs with the library of the fused kernel only.",
-                "Run it on the CPU with --kernel auto or fused, which needs a C++ compiler.",
-            ) from error
-        raise LoadError(f"ONNX Runtime cannot load '{path}' ({reason}).", "Convert the model again.") from error
-    _require_providers(wanted, session.get_providers(), "cannot start the")
+        raise _explained(error, Path(path), names[0], fused=fused is not None) from error
+    _require_providers(names, session.get_providers(), "cannot start the")
     return session, fused is not None
+
+
+def _require_readable(path: Path) -> None:
+    if not path.is_file():
+        raise LoadError(f"There is no file '{path}'.", "Convert a model first: mla-compile MODEL --out FILE.onnx.")
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise LoadError(f"'{path}' cannot be read ({error.strerror}).", "Give yourself access to it.") from error
+
+
+def _name(provider: Provider) -> str:
+    """The name of an execution provider that may come with options."""
+    match provider:
+        case str(name) | (str(name), Mapping()):
+            return name
+    raise UsageError(
+        f"{provider!r} is no execution provider of ONNX Runtime.",
+        "Give names such as CPUExecutionProvider, or pairs of a name and a dictionary of its options.",
+    )
+
+
+def _explained(error: Exception, path: Path, provider: str, *, fused: bool) -> UsageError:
+    """Why ONNX Runtime, on an execution provider, with the fused kernel or without, made no session of a file."""
+    told, reason, data = str(error), first_line(error), Path(f"{path}.data")
+    if "External data" in told and not data.exists():
+        return LoadError(
+            f"The weights of '{path}' are in '{data.name}', which is not beside it.", "Keep both files together."
+        )
+    if "NOT_IMPLEMENTED" in reason and _is_bfloat16(path):
+        return UsageError(
+            f"'{path}' is bfloat16, for which ONNX Runtime's {provider} has no kernels.",
+            "Run it with --provider cuda, or convert the model with --dtype float16 or float32.",
+        )
+    if "PagedAttention" in told:
+        return UsageError(
+            f"'{path}' was made with --target cuda, and ONNX Runtime's {provider} has no kernel for it.",
+            "Run it with --provider cuda, or convert the model without --target cuda.",
+        )
+    if not fused and FUSED_DOMAIN in told:
+        return UsageError(
+            f"'{path}' was written by mla-compile fuse, and runs with the library of the fused kernel only.",
+            "Run it on the CPU with --kernel auto or fused, which needs a C++ compiler.",
+        )
+    return LoadError(f"ONNX Runtime cannot load '{path}' ({reason}).", "Convert the model again.")
 
 
 def _fused(path: Path, providers: Sequence[str], kernel: str, options: Any) -> bytes | None:  # noqa: ANN401
@@ -120,6 +140,8 @@ def _fused(path: Path, providers: Sequence[str], kernel: str, options: Any) -> b
         raise UsageError(f"There is no kernel '{kernel}'.", f"Choose one of {', '.join(KERNELS)}.")
     if kernel == "standard":
         return None
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
     from mla_compile.runtime.cpu.fused import fused_model, obstacle
     from mla_compile.runtime.cpu.library import compiler, library
 
@@ -127,7 +149,10 @@ def _fused(path: Path, providers: Sequence[str], kernel: str, options: Any) -> b
     try:
         if kernel == "auto" and not (on_cpu and compiler()):
             return None
-        model = fused_model(path) if on_cpu else None
+        try:
+            model = fused_model(path) if on_cpu else None
+        except DecodeError as error:
+            raise LoadError(f"'{path}' is no ONNX file ({first_line(error)}).", "Convert the model again.") from error
         if model is None and kernel == "auto":
             return None
         if model is None:
@@ -181,7 +206,8 @@ class OnnxDecoder:
 
     Args:
         path: The ``.onnx`` file.
-        providers: Execution providers in order of preference; the CPU by default.
+        providers: Execution providers in order of preference, by name or with their options, as ONNX Runtime takes
+            them; the CPU by default.
         threads: Threads per operator; ONNX Runtime's choice by default.
         max_length: Tokens of a sequence, prompt and continuation, at most; by default as many as are asked for.
         kernel: One of :data:`KERNELS`.
@@ -206,7 +232,7 @@ class OnnxDecoder:
     def __init__(
         self,
         path: str | Path,
-        providers: Sequence[str] | None = None,
+        providers: str | Sequence[Provider] | None = None,
         threads: int | None = None,
         max_length: int | None = None,
         kernel: str = "standard",
@@ -296,7 +322,7 @@ class OnnxDecoder:
         """Run new tokens; the cache is bound in place, not copied through numpy.
 
         Args:
-            ids: ``[batch, new]``.
+            ids: ``[batch, new]``, as an array or lists; so the others.
             attention_mask: ``[batch, past + new]``.
             position_ids: ``[batch, new]``.
             cache: From :meth:`empty_cache` or the previous step.
@@ -308,8 +334,9 @@ class OnnxDecoder:
             that went in is spent.
 
         Raises:
-            UsageError: The model cannot run these tokens, sizes do not fit, the cache has no room for them, or earlier
-                padding stands behind real tokens, where it takes up room in a window's cache.
+            UsageError: The model cannot run these tokens, sizes do not fit, the cache has no room for them or they are
+                more than ``max_length``, or earlier padding stands behind real tokens, where it takes up room in a
+                window's cache.
         """
         binding, cache = self._bound(ids, attention_mask, position_ids, cache)
         if self.prunes_logits and logits_to_keep:  # not by bind_cpu_input, which looks for it among the other inputs
@@ -320,9 +347,10 @@ class OnnxDecoder:
         except Exception as error:
             reason = str(error).strip().partition("\n")[0].rpartition("Status Message: ")[2]
             reason = re.sub(r"^/\S+:\d+ ", "", reason)[:200]  # without a place in ONNX Runtime's sources
-            new = ids.shape[1]
+            new = np.shape(ids)[1]
+            earlier = np.shape(attention_mask)[1] - new
             raise UsageError(
-                f"'{self._path}' cannot run {new} tokens after {attention_mask.shape[1] - new} ({reason}).",
+                f"'{self._path}' cannot run {new} tokens after {earlier} ({reason}).",
                 "Stay within the model's longest sequence and its vocabulary.",
             ) from error
         logits, *presents = binding.get_outputs()
@@ -344,7 +372,8 @@ class OnnxDecoder:
 
     def _bound(self, ids: Ids, attention_mask: Ids, position_ids: Ids, cache: OnnxCache) -> tuple[Any, OnnxCache]:
         """A step's inputs and outputs, and the cache it writes to."""
-        check_step(f"'{self._path}'", self.known_tokens, ids, attention_mask, position_ids)
+        step = (ids, attention_mask, position_ids)
+        ids, attention_mask, position_ids = checked_step(f"'{self._path}'", self.known_tokens, *step)
         earlier = attention_mask[:, : -ids.shape[1]] != 0
         if any(layer.window for layer in self._layers) and (earlier[:, :-1] & ~earlier[:, 1:]).any():
             raise UsageError(
@@ -352,6 +381,8 @@ class OnnxDecoder:
                 "Pad prompts on the left.",
             )
         (batch, new), total = ids.shape, attention_mask.shape[1]
+        if not self.static:  # whose memory ends where the longest sequence does
+            self.require_length(total)
         cache = cache.extended(batch, total - new, new)
         binding = self._session.io_binding()
         given = {"input_ids": ids, "attention_mask": attention_mask, "position_ids": position_ids}
@@ -364,6 +395,7 @@ class OnnxDecoder:
 
     def logits(self, ids: Ids) -> NDArray[Any]:
         """Logits ``[batch, length, vocabulary]`` of whole, unpadded sequences."""
+        ids = as_ids(f"'{self._path}'", ids)
         positions = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
         return self.step(ids, np.ones_like(ids), positions, self.empty_cache(*ids.shape))[0]
 

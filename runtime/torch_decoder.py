@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mla_compile.runtime.generate import Ids, check_step
+from mla_compile.runtime.generate import Ids, checked_step
 from mla_compile.runtime.module import LatentModel
 
 __all__ = ["TorchDecoder"]
@@ -40,9 +40,8 @@ class TorchDecoder:
         Raises:
             UsageError: There are none, sizes do not fit, or a token is unknown.
         """
-        check_step(self._name, self.known_tokens, ids, attention_mask, position_ids)
-        device = self._model.device
-        given = (torch.from_numpy(np.ascontiguousarray(x)).to(device) for x in (ids, attention_mask, position_ids))
+        inputs = checked_step(self._name, self.known_tokens, ids, attention_mask, position_ids)
+        given = (torch.from_numpy(np.ascontiguousarray(x)).to(self._model.device) for x in inputs)
         with torch.inference_mode():
             result = self._model(*given, past=cache)
         return result.logits.float().cpu().numpy(), result.cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import models
+import numpy as np
 import pytest
 import torch
 
@@ -14,7 +15,7 @@ from mla_compile.errors import UsageError
 from mla_compile.passes.layers import certain, measure_layers
 from mla_compile.passes.task import Task
 from mla_compile.site_statistics import SiteStatistics
-from mla_compile.text.calibration import read_text
+from mla_compile.text.calibration import has_windows, read_text
 
 WINDOWS = models.tokens(12, 16)
 
@@ -61,6 +62,52 @@ def test_what_are_no_token_ids_are_refused(windows, told):
     with pytest.raises(UsageError) as caught:
         read_text(windows)
     assert caught.value.message == told
+
+
+def test_an_array_of_integers_is_windows_too():
+    for array in (WINDOWS.numpy(), WINDOWS.numpy().astype("uint16"), WINDOWS.numpy().astype(">i4")):
+        found = read_text(array)
+        assert found.dtype == torch.int64
+        assert torch.equal(found, WINDOWS)
+    assert torch.equal(read_text(WINDOWS.numpy()[::-1]), WINDOWS.flip(0))
+    assert all(map(has_windows, (WINDOWS, WINDOWS.numpy())))
+    assert not any(map(has_windows, (["a"], np.array(["a"]), None, "a.txt")))
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ([[1, 2, 3]], "Document 1 of the text is of type list"),
+        (["a", 3], "Document 2 of the text is of type int"),
+        (("a", None), "Document 2 of the text is of type NoneType"),
+        (b"text", "Document 1 of the text is of type int"),
+        (np.arange(6), "Calibration ids are int64 of shape"),
+        (np.ones((2, 3)), "Calibration ids are float64 of shape"),
+        (np.array(7), "Calibration ids are int64 of shape"),
+        ({"text": ["a"]}, "A text of type dict cannot be read"),
+        (7, "A text of type int cannot be read"),
+    ],
+    ids=str,
+)
+def test_what_is_no_text_is_told(text, told):
+    with pytest.raises(UsageError, match=re.escape(told)) as caught:
+        [*read_text(text)]
+    assert caught.value.remedy.startswith("Pass ")
+    assert "token ids" in caught.value.remedy or "[windows, length]" in caught.value.remedy
+
+
+def test_documents_that_are_not_there_yet_are_checked_when_they_are_read():
+    documents = iter(read_text(word for word in ("one", 2)))
+    assert next(documents) == "one"
+    with pytest.raises(UsageError, match="Document 2"):
+        next(documents)
+    array = read_text(np.array(["one", "two"]))
+    assert [*array] == [*array] == ["one", "two"]
+
+
+def test_a_conversion_with_what_is_no_text_is_refused_before_the_model_is_read():
+    with pytest.raises(UsageError, match="Document 1"):
+        api.compile("no-model", calibration=[[1, 2, 3]])
 
 
 # ---- too few tokens

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 
 import pytest
 import yaml
 from pydantic import ValidationError
 
 import mla_compile
+from mla_compile.cli import main
 from mla_compile.config import DEFAULT_CACHE_RATIO, CompileConfig, make_config
 from mla_compile.errors import MlaCompileError, UsageError
 
@@ -113,6 +116,9 @@ REFUSED = [
         "ONNX files, and the format deepseek",
     ),
     ({"exact": True, "rope_dims": 4}, "rope_dims", "exact keeps every rotating channel"),
+    ({"opset": 0}, "opset=0", "23 or 24"),
+    ({"layout": "free", "format": "deepseek"}, "layout free", "format deepseek is a checkpoint"),
+    ({"layout": "free", "format": "gguf"}, "layout free", "format gguf is a checkpoint"),
 ]
 
 
@@ -151,6 +157,65 @@ def test_refused_settings_are_named_in_one_sentence(settings, subject, problem):
     assert "\n" not in str(error)
     assert isinstance(error, MlaCompileError)
     assert error.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"), [({"cache_ratio": 3}, "cache_ratio=3"), ({"preset": "flashmla"}, "preset")]
+)
+def test_the_public_name_refuses_in_the_same_sentence(settings, problem):
+    said = []
+    for make in (make_config, CompileConfig, CompileConfig.of, CompileConfig.model_validate):
+        with pytest.raises(UsageError, match=problem) as caught:
+            make(**settings) if make in (make_config, CompileConfig) else make(settings)
+        said.append(str(caught.value))
+    assert len({*said}) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "remedy"),
+    [
+        ({"cache": "static", "opset": 23}, "Give opset 24, or leave opset out."),
+        ({"preset": "flashmla"}, "Give the format deepseek or gguf, or leave preset out."),
+        ({"q_rank": 8}, "Give the format deepseek or gguf, or leave q_rank out."),
+        ({"layout": "free", "format": "gguf"}, "Leave layout out, or choose another format."),
+    ],
+    ids=str,
+)
+def test_a_remedy_is_of_the_contradiction(settings, remedy):
+    with pytest.raises(UsageError) as caught:
+        make_config(**settings)
+    assert caught.value.remedy == remedy
+
+
+@pytest.mark.parametrize("given", [None, "deepseek"])
+def test_a_format_has_its_layout_where_none_was_given(given):
+    assert make_config(format="deepseek", layout=given).layout == "deepseek"
+    assert make_config(layout=None).layout == "free"
+
+
+def test_the_command_line_refuses_a_layout_that_the_format_does_not_have(tmp_path, capsys):
+    words = ["no-model", "--out", str(tmp_path / "out"), "--format", "deepseek"]
+    assert main([*words, "--layout", "free"]) == 2
+    assert "the layout free was given" in capsys.readouterr().err
+    assert main([*words, "--method", "transmla"]) == 2
+    assert "layout" not in capsys.readouterr().err  # but that there is no text
+
+
+def test_settings_are_taken_as_a_dictionary_too():
+    config = CompileConfig(cache_ratio=0.5)
+    assert CompileConfig.of(config) is config
+    assert CompileConfig.of({"cache_ratio": 0.5}) == config
+    for given, said in (({"cache_ratio": 3}, "cache_ratio=3"), ({7: 1}, "no setting '7'"), (0.5, "of type float")):
+        with pytest.raises(UsageError, match=said):
+            mla_compile.compile("no-model", config=given)
+    with pytest.raises(UsageError, match="none was given"):
+        mla_compile.compile("no-model", config={"method": "fisher"})
+
+
+def test_settings_are_copied_and_pickled_as_they_are():
+    config = make_config(format="gguf", cache_ratio=0.25)
+    assert pickle.loads(pickle.dumps(config)) == copy.deepcopy(config) == config
+    assert config.model_copy(update={"seed": 3}).seed == 3
 
 
 def test_settings_cannot_be_changed_afterwards():

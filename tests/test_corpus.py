@@ -146,7 +146,7 @@ def test_a_file_is_read_as_far_as_it_is_needed(file, monkeypatch):
 
 def test_files_of_the_same_documents_are_equal(file):
     documents = open_documents(file("a.txt", "one<|endoftext|>two"))
-    assert documents == ["one", "two"]
+    assert [*documents] == [*documents] == ["one", "two"]
     assert documents == open_documents(file("a.jsonl", '{"text": "one"}\n{"text": "two"}'))
     for others in (["one"], ["one", "two", "three"], ["one", "three"], None):
         assert documents != others

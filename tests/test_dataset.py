@@ -13,6 +13,7 @@ import pytest
 from mla_compile.config import make_config
 from mla_compile.errors import LoadError, UsageError
 from mla_compile.text.calibration import cut_windows, read_text
+from mla_compile.text.corpus import open_documents
 from mla_compile.text.dataset import is_dataset, stream_documents
 
 
@@ -118,10 +119,21 @@ def test_a_connection_that_breaks_later_is_told_as_well(library):
         raise ConnectionError
 
     library(rows())
-    documents = stream_documents("hf:a")
+    documents = iter(stream_documents("hf:a"))
     assert next(documents) == "one"
     with pytest.raises(LoadError, match=r"cannot be read \(ConnectionError\)"):
         next(documents)
+
+
+def test_asked_again_a_dataset_begins_again(library, tmp_path):
+    """Whoever compares it, or has read of it, takes nothing of those who read it next."""
+    library([{"text": "one"}, {"text": "two"}])
+    documents = read_text("hf:a")
+    (tmp_path / "a.txt").write_text("three")
+    file = open_documents(tmp_path / "a.txt")
+    assert (file == documents, documents == file, file == ["three"]) == (False, False, False)
+    assert next(iter(documents)) == "one"
+    assert [*documents] == [*documents] == ["one", "two"]
 
 
 def test_without_the_library_the_command_that_installs_it_is_named(monkeypatch):

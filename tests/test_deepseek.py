@@ -96,7 +96,7 @@ OBSTACLES = {
 def test_what_has_no_place_is_refused_by_layer_and_reason(reason):
     with pytest.raises(RefusedError, match=f"no place for 1 of 2 attention layers: layers.1: .*{reason}") as e:
         require_expressible([site(), OBSTACLES[reason]], [])
-    assert e.value.remedy == "Use --layout free."
+    assert e.value.remedy == "Use --layout free, and another format than deepseek or gguf."
 
 
 def test_all_layers_without_a_place_are_named():

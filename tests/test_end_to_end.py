@@ -552,6 +552,13 @@ def test_a_module_read_back_and_saved_again_is_the_same_bytes(compiled, tmp_path
         mla_compile.save(compiled.module, tmp_path / "third", like=tmp_path)
 
 
+def test_what_is_no_converted_model_is_not_saved(compiled, tmp_path):
+    for other in (torch.nn.Linear(2, 2), compiled, None):
+        with pytest.raises(UsageError, match=f"of type {type(other).__name__}, and no model that mla_compile.load"):
+            mla_compile.save(other, tmp_path / "out", like=tmp_path, force=True)
+    assert not any(tmp_path.iterdir())
+
+
 def test_format_hf_is_that_folder(tmp_path, capsys):
     words = ["--format", "hf", "--method", "mha2mla", "--kv-rank", "8", "--no-verify", "--quiet"]
     command(TINY, "--out", tmp_path / "out", *words)

@@ -8,7 +8,9 @@ import json
 import math
 import random
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import models
 import numpy as np
@@ -244,6 +246,19 @@ def test_calibrating_on_the_text_itself_is_told(place, tmp_path):
     words = ("--methods", "mha2mla", "--cache-ratios", 0.75, "--calibration", tmp_path / "copy.txt")
     _, _, err = command("eval", place / "model", "--text", place / "text.txt", *words, *SIZES, "-q")
     assert err == "warning: the conversions were calibrated on the text they are measured on\n"
+
+
+def test_a_dataset_is_calibrated_on_as_a_file_of_its_text(place, monkeypatch):
+    """What is read to compare it with the other text is not lost."""
+    document = (place / "calibration.txt").read_text()
+    library = SimpleNamespace(load_dataset=lambda *_, **__: iter([{"text": document}]))
+    monkeypatch.setitem(sys.modules, "datasets", library)
+    words = ("--text", place / "text.txt", "--methods", "mha2mla", "--cache-ratios", 0.75, "--no-cache")
+    file, dataset = (
+        measured(place / "model", *words, "--calibration", calibration)["models"][0]["loss"]
+        for calibration in (place / "calibration.txt", "hf:stories")
+    )
+    assert dataset == file
 
 
 def test_what_does_not_fit_is_left_out_and_told(place):

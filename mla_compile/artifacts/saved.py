@@ -102,8 +102,13 @@ def save(model: LatentModel, folder: str | Path, *, like: str | Path, force: boo
 
     Raises:
         LoadError: ``like`` holds no converted model.
-        UsageError: The folder cannot be written, is not empty, or is the original's.
+        UsageError: It is no such model; or the folder cannot be written, is not empty, or is the original's.
     """
+    if not isinstance(model, LatentModel):
+        raise UsageError(
+            f"What is to be saved is of type {type(model).__name__}, and no model that mla_compile.load returns.",
+            "Pass such a model, or call the method save of what mla_compile.compile returned.",
+        )
     source, path = Path(like), Path(folder)
     if not is_converted_folder(source):
         raise LoadError(f"'{source}' holds no converted model.", "Give the folder that the model was read from.")

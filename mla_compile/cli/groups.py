@@ -69,7 +69,7 @@ class MethodOptions:
     """How a smaller cache is chosen."""
 
     method: MethodName = "auto"
-    layout: Layout = "free"
+    layout: Layout = None
     rope_dims: RopeDims = None
     svd: Svd = "joint"
     no_gradients: NoGradients = False

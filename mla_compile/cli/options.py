@@ -132,10 +132,11 @@ UniformRank = Annotated[
     ),
 ]
 Layout = Annotated[
-    str,
+    str | None,
     typer.Option(
         help="Cache layout for fisher and transmla: free, or deepseek for what a stock DeepSeek-V3 checkpoint can "
         "express (one rank, one geometric table of frequencies with one component each).",
+        show_default="free; deepseek with --format deepseek or gguf",
         rich_help_panel=METHOD,
     ),
 ]

@@ -18,7 +18,7 @@ from mla_compile.disk.layer_store import LayerStore
 from mla_compile.errors import UsageError
 from mla_compile.progress import Display, Stages
 from mla_compile.sources.given import require_model
-from mla_compile.text.calibration import Text, read_text, require_text
+from mla_compile.text.calibration import Text, has_windows, read_text, require_text
 from mla_compile.text.corpus import require_named_tokenizer, require_tokenizer
 from mla_compile.text.processes import Processes, join_processes
 from mla_compile.training.run import require_accelerate
@@ -138,7 +138,7 @@ def _require_tokenizer(request: Request) -> None:
     source, texts = request.source, (request.calibration, request.finetune)
     if isinstance(source.tokenizer, str | Path):
         require_named_tokenizer(str(source.tokenizer))
-    if all(text is None or isinstance(text, Tensor) for text in texts):
+    if all(text is None or has_windows(text) for text in texts):
         return
     if isinstance(source.tokenizer, str | Path):
         require_tokenizer(str(source.tokenizer))

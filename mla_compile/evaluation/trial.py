@@ -26,7 +26,7 @@ from mla_compile.runtime.module import LatentModel
 from mla_compile.runtime.onnx_session import OnnxDecoder
 from mla_compile.sources import frontend
 from mla_compile.text.calibration import read_text
-from mla_compile.text.corpus import load_tokenizer, open_documents, token_windows, tokenize
+from mla_compile.text.corpus import TextFile, load_tokenizer, open_documents, token_windows, tokenize
 
 __all__ = ["measure_conversions", "read_trials"]
 
@@ -113,7 +113,8 @@ def measure_conversions(
         raise UsageError("ONNX Runtime is not installed.", "Run: pip install 'mla-compile[cpu]'.")
     documents = open_documents(sample.text)
     chosen_by = read_text(calibration)
-    warnings = ["the conversions were calibrated on the text they are measured on"] if chosen_by == documents else []
+    same = isinstance(chosen_by, TextFile) and chosen_by == documents
+    warnings = ["the conversions were calibrated on the text they are measured on"] if same else []
     stages = Stages(display)
     with stages.stage("load"):
         loaded = frontend.load_any(original, tokenizer=sample.tokenizer)

@@ -5,12 +5,14 @@ Text is read as far as it is needed, so that it may be as long as it likes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mla_compile.config import CompileConfig
@@ -27,10 +29,11 @@ from mla_compile.text.corpus import (
 from mla_compile.text.dataset import is_dataset, stream_documents
 from mla_compile.text.evaluate import longest_window, original_scorer, require_window
 
-__all__ = ["Text", "TextWindows", "cut_windows", "read_text", "require_text"]
+__all__ = ["Text", "TextWindows", "cut_windows", "has_windows", "read_text", "require_text"]
 
-Text = str | Path | Sequence[str] | Tensor
+Text = str | Path | Sequence[str] | Tensor | NDArray[np.integer[Any]]
 """Calibration text: a file, ``hf:`` and a dataset, documents, or token windows ``[windows, length]``."""
+_WHAT_IS_TEXT = "Pass text, or a tensor of token ids [windows, length]."
 _HELD_OUT = 16
 """Windows kept for measuring, at most; a tenth of the text if that is less."""
 
@@ -71,27 +74,66 @@ def require_text(config: CompileConfig, calibration: Text | None) -> None:
 def read_text(text: Text | None) -> Iterable[str] | Tensor | None:
     """Open a file or a dataset, whose documents are read when they are asked for; pass on what is neither.
 
-    Token windows of any type of integers are passed on as int64.
+    Token windows of any type of integers are passed on as int64. Documents that are there already are checked at once,
+    others when they are read.
 
     Raises:
         LoadError: The file or dataset is missing or holds no text.
-        UsageError: Token windows are not an integer matrix, or hold negative numbers.
+        UsageError: It is neither text nor token windows; or these are not an integer matrix, or hold negative numbers.
     """
+    if text is None:
+        return None
     if isinstance(text, str | Path) and is_dataset(str(text)):
         return stream_documents(str(text))
     if isinstance(text, str | Path):
         return open_documents(text)
-    return _token_ids(text) if isinstance(text, Tensor) else text
+    if isinstance(text, Tensor | np.ndarray) and has_windows(text):
+        return _token_ids(text)
+    if isinstance(text, Mapping) or not isinstance(text, Iterable):
+        raise UsageError(f"A text of type {type(text).__name__} cannot be read.", _WHAT_IS_TEXT)
+    return [*_Documents(text)] if isinstance(text, list | tuple) else _Documents(text)
 
 
-def _token_ids(ids: Tensor) -> Tensor:
-    whole = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
-    if not whole or ids.dim() != 2 or ids.shape[0] < 1 or ids.shape[1] < 2:
+def has_windows(text: object) -> bool:
+    """Whether a text is token windows, or numbers that are none, so that it needs no tokenizer."""
+    return isinstance(text, Tensor) or (isinstance(text, np.ndarray) and text.dtype.kind in "biufc")
+
+
+@dataclass(frozen=True)
+class _Documents:
+    """Documents of the user's own, as often as they can be read.
+
+    Attributes:
+        given: Where they come from.
+    """
+
+    given: Iterable[object]
+
+    def __iter__(self) -> Iterator[str]:
+        """Read them.
+
+        Raises:
+            UsageError: One of them is no text.
+        """
+        for number, document in enumerate(self.given, 1):
+            if not isinstance(document, str):
+                raise UsageError(
+                    f"Document {number} of the text is of type {type(document).__name__}, not a string.", _WHAT_IS_TEXT
+                )
+            yield document
+
+
+def _token_ids(ids: Tensor | NDArray[Any]) -> Tensor:
+    if isinstance(ids, Tensor):
+        whole = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
+    else:
+        whole = ids.dtype.kind in "iu"
+    if not whole or ids.ndim != 2 or ids.shape[0] < 1 or ids.shape[1] < 2:
         raise UsageError(
             f"Calibration ids are {ids.dtype} of shape {tuple(ids.shape)}.",
             "Pass integers [windows, length], at least one window of two tokens.",
         )
-    ids = ids.long()
+    ids = ids.long() if isinstance(ids, Tensor) else torch.from_numpy(ids.astype(np.int64))
     if (least := int(ids.min())) < 0:
         raise UsageError(
             f"Calibration ids go down to {least}, which is no token.",

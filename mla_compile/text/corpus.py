@@ -106,7 +106,7 @@ class TextFile:
     """A text file (documents separated by ``<|endoftext|>``) or a ``.jsonl`` file with a ``text`` field.
 
     Its documents are read when they are asked for, one at a time; asked for again, from its beginning. It equals
-    whatever holds the same ones.
+    another file that holds the same ones.
 
     Attributes:
         path: The file.
@@ -130,7 +130,7 @@ class TextFile:
             raise LoadError(f"'{self.path}' holds no text.", "Give a file with at least one document.")
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Iterable):
+        if not isinstance(other, TextFile):  # what is no file may be there to be read once
             return NotImplemented
         return all(one == another for one, another in zip_longest(self, other))
 

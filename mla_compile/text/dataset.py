@@ -8,7 +8,7 @@ from typing import Any
 
 from mla_compile.errors import LoadError, UsageError, first_line
 
-__all__ = ["is_dataset", "stream_documents"]
+__all__ = ["TextDataset", "is_dataset", "stream_documents"]
 
 _PREFIX, _PARQUET = "hf:", ".parquet"
 
@@ -20,7 +20,40 @@ def is_dataset(text: str) -> bool:
     return text.startswith(_PREFIX) or text.endswith(_PARQUET)
 
 
-def stream_documents(source: str) -> Iterator[str]:
+class TextDataset:
+    """The documents of a dataset, none of them blank.
+
+    They are read when they are asked for, one at a time; asked for again, from the beginning. The first row is read at
+    once, and not again for those who ask first.
+
+    Args:
+        source: What the user calls it.
+        load: Opens it, at its first row.
+
+    Raises:
+        LoadError: It cannot be read, is empty or has no column of text.
+    """
+
+    def __init__(self, source: str, load: Callable[[], Iterable[Row]]) -> None:
+        self._source, self._load = source, load
+        rows = _rows(source, load)
+        first = next(rows, None)
+        if first is None:
+            raise LoadError(f"'{source}' holds no text.", "Give a dataset with at least one document.")
+        self._column = _text_column(source, first)
+        self._begun: Iterator[Row] | None = chain([first], rows)
+
+    def __iter__(self) -> Iterator[str]:
+        """Read documents.
+
+        Raises:
+            LoadError: The dataset cannot be read any further.
+        """
+        rows, self._begun = self._begun or _rows(self._source, self._load), None
+        return (text for row in rows if isinstance(text := row[self._column], str) and text.strip())
+
+
+def stream_documents(source: str) -> TextDataset:
     """Open a dataset and read its first row; the others are read when they are asked for.
 
     Args:
@@ -45,12 +78,7 @@ def stream_documents(source: str) -> Iterator[str]:
             f"Reading '{source}' takes the package datasets, which is not installed.",
             "Run pip install 'mla-compile[data]', or give a .txt or .jsonl file.",
         ) from error
-    rows = _rows(source, lambda: load_dataset(name, *config, split=split, streaming=True, **files))
-    first = next(rows, None)
-    if first is None:
-        raise LoadError(f"'{source}' holds no text.", "Give a dataset with at least one document.")
-    column = _text_column(source, first)
-    return (text for row in chain([first], rows) if isinstance(text := row[column], str) and text.strip())
+    return TextDataset(source, lambda: load_dataset(name, *config, split=split, streaming=True, **files))
 
 
 def _rows(source: str, load: Callable[[], Iterable[Row]]) -> Iterator[Row]:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from mla_compile.config import validated
+from mla_compile.errors import UsageError
+from mla_compile.settings import Settings
 
 __all__ = ["ATTENTION", "DIVERGENCE", "NEXT_TOKEN", "Recipe", "make_recipe"]
 
 NEXT_TOKEN, DIVERGENCE, ATTENTION = "next-token", "kl", "attention"
 _OBJECTIVES = (NEXT_TOKEN, DIVERGENCE, ATTENTION)
+_SPELL = "Give next-token, kl, attention, or a mixture such as kl=0.9,next-token=0.1."
 
 
-class Recipe(BaseModel):
+class Recipe(Settings):
     """Settings of one fine-tuning.
 
     Attributes:
@@ -49,7 +51,7 @@ class Recipe(BaseModel):
         tracker: Tracker that accelerate logs to; ``auto`` is TensorBoard if it is installed, ``none`` is none.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    command: ClassVar[str] = "finetune"
 
     schema_version: Literal[1] = 1
     objective: str = "auto"
@@ -110,30 +112,43 @@ class Recipe(BaseModel):
         try:
             weights = self.weights
         except (TypeError, ValueError) as error:
-            raise ValueError(f"the objective '{self.objective}' is not spelled name=weight,name=weight") from error
+            raise UsageError(
+                f"The objective '{self.objective}' is not spelled name=weight,name=weight.", _SPELL
+            ) from error
         unknown = weights.keys() - {*_OBJECTIVES}
         if unknown:
-            raise ValueError(f"the objective '{min(unknown)}' is not one of {', '.join(_OBJECTIVES)}")
+            raise UsageError(f"The objective '{min(unknown)}' is not one of {', '.join(_OBJECTIVES)}.", _SPELL)
         if len(weights) < len(self.objective.split(",")):
-            raise ValueError(f"the objective '{self.objective}' names a part twice")
+            raise UsageError(f"The objective '{self.objective}' names a part twice.", "Name every part once.")
         if not all(w > 0 and math.isfinite(w) for w in weights.values()):
-            raise ValueError(f"a weight of the objective '{self.objective}' is not a number above 0")
+            raise UsageError(
+                f"A weight of the objective '{self.objective}' is not a number above 0.",
+                "Give every part a weight above 0, or leave the part out.",
+            )
         return self
 
     @model_validator(mode="after")
     def _adapters_have_a_rank(self) -> Recipe:
         if self.lora_alpha is not None and not self.lora_rank:
-            raise ValueError("lora_alpha scales adapters, and there are none without a lora_rank above 0")
+            raise UsageError(
+                "lora_alpha scales adapters, and there are none without a lora_rank above 0.",
+                "Give lora_rank too, or leave lora_alpha out.",
+            )
         return self
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Recipe:
         if self.batch % self.accumulate:
-            raise ValueError(
-                f"a batch of {self.batch} windows cannot be cut into {self.accumulate} pieces (accumulate)"
+            raise UsageError(
+                f"A batch of {self.batch} windows cannot be cut into {self.accumulate} equal pieces (accumulate).",
+                "Make batch a multiple of accumulate.",
             )
         if self.warm_up + self.decay > 1:
-            raise ValueError("warm_up and decay are shares of the same steps, and more than all together")
+            raise UsageError(
+                f"warm_up {self.warm_up} and decay {self.decay} are shares of the same steps, and more than all "
+                "together.",
+                "Make their sum 1 at most.",
+            )
         return self
 
 
@@ -143,4 +158,4 @@ def make_recipe(**settings: Any) -> Recipe:  # noqa: ANN401 - validated by pydan
     Raises:
         UsageError: A name is unknown or a value is out of range; the sentence names it.
     """
-    return validated(Recipe, "finetune", settings)
+    return Recipe(**settings)

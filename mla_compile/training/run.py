@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -135,7 +135,7 @@ def finetune(
     folder: str | Path,
     data: Text,
     out: str | Path,
-    recipe: Recipe,
+    recipe: Recipe | Mapping[str, Any],
     *,
     teacher: str | Path | None = None,
     tokenizer: str | None = None,
@@ -151,7 +151,7 @@ def finetune(
         folder: Written by :meth:`~mla_compile.conversion.compiled.CompiledModel.save`.
         data: Text to train on, as for :func:`mla_compile.compile`.
         out: The folder to write, with checkpoints in it while and after training.
-        recipe: The settings.
+        recipe: The settings, also as a dictionary.
         teacher: The original, or a larger model with the same vocabulary, for objectives that learn from one.
         tokenizer: Folder of the tokenizer, if the converted model has none.
         resume: Continue from the last checkpoint in ``out``.
@@ -167,7 +167,7 @@ def finetune(
         RefusedError: The model cannot be trained with these settings.
         TrainingError: The loss is not finite, or a checkpoint could not be written.
     """
-    folder, out = Path(folder), Path(out)
+    folder, out, recipe = Path(folder), Path(out), Recipe.of(recipe)
     _require_packages(recipe)
     if teacher is not None and recipe.objective != "auto" and not recipe.learns_from_another:
         raise UsageError(

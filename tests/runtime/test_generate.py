@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from mla_compile.errors import UsageError, VerificationError
 from mla_compile.runtime.generate import Sampling, generate
@@ -102,6 +103,36 @@ def test_an_array_with_a_mask_is_the_prompts_within_it(side):
 def test_empty_prompt_is_an_error(prompts):
     with pytest.raises(UsageError, match="at least one token"):
         generate(Scripted(successor), prompts, 1)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "settings", "said"),
+    [
+        ([1, 2, 3], {}, "Prompt 0 is no list of token ids.*a list of token ids for every sequence"),
+        ([[1], [1.7, 2]], {}, "Prompt 1 is no list of token ids"),
+        ([[1], [[2, 3], [4]]], {}, "Prompt 1 is no list of token ids"),
+        ("words", {}, "Prompt 0 is no list of token ids"),
+        (7, {}, "There is no prompt"),
+        ([[1, 2]], {"attention_mask": np.ones((1, 3))}, "The mask is not of the 1 prompts"),
+        ([[1, 2]], {"attention_mask": np.ones((2, 2))}, "The mask is not of the 1 prompts"),
+        ([[1, 2]], {"attention_mask": 1}, "The mask is not of the 1 prompts"),
+        ([[1, 2]], {"attention_mask": np.zeros((1, 2))}, "at least one token"),
+        ([[1]], {"stop": 3}, "The tokens to stop at are 3.*a list of token ids"),
+        ([[1]], {"stop": ["end"]}, "The tokens to stop at are"),
+        ([[1]], {"max_new_tokens": -4}, "max_new_tokens is -4"),
+        ([[1]], {"max_new_tokens": 2.5}, "max_new_tokens is 2.5"),
+    ],
+    ids=str,
+)
+def test_arguments_that_cannot_be_are_told(prompts, settings, said):
+    with pytest.raises(UsageError, match=said):
+        generate(Scripted(successor), prompts, **{"max_new_tokens": 2, **settings})
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.array, torch.tensor])
+def test_prompts_and_stops_of_any_kind(kind):
+    assert generate(Scripted(successor), kind([[3, 4]]), 4, stop=kind([6])) == [[5]]
+    assert generate(Scripted(successor), [kind([3, 4])], 4, stop={6}) == [[5]]
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])

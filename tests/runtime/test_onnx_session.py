@@ -144,6 +144,38 @@ def test_no_sequence_grows_beyond_the_longest_that_is_allowed(files, kind):
             decoder.generate(prompts, new)
 
 
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_no_step_goes_beyond_the_longest_that_is_allowed(files, kind):
+    """Whatever room its cache was asked for."""
+    decoder, ids = files().open(kind, max_length=4), models.tokens(2, 5).numpy()
+    mask, positions = np.ones_like(ids), np.broadcast_to(np.arange(5), ids.shape)
+    for tokens in (None, 3):
+        with pytest.raises(UsageError, match=r"5.*--max-length"):
+            decoder.step(ids, mask, positions, decoder.empty_cache(2, tokens))
+    _, cache = decoder.step(ids[:, :4], mask[:, :4], positions[:, :4], decoder.empty_cache(2))
+    with pytest.raises(UsageError, match=r"5.*--max-length"):
+        decoder.step(ids[:, 4:], mask, positions[:, 4:], cache)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "torch"])
+def test_lists_are_as_good_as_arrays(files, kind):
+    decoder = TorchDecoder(files().model) if kind == "torch" else files().open(kind)
+    ids, mask, positions = [[5, 6, 7]], [[1, 1, 1]], [[0, 1, 2]]
+    expected, _ = decoder.step(*map(np.array, (ids, mask, positions)), decoder.empty_cache(1))
+    found, _ = decoder.step(ids, mask, positions, decoder.empty_cache(1))
+    np.testing.assert_array_equal(found, expected)
+    for wrong, said in (([5, 6, 7], "no new tokens"), ([[5, 6], [7]], "no array"), ([[5.5, 6, 7]], "are float64")):
+        with pytest.raises(UsageError, match=said):
+            decoder.step(wrong, mask, positions, decoder.empty_cache(1))
+    with pytest.raises(UsageError, match="are float64"):
+        decoder.step(ids, mask, [[0.5, 1, 2]], decoder.empty_cache(1))
+    if kind == "dynamic":
+        np.testing.assert_array_equal(decoder.logits(ids), expected)
+        for wrong, said in ((5, "no new tokens"), ([5, 6], "no new tokens"), ([[[5]]], "no new"), (["a"], "integers")):
+            with pytest.raises(UsageError, match=said):
+                decoder.logits(wrong)
+
+
 @pytest.mark.parametrize("kind", ["dynamic", "static", "torch"])
 @pytest.mark.parametrize("name", NAMES)
 def test_long_prompts_run_in_parts(files, kind, name, monkeypatch):
@@ -282,6 +314,33 @@ def test_a_provider_that_does_not_start_is_not_replaced(files, monkeypatch):
     monkeypatch.setattr(onnxruntime, "InferenceSession", lambda path, options, _: session(path, options, listed[1:]))
     with pytest.raises(UsageError, match="cannot start the CUDAExecutionProvider"):
         files().open("dynamic", providers=[PROVIDERS["cuda"]])
+
+
+def test_providers_are_given_as_onnxruntime_takes_them(files):
+    cpu = PROVIDERS["cpu"]
+    for given in (cpu, [cpu], (cpu,), [(cpu, {})], [(cpu, {"use_arena": "0"})]):
+        assert files().open("dynamic", providers=given).generate([[5, 6]], 1)
+    for wrong in ([7], [cpu, ("Other",)], [(cpu, 1)], (cpu, {"use_arena": "0"})):
+        with pytest.raises(UsageError, match="is no execution provider of ONNX Runtime"):
+            files().open("dynamic", providers=wrong)
+    with pytest.raises(UsageError, match="has no Other"):
+        files().open("dynamic", providers=[("Other", {})])
+
+
+def test_what_is_wrong_with_us_is_not_said_of_the_file(files, pair, tmp_path, monkeypatch):
+    """Only what no reader of ONNX can read is damaged."""
+    shutil.copytree(pair, tmp_path, dirs_exist_ok=True)
+    whole = (tmp_path / "model.onnx").read_bytes()
+    (tmp_path / "model.onnx").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(LoadError, match=r"model\.onnx.*Convert the model again"):
+        OnnxDecoder(tmp_path / "model.onnx", kernel="fused")
+
+    def broken(_):
+        raise KeyError("a defect")
+
+    monkeypatch.setattr("mla_compile.runtime.cpu.fused.fused_model", broken)
+    with pytest.raises(KeyError, match="a defect"):
+        files().open("dynamic", kernel="fused")
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from mla_compile.errors import UsageError
+import mla_compile
+from mla_compile.errors import LoadError, UsageError
 from mla_compile.runtime.module import LatentModel
 from mla_compile.training.packing import order, pack
 from mla_compile.training.recipe import make_recipe
@@ -58,6 +59,36 @@ def test_objectives_are_mixed_by_name():
 def test_settings_that_cannot_be(settings, problem):
     with pytest.raises(UsageError, match=problem):
         make_recipe(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "remedy"),
+    [
+        ({"objective": "kl=x"}, "Give next-token, kl, attention, or a mixture such as kl=0.9,next-token=0.1."),
+        ({"objective": "loss"}, "Give next-token, kl, attention, or a mixture such as kl=0.9,next-token=0.1."),
+        ({"objective": "kl,kl"}, "Name every part once."),
+        ({"objective": "kl=0"}, "Give every part a weight above 0, or leave the part out."),
+        ({"lora_alpha": 8}, "Give lora_rank too, or leave lora_alpha out."),
+        ({"batch": 5, "accumulate": 2}, "Make batch a multiple of accumulate."),
+        ({"warm_up": 0.6, "decay": 0.5}, "Make their sum 1 at most."),
+    ],
+    ids=str,
+)
+def test_a_remedy_is_of_the_contradiction(settings, remedy):
+    with pytest.raises(UsageError) as caught:
+        mla_compile.Recipe(**settings)
+    assert caught.value.remedy == remedy
+
+
+def test_the_public_name_refuses_in_a_sentence_and_takes_a_dictionary(tmp_path):
+    with pytest.raises(UsageError, match="tokens=-1"):
+        mla_compile.Recipe(tokens=-1)
+    with pytest.raises(UsageError, match="tokens=-1"):
+        mla_compile.finetune(tmp_path, ["text"], tmp_path / "out", {"tokens": -1})
+    with pytest.raises(UsageError, match="of type list"):
+        mla_compile.finetune(tmp_path, ["text"], tmp_path / "out", [1])
+    with pytest.raises(LoadError, match=r"no converted model|mla-compile\[train\]"):  # what the next step finds
+        mla_compile.finetune(tmp_path, ["text"], tmp_path / "out", {"tokens": 8})
 
 
 def test_every_window_comes_before_any_comes_again():
