@@ -67,7 +67,7 @@ class CompileConfig(BaseModel):
         encoders: Convert bidirectional attention too, which has no cache: its projections become low-rank.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     schema_version: Literal[1] = 1
     method: Literal["auto", "fisher", "transmla", "mha2mla"] = "auto"
