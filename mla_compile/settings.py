@@ -26,7 +26,7 @@ class Settings(BaseModel):
         UsageError: A name is unknown or a value is out of range; the sentence names it.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     command: ClassVar[str]
 

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import models
 import numpy as np
+import onnx
 import pytest
 import torch
 from conversion import convert, difference
@@ -234,3 +235,15 @@ def test_the_command_prints_and_draws(found, tmp_path, capsys, monkeypatch):
     assert "exists already" in capsys.readouterr().err
     assert cli.main([*words, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(found.to_dict()))
+
+
+def test_a_fused_file_is_sent_back_to_the_one_it_was_made_from(files, tmp_path):
+    """``bench`` has no --kernel, and measures the fused kernel with any file."""
+    model = onnx.load(files[0]["dynamic"])
+    model.opset_import.append(onnx.helper.make_opsetid("mla_compile.cpu", 1))
+    onnx.save(model, tmp_path / "fused.onnx")
+    with pytest.raises(
+        UsageError, match=r"written by mla-compile fuse.* Give the file that it was made from"
+    ) as caught:
+        bench([tmp_path / "fused.onnx"])
+    assert "--kernel" not in str(caught.value)

@@ -19,6 +19,7 @@ from tokenizers.trainers import BpeTrainer, UnigramTrainer, WordPieceTrainer
 from mla_compile.errors import LoadError, UsageError
 from mla_compile.text import corpus
 from mla_compile.text.corpus import (
+    LEAST_WINDOW,
     load_tokenizer,
     open_documents,
     read_documents,
@@ -262,7 +263,7 @@ def test_windows_are_consecutive_and_whole(count, length, limit):
     assert most - length < windows.numel() <= most
 
 
-@pytest.mark.parametrize("count", [2, 5, 63])
+@pytest.mark.parametrize("count", [LEAST_WINDOW, 63])
 def test_text_shorter_than_one_window_is_refused_with_a_length_that_works(count):
     with pytest.raises(UsageError) as caught:
         token_windows(range(count), 64)
@@ -271,11 +272,16 @@ def test_text_shorter_than_one_window_is_refused_with_a_length_that_works(count)
     assert token_windows(range(count), count).shape == (1, count)
 
 
-@pytest.mark.parametrize("count", [0, 1])
-def test_text_too_short_for_any_window_is_not_sent_to_a_length_that_fails(count):
+@pytest.mark.parametrize("count", [0, 1, 2, 5, LEAST_WINDOW - 1])
+def test_text_too_short_for_a_window_of_any_use_is_not_sent_to_a_shorter_one(count):
     with pytest.raises(UsageError) as caught:
-        token_windows(range(count), 64)
-    assert "--seq-len" not in caught.value.remedy
+        token_windows(range(count), 64, longest=lambda tokens: tokens)
+    assert caught.value.remedy == "Give more text."
+
+
+def test_no_window_is_advised_that_the_model_cannot_run():
+    with pytest.raises(UsageError, match="--seq-len 40\\."):
+        token_windows(range(60), 64, longest=lambda tokens: min(tokens, 40))
 
 
 @pytest.mark.parametrize("limit", [None, 600, 512, 5000])

@@ -229,9 +229,16 @@ def test_a_second_file_in_a_folder_says_that_the_report_is_its_own(converted, tm
     shutil.copytree(converted().parent, tmp_path, dirs_exist_ok=True)
     words = ["--method", "mha2mla", "--kv-rank", 8, "--no-verify", "--json"]
     report = json.loads(command(TINY, "--out", tmp_path / "second.onnx", *words))
-    assert "report.json and report.html were those of tiny.onnx, and are of this conversion now" in report["warnings"]
+    assert (
+        "report.json and report.html were those of tiny.onnx, and are of this conversion now; what they were is kept "
+        "in tiny.onnx.report.json and tiny.onnx.report.html"
+    ) in report["warnings"]
+    for name in ("report.json", "report.html"):
+        assert (tmp_path / f"tiny.onnx.{name}").read_bytes() == (converted().parent / name).read_bytes()
     third = json.loads(command(TINY, "--out", tmp_path / "tiny.onnx", "--force", *words))
     assert any("those of second.onnx" in warning for warning in third["warnings"])
+    assert json.loads((tmp_path / "second.onnx.report.json").read_text()) == report
+    assert json.loads((tmp_path / "tiny.onnx.report.json").read_text()) == third
 
 
 # ---- measuring

@@ -187,6 +187,22 @@ CONVERT = {
     "ratio and rank": ("{nano} --out {out} --cache-ratio .5 --kv-rank 4", 2, "cache_ratio and kv_rank exclude"),
     "seed": ("{nano} --out {out} --seed -1", 2, "--seed"),
     "calibration tokens": ("{nano} --out {out} --calibration-tokens 0", 2, "calibration_tokens=0"),
+    "no smaller": (
+        "{tiny} --out {out} --kv-rank 100000000000",
+        2,
+        "The cache of all 4 layers does not shrink at this setting.",
+    ),
+    "no gradients without text": (
+        "{nano} --out {out} --no-gradients",
+        2,
+        "--no-gradients says how calibration text is used, and none was given.",
+    ),
+    "tokens of no text": ("{nano} --out {out} --calibration-tokens 99", 2, "--calibration-tokens says how calibration"),
+    "shard size no number": (
+        "{nano} --out {out} --format deepseek --shard-size inf",
+        2,
+        "'inf' is no number",
+    ),
     "window": ("{nano} --out {out} --seq-len 1", 2, "--seq-len"),
     # ---- settings that do not fit the model
     "rope dims odd": (
@@ -214,9 +230,14 @@ CONVERT = {
     ),
     "text empty": ("{wide} --out {out} --tokenizer {tiny} --calibration {place}/empty.txt", 2, "holds no text"),
     "text latin-1": ("{wide} --out {out} --tokenizer {tiny} --calibration {place}/latin1.txt", 2, "is not UTF-8 text"),
-    "text short": ("{wide} --out {out} --tokenizer {tiny} --calibration {place}/short.txt", 2, "with --seq-len 4."),
+    "text short": ("{wide} --out {out} --tokenizer {tiny} --calibration {place}/short.txt", 2, "8. Give more text."),
     "bad jsonl": ("{wide} --out {out} --tokenizer {tiny} --calibration {place}/text.jsonl", 2, "Line 2 of"),
     "jsonl numbers": ("{wide} --out {out} --tokenizer {tiny} --calibration {place}/numbers.jsonl", 2, "Line 1 of"),
+    "window longer than model and text": (
+        "{tiny} --out {out} --calibration {place}/short.txt --seq-len 100000",
+        2,
+        "Use --seq-len 512 or less.",
+    ),
     "window too long": ("{wide} --out {out} {calibrated} --seq-len 129", 2, "Use --seq-len 128 or less."),
     "no tokenizer": ("{wide} --out {out} --calibration {text}", 2, "Give one with --tokenizer FOLDER."),
     "no tokenizer in the folder": ("{place}/llama --out {out} --calibration {text}", 2, "tokenizer"),
@@ -284,7 +305,17 @@ OTHERS = {
     "inspect missing, json": ("inspect {place}/none --json", 2, "There is no file or folder"),
     "plan missing": ("plan {place}/none.pt2 --method mha2mla", 2, "There is no file or folder"),
     "plan setting": ("plan {nano} --svd both", 2, "'joint' or 'split'"),
-    "plan without text": ("plan {nano}", 2, "Give some with --calibration FILE, or choose --method mha2mla"),
+    "plan without text": ("plan {nano}", 2, "Give some with --calibration FILE, or add --method mha2mla for a quick"),
+    "plan no smaller": (
+        "plan {tiny}/config.json --kv-rank 100000000000",
+        2,
+        "The cache of all 4 layers does not shrink at this setting. Take the original, or a smaller --cache-ratio",
+    ),
+    "plan settings of text without it": (
+        "plan {tiny}/config.json --no-gradients --seq-len 64",
+        2,
+        "--seq-len and --no-gradients say how calibration text is used, and none was given.",
+    ),
     "plan by text without text": ("plan {nano} --method fisher", 2, "Give some with --calibration FILE"),
     "plan not convertible": ("plan {place}/both-ways.pt2 --exact", 3, "2 of 2 attention layers"),
     "plan no attention": ("plan {place}/bag.pt2 --exact --json", 3, "No attention was found in"),
@@ -318,7 +349,7 @@ OTHERS = {
     "eval another model": ("eval {place}/plain.onnx --text {text}", 2, "Give a file made by mla-compile."),
     "eval text missing": ("eval {good} --text {place}/none.txt", 2, "There is no text file"),
     "eval bad jsonl": ("eval {good} --text {place}/text.jsonl --json", 2, "Line 2 of"),
-    "eval text short": ("eval {good} --text {place}/short.txt -q", 2, "--seq-len 4"),
+    "eval text short": ("eval {good} --text {place}/short.txt -q", 2, "of 128. Give more text."),
     "eval window 0": ("eval {good} --text {text} --seq-len 0 -q", 2, "seq-len"),
     "eval window 1": ("eval {good} --text {text} --seq-len 1 -q", 2, "seq-len"),
     "eval window negative": ("eval {good} --text {text} --seq-len -3 -q", 2, "seq-len"),
@@ -457,6 +488,8 @@ def test_a_model_without_attention_is_inspected(place):
 
 
 def test_the_window_recommended_by_the_error_works(place, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("Once upon a time there was a little dog. " * 6, encoding="utf-8")
     words = [
         place / "wide.pt2",
         "--out",
@@ -464,7 +497,7 @@ def test_the_window_recommended_by_the_error_works(place, tmp_path):
         "--tokenizer",
         TINY,
         "--calibration",
-        place / "short.txt",
+        text,
         "-q",
     ]
     words += ["--max-ppl-ratio", 0.5]  # which fails, but after the text was read

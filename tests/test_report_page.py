@@ -259,8 +259,13 @@ def test_what_cannot_be_drawn_is_refused(words, sentence, report, tmp_path, monk
     Path("list.json").write_text("[]")
     Path("part.json").write_text(json.dumps({"tokens": 1, "models": [{"perplexity_ratio": 1.0}]}))
     Path("damaged.json").write_text(json.dumps({**report, "cache": {"bytes_per_token_after": 1}}))
-    assert main(["report", *words, "--force"]) == 2
-    assert sentence in capsys.readouterr().err
+    for page_there in (False, True):  # what is wrong with the source is said first
+        if page_there:
+            Path("report.html").write_text("mine")
+        assert main(["report", *words, *([] if page_there else ["--force"])]) == 2
+        assert sentence in capsys.readouterr().err
+        assert not page_there or Path("report.html").read_text() == "mine"
+        Path("report.html").unlink(missing_ok=True)
     assert not list(tmp_path.glob("*.html"))
 
 

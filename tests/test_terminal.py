@@ -243,3 +243,31 @@ def test_a_pipe_shows_plain_lines():
 
 def test_every_picture_of_a_result_is_public():
     assert all(callable(getattr(display, name)) for name in display.__all__)
+
+
+@pytest.mark.parametrize("columns", [40, 59])
+@pytest.mark.parametrize("name", ["", *COMMANDS])
+def test_help_on_a_narrow_terminal_is_a_list(monkeypatch, name, columns):
+    """Whole names of options, each followed by its description in lines of nearly the whole width."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    out, _ = command(*([name] if name else []), "--help")
+    lines = out.splitlines()
+    assert not {*out} & {*"│╭…"}
+    assert max(len(line) for line in lines if " " in line.strip()) <= columns
+    flag, description = ("-q, --quiet", "Hide progress.") if name else ("--help", "Show this message and exit.")
+    assert " ".join(out.split(f"\n  {flag}\n      ")[1].split()).startswith(description)
+    assert max(len(line) for line in lines if line.startswith("      ")) > 0.75 * columns
+
+
+def test_a_wider_terminal_has_columns_again(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    command("plan", "--help")
+    monkeypatch.setenv("COLUMNS", "100")
+    assert "╭─ Options" in command("plan", "--help")[0]
+
+
+def test_a_context_beyond_the_models_limit_is_warned_of():
+    words = ("plan", TINY / "config.json", "--cache-ratio", 0.5)
+    warning = "warning: --context 100000 is more than the 512 tokens of the model's longest sequence"
+    assert warning in command(*words, "--context", 100000)[1].splitlines()
+    assert "--context" not in command(*words, "--context", 512)[1]

@@ -18,7 +18,7 @@ from mla_compile.program import Assets
 from mla_compile.progress import Stages
 from mla_compile.report import Report
 from mla_compile.reporting.encoder_report import EncoderReport
-from mla_compile.reporting.report_page import write_report
+from mla_compile.reporting.report_page import PAGE, write_report
 from mla_compile.reporting.seq2seq_report import Seq2SeqReport
 from mla_compile.text.tokenizer_files import tokenizer_files
 
@@ -34,6 +34,7 @@ __all__ = [
     "is_converted_folder",
     "read_assets",
     "read_settings",
+    "report_of",
     "write_settings",
     "written_files",
 ]
@@ -132,7 +133,7 @@ def finished(report: _AnyReport, folder: Path, stages: Stages) -> _AnyReport:
         stages=(*report.stages, *stages.timings),
         warnings=(*report.warnings, *displaced(folder.parent, sizes)),
     )
-    write_report(report.to_dict(), folder)
+    _write_reports(report.to_dict(), folder)
     return report
 
 
@@ -146,7 +147,7 @@ def completed(report: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     sizes = sizes_in(folder)
     warnings = [*report["warnings"], *displaced(folder.parent, sizes)]
     found = {**report, "artifacts": sizes, "warnings": warnings}
-    write_report(found, folder)
+    _write_reports(found, folder)
     return found
 
 
@@ -170,4 +171,36 @@ def displaced(folder: Path, new: Mapping[str, int]) -> Sequence[str]:
     others = [name for name in _files_of_report(folder) if name not in new]
     if not others:
         return ()
-    return (f"report.json and report.html were those of {', '.join(others)}, and are of this conversion now",)
+    kept = report_of(folder / _first(others))
+    return (
+        f"report.json and report.html were those of {', '.join(others)}, and are of this conversion now; what they "
+        f"were is kept in {kept.name} and {kept.with_suffix('.html').name}",
+    )
+
+
+def report_of(file: Path) -> Path:
+    """Where the report of a model's file is kept, when that of a later one took its place beside it."""
+    return file.with_name(f"{file.name}.{REPORT}")
+
+
+def _first(files: Sequence[str]) -> str:
+    """The one of a conversion's files that the others are named after."""
+    return min(files, key=len)
+
+
+def _write_reports(report: Mapping[str, Any], folder: Path) -> None:
+    """Write a report and its page, and what they take the place of under the name of the file that it is of.
+
+    Args:
+        report: What was done.
+        folder: A hidden one, with the files that the report is of, in the folder that they go to.
+    """
+    target, new = folder.parent, [path.name for path in folder.iterdir()]
+    others = [name for name in _files_of_report(target) if name not in new]
+    write_report(report, folder)
+    pairs = [(target, report_of(folder / _first(others)))] if others else []
+    pairs += [(folder, report_of(folder / name)) for name in new if report_of(target / name).is_file()]
+    for source, kept in pairs:
+        for name, copy in ((REPORT, kept), (PAGE, kept.with_suffix(".html"))):
+            if (source / name).is_file():
+                shutil.copyfile(source / name, copy)

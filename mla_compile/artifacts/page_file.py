@@ -29,10 +29,10 @@ def write_page(source: Path, out: Path, measurement: Path | None, force: bool) -
         raise UsageError(f"'{out}' is not named like a page.", "Name it with the suffix .html.")
     if out.is_dir():
         raise UsageError(f"'{out}' is a folder.", "Name a .html file.")
-    check_place(out, force)
     report = read_report(source)
     measured = None if measurement is None else read_measurement(measurement)
     with damage_explained(source):
         page = render_page(report, measured)
+    check_place(out, force)
     with moved_into(out.parent) as folder:
         (folder / out.name).write_text(page, encoding="utf-8")

@@ -188,7 +188,10 @@ def report(
     from mla_compile.artifacts.page_file import write_page
     from mla_compile.reporting.report_page import PAGE
 
-    page = out or (source if source.is_dir() else source.parent) / PAGE
+    beside = source / PAGE if source.is_dir() else source.with_name(PAGE)
+    if source.name.endswith(".report.json"):  # of a file whose report another's took the place of
+        beside = source.with_suffix(".html")
+    page = out or beside
     with display.make_display(quiet, as_json, verbose):
         write_page(source, page, measurement, force)
     if as_json:

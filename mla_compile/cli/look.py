@@ -77,7 +77,10 @@ def plan(
     quiet: Quiet = False,
     verbose: Verbose = 0,
 ) -> None:
-    """Show ranks, rotating channels, cache bytes per token and the estimated time of a step; nothing is written."""
+    """Show ranks, rotating channels, cache bytes per token and the estimated time of a step; nothing is written.
+
+    'mla-compile plan MODEL --method mha2mla' takes seconds and no text; other methods nearly as long as converting.
+    """
     from mla_compile import display
     from mla_compile.config import make_config
     from mla_compile.cost import MACHINES, DecodeStep, decode_costs
@@ -87,7 +90,10 @@ def plan(
         from mla_compile import api
 
         planned = api.plan(model, config, **source.arguments(), display=shown)
-    context = context or min(_CONTEXT, planned.max_positions or _CONTEXT)
+    longest = planned.max_positions
+    if context is not None and longest is not None and context > longest:
+        display.warn(f"--context {context} is more than the {longest} tokens of the model's longest sequence")
+    context = context or min(_CONTEXT, longest or _CONTEXT)
     step = DecodeStep(MACHINES[machine], context, batch)
     costs = decode_costs(planned.found.sites, planned.plans, planned.widths, step) if planned.widths else ()
     held = "int8" if cache_type == "int8" else planned.dtype

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -71,6 +72,7 @@ __all__ = [
     "Verbose",
     "VersionCompatible",
     "WeightStreaming",
+    "a_number",
     "one_of",
     "require_no_shards",
 ]
@@ -91,6 +93,13 @@ def one_of(*choices: str) -> Callable[[str | None], str | None]:
         return value
 
     return checked
+
+
+def a_number(value: float | None) -> float | None:
+    """A callback that refuses what floats spell besides numbers, when the command line is read."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"'{value}' is no number")
+    return value
 
 
 def require_no_shards(shard_size: float) -> None:
@@ -206,7 +215,8 @@ NoGradients = Annotated[
     bool,
     typer.Option(
         "--no-gradients",
-        help="With fisher, skip the backward pass: less memory and time, slightly lower quality.",
+        help="Skip the backward pass over the text: less memory and time, with fisher slightly lower quality, and no "
+        "cost in nats of single layers in the report.",
         rich_help_panel=METHOD,
     ),
 ]
@@ -266,7 +276,12 @@ Preset = Annotated[
 ]
 ShardSize = Annotated[
     float,
-    typer.Option(min=0.001, help="With --format deepseek: largest weight file, in GB.", rich_help_panel=OUTPUT),
+    typer.Option(
+        min=0.001,
+        help="With --format deepseek: largest weight file, in GB.",
+        rich_help_panel=OUTPUT,
+        callback=a_number,
+    ),
 ]
 QRank = Annotated[
     int | None,
@@ -277,7 +292,14 @@ QRank = Annotated[
     ),
 ]
 TrainTokens = Annotated[
-    int | None, typer.Option(min=1, help="Tokens to train on.", show_default="the text once", rich_help_panel=TEXT)
+    int | None,
+    typer.Option(
+        min=1,
+        help="Tokens to train on, rounded up to whole steps (of --batch times --seq-len tokens in finetune, and by "
+        "default).",
+        show_default="the text once",
+        rich_help_panel=TEXT,
+    ),
 ]
 Opset = Annotated[
     int | None,

@@ -20,6 +20,7 @@ from mla_compile.cli.export import export, fuse, report, verify
 from mla_compile.cli.finetune import fine_tune
 from mla_compile.cli.look import inspect, plan
 from mla_compile.cli.measure import bench_speed, evaluate
+from mla_compile.cli.narrow import NarrowCommand, NarrowGroup, narrow_width
 from mla_compile.cli.run import run
 from mla_compile.cli.tensorrt import build_plugin, tensorrt
 from mla_compile.errors import MlaCompileError, ShareDone
@@ -28,6 +29,7 @@ __all__ = ["COMMANDS", "app", "main"]
 
 app = typer.Typer(
     name="mla-compile",
+    cls=NarrowGroup,
     help="Shrink a trained transformer's KV cache: rewrite its attention as latent attention and export it to ONNX.\n\n"
     "'mla-compile MODEL --out FILE.onnx' is short for 'mla-compile convert MODEL --out FILE.onnx'.",
     no_args_is_help=True,
@@ -73,7 +75,7 @@ def _root(
 
 
 for _name, _command in COMMANDS.items():
-    app.command(_name)(_command)
+    app.command(_name, cls=NarrowCommand)(_command)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -98,7 +100,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, _end)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
-        code = app(args=words or ["--help"], prog_name="mla-compile", standalone_mode=False)
+        width = narrow_width()
+        app.rich_markup_mode = "rich" if width is None else None
+        code = app(args=words or ["--help"], prog_name="mla-compile", standalone_mode=False, terminal_width=width)
         sys.stdout.flush()  # while there is somebody to tell that nobody reads
     except MlaCompileError as error:
         return _fail(str(error), error.exit_code)

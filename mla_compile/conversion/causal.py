@@ -14,7 +14,7 @@ from mla_compile.config import CompileConfig
 from mla_compile.conversion.admission import as_causal, require_no_kept_layers, require_room_to_polish
 from mla_compile.conversion.number_types import require_float32
 from mla_compile.conversion.request import Request, Session
-from mla_compile.conversion.verdict import costly_layers, log_sizes, rounded_slopes, warnings_of
+from mla_compile.conversion.verdict import costly_layers, log_sizes, require_smaller, rounded_slopes, warnings_of
 from mla_compile.deepseek import require_expressible, with_preset
 from mla_compile.disk.statistics_cache import open_cache
 from mla_compile.latent_weights import LatentWeights
@@ -29,6 +29,7 @@ from mla_compile.passes.query_rank import with_query_rank
 from mla_compile.passes.recognise import Recognition
 from mla_compile.passes.retype import NARROW, widened
 from mla_compile.passes.task import BATCH, Choice, Task
+from mla_compile.plan import plan_layers
 from mla_compile.program import Program
 from mla_compile.progress import Stages
 from mla_compile.report import LayerError, Polish, Quality, Report, Training, Verification
@@ -152,9 +153,16 @@ def prepare(program: Program, found: Recognition, session: Session) -> Case:
 
 
 def choose(case: Case) -> Choice:
-    """Plan every layer's cache and factorise its weights, by the method that was asked for."""
+    """Plan every layer's cache and factorise its weights, by the method that was asked for.
+
+    Raises:
+        UsageError: The sizes that were asked for do not fit, or make no cache smaller.
+    """
     task = case.task
+    if task.config.method == "mha2mla":  # whose sizes are known before any work is done
+        require_smaller(plan_layers(task.sites, task.widths, task.config), task.config, task.program.dtype, task.dtype)
     choice = nothing_left_out(task) if task.config.exact else METHODS[task.config.method](task)
+    require_smaller(choice.plans, task.config, task.program.dtype, task.dtype)
     log_sizes(choice.plans)
     return choice
 

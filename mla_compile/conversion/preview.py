@@ -11,7 +11,7 @@ from mla_compile.conversion.admission import as_causal, is_beyond_causal, requir
 from mla_compile.conversion.encoders import require_encoder
 from mla_compile.conversion.number_types import result_type, wanted_type
 from mla_compile.conversion.seq2seq import is_seq2seq, plan_seq2seq
-from mla_compile.conversion.verdict import log_sizes
+from mla_compile.conversion.verdict import log_sizes, require_smaller
 from mla_compile.conversion.weightless import draw, is_weightless
 from mla_compile.conversion_cost import ConversionCost, conversion_cost
 from mla_compile.disk.statistics_cache import open_cache
@@ -91,7 +91,7 @@ def plan(
     require_model(model)
     if is_weightless(model):
         return _plan_weightless(model, config, calibration, attn_implementation)
-    require_text(config, calibration)
+    require_text(config, calibration, planned=True)
     documents = read_text(calibration)
     if tokenizer is not None:
         require_named_tokenizer(tokenizer)
@@ -114,6 +114,7 @@ def plan(
     widths = tuple(input_width(program, s) for s in sites)
     if config.exact or method == "mha2mla":
         plans = plan_layers(sites, widths, config)
+        require_smaller(plans, config, program.dtype, result_type(program, config))
         itemsize = result_type(program, config).itemsize
         cost = conversion_cost(sites, plans, widths, config, stored_numbers(program), itemsize, program.vocabulary)
         log_sizes(plans)
@@ -122,6 +123,7 @@ def plan(
     windows = None if text is None else text.calibration
     task = Task(program, sites, found.rejections, config, windows, Stages(display), open_cache(statistics_cache))
     plans = METHODS[method](task).plans
+    require_smaller(plans, config, program.dtype, task.dtype)
     log_sizes(plans)
     return Planned(found, plans, widths, *types, max_positions=program.max_positions)
 
@@ -141,6 +143,7 @@ def _plan_weightless(
             f"'{model}' has no weights, and text is of use only where the model can be run on it.",
             "Plan with --method mha2mla and without --calibration, or give the whole checkpoint.",
         )
+    require_text(config, None)
     blueprint = draw(model, attn_implementation)
     found = blueprint.found
     alike = (blueprint.layers, blueprint.exported) if blueprint.exported < blueprint.layers else None
@@ -152,6 +155,7 @@ def _plan_weightless(
     program = require_causal(blueprint.program, found)
     widths = tuple(input_width(program, s) for s in found.sites)
     plans = plan_layers(found.sites, widths, config)
+    require_smaller(plans, config, program.dtype, result_type(program, config))
     types = type_name(program.dtype), type_name(result_type(program, config))
     itemsize = result_type(program, config).itemsize
     cost = conversion_cost(found.sites, plans, widths, config, blueprint.parameters, itemsize, program.vocabulary)

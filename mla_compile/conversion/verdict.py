@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from mla_compile.config import CompileConfig
-from mla_compile.errors import QualityGateError
+from mla_compile.errors import QualityGateError, UsageError
 from mla_compile.passes.retype import NARROW, type_name
 from mla_compile.plan import LatentPlan, clamped
 from mla_compile.program import Program
 from mla_compile.report import LayerError, Quality
 from mla_compile.site import AttentionSite, Rejection, reasons
 
-__all__ = ["costly_layers", "log_sizes", "require_quality", "rounded_slopes", "warnings_of"]
+__all__ = ["costly_layers", "log_sizes", "require_quality", "require_smaller", "rounded_slopes", "warnings_of"]
 
 _log = logging.getLogger(__name__)
 _MUCH_WORSE = 2.0
@@ -56,6 +56,33 @@ def warnings_of(
             "spend it differently with --rope-dims"
         )
     return tuple(found)
+
+
+def require_smaller(
+    plans: Sequence[LatentPlan], config: CompileConfig, before: torch.dtype, after: torch.dtype
+) -> None:
+    """Refuse a conversion that makes no cache smaller, unless something else is asked for.
+
+    That is a result that equals the original, a cache of a narrower type, or the layout of another model.
+
+    Args:
+        plans: Shape of every layer's latent.
+        config: What the user asked for.
+        before: Type of the original's cache.
+        after: Type of the result's.
+
+    Raises:
+        UsageError: No layer's cache shrinks.
+    """
+    narrower = config.cache_type == "int8" or after.itemsize < before.itemsize
+    if config.exact or narrower or config.layout == "deepseek" or not plans:
+        return
+    if all(p.elements_after >= p.elements_before for p in plans):
+        what = "grows" if any(p.elements_after > p.elements_before for p in plans) else "does not shrink"
+        raise UsageError(
+            f"The cache of all {len(plans)} layers {what} at this setting.",
+            "Take the original, or a smaller --cache-ratio, --kv-rank or --rope-dims.",
+        )
 
 
 def rounded_slopes(program: Program, sites: Sequence[AttentionSite]) -> tuple[str, ...]:

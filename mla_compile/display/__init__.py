@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mla_compile.display.console import make_display, print_json, say
+from mla_compile.display.console import make_display, print_json, say, warn
 from mla_compile.display.layers import conversion_row, plan_rows, show_conversion, show_layers, show_plan, show_verdict
 from mla_compile.display.measured import generation_row, show_benchmark, show_generation, show_measurement, stream_text
 from mla_compile.display.outcome import show_encoder_report, show_report, show_seq2seq_report, show_training
@@ -45,5 +45,6 @@ __all__ = [
     "show_verdict",
     "show_written",
     "stream_text",
+    "warn",
     "written_row",
 ]

@@ -21,7 +21,7 @@ from mla_compile.text.corpus import (
     token_windows,
     tokenize,
 )
-from mla_compile.text.evaluate import Comparison, compare, longest_window, require_window
+from mla_compile.text.evaluate import Comparison, advised_window, compare, longest_window, require_window
 
 __all__ = ["Measured", "Measurement", "Sample", "measure", "run_beside"]
 
@@ -80,7 +80,13 @@ class Sample:
         """
         longest = longest or self.longest(models)
         length = min(longest, self.max_tokens or longest)
-        windows = token_windows(tokenize(documents, tokenizer, self.max_tokens), length, self.max_tokens)
+        for model in models:
+            if model.longest is not None:  # others are tried below, with windows that there are
+                require_window(model.score, model.longest, length, model.name)
+        ids = tokenize(documents, tokenizer, self.max_tokens)
+        windows = token_windows(
+            ids, length, self.max_tokens, longest=lambda n: min(advised_window(m.score, m.longest, n) for m in models)
+        )
         for model in models:
             _require_room(model, windows)
         return windows

@@ -27,13 +27,15 @@ from mla_compile.text.corpus import (
     tokenize,
 )
 from mla_compile.text.dataset import is_dataset, stream_documents
-from mla_compile.text.evaluate import longest_window, original_scorer, require_window
+from mla_compile.text.evaluate import advised_window, longest_window, original_scorer, require_window
 
 __all__ = ["Text", "TextWindows", "cut_windows", "has_windows", "read_text", "require_text"]
 
 Text = str | Path | Sequence[str] | Tensor | NDArray[np.integer[Any]]
 """Calibration text: a file, ``hf:`` and a dataset, documents, or token windows ``[windows, length]``."""
 _WHAT_IS_TEXT = "Pass text, or a tensor of token ids [windows, length]."
+_QUICKER = "add --method mha2mla for a quick plan of the same cache ratio by weights alone"
+_WORSE = "choose --method mha2mla, which does without and loses more"
 _HELD_OUT = 16
 """Windows kept for measuring, at most; a tenth of the text if that is less."""
 
@@ -53,22 +55,49 @@ class TextWindows:
     separate: bool
 
 
-def require_text(config: CompileConfig, calibration: Text | None) -> None:
-    """Refuse what chooses or trains by what the model does on text, without text.
+def require_text(config: CompileConfig, calibration: Text | None, *, planned: bool = False) -> None:
+    """Refuse what chooses or trains by what the model does on text, and settings of how that is read, without text.
+
+    Args:
+        config: What the user asked for.
+        calibration: Text, if there is any.
+        planned: Whether nothing is converted, so that another method may be taken for its sizes alone.
 
     Raises:
-        UsageError: The method or polishing needs text.
+        UsageError: The method or polishing needs text, or such a setting is given.
     """
-    if calibration is not None or not config.needs_text:
+    if calibration is not None:
         return
+    if not config.needs_text:
+        return _require_no_settings_of_text(config)
     if config.polish_steps:
         raise UsageError("Polishing needs text to train on.", "Give some with --calibration FILE.")
     if config.chosen_method == "mha2mla":
         raise UsageError("The 2-norm selection needs text to measure on.", "Give some with --calibration FILE.")
     raise UsageError(
         f"The method '{config.chosen_method}' chooses by what the model does on text, and none was given.",
-        "Give some with --calibration FILE, or choose --method mha2mla, which does without and loses more.",
+        f"Give some with --calibration FILE, or {_QUICKER if planned else _WORSE}.",
     )
+
+
+def _require_no_settings_of_text(config: CompileConfig) -> None:
+    """Refuse settings that do nothing without text.
+
+    Raises:
+        UsageError: There are some.
+    """
+    usual = type(config).model_fields["calibration_tokens"].default
+    given = {
+        "--calibration-tokens": config.calibration_tokens != usual,
+        "--seq-len": config.seq_len is not None,
+        "--no-gradients": not config.gradients,
+    }
+    if foreign := [flag for flag, there in given.items() if there]:
+        raise UsageError(
+            f"{' and '.join(foreign)} {'says' if len(foreign) == 1 else 'say'} how calibration text is used, and none "
+            "was given.",
+            "Leave it out, or give some with --calibration FILE.",
+        )
 
 
 def read_text(text: Text | None) -> Iterable[str] | Tensor | None:
@@ -168,9 +197,13 @@ def cut_windows(
     else:
         if tokenizer is None or isinstance(tokenizer, str | Path):
             tokenizer = load_tokenizer(program.assets.folder)
-        length = config.seq_len or longest_window(original_scorer(program), program.max_positions)
+        score, limit = original_scorer(program), program.max_positions
+        length = config.seq_len or longest_window(score, limit)
+        if limit is not None:  # else the model is tried below, with windows that there are
+            require_window(score, limit, length, program.source)
         enough = (_used(config, length) + _HELD_OUT) * length
-        windows = token_windows(tokenize(text, tokenizer, enough), length)
+        ids = tokenize(text, tokenizer, enough)
+        windows = token_windows(ids, length, longest=lambda tokens: advised_window(score, limit, tokens))
     largest = int(windows.max())
     check_vocabulary(largest, program.known_tokens, program.source)
     require_predictable(largest, program.vocabulary, program.source)

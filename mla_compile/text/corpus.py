@@ -23,6 +23,7 @@ from mla_compile.text.tokenizer_files import holds_tokenizer
 
 __all__ = [
     "DOCUMENT_END",
+    "LEAST_WINDOW",
     "TextFile",
     "check_vocabulary",
     "is_text",
@@ -40,6 +41,9 @@ __all__ = [
 
 DOCUMENT_END = "<|endoftext|>"
 """Separates documents in plain text files."""
+LEAST_WINDOW = 32
+"""Tokens of the shortest window that is advised where a text is too short. In less, most tokens have hardly any text
+before them to attend to, and a model that was chosen or measured by so few is of no use."""
 _PIECE = 2**20
 """Bytes of a file that are read at once."""
 _LETTERS = 8
@@ -324,7 +328,13 @@ def require_predictable(largest: int, predicted: int, source: str) -> None:
         )
 
 
-def token_windows(ids: Sequence[int], length: int, limit: int | None = None, name: str = "text") -> Tensor:
+def token_windows(
+    ids: Sequence[int],
+    length: int,
+    limit: int | None = None,
+    name: str = "text",
+    longest: Callable[[int], int] | None = None,
+) -> Tensor:
     """Cut a stream into consecutive windows.
 
     Args:
@@ -332,6 +342,7 @@ def token_windows(ids: Sequence[int], length: int, limit: int | None = None, nam
         length: Tokens per window.
         limit: Use at most this many tokens, but at least one window.
         name: What to call the text in an error.
+        longest: The longest window, at most this long, that the model can run: no other is advised.
 
     Returns:
         ``[windows, length]`` int64.
@@ -340,7 +351,8 @@ def token_windows(ids: Sequence[int], length: int, limit: int | None = None, nam
         UsageError: The text is shorter than one window.
     """
     if len(ids) < length:
-        shorter = f", or a shorter window with --seq-len {len(ids)}" if len(ids) > 1 else ""
+        window = len(ids) if longest is None or len(ids) < LEAST_WINDOW else longest(len(ids))
+        shorter = f", or a shorter window with --seq-len {window}" if window >= LEAST_WINDOW else ""
         raise UsageError(
             f"The {name} has {len(ids)} tokens, fewer than one window of {length}.", f"Give more text{shorter}."
         )

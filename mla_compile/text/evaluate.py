@@ -18,6 +18,7 @@ __all__ = [
     "Comparison",
     "Perplexity",
     "Scorer",
+    "advised_window",
     "compare",
     "differences",
     "divergence",
@@ -201,6 +202,17 @@ def longest_window(score: Scorer, limit: int | None, wanted: int = DEFAULT_WINDO
                 runs = length
             length = (runs + fails) // 2
     return runs
+
+
+def advised_window(score: Scorer, limit: int | None, tokens: int) -> int:
+    """Longest window that a short text is enough for, and that a model can run.
+
+    Args:
+        score: The model.
+        limit: What the model says of itself; one that says nothing is tried, with windows of the usual length at most.
+        tokens: Tokens of the text.
+    """
+    return longest_window(score, limit, min(tokens, DEFAULT_WINDOW) if limit is None else tokens)
 
 
 def require_window(score: Scorer, limit: int | None, length: int, name: str) -> None:

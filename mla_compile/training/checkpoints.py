@@ -24,7 +24,7 @@ from mla_compile.training.recipe import Recipe
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["Checkpoints", "State", "remove_checkpoints"]
+__all__ = ["Checkpoints", "State", "remove_checkpoints", "require_same_settings"]
 
 _FREE = ("keep", "patience", "tracker")
 """Settings that may change from one run to the next: they do not change what a step does."""
@@ -132,10 +132,7 @@ class Checkpoints:
             stored = dict(yaml.safe_load((found / RECIPE).read_text("utf-8")))
             changed = _changes(stored, self.recipe.model_dump()) or _changes(written, self._origin)
         if changed:
-            raise UsageError(
-                f"'{self.folder}' holds checkpoints of another training, with another {', '.join(changed)}.",
-                "Resume with the same settings, model, teacher and text, or pass --force to begin anew.",
-            )
+            raise _of_another(self.folder, changed)
         return state
 
     def load(self, accelerator: Accelerator, step: int) -> None:
@@ -152,7 +149,48 @@ class Checkpoints:
 
     def _steps(self) -> Sequence[int]:
         """Steps of which there is a checkpoint, in order."""
-        return sorted(int(found[1]) for path in self.folder.glob("step-*") if (found := _NAME.fullmatch(path.name)))
+        return _steps_in(self.folder)
+
+
+def require_same_settings(folder: Path, recipe: Recipe) -> None:
+    """Refuse to go on from a training with other settings, as far as they are chosen before anything is loaded.
+
+    Args:
+        folder: A folder of checkpoints.
+        recipe: The settings; those that model and text will choose are None.
+
+    Raises:
+        LoadError: The last checkpoint is damaged.
+        UsageError: It is one of other settings.
+    """
+    steps = _steps_in(folder)
+    if not steps:
+        return
+    found = folder / _name(steps[-1])
+    with _damage_explained(found):
+        stored = dict(yaml.safe_load((found / RECIPE).read_text("utf-8")))
+    chosen = {name: value for name, value in recipe.model_dump().items() if value is not None}
+    if changed := _changes(stored, chosen):
+        raise _of_another(folder, changed)
+
+
+def _of_another(folder: Path, changed: Sequence[str]) -> UsageError:
+    """What to say of checkpoints that another training wrote, which may be finished."""
+    names, out = ", ".join(changed), folder.parent
+    if (out / RECIPE).is_file():
+        return UsageError(
+            f"'{folder}' holds checkpoints of another training, with another {names}, and it is finished.",
+            f"Train its result further into a new folder with mla-compile finetune {out}, or begin anew with --force.",
+        )
+    return UsageError(
+        f"'{folder}' holds checkpoints of another training, with another {names}.",
+        "Resume with the same settings, model, teacher and text, or pass --force to begin anew.",
+    )
+
+
+def _steps_in(folder: Path) -> list[int]:
+    """Steps that a folder has a checkpoint of, in order."""
+    return sorted(int(found[1]) for path in folder.glob("step-*") if (found := _NAME.fullmatch(path.name)))
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mla_compile.disk.content import content_of
 from mla_compile.errors import UsageError
-from mla_compile.text.corpus import tokenized
+from mla_compile.text.corpus import LEAST_WINDOW, tokenized
 
 __all__ = ["Packed", "order", "pack"]
 
@@ -100,7 +100,8 @@ def _end(tokenizer: Any) -> list[int]:  # noqa: ANN401 - see pack
 
 def _windows(stream: array[int], length: int) -> Tensor:
     if len(stream) < 2 * length:
-        shorter = f", or a shorter window with --seq-len {len(stream) // 2}" if len(stream) >= 4 else ""
+        window = len(stream) // 2
+        shorter = f", or a shorter window with --seq-len {window}" if window >= LEAST_WINDOW else ""
         raise UsageError(
             f"The text has {len(stream)} tokens, fewer than two windows of {length}; training takes one, and measuring "
             "another.",

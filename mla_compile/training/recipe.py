@@ -31,7 +31,8 @@ class Recipe(Settings):
         lora_rank: Rank of LoRA adapters to train instead of the matrices, merged at the end; 0 for none. Nothing else
             changes.
         lora_alpha: Adapters are scaled by this over their rank; the rank by default.
-        tokens: Tokens to train on; the text once by default. Shorter text is repeated in another order.
+        tokens: Tokens to train on, rounded up to whole steps of ``batch`` times ``seq_len``; the text once by default.
+            Shorter text is repeated in another order.
         batch: Windows per step, over all processes.
         accumulate: Pieces that the windows of a step are computed in (gradient accumulation).
         seq_len: Tokens per window; the model's limit, at most 512, by default.
@@ -94,6 +95,10 @@ class Recipe(Settings):
     def skips_the_output(self) -> bool:
         """Whether some step trains nothing after the last attention layer."""
         return self.match_steps > 0 or self.weights.keys() == {ATTENTION}
+
+    def steps(self, tokens: int, length: int) -> int:
+        """Steps that take so many tokens, or more, in windows of ``length``."""
+        return math.ceil(tokens / (self.batch * length))
 
     def weights_at(self, step: int) -> dict[str, float]:
         """The objective of one step."""

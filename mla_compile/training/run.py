@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import logging
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -31,7 +32,7 @@ from mla_compile.sources import frontend
 from mla_compile.text.calibration import Text, read_text
 from mla_compile.text.corpus import check_vocabulary, load_tokenizer, require_predictable
 from mla_compile.text.evaluate import longest_window, perplexity, require_window
-from mla_compile.training.checkpoints import Checkpoints, remove_checkpoints
+from mla_compile.training.checkpoints import Checkpoints, remove_checkpoints, require_same_settings
 from mla_compile.training.packing import Packed, pack
 from mla_compile.training.recipe import DIVERGENCE, NEXT_TOKEN, Recipe
 
@@ -40,8 +41,11 @@ if TYPE_CHECKING:
 
 __all__ = ["finetune", "finetune_module", "require_accelerate"]
 
+_log = logging.getLogger(__name__)
 _CHECKPOINTS = "checkpoints"
 _RESULTS = (MODEL, SETTINGS, REPORT, PAGE, RECIPE)
+_MANY_MORE = 1.1
+"""Tokens that whole steps take over those that were asked for, from which the user is told."""
 
 
 @dataclass(frozen=True)
@@ -80,23 +84,15 @@ class _Task:
             teacher: What there is to learn from.
             text: Documents or windows.
             tokenizer: A tokenizer, for documents.
-            recipe: The settings.
+            recipe: The settings, the objective chosen.
 
         Raises:
-            UsageError: Objective, teacher, text, tokenizer and model do not fit together.
+            UsageError: Text, tokenizer, teacher and model do not fit together.
         """
-        if recipe.objective == "auto":
-            recipe = recipe.model_copy(update={"objective": NEXT_TOKEN if teacher is None else DIVERGENCE})
         if isinstance(text, Tensor) and recipe.seq_len not in (None, text.shape[1]):
             raise UsageError(
                 f"The windows have {text.shape[1]} tokens, and a seq_len of {recipe.seq_len} is asked for.",
                 "Leave seq_len out, or cut the text into such windows.",
-            )
-        if recipe.learns_from_another and teacher is None:
-            raise UsageError(
-                f"The objective '{recipe.objective}' with {recipe.match_steps} steps of matching learns from another "
-                "model, and none was given.",
-                "Give the original, or a larger model with the same vocabulary, with --teacher MODEL.",
             )
         score = module_scorer(model)
         length = text.shape[1] if isinstance(text, Tensor) else recipe.seq_len
@@ -174,7 +170,10 @@ def finetune(
             f"The objective '{recipe.objective}' asks no teacher, and '{teacher}' is one.",
             "Leave --teacher out, or give --objective kl.",
         )
+    recipe = _with_objective(recipe, teacher is not None)
     _check_out(folder, out, resume=resume, force=force)
+    if resume:
+        require_same_settings(out / _CHECKPOINTS, recipe)
     stages = Stages(display)
     text = read_text(data)
     with stages.stage("load"):
@@ -190,6 +189,7 @@ def finetune(
     engine = start_engine(task.recipe, out)  # all processes have checked the folder when this returns
     if engine.is_main_process and not resume:
         _remove_earlier(out)
+        _tell_rounding(recipe.tokens, task)
     engine.wait_for_everyone()
     training = task.train(engine, task.checkpoints(out, stay=True), stages, resume=resume)
     if not engine.is_main_process:
@@ -234,16 +234,28 @@ def finetune_module(
     text = read_text(data)
     if not isinstance(text, Tensor) and (tokenizer is None or isinstance(tokenizer, str | Path)):
         tokenizer = load_tokenizer(original.assets.folder)
-    recipe = recipe.model_copy(update={"tracker": "none"})
+    recipe = _with_objective(recipe.model_copy(update={"tracker": "none"}), True)
     task = _Task.of(model, original.source, original.max_positions, original, text, tokenizer, recipe)  # type: ignore[arg-type]
     from mla_compile.training.trainer import start_engine
 
     with tempfile.TemporaryDirectory() if folder is None else contextlib.nullcontext(folder) as place:
         checkpoints = task.checkpoints(Path(place), stay=False)
         resume = _are_there(checkpoints)
+        if not resume:
+            _tell_rounding(recipe.tokens, task)
         training = task.train(start_engine(task.recipe, Path(place)), checkpoints, stages, resume=resume)
         remove_checkpoints(checkpoints.folder)
         return training
+
+
+def _tell_rounding(wanted: int | None, task: _Task) -> None:
+    """Say so where whole steps take many more tokens than were asked for."""
+    length, batch = task.text.length, task.recipe.batch
+    taken = 0 if wanted is None else task.recipe.steps(wanted, length) * batch * length
+    if wanted is not None and taken > _MANY_MORE * wanted:
+        _log.warning(
+            "Training takes %d tokens, not %d: whole steps of %d windows of %d tokens.", taken, wanted, batch, length
+        )
 
 
 def _are_there(checkpoints: Checkpoints) -> bool:
@@ -291,6 +303,27 @@ def _write_back(trained: LatentModel, model: LatentModel) -> None:
             parameter.copy_(wide[name])
 
 
+def _with_objective(recipe: Recipe, taught: bool) -> Recipe:
+    """Choose the objective that was left open.
+
+    Args:
+        recipe: The settings.
+        taught: Whether there is a teacher.
+
+    Raises:
+        UsageError: There is none, and some step asks one.
+    """
+    if recipe.objective == "auto":
+        recipe = recipe.model_copy(update={"objective": DIVERGENCE if taught else NEXT_TOKEN})
+    if recipe.learns_from_another and not taught:
+        first = f" with {recipe.match_steps} steps of matching" if recipe.match_steps else ""
+        raise UsageError(
+            f"The objective '{recipe.objective}'{first} learns from another model, and none was given.",
+            "Give the original, or a larger model with the same vocabulary, with --teacher MODEL.",
+        )
+    return recipe
+
+
 def _require_packages(recipe: Recipe) -> None:
     require_accelerate()
     if recipe.lora_rank and importlib.util.find_spec("peft") is None:
@@ -304,7 +337,8 @@ def _check_out(folder: Path, out: Path, *, resume: bool, force: bool) -> None:
     """Refuse a folder that cannot be written, before any work is done.
 
     Raises:
-        UsageError: It is that of the converted model, or holds something and neither ``resume`` nor ``force`` is given.
+        UsageError: It is that of the converted model, or holds something and neither ``resume`` nor ``force`` is given;
+            what to do depends on whether that is a training that is finished.
     """
     if resume and force:
         raise UsageError("--resume goes on and --force begins anew.", "Give one of them.")
@@ -315,6 +349,11 @@ def _check_out(folder: Path, out: Path, *, resume: bool, force: bool) -> None:
     if out.exists() and folder.exists() and out.samefile(folder):
         raise UsageError(f"'{out}' is the folder of the converted model.", "Choose another folder.")
     occupied = out.is_dir() and any(out.iterdir())
+    if occupied and not resume and not force and (out / RECIPE).is_file():
+        raise UsageError(
+            f"'{out}' holds a training that is finished.",
+            f"Train it further into a new folder with mla-compile finetune {out}, or begin anew with --force.",
+        )
     if occupied and not resume and not force:
         raise UsageError(f"'{out}' exists already.", "Go on with --resume, or begin anew with --force.")
     if resume and not any((out / _CHECKPOINTS).glob("step-*")):

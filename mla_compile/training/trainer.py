@@ -255,7 +255,7 @@ class _Run:
         model.to(accelerator.device)
         whole = Student(model, matching=matching, recompute=recipe.recompute)
         adapters = _adapters(whole, model, names, recipe) if recipe.lora_rank else []
-        steps = math.ceil((recipe.tokens or text.train.numel()) / (recipe.batch * text.length))
+        steps = recipe.steps(recipe.tokens or text.train.numel(), text.length)
         if recipe.match_steps >= steps:
             raise UsageError(
                 f"All {steps} steps would match attention outputs (--match-steps {recipe.match_steps}).",

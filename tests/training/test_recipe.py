@@ -155,6 +155,13 @@ def test_text_of_less_than_two_windows_is_refused(texts):
         pack(texts, Letters(), length=4, tokens=None, held_out=4)
 
 
+@pytest.mark.parametrize(("letters", "advice"), [(62, "Give more text."), (64, "shorter window with --seq-len 32.")])
+def test_a_shorter_window_is_advised_only_where_it_is_of_use(letters, advice):
+    with pytest.raises(UsageError) as caught:
+        pack(["a" * (letters - 1)], Letters(), length=64, tokens=None, held_out=4)
+    assert caught.value.remedy.endswith(advice)
+
+
 class _Holder(nn.Module):
     def __init__(self):
         super().__init__()

@@ -29,7 +29,7 @@ from mla_compile.errors import LoadError, TrainingError, UsageError
 from mla_compile.report import Training, TrainingPoint
 from mla_compile.runtime.module import LatentModel
 from mla_compile.sources.capture import capture
-from mla_compile.training import checkpoints, trainer
+from mla_compile.training import checkpoints, run, trainer
 from mla_compile.training.objectives import Student, Teacher, Wanted
 from mla_compile.training.packing import Packed
 from mla_compile.training.run import _check_out
@@ -296,14 +296,47 @@ def test_a_teacher_with_another_vocabulary_is_refused(train, tmp_path):
 
 
 def test_a_folder_is_not_overwritten(plain, train, converted, data):
-    with pytest.raises(UsageError, match="--resume"):
+    with pytest.raises(UsageError, match=r"a training that is finished\. Train it further into a new folder"):
         train(plain.folder)
-    with pytest.raises(UsageError, match="another training, with another rate"):
+    with pytest.raises(UsageError, match="another training, with another rate, and it is finished"):
         train(plain.folder, resume=True, rate=0.03)
     with pytest.raises(UsageError, match="another training, with another text"):
         train(plain.folder, resume=True, text=counting(44, seed=1))
     with pytest.raises(UsageError, match="folder of the converted model"):
         finetune(converted, data, converted, Recipe(**SETTINGS), resume=True)
+
+
+def test_other_settings_are_refused_before_anything_is_loaded(plain, converted, data, tmp_path, monkeypatch):
+    out = tmp_path / "model"
+    shutil.copytree(plain.folder / "checkpoints", out / "checkpoints")
+    monkeypatch.setattr(run, "open_saved", Mock(side_effect=AssertionError("loaded")))
+    with pytest.raises(UsageError, match=r"with another tokens\. Resume with the same settings"):
+        finetune(converted, data, out, Recipe(**{**SETTINGS, "tokens": 10**6}), resume=True)
+    with pytest.raises(AssertionError, match="loaded"):
+        finetune(converted, data, out, Recipe(**SETTINGS), resume=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"objective": "kl"}, "The objective 'kl' learns from another model, and none was given."),
+        ({"match_steps": 2}, "The objective 'next-token' with 2 steps of matching learns from another model, and none"),
+    ],
+)
+def test_a_missing_teacher_is_told_before_anything_is_read(tmp_path, settings, told):
+    with pytest.raises(UsageError) as caught:
+        finetune(tmp_path / "nowhere", tmp_path / "nothing.txt", tmp_path / "out", Recipe(**settings))
+    assert caught.value.message.startswith(told)
+
+
+def test_tokens_that_whole_steps_exceed_are_told(train, caplog, data):
+    taken = SETTINGS["batch"] * data.shape[1]
+    found = train(tokens=3, every=1)
+    assert found.report["training"]["tokens"] == taken
+    assert f"Training takes {taken} tokens, not 3: whole steps of {SETTINGS['batch']} windows" in caplog.text
+    caplog.clear()
+    train(tokens=taken, every=1)
+    assert "Training takes" not in caplog.text
 
 
 @pytest.mark.parametrize("there", [None, "checkpoints", "checkpoints/.step-00000000"])
