@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 
@@ -22,8 +23,9 @@ def is_hub_id(name: str) -> bool:
     return _ID.fullmatch(name) is not None and not name.endswith(_FILES) and not Path(name).exists()
 
 
+@functools.cache
 def hub_answers(name: str) -> bool:
-    """Whether the hub says anything of a model, be it that it has none; asked once.
+    """Whether the hub says anything of a model, be it that it has none; asked once in a process.
 
     Its own library asks again and again for half a minute before it says that there is no network.
     """

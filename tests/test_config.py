@@ -6,6 +6,7 @@ import copy
 import math
 import pickle
 
+import models
 import pytest
 import yaml
 from pydantic import ValidationError
@@ -130,12 +131,12 @@ def test_the_cache_settles_the_operator_set(cache, opset):
 def test_where_a_python_caller_writes_no_file_options_of_files_are_refused(tmp_path):
     for settings in ({"cache": "static"}, {"opset": 24}, {"inline": True}):
         with pytest.raises(UsageError, match=r"^--.*: only an ONNX file for ONNX Runtime is written so"):
-            mla_compile.compile("no-model", method="mha2mla", out=tmp_path / "folder", **settings)
+            mla_compile.compile(models.llama(), method="mha2mla", out=tmp_path / "folder", **settings)
 
 
 def test_a_place_is_a_string_too_and_what_is_checked_against_one_needs_it():
     with pytest.raises(UsageError, match=r"^--inline: only an ONNX file .* 'folder' is none"):
-        mla_compile.compile("no-model", method="mha2mla", out="folder", inline=True)
+        mla_compile.compile(models.llama(), method="mha2mla", out="folder", inline=True)
     with pytest.raises(UsageError, match="engine and force are about what is written to out"):
         mla_compile.compile("no-model", method="mha2mla", force=True)
 
@@ -209,7 +210,7 @@ def test_settings_are_taken_as_a_dictionary_too():
         with pytest.raises(UsageError, match=said):
             mla_compile.compile("no-model", config=given)
     with pytest.raises(UsageError, match="none was given"):
-        mla_compile.compile("no-model", config={"method": "fisher"})
+        mla_compile.compile(models.llama(), config={"method": "fisher"})
 
 
 def test_settings_are_copied_and_pickled_as_they_are():

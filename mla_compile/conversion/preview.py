@@ -26,7 +26,7 @@ from mla_compile.program import AnyProgram
 from mla_compile.progress import Display, Stages
 from mla_compile.site import AttentionSite
 from mla_compile.sources import frontend
-from mla_compile.sources.given import require_model
+from mla_compile.sources.given import require_model, require_on_hub
 from mla_compile.text.calibration import Text, cut_windows, read_text, require_text
 from mla_compile.text.corpus import require_named_tokenizer
 
@@ -91,6 +91,7 @@ def plan(
     require_model(model)
     if is_weightless(model):
         return _plan_weightless(model, config, calibration, attn_implementation)
+    require_on_hub(model)
     require_text(config, calibration, planned=True)
     documents = read_text(calibration)
     if tokenizer is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from mla_compile.conversion.targets import Destination, target_of
 from mla_compile.disk.layer_store import LayerStore
 from mla_compile.errors import UsageError
 from mla_compile.progress import Display, Stages
-from mla_compile.sources.given import require_model
+from mla_compile.sources.given import require_model, require_on_hub
 from mla_compile.text.calibration import Text, has_windows, read_text, require_text
 from mla_compile.text.corpus import require_named_tokenizer, require_tokenizer
 from mla_compile.text.processes import Processes, join_processes
@@ -102,10 +103,8 @@ def check_request(request: Request) -> None:
         UsageError: Something that is needed was not given.
         LoadError: There is no such model, or training was asked for, and the package that does it is not installed.
     """
-    require_model(request.source.model)
-    config, limit = request.config, request.max_perplexity_ratio
-    require_text(config, request.calibration)
-    if limit is not None and not limit > 0:
+    limit = request.max_perplexity_ratio
+    if limit is not None and not 0 < limit < math.inf:
         raise UsageError(f"--max-ppl-ratio {limit} is not a factor.", "Give a number above 0.")
     if request.calibration is None and limit is not None:
         raise UsageError("A perplexity limit needs text to measure on.", "Give some with --calibration FILE.")
@@ -113,6 +112,7 @@ def check_request(request: Request) -> None:
         require_accelerate()
     elif request.finetune_tokens is not None:
         raise UsageError("--finetune-tokens counts tokens of --finetune TEXT, and none was given.", "Add --finetune.")
+    require_model(request.source.model)
 
 
 def _check_destination(to: Destination, config: CompileConfig, source: ModelSource) -> None:
@@ -150,9 +150,9 @@ def begin(request: Request, display: Display | None) -> Session:
     """Open the texts, look at where the result will go, and join the processes that share the calibration.
 
     Raises:
-        LoadError: A text or the tokenizer cannot be read.
-        UsageError: The result cannot be written where it is to go; or training was asked for, which one of several
-            processes cannot do alone.
+        LoadError: A text or the tokenizer cannot be read, or the hub has no such model.
+        UsageError: The result cannot be written where it is to go; there is no text, and something is chosen by it; or
+            training was asked for, which one of several processes cannot do alone.
         ShareDone: Another process does all there is to do.
     """
     documents = read_text(request.calibration)
@@ -160,6 +160,8 @@ def begin(request: Request, display: Display | None) -> Session:
     _require_tokenizer(request)
     if request.destination is not None:
         _check_destination(request.destination, request.config, request.source)
+    require_on_hub(request.source.model)  # only now: the hub may take long
+    require_text(request.config, request.calibration)
     processes = join_processes() if request.share else Processes()
     if processes.count > 1 and request.finetune is not None:
         raise UsageError(

@@ -16,16 +16,14 @@ from mla_compile.errors import LoadError
 from mla_compile.hub import is_hub_id
 from mla_compile.sources import huggingface
 
-__all__ = ["require_model", "require_named", "require_values"]
+__all__ = ["require_model", "require_named", "require_on_hub", "require_values"]
 
 
 _SCRIPT = (torch.jit.ScriptModule, torch.jit.ScriptFunction)
 
 
 def require_model(model: object) -> None:
-    """Refuse what is no model.
-
-    Of a hub id the configuration is read, which is little, and what is first read of it anyway.
+    """Refuse what is no model, as far as this machine knows.
 
     Args:
         model: Anything.
@@ -36,8 +34,6 @@ def require_model(model: object) -> None:
     """
     if isinstance(model, str | Path):
         require_named(model)
-        if is_hub_id(str(model)):
-            huggingface.read_config(str(model))
         return
     parts = [*model.modules()] if isinstance(model, nn.Module) else [model]
     script = [type(part).__name__ for part in parts if isinstance(part, _SCRIPT)]
@@ -55,6 +51,19 @@ def require_model(model: object) -> None:
         require_values(model, type(model).__name__)
     elif not isinstance(model, ExportedProgram):
         raise _no_model(model)
+
+
+def require_on_hub(model: object) -> None:
+    """Refuse a hub id of nothing: its configuration is read, which is little, and what is first read of it anyway.
+
+    Args:
+        model: What :func:`require_model` takes for one.
+
+    Raises:
+        LoadError: The hub has no such model, or cannot be reached.
+    """
+    if isinstance(model, str | Path) and is_hub_id(str(model)):
+        huggingface.read_config(str(model))
 
 
 def require_named(source: str | Path) -> None:
