@@ -59,7 +59,8 @@ def start_engine(recipe: Recipe, folder: Path) -> Accelerator:
     try:
         accelerator = Accelerator(
             cpu=not torch.accelerator.is_available(),
-            mixed_precision=recipe.mixed_precision,
+            # DeepSpeed's own is the type of the weights themselves; see _set_up_deepspeed.
+            mixed_precision="no" if _is_asked_for(DistributedType.DEEPSPEED) else recipe.mixed_precision,
             gradient_accumulation_steps=recipe.accumulate,
             dataloader_config=DataLoaderConfiguration(split_batches=True, dispatch_batches=False),
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=recipe.skips_the_output)],
@@ -73,7 +74,7 @@ def start_engine(recipe: Recipe, folder: Path) -> Accelerator:
     except ImportError as error:
         raise UsageError("DeepSpeed is not installed.", "Run: pip install 'mla-compile[deepspeed]'.") from error
     for kind in _SHARDED:
-        if os.environ.get(f"ACCELERATE_USE_{kind.name}") == "true" and accelerator.distributed_type != kind:
+        if _is_asked_for(kind) and accelerator.distributed_type != kind:
             raise UsageError(
                 "accelerate shards a training on accelerators only, and there is none.", f"Train without {kind.name}."
             )
@@ -88,23 +89,25 @@ def start_engine(recipe: Recipe, folder: Path) -> Accelerator:
     return accelerator
 
 
+def _is_asked_for(kind: DistributedType) -> bool:
+    """Whether the launcher was told to use an engine."""
+    return os.environ.get(f"ACCELERATE_USE_{kind.name}") == "true"
+
+
 def _set_up_deepspeed(plugin: DeepSpeedPlugin, recipe: Recipe) -> None:
-    """Tell DeepSpeed, whose backward pass takes the step, what a step is.
+    """Tell DeepSpeed, whose backward pass takes the step, what a step is, and what products are computed in.
 
     Raises:
-        UsageError: It would shard the weights themselves, or keep them in fewer bits.
+        UsageError: It would shard the weights themselves.
     """
     if plugin.zero_stage > _STAGES:
         raise UsageError(
             f"Weights that DeepSpeed shards (ZeRO stage {plugin.zero_stage}) are not gathered here.",
             f"Choose stage {_STAGES} or less, or FSDP.",
         )
-    if recipe.mixed_precision != "no":
-        raise UsageError(
-            f"With DeepSpeed --mixed-precision {recipe.mixed_precision} is the type of the weights themselves.",
-            "Leave it out.",
-        )
     plugin.deepspeed_config.update(gradient_clipping=recipe.clip, gradient_accumulation_steps=recipe.accumulate)
+    if recipe.mixed_precision == "bf16":
+        plugin.deepspeed_config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
 
 
 def _tracker(recipe: Recipe) -> str | None:

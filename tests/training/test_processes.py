@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import mla_compile
 from training import MATCHING, assert_same, assert_same_curve
@@ -75,3 +76,17 @@ def test_deepspeed_trains_as_one_process(plain, worker, tmp_path):
         shutil.rmtree(last)
         for name in ("model.pt2", "report.json", "report.html"):
             (out / name).unlink()
+
+
+def test_deepspeed_computes_products_in_bfloat16(plain, worker, tmp_path):
+    """And keeps weights in float32, which small steps are not lost in."""
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: .[deepspeed]")
+    out = tmp_path / "model"
+    done = run("-m", *LAUNCHERS["torchrun"], *worker(out, "--deepspeed", mixed_precision="bf16"))
+    assert done.returncode == 0, done.stderr
+    found = json.loads((out / "report.json").read_text())["training"]
+    assert found["after"] == pytest.approx(plain.report["training"]["after"], abs=0.05)
+    assert found["before"] != plain.report["training"]["before"], "products are rounded"
+    weights = [w for w in mla_compile.load(out).state_dict().values() if w.is_floating_point()]
+    assert {w.dtype for w in weights} == {torch.float32}
+    assert any(bool((w != w.bfloat16()).any()) for w in weights)

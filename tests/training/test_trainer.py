@@ -399,8 +399,8 @@ def test_what_a_step_is_is_told_to_deepspeed():
     plugin = Mock(zero_stage=2, deepspeed_config={"gradient_clipping": "auto"})
     trainer._set_up_deepspeed(plugin, Recipe(clip=0.5, batch=8, accumulate=4))
     assert plugin.deepspeed_config == {"gradient_clipping": 0.5, "gradient_accumulation_steps": 4}
-    with pytest.raises(UsageError, match="--mixed-precision bf16 is the type of the weights"):
-        trainer._set_up_deepspeed(plugin, Recipe(mixed_precision="bf16"))
+    trainer._set_up_deepspeed(plugin, Recipe(mixed_precision="bf16"))
+    assert plugin.deepspeed_config["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
     plugin.zero_stage = 3
     with pytest.raises(UsageError, match="Choose stage 2 or less"):
         trainer._set_up_deepspeed(plugin, Recipe())
