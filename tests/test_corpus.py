@@ -320,6 +320,6 @@ def test_a_folder_without_tokenizer_is_said_to_have_none(tmp_path, name):
 
 
 def test_special_tokens_of_the_bundled_tokenizer(tokenizer):
-    found = special_tokens(str(TINY))
+    found = special_tokens(load_tokenizer(str(TINY)))
     assert found == {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     assert tokenizer.decode([found["eos_token_id"]]) == "<|endoftext|>"

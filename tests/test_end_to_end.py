@@ -179,9 +179,10 @@ def test_what_the_file_says_of_itself(converted):
         "attention_mask": ["batch_size", "total_sequence_length"],
         "position_ids": ["batch_size", "sequence_length"],
         **{f"past_key_values.{i}.latent": ["batch_size", "past_sequence_length", 64] for i in range(4)},
+        "logits_to_keep": [],
     }
     assert shapes(model.graph.output) == {
-        "logits": ["batch_size", "sequence_length", 1024],
+        "logits": ["batch_size", "logits_length", 1024],
         **{f"present.{i}.latent": ["batch_size", "total_sequence_length", 64] for i in range(4)},
     }
 

@@ -137,10 +137,11 @@ def test_another_process_has_nothing_to_do_without_text(monkeypatch, programs):
 
     monkeypatch.setattr(Processes, "wait", lambda self: None)
     monkeypatch.setattr(request, "join_processes", lambda: Processes(1, 2))
+    program, text = programs["nanogpt"].program.exported, models.tokens(12, 16)
     with pytest.raises(ShareDone):
-        api.compile(programs["nanogpt"].program.exported, method="mha2mla", share=True)
+        api.compile(program, method="mha2mla", share=True)
     with pytest.raises(UsageError, match="Convert without --finetune"):
-        api.compile("model", method="mha2mla", share=True, finetune="text.txt")
+        api.compile(program, method="mha2mla", share=True, finetune=text)
 
 
 def test_the_command_line_ends_well_in_other_processes(monkeypatch, tmp_path):

@@ -12,8 +12,8 @@ from mla_compile.config import make_config
 from mla_compile.conversion.causal import Case, choose, finish
 from mla_compile.disk.layer_store import LayerStore
 from mla_compile.passes import layers
-from mla_compile.passes.factorise import truncated_svd
 from mla_compile.passes.layers import measure_layers
+from mla_compile.passes.low_rank import truncated_svd
 from mla_compile.passes.methods import METHODS
 from mla_compile.passes.query_rank import full_query_rank, with_query_rank
 from mla_compile.passes.task import Task
@@ -52,7 +52,8 @@ def test_the_rank_is_that_and_logits_change_least(task, weights):
     moments = [measured.statistics().moment for measured in measure_layers(task).layers]
     for layer, changed, moment in zip(weights, with_query_rank(weights, moments, 12), moments, strict=True):
         assert torch.linalg.matrix_rank(changed.query.flatten(0, 1), rtol=1e-9) == 12
-        up, down = truncated_svd(layer.query.flatten(0, 1), 12)
+        best = truncated_svd(layer.query.flatten(0, 1), 12)
+        up, down = best.up, best.down
         plain = type(layer)(**{**layer.__dict__, "query": (up @ down).view_as(layer.query)})
         assert logit_error(layer, changed, moment) < 0.9 * logit_error(layer, plain, moment)
 
