@@ -84,12 +84,12 @@ def write_saved_gguf(
     with moved_into(path.parent) as folder:
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             checkpoint = Path(scratch) / "checkpoint"
-            report = write_saved_checkpoint(saved, checkpoint, preset=preset, stages=stages)
+            facts = write_saved_checkpoint(saved, checkpoint, preset=preset, stages=stages)["checkpoint"]
             error = write_and_check(checkpoint, folder / path.name, Path(source).name, stages)
-        facts = {**report["checkpoint"], "llama_cpp_error": error, "caveats": []}
+        facts = {**facts, "llama_cpp_error": error, "caveats": []}
+        report = _settled(saved, "gguf", preset)
         warnings = [*report["warnings"], *(() if error is not None else (UNCHECKED,))]
-        settings = _settled(saved, "gguf", preset)["config"]
-        return completed({**report, "config": settings, "checkpoint": facts, "warnings": warnings}, folder)
+        return completed({**report, "checkpoint": facts, "warnings": warnings}, folder)
 
 
 def _settled(saved: Saved, form: str, preset: str) -> Mapping[str, Any]:

@@ -17,7 +17,6 @@ from mla_compile.text.corpus import (
     check_vocabulary,
     load_tokenizer,
     open_documents,
-    require_predictable,
     token_windows,
     tokenize,
 )
@@ -257,7 +256,5 @@ def _require_room(model: Opened, windows: Tensor) -> None:
     Raises:
         UsageError: They hold ids it does not read or predict, or are too long.
     """
-    largest = int(windows.max())
-    check_vocabulary(largest, model.known_tokens, model.name)
-    require_predictable(largest, model.vocabulary, model.name)
+    check_vocabulary(int(windows.max()), model.known_tokens, model.name, model.vocabulary)
     require_window(model.score, model.longest, windows.shape[1], model.name)

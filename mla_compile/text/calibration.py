@@ -22,7 +22,6 @@ from mla_compile.text.corpus import (
     check_vocabulary,
     load_tokenizer,
     open_documents,
-    require_predictable,
     token_windows,
     tokenize,
 )
@@ -204,9 +203,7 @@ def cut_windows(
         enough = (_used(config, length) + _HELD_OUT) * length
         ids = tokenize(text, tokenizer, enough)
         windows = token_windows(ids, length, longest=lambda tokens: advised_window(score, limit, tokens))
-    largest = int(windows.max())
-    check_vocabulary(largest, program.known_tokens, program.source)
-    require_predictable(largest, program.vocabulary, program.source)
+    check_vocabulary(int(windows.max()), program.known_tokens, program.source, program.vocabulary)
     length = windows.shape[1]
     require_window(original_scorer(program), program.max_positions, length, program.source)
     held_out = min(_HELD_OUT, max(1, len(windows) // 10))

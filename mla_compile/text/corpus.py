@@ -31,7 +31,6 @@ __all__ = [
     "open_documents",
     "read_documents",
     "require_named_tokenizer",
-    "require_predictable",
     "require_tokenizer",
     "special_tokens",
     "token_windows",
@@ -292,36 +291,24 @@ def _first(document: str, most: int, ids: Callable[[str], list[int]]) -> list[in
     return ids(document)
 
 
-def check_vocabulary(largest: int, vocabulary: int, source: str) -> None:
-    """Refuse token ids a model does not know: the tokenizer belongs to another one.
+def check_vocabulary(largest: int, known: int, source: str, predicted: int | None = None) -> None:
+    """Refuse token ids that a model cannot be given, or be scored on.
 
     Args:
         largest: The largest id.
-        vocabulary: How many ids the model knows.
+        known: How many ids the model reads; a tokenizer that gives others belongs to another one.
         source: The model's name.
+        predicted: How many logits a token has, where the text is to be scored.
 
     Raises:
         UsageError: The id is out of range.
     """
-    if largest >= vocabulary:
+    if largest >= known:
         raise UsageError(
-            f"The tokenizer gives token {largest}, but '{source}' knows only {vocabulary}.",
+            f"The tokenizer gives token {largest}, but '{source}' knows only {known}.",
             "Give the model's own tokenizer with --tokenizer FOLDER.",
         )
-
-
-def require_predictable(largest: int, predicted: int, source: str) -> None:
-    """Refuse to score a text that has tokens which a model reads but has no logits for.
-
-    Args:
-        largest: The largest id of the text.
-        predicted: How many logits a token has.
-        source: The model's name.
-
-    Raises:
-        UsageError: There are some.
-    """
-    if largest >= predicted:
+    if predicted is not None and largest >= predicted:
         raise UsageError(
             f"The text has token {largest}, and what '{source}' returns for logits is of {predicted} tokens only.",
             "Check that it returns logits and not hidden states, or give text without such tokens.",

@@ -30,7 +30,7 @@ from mla_compile.reporting.report_page import PAGE
 from mla_compile.runtime.module import LatentModel
 from mla_compile.sources import frontend
 from mla_compile.text.calibration import Text, read_text
-from mla_compile.text.corpus import check_vocabulary, load_tokenizer, require_predictable
+from mla_compile.text.corpus import check_vocabulary, load_tokenizer
 from mla_compile.text.evaluate import longest_window, perplexity, require_window
 from mla_compile.training.checkpoints import Checkpoints, remove_checkpoints, require_same_settings
 from mla_compile.training.packing import Packed, pack
@@ -103,8 +103,7 @@ class _Task:
         known = _vocabulary(model, source, teacher)
         packed = pack(text, tokenizer, length, recipe.tokens, recipe.eval_windows)
         largest = max(int(packed.train.max()), int(packed.held_out.max()))
-        check_vocabulary(largest, known, source)
-        require_predictable(largest, model.vocabulary, source)
+        check_vocabulary(largest, known, source, model.vocabulary)
         tokens = recipe.tokens or packed.train.numel()
         recipe = recipe.model_copy(update={"seq_len": length, "tokens": tokens})
         return cls(model, teacher if recipe.learns_from_another else None, packed, recipe)

@@ -14,12 +14,14 @@ import torch
 
 import mla_compile
 from mla_compile import Recipe, finetune
+from mla_compile.artifacts import saved_checkpoint
 from mla_compile.artifacts.places import check_neighbours
 from mla_compile.artifacts.saved import open_saved, save, write_saved_onnx, write_trained
 from mla_compile.cli import main
 from mla_compile.config import make_config
 from mla_compile.disk.layer_store import LayerStore
 from mla_compile.errors import TrainingError, UsageError
+from mla_compile.progress import Stages
 from mla_compile.report import Training, TrainingPoint
 from mla_compile.reporting.reproduction import reproducing
 from mla_compile.runtime.onnx_session import OnnxDecoder
@@ -130,6 +132,25 @@ def test_a_folder_becomes_a_file_for_llama_cpp(tmp_path, capsys):
     assert (report["config"]["format"], report["artifacts"]) == ("gguf", {"model.gguf": file.stat().st_size})
     assert [p.name for p in file.parent.iterdir() if p.name.startswith(".")] == []
     assert "model.gguf" in capsys.readouterr().out
+
+
+def test_what_is_told_of_a_checkpoint_is_not_told_of_the_file_made_of_it(for_stock_code, tmp_path, monkeypatch):
+    """A rotation that is scaled is for transformers only in a checkpoint, and carried in a file for llama.cpp."""
+    pytest.importorskip("gguf", reason="llama.cpp's package gguf is not installed")
+    saved, file = open_saved(for_stock_code), tmp_path / "out" / "model.gguf"
+
+    def checkpoint(saved, _, **__):
+        return {
+            **saved.report,
+            "checkpoint": {"error": 0.0, "caveats": ["rotations are scaled"]},
+            "warnings": ["of it"],
+        }
+
+    monkeypatch.setattr(saved_checkpoint, "write_saved_checkpoint", checkpoint)
+    monkeypatch.setattr(saved_checkpoint, "write_and_check", lambda _source, file, *_: file.write_bytes(b"GGUF") * 0.0)
+    report = saved_checkpoint.write_saved_gguf(saved, file, stages=Stages())
+    assert report["warnings"] == saved.report["warnings"]
+    assert report["checkpoint"] == {"error": 0.0, "caveats": [], "llama_cpp_error": 0.0}
 
 
 def test_a_folder_becomes_nothing_that_it_does_not_fit(plain, for_stock_code, tmp_path, capsys):
