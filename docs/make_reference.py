@@ -20,27 +20,30 @@ from pydantic import BaseModel
 
 HERE = Path(__file__).parent
 
-PUBLIC: dict[str, tuple[str, tuple[str, ...]]] = {
-    "mla_compile": (
+PUBLIC: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    (
         "Converting",
+        "mla_compile",
         ("compile", "CompiledModel", "CompileConfig", "inspect", "load", "save", "register_pattern"),
     ),
-    "mla_compile.training": ("Training", ("recipe.Recipe", "run.finetune")),
-    "mla_compile.report": ("Reports", ("Report", "Quality")),
-    "mla_compile.runtime.module": ("Running in PyTorch", ("LatentModel", "LatentOutput")),
-    "mla_compile.runtime": (
+    ("Training", "mla_compile", ("Recipe", "finetune")),
+    ("Reports", "mla_compile.report", ("Report", "Quality")),
+    ("Running in PyTorch", "mla_compile.runtime.module", ("LatentModel", "LatentOutput")),
+    (
         "Kernels for your own decoding loop",
+        "mla_compile.runtime",
         ("RowLayout", "LatentCache", "append_latent", "latent_attention"),
     ),
-    "mla_compile.runtime.onnx_session": ("Running in ONNX Runtime", ("OnnxDecoder", "open_session")),
-    "mla_compile.runtime.generate": ("Generation with any decoder", ("generate", "Sampling", "Decoder")),
-    "mla_compile.runtime.tensorrt": ("TensorRT", ("engine_builder.EngineSettings", "engine.TensorRTDecoder")),
-    "mla_compile.text.corpus": ("Text", ("read_documents", "tokenize", "token_windows")),
-    "mla_compile.text.evaluate": ("Measuring", ("perplexity", "compare", "Perplexity", "Comparison")),
-    "mla_compile.evaluation.measure": ("Measuring files and folders by name", ("measure", "Sample", "Measurement")),
-    "mla_compile.disk.layer_store": ("Resuming after a kill", ("store_beside",)),
-    "mla_compile.errors": (
+    ("Running in ONNX Runtime", "mla_compile.runtime", ("OnnxDecoder", "onnx_session.open_session")),
+    ("Generation with any decoder", "mla_compile.runtime", ("generate.generate", "Sampling", "generate.Decoder")),
+    ("TensorRT", "mla_compile.runtime", ("tensorrt.engine_builder.EngineSettings", "TensorRTDecoder")),
+    ("Text", "mla_compile.text.corpus", ("read_documents", "tokenize", "token_windows")),
+    ("Measuring", "mla_compile.text.evaluate", ("perplexity", "compare", "Perplexity", "Comparison")),
+    ("Measuring files and folders by name", "mla_compile.evaluation.measure", ("measure", "Sample", "Measurement")),
+    ("Resuming after a kill", "mla_compile.disk.layer_store", ("store_beside",)),
+    (
         "Errors",
+        "mla_compile.errors",
         (
             "MlaCompileError",
             "UsageError",
@@ -52,15 +55,15 @@ PUBLIC: dict[str, tuple[str, tuple[str, ...]]] = {
             "ShareDone",
         ),
     ),
-}
-"""What the reference describes: by module, a title and the names."""
+)
+"""What the reference describes: a title, a package, and names in it."""
 
 SECTIONS = ("Args", "Attributes", "Returns", "Yields", "Raises", "Example")
 
 
 def public() -> Iterator[tuple[str, str, Any]]:
     """Every public object, with the title it stands under and the name it is imported by."""
-    for module, (title, names) in PUBLIC.items():
+    for title, module, names in PUBLIC:
         for name in names:
             inner, _, leaf = name.rpartition(".")
             home = f"{module}.{inner}" if inner else module

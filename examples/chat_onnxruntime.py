@@ -20,7 +20,7 @@ import numpy as np
 from transformers import AutoTokenizer
 
 from mla_compile.errors import MlaCompileError
-from mla_compile.runtime.onnx_session import OnnxDecoder
+from mla_compile.runtime import OnnxDecoder
 
 HERE = Path(__file__).parent
 

@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 import mla_compile
 from mla_compile.display import make_display, show_report
-from mla_compile.runtime.onnx_session import OnnxDecoder
+from mla_compile.runtime import OnnxDecoder
 from mla_compile.text.corpus import token_windows, tokenize
 from mla_compile.text.evaluate import perplexity
 

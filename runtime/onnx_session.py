@@ -131,6 +131,10 @@ def _explained(error: Exception, path: Path, provider: str, *, fused: bool) -> U
             f"'{path}' was written by mla-compile fuse, and runs with the library of the fused kernel only.",
             "Run it on the CPU with --kernel auto or fused, which needs a C++ compiler.",
         )
+    if "provider option" in told:
+        return UsageError(
+            f"ONNX Runtime's {provider} does not take the options it was given ({reason}).", "Correct them."
+        )
     return LoadError(f"ONNX Runtime cannot load '{path}' ({reason}).", "Convert the model again.")
 
 

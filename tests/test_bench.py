@@ -104,7 +104,7 @@ def found(files):
     written, _, program = files
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module.frontend, "load_any", lambda name, dtype: program)
-        return bench([written["static"], written["dynamic"]], "the model", Workload((6, 20), (1, 3), rounds=2))
+        return bench([written["static"], written["dynamic"]], "llama", Workload((6, 20), (1, 3), rounds=2))
 
 
 def test_figures_fit_each_other(files, found):
@@ -210,7 +210,7 @@ def test_what_cannot_be_measured_is_said(files, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(module.frontend, "load_any", lambda name, dtype: program)
     monkeypatch.setattr(module, "_open", lambda path, threads: OtherVocabulary())
     with pytest.raises(UsageError, match="vocabulary of 5 tokens"):
-        bench([alone], "the model")
+        bench([alone], "llama")
 
 
 class OtherVocabulary:

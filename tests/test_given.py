@@ -110,6 +110,12 @@ def place(tmp_path, monkeypatch):
         ("plan {tiny} --exact --tokenizer nosuch", "No tokenizer could be loaded from 'nosuch'"),
         ("{tiny} --out {tiny} --exact", "is the folder of the original model. Choose another folder."),
         ("{tiny} --out {tiny} --exact --force", "is the folder of the original model. Choose another folder."),
+        ("eval {tiny} ./nosuch --text text.txt", "There is no file or folder './nosuch'."),
+        ("eval {tiny} nosuch.plan --text text.txt", "There is no file 'nosuch.plan'. Build an engine first"),
+        ("eval {tiny} nosuch.onnx --text text.txt", "There is no file 'nosuch.onnx'. Convert a model first"),
+        ("eval {tiny} --original ./nosuch --text text.txt", "There is no file or folder './nosuch'."),
+        ("bench taken.onnx --against ./nosuch", "There is no file or folder './nosuch'."),
+        ("finetune . --teacher ./nosuch --data text.txt --out out", "There is no file or folder './nosuch'."),
         ("{tiny} --out x.onnx --calibration /dev/null", "'/dev/null' is no regular file but a pipe or a device"),
     ],
 )

@@ -51,6 +51,13 @@ def test_runtime_has_the_kernels_without_importing_them():
         _ = runtime.nonsense
 
 
+@pytest.mark.parametrize("name", runtime.__all__)
+def test_public_name_of_the_runtime_resolves_and_is_documented(name):
+    value = getattr(runtime, name)
+    assert value.__module__.startswith("mla_compile.runtime.")
+    assert value.__doc__
+
+
 def test_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = mla_compile.nonsense

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from mla_compile.runtime.onnx_session import OnnxDecoder
 from mla_compile.runtime.tensorrt.engine import TensorRTDecoder
 from mla_compile.runtime.torch_decoder import TorchDecoder
 from mla_compile.sources import frontend
+from mla_compile.sources.given import require_named
 from mla_compile.text.evaluate import Scorer, original_scorer
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "module_scorer",
     "open_model",
     "open_program",
+    "require_there",
 ]
 
 ONNX_RUNTIME, TENSORRT, TORCH = "onnxruntime", "tensorrt", "torch"
@@ -93,6 +95,22 @@ def open_model(name: str, tokenizer: str | None = None) -> Opened:
         raise LoadError(f"'{name}' holds no model in PyTorch, but {files[0].name}.", f"Name the file: {files[0]}.")
     program = frontend.load_program(name, tokenizer=tokenizer)
     return open_program(name, program, recognise(program))
+
+
+def require_there(names: Iterable[str]) -> None:
+    """Refuse a name of nothing, in the words of what would open it, before any model is read: that may take minutes.
+
+    Args:
+        names: What :func:`open_model` takes.
+
+    Raises:
+        LoadError: There is no such file or folder on this machine, and it is no hub id either.
+    """
+    for name in names:
+        if Path(name).suffix not in OPENED_HERE:
+            require_named(name)
+        elif not Path(name).exists():
+            open_model(name)
 
 
 def open_program(name: str, program: Program, found: Recognition) -> Opened:

@@ -37,11 +37,14 @@ from mla_compile.runtime.onnx_timing import filled, last_token, random_ids
 from mla_compile.runtime.onnx_variant import FUSED_DOMAIN
 from mla_compile.sources import frontend
 from mla_compile.sources.exported import language_model
+from mla_compile.sources.given import require_named
 from mla_compile.text.evaluate import original_scorer, relative_error
 from mla_compile.verification.agreement import require_equal
 
 __all__ = ["bench"]
 
+_OF_REPORT = "original"
+"""Stands for the model that a file was made of, as the report beside it says."""
 _CHECKED = 24
 """Random tokens that an original's file is compared on."""
 _AS_FLOAT32 = "Give one in float32: convert has --dtype float32."
@@ -53,7 +56,7 @@ _PATIENCE = 30.0
 
 def bench(
     files: Sequence[str | Path],
-    against: str = "original",
+    against: str = _OF_REPORT,
     workload: Workload = USUAL,
     *,
     display: Display | None = None,
@@ -73,6 +76,8 @@ def bench(
         VerificationError: A file of the original does not compute what the original does.
     """
     stages = Stages(display)
+    if against != _OF_REPORT:
+        require_named(against)
     named = {_unused(Path(f).stem, i, files): Path(f) for i, f in enumerate(files)}
     decoders = {name: _open(path, workload.threads) for name, path in named.items()}
     with stages.stage("load"):
@@ -149,7 +154,7 @@ def _load_original(file: Path, made_of: str | None, against: str) -> tuple[str, 
     Raises:
         LoadError: There is no such report, or it is of another model, or what is named cannot be read.
     """
-    if against != "original":
+    if against != _OF_REPORT:
         return against, _float32(against)
     kept = report_of(file)
     report = kept if kept.is_file() else file.with_name(REPORT)

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mla_compile.artifacts.opened import Opened, open_model
+from mla_compile.artifacts.opened import Opened, open_model, require_there
 from mla_compile.errors import LoadError, UsageError
 from mla_compile.progress import Display, Stages
 from mla_compile.text.corpus import (
@@ -201,9 +201,11 @@ def measure(
         UsageError: The models have different vocabularies, or the text or a model is too short for a window.
     """
     stages = Stages(display)
+    names = (*models, *([] if original is None else [original]))
+    require_there(names)
     documents = open_documents(sample.text)
     opened: list[Opened] = []
-    for name in (*models, *([] if original is None else [original])):
+    for name in names:
         with stages.stage("load"):
             opened.append(open_model(name, sample.tokenizer))
     windows = sample.windows(documents, _one_tokenizer(opened, sample.tokenizer), opened)

@@ -29,6 +29,7 @@ from mla_compile.report import Training
 from mla_compile.reporting.report_page import PAGE
 from mla_compile.runtime.module import LatentModel
 from mla_compile.sources import frontend
+from mla_compile.sources.given import require_named
 from mla_compile.text.calibration import Text, read_text
 from mla_compile.text.corpus import check_vocabulary, load_tokenizer
 from mla_compile.text.evaluate import longest_window, perplexity, require_window
@@ -170,6 +171,8 @@ def finetune(
             "Leave --teacher out, or give --objective kl.",
         )
     recipe = _with_objective(recipe, teacher is not None)
+    if teacher is not None:
+        require_named(teacher)
     _check_out(folder, out, resume=resume, force=force)
     if resume:
         require_same_settings(out / _CHECKPOINTS, recipe)

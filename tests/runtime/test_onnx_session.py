@@ -327,6 +327,15 @@ def test_providers_are_given_as_onnxruntime_takes_them(files):
         files().open("dynamic", providers=[("Other", {})])
 
 
+def test_options_that_a_provider_does_not_take_are_not_said_of_the_file(files, monkeypatch):
+    def refuse(*_):
+        raise ValueError('provider_options_utils.h:151 Parse Unknown provider option: "memory".')
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", refuse)
+    with pytest.raises(UsageError, match=r"CPUExecutionProvider does not take the options .*\"memory\".* Correct them"):
+        files().open("dynamic", providers=[(PROVIDERS["cpu"], {"memory": "1"})])
+
+
 def test_what_is_wrong_with_us_is_not_said_of_the_file(files, pair, tmp_path, monkeypatch):
     """Only what no reader of ONNX can read is damaged."""
     shutil.copytree(pair, tmp_path, dirs_exist_ok=True)
