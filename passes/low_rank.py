@@ -12,11 +12,11 @@ __all__ = ["LowRank", "low_rank_factors", "truncated_svd"]
 
 @dataclass(frozen=True)
 class LowRank:
-    """Two factors of a matrix ``[rows, width]``; past its own rank their entries are zero.
+    """Two factors of a matrix ``[rows, width]``; past the smaller of its sizes their entries are zero.
 
     Attributes:
         up: ``[rows, rank]``, which carries the singular values.
-        down: ``[rank, width]`` with orthonormal rows.
+        down: ``[rank, width]``, whose other rows are orthonormal.
         squares: Squares of all singular values of the matrix, falling; None where nothing is left out and they were not
             computed.
     """

@@ -32,10 +32,13 @@ def _autocast(operator: Callable[..., Any], device: str) -> Callable[..., Any]:
     def kernel(*given: Any) -> Any:  # noqa: ANN401 - whatever an operator reads
         dtype = torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
-            return operator(*(x.to(dtype) if _is_wide(x, device) else x for x in given))
+            return operator(*(x.to(dtype) if _is_cast(x, device) else x for x in given))
 
     return kernel
 
 
-def _is_wide(value: object, device: str) -> bool:
-    return isinstance(value, Tensor) and value.device.type == device and value.is_floating_point()
+def _is_cast(value: object, device: str) -> bool:
+    """Whether autocast is about a value: torch leaves float64 as it is, and products of it."""
+    if not isinstance(value, Tensor) or value.device.type != device:
+        return False
+    return value.is_floating_point() and value.dtype != torch.float64

@@ -312,6 +312,17 @@ def test_gradient_by_differences(kind):
     assert torch.autograd.gradcheck(attended, inputs, fast_mode=True)
 
 
+@pytest.mark.parametrize("kind", ["prefill", "cached"])
+def test_autocast_leaves_float64_as_it_is(kind):
+    """As torch does with products of it, which are beside these operators."""
+    case = KINDS[kind]
+    x = case.tensors(torch.float64)
+    expected = case.operator(**x, **case.settings())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (x["query"] @ x["query"].mT).dtype == torch.float64
+        assert all(map(torch.equal, case.operator(**x, **case.settings()), expected))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["prefill", "everything", "cached"])
 def test_autocast_computes_in_its_type(kind, dtype):
