@@ -233,5 +233,8 @@ def test_the_usual_folder_stays_small(tmp_path):
     assert sorted(f.stem for f in tmp_path.iterdir()) == [names[0], names[2], "other"]
     StatisticsCache(tmp_path, most=0).recall(names[3], Measuring())
     assert sorted(f.stem for f in tmp_path.iterdir()) == [names[3], "other"]
+    (tmp_path / f"{'e' * 32}.safetensors").mkdir()  # cannot be removed as files are
+    found = StatisticsCache(tmp_path, most=0).recall(names[2], Measuring())
+    assert (found.origin.partition(" to ")[0], found.warnings) == ("computed, saved", ())
     assert open_cache(True).most < 2**40
     assert open_cache(tmp_path).most is None

@@ -144,15 +144,18 @@ def _read(path: Path) -> tuple[SiteStatistics, ...]:
 def _prune(new: Path, most: int) -> None:
     """Remove from a folder the statistics that were not used for longest, until the others take at most ``most`` bytes.
 
-    Raises:
-        OSError: One cannot be removed.
+    One that cannot be removed stays; one that another process removes meanwhile is gone.
     """
-    others = [(file.stat().st_mtime, file) for file in new.parent.glob(_NAMES) if file != new]
-    room = most - new.stat().st_size
-    for _, file in sorted(others, reverse=True):
-        room -= file.stat().st_size
-        if room < 0:
-            file.unlink(missing_ok=True)
+    found = []
+    for file in new.parent.glob(_NAMES):
+        with contextlib.suppress(OSError):
+            found.append((file != new, -file.stat().st_mtime, file, file.stat().st_size))
+    room = most
+    for other, _, file, size in sorted(found):
+        room -= size
+        if room < 0 and other:
+            with contextlib.suppress(OSError):
+                file.unlink()
 
 
 def _write(path: Path, statistics: Sequence[SiteStatistics]) -> None:
