@@ -340,8 +340,12 @@ class OnnxDecoder:
         Raises:
             UsageError: The model cannot run these tokens, sizes do not fit, the cache has no room for them or they are
                 more than ``max_length``, or earlier padding stands behind real tokens, where it takes up room in a
-                window's cache.
+                window's cache; or the number of logits to keep is none.
         """
+        if not isinstance(logits_to_keep, int | np.integer) or logits_to_keep < 0:
+            raise UsageError(
+                f"logits_to_keep is {logits_to_keep!r}.", "Give 0 for all tokens, or how many of the last ones."
+            )
         binding, cache = self._bound(ids, attention_mask, position_ids, cache)
         if self.prunes_logits and logits_to_keep:  # not by bind_cpu_input, which looks for it among the other inputs
             number = self._runtime.OrtValue.ortvalue_from_numpy(np.array(logits_to_keep, np.int64))

@@ -12,6 +12,7 @@ import torch
 from conversion import convert
 
 from mla_compile.artifacts.fuse import write_fused
+from mla_compile.errors import UsageError
 from mla_compile.passes import lower_onnx
 from mla_compile.passes.keep_logits import LOGITS_LENGTH, add_logits_to_keep
 from mla_compile.passes.lower_onnx import CacheForm, lower_to_onnx
@@ -97,6 +98,16 @@ def computed(decoder, monkeypatch):
 
     monkeypatch.setattr(session, "run_with_iobinding", run)
     return counts
+
+
+@pytest.mark.parametrize("keep", [-1, 1.0, None])
+def test_a_number_of_logits_that_is_none_is_refused(files, keep):
+    """The file and the array that it returns would both leave tokens out for a negative one."""
+    ids = models.tokens(1, 4).numpy()
+    for path in files("dynamic"):
+        decoder = OnnxDecoder(path, threads=1)
+        with pytest.raises(UsageError, match=f"logits_to_keep is {keep}"):
+            decoder.step(ids, np.ones_like(ids), np.arange(4)[None], decoder.empty_cache(1, 4), keep)
 
 
 @pytest.mark.parametrize("form", FORMS)
