@@ -35,6 +35,7 @@ __all__ = [
     "read_assets",
     "read_settings",
     "report_of",
+    "report_of_folder",
     "write_settings",
     "written_files",
 ]
@@ -158,7 +159,7 @@ def _files_of_report(folder: Path) -> Sequence[str]:
         names = sorted(report["artifacts"])
     except (OSError, ValueError, KeyError, TypeError):
         return ()
-    return [n for n in names if Path(n).suffix in MODEL_FILES and (folder / n).is_file()]
+    return [n for n in names if (n == MODEL or Path(n).suffix in MODEL_FILES) and (folder / n).is_file()]
 
 
 def displaced(folder: Path, new: Mapping[str, int]) -> Sequence[str]:
@@ -181,6 +182,12 @@ def displaced(folder: Path, new: Mapping[str, int]) -> Sequence[str]:
 def report_of(file: Path) -> Path:
     """Where the report of a model's file is kept, when that of a later one took its place beside it."""
     return file.with_name(f"{file.name}.{REPORT}")
+
+
+def report_of_folder(folder: Path) -> Path:
+    """Where the report of the converted model in a folder is, also when a file was written beside that since."""
+    kept = report_of(folder / MODEL)
+    return kept if kept.is_file() else folder / REPORT
 
 
 def _first(files: Sequence[str]) -> str:

@@ -13,7 +13,15 @@ import torch
 import yaml
 
 from mla_compile.artifacts.archives import read_folder, write_archive
-from mla_compile.artifacts.companions import completed, copy_assets, is_converted_folder, read_assets
+from mla_compile.artifacts.companions import (
+    MODEL,
+    completed,
+    copy_assets,
+    is_converted_folder,
+    read_assets,
+    report_of,
+    report_of_folder,
+)
 from mla_compile.artifacts.onnx_files import lower_and_check, stored_metadata
 from mla_compile.artifacts.places import check_neighbours, check_place, check_target
 from mla_compile.config import REPORT, SETTINGS, CompileConfig
@@ -74,7 +82,8 @@ def open_saved(folder: Path) -> Saved:
         LoadError: It holds no converted model, or something in it is damaged.
     """
     module = read_folder(folder)
-    report = read_report(folder) if (folder / REPORT).is_file() else {}
+    stored = report_of_folder(folder)
+    report = read_report(stored) if stored.is_file() else {}
     if "cache" not in report:
         raise LoadError(f"'{folder}' has no report.json of its conversion.", "Convert the model again.")
     with damage_explained(folder):
@@ -114,14 +123,18 @@ def save(model: LatentModel, folder: str | Path, *, like: str | Path, force: boo
         raise LoadError(f"'{source}' holds no converted model.", "Give the folder that the model was read from.")
     check_place(path, force)
     assets = read_assets(source)
-    original = read_report(source).get("source", "") if (source / REPORT).is_file() else ""
+    stored = report_of_folder(source)
+    original = read_report(stored).get("source", "") if stored.is_file() else ""
     check_neighbours(path, str(original), assets, force)
     with moved_into(path) as hidden:
         write_archive(model, hidden)
         copy_assets(assets, hidden)
-        for name in (SETTINGS, REPORT, PAGE):
-            if (source / name).is_file():
-                shutil.copyfile(source / name, hidden / name)
+        copies = [(source / SETTINGS, SETTINGS), (stored, REPORT), (stored.with_suffix(".html"), PAGE)]
+        if (kept := report_of(path / MODEL)).is_file():  # of what was in this place
+            copies += [(stored, kept.name), (stored.with_suffix(".html"), kept.with_suffix(".html").name)]
+        for file, name in copies:
+            if file.is_file():
+                shutil.copyfile(file, hidden / name)
 
 
 def write_trained(

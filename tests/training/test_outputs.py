@@ -120,6 +120,24 @@ def test_a_trained_folder_becomes_a_checkpoint_in_shards(for_stock_code, tmp_pat
     assert [f.name for f in (tmp_path / "out").glob("*.safetensors*")] == ["model.safetensors"]
 
 
+def test_a_file_beside_the_model_that_it_is_of_leaves_the_model_its_report(for_stock_code, tmp_path):
+    """What is told of the file is not told of what the model becomes afterwards, nor of the model saved again."""
+    folder, out = tmp_path / "folder", tmp_path / "checkpoint"
+    shutil.copytree(for_stock_code, folder)
+    before = {name: (folder / name).read_bytes() for name in ("report.json", "report.html")}
+    assert main(["export", str(folder), "--out", str(folder / "model.onnx"), "--cache", "static", "-q"]) == 0
+    assert {name: (folder / f"model.pt2.{name}").read_bytes() for name in before} == before
+    assert main(["export", str(folder), "--out", str(out), "--format", "deepseek", "-q"]) == 0
+    report, trained = json.loads((out / "report.json").read_text()), json.loads(before["report.json"])
+    assert report["config"] == {**trained["config"], "format": "deepseek"}
+    assert report["warnings"][: len(trained["warnings"])] == trained["warnings"]
+    assert not any("were those of" in warning for warning in report["warnings"])
+    for again in (tmp_path / "again", folder):
+        save(mla_compile.load(folder), again, like=folder, force=True)
+        assert {name: (again / name).read_bytes() for name in before} == before
+    assert {name: (folder / f"model.pt2.{name}").read_bytes() for name in before} == before
+
+
 def test_a_folder_becomes_a_file_for_llama_cpp(tmp_path, capsys):
     pytest.importorskip("gguf", reason="llama.cpp's package gguf is not installed")
     text, folder, file = tmp_path / "text.txt", tmp_path / "converted", tmp_path / "out" / "model.gguf"
