@@ -470,7 +470,7 @@ def read_projection(flow: DataFlow, operand: Node, role: str) -> ProjectionNode:
         and (
             not any(i in flow.hidden for i in n.all_input_nodes)
             or n.target is _SDPA
-            or (n.target in PRODUCTS and n.op == "call_function")
+            or (_is_product(n) and not _turns(flow, n))
         )
     ]
     if leaves:
@@ -490,6 +490,13 @@ def read_projection(flow: DataFlow, operand: Node, role: str) -> ProjectionNode:
     if len(projections) != 1:
         raise MismatchError(RejectCode.PROJECTION, f"the {role} is made from {len(projections)} projections ({names})")
     return projections[0]
+
+
+def _turns(flow: DataFlow, product: Node) -> bool:
+    """Whether a product is of one activation with what has no parameters, such as a rotation spelled as a matrix."""
+    operands, added = _operands(product)
+    others = [o for o in [*operands, added] if o is not None and o not in flow.hidden]
+    return sum(o in flow.hidden for o in operands) == 1 and not any(o in flow.weighted for o in others)
 
 
 def _chooses(node: Node) -> bool:

@@ -15,6 +15,7 @@ from mla_compile.errors import LoadError, MlaCompileError, reason_of
 from mla_compile.program import AnyProgram, Assets, OtherProgram, Program, Role, input_role, outputs_of, table_shapes
 from mla_compile.quiet import quiet_exporter
 from mla_compile.sources.patterns import patterns
+from mla_compile.sources.softmaxes import has_other_softmaxes, spell_softmaxes
 from mla_compile.sources.tables import has_other_tables, spell_tables
 
 __all__ = [
@@ -113,6 +114,7 @@ def read_export(
             ) from error
         _drop_type_assertions(exported)
         spell_tables(exported)
+        spell_softmaxes(exported)
     common: dict[str, Any] = {
         "exported": exported,
         "source": source,
@@ -250,6 +252,7 @@ def _has_compositions(exported: ExportedProgram) -> bool:
         exported.dialect != "ATEN"
         or any(n.target in unwanted for n in exported.graph.nodes)
         or has_other_tables(exported)
+        or has_other_softmaxes(exported)
     )
 
 
