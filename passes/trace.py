@@ -400,11 +400,13 @@ def _completed(flow: DataFlow, scores: Node, softmax: Node, product: Node) -> No
     node: Node
     for node in product.graph.nodes:
         started = started or node is scores
-        if not started or node.op != "call_function":
+        if not started or node.op != "call_function" or node.target in SHAPE_ONLY:
             continue
         from_aside, from_main = (any(i in nodes for i in node.all_input_nodes) for nodes in (aside, main))
         if from_aside and from_main:
-            same = [str(d) for d in node.meta["val"].shape] == [str(d) for d in product.meta["val"].shape]
+            value = node.meta["val"]
+            shape = [str(d) for d in value.shape] if isinstance(value, Tensor) else None  # a list of pieces has none
+            same = shape == [str(d) for d in product.meta["val"].shape]
             if not same:
                 raise MismatchError(
                     RejectCode.ORPHAN, f"the scores are used besides the weighted sum of values, at '{beside[0].name}'"

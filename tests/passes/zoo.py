@@ -450,6 +450,23 @@ class LessLogSumExp(SpelledOut):
         return (scores - scores.logsumexp(-1, keepdim=True)).exp() @ v
 
 
+class MaskShapedLikeScores(SpelledOut):
+    """A part of the scores is read, but for its shape only."""
+
+    def hide(self, scores: Tensor, seen: Tensor) -> Tensor:
+        return scores.masked_fill(torch.ones_like(scores[0, 0]).tril() == 0, -math.inf)
+
+
+class HeadsBeforeTheBatch(Attention):
+    """Heads are pieces of the channels, joined along the batch, as in TensorFlow's early transformers."""
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        q, k, v = (torch.cat(part.split(DIM, 2), 0) for part in self.project(x))
+        scores = q @ k.transpose(1, 2) * SCALE
+        scores = scores.masked_fill(scores.new_ones(scores.shape[1:]).tril() == 0, scores.detach().min() - 1e4)
+        return self.out(torch.cat((scores.softmax(-1) @ v).chunk(HEADS, 0), 2))
+
+
 class TwoBases(SpelledOut):
     """Exponentials over the sum of others."""
 
@@ -539,6 +556,21 @@ class ProjectionPerHead(Attention):
 class ByEinsum(SpelledOut):
     def scores(self, q: Tensor, k: Tensor, x: Tensor) -> Tensor:
         return torch.einsum("bhsd,bhtd->bhst", q, k) * SCALE
+
+
+class UnnamedAxes(SpelledOut):
+    """Leading axes are an ellipsis."""
+
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        layers = (self.q, self.k, self.v)
+        return tuple(torch.einsum("...i,oi->...o", x, layer.weight) + layer.bias for layer in layers)
+
+    def scores(self, q: Tensor, k: Tensor, x: Tensor) -> Tensor:
+        return torch.einsum("...sd,...td->...st", q, k) * SCALE
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, ids: Tensor) -> Tensor:
+        scores = self.hide(self.scores(q, k, x), self.seen(ids.shape[1], ids))
+        return torch.einsum("...qt,...td->...qd", F.softmax(scores, -1), v)
 
 
 class UnwrittenOutputs(SpelledOut):
@@ -1364,6 +1396,7 @@ MIXED: dict[str, type[Attention]] = {
 ACCEPTED: dict[str, type[Attention]] = {
     "fused": Attention,
     "scores by einsum": ByEinsum,
+    "axes that are not named": UnnamedAxes,
     "outputs that are not written": UnwrittenOutputs,
     "batch and heads merged": MergedHeads,
     "rectified queries": RectifiedQueries,
@@ -1418,6 +1451,7 @@ ACCEPTED: dict[str, type[Attention]] = {
     "divided behind the values": DividedLate,
     "the exponential of a log-softmax": ExponentialOfLogSoftmax,
     "the exponential less a logsumexp": LessLogSumExp,
+    "a mask shaped like scores": MaskShapedLikeScores,
     "rope by matrices": RopeByMatrices,
     "rope by a matrix of halves": RopeByHalves,
     "window": windowed(5),
@@ -1445,6 +1479,7 @@ REFUSED: dict[str, tuple[type[Attention], frozenset[RejectCode]]] = {
         ("two products", TwoProducts, RejectCode.ANCHOR),
         ("no values", WithoutValues, RejectCode.ANCHOR),
         ("a softmax of two bases", TwoBases, RejectCode.ANCHOR),
+        ("heads before the batch", HeadsBeforeTheBatch, RejectCode.POSITION_MIXING, RejectCode.SCORES),
         ("weights over a sum and more", MoreThanTheSum, RejectCode.ANCHOR),
         ("weights over another row's sum", SumOfQueries, RejectCode.ANCHOR),
         ("keys of two projections", TwoProjections, RejectCode.PROJECTION),
