@@ -400,11 +400,13 @@ def _completed(flow: DataFlow, scores: Node, softmax: Node, product: Node) -> No
     node: Node
     for node in product.graph.nodes:
         started = started or node is scores
-        if not started or node.op != "call_function":
+        if not started or node.op != "call_function" or node.target in SHAPE_ONLY:
             continue
         from_aside, from_main = (any(i in nodes for i in node.all_input_nodes) for nodes in (aside, main))
         if from_aside and from_main:
-            same = [str(d) for d in node.meta["val"].shape] == [str(d) for d in product.meta["val"].shape]
+            value = node.meta["val"]
+            shape = [str(d) for d in value.shape] if isinstance(value, Tensor) else None  # a list of pieces has none
+            same = shape == [str(d) for d in product.meta["val"].shape]
             if not same:
                 raise MismatchError(
                     RejectCode.ORPHAN, f"the scores are used besides the weighted sum of values, at '{beside[0].name}'"
@@ -470,7 +472,7 @@ def read_projection(flow: DataFlow, operand: Node, role: str) -> ProjectionNode:
         and (
             not any(i in flow.hidden for i in n.all_input_nodes)
             or n.target is _SDPA
-            or (n.target in PRODUCTS and n.op == "call_function")
+            or (_is_product(n) and not _turns(flow, n))
         )
     ]
     if leaves:
@@ -490,6 +492,13 @@ def read_projection(flow: DataFlow, operand: Node, role: str) -> ProjectionNode:
     if len(projections) != 1:
         raise MismatchError(RejectCode.PROJECTION, f"the {role} is made from {len(projections)} projections ({names})")
     return projections[0]
+
+
+def _turns(flow: DataFlow, product: Node) -> bool:
+    """Whether a product is of one activation with what has no parameters, such as a rotation spelled as a matrix."""
+    operands, added = _operands(product)
+    others = [o for o in [*operands, added] if o is not None and o not in flow.hidden]
+    return sum(o in flow.hidden for o in operands) == 1 and not any(o in flow.weighted for o in others)
 
 
 def _chooses(node: Node) -> bool:

@@ -664,3 +664,29 @@ class Answering(torch.nn.Module):
 
     def forward(self, ids):
         return self.module(ids).logits
+
+
+class TruthMasked(models.NanoGPT):
+    """Padding is given as booleans, and hidden by a mask that is one."""
+
+    def forward(self, tokens, mask):
+        length = tokens.shape[1]
+        x = self.tokens(tokens)
+        seen = torch.ones(length, length, dtype=torch.bool).tril() & mask[:, None, None]
+        for norm, attention in zip(self.norms, self.attentions, strict=False):
+            q, k, v = (part.unflatten(-1, (models.HEADS, -1)) for part in attention.qkv(norm(x)).chunk(3, -1))
+            q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+            x = x + torch.nn.functional.scaled_dot_product_attention(q, k, v, seen).transpose(1, 2).flatten(2)
+        return self.head(x)
+
+
+def test_a_mask_of_booleans():
+    """Oracle: the module itself; a converted model reads its mask as integers, like every other."""
+    torch.manual_seed(0)
+    module, ids = TruthMasked().eval(), models.tokens(2, 9)
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    compiled = api.compile(module, (ids, mask.bool()), exact=True)
+    with torch.no_grad():
+        got, expected = compiled.module(ids, mask).logits, module(ids, mask.bool())
+    assert (got - expected)[mask.bool()].abs().max() <= 1e-5 * expected.abs().max()  # float32 through two layers

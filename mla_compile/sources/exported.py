@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
+from torch.fx import Node
 
 from mla_compile.errors import LoadError, MlaCompileError, reason_of
 from mla_compile.program import AnyProgram, Assets, OtherProgram, Program, Role, input_role, outputs_of, table_shapes
 from mla_compile.quiet import quiet_exporter
+from mla_compile.sources.ellipses import has_ellipses, spell_ellipses
 from mla_compile.sources.patterns import patterns
+from mla_compile.sources.softmaxes import has_other_softmaxes, spell_softmaxes
 from mla_compile.sources.tables import has_other_tables, spell_tables
 
 __all__ = [
@@ -26,6 +29,7 @@ __all__ = [
 ]
 
 _log = logging.getLogger(__name__)
+_TO = torch.ops.aten._to_copy.default
 _ASSERTION = torch.ops.aten._assert_tensor_metadata.default
 _RESPELLED = {torch.ops.aten.type_as.default: lambda value, other: value.to(other.dtype)}
 """Operators that read a value for its type only: what attention scores are read for is looked at closely."""
@@ -113,6 +117,8 @@ def read_export(
             ) from error
         _drop_type_assertions(exported)
         spell_tables(exported)
+        spell_softmaxes(exported)
+        spell_ellipses(exported)
     common: dict[str, Any] = {
         "exported": exported,
         "source": source,
@@ -120,13 +126,15 @@ def read_export(
         "in_memory": in_memory,
     }
     try:
-        return _as_language_model(common, max_positions)
+        program = _as_language_model(common, max_positions)
     except LoadError as why:
         found = OtherProgram(**common, max_positions=max_positions, why=why)
         inputs = [value for _, value in found.user_inputs.values() if value.dim() >= 2]
         if not inputs or not all(_is_symbolic(value.shape[0]) for value in inputs):
             raise
         return found
+    _count_masks(exported)
+    return program
 
 
 def _as_language_model(common: Mapping[str, Any], max_positions: int | None) -> Program:
@@ -250,7 +258,34 @@ def _has_compositions(exported: ExportedProgram) -> bool:
         exported.dialect != "ATEN"
         or any(n.target in unwanted for n in exported.graph.nodes)
         or has_other_tables(exported)
+        or has_other_softmaxes(exported)
+        or has_ellipses(exported)
+        or any(True for _ in _truth_masks(exported))
     )
+
+
+def _truth_masks(exported: ExportedProgram) -> Iterator[Node]:
+    """Padding masks that are given as booleans."""
+    given = exported.graph_signature.user_inputs
+    for node in exported.graph.find_nodes(op="placeholder"):
+        value = node.meta.get("val")
+        truths = isinstance(value, Tensor) and value.dtype == torch.bool and node.name in given
+        if truths and input_role(node.name, value) == Role.MASK:
+            yield node
+
+
+def _count_masks(exported: ExportedProgram) -> None:
+    """Let padding masks be integers, as those of a converted model are, and turn them into booleans in the graph."""
+    graph = exported.graph
+    for node in [*_truth_masks(exported)]:
+        after = next(n for n in graph.nodes if n.op != "placeholder")
+        with graph.inserting_before(after):
+            truth = graph.call_function(_TO, (node,), {"dtype": torch.bool})
+        truth.meta["val"] = node.meta["val"]
+        for user in [u for u in node.users if u is not truth]:
+            user.replace_input_with(node, truth)
+        node.meta["val"] = truth.meta["val"].to(torch.long)
+    exported.graph_module.recompile()
 
 
 def _drop_type_assertions(exported: ExportedProgram) -> None:

@@ -169,6 +169,33 @@ class InterleavedRope(Attention):
         return rotate(k, layout="interleaved")
 
 
+class RopeByMatrices(HalfRope):
+    """One matrix per position turns the channels."""
+
+    def turned(self, x: Tensor) -> Tensor:
+        columns = rotate(torch.eye(DIM)[:, None].expand(-1, x.shape[2], -1)[None], layout="half")[0]
+        return torch.einsum("jtd,bhtj->bhtd", columns, x)
+
+    def queries(self, q: Tensor) -> Tensor:
+        return self.turned(q)
+
+    def keys(self, k: Tensor) -> Tensor:
+        return self.turned(k)
+
+
+class RopeByHalves(RopeByMatrices):
+    """A constant matrix takes the place of ``rotate_half``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        half, nothing = torch.eye(DIM // 2), torch.zeros(DIM // 2, DIM // 2)
+        self.register_buffer("exchange", torch.cat([torch.cat([nothing, half], 1), torch.cat([-half, nothing], 1)]))
+
+    def turned(self, x: Tensor) -> Tensor:
+        angle = (torch.arange(x.shape[2])[:, None] * 50.0 ** (-torch.arange(DIM // 2) / (DIM // 2))).repeat(1, 2)
+        return x * angle.cos() + (x @ self.exchange) * angle.sin()
+
+
 class PartialRope(Attention):
     """The last four channels rotate."""
 
@@ -388,9 +415,81 @@ class OwnSoftmax(SpelledOut):
         return weights / weights.sum(-1, keepdim=True) @ v
 
 
+class ShiftedSoftmax(SpelledOut):
+    """The maximum is of what is seen and what is not; the sum loses its axis and gets it back; one over it."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, ids: Tensor) -> Tensor:
+        scores = self.scores(q, k, x)
+        weights = self.hide(scores - scores.detach().max(-1, keepdim=True).values, self.seen(ids.shape[1], ids)).exp()
+        return weights * weights.sum(-1)[..., None].reciprocal() @ v
+
+
+class HiddenExponentials(SpelledOut):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, ids: Tensor) -> Tensor:
+        weights = self.scores(q, k, x).exp().masked_fill(~self.seen(ids.shape[1], ids), 0)
+        return weights / weights.sum(-1, keepdim=True) @ v
+
+
+class DividedLate(SpelledOut):
+    """As in descriptions of flash attention."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, ids: Tensor) -> Tensor:
+        scores = self.hide(self.scores(q, k, x), self.seen(ids.shape[1], ids))
+        weights = (scores - scores.amax(-1, keepdim=True)).exp()
+        return (weights @ v) / weights.sum(-1, keepdim=True)
+
+
 class ExponentialOfLogSoftmax(SpelledOut):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, ids: Tensor) -> Tensor:
         return self.hide(self.scores(q, k, x), self.seen(ids.shape[1], ids)).log_softmax(-1).exp() @ v
+
+
+class LessLogSumExp(SpelledOut):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, ids: Tensor) -> Tensor:
+        scores = self.hide(self.scores(q, k, x), self.seen(ids.shape[1], ids))
+        return (scores - scores.logsumexp(-1, keepdim=True)).exp() @ v
+
+
+class MaskShapedLikeScores(SpelledOut):
+    """A part of the scores is read, but for its shape only."""
+
+    def hide(self, scores: Tensor, seen: Tensor) -> Tensor:
+        return scores.masked_fill(torch.ones_like(scores[0, 0]).tril() == 0, -math.inf)
+
+
+class HeadsBeforeTheBatch(Attention):
+    """Heads are pieces of the channels, joined along the batch, as in TensorFlow's early transformers."""
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        q, k, v = (torch.cat(part.split(DIM, 2), 0) for part in self.project(x))
+        scores = q @ k.transpose(1, 2) * SCALE
+        scores = scores.masked_fill(scores.new_ones(scores.shape[1:]).tril() == 0, scores.detach().min() - 1e4)
+        return self.out(torch.cat((scores.softmax(-1) @ v).chunk(HEADS, 0), 2))
+
+
+class TwoBases(SpelledOut):
+    """Exponentials over the sum of others."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, ids: Tensor) -> Tensor:
+        scores = self.hide(self.scores(q, k, x), self.seen(ids.shape[1], ids))
+        return scores.exp() / scores.exp2().sum(-1, keepdim=True) @ v
+
+
+class MoreThanTheSum(SpelledOut):
+    """A softmax with room for nothing, whose room depends on the largest score."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, ids: Tensor) -> Tensor:
+        scores = self.hide(self.scores(q, k, x), self.seen(ids.shape[1], ids))
+        weights = (scores - scores.amax(-1, keepdim=True)).exp()
+        return weights / (1 + weights.sum(-1, keepdim=True)) @ v
+
+
+class SumOfQueries(SpelledOut):
+    """The sum is of another row than the one that is divided by it."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, ids: Tensor) -> Tensor:
+        weights = self.hide(self.scores(q, k, x), self.seen(ids.shape[1], ids)).exp()
+        return weights / weights.sum(-1)[..., None, :] @ v
 
 
 class TwoProjections(Attention):
@@ -457,6 +556,21 @@ class ProjectionPerHead(Attention):
 class ByEinsum(SpelledOut):
     def scores(self, q: Tensor, k: Tensor, x: Tensor) -> Tensor:
         return torch.einsum("bhsd,bhtd->bhst", q, k) * SCALE
+
+
+class UnnamedAxes(SpelledOut):
+    """Leading axes are an ellipsis."""
+
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        layers = (self.q, self.k, self.v)
+        return tuple(torch.einsum("...i,oi->...o", x, layer.weight) + layer.bias for layer in layers)
+
+    def scores(self, q: Tensor, k: Tensor, x: Tensor) -> Tensor:
+        return torch.einsum("...sd,...td->...st", q, k) * SCALE
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, ids: Tensor) -> Tensor:
+        scores = self.hide(self.scores(q, k, x), self.seen(ids.shape[1], ids))
+        return torch.einsum("...qt,...td->...qd", F.softmax(scores, -1), v)
 
 
 class UnwrittenOutputs(SpelledOut):
@@ -1282,6 +1396,7 @@ MIXED: dict[str, type[Attention]] = {
 ACCEPTED: dict[str, type[Attention]] = {
     "fused": Attention,
     "scores by einsum": ByEinsum,
+    "axes that are not named": UnnamedAxes,
     "outputs that are not written": UnwrittenOutputs,
     "batch and heads merged": MergedHeads,
     "rectified queries": RectifiedQueries,
@@ -1330,6 +1445,15 @@ ACCEPTED: dict[str, type[Attention]] = {
     "integer mask": IntegerMask,
     "double precision softmax": DoublePrecisionSoftmax,
     "single precision softmax": SinglePrecisionSoftmax,
+    "a softmax by hand": OwnSoftmax,
+    "a softmax by hand, shifted late": ShiftedSoftmax,
+    "exponentials set to zero": HiddenExponentials,
+    "divided behind the values": DividedLate,
+    "the exponential of a log-softmax": ExponentialOfLogSoftmax,
+    "the exponential less a logsumexp": LessLogSumExp,
+    "a mask shaped like scores": MaskShapedLikeScores,
+    "rope by matrices": RopeByMatrices,
+    "rope by a matrix of halves": RopeByHalves,
     "window": windowed(5),
     "spelled-out window": windowed(5, SpelledOut),
     "positions from one": RopeFromOne,
@@ -1354,8 +1478,10 @@ REFUSED: dict[str, tuple[type[Attention], frozenset[RejectCode]]] = {
         ("talking heads after the softmax", MixedProbabilities, RejectCode.ANCHOR),
         ("two products", TwoProducts, RejectCode.ANCHOR),
         ("no values", WithoutValues, RejectCode.ANCHOR),
-        ("a softmax by hand", OwnSoftmax, RejectCode.ANCHOR),
-        ("the exponential of a log-softmax", ExponentialOfLogSoftmax, RejectCode.ANCHOR),
+        ("a softmax of two bases", TwoBases, RejectCode.ANCHOR),
+        ("heads before the batch", HeadsBeforeTheBatch, RejectCode.POSITION_MIXING, RejectCode.SCORES),
+        ("weights over a sum and more", MoreThanTheSum, RejectCode.ANCHOR),
+        ("weights over another row's sum", SumOfQueries, RejectCode.ANCHOR),
         ("keys of two projections", TwoProjections, RejectCode.PROJECTION),
         ("latent attention", AlreadyLatent, RejectCode.LATENT),
         ("keys without a projection", NoProjection, RejectCode.PROJECTION),
