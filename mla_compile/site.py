@@ -54,7 +54,7 @@ class RejectCode(StrEnum):
     SCORES = "scores"
     """Scores pass through something other than a scale, soft-cap, sinks or ALiBi slopes (T5's relative biases)."""
     MASK = "mask"
-    """The mask is neither causal, nor causal within a sliding window, nor absent (encoders), or depends on the data."""
+    """The mask is neither causal (also within a window or chunk), nor absent (encoders), or depends on the data."""
     CROSS = "cross"
     """Keys and values are not projected from the same activation, or belong to another sequence than queries."""
     VERIFY = "verify"
@@ -209,15 +209,20 @@ class Mask:
     Attributes:
         window: How many keys a query sees at most; None for no limit.
         causal: Whether keys behind the query are hidden.
+        chunked: Whether the window does not slide: tokens are in chunks of ``window``, and a query sees those of its own
+            chunk (Llama 4).
     """
 
     window: int | None = None
     causal: bool = True
+    chunked: bool = False
 
     def __str__(self) -> str:
         if not self.causal:
             return "bidirectional"
-        return "causal" if self.window is None else f"sliding({self.window})"
+        if self.window is None:
+            return "causal"
+        return f"{'chunked' if self.chunked else 'sliding'}({self.window})"
 
 
 @dataclass(frozen=True, slots=True)

@@ -248,7 +248,7 @@ def site_weights(site: AttentionSite, scores: Tensor) -> tuple[Tensor, Tensor | 
         scores, slope = cap * bent, 1 - bent.square()
     ones = torch.ones(1, length, dtype=torch.long)
     slopes = None if site.slopes is None else torch.tensor(site.slopes)
-    mask = score_mask(ones, length, site.mask.window or 0, slopes, scores.dtype)
+    mask = score_mask(ones, length, site.mask.window or 0, slopes, scores.dtype, site.mask.chunked)
     scores = scores + mask if mask.is_floating_point() else scores.masked_fill(~mask, -math.inf)
     if site.scores.sinks is not None:
         column = torch.tensor(site.scores.sinks, dtype=scores.dtype).reshape(1, -1, 1, 1)

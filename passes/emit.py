@@ -113,6 +113,7 @@ class Emitter:
                 site.value_scales,
                 True,
                 weights.scaled_rope,
+                site.scores.mask.chunked,
             )
             return self._replace(site.output, site.output_axes, result, weight("output_bias"), site.path, site.order)
 
@@ -164,6 +165,7 @@ class Emitter:
                 float(site.scores.scale),
                 site.scores.mask.window or 0,
                 float(site.scores.softcap),
+                site.scores.mask.chunked,
             )
             return self._replace(site.output, site.axes[3], result, None, path)
 

@@ -110,7 +110,7 @@ class _Positions:
 def far_mask(
     scorer: Scorer, flow: DataFlow, slopes: tuple[float, ...] | None, mask: Mask, shown: int, bend: Bend
 ) -> Mask:
-    """Find the window of a causal mask, and check that there is nothing else, far beyond what was looked at.
+    """Find the window or chunk of a causal mask, and check that there is nothing else, far beyond what was looked at.
 
     Args:
         scorer: The layer's scores.
@@ -121,7 +121,7 @@ def far_mask(
         bend: What becomes of raw scores.
 
     Raises:
-        MismatchError: Scores change in another way than by a window.
+        MismatchError: Scores change in another way than by a window or chunk.
     """
     positions = _positions(scorer, flow, slopes, shown) if mask.causal else None
     if positions is not None:
@@ -130,9 +130,12 @@ def far_mask(
         except (RuntimeError, IndexError):
             positions = None  # something has no entries that far
     lengths = [_longest_table(scorer, shown)]
-    for window in _windows_by_number(scorer, positions, mask, shown, bend):
+    for name, window, chunked in _windows_by_number(scorer, positions, mask, shown, bend):
+        found = Mask(window, chunked=chunked)
+        if mask.window is not None and (mask.chunked or chunked) and mask != found:
+            raise MismatchError(RejectCode.MASK, f"the mask is {mask}, and {found} too, at '{name}'")
         if mask.window is None or window < mask.window:
-            mask = Mask(window)
+            mask = found
             lengths.append(window + 2)
     apart = len(slopes or (0,))  # heads of which each has numbers of its own
     longest = max((n for n in lengths if n * n * apart <= _AFFORDABLE**2), default=0)
@@ -191,7 +194,7 @@ def _by_positions(ask: _Positions, slopes: tuple[float, ...] | None, mask: Mask,
     spread = [_spread(farthest, torch.rand(SHORT - 1, generator=generator)) for _ in range(3)]
     asked = [few, *spread, *(few * k for k in (61, 256, 701, 1024, 4096) if 12 * k <= farthest)]
     if mask.window is None and not all(agrees(ask(p), p, slopes, mask) for p in asked):
-        mask = Mask(_first_hidden(ask))
+        mask = _windowed(ask, asked, slopes, _first_hidden(ask))
     if mask.window is not None and SHORT < mask.window < farthest - SHORT:
         asked.append(torch.cat([few[:6], mask.window - 1 + few[:7]]))
     scores = torch.rand(1, ask.scorer.heads, SHORT, SHORT, generator=generator, dtype=torch.float64) + 0.5
@@ -204,11 +207,19 @@ def _by_positions(ask: _Positions, slopes: tuple[float, ...] | None, mask: Mask,
             )
         if not agrees(added, positions, slopes, mask):
             raise MismatchError(
-                RejectCode.MASK, f"beyond {shown} tokens the mask is neither causal nor a causal sliding window"
+                RejectCode.MASK, f"beyond {shown} tokens the mask is neither causal nor so within a sliding window or chunk"
             )
         if not ask.scorer.anchor.fused:
             _check_scores(ask(positions, scores), added, added >= MASKED, scores, bend, shown)
     return mask
+
+
+def _windowed(ask: _Positions, asked: list[Tensor], slopes: tuple[float, ...] | None, hidden: int | None) -> Mask:
+    """The mask that hides the first token from a distance on: by chunks where that is what is asked for says."""
+    chunks = Mask(hidden, chunked=True)
+    if hidden is not None and all(agrees(ask(positions), positions, slopes, chunks) for positions in asked):
+        return chunks
+    return Mask(hidden)
 
 
 def _check_scores(logits: Tensor, added: Tensor, seen: Tensor, scores: Tensor, bend: Bend, shown: int) -> None:
@@ -252,7 +263,7 @@ def _check_whole(scorer: Scorer, slopes: tuple[float, ...] | None, mask: Mask, l
         return  # heads are told apart, or a table is shorter
     if not agrees(added, torch.arange(length), slopes, mask):
         raise MismatchError(
-            RejectCode.MASK, f"up to {length} tokens the mask is neither causal nor a causal sliding window"
+            RejectCode.MASK, f"up to {length} tokens the mask is neither causal nor so within a sliding window or chunk"
         )
 
 
@@ -268,11 +279,14 @@ def _longest_table(scorer: Scorer, shown: int) -> int:
 
 def _windows_by_number(
     scorer: Scorer, positions: _Positions | None, mask: Mask, shown: int, bend: Bend
-) -> Iterator[int]:
-    """Windows that numbers in the graph make, which are made small to see at a short length what they do.
+) -> Iterator[tuple[str, int, bool]]:
+    """Windows and chunks that numbers in the graph make, which are made small to see at a short length what they do.
+
+    Yields:
+        The node that has the number, the window, and whether it is a chunk.
 
     Raises:
-        MismatchError: One does anything but nothing, hide scores that are hidden already, or make a window.
+        MismatchError: One does anything but nothing, hide scores that are hidden already, or make a window or chunk.
     """
     short = scorer.sizes.short
     keys = scorer.sizes.key_length(short)
@@ -307,12 +321,13 @@ def _windows_by_number(
             continue
         if small.causal != mask.causal:
             raise MismatchError(RejectCode.MASK, f"from {constant:g} tokens on, at '{name}', the mask changes its kind")
-        if small.window is None or larger.window is None or larger.window - small.window != _SMALL[1] - _SMALL[0]:
+        steps = None if small.window is None or larger.window is None else larger.window - small.window
+        if small.window is None or steps != _SMALL[1] - _SMALL[0] or small.chunked != larger.chunked:
             raise MismatchError(
                 RejectCode.MASK,
-                f"from {constant:g} tokens on, at '{name}', the mask changes otherwise than by a sliding window",
+                f"from {constant:g} tokens on, at '{name}', the mask changes otherwise than by a sliding window or chunk",
             )
-        yield int(abs(number.value)) + small.window - _SMALL[0]
+        yield name, int(abs(number.value)) + small.window - _SMALL[0], small.chunked
 
 
 def _numbers(scorer: Scorer, positions: _Positions | None, shown: int) -> Iterator[_Number]:

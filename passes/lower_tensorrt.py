@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from torch.export import Dim
 
 from mla_compile.errors import RefusedError
+from mla_compile.passes.converted import latent_arguments
 from mla_compile.passes.fold import fold_numbers
 from mla_compile.passes.insert_latent import INPUT_NAMES
 from mla_compile.passes.narrow_onnx import with_float32_logits
@@ -146,6 +147,10 @@ def _with_nodes(module: fx.GraphModule, splits: int | None) -> fx.GraphModule:
                 f"Layer {layer} is not converted and keeps an ordinary cache, for which there is no kernel yet.",
                 _REMEDY,
             )
+        if latent_arguments(node, node.args, node.kwargs).get("chunked"):
+            raise RefusedError(
+                f"Layer {layer} sees its own chunk of tokens only, for which there is no kernel yet.", _REMEDY
+            )
         node.target = _attention
         node.kwargs = {**node.kwargs, "splits": splits}
     replaced.recompile()
@@ -169,6 +174,7 @@ def _attention(
     value_scales: int = 0,
     causal: bool = True,
     scaled_rope: bool = False,
+    chunked: bool = False,
     *,
     splits: int | None,
 ) -> tuple[Tensor, Tensor]:

@@ -49,11 +49,20 @@ def visible(added: Tensor) -> tuple[tuple[float, ...] | None, Mask]:
 
 def agrees(added: Tensor, positions: Tensor, slopes: tuple[float, ...] | None, mask: Mask) -> bool:
     """Whether what is added to scores ``[B, H, S, S]`` of tokens at given positions is a causal mask, and slopes."""
+    seen = _seen(positions, mask)
+    return torch.equal(added >= MASKED, seen.expand(added.shape)) and slopes_agree(added, positions, slopes)
+
+
+def _seen(positions: Tensor, mask: Mask) -> Tensor:
+    """Which keys tokens at given positions see with a causal mask, ``[S, S]``."""
     distance = positions[:, None] - positions
     seen = distance >= 0
-    if mask.window is not None:
-        seen &= distance < mask.window
-    return torch.equal(added >= MASKED, seen.expand(added.shape)) and slopes_agree(added, positions, slopes)
+    if mask.window is None:
+        return seen
+    if mask.chunked:
+        chunk = torch.div(positions, mask.window, rounding_mode="floor")
+        return seen & (chunk[:, None] == chunk)
+    return seen & (distance < mask.window)
 
 
 def slopes_agree(added: Tensor, positions: Tensor, slopes: tuple[float, ...] | None) -> bool:
@@ -80,8 +89,9 @@ def _classify(added: Tensor) -> Mask:
         return Mask(window)
     if pattern.all():
         return Mask(causal=False)
-    chunk = max(int(pattern[:, 0].sum()), 1)
-    rows, columns = (torch.arange(n) // chunk for n in pattern.shape)
-    if torch.equal(pattern, (distance >= 0) & (rows[:, None] == columns)):
-        raise MismatchError(RejectCode.MASK, f"a query sees its own chunk of {chunk} tokens only")
-    raise MismatchError(RejectCode.MASK, "the mask is neither causal, nor a causal sliding window, nor open to all")
+    chunks = Mask(max(int(pattern[:, 0].sum()), 1), chunked=True)
+    if pattern.shape[0] == pattern.shape[1] and torch.equal(pattern, _seen(torch.arange(len(pattern)), chunks)):
+        return chunks
+    raise MismatchError(
+        RejectCode.MASK, "the mask is neither causal, also within a sliding window or a chunk, nor open to all"
+    )

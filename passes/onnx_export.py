@@ -16,6 +16,7 @@ from torch.export import ExportedProgram
 from mla_compile.disk.mapped import Passing
 from mla_compile.errors import MlaCompileError, RefusedError, first_line
 from mla_compile.passes.onnx_translations import translations
+from mla_compile.passes.real_pairs import write_pairs
 from mla_compile.quiet import quiet_exporter
 from mla_compile.runtime.onnx_checksum import CHECKSUM_KEY, weights_checksum
 
@@ -29,7 +30,8 @@ _EXPORTED = 23
 
 
 def exported_to_onnx(exported: ExportedProgram, inputs: Sequence[str], outputs: Sequence[str], opset: int) -> ir.Model:
-    """Translate an exported program; inputs and outputs get these names."""
+    """Translate an exported program, which is used up; inputs and outputs get these names."""
+    write_pairs(exported)
     with _explained(), quiet_exporter():
         program = torch.onnx.export(
             exported,

@@ -39,6 +39,7 @@ def node_variant(node: ir.Node) -> Variant:
         static="static" in node.attributes,
         quantised="quantised" in node.attributes,
         halves="halves" in node.attributes,
+        chunked="chunked" in node.attributes,
     )
 
 

@@ -130,6 +130,12 @@ _SEEN_WINDOW = """
   seen_ST = And (before_ST, near_ST)
 """
 
+_SEEN_CHUNK = """
+  inside_S1 = Mod (own_S1, reach)
+  near_ST = LessOrEqual (distance_ST, inside_S1)
+  seen_ST = And (before_ST, near_ST)
+"""
+
 _QUERIES = """
   h = Div (H, n)
   M = Mul (S, h)
@@ -205,6 +211,8 @@ def form_problem(form: OriginalForm, variant: Variant, qk_dim: int, v_dim: int) 
         return "its scores fall with distance (ALiBi)"
     if form == OriginalForm.ATTENTION:
         return "it has attention sinks" if variant.sinks else None
+    if variant.chunked:
+        return "its tokens see their own chunk only"
     if qk_dim != v_dim:
         return f"its keys have {qk_dim} channels and its values {v_dim}"
     if qk_dim % 8:
@@ -222,7 +230,7 @@ def original_function(form: OriginalForm, variant: Variant) -> onnx.FunctionProt
 
     Args:
         form: How it attends; :func:`form_problem` says which layers have it.
-        variant: What the layer has: soft-cap, window, sinks, slopes.
+        variant: What the layer has: soft-cap, window, chunks, sinks, slopes.
     """
     int8 = form == OriginalForm.GROUPED_INT8
     attributes = {
@@ -230,6 +238,7 @@ def original_function(form: OriginalForm, variant: Variant) -> onnx.FunctionProt
         "window": variant.window,
         "has_sinks": variant.sinks,
         "has_slopes": variant.slopes,
+        "chunked": variant.chunked,
         "key_scale": int8,
         "value_scale": int8,
     }
@@ -258,7 +267,7 @@ def _body(form: OriginalForm, variant: Variant) -> str:
         _IN_PLACE,
         _WINDOW_ROWS if variant.window else _ALL_ROWS,
         _SEEN,
-        _SEEN_WINDOW if variant.window else _SEEN_ALL,
+        (_SEEN_CHUNK if variant.chunked else _SEEN_WINDOW) if variant.window else _SEEN_ALL,
         attend.replace("KEYS", keys).replace("VALUES", values),
         _OUTPUT,
     ]

@@ -6,9 +6,10 @@ anything else. Other layers keep the inputs of their model, so what the mask inp
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 
 from mla_compile.passes.evaluate import example_inputs
@@ -52,14 +53,10 @@ def check_own_mask(scorer: Scorer, flow: DataFlow) -> None:
         padded = given.to(value.dtype)
         generator = torch.Generator().manual_seed(10)
         scores = torch.rand(2, scorer.heads, length, length, generator=generator, dtype=torch.float64)
-        # What padding itself attends to is nobody's concern.
-        plain, masked = (
-            scorer.absolute(length, scores, inputs=inputs)[..., _PADDED:, :length].expand(2, scorer.heads, -1, -1)
-            for inputs in ({}, {name: padded})
-        )
-        hidden = hides(plain) | (given == 0)[:, None, None]
-        plain, masked = (x - x.diagonal(_PADDED, dim1=-2, dim2=-1).unsqueeze(-1) for x in (plain, masked))
-        if not torch.equal(hides(masked), hidden) or exceeds((masked - plain).masked_fill(hidden, 0.0), 1e-6):
+        masked = _logits(scorer, length, scores, {name: padded})
+        if not _only_hidden(_logits(scorer, length, scores, {}), masked, given) and not _as_without_padding(
+            scorer, masked, scores
+        ):
             raise MismatchError(RejectCode.MASK, f"the mask input '{name}' {_MORE}")
         overrides = {
             found.node: torch.randn(
@@ -76,6 +73,34 @@ def check_own_mask(scorer: Scorer, flow: DataFlow) -> None:
         )
         if exceeds(after - before, 1e-6):
             raise MismatchError(RejectCode.MASK, f"the mask input '{name}' {_MORE}")
+
+
+def _logits(scorer: Scorer, length: int, scores: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Logits ``[2, H, S, S]`` of given scores, relative to those of a query with itself."""
+    logits = scorer.absolute(length, scores, inputs=inputs)[..., :length].expand(2, scorer.heads, -1, -1)
+    return logits - logits.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
+
+
+def _only_hidden(plain: Tensor, masked: Tensor, given: Tensor) -> bool:
+    """Whether a mask ``[2, S]`` hides keys from real tokens, and does nothing else to their logits."""
+    # What padding itself attends to is nobody's concern.
+    plain, masked = plain[..., _PADDED:, :], masked[..., _PADDED:, :]
+    hidden = hides(plain) | (given == 0)[:, None, None]
+    return torch.equal(hides(masked), hidden) and not exceeds((masked - plain).masked_fill(hidden, 0.0), 1e-6)
+
+
+def _as_without_padding(scorer: Scorer, masked: Tensor, scores: Tensor) -> bool:
+    """Whether tokens behind padding have the logits that they have without it: so it is where chunks begin with the
+    first real token."""
+    length = scores.shape[-1]
+    alone = _logits(scorer, length, scores.roll((-_PADDED, -_PADDED), (-2, -1)), {})[1, :, :-_PADDED, :-_PADDED]
+    whole = _logits(scorer, length, scores, {})[0]
+    pairs = ((masked[0], whole), (masked[1, :, _PADDED:, _PADDED:], alone))
+    return bool(hides(masked[1, :, _PADDED:, :_PADDED]).all()) and all(
+        torch.equal(hides(got), hides(expected))
+        and not exceeds((got - expected).masked_fill(hides(expected), 0.0), 1e-6)
+        for got, expected in pairs
+    )
 
 
 def padding_input(scorer: Scorer) -> str | None:

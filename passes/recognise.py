@@ -477,6 +477,7 @@ def _difference(
         slopes=slopes,
         softcap=scores.softcap,
         causal=scores.mask.causal,
+        chunked=scores.mask.chunked,
     )
     arranged = Layout(axes).arrange(got, "bshd", len(query))
     arranged = arranged if order is None else arranged[:, :, list(order)]

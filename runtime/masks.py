@@ -13,19 +13,25 @@ def kept_rows(tokens: int, window: int) -> int:
     return torch.sym_min(tokens, window - 1) if window else tokens
 
 
-def visible_keys(attention_mask: Tensor, new: int, window: int) -> Tensor:
-    """Which of all keys each of the last ``new`` tokens sees, ``[B, new, T]`` bool.
+def visible_keys(
+    attention_mask: Tensor, new: int, window: int, chunked: bool = False, rows: int | None = None
+) -> Tensor:
+    """Which of the last ``rows`` keys, all by default, each of the last ``new`` tokens sees, ``[B, new, rows]`` bool.
 
     Earlier real tokens and itself (padding too, so that no row is empty); with a window, only keys fewer than
-    ``window`` real tokens back.
+    ``window`` real tokens back, or of its own chunk of ``window`` real tokens.
     """
     total = attention_mask.shape[1]
+    rows = total if rows is None else rows
     real = attention_mask != 0
-    key = torch.arange(total, device=real.device)
-    own = key[total - new :, None]
-    seen = real[:, None, :] & (key <= own)
+    place = torch.arange(total, device=real.device)
+    key, own = place[total - rows :], place[total - new :, None]
+    seen = real[:, None, total - rows :] & (key <= own)
     if window:
-        seen = seen & (_distances(attention_mask, new) < window)
+        reach: Tensor | int = window
+        if chunked:
+            reach = (real.long().cumsum(-1)[:, total - new :, None] - 1) % window + 1
+        seen = seen & (_distances(attention_mask, new, rows) < reach)
     return seen | (key == own)
 
 
@@ -38,21 +44,32 @@ def open_keys(attention_mask: Tensor, new: int) -> Tensor:
     return (real | ~real.any(1, keepdim=True)).unsqueeze(1).expand(-1, new, -1)
 
 
-def score_mask(attention_mask: Tensor, new: int, window: int, slopes: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """What is added to logits: ``[B, 1, new, T]`` bool (seen or not), or with slopes ``[B, H, new, T]`` numbers."""
-    seen = visible_keys(attention_mask, new, window).unsqueeze(1)
+def score_mask(
+    attention_mask: Tensor,
+    new: int,
+    window: int,
+    slopes: Tensor | None,
+    dtype: torch.dtype,
+    chunked: bool = False,
+    rows: int | None = None,
+) -> Tensor:
+    """What is added to logits of the last ``rows`` keys: ``[B, 1, new, rows]`` bool (seen or not), or with slopes
+    ``[B, H, new, rows]`` numbers."""
+    rows = attention_mask.shape[1] if rows is None else rows
+    seen = visible_keys(attention_mask, new, window, chunked, rows).unsqueeze(1)
     if slopes is None:
         return seen
     # Distances are exact in float32 and not in half precision.
     exact = slopes.to(torch.promote_types(slopes.dtype, torch.float32))
-    bias = -exact[:, None, None] * _distances(attention_mask, new).unsqueeze(1)
+    bias = -exact[:, None, None] * _distances(attention_mask, new, rows).unsqueeze(1)
     return bias.masked_fill(~seen, -torch.inf).to(dtype)
 
 
-def _distances(attention_mask: Tensor, new: int) -> Tensor:
-    """How many real tokens each of all keys lies before each of the last ``new`` tokens, ``[B, new, T]``."""
+def _distances(attention_mask: Tensor, new: int, rows: int) -> Tensor:
+    """How many real tokens each of the last ``rows`` keys lies before each of the last ``new`` tokens."""
     rank = (attention_mask != 0).long().cumsum(-1)
-    return rank[:, rank.shape[1] - new :, None] - rank[:, None, :]
+    total = rank.shape[1]
+    return rank[:, total - new :, None] - rank[:, None, total - rows :]
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

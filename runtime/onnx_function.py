@@ -81,7 +81,7 @@ def attention_function(
         The function; its name is the variant's.
 
     Raises:
-        ValueError: The variant scales rope keys without key scales, or its cache is static where keys of another
+        ValueError: The variant scales rope keys without key scales, has chunks without their length, or its cache is static where keys of another
             sequence are seen or the operator that writes to one is missing, it is quantised where that cannot be, or
             there is no fused operator for it.
     """
@@ -93,6 +93,8 @@ def attention_function(
         raise ValueError("A quantised cache is of causal latent attention.")
     if variant.halves and (op_type == CACHED or variant.bidirectional or variant.quantised):
         raise ValueError("Two halves are of causal latent attention whose cache is not quantised.")
+    if variant.chunked and not variant.window:
+        raise ValueError("chunked needs window, which is the length of a chunk.")
     if fused and not (op_type == LATENT and has_fused_form(variant)):
         raise ValueError("The fused operator is for causal latent attention whose cache is in one piece.")
     # A flag for every optional input: which inputs a node has cannot be told from their number.
@@ -108,6 +110,7 @@ def attention_function(
         "static": variant.static,
         "quantised": variant.quantised,
         "halves": variant.halves,
+        "chunked": variant.chunked,
     }
     inputs = {"sinks_H": variant.sinks, "slopes_H": variant.slopes, "past_BP2": variant.quantised}
     outputs = {"present_BT2": variant.quantised}
@@ -215,7 +218,8 @@ def _cached_body(variant: Variant) -> str:
 
 
 def _masks(variant: Variant) -> list[str]:
-    features = {name: getattr(variant, name) for name in ("static", "window", "slopes", "bidirectional", "halves")}
+    names = ("static", "window", "chunked", "slopes", "bidirectional", "halves")
+    features = {name: getattr(variant, name) for name in names}
     parts = rows_and_masks(**features)
     return [with_scales(part) for part in parts] if variant.quantised else parts
 

@@ -85,6 +85,8 @@ BEFORE
 
 def paged_problem(variant: Variant) -> str | None:
     """Why a layer cannot be given to the operator; None if it can."""
+    if variant.chunked:
+        return "a token sees its own chunk only, for which the operator has no mask"
     if variant.slopes:
         return "its scores fall with distance (ALiBi)"
     if variant.key_scales or variant.value_scales:

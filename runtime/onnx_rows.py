@@ -143,6 +143,16 @@ _ORDER_RING = """
   order_BT = Gather <axis = 1> (all_order, column_T)
 """
 
+# The rows attended to may begin within a chunk.
+_ORDER_ALL = """
+  # ---- distances count real tokens, and chunks those before the first row too
+  all_mask_int = Cast <to = 7> (attention_mask_BT)
+  all_real = Greater (all_mask_int, zero_scalar)
+  all_real_int = Cast <to = 7> (all_real)
+  all_order = CumSum (all_real_int, one_scalar)
+  order_BT = Slice (all_order, minus_T, end, one)
+"""
+
 _DISTANCES = """
   own_order_BS = Slice (order_BT, OWN, one)
   own_order_BS1 = Unsqueeze (own_order_BS, two)
@@ -162,6 +172,16 @@ _ALLOWED_WINDOW = """
   seen_BS1T = Unsqueeze (seen_BST, two)
 """
 
+_ALLOWED_CHUNK = """
+  # ---- how far a query sees: to where its chunk begins
+  behind_first_BS1 = Sub (own_order_BS1, one_scalar)
+  inside_BS1 = Mod (behind_first_BS1, reach)
+  within_BST = LessOrEqual (distance_BST, inside_BS1)
+  allowed_BST = And (real_before_BST, within_BST)
+  seen_BST = Or (allowed_BST, itself_ST)
+  seen_BS1T = Unsqueeze (seen_BST, two)
+"""
+
 _SEEN_OPEN = """
   # ---- which keys every query sees: the real ones, or all if none is real
   zero_scalar = Constant <value_int = 0> ()
@@ -176,7 +196,9 @@ _SEEN_OPEN = """
 """
 
 
-def rows_and_masks(*, static: bool, window: bool, slopes: bool, bidirectional: bool, halves: bool = False) -> list[str]:
+def rows_and_masks(
+    *, static: bool, window: bool, slopes: bool, bidirectional: bool, halves: bool = False, chunked: bool = False
+) -> list[str]:
     """From ``new_BNR`` to the rows to attend to, the new cache, and which of the rows each query sees.
 
     Arguments are the features of :class:`~mla_compile.runtime.onnx_variant.Variant`. ``ROWS`` is what the caller calls
@@ -184,23 +206,24 @@ def rows_and_masks(*, static: bool, window: bool, slopes: bool, bidirectional: b
     """
     if bidirectional:
         return [_ROWS, _SEEN_OPEN]
+    allowed = (_ALLOWED_CHUNK if chunked else _ALLOWED_WINDOW) if window else _ALLOWED
     if halves:
         slots = "earlier, total" if static else "P, T"
         rows = _ROWS_HALVES.replace("T = Add (P, N)", "T = Identity (P)" if static else "T = Add (P, N)")
         apart = [_ORDER, _DISTANCES.replace("OWN", slots)] if window or slopes else []
-        allowed = [_REACH, _ALLOWED_WINDOW] if window else [_ALLOWED]
         return [
             _SCALARS,
+            *([_REACH] if window else []),
             rows,
             _HALVES_STATIC if static else _HALVES_GROW,
             _SEEN.replace("OWN", slots),
             *apart,
-            *allowed,
+            allowed,
         ]
     seen = _SEEN.replace("OWN", "earlier, total" if static and not window else "P, T")
     distances = _DISTANCES.replace("OWN", "earlier, total" if static and not window else "P, T")
     if window:
-        own = [_ROWS_RING, seen, _ORDER_RING] if static else [_ROWS_WINDOW, seen, _ORDER]
-        return [_SCALARS, _REACH, *own, distances, _ALLOWED_WINDOW]
+        order = _ORDER_RING if static else _ORDER_ALL if chunked else _ORDER
+        return [_SCALARS, _REACH, _ROWS_RING if static else _ROWS_WINDOW, seen, order, distances, allowed]
     counted = [_ORDER, distances] if slopes else []
-    return [_SCALARS, _ROWS_STATIC if static else _ROWS, seen, *counted, _ALLOWED]
+    return [_SCALARS, _ROWS_STATIC if static else _ROWS, seen, *counted, allowed]

@@ -36,6 +36,8 @@ class Variant:
         halves: The cache is two tensors ``[B, 1, P, W]``, named key and value: halves of rows of ``2 W`` numbers, of
             which those behind the row's own are zeros. A window hides rows and drops none (``LatentAttention`` only,
             neither ``bidirectional`` nor ``quantised``); attribute ``halves``, 1.
+        chunked: Queries see the tokens of their own chunk, of which ``window`` says the length (only beside
+            ``window``); attribute ``chunked``, 1.
     """
 
     key_scales: bool = False
@@ -49,6 +51,7 @@ class Variant:
     static: bool = False
     quantised: bool = False
     halves: bool = False
+    chunked: bool = False
 
     def named(self, op_type: str) -> str:
         """Name of a function's variant: the function's own, and behind it the features that the variant has."""

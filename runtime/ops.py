@@ -47,6 +47,7 @@ def latent_attention(
     value_scales: int = 0,
     causal: bool = True,
     scaled_rope: bool = False,
+    chunked: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Attend with a latent cache (DeepSeek-V2 eq. 9-19; MHA2MLA eq. 8-11).
 
@@ -87,6 +88,8 @@ def latent_attention(
         value_scales: ``w``, how many of a row's last numbers are value scales.
         causal: Whether a query sees no key behind its own. If none of the keys is real, all are seen.
         scaled_rope: Whether key scales multiply the whole product, and not only that of the latent.
+        chunked: Whether the window does not slide: a query sees the real tokens of its own chunk of ``window``, counted
+            from the first real one.
 
     Returns:
         Attention outputs ``[B, S, H, v_dim]`` and the cache with the new rows ``[B, P + S, R]``, of which no more is
@@ -95,7 +98,7 @@ def latent_attention(
 
     Raises:
         ValueError: Sizes do not fit, ``window`` or ``softcap`` is negative, there is a window or a slope although
-            attention is not causal, or ``scaled_rope`` without key scales.
+            attention is not causal, ``scaled_rope`` without key scales, or ``chunked`` without a window.
     """
     if value_scales < 0 or (value_scales and query.shape[2] % value_scales):
         raise ValueError(
@@ -109,7 +112,7 @@ def latent_attention(
         )
     if scaled_rope and not scales:
         raise ValueError("Rope keys cannot be scaled by key scales that the rows do not have. Pass scaled_rope=False.")
-    _check_arguments(query, row, past, attention_mask, sinks, slopes, window, softcap)
+    _check_arguments(query, row, past, attention_mask, sinks, slopes, window, softcap, chunked)
     if causal and query.shape[1] != row.shape[1]:
         raise ValueError(f"There are {query.shape[1]} queries but {row.shape[1]} new rows. Pass one row per query.")
     if not causal and (window or slopes is not None):
@@ -131,6 +134,7 @@ def latent_attention(
         value_scales,
         causal,
         scaled_rope,
+        chunked,
     )
 
 
@@ -152,6 +156,7 @@ def _(
     value_scales: int = 0,
     causal: bool = True,
     scaled_rope: bool = False,
+    chunked: bool = False,
 ) -> tuple[Tensor, Tensor]:
     batch, new, heads, _ = query.shape
     present = row.new_empty(batch, kept_rows(past.shape[1] + row.shape[1], window), row.shape[2])
@@ -170,6 +175,7 @@ def cached_attention(
     scale: float,
     window: int,
     softcap: float,
+    chunked: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Attend with an ordinary cache: grouped-query attention (Ainslie et al. 2023), keys and values in one row.
 
@@ -186,12 +192,13 @@ def cached_attention(
         scale: Factor between dot products and softmax logits.
         window: How many real tokens a query sees, itself included; 0 for all.
         softcap: Bound of the logits before ``slopes``; 0 for none.
+        chunked: Whether the window does not slide.
 
     Returns:
         Attention outputs ``[B, S, H, Dv]`` and the cache as :func:`latent_attention` keeps it.
 
     Raises:
-        ValueError: Sizes do not fit, or ``window`` or ``softcap`` is negative.
+        ValueError: Sizes do not fit, ``window`` or ``softcap`` is negative, or ``chunked`` without a window.
     """
     heads, head_dim = query.shape[2:]
     if kv_heads < 1 or heads % kv_heads:
@@ -201,8 +208,8 @@ def cached_attention(
             f"A row of {row.shape[2]} numbers does not hold {kv_heads} keys of {head_dim} and as many values. "
             "Pass [keys | values] of all key/value heads."
         )
-    _check_arguments(query, row, past, attention_mask, sinks, slopes, window, softcap)
-    return _cached_attention(query, row, past, attention_mask, sinks, slopes, kv_heads, scale, window, softcap)
+    _check_arguments(query, row, past, attention_mask, sinks, slopes, window, softcap, chunked)
+    return _cached_attention(query, row, past, attention_mask, sinks, slopes, kv_heads, scale, window, softcap, chunked)
 
 
 @cached_attention.register_fake
@@ -217,6 +224,7 @@ def _(
     scale: float,
     window: int,
     softcap: float,
+    chunked: bool = False,
 ) -> tuple[Tensor, Tensor]:
     batch, new, heads, head_dim = query.shape
     present = row.new_empty(batch, kept_rows(past.shape[1] + new, window), row.shape[2])
@@ -240,13 +248,14 @@ def _latent_attention(
     value_scales: int = 0,
     causal: bool = True,
     scaled_rope: bool = False,
+    chunked: bool = False,
 ) -> tuple[Tensor, Tensor]:
     folds = folding_pays(
         query, row, past, cos, key_up, value_up, value_scales, capped=softcap != 0, scaled_rope=scaled_rope
     )
     query, rows = rotate_and_append(query, row, past, cos, sin, key_up.shape[2])
     if causal:
-        mask = score_mask(attention_mask[:, -rows.shape[1] :], query.shape[1], window, slopes, query.dtype)
+        mask = score_mask(attention_mask, query.shape[1], window, slopes, query.dtype, chunked, rows.shape[1])
     else:
         mask = open_keys(attention_mask, query.shape[1]).unsqueeze(1)
     form = attend_folded if folds else attend_unfolded
@@ -266,11 +275,12 @@ def _cached_attention(
     scale: float,
     window: int,
     softcap: float,
+    chunked: bool = False,
 ) -> tuple[Tensor, Tensor]:
     rows = torch.cat([past, row], 1)
     keys = kv_heads * query.shape[3]
     key, value = (x.unflatten(2, (kv_heads, -1)).transpose(1, 2) for x in rows.split([keys, rows.shape[2] - keys], -1))
-    mask = score_mask(attention_mask[:, -rows.shape[1] :], query.shape[1], window, slopes, query.dtype)
+    mask = score_mask(attention_mask, query.shape[1], window, slopes, query.dtype, chunked, rows.shape[1])
     attended = attend(query.transpose(1, 2), key, value, mask, sinks, scale, softcap).transpose(1, 2)
     return attended.contiguous(), _kept(rows, window)
 
@@ -290,8 +300,11 @@ def _check_arguments(
     slopes: Tensor | None,
     window: int,
     softcap: float,
+    chunked: bool,
 ) -> None:
     """Refuse what both operators refuse."""
+    if chunked and not window:
+        raise ValueError("Chunks have no length. Pass it as window, or chunked=False.")
     if window < 0 or softcap < 0:
         raise ValueError(f"window is {window} and softcap {softcap}. Pass 0 for none, or a positive number.")
     if row.shape[2] != past.shape[2]:

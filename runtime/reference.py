@@ -28,6 +28,7 @@ def attention(
     slopes: Tensor | None = None,
     softcap: float = 0.0,
     causal: bool = True,
+    chunked: bool = False,
 ) -> Tensor:
     """Grouped-query attention with rotary pairs from position 0 (Vaswani 2017 eq. 1, Su 2021 eq. 34).
 
@@ -43,6 +44,7 @@ def attention(
         slopes: ``[H]``, or None.
         softcap: Bound of the logits, or 0.
         causal: Whether a query sees no key behind its own; otherwise it sees all.
+        chunked: Whether the window does not slide, see :class:`~mla_compile.site.Mask`.
 
     Returns:
         ``[B, S, H, Dv]`` in float64.
@@ -60,19 +62,20 @@ def attention(
         turned.append(y)
     value = value.repeat_interleave(query.shape[2] // value.shape[2], 2)
     mask = torch.ones(key.shape[:2], dtype=torch.long)
-    return _attend(turned[0], turned[1], value, mask, scale, window, sinks, slopes, softcap, causal)
+    return _attend(turned[0], turned[1], value, mask, scale, window, sinks, slopes, softcap, causal, chunked)
 
 
-def visible_keys(attention_mask: Tensor, new: int, window: int | None) -> Tensor:
+def visible_keys(attention_mask: Tensor, new: int, window: int | None, chunked: bool = False) -> Tensor:
     """Which of ``T`` keys each of the last ``new`` tokens sees.
 
-    A token sees itself and the real tokens before it; with a window, those fewer than ``window`` real tokens back.
-    A padding token sees itself, so that no row is empty.
+    A token sees itself and the real tokens before it; with a window, those fewer than ``window`` real tokens back, or
+    those of its own chunk of ``window`` real tokens. A padding token sees itself, so that no row is empty.
 
     Args:
         attention_mask: ``[B, T]``, non-zero for real tokens.
         new: How many of the last tokens are queries.
         window: Window size in tokens, or None.
+        chunked: Whether there are chunks of this size.
 
     Returns:
         Bool ``[B, new, T]``.
@@ -82,7 +85,10 @@ def visible_keys(attention_mask: Tensor, new: int, window: int | None) -> Tensor
     place = torch.arange(total)
     rank = real.long().cumsum(-1)
     seen = real[:, None, :] & (place[None, None, :] <= place[None, total - new :, None])
-    if window is not None:
+    if window is not None and chunked:
+        chunk = torch.div(rank - 1, window, rounding_mode="floor")
+        seen = seen & (chunk[:, total - new :, None] == chunk[:, None, :])
+    elif window is not None:
         seen = seen & (rank[:, total - new :, None] - rank[:, None, :] < window)
     return seen | (place[None, None, :] == place[None, total - new :, None])
 
@@ -105,21 +111,23 @@ def _attend(
     slopes: Tensor | None,
     softcap: float,
     causal: bool = True,
+    chunked: bool = False,
 ) -> Tensor:
     """Attention of ``[B, S, H, D]`` queries to ``[B, T, H, D]`` keys and ``[B, T, H, Dv]`` values."""
-    new, heads = query.shape[1:3]
+    (new, heads), keys = query.shape[1:3], key.shape[1]
     logits = torch.einsum("bshd,bthd->bhst", query, key) * scale
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
     if slopes is not None:
         rank = (attention_mask != 0).long().cumsum(-1)
-        distance = rank[:, -new:, None] - rank[:, None, :]
+        distance = rank[:, -new:, None] - rank[:, None, -keys:]
         logits = logits - slopes.double()[:, None, None] * distance[:, None]
-    seen = visible_keys(attention_mask, new, window) if causal else _open_keys(attention_mask, new)
+    seen = visible_keys(attention_mask, new, window, chunked) if causal else _open_keys(attention_mask, new)
+    seen = seen[..., -keys:]
     logits = logits.masked_fill(~seen[:, None], -math.inf)
     if sinks is not None:
         logits = torch.cat([logits, sinks.double()[:, None, None].expand(len(logits), heads, new, 1)], -1)
-    weights = logits.softmax(-1)[..., : key.shape[1]]
+    weights = logits.softmax(-1)[..., :keys]
     return torch.einsum("bhst,bthd->bshd", weights, value)
 
 
@@ -140,6 +148,7 @@ def latent_attention(
     value_scales: int = 0,
     causal: bool = True,
     scaled_rope: bool = False,
+    chunked: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Multi-head latent attention with explicit keys and values (MHA2MLA eq. 8-11; DeepSeek-V2 eq. 9-19).
 
@@ -170,8 +179,8 @@ def latent_attention(
         values = values * of_values.repeat_interleave(heads // value_scales, 2)[..., None]
     per_head = [x.repeat_interleave(heads // groups, 2) for x in (cos, sin)]
     queries = torch.cat([query[..., :nope], rotate(query[..., nope:], *per_head)], -1)
-    mask = attention_mask[:, -rows.shape[1] :]
-    return _attend(queries, keys, values, mask, scale, window, sinks, slopes, softcap, causal), _kept(rows, window)
+    settings = (attention_mask, scale, window, sinks, slopes, softcap, causal, chunked)
+    return _attend(queries, keys, values, *settings), _kept(rows, window)
 
 
 def cached_attention(
@@ -185,6 +194,7 @@ def cached_attention(
     sinks: Tensor | None = None,
     slopes: Tensor | None = None,
     softcap: float = 0.0,
+    chunked: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Grouped-query attention with a cache (Ainslie et al. 2023).
 
@@ -194,8 +204,8 @@ def cached_attention(
     group, width = query.shape[2] // kv_heads, kv_heads * query.shape[3]
     parts = rows[..., :width], rows[..., width:]
     key, value = (x.unflatten(-1, (kv_heads, -1)).repeat_interleave(group, 2) for x in parts)
-    mask = attention_mask[:, -rows.shape[1] :]
-    return _attend(query.double(), key, value, mask, scale, window, sinks, slopes, softcap), _kept(rows, window)
+    settings = (attention_mask, scale, window, sinks, slopes, softcap, True, chunked)
+    return _attend(query.double(), key, value, *settings), _kept(rows, window)
 
 
 def _kept(rows: Tensor, window: int | None) -> Tensor:

@@ -100,12 +100,13 @@ def read_once() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def programs() -> Programs:
     """Every pico model; tests must leave the models and programs as they are."""
-    refused = {
+    others = {
         "qwen3": models.qwen3,
         "gemma2": models.gemma2,
         "bidirectional": lambda: models.handwritten(models.BidirectionalGPT),
+        "chunks": lambda: models.handwritten(models.ChunkedGPT),
     }
-    return Programs({**models.CONVERTIBLE, **refused})
+    return Programs({**models.CONVERTIBLE, **others})
 
 
 @pytest.fixture(scope="session")

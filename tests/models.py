@@ -211,6 +211,16 @@ class BidirectionalGPT(NanoGPT):
             attention.seen.fill_(1.0)
 
 
+class ChunkedGPT(NanoGPT):
+    """Tokens see those of their own chunk of 5."""
+
+    def __init__(self) -> None:
+        super().__init__(spelled_out=True)
+        for attention in self.attentions:
+            chunk = torch.arange(attention.seen.shape[-1]) // 5
+            attention.seen.mul_(chunk[:, None] == chunk)
+
+
 def handwritten(kind: Callable[[], nn.Module]) -> nn.Module:
     torch.manual_seed(0)
     return _settle(kind())

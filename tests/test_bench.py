@@ -62,6 +62,15 @@ def steps(decoder, ids, sizes):
 @pytest.mark.parametrize("form", OriginalForm)
 @pytest.mark.parametrize("name", NAMES)
 def test_every_form_is_the_original(programs, translated, tmp_path, name, form):
+    check_form(programs, translated, tmp_path, name, form)
+
+
+@pytest.mark.parametrize("form", [OriginalForm.PRODUCTS, OriginalForm.ATTENTION])
+def test_chunks_of_the_original(programs, translated, tmp_path, form):
+    check_form(programs, translated, tmp_path, "chunks", form)
+
+
+def check_form(programs, translated, tmp_path, name, form):
     """Whole, and token by token behind a prompt; oracle: the original in PyTorch, without a cache."""
     ids = models.tokens(2, 14)
     with torch.no_grad():
@@ -77,6 +86,7 @@ def test_every_form_is_the_original(programs, translated, tmp_path, name, form):
 def test_forms_that_a_layer_has_not_are_named(programs, translated, tmp_path):
     assert form_problem(OriginalForm.PRODUCTS, Variant(slopes=True, sinks=True), 7, 5) is None
     assert "ALiBi" in form_problem(OriginalForm.GROUPED, Variant(slopes=True), 16, 16)
+    assert "own chunk" in form_problem(OriginalForm.GROUPED, Variant(window=True, chunked=True), 16, 16)
     assert "sinks" in form_problem(OriginalForm.ATTENTION, Variant(sinks=True), 16, 16)
     assert "multiple of 8" in form_problem(OriginalForm.GROUPED, Variant(), 12, 12)
     assert "values 8" in form_problem(OriginalForm.GROUPED_INT8, Variant(), 16, 8)

@@ -151,6 +151,7 @@ def test_a_cache_in_blocks_has_whole_blocks():
 
 def test_what_the_operator_does_not_compute_is_refused(programs):
     assert "ALiBi" in paged_problem(Variant(slopes=True))
+    assert "own chunk" in paged_problem(Variant(window=True, chunked=True))
     assert "norms" in paged_problem(Variant(key_scales=True))
     assert paged_problem(Variant(sinks=True, softcap=True, window=True)) is None
     with pytest.raises(UsageError, match="half precision"):

@@ -53,6 +53,7 @@ class Layer:
         theta: Base of the rotary frequencies, when they are plain powers of it.
         scale: Everything constant between ``q . k`` and the softmax, wherever it is written.
         window: Tokens a query sees, itself included.
+        chunked: Whether it sees those of its own chunk of as many.
         softcap: Bound of the scores; 0 for none.
         sinks: Name of the parameter with one logit per head that has no key.
         slopes: ALiBi slopes, as they reach the softmax.
@@ -71,6 +72,7 @@ class Layer:
     theta: float | None = None
     scale: float = DIM**-0.5
     window: int | None = None
+    chunked: bool = False
     softcap: float = 0.0
     sinks: str | None = None
     slopes: tuple[float, ...] | None = None

@@ -381,6 +381,23 @@ CONVERTIBLE: dict[str, Family] = {
         num_experts_per_tok=2,
         rope_parameters=rope(),
     ),
+    # Queries of the second kind of layer are multiplied with numbers that grow with their position.
+    "llama4": _family(
+        "Llama4TextConfig",
+        (
+            dataclasses.replace(NORMED, layout="interleaved", window=WINDOW, chunked=True),
+            Layer(kv_heads=2),
+        ),
+        head_dim=DIM,
+        attention_chunk_size=WINDOW,
+        no_rope_layers=[1, 0],
+        floor_scale=4,
+        attn_scale=0.5,
+        intermediate_size_mlp=96,
+        num_experts_per_tok=1,
+        num_local_experts=2,
+        rope_parameters=rope(),
+    ),
 }
 """Models that must convert."""
 
@@ -405,17 +422,6 @@ REFUSED: dict[str, Family] = {
         qk_rope_head_dim=8,
         qk_nope_head_dim=8,
         v_head_dim=12,
-    ),
-    # Queries see their own chunk of tokens only.
-    "llama4": _family(
-        "Llama4TextConfig",
-        Layer(),
-        head_dim=DIM,
-        attention_chunk_size=WINDOW,
-        intermediate_size_mlp=96,
-        num_experts_per_tok=1,
-        num_local_experts=2,
-        rope_parameters=rope(),
     ),
     # What is added to a score is computed from the key's value.
     "doge": _family("DogeConfig", Layer(), rope_parameters=rope()),

@@ -51,6 +51,7 @@ def described(site: AttentionSite) -> Layer:
         layout=site.rope.layout,
         rotary_dim=site.rope.rotary_dim,
         window=site.mask.window,
+        chunked=site.mask.chunked,
         sinks=site.sinks,
         key_norm=None if site.key.norm is None else site.key.norm.kind,
         per_head=site.key.norm is None or site.key.norm.per_head,

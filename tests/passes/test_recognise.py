@@ -205,6 +205,12 @@ def test_window_of_any_size_is_seen(window, base):
     assert only(zoo.program_of(zoo.model(zoo.windowed(window, base)))).mask == Mask(window)
 
 
+@pytest.mark.parametrize("size", [2, 12, 13, 14, 64, 600, 4096])
+@pytest.mark.parametrize("base", [zoo.Masked, zoo.SpelledOut], ids=["fused", "spelled out"])
+def test_chunks_of_any_size_are_seen(size, base):
+    assert only(zoo.program_of(zoo.model(zoo.chunked(size, base)))).mask == Mask(size, chunked=True)
+
+
 @pytest.mark.parametrize("kind", [zoo.FarBand, zoo.FarBandByTensor])
 def test_window_that_is_no_number_in_the_graph_is_not_overlooked(kind):
     assert only(zoo.program_of(zoo.model(kind))).mask == Mask(64)

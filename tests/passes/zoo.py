@@ -1307,13 +1307,14 @@ class HiddenByActivation(Masked):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=SCALE)
 
 
-def chunked(size: int) -> type[Masked]:
-    """Tokens see their own chunk only, which looks causal within the first."""
+def chunked(size: int, base: type[Masked] = Masked, window: int = 10**9) -> type[Masked]:
+    """Tokens see their own chunk only, which looks causal within the first; and of that the last ``window``."""
 
-    class Chunked(Masked):
+    class Chunked(base):  # type: ignore[misc, valid-type]
         def seen(self, length: int, ids: Tensor) -> Tensor:
             place = torch.arange(length)
-            return (place <= place[:, None]) & (place // size == place[:, None] // size)
+            distance = place[:, None] - place
+            return (distance >= 0) & (distance < window) & (place // size == place[:, None] // size)
 
     return Chunked
 
@@ -1456,6 +1457,8 @@ ACCEPTED: dict[str, type[Attention]] = {
     "rope by a matrix of halves": RopeByHalves,
     "window": windowed(5),
     "spelled-out window": windowed(5, SpelledOut),
+    "chunks": chunked(5),
+    "spelled-out chunks": chunked(5, SpelledOut),
     "positions from one": RopeFromOne,
     "keys ahead": KeysAhead,
     "queries ahead": QueriesAhead,
@@ -1544,8 +1547,8 @@ REFUSED: dict[str, tuple[type[Attention], frozenset[RejectCode]]] = {
         ("padding hidden by its token", HiddenPadding, RejectCode.MASK),
         ("padding emptied by its token", EmptyPadding, *RejectCode),
         ("hidden by activations", HiddenByActivation, RejectCode.MASK),
-        ("chunks of 64", chunked(64), RejectCode.MASK),
-        ("chunks of 4096", chunked(4096), RejectCode.MASK),
+        ("a window within chunks", chunked(6, window=4), RejectCode.MASK),
+        ("a window within long chunks", chunked(4096, window=700), RejectCode.MASK),
         ("other source", OtherSource, RejectCode.CROSS),
     )
 }

@@ -23,6 +23,7 @@ class _Problem:
     heads: int = 4
     v_dim: int = 3
     window: int = 0
+    chunked: bool = False
     softcap: float = 0.0
     sinks: bool = False
     slopes: bool = False
@@ -66,7 +67,7 @@ class _Problem:
     def settings(self, implementation: str = "op") -> dict[str, Any]:
         """The other arguments; the reference writes "no window" as None."""
         window = self.window or (None if implementation == "reference" else 0)
-        return {"scale": self.scale, "window": window, "softcap": self.softcap}
+        return {"scale": self.scale, "window": window, "softcap": self.softcap, "chunked": self.chunked}
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,7 @@ class Case(_Problem):
         slopes: Tensor | None = None,
         value_scales: int = 0,
         scaled_rope: bool = False,
+        chunked: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """``mla::latent_attention``, which takes its tensors by position."""
         return ops.latent_attention(
@@ -143,6 +145,7 @@ class Case(_Problem):
             softcap,
             value_scales,
             scaled_rope=scaled_rope,
+            chunked=chunked,
         )
 
     def expected(self, x: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -180,9 +183,11 @@ class CachedCase(_Problem):
         softcap: float = 0.0,
         sinks: Tensor | None = None,
         slopes: Tensor | None = None,
+        chunked: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """``mla::cached_attention``, which takes its tensors by position."""
-        return ops.cached_attention(query, row, past, attention_mask, sinks, slopes, kv_heads, scale, window, softcap)
+        settings = (kv_heads, scale, window, softcap, chunked)
+        return ops.cached_attention(query, row, past, attention_mask, sinks, slopes, *settings)
 
     def expected(self, x: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Of the reference."""
@@ -195,13 +200,15 @@ def _problem(draw: st.DrawFn) -> tuple[dict[str, Any], st.SearchStrategy[int]]:
     batch, total = draw(st.integers(1, 3)), draw(st.integers(1, 8))
     new = draw(st.integers(1, total))
     padding = st.tuples(st.integers(0, total), st.integers(0, total))
+    window = draw(st.integers(0, 5))
     problem = {
         "batch": batch,
         "new": new,
         "past": total - new,
         "heads": heads,
         "v_dim": draw(st.integers(1, 4)),
-        "window": draw(st.integers(0, 5)),
+        "window": window,
+        "chunked": window > 0 and draw(st.booleans()),
         "softcap": draw(st.sampled_from([0.0, 0.7, 3.0])),
         "sinks": draw(st.booleans()),
         "slopes": draw(st.booleans()),

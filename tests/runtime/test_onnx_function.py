@@ -46,6 +46,9 @@ KINDS = {
     "one head": Case(heads=1, rope_groups=1, up_groups=1),
     "window": Case(window=2),
     "window of one": Case(window=1),
+    "chunks": Case(window=3, chunked=True),
+    "chunks, slopes": Case(window=4, chunked=True, slopes=True),
+    "chunks of one": Case(window=1, chunked=True),
     "one key scale": Case(key_scales=1),
     "key scales, all rope": Case(nope=0, key_scales=2),
     "key scales, no rope": Case(half=0, key_scales=4),
@@ -67,6 +70,7 @@ KINDS = {
     "cached": CachedCase(),
     "cached, one key": CachedCase(kv_heads=1),
     "cached, key per head": CachedCase(kv_heads=4),
+    "cached, chunks": CachedCase(window=3, chunked=True),
     "cached, everything": CachedCase(softcap=1.5, sinks=True, slopes=True, window=3),
 }
 STEPS = {"prefill": (5, 0), "chunk": (3, 4), "decoding": (1, 6), "first token": (1, 0)}
@@ -75,13 +79,14 @@ STEPS = {"prefill": (5, 0), "chunk": (3, 4), "decoding": (1, 6), "first token": 
 def variant_of(case) -> Variant:
     keys, values = (bool(getattr(case, name, 0)) for name in ("key_scales", "value_scales"))
     scaled = getattr(case, "scaled_rope", False)
-    return Variant(keys, bool(case.softcap), bool(case.window), case.sinks, case.slopes, values, scaled_rope=scaled)
+    features = (keys, bool(case.softcap), bool(case.window), case.sinks, case.slopes, values)
+    return Variant(*features, scaled_rope=scaled, chunked=case.chunked)
 
 
 def case_of(op_type: str, variant: Variant):
     """A problem with these features."""
     numbers = {"softcap": 1.5 if variant.softcap else 0.0, "window": 3 if variant.window else 0}
-    features = numbers | {"sinks": variant.sinks, "slopes": variant.slopes}
+    features = numbers | {"sinks": variant.sinks, "slopes": variant.slopes, "chunked": variant.chunked}
     if op_type == CACHED:
         return CachedCase(**features)
     scales = {"key_scales": 2 * variant.key_scales, "value_scales": 4 * variant.value_scales}
@@ -109,7 +114,7 @@ def make_node(case, inputs, outputs) -> onnx.NodeProto:
     if variant.window:
         sizes["window"] = case.window
     flags = {f"has_{name}": 1 for name in ("sinks", "slopes") if getattr(variant, name)}
-    flags |= {"scaled_rope": 1} if variant.scaled_rope else {}
+    flags |= {name: 1 for name in ("scaled_rope", "chunked") if getattr(variant, name)}
     return helper.make_node(
         variant.named(LATENT if latent else CACHED),
         inputs,

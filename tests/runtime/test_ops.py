@@ -39,6 +39,7 @@ KINDS = {
     "slopes": Case(slopes=True),
     "sinks": Case(sinks=True),
     "sinks, decoding": Case(sinks=True, new=1, past=6),
+    "chunks": Case(window=3, chunked=True),
     "everything": Case(key_scales=2, value_scales=2, softcap=1.5, slopes=True, sinks=True, window=3),
     "everything, decoding": Case(
         key_scales=2, value_scales=1, softcap=1.5, slopes=True, sinks=True, window=3, new=1, past=6
@@ -71,11 +72,12 @@ def form(name):
         softcap,
         value_scales,
         scaled_rope,
+        chunked,
         sinks=None,
         slopes=None,
     ):
         query, rows = rotate_and_append(query, row, past, cos, sin, key_up.shape[2])
-        mask = score_mask(attention_mask[:, -rows.shape[1] :], query.shape[1], window, slopes, query.dtype)
+        mask = score_mask(attention_mask, query.shape[1], window, slopes, query.dtype, chunked, rows.shape[1])
         return getattr(ops, name)(
             query, rows, mask, key_up, value_up, cos.shape[2], sinks, scale, softcap, value_scales, scaled_rope
         )
@@ -122,8 +124,8 @@ def test_takes_the_cheaper_form(case, folds, features, monkeypatch):
 @given(cases())
 def test_sees_the_keys_the_reference_sees(case: Case):
     mask = case.mask(case.past + case.new)
-    got = visible_keys(mask, case.new, case.window)
-    assert torch.equal(got, reference.visible_keys(mask, case.new, case.window or None))
+    got = visible_keys(mask, case.new, case.window, case.chunked)
+    assert torch.equal(got, reference.visible_keys(mask, case.new, case.window or None, case.chunked))
 
 
 @given(problems, st.data())

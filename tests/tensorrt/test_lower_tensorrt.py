@@ -234,3 +234,12 @@ def test_layers_with_an_ordinary_cache_are_refused(lowered, tmp_path):
     with pytest.raises(RefusedError, match=r"Layer 1 is not converted.* Give TensorRT the ordinary ONNX file"):
         lower_to_tensorrt_onnx(model.graph, model.rows, tmp_path / "model.onnx", room=ROOM, metadata={})
     assert not [*tmp_path.iterdir()]
+
+
+def test_layers_with_chunks_are_refused(lowered, tmp_path):
+    model = altered(lowered("llama-gqa").model)
+    first, *_ = [n for n in model.graph.graph.nodes if n.target is torch.ops.mla.latent_attention.default]
+    first.args = (*first.args[:11], 5, *first.args[12:], True)
+    with pytest.raises(RefusedError, match=r"Layer 0 sees its own chunk of tokens only.* Give TensorRT the ordinary"):
+        lower_to_tensorrt_onnx(model.graph, model.rows, tmp_path / "model.onnx", room=ROOM, metadata={})
+    assert not [*tmp_path.iterdir()]
