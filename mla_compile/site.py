@@ -209,8 +209,8 @@ class Mask:
     Attributes:
         window: How many keys a query sees at most; None for no limit.
         causal: Whether keys behind the query are hidden.
-        chunked: Whether the window does not slide: tokens are in chunks of ``window``, and a query sees those of its own
-            chunk (Llama 4).
+        chunked: Whether the window does not slide: tokens are in chunks of ``window``, and a query sees its own chunk
+            (Llama 4).
     """
 
     window: int | None = None

@@ -207,7 +207,7 @@ def _by_positions(ask: _Positions, slopes: tuple[float, ...] | None, mask: Mask,
             )
         if not agrees(added, positions, slopes, mask):
             raise MismatchError(
-                RejectCode.MASK, f"beyond {shown} tokens the mask is neither causal nor so within a sliding window or chunk"
+                RejectCode.MASK, f"beyond {shown} tokens the mask is neither causal nor causal in windows or chunks"
             )
         if not ask.scorer.anchor.fused:
             _check_scores(ask(positions, scores), added, added >= MASKED, scores, bend, shown)
@@ -263,7 +263,7 @@ def _check_whole(scorer: Scorer, slopes: tuple[float, ...] | None, mask: Mask, l
         return  # heads are told apart, or a table is shorter
     if not agrees(added, torch.arange(length), slopes, mask):
         raise MismatchError(
-            RejectCode.MASK, f"up to {length} tokens the mask is neither causal nor so within a sliding window or chunk"
+            RejectCode.MASK, f"up to {length} tokens the mask is neither causal nor causal in windows or chunks"
         )
 
 
@@ -325,7 +325,7 @@ def _windows_by_number(
         if small.window is None or steps != _SMALL[1] - _SMALL[0] or small.chunked != larger.chunked:
             raise MismatchError(
                 RejectCode.MASK,
-                f"from {constant:g} tokens on, at '{name}', the mask changes otherwise than by a sliding window or chunk",
+                f"from {constant:g} tokens on, at '{name}', the mask changes otherwise than by windows or chunks",
             )
         yield name, int(abs(number.value)) + small.window - _SMALL[0], small.chunked
 

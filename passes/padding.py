@@ -90,8 +90,7 @@ def _only_hidden(plain: Tensor, masked: Tensor, given: Tensor) -> bool:
 
 
 def _as_without_padding(scorer: Scorer, masked: Tensor, scores: Tensor) -> bool:
-    """Whether tokens behind padding have the logits that they have without it: so it is where chunks begin with the
-    first real token."""
+    """Whether tokens behind padding have the logits that they have without it, as where chunks begin behind it."""
     length = scores.shape[-1]
     alone = _logits(scorer, length, scores.roll((-_PADDED, -_PADDED), (-2, -1)), {})[1, :, :-_PADDED, :-_PADDED]
     whole = _logits(scorer, length, scores, {})[0]

@@ -53,8 +53,10 @@ def score_mask(
     chunked: bool = False,
     rows: int | None = None,
 ) -> Tensor:
-    """What is added to logits of the last ``rows`` keys: ``[B, 1, new, rows]`` bool (seen or not), or with slopes
-    ``[B, H, new, rows]`` numbers."""
+    """What is added to logits of the last ``rows`` keys, all by default.
+
+    ``[B, 1, new, rows]`` bool (seen or not), or with slopes ``[B, H, new, rows]`` numbers.
+    """
     rows = attention_mask.shape[1] if rows is None else rows
     seen = visible_keys(attention_mask, new, window, chunked, rows).unsqueeze(1)
     if slopes is None:

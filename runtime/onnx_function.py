@@ -81,8 +81,9 @@ def attention_function(
         The function; its name is the variant's.
 
     Raises:
-        ValueError: The variant scales rope keys without key scales, has chunks without their length, or its cache is static where keys of another
-            sequence are seen or the operator that writes to one is missing, it is quantised where that cannot be, or
+        ValueError: The variant scales rope keys without key scales, has chunks without their length, or its cache is
+            static where keys of another sequence are seen or the operator that writes to one is missing, it is
+            quantised where that cannot be, or
             there is no fused operator for it.
     """
     if variant.scaled_rope and not variant.key_scales:
@@ -94,7 +95,7 @@ def attention_function(
     if variant.halves and (op_type == CACHED or variant.bidirectional or variant.quantised):
         raise ValueError("Two halves are of causal latent attention whose cache is not quantised.")
     if variant.chunked and not variant.window:
-        raise ValueError("chunked needs window, which is the length of a chunk.")
+        raise ValueError("Chunks need window, which is the length of one.")
     if fused and not (op_type == LATENT and has_fused_form(variant)):
         raise ValueError("The fused operator is for causal latent attention whose cache is in one piece.")
     # A flag for every optional input: which inputs a node has cannot be told from their number.
