@@ -95,7 +95,7 @@ def attention_function(
     if variant.halves and (op_type == CACHED or variant.bidirectional or variant.quantised):
         raise ValueError("Two halves are of causal latent attention whose cache is not quantised.")
     if variant.chunked and not variant.window:
-        raise ValueError("Chunks need window, which is the length of one.")
+        raise ValueError("Chunks have no length. Pass window too.")
     if fused and not (op_type == LATENT and has_fused_form(variant)):
         raise ValueError("The fused operator is for causal latent attention whose cache is in one piece.")
     # A flag for every optional input: which inputs a node has cannot be told from their number.

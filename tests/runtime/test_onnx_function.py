@@ -80,7 +80,7 @@ def variant_of(case) -> Variant:
     keys, values = (bool(getattr(case, name, 0)) for name in ("key_scales", "value_scales"))
     scaled = getattr(case, "scaled_rope", False)
     features = (keys, bool(case.softcap), bool(case.window), case.sinks, case.slopes, values)
-    return Variant(*features, scaled_rope=scaled, chunked=case.chunked)
+    return Variant(*features, scaled_rope=scaled, chunked=case.chunked and bool(case.window))
 
 
 def case_of(op_type: str, variant: Variant):
