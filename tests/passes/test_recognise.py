@@ -164,7 +164,7 @@ def test_spelling_does_not_matter(zoo_programs, name):
     }.get(name, "half" if issubclass(kind, zoo.HalfRope | zoo.PartialRope) else "none")
     assert (site.heads, site.kv_heads, site.qk_dim) == (zoo.HEADS, kind.kv_heads, zoo.DIM)
     assert site.rope.layout == layout
-    assert site.mask == Mask(5 if "window" in name else None)
+    assert site.mask == Mask(5 if name.endswith(("window", "chunks")) else None, chunked=name.endswith("chunks"))
     assert site.error < VERIFY_TOLERANCE
 
 
