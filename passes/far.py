@@ -8,7 +8,7 @@ their rows. What is found so is exact, at the price of a short probe. Numbers th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -193,6 +193,8 @@ def _by_positions(ask: _Positions, slopes: tuple[float, ...] | None, mask: Mask,
     generator = torch.Generator().manual_seed(11)
     spread = [_spread(farthest, torch.rand(SHORT - 1, generator=generator)) for _ in range(3)]
     asked = [few, *spread, *(few * k for k in (61, 256, 701, 1024, 4096) if 12 * k <= farthest)]
+    borders = {int(abs(n.value)) for n in _numbers(ask.scorer, beside_scores(ask.scorer.anchor), shown)}
+    asked += [border - SHORT // 2 + few for border in sorted(borders) if border <= farthest - SHORT]
     if mask.window is None and not all(agrees(ask(p), p, slopes, mask) for p in asked):
         mask = _windowed(ask, asked, slopes, _first_hidden(ask))
     if mask.window is not None and SHORT < mask.window < farthest - SHORT:
@@ -295,7 +297,7 @@ def _windows_by_number(
     scores = torch.rand(1, scorer.heads, short, keys, generator=torch.Generator().manual_seed(12), dtype=torch.float64)
     scores = (scores + 0.5) * (1 - torch.eye(short, keys))
     scores[..., 0] *= not scorer.sizes.cross
-    for number in _numbers(scorer, positions, shown):
+    for number in _numbers(scorer, _unmet(scorer, positions), shown):
         constant, name = abs(number.value), number.node.name
         try:
             first, second = (number.evaluate(scorer, small)[..., :keys] for small in _SMALL)
@@ -330,17 +332,24 @@ def _windows_by_number(
         yield name, int(abs(number.value)) + small.window - _SMALL[0], small.chunked
 
 
-def _numbers(scorer: Scorer, positions: _Positions | None, shown: int) -> Iterator[_Number]:
-    """Numbers that may shape the mask beyond the lengths it was looked at, and that no asked position met."""
+def _unmet(scorer: Scorer, positions: _Positions | None) -> list[Node]:
+    """Nodes beside the scores with numbers that may shape the mask, and that no asked position meets."""
     beside = beside_scores(scorer.anchor)
     met: set[Node] = set()
     if positions is not None:
         moved = {*positions.counts, *positions.tables}
         met = {n for n in beside if not moved.isdisjoint(upstream([n]))}
-    for node in sorted(beside, key=lambda n: n.name):
+
+    def meets(node: Node) -> bool:
         users = [u for u in node.users if u in beside]
-        if node.target not in _BY_DIAGONAL and (node in met or (users and met.issuperset(users))):
-            continue
+        return node in met or (bool(users) and met.issuperset(users))
+
+    return [n for n in beside if n.target in _BY_DIAGONAL or not meets(n)]
+
+
+def _numbers(scorer: Scorer, nodes: Iterable[Node], shown: int) -> Iterator[_Number]:
+    """Numbers of nodes beyond the lengths that the mask was looked at."""
+    for node in sorted(nodes, key=lambda n: n.name):
         value = scorer.evaluator.scalar(node)
         if value is not None and shown <= abs(value) < _LARGEST:
             yield _Number(node, (), value)
