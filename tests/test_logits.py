@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import models
@@ -21,6 +22,20 @@ WIDTH = 60
 class Told(NamedTuple):
     hidden: Tensor
     scores: Tensor
+
+
+@dataclass
+class Kept:
+    hidden: Tensor
+    scores: Tensor
+    loss: Tensor | None = None
+
+
+class Bundle:
+    """Nothing that an exporter knows."""
+
+    def __init__(self, hidden: Tensor, scores: Tensor) -> None:
+        self.hidden, self.scores = hidden, scores
 
 
 class Returning(nn.Module):
@@ -46,10 +61,11 @@ def read(put: Callable[[Tensor, Tensor], Any], **sizes: int) -> Program:
         (lambda h, s: (s, h), "output_0", "output_1"),
         (lambda h, s: {"hidden": h, "scores": s}, "scores", "hidden"),
         (Told, "scores", "hidden"),
+        (Kept, "scores", "hidden"),
         (lambda h, s: (h.sum(-1), s), "output_1", "output_0"),  # the only one of its shape
         (lambda h, s: {"first": s.mT, "logits": s, "hidden": h}, "logits", "first' and 'hidden"),
     ],
-    ids=["second", "first", "named", "named tuple", "only one", "logits"],
+    ids=["second", "first", "named", "named tuple", "dataclass", "only one", "logits"],
 )
 def test_logits_are_told_from_other_outputs(put, taken, dropped, caplog):
     program = read(put)
@@ -58,6 +74,19 @@ def test_logits_are_told_from_other_outputs(put, taken, dropped, caplog):
     note = f"the output '{taken}' is taken for the logits, and '{dropped}' {verb} dropped"
     assert program.notes == (note,)
     assert [r.getMessage() for r in caplog.records if r.name.startswith("mla_compile")] == [f"Returning: {note}."]
+
+
+def test_an_object_that_holds_the_outputs_is_named():
+    with pytest.raises(
+        LoadError, match=r"^Returning returns a Bundle, in which .*\. Make it return the"
+    ):
+        read(Bundle)
+
+
+def test_a_module_is_left_as_it_was():
+    module = Returning(Kept)
+    capture(module, (models.tokens(2, 5),))
+    assert isinstance(module(models.tokens(2, 5)), Kept)
 
 
 def test_logits_by_name_need_not_be_as_many_as_the_table_has_rows():

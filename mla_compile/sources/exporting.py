@@ -7,6 +7,7 @@ of a tensor (its frames are in the traceback), or the one that fixed a size (whi
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import logging
 import re
@@ -66,14 +67,32 @@ def export_module(
             strict=False,
         )
 
-    try:
-        with torch.no_grad(), quiet_exporter():
-            exported = export()
-    except Exception as error:
-        _require_fitting(module, values, source)
-        raise _explained(error, export, values, source) from error
+    with _plain_outputs(module):
+        try:
+            with torch.no_grad(), quiet_exporter():
+                exported = export()
+        except Exception as error:
+            _require_fitting(module, values, source)
+            raise _explained(error, export, values, source) from error
     _require_any_size(exported, source)
     return exported
+
+
+@contextlib.contextmanager
+def _plain_outputs(module: nn.Module) -> Iterator[None]:
+    """Let a module return a dataclass, which the exporter does not know unless it was registered, as a dictionary."""
+
+    def plain(_module: nn.Module, _inputs: object, output: object) -> object:
+        if not dataclasses.is_dataclass(output) or isinstance(output, Mapping):
+            return output
+        fields = {field.name: getattr(output, field.name) for field in dataclasses.fields(output)}
+        return {name: value for name, value in fields.items() if value is not None}
+
+    handle = module.register_forward_hook(plain)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _require_any_size(exported: ExportedProgram, source: str) -> None:
@@ -136,6 +155,12 @@ def _explained(error: Exception, export: Any, values: Mapping[str, Any] | tuple[
         return LoadError(
             f"{source} could not be exported with dynamic batch and length: {place} works only for a {named}.",
             "Rewrite that line so that it holds for any batch and length.",
+        )
+    unknown = re.search(r"Found <class '(?:.*\.)?(\w+)'> in output", str(error))
+    if unknown:
+        return LoadError(
+            f"{source} returns a {unknown[1]}, in which the exporter finds no tensors.",
+            "Make it return the logits, or a tuple, dictionary or dataclass with them.",
         )
     frame = _users_frame(traceback.extract_tb(error.__traceback__))
     if frame is not None:
