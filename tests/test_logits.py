@@ -77,9 +77,7 @@ def test_logits_are_told_from_other_outputs(put, taken, dropped, caplog):
 
 
 def test_an_object_that_holds_the_outputs_is_named():
-    with pytest.raises(
-        LoadError, match=r"^Returning returns a Bundle, in which .*\. Make it return the"
-    ):
+    with pytest.raises(LoadError, match=r"^Returning returns a Bundle, in which .*\. Make it return the"):
         read(Bundle)
 
 
