@@ -342,4 +342,4 @@ def test_a_refusal_of_ours_is_not_explained_again(monkeypatch, cause):
 
     monkeypatch.setattr(torch.onnx, "export", fails)
     with pytest.raises(RefusedError, match="Layer 3" if cause else r"lowered to ONNX: failed to translate\."):
-        onnx_export.exported_to_onnx(None, [], [], 23)
+        onnx_export.exported_to_onnx(torch.export.export(torch.nn.ReLU(), (torch.zeros(2),)), [], [], 23)

@@ -332,7 +332,7 @@ def test_options_that_a_provider_does_not_take_are_not_said_of_the_file(files, m
         raise ValueError('provider_options_utils.h:151 Parse Unknown provider option: "memory".')
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", refuse)
-    with pytest.raises(UsageError, match=r"does not take these options .*memory.* Correct"):
+    with pytest.raises(UsageError, match=r"does not take the options it was given .*memory.* Correct"):
         files().open("dynamic", providers=[(PROVIDERS["cpu"], {"memory": "1"})])
 
 
