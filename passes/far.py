@@ -193,6 +193,7 @@ def _by_positions(ask: _Positions, slopes: tuple[float, ...] | None, mask: Mask,
     generator = torch.Generator().manual_seed(11)
     spread = [_spread(farthest, torch.rand(SHORT - 1, generator=generator)) for _ in range(3)]
     asked = [few, *spread, *(few * k for k in (61, 256, 701, 1024, 4096) if 12 * k <= farthest)]
+    # What changes at a far place alone, chunks behind a window, is met only by tokens on both sides of it.
     borders = {int(abs(n.value)) for n in _numbers(ask.scorer, beside_scores(ask.scorer.anchor), shown)}
     asked += [border - SHORT // 2 + few for border in sorted(borders) if border <= farthest - SHORT]
     if mask.window is None and not all(agrees(ask(p), p, slopes, mask) for p in asked):

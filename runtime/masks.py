@@ -28,10 +28,8 @@ def visible_keys(
     key, own = place[total - rows :], place[total - new :, None]
     seen = real[:, None, total - rows :] & (key <= own)
     if window:
-        reach: Tensor | int = window
-        if chunked:
-            reach = (real.long().cumsum(-1)[:, total - new :, None] - 1) % window + 1
-        seen = seen & (_distances(attention_mask, new, rows) < reach)
+        distance, rank = _distances(attention_mask, new, rows)
+        seen = seen & (distance < ((rank - 1) % window + 1 if chunked else window))
     return seen | (key == own)
 
 
@@ -63,15 +61,19 @@ def score_mask(
         return seen
     # Distances are exact in float32 and not in half precision.
     exact = slopes.to(torch.promote_types(slopes.dtype, torch.float32))
-    bias = -exact[:, None, None] * _distances(attention_mask, new, rows).unsqueeze(1)
+    bias = -exact[:, None, None] * _distances(attention_mask, new, rows)[0].unsqueeze(1)
     return bias.masked_fill(~seen, -torch.inf).to(dtype)
 
 
-def _distances(attention_mask: Tensor, new: int, rows: int) -> Tensor:
-    """How many real tokens each of the last ``rows`` keys lies before each of the last ``new`` tokens."""
+def _distances(attention_mask: Tensor, new: int, rows: int) -> tuple[Tensor, Tensor]:
+    """How many real tokens keys lie before new tokens, and which of the real ones these are.
+
+    ``[B, new, rows]`` of the last ``rows`` keys, and ``[B, new, 1]``, counted from 1.
+    """
     rank = (attention_mask != 0).long().cumsum(-1)
     total = rank.shape[1]
-    return rank[:, total - new :, None] - rank[:, None, total - rows :]
+    own = rank[:, total - new :, None]
+    return own - rank[:, None, total - rows :], own
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -83,8 +83,7 @@ def attention_function(
     Raises:
         ValueError: The variant scales rope keys without key scales, has chunks without their length, or its cache is
             static where keys of another sequence are seen or the operator that writes to one is missing, it is
-            quantised where that cannot be, or
-            there is no fused operator for it.
+            quantised where that cannot be, or there is no fused operator for it.
     """
     if variant.scaled_rope and not variant.key_scales:
         raise ValueError("scaled_rope needs key_scales: there is nothing to scale rope keys by.")

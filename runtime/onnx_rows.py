@@ -134,24 +134,29 @@ _ORDER = """
   order_BT = CumSum (real_int_BT, one_scalar)
 """
 
-_ORDER_RING = """
+# The rows attended to may have others before them, or lie in another order.
+_ALL_ORDER = """
   # ---- distances count real tokens, in the order in which they came
   all_mask_int = Cast <to = 7> (attention_mask_BT)
   all_real = Greater (all_mask_int, zero_scalar)
   all_real_int = Cast <to = 7> (all_real)
   all_order = CumSum (all_real_int, one_scalar)
-  order_BT = Gather <axis = 1> (all_order, column_T)
 """
 
-# The rows attended to may begin within a chunk.
-_ORDER_ALL = """
-  # ---- distances count real tokens, and chunks those before the first row too
-  all_mask_int = Cast <to = 7> (attention_mask_BT)
-  all_real = Greater (all_mask_int, zero_scalar)
-  all_real_int = Cast <to = 7> (all_real)
-  all_order = CumSum (all_real_int, one_scalar)
+_ORDER_RING = (
+    _ALL_ORDER
+    + """
+  order_BT = Gather <axis = 1> (all_order, column_T)
+"""
+)
+
+# A chunk may begin before the first of the rows that are kept.
+_ORDER_LAST = (
+    _ALL_ORDER
+    + """
   order_BT = Slice (all_order, minus_T, end, one)
 """
+)
 
 _DISTANCES = """
   own_order_BS = Slice (order_BT, OWN, one)
@@ -223,7 +228,7 @@ def rows_and_masks(
     seen = _SEEN.replace("OWN", "earlier, total" if static and not window else "P, T")
     distances = _DISTANCES.replace("OWN", "earlier, total" if static and not window else "P, T")
     if window:
-        order = _ORDER_RING if static else _ORDER_ALL if chunked else _ORDER
+        order = _ORDER_RING if static else _ORDER_LAST if chunked else _ORDER
         return [_SCALARS, _REACH, _ROWS_RING if static else _ROWS_WINDOW, seen, order, distances, allowed]
     counted = [_ORDER, distances] if slopes else []
     return [_SCALARS, _ROWS_STATIC if static else _ROWS, seen, *counted, allowed]

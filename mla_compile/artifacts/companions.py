@@ -35,7 +35,7 @@ __all__ = [
     "read_assets",
     "read_settings",
     "report_of",
-    "report_of_folder",
+    "stored_report",
     "write_settings",
     "written_files",
 ]
@@ -184,10 +184,10 @@ def report_of(file: Path) -> Path:
     return file.with_name(f"{file.name}.{REPORT}")
 
 
-def report_of_folder(folder: Path) -> Path:
-    """Where the report of the converted model in a folder is, also when a file was written beside that since."""
-    kept = report_of(folder / MODEL)
-    return kept if kept.is_file() else folder / REPORT
+def stored_report(file: Path) -> Path:
+    """Where the report of a file, or of a folder's :data:`MODEL`, is: also when another was written beside it since."""
+    kept = report_of(file)
+    return kept if kept.is_file() else file.with_name(REPORT)
 
 
 def _first(files: Sequence[str]) -> str:

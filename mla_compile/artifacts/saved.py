@@ -20,7 +20,7 @@ from mla_compile.artifacts.companions import (
     is_converted_folder,
     read_assets,
     report_of,
-    report_of_folder,
+    stored_report,
 )
 from mla_compile.artifacts.onnx_files import lower_and_check, stored_metadata
 from mla_compile.artifacts.places import check_neighbours, check_place, check_target
@@ -82,7 +82,7 @@ def open_saved(folder: Path) -> Saved:
         LoadError: It holds no converted model, or something in it is damaged.
     """
     module = read_folder(folder)
-    stored = report_of_folder(folder)
+    stored = stored_report(folder / MODEL)
     report = read_report(stored) if stored.is_file() else {}
     if "cache" not in report:
         raise LoadError(f"'{folder}' has no report.json of its conversion.", "Convert the model again.")
@@ -123,7 +123,7 @@ def save(model: LatentModel, folder: str | Path, *, like: str | Path, force: boo
         raise LoadError(f"'{source}' holds no converted model.", "Give the folder that the model was read from.")
     check_place(path, force)
     assets = read_assets(source)
-    stored = report_of_folder(source)
+    stored = stored_report(source / MODEL)
     original = read_report(stored).get("source", "") if stored.is_file() else ""
     check_neighbours(path, str(original), assets, force)
     with moved_into(path) as hidden:

@@ -20,8 +20,7 @@ import numpy as np
 import onnx
 import torch
 
-from mla_compile.artifacts.companions import report_of
-from mla_compile.config import REPORT
+from mla_compile.artifacts.companions import stored_report
 from mla_compile.errors import LoadError, MlaCompileError, RefusedError, UsageError
 from mla_compile.evaluation.benchmark import USUAL, Benchmark, File, Prefill, Step, Workload, slower
 from mla_compile.evaluation.turns import spread, turns
@@ -156,8 +155,7 @@ def _load_original(file: Path, made_of: str | None, against: str) -> tuple[str, 
     """
     if against != _OF_REPORT:
         return against, _float32(against)
-    kept = report_of(file)
-    report = kept if kept.is_file() else file.with_name(REPORT)
+    report = stored_report(file)
     try:
         source = str(json.loads(report.read_text("utf-8"))["source"])
     except (OSError, ValueError, KeyError, TypeError) as error:
