@@ -29,7 +29,7 @@ from mla_compile.conversion.compiled import CompiledModel
 from mla_compile.conversion.encoders import CompiledEncoder
 from mla_compile.conversion.loading import load_original, load_source
 from mla_compile.conversion.other_kinds import compile_other_kind
-from mla_compile.conversion.preview import Planned, plan
+from mla_compile.conversion.preview import ConversionPlan, plan
 from mla_compile.conversion.request import ModelSource, Request, begin, check_request
 from mla_compile.conversion.seq2seq import CompiledSeq2Seq
 from mla_compile.conversion.targets import Destination
@@ -45,7 +45,7 @@ from mla_compile.runtime.tensorrt.engine_builder import EngineSettings
 from mla_compile.sources.given import require_model
 from mla_compile.text.calibration import Text
 
-__all__ = ["CompiledModel", "Planned", "compile", "inspect", "load", "plan"]
+__all__ = ["CompiledModel", "ConversionPlan", "compile", "inspect", "load", "plan"]
 
 
 def compile(
@@ -196,8 +196,8 @@ def inspect(
     """
     require_model(model)
     if isinstance(model, str | Path) and is_weightless(model):
-        blueprint = draw(model, attn_implementation)
-        return blueprint.program, blueprint.found
+        drawn = draw(model, attn_implementation)
+        return drawn.program, drawn.found
     source = ModelSource(model, example_inputs, None, attn_implementation, unsafe_load)
     program = load_source(source, any_kind=True)
     return program, recognise(program)
