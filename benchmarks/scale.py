@@ -173,7 +173,11 @@ class Memory:
         print(json.dumps(self.stages[-1]), file=sys.stderr, flush=True)
 
 
-def convert(source: Path, out: Path, calibrated: bool, verified: bool, dtype: str, method: str) -> dict[str, Any]:
+Settings = Mapping[str, Any]
+"""What a row is of: model, layers, calibrated, verified, dtype, method, jobs."""
+
+
+def convert(source: Path, out: Path, settings: Settings) -> dict[str, Any]:
     """Convert in this process, and compare the file with the module it was made of."""
     memory = Memory(out.parent / ".spent.json")
     from mla_compile import api
@@ -184,12 +188,13 @@ def convert(source: Path, out: Path, calibrated: bool, verified: bool, dtype: st
     with store_beside(out) as store:
         compiled = api.compile(
             source,
-            calibration=text if calibrated else None,
-            method=method,
-            dtype=dtype,
-            gradients=method == "fisher",
+            calibration=text if settings["calibrated"] else None,
+            method=settings["method"],
+            dtype=settings["dtype"],
+            gradients=settings["method"] == "fisher",
+            jobs=settings["jobs"],
             statistics_cache=False,
-            check=verified,
+            check=settings["verified"],
             out=out,
             store=store,
             display=memory,
@@ -256,10 +261,6 @@ def in_a_process(task: str, *words: object) -> dict[str, Any]:
     return found
 
 
-Settings = Mapping[str, Any]
-"""What a row is of: model, layers, calibrated, verified, dtype."""
-
-
 def measure(wanted: Sequence[Settings], parent: Path | None, add: Callable[[dict[str, Any]], None]) -> None:
     """Conversions of one model; ``add`` is told of each."""
     model, layers = wanted[0]["model"], wanted[0]["layers"]
@@ -271,10 +272,10 @@ def measure(wanted: Sequence[Settings], parent: Path | None, add: Callable[[dict
             write(whole, json.dumps(write_checkpoint(SHAPES[model], layers, source)))
         size = json.loads(whole.read_text())
         for settings in wanted:
-            kind = "-".join(str(settings[key]) for key in ("calibrated", "verified", "dtype", "method"))
+            kind = "-".join(str(settings[key]) for key in ("calibrated", "verified", "dtype", "method", "jobs"))
             out = folder / kind / "model.onnx"
-            words = int(settings["calibrated"]), int(settings["verified"]), settings["dtype"], settings["method"]
-            row = {**settings, "weight_bytes": size, "convert": in_a_process("convert", source, out, *words)}
+            made = in_a_process("convert", source, out, json.dumps(settings))
+            row = {**settings, "weight_bytes": size, "convert": made}
             if out.is_file():
                 row["output_bytes"] = sum(p.stat().st_size for p in out.parent.glob(f"{out.name}*"))
                 row["decode"] = in_a_process("decode", out)
@@ -316,9 +317,9 @@ def require_room(folder: Path, wanted: Sequence[Settings]) -> None:
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows as a table."""
     heads = (
-        "model | layers | method | text | checks | seconds (of the processor) | seconds per layer | factorising, "
-        "elapsed | peak resident, GiB | peak anonymous, GiB | weights, GB | file, GB | largest difference of a layer | "
-        "of the logits | 4 tokens"
+        "model | layers (at a time) | method | text | checks | seconds (of the processor) | seconds per layer | "
+        "factorising, elapsed | peak resident, GiB | peak anonymous, GiB | weights, GB | file, GB | "
+        "largest difference of a layer | of the logits | 4 tokens"
     )
     lines = [
         "# Converting models of real size",
@@ -335,7 +336,7 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
 def _cells(row: Mapping[str, Any]) -> list[str]:
     name = row["model"] if row["dtype"] == "auto" else f"{row['model']}, {row['dtype']}"
     text, checks = "a little" if row["calibrated"] else "none", "on" if row["verified"] else "off"
-    first = [name, str(row["layers"]), row["method"], text, checks]
+    first = [name, f"{row['layers']} ({row['jobs']})", row["method"], text, checks]
     made, decoded = row["convert"], row.get("decode", {})
     if "failed" in made:
         return [*first, f"failed ({made['failed']})", *["–"] * 9]
@@ -418,6 +419,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, action="append", help="layers of the models; several times for several")
     parser.add_argument("--models", choices=[*SHAPES], nargs="+", default=[*SHAPES])
     parser.add_argument("--method", choices=["mha2mla", "fisher"], default="mha2mla", help="of the conversion")
+    parser.add_argument("--jobs", type=int, default=1, help="layers that are factorised at a time")
     parser.add_argument("--calibrated", choices=["no", "yes", "both"], default="both", help="convert with a text")
     parser.add_argument("--no-verify", action="store_true", help="skip the compiler's own checks")
     parser.add_argument("--dtype", choices=[*_ITEMSIZE], default="auto", help="of the result")
@@ -430,7 +432,7 @@ def main() -> None:
     if given.task:
         kind, *words = given.task
         if kind == "convert":
-            result = convert(Path(words[0]), Path(words[1]), words[2] == "1", words[3] == "1", *words[4:6])
+            result = convert(Path(words[0]), Path(words[1]), json.loads(words[2]))
         else:
             result = decode(Path(words[0]))
         print(json.dumps(result))
@@ -441,7 +443,7 @@ def main() -> None:
             write(given.json, json.dumps(figures, indent=2))
         return
     rows = json.loads(given.json.read_text(encoding="utf-8")) if given.json and given.json.is_file() else []
-    rows = [{"method": "mha2mla", **row} for row in rows if "failed" not in row["convert"]]
+    rows = [{"method": "mha2mla", "jobs": 1, **row} for row in rows if "failed" not in row["convert"]]
 
     def add(row: dict[str, Any]) -> None:
         rows.append(row)
@@ -455,7 +457,7 @@ def main() -> None:
     for name in given.models:
         for layers in given.layers or [1, 2, 4]:
             settings = {"model": name, "layers": layers, "verified": not given.no_verify}
-            settings |= {"dtype": given.dtype, "method": given.method}
+            settings |= {"dtype": given.dtype, "method": given.method, "jobs": given.jobs}
             wanted = [{**settings, "calibrated": calibrated} for calibrated in texts]
             missing = [one for one in wanted if not any(one.items() <= row.items() for row in rows)]
             if missing:

@@ -57,6 +57,7 @@ def compile(
     config: CompileConfig | Mapping[str, Any] | None = None,
     statistics_cache: bool | str | Path = True,
     offload: str | Path | None = None,
+    jobs: int = 1,
     share: bool = False,
     check: bool = True,
     max_perplexity_ratio: float | None = None,
@@ -87,6 +88,7 @@ def compile(
             folder to save them in.
         offload: Folder for activations, when a model is too large to hold them in memory; by default they stay in
             memory, in as many rounds as that takes.
+        jobs: Layers to factorise at a time. Each takes the memory of one, and one thread where there are several.
         share: Share the calibration with the other processes that a launcher started, which do nothing else.
         check: Verify the conversion against the original.
         max_perplexity_ratio: Fail if perplexity grows by more than this factor; needs calibration text.
@@ -136,6 +138,7 @@ def compile(
         destination=None if out is None else Destination(Path(out), config.format, engine, force=force),
         statistics_cache=statistics_cache,
         offload=offload,
+        jobs=jobs,
         store=store,
         share=share,
         check=check,

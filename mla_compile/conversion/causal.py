@@ -147,6 +147,7 @@ def prepare(program: Program, found: Recognition, session: Session) -> Case:
         request.store,
         resources=Resources(folder=folder, device=session.processes.device),
         processes=session.processes,
+        jobs=request.jobs,
     )
     require_room_to_polish(task)
     return Case(request, task, text, notes)
