@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mla_compile.artifacts.opened import module_scorer
+from mla_compile.artifacts.runnable import module_scorer
 from mla_compile.config import make_config
 from mla_compile.disk.statistics_cache import open_cache
 from mla_compile.disk.writing import whole_file

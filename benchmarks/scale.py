@@ -3,10 +3,11 @@
     python benchmarks/scale.py --layers 1 --layers 2 --layers 4 --json scale.json --markdown scale.md
 
 Checkpoints of the shapes of Llama 2 7B and Llama 3 8B with random bfloat16 weights are written in shards, converted to
-ONNX by mha2mla without text and with a little (random tokens), compared layer by layer with PyTorch, run once more from
-the files alone to add four tokens to a prompt, and removed. Every conversion and every such run is in a process of its
-own, in which the memory is looked at ten times a second: resident memory, and the part of it that is anonymous, which
-cannot be dropped as pages of mapped files can.
+ONNX by mha2mla without text and with a little (1024 random tokens), compared layer by layer with PyTorch, run once more
+from the files alone to add four tokens to a prompt, and removed. Every conversion and every such run is in a process of
+its own, in which the memory is looked at ten times a second: resident memory, and the part of it that is anonymous,
+which cannot be dropped as pages of mapped files can. ``--method fisher`` takes the text and gradients, and about twenty
+minutes for one layer of Llama 2 7B's shape: it compares some 14 distributions of sizes.
 
 ONNX Runtime's CPU provider has no kernels for bfloat16, and holds the weights of a file twice. Files are therefore run
 in pieces, in float32, with the weights of one layer or so in memory (mla_compile/passes/onnx_pieces.py); a file in
@@ -172,7 +173,11 @@ class Memory:
         print(json.dumps(self.stages[-1]), file=sys.stderr, flush=True)
 
 
-def convert(source: Path, out: Path, calibrated: bool, verified: bool, dtype: str) -> dict[str, Any]:
+Settings = Mapping[str, Any]
+"""What a row is of: model, layers, calibrated, verified, dtype, method, jobs."""
+
+
+def convert(source: Path, out: Path, settings: Settings) -> dict[str, Any]:
     """Convert in this process, and compare the file with the module it was made of."""
     memory = Memory(out.parent / ".spent.json")
     from mla_compile import api
@@ -183,12 +188,13 @@ def convert(source: Path, out: Path, calibrated: bool, verified: bool, dtype: st
     with store_beside(out) as store:
         compiled = api.compile(
             source,
-            calibration=text if calibrated else None,
-            method="mha2mla",
-            dtype=dtype,
-            gradients=False,
+            calibration=text if settings["calibrated"] else None,
+            method=settings["method"],
+            dtype=settings["dtype"],
+            gradients=settings["method"] == "fisher",
+            jobs=settings["jobs"],
             statistics_cache=False,
-            check=verified,
+            check=settings["verified"],
             out=out,
             store=store,
             display=memory,
@@ -255,10 +261,6 @@ def in_a_process(task: str, *words: object) -> dict[str, Any]:
     return found
 
 
-Settings = Mapping[str, Any]
-"""What a row is of: model, layers, calibrated, verified, dtype."""
-
-
 def measure(wanted: Sequence[Settings], parent: Path | None, add: Callable[[dict[str, Any]], None]) -> None:
     """Conversions of one model; ``add`` is told of each."""
     model, layers = wanted[0]["model"], wanted[0]["layers"]
@@ -270,9 +272,10 @@ def measure(wanted: Sequence[Settings], parent: Path | None, add: Callable[[dict
             write(whole, json.dumps(write_checkpoint(SHAPES[model], layers, source)))
         size = json.loads(whole.read_text())
         for settings in wanted:
-            out = folder / "-".join(str(settings[key]) for key in ("calibrated", "verified", "dtype")) / "model.onnx"
-            words = int(settings["calibrated"]), int(settings["verified"]), settings["dtype"]
-            row = {**settings, "weight_bytes": size, "convert": in_a_process("convert", source, out, *words)}
+            kind = "-".join(str(settings[key]) for key in ("calibrated", "verified", "dtype", "method", "jobs"))
+            out = folder / kind / "model.onnx"
+            made = in_a_process("convert", source, out, json.dumps(settings))
+            row = {**settings, "weight_bytes": size, "convert": made}
             if out.is_file():
                 row["output_bytes"] = sum(p.stat().st_size for p in out.parent.glob(f"{out.name}*"))
                 row["decode"] = in_a_process("decode", out)
@@ -314,9 +317,9 @@ def require_room(folder: Path, wanted: Sequence[Settings]) -> None:
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows as a table."""
     heads = (
-        "model | layers | text | checks | seconds (of the processor) | seconds per layer | factorising, elapsed | "
-        "peak resident, GiB | peak anonymous, GiB | weights, GB | file, GB | largest difference of a layer | "
-        "of the logits | 4 tokens"
+        "model | layers (at a time) | method | text | checks | seconds (of the processor) | seconds per layer | "
+        "factorising, elapsed | peak resident, GiB | peak anonymous, GiB | weights, GB | file, GB | "
+        "largest difference of a layer | of the logits | 4 tokens"
     )
     lines = [
         "# Converting models of real size",
@@ -332,7 +335,8 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
     name = row["model"] if row["dtype"] == "auto" else f"{row['model']}, {row['dtype']}"
-    first = [name, str(row["layers"]), "a little" if row["calibrated"] else "none", "on" if row["verified"] else "off"]
+    text, checks = "a little" if row["calibrated"] else "none", "on" if row["verified"] else "off"
+    first = [name, f"{row['layers']} ({row['jobs']})", row["method"], text, checks]
     made, decoded = row["convert"], row.get("decode", {})
     if "failed" in made:
         return [*first, f"failed ({made['failed']})", *["–"] * 9]
@@ -414,6 +418,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, action="append", help="layers of the models; several times for several")
     parser.add_argument("--models", choices=[*SHAPES], nargs="+", default=[*SHAPES])
+    parser.add_argument("--method", choices=["mha2mla", "fisher"], default="mha2mla", help="of the conversion")
+    parser.add_argument("--jobs", type=int, default=1, help="layers that are factorised at a time")
     parser.add_argument("--calibrated", choices=["no", "yes", "both"], default="both", help="convert with a text")
     parser.add_argument("--no-verify", action="store_true", help="skip the compiler's own checks")
     parser.add_argument("--dtype", choices=[*_ITEMSIZE], default="auto", help="of the result")
@@ -426,7 +432,7 @@ def main() -> None:
     if given.task:
         kind, *words = given.task
         if kind == "convert":
-            result = convert(Path(words[0]), Path(words[1]), words[2] == "1", words[3] == "1", words[4])
+            result = convert(Path(words[0]), Path(words[1]), json.loads(words[2]))
         else:
             result = decode(Path(words[0]))
         print(json.dumps(result))
@@ -437,7 +443,7 @@ def main() -> None:
             write(given.json, json.dumps(figures, indent=2))
         return
     rows = json.loads(given.json.read_text(encoding="utf-8")) if given.json and given.json.is_file() else []
-    rows = [row for row in rows if "failed" not in row["convert"]]
+    rows = [{"method": "mha2mla", "jobs": 1, **row} for row in rows if "failed" not in row["convert"]]
 
     def add(row: dict[str, Any]) -> None:
         rows.append(row)
@@ -445,10 +451,13 @@ def main() -> None:
         if given.json:
             write(given.json, json.dumps(rows, indent=2))
 
+    if given.method == "fisher" and given.calibrated != "yes":
+        parser.error("--method fisher needs a text: add --calibrated yes")
     texts = {"no": [False], "yes": [True], "both": [False, True]}[given.calibrated]
     for name in given.models:
         for layers in given.layers or [1, 2, 4]:
-            settings = {"model": name, "layers": layers, "verified": not given.no_verify, "dtype": given.dtype}
+            settings = {"model": name, "layers": layers, "verified": not given.no_verify}
+            settings |= {"dtype": given.dtype, "method": given.method, "jobs": given.jobs}
             wanted = [{**settings, "calibrated": calibrated} for calibrated in texts]
             missing = [one for one in wanted if not any(one.items() <= row.items() for row in rows)]
             if missing:

@@ -15,7 +15,7 @@ from story_grammar import HELD_OUT_SEEDS, TRAIN_SEEDS, stories
 from transformers import AutoTokenizer
 
 import mla_compile
-from mla_compile.artifacts.opened import module_scorer
+from mla_compile.artifacts.runnable import module_scorer
 from mla_compile.text.corpus import token_windows, tokenize
 from mla_compile.text.evaluate import perplexity
 

@@ -29,7 +29,7 @@ from mla_compile.conversion.compiled import CompiledModel
 from mla_compile.conversion.encoders import CompiledEncoder
 from mla_compile.conversion.loading import load_original, load_source
 from mla_compile.conversion.other_kinds import compile_other_kind
-from mla_compile.conversion.preview import Planned, plan
+from mla_compile.conversion.preview import ConversionPlan, plan
 from mla_compile.conversion.request import ModelSource, Request, begin, check_request
 from mla_compile.conversion.seq2seq import CompiledSeq2Seq
 from mla_compile.conversion.targets import Destination
@@ -45,7 +45,7 @@ from mla_compile.runtime.tensorrt.engine_builder import EngineSettings
 from mla_compile.sources.given import require_model
 from mla_compile.text.calibration import Text
 
-__all__ = ["CompiledModel", "Planned", "compile", "inspect", "load", "plan"]
+__all__ = ["CompiledModel", "ConversionPlan", "compile", "inspect", "load", "plan"]
 
 
 def compile(
@@ -57,6 +57,7 @@ def compile(
     config: CompileConfig | Mapping[str, Any] | None = None,
     statistics_cache: bool | str | Path = True,
     offload: str | Path | None = None,
+    jobs: int = 1,
     share: bool = False,
     check: bool = True,
     max_perplexity_ratio: float | None = None,
@@ -87,6 +88,7 @@ def compile(
             folder to save them in.
         offload: Folder for activations, when a model is too large to hold them in memory; by default they stay in
             memory, in as many rounds as that takes.
+        jobs: Layers to factorise at a time. Each takes the memory of one, and one thread where there are several.
         share: Share the calibration with the other processes that a launcher started, which do nothing else.
         check: Verify the conversion against the original.
         max_perplexity_ratio: Fail if perplexity grows by more than this factor; needs calibration text.
@@ -136,6 +138,7 @@ def compile(
         destination=None if out is None else Destination(Path(out), config.format, engine, force=force),
         statistics_cache=statistics_cache,
         offload=offload,
+        jobs=jobs,
         store=store,
         share=share,
         check=check,
@@ -196,8 +199,8 @@ def inspect(
     """
     require_model(model)
     if isinstance(model, str | Path) and is_weightless(model):
-        blueprint = draw(model, attn_implementation)
-        return blueprint.program, blueprint.found
+        drawn = draw(model, attn_implementation)
+        return drawn.program, drawn.found
     source = ModelSource(model, example_inputs, None, attn_implementation, unsafe_load)
     program = load_source(source, any_kind=True)
     return program, recognise(program)

@@ -9,7 +9,7 @@ import platform
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from mla_compile.cost import MACHINES, DecodeStep, decode_costs, summed_costs
 from mla_compile.deepseek import DeepSeekShape
@@ -304,7 +304,7 @@ class Report:
     source_bytes_per_element: int | None = None
     widths: tuple[int, ...] = ()
     in_memory: bool = False
-    target: str = ""
+    target: Literal["", "tensorrt"] = ""
     max_positions: int | None = None
 
     @property

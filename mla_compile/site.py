@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Literal
 
 __all__ = [
     "SAME_FREQUENCY",
@@ -17,6 +18,7 @@ __all__ = [
     "Kind",
     "Mask",
     "Norm",
+    "NormKind",
     "PlainSite",
     "Projection",
     "RejectCode",
@@ -26,6 +28,7 @@ __all__ = [
     "reasons",
 ]
 
+NormKind = Literal["rms", "layer"]
 SAME_FREQUENCY = 1e-5
 """Relative difference of frequencies that are taken to be one: models compute them in float32."""
 
@@ -78,7 +81,7 @@ class Norm:
         eps: What is added to the mean square.
     """
 
-    kind: str
+    kind: NormKind
     groups: tuple[tuple[int, ...], ...]
     eps: float
 

@@ -22,7 +22,7 @@ from mla_compile.runtime.masks import score_mask
 from mla_compile.site import AttentionSite, Projection
 
 __all__ = [
-    "Attended",
+    "AttentionRun",
     "SiteActivations",
     "SiteRun",
     "attend_site",
@@ -192,7 +192,7 @@ def _of_site(site: AttentionSite, seen: Mapping[str, Tensor], gradient: Tensor |
 
 
 @dataclass(frozen=True)
-class Attended:
+class AttentionRun:
     """What attention did on one batch.
 
     Attributes:
@@ -206,7 +206,7 @@ class Attended:
     slope: Tensor | None
 
 
-def attend_site(site: AttentionSite, query: Tensor, key: Tensor, value: Tensor) -> Attended:
+def attend_site(site: AttentionSite, query: Tensor, key: Tensor, value: Tensor) -> AttentionRun:
     """Attend as a site does, from position 0.
 
     Args:
@@ -218,7 +218,7 @@ def attend_site(site: AttentionSite, query: Tensor, key: Tensor, value: Tensor) 
     query, key = rotate(site, query).transpose(1, 2), per_head(site, rotate(site, key))
     weights, slope = site_weights(site, query @ key.mT * site.scale)
     output = weights @ per_head(site, value)
-    return Attended(weights, output.transpose(1, 2), slope)
+    return AttentionRun(weights, output.transpose(1, 2), slope)
 
 
 def per_head(site: AttentionSite, groups: Tensor) -> Tensor:

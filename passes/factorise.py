@@ -25,6 +25,7 @@ from mla_compile.config import CompileConfig
 from mla_compile.latent_weights import LatentWeights
 from mla_compile.passes.calibrate import PairNorms
 from mla_compile.passes.low_rank import low_rank_factors
+from mla_compile.passes.side_by_side import side_by_side
 from mla_compile.passes.weights import SiteWeights, read_site
 from mla_compile.plan import LatentPlan
 from mla_compile.program import AnyProgram
@@ -161,6 +162,7 @@ def factorise_layers(
     finish: Callable[[LatentWeights], LatentWeights] | None = None,
     keep: Keep | None = None,
     dtype: torch.dtype = torch.float32,
+    jobs: int = 1,
 ) -> list[LatentWeights]:
     """Factorise every layer by :func:`factorise_mha2mla`, as one stage.
 
@@ -176,33 +178,36 @@ def factorise_layers(
         finish: What is done to every layer next.
         keep: Where finished layers are kept; in memory, in float64, by default.
         dtype: Type they are kept in there.
+        jobs: Layers at a time; each takes the memory of one.
     """
+
+    def factorised(layer: tuple[AttentionSite, LatentPlan, PairNorms | None]) -> LatentWeights:
+        site, plan, norm = layer
+        weights = read_site(program, site)
+
+        def make() -> LatentWeights:
+            made = factorise_mha2mla(site, weights, plan, config, norm)
+            return made if finish is None else finish(made)
+
+        if keep is None:
+            return make()
+        described = replace(site, error=0.0)  # which other numbers of threads may round otherwise
+        settled = (described, plan, config.svd, config.selection, getattr(finish, "__name__", None))
+        return keep(settled, _tensors(weights, norm), dtype, make)
+
     layers = [*zip(sites, plans, norms or [None] * len(plans), strict=True)]
-    found = []
-    with stages.stage("factorise", len(layers)) as stage:
-        for site, plan, norm in layers:
-            stage.note = f"{site.path}, peak {peak_memory_mib() / 2**10:.1f} GiB"
-            with _one_thread():
-                weights = read_site(program, site)
-
-                def make(
-                    site: AttentionSite = site,
-                    weights: SiteWeights = weights,
-                    plan: LatentPlan = plan,
-                    norm: PairNorms | None = norm,
-                ) -> LatentWeights:
-                    made = factorise_mha2mla(site, weights, plan, config, norm)
-                    return made if finish is None else finish(made)
-
-                if keep is None:
-                    found.append(make())
-                else:
-                    described = replace(site, error=0.0)  # which other numbers of threads may round otherwise
-                    settled = (described, plan, config.svd, config.selection, getattr(finish, "__name__", None))
-                    found.append(keep(settled, _tensors(weights, norm), dtype, make))
+    found: list[LatentWeights] = []
+    with stages.stage("factorise", len(layers)) as stage, _one_thread():
+        stage.note = _note(sites[0])
+        for done in side_by_side(factorised, layers, jobs):
+            found.append(done)
             stage()
-        stage.note = ""
+            stage.note = _note(sites[len(found)]) if len(found) < len(sites) else ""
     return found
+
+
+def _note(site: AttentionSite) -> str:
+    return f"{site.path}, peak {peak_memory_mib() / 2**10:.1f} GiB"
 
 
 def _tensors(weights: SiteWeights, norm: PairNorms | None) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from itertools import chain, repeat
@@ -27,6 +28,7 @@ from mla_compile.passes.principal import principal_components
 from mla_compile.passes.refit import refit_values
 from mla_compile.passes.rope_split import RopeSplit, rotary_channels, split_rope
 from mla_compile.passes.search import Divergence, Shares, require_finite, search_shares
+from mla_compile.passes.side_by_side import side_by_side
 from mla_compile.passes.sizes import LayerSizes, same_ranks, shared_ranks, split_budget
 from mla_compile.passes.statistics import key_weighting
 from mla_compile.passes.task import BATCH, Choice, Task, left_out
@@ -228,7 +230,7 @@ def fisher(task: Task) -> Choice:
             advance()
 
             def measure() -> float:
-                weights = (parts.weights(index, s) for index, s in enumerate(sizes))
+                weights = side_by_side(lambda one: parts.weights(*one), [*enumerate(sizes)], task.jobs)
                 return divergence(task.rewrite(weights, check=next(checks)))
 
             return measure() if tries is None else tries.recall(repr(sizes), measure)
@@ -240,7 +242,8 @@ def fisher(task: Task) -> Choice:
         require_finite(loss(sizes))
         if config.kv_rank is None and len(layers) > 1 and not (even or config.uniform_rank):
             sizes = min(sizes, shared_ranks(layers, config, sizes, costs(sizes)), key=loss)
-    weights = _refitted(task, tuple(finished(index, s) for index, s in enumerate(sizes)), divergence)
+    weights = tuple(side_by_side(lambda one: finished(*one), [*enumerate(sizes)], task.jobs))
+    weights = _refitted(task, weights, divergence)
     plans = tuple(
         shared_rope_plan(layer.site, layer.width, s.components, s.rank) for layer, s in zip(layers, sizes, strict=True)
     )
@@ -301,13 +304,14 @@ class _Parts:
     """Components and factors of layers at the sizes that a search asks for.
 
     Factors of the sizes asked for last are kept while they take little room, and made anew when they are asked for
-    again; what they are worth is small, and always kept.
+    again; what they are worth is small, and always kept. Several threads may ask, each for another layer.
     """
 
     def __init__(self, layers: Sequence[MeasuredLayer], even: bool) -> None:
         self._layers, self._even = layers, even
         self._made: dict[tuple[int, int, int], tuple[RopeSplit, JointFactors]] = {}
         self._worth: dict[tuple[int, int, int], _Worth] = {}
+        self._lock = threading.Lock()
 
     def worth(self, index: int, sizes: LayerSizes) -> _Worth:
         """What is known of a layer at some sizes."""
@@ -324,13 +328,16 @@ class _Parts:
         return assemble(layer.site, original, split, factors, sizes.rank)
 
     def _factors(self, key: tuple[int, int, int], original: SiteWeights) -> tuple[RopeSplit, JointFactors]:
-        if key not in self._made:
-            split, factors = made = self._make(*key, original)
+        with self._lock:
+            if key in self._made:
+                return self._made[key]
+        split, factors = made = self._make(*key, original)
+        with self._lock:
             self._worth[key] = _Worth(tuple(split.inv_freq.tolist()), split.own, split.loss, factors.loss)
             while self._made and sum(map(_nbytes, [made, *self._made.values()])) > _KEPT:
                 del self._made[next(iter(self._made))]
             self._made[key] = made
-        return self._made[key]
+        return made
 
     def _make(self, index: int, components: int, own: int, original: SiteWeights) -> tuple[RopeSplit, JointFactors]:
         layer, statistics = self._layers[index], self._layers[index].statistics()

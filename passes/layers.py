@@ -13,7 +13,7 @@ from torch import Tensor
 from mla_compile.config import DEFAULT_CACHE_RATIO, CompileConfig
 from mla_compile.disk.content import content_of
 from mla_compile.disk.spill import spilled
-from mla_compile.disk.statistics_cache import Found, statistics_key
+from mla_compile.disk.statistics_cache import RecalledStatistics, statistics_key
 from mla_compile.errors import RefusedError, UsageError
 from mla_compile.passes.output_metric import output_metrics
 from mla_compile.passes.statistics import collect_statistics
@@ -23,8 +23,8 @@ from mla_compile.site import AttentionSite
 from mla_compile.site_statistics import SiteStatistics
 
 __all__ = [
-    "Measured",
     "MeasuredLayer",
+    "MeasuredModel",
     "input_moments",
     "measure_layers",
     "no_room",
@@ -69,7 +69,7 @@ class MeasuredLayer:
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredModel:
     """Every layer measured.
 
     Attributes:
@@ -81,7 +81,7 @@ class Measured:
     notes: tuple[str, ...]
 
 
-def measure_layers(task: Task) -> Measured:
+def measure_layers(task: Task) -> MeasuredModel:
     """Measure every layer on the calibration text, as one stage.
 
     Raises:
@@ -115,7 +115,7 @@ def measure_layers(task: Task) -> Measured:
         MeasuredLayer(site, functools.partial(read_site, task.program, site), measured)
         for site, measured in zip(task.sites, found.statistics, strict=True)
     ]
-    return Measured(tuple(layers), (*found.warnings, *notes, *_too_few(layers)))
+    return MeasuredModel(tuple(layers), (*found.warnings, *notes, *_too_few(layers)))
 
 
 def input_moments(task: Task, layers: Sequence[MeasuredLayer]) -> tuple[Tensor, ...]:
@@ -132,7 +132,7 @@ def input_moments(task: Task, layers: Sequence[MeasuredLayer]) -> tuple[Tensor, 
     )
 
 
-def _measured_once(task: Task, measure: Callable[[], tuple[SiteStatistics, ...]]) -> Found:
+def _measured_once(task: Task, measure: Callable[[], tuple[SiteStatistics, ...]]) -> RecalledStatistics:
     """Measure, all processes together, unless the first has the statistics already; only the first goes on.
 
     Raises:
@@ -149,7 +149,7 @@ def _measured_once(task: Task, measure: Callable[[], tuple[SiteStatistics, ...]]
         return measure()
 
     if task.cache is None:
-        return Found(together(), "computed")
+        return RecalledStatistics(together(), "computed")
     key = statistics_key(task.program, task.sites, task.require_windows(), gradients=task.config.gradients)
     found = task.cache.recall(key, together)
     if not asked:

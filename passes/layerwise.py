@@ -24,7 +24,7 @@ from mla_compile.errors import RefusedError, first_line
 from mla_compile.passes.kept import KeptValues, kept_values
 from mla_compile.passes.segments import Mark, Segment, cut_graph, downstream, value_bytes
 
-__all__ = ["Call", "Layerwise", "Observed", "Resources"]
+__all__ = ["Call", "Layerwise", "Observation", "Resources"]
 
 Call = Callable[[Node, tuple[Any, ...], dict[str, Any]], Any]
 """Computes a node from its arguments in place of the node's own operator."""
@@ -49,7 +49,7 @@ class Resources:
 
 
 @dataclass(frozen=True)
-class Observed:
+class Observation:
     """What was seen of one segment on one batch.
 
     Attributes:
@@ -134,7 +134,7 @@ class Layerwise:
         inputs: Callable[[Tensor], Sequence[Tensor]],
         progress: Callable[[Iterable[Tensor]], Iterable[Tensor]] = iter,
         tell: Callable[[str], None] | None = None,
-    ) -> Iterator[Observed]:
+    ) -> Iterator[Observation]:
         """Run the graph.
 
         Args:
@@ -176,19 +176,19 @@ class Layerwise:
         for segment in range(last, self._first - 1, -1) if self._follow else ():
             yield from (_Step(segment, batch, backward=True) for batch in batches)
 
-    def _forward(self, step: _Step, given: dict[Node, Any], kept: KeptValues) -> Observed:
+    def _forward(self, step: _Step, given: dict[Node, Any], kept: KeptValues) -> Observation:
         segment = self.segments[step.segment]
         with torch.no_grad():  # not inference mode: what is kept may be differentiated later
             values = self._compute(segment, given | self._read(segment, step.batch, kept))
         kept.put(step.batch, {n.name: values[n] for n in segment.writes})
         if self._follow:
-            return Observed(step.batch, {}, {})
+            return Observation(step.batch, {}, {})
         self._drop_read(step, kept)
-        return Observed(step.batch, {n.name: _here(values[n]) for n in segment.results}, {})
+        return Observation(step.batch, {n.name: _here(values[n]) for n in segment.results}, {})
 
     def _backward(
         self, step: _Step, given: dict[Node, Any], ids: Tensor, kept: KeptValues, gradients: KeptValues
-    ) -> Observed:
+    ) -> Observation:
         segment, batch = self.segments[step.segment], step.batch
         read = self._read(segment, batch, kept)
         leaves = [n for n in segment.reads if n.name in self._moving and _differentiable(read[n])]
@@ -211,7 +211,7 @@ class Layerwise:
         gradients.drop(batch, [n.name for n in segment.writes])
         self._drop_read(step, kept)
         by_name = {n.name: _here(gradient) for n, gradient in zip(followed, found, strict=False)}
-        return Observed(batch, {n.name: _here(values[n]) for n in segment.results}, by_name)
+        return Observation(batch, {n.name: _here(values[n]) for n in segment.results}, by_name)
 
     def _last_readers(self) -> dict[str, int]:
         """Which segment is the last to read a value: of a backward pass, the first that reads it and is run again."""

@@ -54,6 +54,7 @@ def _factorised(
         finish=balanced if done else None,
         keep=None if task.store is None else task.store.recall,
         dtype=torch.float32 if task.wide else task.dtype,
+        jobs=task.jobs,
     )
     return Choice(plans, tuple(weights), unpredicted(weights, own=True), balanced=done)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch.fx import Node
 from mla_compile.passes.mismatch import MismatchError
 from mla_compile.passes.probe import Operand, exceeds, matching_rows, probe_linear
 from mla_compile.passes.trace import DataFlow
-from mla_compile.site import RejectCode
+from mla_compile.site import NormKind, RejectCode
 
 __all__ = ["FoundNorm", "describe_norm", "linear_again", "nodes_between"]
 
@@ -38,7 +39,7 @@ class FoundNorm:
         offset: ``[N]`` constants added behind the norm.
     """
 
-    kind: str
+    kind: NormKind
     eps: float
     size: int
     rows: Tensor
@@ -104,7 +105,7 @@ def describe_norm(operand: Operand, later: Operand, flow: DataFlow, generator: t
         if found is None or exceeds(found[1] - 1, 1e-9):
             continue
         for size in sizes:
-            for kind in ("rms", "layer"):
+            for kind in get_args(NormKind):
                 norm = _fit(kind, size, found[0], operand, later, probes)
                 if norm is not None:
                     return norm
@@ -113,7 +114,7 @@ def describe_norm(operand: Operand, later: Operand, flow: DataFlow, generator: t
     )
 
 
-def _fit(kind: str, size: int, rows: Tensor, operand: Operand, later: Operand, probes: Tensor) -> FoundNorm | None:
+def _fit(kind: NormKind, size: int, rows: Tensor, operand: Operand, later: Operand, probes: Tensor) -> FoundNorm | None:
     """Fit gain, offset and eps of one kind of norm; None if they do not explain what is seen."""
 
     def centred(magnitude: float) -> tuple[Tensor, Tensor]:

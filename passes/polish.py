@@ -32,7 +32,7 @@ from mla_compile.report import Polish
 from mla_compile.site import AttentionSite
 from mla_compile.text.evaluate import divergence, original_scorer
 
-__all__ = ["Polished", "polish"]
+__all__ = ["PolishedWeights", "polish"]
 
 _TRAINED = ("query", "query_bias", "row", "row_bias", "key_up", "value_up", "output_bias")
 _BATCH = 8
@@ -50,7 +50,7 @@ _ASIDE = 16
 
 
 @dataclass(frozen=True)
-class Polished:
+class PolishedWeights:
     """What training made of a choice.
 
     Attributes:
@@ -64,7 +64,7 @@ class Polished:
     notes: tuple[str, ...] = ()
 
 
-def polish(task: Task, weights: Sequence[LatentWeights], steps: int) -> Polished:
+def polish(task: Task, weights: Sequence[LatentWeights], steps: int) -> PolishedWeights:
     """Train a choice's matrices by KL(original || converted) on the calibration text.
 
     Nothing that is given is changed. The same task, weights and steps give the same result.
@@ -85,7 +85,7 @@ def polish(task: Task, weights: Sequence[LatentWeights], steps: int) -> Polished
         unseen = "text it had not seen" if len(windows) > 1 else "its text, which is one window"
         notes.append(f"polishing did not come closer to the original on {unseen}, and was undone")
         trained, after = tuple(weights), before
-    return Polished(trained, Polish(done, before, after), tuple(notes))
+    return PolishedWeights(trained, Polish(done, before, after), tuple(notes))
 
 
 def _train(

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mla_compile.disk.spill import Shelf, spilled
 from mla_compile.errors import RefusedError
-from mla_compile.passes.activations import Attended, SiteActivations, SiteRun, attend_site, per_head
+from mla_compile.passes.activations import AttentionRun, SiteActivations, SiteRun, attend_site, per_head
 from mla_compile.program import Program
 from mla_compile.site import AttentionSite
 from mla_compile.site_statistics import SiteStatistics
@@ -200,7 +200,7 @@ class SiteSums:
         )
 
 
-def logit_fisher(site: AttentionSite, seen: SiteActivations, attended: Attended) -> Tensor:
+def logit_fisher(site: AttentionSite, seen: SiteActivations, attended: AttentionRun) -> Tensor:
     """``(dL/ds)^2`` of every scaled logit, ``[B, H, S, S]``; 0 where a query does not look."""
     assert seen.gradient is not None
     gradient = seen.gradient.transpose(1, 2)
@@ -210,7 +210,7 @@ def logit_fisher(site: AttentionSite, seen: SiteActivations, attended: Attended)
     return (slope if attended.slope is None else slope * attended.slope).square()
 
 
-def logit_spread(site: AttentionSite, seen: SiteActivations, attended: Attended, metric: Tensor) -> Tensor:
+def logit_spread(site: AttentionSite, seen: SiteActivations, attended: AttentionRun, metric: Tensor) -> Tensor:
     """``(a_mj |v_j - o_m|_M)^2`` of every scaled logit, ``[B, H, S, S]``: how far its value is from the others'.
 
     Args:

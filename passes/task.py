@@ -55,6 +55,7 @@ class Task:
         wide: Whether layers are kept there in float32, whatever the type of the result.
         resources: What running the original over text may take.
         processes: Those that share the text.
+        jobs: Layers that are factorised at a time.
     """
 
     program: Program
@@ -68,6 +69,7 @@ class Task:
     wide: bool = False
     resources: Resources = field(default_factory=Resources)
     processes: Processes = field(default_factory=Processes)
+    jobs: int = 1
 
     @property
     def widths(self) -> list[int]:

@@ -24,6 +24,7 @@ from mla_compile.passes.layers import MeasuredLayer, input_moments, measure_laye
 from mla_compile.passes.principal import principal_components
 from mla_compile.passes.rope_split import RopeSplit, RotaryChannels, real_split, rotary_channels, split_rope
 from mla_compile.passes.search import Divergence, require_finite
+from mla_compile.passes.side_by_side import side_by_side
 from mla_compile.passes.statistics import key_weighting
 from mla_compile.passes.task import Choice, Task, unpredicted
 from mla_compile.passes.weights import SiteWeights
@@ -163,8 +164,9 @@ class _Try:
     @functools.cached_property
     def weights(self) -> tuple[LatentWeights, ...]:
         """Latent weights of every layer; made when they are needed, which those of an earlier process are not."""
-        layers = zip(self.layers, self.plans, strict=True)
-        return tuple(self.task.held(_weights(layer, plan, self.fold)) for layer, plan in layers)
+        layers = [*zip(self.layers, self.plans, strict=True)]
+        made = side_by_side(lambda layer: _weights(*layer, self.fold), layers, self.task.jobs)
+        return tuple(map(self.task.held, made))
 
     def cost(self, divergence: Divergence, checks: Iterator[bool]) -> float:
         """How far the converted model is from the original; the next of ``checks`` says whether it is checked."""

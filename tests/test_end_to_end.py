@@ -509,6 +509,18 @@ def test_plan_estimates_a_decoding_step():
     assert speeds == ["speed", *(f"x{layer['speedup']:.2f}" for layer in found["layers"]), ""]
 
 
+@pytest.mark.parametrize("source", [TINY, TINY / "config.json"], ids=["checkpoint", "configuration"])
+def test_plan_estimates_what_a_text_would_take(source):
+    """Nothing is read of a text here: how much there would be is a setting like any other."""
+    given = ("plan", source, "--method", "mha2mla", "--json")
+    text = ("--calibration-tokens", 4096, "--seq-len", 64)
+    with_gradients, without = (
+        json.loads(command(*given, *text, *more))["conversion"]["fisher"] for more in ((), ("--no-gradients",))
+    )
+    assert with_gradients["tokens"] == without["tokens"] == 4096
+    assert without["text_operations"] < with_gradients["text_operations"]
+
+
 def test_plan_at_the_default_ratio():
     found = json.loads(command("plan", TINY, "--method", "mha2mla", "--json"))
     assert found["cache_ratio"] == 0.3125

@@ -311,11 +311,6 @@ OTHERS = {
         2,
         "The cache of all 4 layers does not shrink at this setting. Take the original, or a smaller --cache-ratio",
     ),
-    "plan settings of text without it": (
-        "plan {tiny}/config.json --no-gradients --seq-len 64",
-        2,
-        "--seq-len and --no-gradients say how calibration text is used, and none was given.",
-    ),
     "plan by text without text": ("plan {nano} --method fisher", 2, "Give some with --calibration FILE"),
     "plan not convertible": ("plan {place}/both-ways.pt2 --exact", 3, "2 of 2 attention layers"),
     "plan no attention": ("plan {place}/bag.pt2 --exact --json", 3, "No attention was found in"),

@@ -163,11 +163,11 @@ main([sys.argv[1], "--method", "mha2mla", "--no-verify", "--quiet", "--out", sys
 """
 
 
-def convert(out: Path, threads: int) -> None:
+def convert(out: Path, threads: int, *more: str) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        assert main([str(SOURCE), "--method", "mha2mla", "--no-verify", "--quiet", "--out", str(out)]) == 0
+        assert main([str(SOURCE), "--method", "mha2mla", "--no-verify", "--quiet", "--out", str(out), *more]) == 0
     finally:
         torch.set_num_threads(before)
 
@@ -194,6 +194,13 @@ def test_a_killed_conversion_goes_on_and_gives_the_same_bytes(tmp_path, monkeypa
     assert len(layers) == 2 * count + 1
     assert resumed.read_bytes() == whole.read_bytes()
     assert not store_folder(resumed).exists()
+
+
+def test_several_layers_at_a_time_give_the_same_bytes(tmp_path):
+    one, three = tmp_path / "one" / "model.onnx", tmp_path / "three" / "model.onnx"
+    convert(one, 2)
+    convert(three, 1, "--jobs", "3")
+    assert one.read_bytes() == three.read_bytes()
 
 
 def test_progress_tells_the_layer_and_the_peak_of_memory(programs):

@@ -13,7 +13,7 @@ from torch import nn
 
 from mla_compile import api
 from mla_compile.artifacts.mapped_archive import load_mapped
-from mla_compile.artifacts.opened import mapped_scorer, module_scorer
+from mla_compile.artifacts.runnable import mapped_scorer, module_scorer
 from mla_compile.errors import LoadError
 
 WIDTH, DEEP = 1024, 8

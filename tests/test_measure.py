@@ -18,11 +18,11 @@ import pytest
 import torch
 
 import mla_compile
-from mla_compile.artifacts.opened import Opened, open_model
+from mla_compile.artifacts.runnable import RunnableModel, open_model
 from mla_compile.cli import main
 from mla_compile.errors import LoadError, UsageError
 from mla_compile.evaluation import plot, trial
-from mla_compile.evaluation.measure import Measured, Measurement
+from mla_compile.evaluation.measure import Measurement, ModelScore
 from mla_compile.runtime.onnx_session import OnnxDecoder
 from mla_compile.text.evaluate import Comparison, Perplexity
 
@@ -275,12 +275,12 @@ def test_what_does_not_fit_is_left_out_and_told(place):
 # ---- plots
 
 
-def point(method: str | None, kept: int, ratio: float, runtime: str = "torch", name: str = "m") -> Measured:
-    opened = Opened(name, runtime, lambda ids: ids, kept, None, 1, 1, None, method=method)
-    return Measured(opened, Comparison(Perplexity(10 * ratio, math.log(10 * ratio), 9), 0.0, 1.0, 0.0))
+def point(method: str | None, kept: int, ratio: float, runtime: str = "torch", name: str = "m") -> ModelScore:
+    opened = RunnableModel(name, runtime, lambda ids: ids, kept, None, 1, 1, None, method=method)
+    return ModelScore(opened, Comparison(Perplexity(10 * ratio, math.log(10 * ratio), 9), 0.0, 1.0, 0.0))
 
 
-def figures(*models: Measured) -> Measurement:
+def figures(*models: ModelScore) -> Measurement:
     return Measurement("text.txt", 9, 10, point(None, 100, 1.0, name="original"), models)
 
 

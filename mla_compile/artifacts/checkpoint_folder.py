@@ -41,9 +41,9 @@ from mla_compile.verification.agreement import ROUNDING_FACTOR, TOLERANCE, in_fl
 
 __all__ = [
     "DEFAULT_SHARD",
-    "Expected",
+    "ExpectedAnswers",
     "FolderCheck",
-    "Made",
+    "StagedCheckpoint",
     "check_folder",
     "new_checkpoint",
     "read_expected",
@@ -64,7 +64,7 @@ _WEIGHTS = re.compile(rf"{_STEM}(-\d{{5}}-of-\d{{5}})?\.safetensors|{_STEM}\.saf
 
 
 @dataclass(frozen=True)
-class Expected:
+class ExpectedAnswers:
     """What the converted module answered.
 
     Attributes:
@@ -101,7 +101,7 @@ class FolderCheck:
 
 
 @dataclass(frozen=True)
-class Made:
+class StagedCheckpoint:
     """A checkpoint that was made and checked, and is not in its place yet.
 
     Attributes:
@@ -179,7 +179,7 @@ def new_checkpoint(
     shard: int,
     force: bool,
     stages: Stages,
-) -> Iterator[Made]:
+) -> Iterator[StagedCheckpoint]:
     """Make a checkpoint in a hidden folder, and check it; it goes to its place when its report has been added.
 
     Args:
@@ -221,7 +221,7 @@ def _make(
     checks: Tensor | None,
     shard: int,
     stages: Stages,
-) -> Made:
+) -> StagedCheckpoint:
     """Write configuration, tokenizer, weights and answers; in bfloat16 only after the same in float32 was right."""
     dtype = cache_dtype(module.graph)
     written_in = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
@@ -261,7 +261,7 @@ def _make(
     notes = [f"this checkpoint is for transformers only: {caveat}" for caveat in facts.caveats]
     if dtype == torch.float16:
         notes.append("the checkpoint is in float32: float16 cannot hold the small latents in front of their norm")
-    return Made(folder, facts, tuple(notes))
+    return StagedCheckpoint(folder, facts, tuple(notes))
 
 
 def verify_folder(folder: Path) -> FolderCheck:
@@ -283,7 +283,7 @@ def verify_folder(folder: Path) -> FolderCheck:
     return _compare(folder, expected, "Copy the folder again, or convert the model again.")
 
 
-def read_expected(folder: Path) -> Expected | None:
+def read_expected(folder: Path) -> ExpectedAnswers | None:
     """What the converted module answered, as :func:`write_checkpoint` keeps it; None where nothing was kept.
 
     Raises:
@@ -295,7 +295,7 @@ def read_expected(folder: Path) -> Expected | None:
     try:
         with file.open("rb") as opened, np.load(opened, allow_pickle=False) as kept:
             ids, logits = (torch.from_numpy(kept[name]) for name in ("ids", "logits"))
-            return Expected(ids, int(kept["greedy"]), logits, float(kept["tolerance"]))
+            return ExpectedAnswers(ids, int(kept["greedy"]), logits, float(kept["tolerance"]))
     except Exception as error:  # of zipfile, of zlib, or an early end
         raise LoadError(
             f"'{file}', with the answers to compare with, is damaged ({reason_of(error)}).",
@@ -303,7 +303,7 @@ def read_expected(folder: Path) -> Expected | None:
         ) from error
 
 
-def _rounding(module: LatentModel, expected: Expected) -> float:
+def _rounding(module: LatentModel, expected: ExpectedAnswers) -> float:
     """What the roundings of its type change in the converted model's logits."""
     with torch.inference_mode():
         logits = module(expected.ids[None]).logits[0, -len(expected.logits) :].float()
@@ -348,7 +348,7 @@ def _cut(shapes: Mapping[str, torch.Size], limit: int, itemsize: int) -> Iterato
     yield names
 
 
-def _answers(module: LatentModel, checks: Tensor | None, checkpoint: Checkpoint) -> Expected:
+def _answers(module: LatentModel, checks: Tensor | None, checkpoint: Checkpoint) -> ExpectedAnswers:
     """What the module says on some text, and how it goes on."""
     if checks is None:
         vocabulary = int(checkpoint.config["vocab_size"])
@@ -359,10 +359,10 @@ def _answers(module: LatentModel, checks: Tensor | None, checkpoint: Checkpoint)
     ids = torch.tensor(prompt + generate(TorchDecoder(module), [prompt], count)[0])
     with torch.inference_mode():
         logits = module(ids[None]).logits[0].float()
-    return Expected(ids, count, logits[-max(count + 1, _KEPT // logits.shape[1]) :].clone())
+    return ExpectedAnswers(ids, count, logits[-max(count + 1, _KEPT // logits.shape[1]) :].clone())
 
 
-def _keep(expected: Expected, folder: Path) -> None:
+def _keep(expected: ExpectedAnswers, folder: Path) -> None:
     values: dict[str, Any] = {
         "ids": expected.ids.numpy(),
         "greedy": expected.greedy,
@@ -372,7 +372,7 @@ def _keep(expected: Expected, folder: Path) -> None:
     np.savez(folder / _EXPECTED, **values)
 
 
-def _compare(folder: Path, expected: Expected, remedy: str) -> FolderCheck:
+def _compare(folder: Path, expected: ExpectedAnswers, remedy: str) -> FolderCheck:
     """Compare a folder in stock transformers with what the converted module answered.
 
     Logits are those of the whole text at once, and of its last part token by token with a cache. Where they pass, other

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mla_compile.artifacts.checkpoint_folder import Expected
+from mla_compile.artifacts.checkpoint_folder import ExpectedAnswers
 from mla_compile.errors import LoadError, VerificationError
 from mla_compile.text.evaluate import relative_error
 
@@ -55,14 +55,14 @@ def verify_gguf(path: Path) -> tuple[float, float]:
     return error, float((logits[:-1].argmax(-1) == np.array(ids[-count:])).mean())
 
 
-def _kept(path: Path) -> Expected:
+def _kept(path: Path) -> ExpectedAnswers:
     """The answers that a file holds."""
     from gguf import GGUFReader
 
     try:
         fields = GGUFReader(path).fields
         ids, greedy, logits, tolerance = (fields[name].contents() for name in (IDS, GREEDY, LOGITS, TOLERANCE))
-        return Expected(torch.tensor(ids), int(greedy), torch.tensor(logits)[None], float(tolerance))
+        return ExpectedAnswers(torch.tensor(ids), int(greedy), torch.tensor(logits)[None], float(tolerance))
     except Exception as error:  # the reader trusts every size that a file says
         raise LoadError(
             f"'{path}' holds no answers to compare with.", "Give a GGUF file written by mla-compile."

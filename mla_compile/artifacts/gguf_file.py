@@ -20,7 +20,7 @@ from torch import Tensor
 from mla_compile.artifacts.checkpoint_folder import DEFAULT_SHARD, read_expected, write_checkpoint
 from mla_compile.artifacts.companions import finished
 from mla_compile.artifacts.gguf_check import GREEDY, IDS, LOGITS, TOLERANCE, has_llama_cpp, verify_gguf
-from mla_compile.artifacts.gguf_tensors import Stored, write_tensors
+from mla_compile.artifacts.gguf_tensors import DeepSeekFolder, write_tensors
 from mla_compile.artifacts.gguf_vocabulary import read_vocabulary
 from mla_compile.artifacts.places import check_neighbours, check_place
 from mla_compile.config import REPORT
@@ -162,7 +162,7 @@ def _write(source: Path, file: Path, name: str) -> bool:
     """Write a checkpoint as a file, and say whether it holds answers to compare with."""
     import gguf
 
-    stored = Stored.read(source)
+    stored = DeepSeekFolder.read(source)
     _require_expressible(stored)
     stored.require_whole()
     vocabulary = read_vocabulary(source, int(stored.config["vocab_size"]))
@@ -182,7 +182,7 @@ def _write(source: Path, file: Path, name: str) -> bool:
     return expected is not None
 
 
-def _require_expressible(stored: Stored) -> None:
+def _require_expressible(stored: DeepSeekFolder) -> None:
     """Refuse what llama.cpp's graph of this architecture has no place for, each by its own check there."""
     config = stored.config
     layers, vocabulary = int(config["num_hidden_layers"]), int(config["vocab_size"])

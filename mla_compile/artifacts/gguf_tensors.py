@@ -21,7 +21,7 @@ from mla_compile.errors import LoadError, first_line, reason_of
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-__all__ = ["Stored", "write_tensors"]
+__all__ = ["DeepSeekFolder", "write_tensors"]
 
 _ANOTHER = "Give a folder written by mla-compile with --format deepseek."
 _AGAIN = "Copy the folder again, or convert the model again."
@@ -30,7 +30,7 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
-class Stored:
+class DeepSeekFolder:
     """A DeepSeek checkpoint in a folder.
 
     Attributes:
@@ -44,7 +44,7 @@ class Stored:
     files: Mapping[str, str]
 
     @classmethod
-    def read(cls, folder: Path) -> Stored:
+    def read(cls, folder: Path) -> DeepSeekFolder:
         """Read what is in a folder; tensors are read when they are asked for.
 
         Raises:
@@ -163,7 +163,7 @@ class _Correction:
         return cls(scale * math.sqrt(width) / theirs**2, factor / (theirs if kind == "yarn" else 1.0))
 
 
-def write_tensors(writer: GGUFWriter, stored: Stored) -> None:
+def write_tensors(writer: GGUFWriter, stored: DeepSeekFolder) -> None:
     """Write every tensor, one in memory at a time."""
     import gguf
 

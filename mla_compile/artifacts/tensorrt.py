@@ -39,7 +39,7 @@ from mla_compile.verification.agreement import in_float32, require_equal
 
 __all__ = [
     "ENGINE_TOLERANCE",
-    "Written",
+    "TensorRTFiles",
     "check_settings",
     "check_tensorrt",
     "commands",
@@ -67,7 +67,7 @@ _PROMPT, _TOKENS = 5, 9
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
+class TensorRTFiles:
     """What was made.
 
     Attributes:
@@ -152,7 +152,7 @@ def _check_times(path: Path) -> None:
 
 def write_for_tensorrt(
     source: Path, path: Path, settings: EngineSettings, *, force: bool = False, stages: Stages | None = None
-) -> Written:
+) -> TensorRTFiles:
     """Write a file for TensorRT, or an engine with its file beside it, from what was converted before.
 
     Args:
@@ -180,7 +180,7 @@ def write_for_tensorrt(
             metadata = decoder.metadata
         with _beside(path, source.parent, force) as hidden:
             engine_error, attention = _build(source, hidden / path.name, settings, metadata, stages)
-        return Written(source, path, None, engine_error, attention)
+        return TensorRTFiles(source, path, None, engine_error, attention)
     check_settings(path, settings)
     check_tensorrt(path, force)
     model, assets = read_folder(source), read_assets(source)
@@ -250,7 +250,7 @@ def _write(
     path: Path,
     settings: EngineSettings,
     stages: Stages,
-) -> Written:
+) -> TensorRTFiles:
     """Write a file for TensorRT, and if ``path`` is named so an engine of it, into a hidden folder.
 
     Args:
@@ -277,9 +277,9 @@ def _write(
             error = _difference(decoder, lambda ids: wide(ids).logits)
         require_equal("ONNX Runtime", "the converted PyTorch module", error)
     if path.suffix != ".plan":
-        return Written(path, None, error)
+        return TensorRTFiles(path, None, error)
     engine_error, attention = _build(file, hidden / path.name, settings, metadata, stages)
-    return Written(path.with_suffix(".onnx"), path, error, engine_error, attention)
+    return TensorRTFiles(path.with_suffix(".onnx"), path, error, engine_error, attention)
 
 
 def _build(

@@ -39,6 +39,7 @@ __all__ = [
     "ForcePlot",
     "Format",
     "Inline",
+    "Jobs",
     "KvRank",
     "Layout",
     "MaxBatch",
@@ -234,6 +235,14 @@ Offload = Annotated[
         help="Folder for activations, when a model is too large to hold them in memory.",
         show_default="in memory, in rounds",
         rich_help_panel=TEXT,
+    ),
+]
+Jobs = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        help="Layers to factorise at a time, on a core each; each takes the memory of one.",
+        rich_help_panel=METHOD,
     ),
 ]
 Seed = Annotated[

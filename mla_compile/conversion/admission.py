@@ -98,14 +98,14 @@ def require_causal(program: AnyProgram, found: Recognition) -> Program:
     )
 
 
-def as_causal(config: CompileConfig, calibration: Text | None) -> CompileConfig:
+def as_causal(config: CompileConfig, calibration: Text | None, *, planned: bool = False) -> CompileConfig:
     """Settings as they hold for a causal language model, which ``encoders`` says nothing of.
 
     Raises:
         UsageError: Then there must be text, and there is none.
     """
     config = config.model_copy(update={"encoders": False})
-    require_text(config, calibration)
+    require_text(config, calibration, planned=planned)
     return config
 
 

@@ -43,8 +43,8 @@ from mla_compile.verification.onnx import quantised
 
 __all__ = [
     "Case",
+    "FinalWeights",
     "Findings",
-    "Finished",
     "choose",
     "fine_tune",
     "finish",
@@ -79,7 +79,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Finished:
+class FinalWeights:
     """Latent weights as they go into the model.
 
     Attributes:
@@ -147,6 +147,7 @@ def prepare(program: Program, found: Recognition, session: Session) -> Case:
         request.store,
         resources=Resources(folder=folder, device=session.processes.device),
         processes=session.processes,
+        jobs=request.jobs,
     )
     require_room_to_polish(task)
     return Case(request, task, text, notes)
@@ -167,7 +168,7 @@ def choose(case: Case) -> Choice:
     return choice
 
 
-def finish(case: Case, choice: Choice) -> Finished:
+def finish(case: Case, choice: Choice) -> FinalWeights:
     """Polish the weights, balance them, and give queries a rank of their own, as far as each was asked for."""
     task, config = case.task, case.task.config
     polished = polish(task, choice.weights, config.polish_steps) if config.polish_steps else None
@@ -176,7 +177,7 @@ def finish(case: Case, choice: Choice) -> Finished:
     weights = weights if choice.balanced else tuple(map(balanced, weights))
     if config.q_rank is not None:
         weights = with_query_rank(weights, choice.moments, config.q_rank)
-    return Finished(weights, *((None, ()) if polished is None else (polished.report, polished.notes)))
+    return FinalWeights(weights, *((None, ()) if polished is None else (polished.report, polished.notes)))
 
 
 def rewrite(case: Case, weights: tuple[LatentWeights, ...]) -> LatentModel:
@@ -270,7 +271,7 @@ def measure(case: Case, converted: LatentModel) -> Quality | None:
     return Quality(before.value, after.value, before.tokens, case.text.separate)
 
 
-def make_report(case: Case, choice: Choice, finished: Finished, findings: Findings) -> Report:
+def make_report(case: Case, choice: Choice, finished: FinalWeights, findings: Findings) -> Report:
     """Say what was done."""
     task, config = case.task, case.task.config
     return Report(

@@ -128,7 +128,7 @@ def require_encoder(program: AnyProgram, found: Recognition) -> tuple[tuple[Atte
 
 
 def compile_encoder(
-    program: AnyProgram, found: Recognition, config: CompileConfig, *, check: bool, stages: Stages
+    program: AnyProgram, found: Recognition, config: CompileConfig, *, check: bool, stages: Stages, jobs: int = 1
 ) -> CompiledEncoder:
     """Convert an encoder's attention to low-rank keys and values.
 
@@ -138,6 +138,7 @@ def compile_encoder(
         config: Settings; the selection of rotary components is uniform unless it is given.
         check: Verify the conversion against the original.
         stages: Times and shows what runs.
+        jobs: Layers that are factorised at a time.
 
     Returns:
         The converted model.
@@ -153,7 +154,7 @@ def compile_encoder(
         config = config.model_copy(update={"selection": "uniform"})
     sites, kept = require_encoder(program, found)
     plans = plan_layers(sites, [input_width(program, s) for s in sites], config)
-    converted = _convert(program, sites, plans, config, stages)
+    converted = _convert(program, sites, plans, config, stages, jobs)
     sizes = layer_sizes(program)[sites[0].index]
     checks = inputs_to_compare(program, sizes, config.seed, any_positions=True)
     verification = None
@@ -163,7 +164,7 @@ def compile_encoder(
             if not config.exact:
                 everything = config.lossless()
                 full = plan_layers(sites, [input_width(program, s) for s in sites], everything)
-                exact = _convert(program, sites, full, everything, Stages())
+                exact = _convert(program, sites, full, everything, Stages(), jobs)
             verification = _verified(program, exact, converted, checks)
     report = EncoderReport(
         source=program.source,
@@ -188,8 +189,9 @@ def _convert(
     plans: Sequence[LatentPlan],
     config: CompileConfig,
     stages: Stages,
+    jobs: int,
 ) -> LowRankModel:
-    weights = factorise_layers(program, sites, plans, config, stages)
+    weights = factorise_layers(program, sites, plans, config, stages, jobs=jobs)
     with stages.stage("rewrite"):
         graph = insert_low_rank(program, sites, weights, torch.float32)
     return LowRankModel(graph, list(program.user_inputs), list(program.outputs))

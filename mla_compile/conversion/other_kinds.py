@@ -31,10 +31,10 @@ def compile_other_kind(program: AnyProgram, found: Recognition, session: Session
     _require_plain(request)
     require_float32(program, program.dtype, "An encoder", "converted")
     if not is_seq2seq(found):
-        return compile_encoder(program, found, request.config, check=request.check, stages=stages)
+        return compile_encoder(program, found, request.config, check=request.check, stages=stages, jobs=request.jobs)
     if request.destination is not None:
         check_pair(request.destination.path, request.destination.force)
-    return compile_seq2seq(program, found, request.config, check=request.check, stages=stages)
+    return compile_seq2seq(program, found, request.config, check=request.check, stages=stages, jobs=request.jobs)
 
 
 def _require_plain(request: Request) -> None:

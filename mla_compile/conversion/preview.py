@@ -30,11 +30,11 @@ from mla_compile.sources.given import require_model, require_on_hub
 from mla_compile.text.calibration import Text, cut_windows, read_text, require_text
 from mla_compile.text.corpus import require_named_tokenizer
 
-__all__ = ["Planned", "lossless_elements", "plan"]
+__all__ = ["ConversionPlan", "lossless_elements", "plan"]
 
 
 @dataclass(frozen=True)
-class Planned:
+class ConversionPlan:
     """What a conversion would make of a model.
 
     Attributes:
@@ -69,7 +69,7 @@ def plan(
     attn_implementation: str = "auto",
     unsafe_load: bool = False,
     display: Display | None = None,
-) -> Planned:
+) -> ConversionPlan:
     """Plan a conversion; only methods that choose sizes by text compute weights for it.
 
     Args:
@@ -102,14 +102,16 @@ def plan(
     )
     found = recognise(program)
     types = type_name(program.dtype), type_name(result_type(program, config))
+    if is_beyond_causal(program, found, config):
+        require_text(config, calibration)  # of these nothing is estimated
     if config.encoders and is_seq2seq(found):
         own, crossed = plan_seq2seq(program, found, config)
-        return Planned(found, (*own, *crossed))
+        return ConversionPlan(found, (*own, *crossed))
     if is_beyond_causal(program, found, config):
         sites, _ = require_encoder(program, found)
-        return Planned(found, plan_layers(sites, [input_width(program, s) for s in sites], config))
+        return ConversionPlan(found, plan_layers(sites, [input_width(program, s) for s in sites], config))
     program = require_causal(program, found)
-    config = as_causal(config, calibration)
+    config = as_causal(config, calibration, planned=True)
     require_in_pieces(program)
     sites, method = found.sites, config.chosen_method
     widths = tuple(input_width(program, s) for s in sites)
@@ -119,19 +121,19 @@ def plan(
         itemsize = result_type(program, config).itemsize
         cost = conversion_cost(sites, plans, widths, config, stored_numbers(program), itemsize, program.vocabulary)
         log_sizes(plans)
-        return Planned(found, plans, widths, *types, cost, max_positions=program.max_positions)
+        return ConversionPlan(found, plans, widths, *types, cost, max_positions=program.max_positions)
     text = cut_windows(program, documents, tokenizer, config)
     windows = None if text is None else text.calibration
     task = Task(program, sites, found.rejections, config, windows, Stages(display), open_cache(statistics_cache))
     plans = METHODS[method](task).plans
     require_smaller(plans, config, program.dtype, task.dtype)
     log_sizes(plans)
-    return Planned(found, plans, widths, *types, max_positions=program.max_positions)
+    return ConversionPlan(found, plans, widths, *types, max_positions=program.max_positions)
 
 
 def _plan_weightless(
     model: str | Path, config: CompileConfig, calibration: Text | None, attn_implementation: str
-) -> Planned:
+) -> ConversionPlan:
     """Plan from a configuration alone; ``auto`` is then the one method that needs no text.
 
     Raises:
@@ -144,23 +146,22 @@ def _plan_weightless(
             f"'{model}' has no weights, and text is of use only where the model can be run on it.",
             "Plan with --method mha2mla and without --calibration, or give the whole checkpoint.",
         )
-    require_text(config, None)
-    blueprint = draw(model, attn_implementation)
-    found = blueprint.found
-    alike = (blueprint.layers, blueprint.exported) if blueprint.exported < blueprint.layers else None
-    if is_beyond_causal(blueprint.program, found, config):
+    drawn = draw(model, attn_implementation)
+    found = drawn.found
+    alike = (drawn.layers, drawn.exported) if drawn.exported < drawn.layers else None
+    if is_beyond_causal(drawn.program, found, config):
         raise UsageError(
             f"'{model}' has no weights, and only causal language models are planned without.",
             "Give the whole checkpoint, or look at it with 'mla-compile inspect'.",
         )
-    program = require_causal(blueprint.program, found)
+    program = require_causal(drawn.program, found)
     widths = tuple(input_width(program, s) for s in found.sites)
     plans = plan_layers(found.sites, widths, config)
     require_smaller(plans, config, program.dtype, result_type(program, config))
     types = type_name(program.dtype), type_name(result_type(program, config))
     itemsize = result_type(program, config).itemsize
-    cost = conversion_cost(found.sites, plans, widths, config, blueprint.parameters, itemsize, program.vocabulary)
-    return Planned(found, plans, widths, *types, cost, alike, program.max_positions)
+    cost = conversion_cost(found.sites, plans, widths, config, drawn.parameters, itemsize, program.vocabulary)
+    return ConversionPlan(found, plans, widths, *types, cost, alike, program.max_positions)
 
 
 def lossless_elements(program: AnyProgram, sites: Sequence[AttentionSite]) -> tuple[int, ...]:

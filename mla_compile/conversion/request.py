@@ -57,6 +57,7 @@ class Request:
         destination: Where the result will be written; None where that is not known yet.
         statistics_cache: Whether to keep what was measured on the text, or the folder to keep it in.
         offload: A folder for activations between layers; None for memory.
+        jobs: Layers that are factorised at a time.
         store: Where finished layers are kept; None for memory.
         share: Share the calibration with the other processes that a launcher started.
         check: Verify the conversion against the original.
@@ -71,6 +72,7 @@ class Request:
     destination: Destination | None = None
     statistics_cache: bool | str | Path = True
     offload: str | Path | None = None
+    jobs: int = 1
     store: LayerStore | None = None
     share: bool = False
     check: bool = True
@@ -103,6 +105,8 @@ def check_request(request: Request) -> None:
         UsageError: Something that is needed was not given.
         LoadError: There is no such model, or training was asked for, and the package that does it is not installed.
     """
+    if request.jobs < 1:
+        raise UsageError(f"--jobs {request.jobs} is less than one layer at a time.", "Give 1 or more.")
     limit = request.max_perplexity_ratio
     if limit is not None and not 0 < limit < math.inf:
         raise UsageError(f"--max-ppl-ratio {limit} is not a factor.", "Give a number above 0.")

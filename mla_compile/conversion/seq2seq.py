@@ -134,7 +134,7 @@ def plan_seq2seq(
 
 
 def compile_seq2seq(
-    program: AnyProgram, found: Recognition, config: CompileConfig, *, check: bool, stages: Stages
+    program: AnyProgram, found: Recognition, config: CompileConfig, *, check: bool, stages: Stages, jobs: int = 1
 ) -> CompiledSeq2Seq:
     """Convert an encoder-decoder: the decoder's self-attention and its cross attention.
 
@@ -144,6 +144,7 @@ def compile_seq2seq(
         config: Settings; the selection of rotary components is uniform unless it is given.
         check: Verify the conversion against the original.
         stages: Times and shows what runs.
+        jobs: Layers that are factorised at a time.
 
     Returns:
         The converted model.
@@ -171,7 +172,7 @@ def compile_seq2seq(
             "Report this with the output of 'mla-compile inspect'.",
         )
     parts = _Parts(program, decoder, cross, inside)
-    converted = _convert(parts, plans, cross_plans, config, stages)
+    converted = _convert(parts, plans, cross_plans, config, stages, jobs)
     checks = inputs_to_compare(program, sizes, config.seed, any_positions=False)
     verification = None
     if check:
@@ -179,7 +180,7 @@ def compile_seq2seq(
             exact = converted
             if not config.exact:
                 everything = config.lossless()
-                exact = _convert(parts, *plan_seq2seq(program, found, everything), everything, Stages())
+                exact = _convert(parts, *plan_seq2seq(program, found, everything), everything, Stages(), jobs)
             verification = _verified(parts, exact, converted, checks)
     report = Seq2SeqReport(
         source=program.source,
@@ -230,9 +231,10 @@ def _convert(
     cross_plans: Sequence[LatentPlan],
     config: CompileConfig,
     stages: Stages,
+    jobs: int,
 ) -> LatentSeq2Seq:
-    own = factorise_layers(parts.decoder, parts.inside.sites, plans, config, stages)
-    crossed = factorise_layers(parts.whole, parts.cross, cross_plans, config, stages)
+    own = factorise_layers(parts.decoder, parts.inside.sites, plans, config, stages, jobs=jobs)
+    crossed = factorise_layers(parts.whole, parts.cross, cross_plans, config, stages, jobs=jobs)
     kept = [r for r in parts.inside.rejections if r.site is None]
     inputs = encoder_inputs(parts.whole, parts.cross)
     with stages.stage("rewrite"):

@@ -29,14 +29,14 @@ from mla_compile.sources import huggingface
 from mla_compile.sources.capture import capture_any
 from mla_compile.sources.checkpoint_files import has_weights, holds_result
 
-__all__ = ["Blueprint", "draw", "is_weightless"]
+__all__ = ["WeightlessModel", "draw", "is_weightless"]
 
 _PLACES = frozenset({"layer_idx", "layer_index", "layer_id", "layer_number", "idx", "training"})
 """Attributes that say which layer it is, not what it is."""
 
 
 @dataclass(frozen=True)
-class Blueprint:
+class WeightlessModel:
     """What is known of a model without its weights.
 
     Attributes:
@@ -78,7 +78,7 @@ def is_weightless(model: str | Path) -> bool:
     return (path / "config.json").is_file() and not has_weights(path) and not written
 
 
-def draw(model: str | Path, attention: str = "auto") -> Blueprint:
+def draw(model: str | Path, attention: str = "auto") -> WeightlessModel:
     """Build, export and recognise a model from its configuration.
 
     Args:
@@ -96,10 +96,10 @@ def draw(model: str | Path, attention: str = "auto") -> Blueprint:
         few = 1 + max(blocks.kinds.index(kind) for kind in blocks.kinds)
         found = _of_few_layers(config, blocks, few, attention, str(model)) if few < len(blocks.kinds) else None
         if found is not None:
-            return Blueprint(*found, parameters, len(blocks.kinds), few)
+            return WeightlessModel(*found, parameters, len(blocks.kinds), few)
     program = _captured(whole, str(model))
     layers = 0 if blocks is None else len(blocks.kinds)
-    return Blueprint(program, recognise(program), parameters, layers, layers)
+    return WeightlessModel(program, recognise(program), parameters, layers, layers)
 
 
 def _of_few_layers(

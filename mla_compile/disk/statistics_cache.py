@@ -25,7 +25,7 @@ from mla_compile.runtime.user_cache import default_folder
 from mla_compile.site import AttentionSite
 from mla_compile.site_statistics import SiteStatistics
 
-__all__ = ["Found", "StatisticsCache", "open_cache", "statistics_key"]
+__all__ = ["RecalledStatistics", "StatisticsCache", "open_cache", "statistics_key"]
 
 _MOST = 32 * 2**30
 """Bytes that the usual folder holds, at most: one file of a model of 7 billion parameters is about 4 GB."""
@@ -36,7 +36,7 @@ _SCHEMA = 1
 
 
 @dataclass(frozen=True)
-class Found:
+class RecalledStatistics:
     """Statistics, and where they came from.
 
     Attributes:
@@ -62,7 +62,7 @@ class StatisticsCache:
     folder: Path
     most: int | None = None
 
-    def recall(self, key: str, measure: Callable[[], tuple[SiteStatistics, ...]]) -> Found:
+    def recall(self, key: str, measure: Callable[[], tuple[SiteStatistics, ...]]) -> RecalledStatistics:
         """Read what was measured before, or measure and keep it. A cache that fails costs time and nothing else.
 
         Args:
@@ -72,7 +72,7 @@ class StatisticsCache:
         path = self.folder / f"{key}.safetensors"
         warnings = []
         try:
-            found = Found(_read(path), f"reused from {path}")
+            found = RecalledStatistics(_read(path), f"reused from {path}")
             with contextlib.suppress(OSError):
                 path.touch()  # what was not used for longest goes first
             return found
@@ -87,8 +87,8 @@ class StatisticsCache:
                 _prune(path, self.most)
         except (OSError, SafetensorError) as error:
             warnings.append(f"statistics could not be saved to {self.folder} ({first_line(error)})")
-            return Found(statistics, "computed", tuple(warnings))
-        return Found(statistics, f"computed, saved to {path}", tuple(warnings))
+            return RecalledStatistics(statistics, "computed", tuple(warnings))
+        return RecalledStatistics(statistics, f"computed, saved to {path}", tuple(warnings))
 
 
 def open_cache(where: bool | str | Path) -> StatisticsCache | None:

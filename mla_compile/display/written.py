@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mla_compile.display.console import print_table, say, warn
 
 if TYPE_CHECKING:
-    from mla_compile.artifacts.tensorrt import Written
+    from mla_compile.artifacts.tensorrt import TensorRTFiles
 
 
 __all__ = [
@@ -71,7 +71,7 @@ def show_check(path: Path, found: Mapping[str, float | None]) -> None:
     print_table(str(path), ["", "result"], rows)
 
 
-def show_written(written: Written) -> None:
+def show_written(written: TensorRTFiles) -> None:
     """What was written for TensorRT, and how it was checked."""
     if written.error is not None:
         say(
@@ -91,7 +91,7 @@ def show_commands(build: str, inspect: str) -> None:
     say(f"See what TensorRT takes with:\n{inspect}")
 
 
-def written_row(written: Written, build: str, inspect: str) -> dict[str, Any]:
+def written_row(written: TensorRTFiles, build: str, inspect: str) -> dict[str, Any]:
     """What was written for TensorRT, how it was checked, and commands to go on with, as data."""
     return {
         "onnx": str(written.onnx),

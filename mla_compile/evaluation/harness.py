@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mla_compile.artifacts.opened import open_model
+from mla_compile.artifacts.runnable import open_model
 from mla_compile.errors import UsageError
 from mla_compile.evaluation.textgen import continuation, cut_at
 from mla_compile.runtime.generate import Sampling, generate

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mla_compile.artifacts.opened import Opened, open_model, require_there
+from mla_compile.artifacts.runnable import RunnableModel, open_model, require_there
 from mla_compile.errors import LoadError, UsageError
 from mla_compile.progress import Display, Stages
 from mla_compile.text.corpus import (
@@ -22,7 +22,7 @@ from mla_compile.text.corpus import (
 )
 from mla_compile.text.evaluate import Comparison, advised_window, compare, longest_window, require_window
 
-__all__ = ["Measured", "Measurement", "Sample", "measure", "run_beside"]
+__all__ = ["Measurement", "ModelScore", "Sample", "measure", "run_beside"]
 
 _BATCH = 8
 
@@ -55,7 +55,7 @@ class Sample:
                 "Give more tokens, or a shorter window.",
             )
 
-    def longest(self, models: Sequence[Opened]) -> int:
+    def longest(self, models: Sequence[RunnableModel]) -> int:
         """Longest window, in tokens, that all models can run, however few tokens are measured."""
         return self.seq_len or min(longest_window(m.score, m.longest) for m in models)
 
@@ -63,7 +63,7 @@ class Sample:
         self,
         documents: Iterable[str],
         tokenizer: Any,  # noqa: ANN401
-        models: Sequence[Opened],
+        models: Sequence[RunnableModel],
         longest: int | None = None,
     ) -> Tensor:
         """Cut documents into windows ``[windows, length]`` that all models can run.
@@ -92,19 +92,19 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Measured:
+class ModelScore:
     """A model and what was found; the comparison with the first model counts only where that is the original."""
 
-    model: Opened
+    model: RunnableModel
     found: Comparison
 
-    def kept(self, original: Measured | None) -> float | None:
+    def kept(self, original: ModelScore | None) -> float | None:
         """Share of the original's cache that is kept; None where one of them is not known."""
         if original is None or not original.model.cache_bytes or self.model.cache_bytes is None:
             return None
         return self.model.cache_bytes / original.model.cache_bytes
 
-    def ratio(self, original: Measured | None) -> float | None:
+    def ratio(self, original: ModelScore | None) -> float | None:
         """Perplexity over the original's."""
         return None if original is None else self.found.perplexity.value / original.found.perplexity.value
 
@@ -136,8 +136,8 @@ class Measurement:
     text: str
     tokens: int
     seq_len: int
-    original: Measured | None
-    models: tuple[Measured, ...]
+    original: ModelScore | None
+    models: tuple[ModelScore, ...]
     warnings: tuple[str, ...] = ()
 
     @classmethod
@@ -145,8 +145,8 @@ class Measurement:
         cls,
         sample: Sample,
         windows: Tensor,
-        original: Measured | None,
-        models: Sequence[Measured],
+        original: ModelScore | None,
+        models: Sequence[ModelScore],
         warnings: Sequence[str] = (),
     ) -> Measurement:
         """A measurement of models on windows ``[windows, length]`` of a sample; each warning appears once."""
@@ -167,7 +167,7 @@ class Measurement:
             "warnings": list(self.warnings),
         }
 
-    def _row(self, measured: Measured) -> dict[str, Any]:
+    def _row(self, measured: ModelScore) -> dict[str, Any]:
         compared = self.original is not None
         return {
             **measured.to_dict(),
@@ -204,7 +204,7 @@ def measure(
     names = (*models, *([] if original is None else [original]))
     require_there(names)
     documents = open_documents(sample.text)
-    opened: list[Opened] = []
+    opened: list[RunnableModel] = []
     for name in names:
         with stages.stage("load"):
             opened.append(open_model(name, sample.tokenizer))
@@ -215,14 +215,14 @@ def measure(
     return Measurement.of(sample, windows, base, others)
 
 
-def run_beside(models: Sequence[Opened], windows: Tensor, stage: str, stages: Stages) -> list[Measured]:
+def run_beside(models: Sequence[RunnableModel], windows: Tensor, stage: str, stages: Stages) -> list[ModelScore]:
     """Compare models with the first of them on windows ``[windows, length]``, as a stage with one step per batch."""
     steps = math.ceil(len(windows) / _BATCH)
     found = compare([m.score for m in models], windows, _BATCH, lambda batches: stages.each(stage, batches, steps))
-    return [Measured(*pair) for pair in zip(models, found, strict=True)]
+    return [ModelScore(*pair) for pair in zip(models, found, strict=True)]
 
 
-def _one_tokenizer(opened: Sequence[Opened], given: str | None) -> Any:  # noqa: ANN401 - see load_tokenizer
+def _one_tokenizer(opened: Sequence[RunnableModel], given: str | None) -> Any:  # noqa: ANN401 - see load_tokenizer
     """The tokenizer of all models, which must be one: figures per token of different ones cannot be compared.
 
     Raises:
@@ -244,7 +244,7 @@ def _one_tokenizer(opened: Sequence[Opened], given: str | None) -> Any:  # noqa:
     return tokenizer
 
 
-def _different(one: Opened, other: Opened, sizes: str) -> UsageError:
+def _different(one: RunnableModel, other: RunnableModel, sizes: str) -> UsageError:
     return UsageError(
         f"'{one.name}' and '{other.name}' have different vocabularies{sizes}, so that figures per token cannot be "
         "compared.",
@@ -252,7 +252,7 @@ def _different(one: Opened, other: Opened, sizes: str) -> UsageError:
     )
 
 
-def _require_room(model: Opened, windows: Tensor) -> None:
+def _require_room(model: RunnableModel, windows: Tensor) -> None:
     """Refuse windows that a model cannot be run on.
 
     Raises:

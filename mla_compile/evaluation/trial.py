@@ -10,13 +10,20 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from mla_compile.artifacts.opened import ONNX_RUNTIME, Opened, decoder_scorer, latent_bytes, module_scorer, open_program
+from mla_compile.artifacts.runnable import (
+    RunnableModel,
+    Runtime,
+    decoder_scorer,
+    latent_bytes,
+    module_scorer,
+    open_program,
+)
 from mla_compile.config import CompileConfig, make_config
 from mla_compile.conversion.admission import require_causal
 from mla_compile.conversion.number_types import require_known_types
 from mla_compile.disk.statistics_cache import StatisticsCache
 from mla_compile.errors import RefusedError, UsageError
-from mla_compile.evaluation.measure import Measured, Measurement, Sample, run_beside
+from mla_compile.evaluation.measure import Measurement, ModelScore, Sample, run_beside
 from mla_compile.passes.lower_onnx import lower_to_onnx
 from mla_compile.passes.methods import METHODS
 from mla_compile.passes.recognise import recognise
@@ -131,8 +138,8 @@ def measure_conversions(
         limit = trials[0].calibration_tokens
         stream = tokenize(chosen_by, tokenizer, max(limit, longest))
         examples = token_windows(stream, longest, limit, name="calibration text")
-    beside: Measured | None = None
-    measured: list[Measured] = []
+    beside: ModelScore | None = None
+    measured: list[ModelScore] = []
     refused: UsageError | RefusedError | None = None
     for trial in trials:
         task = Task(program, found.sites, found.rejections, trial, examples, stages, cache)
@@ -156,7 +163,7 @@ def _name(trial: CompileConfig) -> str:
 
 
 @contextmanager
-def _runnable(task: Task, base: Opened, model: LatentModel, onnxruntime: bool) -> Iterator[list[Opened]]:
+def _runnable(task: Task, base: RunnableModel, model: LatentModel, onnxruntime: bool) -> Iterator[list[RunnableModel]]:
     """A conversion in torch and, if wanted, in ONNX Runtime from a file that is gone afterwards."""
     config = task.config
     asked = replace(base, name=_name(config), method=config.method, cache_ratio=config.cache_ratio)
@@ -171,6 +178,9 @@ def _runnable(task: Task, base: Opened, model: LatentModel, onnxruntime: bool) -
             lower_to_onnx(graph, model.rows, path, opset=config.opset, inline=False, metadata={})
             decoder = OnnxDecoder(path)
         lowered = replace(
-            asked, runtime=ONNX_RUNTIME, score=decoder_scorer(decoder), cache_bytes=decoder.cache_bytes_per_token
+            asked,
+            runtime=Runtime.ONNX_RUNTIME,
+            score=decoder_scorer(decoder),
+            cache_bytes=decoder.cache_bytes_per_token,
         )
         yield [converted, lowered]

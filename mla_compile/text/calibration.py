@@ -60,7 +60,8 @@ def require_text(config: CompileConfig, calibration: Text | None, *, planned: bo
     Args:
         config: What the user asked for.
         calibration: Text, if there is any.
-        planned: Whether nothing is converted, so that another method may be taken for its sizes alone.
+        planned: Whether nothing is converted: another method may be taken for its sizes alone, and what a conversion
+            with text would take is estimated by those settings.
 
     Raises:
         UsageError: The method or polishing needs text, or such a setting is given.
@@ -68,7 +69,7 @@ def require_text(config: CompileConfig, calibration: Text | None, *, planned: bo
     if calibration is not None:
         return
     if not config.needs_text:
-        return _require_no_settings_of_text(config)
+        return None if planned else _require_no_settings_of_text(config)
     if config.polish_steps:
         raise UsageError("Polishing needs text to train on.", "Give some with --calibration FILE.")
     if config.chosen_method == "mha2mla":

@@ -16,11 +16,11 @@ from mla_compile.text.evaluate import Scorer
 from mla_compile.training.graphs import matched, recomputed, with_attention_outputs
 from mla_compile.training.recipe import ATTENTION, DIVERGENCE, NEXT_TOKEN
 
-__all__ = ["Student", "Teacher", "Wanted"]
+__all__ = ["Student", "Teacher", "TeacherAnswers"]
 
 
 @dataclass(frozen=True)
-class Wanted:
+class TeacherAnswers:
     """What a teacher says of a batch.
 
     Attributes:
@@ -64,9 +64,9 @@ class Teacher:
         )
 
     @torch.no_grad()
-    def answer(self, ids: Tensor, parts: Collection[str]) -> Wanted:
+    def answer(self, ids: Tensor, parts: Collection[str]) -> TeacherAnswers:
         """What these parts of an objective need to know of a batch ``[batch, length]``."""
-        return Wanted(
+        return TeacherAnswers(
             self.score(ids) if DIVERGENCE in parts else None,
             tuple(x.float() for x in self.attend(ids)) if ATTENTION in parts and self.attend is not None else (),
         )
@@ -96,7 +96,7 @@ class Student(nn.Module):
         """Everything that takes weights."""
         return (self.model.graph, *self._matched)
 
-    def forward(self, ids: Tensor, parts: Collection[str], wanted: Wanted) -> Tensor:
+    def forward(self, ids: Tensor, parts: Collection[str], wanted: TeacherAnswers) -> Tensor:
         """Losses of a batch ``[batch, length]``, one of every part, in nats per token but for matching.
 
         All are means over windows, so that those of a batch are the means of those of its pieces.

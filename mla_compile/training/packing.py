@@ -15,11 +15,11 @@ from mla_compile.disk.content import content_of
 from mla_compile.errors import UsageError
 from mla_compile.text.corpus import LEAST_WINDOW, tokenized
 
-__all__ = ["Packed", "order", "pack"]
+__all__ = ["PackedText", "order", "pack"]
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackedText:
     """Token windows ``[windows, length]``, int32.
 
     A window begins where the one before ends, wherever that is in a document; every document is led by the begin token
@@ -51,7 +51,7 @@ def pack(
     length: int,
     tokens: int | None,
     held_out: int,
-) -> Packed:
+) -> PackedText:
     """Read as much text as is needed, and hold the last windows back.
 
     Args:
@@ -81,7 +81,7 @@ def pack(
         )
     aside = held_out if enough else min(held_out, max(1, len(windows) // 10))
     train = windows[:-aside]
-    return Packed(train if tokens is None else train[: math.ceil(tokens / windows.shape[1])], windows[-aside:])
+    return PackedText(train if tokens is None else train[: math.ceil(tokens / windows.shape[1])], windows[-aside:])
 
 
 def order(windows: int, wanted: int, seed: int) -> list[int]:

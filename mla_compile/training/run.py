@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from mla_compile.artifacts.companions import MODEL
-from mla_compile.artifacts.opened import module_scorer
 from mla_compile.artifacts.places import check_place, is_named_file
+from mla_compile.artifacts.runnable import module_scorer
 from mla_compile.artifacts.saved import RECIPE, open_saved, write_trained
 from mla_compile.config import REPORT, SETTINGS
 from mla_compile.disk.content import content_of
@@ -34,7 +34,7 @@ from mla_compile.text.calibration import Text, read_text
 from mla_compile.text.corpus import check_vocabulary, load_tokenizer
 from mla_compile.text.evaluate import longest_window, perplexity, require_window
 from mla_compile.training.checkpoints import Checkpoints, remove_checkpoints, require_same_settings
-from mla_compile.training.packing import Packed, pack
+from mla_compile.training.packing import PackedText, pack
 from mla_compile.training.recipe import DIVERGENCE, NEXT_TOKEN, Recipe
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class _Task:
 
     model: LatentModel
     teacher: Program | None
-    text: Packed
+    text: PackedText
     recipe: Recipe
 
     @classmethod

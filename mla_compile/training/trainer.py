@@ -23,8 +23,8 @@ from mla_compile.report import Training, TrainingPoint
 from mla_compile.runtime.module import LatentModel
 from mla_compile.training.checkpoints import Checkpoints, State
 from mla_compile.training.lora import Adapter, adapt, adapter_groups, merge
-from mla_compile.training.objectives import Student, Teacher, Wanted
-from mla_compile.training.packing import Packed, order
+from mla_compile.training.objectives import Student, Teacher, TeacherAnswers
+from mla_compile.training.packing import PackedText, order
 from mla_compile.training.recipe import ATTENTION, NEXT_TOKEN, Recipe
 from mla_compile.training.trained import (
     constant_rows,
@@ -134,7 +134,7 @@ def train(
     accelerator: Accelerator,
     model: LatentModel,
     teacher: Program | None,
-    text: Packed,
+    text: PackedText,
     recipe: Recipe,
     checkpoints: Checkpoints,
     stages: Stages,
@@ -223,7 +223,7 @@ class _Run:
     optimiser: torch.optim.Optimizer
     loader: DataLoader[Tensor]
     teacher: Teacher | None
-    text: Packed
+    text: PackedText
     recipe: Recipe
     checkpoints: Checkpoints
     steps: int
@@ -234,7 +234,7 @@ class _Run:
         accelerator: Accelerator,
         model: LatentModel,
         teacher: Program | None,
-        text: Packed,
+        text: PackedText,
         recipe: Recipe,
         checkpoints: Checkpoints,
     ) -> _Run:
@@ -382,8 +382,8 @@ class _Run:
                 self.optimiser.zero_grad()
         return found
 
-    def _wanted(self, ids: Tensor, parts: Collection[str]) -> Wanted:
-        return Wanted() if self.teacher is None else self.teacher.answer(ids, parts)
+    def _wanted(self, ids: Tensor, parts: Collection[str]) -> TeacherAnswers:
+        return TeacherAnswers() if self.teacher is None else self.teacher.answer(ids, parts)
 
     def _finite(self, value: float, what: str, step: int) -> float:
         if not math.isfinite(value):

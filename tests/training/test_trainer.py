@@ -30,8 +30,8 @@ from mla_compile.report import Training, TrainingPoint
 from mla_compile.runtime.module import LatentModel
 from mla_compile.sources.capture import capture
 from mla_compile.training import checkpoints, run, trainer
-from mla_compile.training.objectives import Student, Teacher, Wanted
-from mla_compile.training.packing import Packed
+from mla_compile.training.objectives import Student, Teacher, TeacherAnswers
+from mla_compile.training.packing import PackedText
 from mla_compile.training.run import _check_out
 from training import LENGTH, MATCHING, SETTINGS, assert_same, assert_same_curve, counting
 
@@ -130,11 +130,11 @@ def test_an_evaluation_runs_every_model_once(compiled, data, monkeypatch):
     recipe = Recipe(**SETTINGS, seq_len=LENGTH)
     run = SimpleNamespace(
         recipe=recipe,
-        text=Packed(data[:-4].int(), data[-4:].int()),
+        text=PackedText(data[:-4].int(), data[-4:].int()),
         accelerator=SimpleNamespace(device=torch.device("cpu")),
         student=Student(compiled.module, matching=False, recompute=False),
         teacher=None,
-        _wanted=lambda ids, parts: Wanted(),
+        _wanted=lambda ids, parts: TeacherAnswers(),
         _finite=lambda value, *_: value,
     )
     held_out, objective = trainer._Run.measure(run, 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,8 @@ from mla_compile.sources.given import require_named
 from mla_compile.text.evaluate import Scorer, original_scorer
 
 __all__ = [
-    "ONNX_RUNTIME",
-    "TENSORRT",
-    "TORCH",
-    "Opened",
+    "RunnableModel",
+    "Runtime",
     "decoder_scorer",
     "latent_bytes",
     "mapped_scorer",
@@ -42,16 +41,22 @@ __all__ = [
     "require_there",
 ]
 
-ONNX_RUNTIME, TENSORRT, TORCH = "onnxruntime", "tensorrt", "torch"
+
+class Runtime(StrEnum):
+    """What runs a model."""
+
+    ONNX_RUNTIME = "onnxruntime"
+    TENSORRT = "tensorrt"
+    TORCH = "torch"
 
 
 @dataclass(frozen=True)
-class Opened:
+class RunnableModel:
     """A model that can be run.
 
     Attributes:
         name: What the user called it.
-        runtime: ``onnxruntime``, ``tensorrt`` or ``torch``.
+        runtime: What runs it.
         score: Token ids to logits.
         cache_bytes: Cache bytes per token; None where some attention was not understood.
         longest: Longest sequence, if the model says.
@@ -64,7 +69,7 @@ class Opened:
     """
 
     name: str
-    runtime: str
+    runtime: Runtime
     score: Scorer
     cache_bytes: int | None
     longest: int | None
@@ -76,7 +81,7 @@ class Opened:
     cache_ratio: float | None = None
 
 
-def open_model(name: str, tokenizer: str | None = None) -> Opened:
+def open_model(name: str, tokenizer: str | None = None) -> RunnableModel:
     """Open a model of any kind.
 
     Args:
@@ -113,11 +118,11 @@ def require_there(names: Iterable[str]) -> None:
             open_model(name)
 
 
-def open_program(name: str, program: Program, found: Recognition) -> Opened:
+def open_program(name: str, program: Program, found: Recognition) -> RunnableModel:
     """Open an original that was read and recognised already."""
-    return Opened(
+    return RunnableModel(
         name=name,
-        runtime=TORCH,
+        runtime=Runtime.TORCH,
         score=original_scorer(program),
         cache_bytes=_plain_bytes(found, program.dtype),
         longest=program.max_positions,
@@ -163,18 +168,18 @@ def mapped_scorer(model: LatentModel) -> Scorer:
     return score
 
 
-def _open_decoder(path: Path, name: str) -> Opened:
+def _open_decoder(path: Path, name: str) -> RunnableModel:
     if path.suffix == ".plan":
         engine = TensorRTDecoder(path)  # whose room is no more than the model's longest sequence
-        return dataclasses.replace(_opened(path, name, TENSORRT, engine), longest=engine.limits.room)
+        return dataclasses.replace(_opened(path, name, Runtime.TENSORRT, engine), longest=engine.limits.room)
     decoder = OnnxDecoder(path)
     require_unchanged(path)
-    return _opened(path, name, ONNX_RUNTIME, decoder)
+    return _opened(path, name, Runtime.ONNX_RUNTIME, decoder)
 
 
-def _opened(path: Path, name: str, runtime: str, decoder: OnnxDecoder | TensorRTDecoder) -> Opened:
+def _opened(path: Path, name: str, runtime: Runtime, decoder: OnnxDecoder | TensorRTDecoder) -> RunnableModel:
     method, ratio = _asked_for(decoder.metadata.get("config", {}), path)
-    return Opened(
+    return RunnableModel(
         name=name,
         runtime=runtime,
         score=decoder_scorer(decoder),
@@ -189,12 +194,12 @@ def _opened(path: Path, name: str, runtime: str, decoder: OnnxDecoder | TensorRT
     )
 
 
-def _open_folder(path: Path, name: str) -> Opened:
+def _open_folder(path: Path, name: str) -> RunnableModel:
     model = read_folder(path)
     method, ratio = _asked_for(read_settings(path), path)
-    return Opened(
+    return RunnableModel(
         name=name,
-        runtime=TORCH,
+        runtime=Runtime.TORCH,
         score=mapped_scorer(model),
         cache_bytes=latent_bytes(model),
         longest=read_assets(path).longest,
