@@ -1,7 +1,8 @@
 """Train the bundled example: a tiny grouped-query Llama that tells children's stories.
 
-The script trains a byte-level BPE tokenizer and a transformers LlamaForCausalLM on a mix of your text
-files and the stories of `story_grammar.py`, on a CPU, in the time you give it:
+The script trains a byte-level BPE tokenizer and a transformers LlamaForCausalLM (or a Qwen3ForCausalLM, which
+has norms of queries and keys) on a mix of your text files and the stories of `story_grammar.py`, on a CPU, in
+the time you give it:
 
     python examples/train_tiny.py --text stories.txt plays.txt --shares 0.45 0.08 --out examples/tiny-llama
 
@@ -24,7 +25,14 @@ from typing import Any, Final
 import torch
 from story_grammar import HELD_OUT_SEEDS, SEPARATOR, TRAIN_SEEDS, stories
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 from transformers.utils import logging
 
 CONTEXT: Final = 512
@@ -123,9 +131,13 @@ def train_tokenizer(sources: Sequence[Source], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def build_model(vocab_size: int) -> LlamaForCausalLM:
-    """A Llama of about 1.8 million parameters: 4 layers, 6 query heads that share 2 key-value heads."""
-    config = LlamaConfig(
+ARCHITECTURES: Final = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
+
+
+def build_model(vocab_size: int, architecture: str) -> PreTrainedModel:
+    """About 1.8 million parameters: 4 layers, 6 query heads that share 2 key-value heads."""
+    describe, build = ARCHITECTURES[architecture]
+    config = describe(
         vocab_size=vocab_size,
         hidden_size=192,
         intermediate_size=512,
@@ -142,11 +154,11 @@ def build_model(vocab_size: int) -> LlamaForCausalLM:
         pad_token_id=0,
         use_cache=False,
     )
-    return LlamaForCausalLM(config)
+    return build(config)
 
 
 @torch.no_grad()
-def held_out_loss(model: LlamaForCausalLM, documents: Sequence[str], tokenizer: Tokenizer) -> float:
+def held_out_loss(model: PreTrainedModel, documents: Sequence[str], tokenizer: Tokenizer) -> float:
     """Mean loss per token, each document read alone (one longer than the context in windows of it)."""
     model.eval()
     total, count = 0.0, 0
@@ -172,7 +184,7 @@ def learning_rate(done: float, peak: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, (done - WARM_UP) / (1 - WARM_UP))))
 
 
-def make_optimizer(model: LlamaForCausalLM) -> torch.optim.AdamW:
+def make_optimizer(model: PreTrainedModel) -> torch.optim.AdamW:
     """AdamW with weight decay on the matrices only."""
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() <= 1]
@@ -180,7 +192,7 @@ def make_optimizer(model: LlamaForCausalLM) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, betas=(0.9, 0.98))
 
 
-def train(model: LlamaForCausalLM, mixture: Mixture, held_out: Sequence[str], tokenizer: Tokenizer, args: Any) -> int:
+def train(model: PreTrainedModel, mixture: Mixture, held_out: Sequence[str], tokenizer: Tokenizer, args: Any) -> int:
     """Train until the time or the steps are used up, with a progress line now and then; the steps done."""
     optimizer = make_optimizer(model)
     started = shown = time.monotonic()
@@ -218,13 +230,13 @@ def train(model: LlamaForCausalLM, mixture: Mixture, held_out: Sequence[str], to
 
 
 @torch.no_grad()
-def round_to_half(model: LlamaForCausalLM) -> None:
+def round_to_half(model: PreTrainedModel) -> None:
     """Round every weight to float16 in place; the model itself stays float32."""
     for parameter in model.parameters():
         parameter.copy_(parameter.half())
 
 
-def save(model: LlamaForCausalLM, tokenizer: Tokenizer, info: dict[str, Any], out: Path) -> None:
+def save(model: PreTrainedModel, tokenizer: Tokenizer, info: dict[str, Any], out: Path) -> None:
     """Write the folder that `from_pretrained` reads; a half-written file is never seen in it."""
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as name:
@@ -266,6 +278,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--batch-tokens", type=int, default=2048)
     parser.add_argument("--vocab-size", type=int, default=1024)
+    parser.add_argument("--architecture", choices=[*ARCHITECTURES], default="llama", help="qwen3 has QK-norm")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, help="threads for torch")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 matrix products, faster where the CPU has them")
@@ -291,7 +304,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     held_out = list(stories(HELD_OUT_SEEDS))
     tokenizer = train_tokenizer(sources, args.vocab_size)
     mixture = Mixture(sources, tokenizer, random.Random(args.seed))
-    model = build_model(tokenizer.get_vocab_size())
+    model = build_model(tokenizer.get_vocab_size(), args.architecture)
     parameters = sum(p.numel() for p in model.parameters())
     print(
         f"{parameters} parameters, {tokenizer.get_vocab_size()} tokens, {torch.get_num_threads()} threads", flush=True
@@ -305,6 +318,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     perplexity = {name: round(math.exp(held_out_loss(model, text, tokenizer)), 3) for name, text in measured.items()}
     served = sum(mixture.served)
     info = {
+        "architecture": args.architecture,
         "parameters": parameters,
         "steps": steps,
         "tokens_seen": steps * args.batch_tokens,
