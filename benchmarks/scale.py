@@ -6,8 +6,8 @@ Checkpoints of the shapes of Llama 2 7B and Llama 3 8B with random bfloat16 weig
 ONNX by mha2mla without text and with a little (1024 random tokens), compared layer by layer with PyTorch, run once more
 from the files alone to add four tokens to a prompt, and removed. Every conversion and every such run is in a process of
 its own, in which the memory is looked at ten times a second: resident memory, and the part of it that is anonymous,
-which cannot be dropped as pages of mapped files can. ``--method fisher`` takes the text and gradients, and about twenty
-minutes for one layer of Llama 2 7B's shape: it compares some 14 distributions of sizes.
+which cannot be dropped as pages of mapped files can. ``--method fisher`` takes a text of 8192 random tokens, which is
+more than inputs are wide (of fewer, eigenvalue problems are smaller), and gradients.
 
 ONNX Runtime's CPU provider has no kernels for bfloat16, and holds the weights of a file twice. Files are therefore run
 in pieces, in float32, with the weights of one layer or so in memory (mla_compile/passes/onnx_pieces.py); a file in
@@ -75,7 +75,9 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
     },
 }
 SHARD = 2_000_000_000
-WINDOWS, LENGTH, NEW_TOKENS = 8, 128, 4
+TEXTS: Mapping[str, int] = {"mha2mla": 1024, "fisher": 8192}
+"""Tokens of text, if there is one."""
+LENGTH, NEW_TOKENS = 128, 4
 PROMPT = [1, 2, 3, 4, 5, 6, 7, 8]
 _GIB = 2**30
 _ITEMSIZE = {"auto": 2, "bfloat16": 2, "float16": 2, "float32": 4}
@@ -184,7 +186,8 @@ def convert(source: Path, out: Path, settings: Settings) -> dict[str, Any]:
     from mla_compile.disk.layer_store import store_beside
 
     vocabulary = json.loads((source / "config.json").read_text())["vocab_size"]
-    text = torch.randint(0, vocabulary, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(1))
+    windows = TEXTS[settings["method"]] // LENGTH
+    text = torch.randint(0, vocabulary, (windows, LENGTH), generator=torch.Generator().manual_seed(1))
     with store_beside(out) as store:
         compiled = api.compile(
             source,
@@ -335,7 +338,8 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
     name = row["model"] if row["dtype"] == "auto" else f"{row['model']}, {row['dtype']}"
-    text, checks = "a little" if row["calibrated"] else "none", "on" if row["verified"] else "off"
+    text = f"{TEXTS[row['method']]:,} tokens" if row["calibrated"] else "none"
+    checks = "on" if row["verified"] else "off"
     first = [name, f"{row['layers']} ({row['jobs']})", row["method"], text, checks]
     made, decoded = row["convert"], row.get("decode", {})
     if "failed" in made:
