@@ -19,7 +19,6 @@ from torch import Tensor, fx
 from torch.export import Dim
 
 from mla_compile.errors import RefusedError
-from mla_compile.passes.converted import latent_arguments
 from mla_compile.passes.fold import fold_numbers
 from mla_compile.passes.insert_latent import INPUT_NAMES
 from mla_compile.passes.narrow_onnx import with_float32_logits
@@ -38,7 +37,7 @@ __all__ = ["lower_to_tensorrt_onnx"]
 _LATENT = torch.ops.mla.latent_attention.default
 _CACHED = torch.ops.mla.cached_attention.default
 _BATCH, _NEW, _ROOM = 2, 3, 11
-_FEATURES = ("key_scales", "value_scales", "scaled_rope", "softcap")
+_FEATURES = ("key_scales", "value_scales", "scaled_rope", "softcap", "chunked")
 """Attributes of ``LatentAttentionPartial`` that are features where they are not 0."""
 _REMEDY = "Give TensorRT the ordinary ONNX file."
 _ONNX_TYPES = {
@@ -147,10 +146,6 @@ def _with_nodes(module: fx.GraphModule, splits: int | None) -> fx.GraphModule:
                 f"Layer {layer} is not converted and keeps an ordinary cache, for which there is no kernel yet.",
                 _REMEDY,
             )
-        if latent_arguments(node, node.args, node.kwargs).get("chunked"):
-            raise RefusedError(
-                f"Layer {layer} sees its own chunk of tokens only, for which there is no kernel yet.", _REMEDY
-            )
         node.target = _attention
         node.kwargs = {**node.kwargs, "splits": splits}
     replaced.recompile()
@@ -199,6 +194,7 @@ def _attention(
         "scale": scale,
         "softcap": softcap,
         "window": window,
+        "chunked": int(chunked),
         "key_scales": row.shape[2] - rank - groups * rope_dim - value_scales,
         "value_scales": value_scales,
         "scaled_rope": int(scaled_rope),
