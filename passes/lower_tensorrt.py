@@ -36,7 +36,10 @@ __all__ = ["lower_to_tensorrt_onnx"]
 
 _LATENT = torch.ops.mla.latent_attention.default
 _CACHED = torch.ops.mla.cached_attention.default
+_SIZE = torch.ops.aten.sym_size.int
 _BATCH, _NEW, _ROOM = 2, 3, 11
+_ROOM_AXIS = 2
+"""Of a cache."""
 _FEATURES = ("key_scales", "value_scales", "scaled_rope", "softcap", "chunked")
 """Attributes of ``LatentAttentionPartial`` that are features where they are not 0."""
 _REMEDY = "Give TensorRT the ordinary ONNX file."
@@ -134,7 +137,11 @@ def _with_nodes(module: fx.GraphModule, splits: int | None) -> fx.GraphModule:
     replaced = copy.copy(module)
     replaced.graph = copy.deepcopy(module.graph)
     fold_numbers(module, replaced.graph)
-    mask = [n for n in replaced.graph.nodes if n.op == "placeholder"][INPUT_NAMES.index("attention_mask")]
+    inputs = [n for n in replaced.graph.nodes if n.op == "placeholder"]
+    mask, cache = inputs[INPUT_NAMES.index("attention_mask")], inputs[len(INPUT_NAMES)]
+    for size in [user for user in mask.users if user.target is _SIZE and user.args[1] == 1]:
+        # How many tokens tables of positions are made for, of which none is beyond the room of a cache.
+        size.args = cache, _ROOM_AXIS
     if any(user.target not in (_LATENT, _CACHED) for user in mask.users):
         raise RefusedError(
             "Something other than attention reads the padding mask, for which a cache of fixed memory has no place.",

@@ -13,7 +13,9 @@ import onnxruntime
 import pytest
 import torch
 from conversion import difference
+from families import huggingface, tokens
 
+import mla_compile
 from mla_compile.errors import RefusedError
 from mla_compile.passes.lower_tensorrt import lower_to_tensorrt_onnx
 from mla_compile.runtime.module import LatentModel
@@ -237,5 +239,29 @@ def test_layers_with_an_ordinary_cache_are_refused(lowered, tmp_path):
     last = [n for n in model.graph.graph.nodes if n.target is torch.ops.mla.latent_attention.default][-1]
     last.target = torch.ops.mla.cached_attention.default
     with pytest.raises(RefusedError, match=r"Layer 1 is not converted.* Give TensorRT the ordinary ONNX file"):
+        lower_to_tensorrt_onnx(model.graph, model.rows, tmp_path / "model.onnx", room=ROOM, metadata={})
+    assert not [*tmp_path.iterdir()]
+
+
+def test_tables_of_positions_are_made_for_the_room(parser, tmp_path):
+    """Of Llama 4, whose layers with chunks alternate with ones whose queries grow with their position."""
+    model, ids = mla_compile.compile(huggingface.CONVERTIBLE["llama4"].build(), exact=True).module, tokens(2, LENGTH)
+    path = tmp_path / "model.onnx"
+    lower_to_tensorrt_onnx(model.graph, model.rows, path, room=ROOM, metadata={})
+    with torch.no_grad():
+        expected = model(ids).logits
+    logits, _ = in_steps(Case(path, model), ids, (5, 1, 3, 1, 4))
+    assert difference(logits, expected) <= LOGITS
+    assert parser.build(parser.parse(path), extents) > 0
+
+
+def test_what_else_reads_the_padding_mask_is_refused(lowered, tmp_path):
+    model = altered(lowered("llama-gqa").model)
+    mask, last = (next(n for n in model.graph.graph.nodes if n.name == name) for name in ("attention_mask", "output"))
+    with model.graph.graph.inserting_before(last):
+        count = model.graph.graph.call_function(torch.ops.aten.sum.default, (mask,))
+        logits, *caches = last.args[0]
+        last.args = ([model.graph.graph.call_function(torch.ops.aten.add.Tensor, (logits, count)), *caches],)
+    with pytest.raises(RefusedError, match=r"other than attention reads the padding mask.* Give TensorRT the ordinary"):
         lower_to_tensorrt_onnx(model.graph, model.rows, tmp_path / "model.onnx", room=ROOM, metadata={})
     assert not [*tmp_path.iterdir()]
