@@ -95,6 +95,7 @@ class Problem:
     sinks: bool = False
     slopes: bool = False
     causal: bool = True
+    chunked: bool = False
 
 
 def problems() -> Iterator[Problem]:
@@ -120,6 +121,8 @@ def problems() -> Iterator[Problem]:
     yield Problem(RowLayout(128, 1, 16, key_scales=32, scaled_rope=True), 32)
     for feature in ({"window": 100}, {"softcap": 5.0}, {"sinks": True}, {"slopes": True}, {"causal": False}):
         yield Problem(RowLayout(256, 1, 64), 16, new=2, lengths=(700, 2, 9, 20_000), **feature)
+    for new, lengths in ((1, (700, 1, 512, 20_000)), (4, (700, 4, 514, 20_000))):
+        yield Problem(RowLayout(256, 1, 64), 16, new=new, lengths=lengths, window=256, chunked=True)
     everything = {"window": 250, "softcap": 5.0, "sinks": True, "slopes": True, "new": 4}
     yield Problem(scaled, 16, lengths=(700, 4, 9, 5000), **everything)
 
@@ -159,7 +162,8 @@ def error_of(problem: Problem) -> tuple[float, float]:
     q_rope = numbers(*shape, layout.rope_dim) / max(layout.rope_dim, 1) ** 0.5
     sinks = numbers(problem.heads) if problem.sinks else None
     slopes = numbers(problem.heads).abs() / 8 if problem.slopes else None
-    settings = {"window": problem.window, "softcap": problem.softcap, "causal": problem.causal}
+    settings = {"window": problem.window, "softcap": problem.softcap}
+    settings |= {"causal": problem.causal, "chunked": problem.chunked}
     given = {"sinks": sinks, "slopes": slopes, "scale": 2.0, "return_lse": True, **settings}
     context, lse = latent_attention(q_latent, q_rope, cache, lengths, **given)
     torch.cuda.synchronize()

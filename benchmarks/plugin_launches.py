@@ -92,6 +92,7 @@ class Layer:
         softcap: Bound of the logits; 0 for none.
         slopes: Whether logits fall with distance.
         sinks: Whether the softmax has a further logit per head.
+        chunked: Whether the window does not slide.
     """
 
     layout: RowLayout
@@ -101,6 +102,7 @@ class Layer:
     softcap: float = 0.0
     slopes: bool = False
     sinks: bool = False
+    chunked: bool = False
 
 
 LAYERS = (
@@ -108,6 +110,7 @@ LAYERS = (
     Layer(RowLayout(96, 3, 8), 9),
     Layer(RowLayout(96, 3, 8), 9, new=5),
     Layer(RowLayout(64, 1, 16), 4, new=3, window=200, sinks=True),
+    Layer(RowLayout(64, 1, 16), 4, new=3, window=256, chunked=True),
     Layer(RowLayout(128, 8, 16, key_scales=8, value_scales=2), 32, new=2, softcap=5.0, slopes=True, sinks=True),
 )
 _LENGTHS, _ROOM, _SCALE, _PARTS = (1300, 700, 64, 3, 0), 1500, 2.0, 6
@@ -157,7 +160,7 @@ def _errors_of(
     yield f"append {layer}", kind, _error(rows[:, 0], wanted)
 
     there = LatentCache.of_rows(layout, rows[:, 0].cpu().double())
-    settings = {"window": layer.window, "softcap": layer.softcap, "scale": _SCALE}
+    settings = {"window": layer.window, "softcap": layer.softcap, "scale": _SCALE, "chunked": layer.chunked}
     settings |= {"slopes": slopes[0].cpu() if slopes else None, "sinks": sinks[0].cpu() if sinks else None}
     context, _ = latent_attention(*(q.cpu().double() for q in queries), there, lengths.cpu(), **settings)
     rows = rows.masked_fill(torch.arange(_ROOM, device=device)[:, None] >= lengths[:, None, None, None], torch.nan)
@@ -165,7 +168,7 @@ def _errors_of(
     def empty(*more: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.full((*shape, *more), torch.nan, device=device, dtype=dtype)
 
-    features = {"window": layer.window, "softcap": layer.softcap, "slopes": layer.slopes}
+    features = {"window": layer.window, "softcap": layer.softcap, "slopes": layer.slopes, "chunked": layer.chunked}
     partial = Partial(layout, layer.heads, layer.new, dtype, _SCALE, _PARTS, **features)
     combine = Combine(layout.rank, _PARTS, dtype, layer.sinks)
     for tactic, tiles in enumerate(partial.tactics(architecture), 1):
@@ -177,7 +180,7 @@ def _errors_of(
         driver.launch(launchable(combine, architecture), blocks, (parts, lse, *sinks, layer.heads, result), stream)
         yield f"quick plugins, tactic {tactic}, {layer}", kind, _error(result, context)
 
-    features = {"windowed": layer.window > 0, "capped": layer.softcap > 0}
+    features = {"windowed": layer.window > 0, "capped": layer.softcap > 0, "chunked": layer.chunked}
     decode = Decode(layout, layer.heads, dtype, **features, slopes=layer.slopes, sinks=layer.sinks)
     compiled_for = 1 if layer.new == 1 else 2
     one_token = compiled_for == 1

@@ -19,7 +19,6 @@ from torch import Tensor, fx
 from torch.export import Dim
 
 from mla_compile.errors import RefusedError
-from mla_compile.passes.converted import latent_arguments
 from mla_compile.passes.fold import fold_numbers
 from mla_compile.passes.insert_latent import INPUT_NAMES
 from mla_compile.passes.narrow_onnx import with_float32_logits
@@ -37,8 +36,11 @@ __all__ = ["lower_to_tensorrt_onnx"]
 
 _LATENT = torch.ops.mla.latent_attention.default
 _CACHED = torch.ops.mla.cached_attention.default
+_SIZE = torch.ops.aten.sym_size.int
 _BATCH, _NEW, _ROOM = 2, 3, 11
-_FEATURES = ("key_scales", "value_scales", "scaled_rope", "softcap")
+_ROOM_AXIS = 2
+"""Of a cache."""
+_FEATURES = ("key_scales", "value_scales", "scaled_rope", "softcap", "chunked")
 """Attributes of ``LatentAttentionPartial`` that are features where they are not 0."""
 _REMEDY = "Give TensorRT the ordinary ONNX file."
 _ONNX_TYPES = {
@@ -135,7 +137,11 @@ def _with_nodes(module: fx.GraphModule, splits: int | None) -> fx.GraphModule:
     replaced = copy.copy(module)
     replaced.graph = copy.deepcopy(module.graph)
     fold_numbers(module, replaced.graph)
-    mask = [n for n in replaced.graph.nodes if n.op == "placeholder"][INPUT_NAMES.index("attention_mask")]
+    inputs = [n for n in replaced.graph.nodes if n.op == "placeholder"]
+    mask, cache = inputs[INPUT_NAMES.index("attention_mask")], inputs[len(INPUT_NAMES)]
+    for size in [user for user in mask.users if user.target is _SIZE and user.args[1] == 1]:
+        # How many tokens tables of positions are made for, of which none is beyond the room of a cache.
+        size.args = cache, _ROOM_AXIS
     if any(user.target not in (_LATENT, _CACHED) for user in mask.users):
         raise RefusedError(
             "Something other than attention reads the padding mask, for which a cache of fixed memory has no place.",
@@ -146,10 +152,6 @@ def _with_nodes(module: fx.GraphModule, splits: int | None) -> fx.GraphModule:
             raise RefusedError(
                 f"Layer {layer} is not converted and keeps an ordinary cache, for which there is no kernel yet.",
                 _REMEDY,
-            )
-        if latent_arguments(node, node.args, node.kwargs).get("chunked"):
-            raise RefusedError(
-                f"Layer {layer} sees its own chunk of tokens only, for which there is no kernel yet.", _REMEDY
             )
         node.target = _attention
         node.kwargs = {**node.kwargs, "splits": splits}
@@ -199,6 +201,7 @@ def _attention(
         "scale": scale,
         "softcap": softcap,
         "window": window,
+        "chunked": int(chunked),
         "key_scales": row.shape[2] - rank - groups * rope_dim - value_scales,
         "value_scales": value_scales,
         "scaled_rope": int(scaled_rope),

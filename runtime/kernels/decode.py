@@ -255,6 +255,7 @@ def decode_kernel(
     CODES: tl.constexpr,
     CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
+    CHUNKED: tl.constexpr,
     CAPPED: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
@@ -284,7 +285,7 @@ def decode_kernel(
         softcap: Bound of the logits, if ``CAPPED``.
         new: ``S``.
         heads: ``H``.
-        window: How many keys a query sees, if ``WINDOWED``.
+        window: How many keys a query sees, if ``WINDOWED``; if ``CHUNKED``, how many a chunk has.
         splits: In how many pieces the keys are cut.
         least_tiles: Tiles a split has at least, so that short sequences fill fewer splits.
         RANK: ``r``.
@@ -300,6 +301,7 @@ def decode_kernel(
         CODES: What latents are stored as, a :class:`~mla_compile.runtime.kernels.codes.Codes`, or an empty string.
         CAUSAL: Whether a row sees no key behind its own token's.
         WINDOWED: Whether there is a window.
+        CHUNKED: Whether it does not slide: a row sees the keys of its own chunk, the first of which begins at key 0.
         CAPPED: Whether there is a soft-cap.
         ROWS: Rows of a block.
         KEYS: ``N``.
@@ -317,7 +319,14 @@ def decode_kernel(
     if CAUSAL:
         end = tl.minimum(length, length - new + (block * ROWS + ROWS - 1) // heads + 1)
     if WINDOWED:
-        first = tl.maximum(length - new + block * ROWS // heads - window + 1, 0) // KEYS
+        reach = window
+        oldest = length - new + block * ROWS // heads  # its first key comes before those of all other rows
+        if CHUNKED:
+            reach = (position % window + 1)[:, None]
+            oldest = tl.maximum(oldest, 0)  # what lies before the first key is no query
+            first = (oldest - oldest % window) // KEYS
+        else:
+            first = tl.maximum(oldest - window + 1, 0) // KEYS
     tiles = tl.maximum(tl.cdiv(end, KEYS) - first, 0)
     share = tl.maximum(tl.cdiv(tiles, splits), least_tiles)
     first_tile = first + split * share
@@ -418,7 +427,7 @@ def decode_kernel(
         if CAUSAL:
             seen = seen & (distance >= 0)
         if WINDOWED:
-            seen = seen & (distance < window)
+            seen = seen & (distance < reach)
         logits = tl.where(seen, logits, _NOTHING)
 
         larger = tl.maximum(largest, tl.max(logits, 1))

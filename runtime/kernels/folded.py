@@ -25,6 +25,7 @@ def attend(
     window: int,
     softcap: float,
     causal: bool,
+    chunked: bool,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     """Attend the fast way, for whose sake lengths are read: they must lie in host memory.
@@ -38,10 +39,10 @@ def attend(
     scaled = layout.key_scales or layout.value_scales or softcap or sinks is not None or slopes is not None
     tokens = _most(lengths, cache)
     if scaled or return_lse or not tokens:
-        explicit = q_latent, q_rope, cache, lengths, sinks, slopes, scale, window, softcap, causal, return_lse
-        return attend_explicitly(*explicit, tokens=tokens)
+        settings = scale, window, softcap, causal, chunked, return_lse
+        return attend_explicitly(q_latent, q_rope, cache, lengths, sinks, slopes, *settings, tokens=tokens)
     latent, rest = cache.parts(q_latent.dtype, tokens)
-    there, seen, _ = _visible(lengths, q_latent.shape[1], tokens, window, causal)
+    there, seen, _ = _visible(lengths, q_latent.shape[1], tokens, window, causal, chunked)
     if not bool(there.all()):
         latent, rest = latent.where(there[..., None], 0), rest.where(there[..., None], 0)
     context = _fused(
@@ -61,6 +62,7 @@ def attend_explicitly(
     window: int,
     softcap: float,
     causal: bool,
+    chunked: bool,
     return_lse: bool,
     *,
     tokens: int | None = None,
@@ -74,7 +76,7 @@ def attend_explicitly(
     """
     layout, (new, heads) = cache.layout, q_latent.shape[1:3]
     tokens = cache.capacity if tokens is None else tokens
-    there, seen, distance = _visible(lengths, new, tokens, window, causal)
+    there, seen, distance = _visible(lengths, new, tokens, window, causal, chunked)
     latent, rest = (part.where(there[..., None], 0) for part in cache.parts(q_latent.dtype, tokens))
     rope, key_scales, value_scales = rest.split([layout.rope_width, layout.key_scales, layout.value_scales], -1)
     exact = torch.promote_types(latent.dtype, torch.float32)
@@ -116,16 +118,19 @@ def _most(lengths: Tensor, cache: LatentCache) -> int:
     return tokens
 
 
-def _visible(lengths: Tensor, new: int, tokens: int, window: int, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _visible(
+    lengths: Tensor, new: int, tokens: int, window: int, causal: bool, chunked: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Which rows there are ``[B, T]``, which each query sees ``[B, S, T]``, and how far it lies behind them."""
     key = torch.arange(tokens, device=lengths.device)
     there = key < lengths[:, None]  # what stands behind the end may be NaN, which a weight of 0 does not hide
-    distance = (lengths[:, None] - new + torch.arange(new, device=lengths.device))[..., None] - key
+    own = (lengths[:, None] - new + torch.arange(new, device=lengths.device))[..., None]
+    distance = own - key
     seen = there[:, None].expand_as(distance)
     if causal:
         seen = seen & (distance >= 0)
     if window:
-        seen = seen & (distance < window)
+        seen = seen & (distance < (own % window + 1 if chunked else window))
     return there, seen, distance
 
 

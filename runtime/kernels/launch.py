@@ -34,6 +34,7 @@ def attend(
     window: int,
     softcap: float,
     causal: bool,
+    chunked: bool,
     return_lse: bool,
     *,
     splits: int | None = None,
@@ -57,6 +58,7 @@ def attend(
         causal,
         window > 0,
         softcap > 0,
+        chunked,
     )
     tiles = choose_tiles(spec, architecture)
     blocks = triton.cdiv(spec.rows, tiles.rows)

@@ -32,6 +32,7 @@ def latent_attention(
     window: int = 0,
     softcap: float = 0.0,
     causal: bool = True,
+    chunked: bool = False,
     return_lse: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Attend to latents themselves: the absorbed form of multi-head latent attention (DeepSeek-V2 section 2.1.2).
@@ -52,6 +53,8 @@ def latent_attention(
         window: How many tokens a query sees, itself included; 0 for all.
         softcap: Bound of the logits before ``slopes``; 0 for none.
         causal: Whether a query sees no key behind its own.
+        chunked: Whether the window does not slide: a query sees the keys of its own chunk of ``window``, counted from
+            its sequence's first.
         return_lse: Whether the logarithm of the softmax denominators is wanted, as for merging the results of parts.
 
     Returns:
@@ -60,16 +63,16 @@ def latent_attention(
         included, minus infinity where nothing is seen; empty unless asked for.
 
     Raises:
-        ValueError: Sizes do not fit, ``window`` or ``softcap`` is negative, or there is a window or a slope although
-            attention is not causal. On a CPU also: a length is above the capacity, which on a CUDA device, where
-            nothing waits to read lengths, is not noticed.
+        ValueError: Sizes do not fit, ``window`` or ``softcap`` is negative, there is a window or a slope although
+            attention is not causal, or ``chunked`` without a window. On a CPU also: a length is above the capacity,
+            which on a CUDA device, where nothing waits to read lengths, is not noticed.
         UsageError: The tensors are on a CUDA device and Triton is not installed.
     """
     if q_rope is None:
         q_rope = q_latent.new_empty(*q_latent.shape[:3], 0)
-    _check(q_latent, q_rope, cache, lengths, sinks, slopes, window, softcap, causal)
+    _check(q_latent, q_rope, cache, lengths, sinks, slopes, window, softcap, causal, chunked)
     sizes, scaled_rope = _sizes(cache.layout)
-    settings = (scale, window, softcap, causal, return_lse)
+    settings = (scale, window, softcap, causal, chunked, return_lse)
     context, lse = _attend_latent(
         q_latent, q_rope, *_memory(cache), lengths, sinks, slopes, sizes, scaled_rope, *settings
     )
@@ -114,6 +117,7 @@ def _check(
     window: int,
     softcap: float,
     causal: bool,
+    chunked: bool,
 ) -> None:
     """Refuse what neither form computes."""
     layout, heads = cache.layout, q_latent.shape[2]
@@ -131,6 +135,8 @@ def _check(
         raise ValueError(f"window is {window} and softcap {softcap}. Pass 0 for none, or a positive number.")
     if not causal and (window or slopes is not None):
         raise ValueError("Attention that is not causal has neither a window nor slopes. Pass 0 and None.")
+    if chunked and not window:
+        raise ValueError("Chunks have no length. Pass it as window, or chunked=False.")
     for name, per_head in (("sinks", sinks), ("slopes", slopes)):
         if per_head is not None and per_head.shape != (heads,):
             raise ValueError(f"{name} has shape {list(per_head.shape)}. Pass one number for each of {heads} heads.")
@@ -211,7 +217,7 @@ _attend_latent = torch.library.custom_op(
     device_types="cpu",
     schema="(Tensor q_latent, Tensor q_rope, Tensor latent, Tensor rest, Tensor? token_scales, Tensor? page_table, "
     "Tensor lengths, Tensor? sinks, Tensor? slopes, int[] sizes, bool scaled_rope, float scale, int window, "
-    "float softcap, bool causal, bool return_lse) -> (Tensor, Tensor)",
+    "float softcap, bool causal, bool chunked, bool return_lse) -> (Tensor, Tensor)",
 )
 
 

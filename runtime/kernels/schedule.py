@@ -47,6 +47,7 @@ class DecodeSpec:
         causal: Whether a query sees no key behind its own.
         windowed: Whether there is a window.
         capped: Whether there is a soft-cap.
+        chunked: Whether the window does not slide (only beside ``windowed``).
     """
 
     layout: RowLayout
@@ -58,6 +59,7 @@ class DecodeSpec:
     causal: bool = True
     windowed: bool = False
     capped: bool = False
+    chunked: bool = False
 
     @property
     def rows(self) -> int:
@@ -91,6 +93,7 @@ class DecodeSpec:
             # The only query token is the last key: it has none to hide.
             "CAUSAL": self.causal and self.new > 1,
             "WINDOWED": self.windowed,
+            "CHUNKED": self.chunked,
             "CAPPED": self.capped,
             "ROWS": tiles.rows,
             "KEYS": tiles.keys,

@@ -34,6 +34,7 @@ class Decode:
         capped: Whether there is a soft-cap.
         slopes: Whether logits fall with distance.
         sinks: Whether the softmax has a further logit per head.
+        chunked: Whether the window does not slide (only beside ``windowed``).
     """
 
     layout: RowLayout
@@ -43,6 +44,7 @@ class Decode:
     capped: bool = False
     slopes: bool = False
     sinks: bool = False
+    chunked: bool = False
 
     @property
     def name(self) -> str:
@@ -55,6 +57,7 @@ class Decode:
             softcap=self.capped,
             slopes=self.slopes,
             sinks=self.sinks,
+            chunked=self.chunked,
         ).named(DECODE)
 
     @property
@@ -65,7 +68,9 @@ class Decode:
     def spec(self, new: int) -> DecodeSpec:
         """What the decode kernel is compiled for; two new tokens stand for any number."""
         itemsize = 4 if self.dtype == "fp32" else 2
-        return DecodeSpec(self.layout, self.heads, new, itemsize, windowed=self.windowed, capped=self.capped)
+        return DecodeSpec(
+            self.layout, self.heads, new, itemsize, windowed=self.windowed, capped=self.capped, chunked=self.chunked
+        )
 
     def tactics(self, architecture: int) -> tuple[Tiles, ...]:
         """Tiles for one new token to choose among by time: the schedule's own, and smaller ones.

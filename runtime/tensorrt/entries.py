@@ -48,6 +48,7 @@ def decode_entry(
     SCALED_ROPE: tl.constexpr,
     CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
+    CHUNKED: tl.constexpr,
     CAPPED: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
@@ -82,6 +83,7 @@ def decode_entry(
         SCALED_ROPE: See there.
         CAUSAL: See there.
         WINDOWED: See there.
+        CHUNKED: See there.
         CAPPED: See there.
         ROWS: See there.
         KEYS: See there.
@@ -126,6 +128,7 @@ def decode_entry(
         "",
         CAUSAL,
         WINDOWED,
+        CHUNKED,
         CAPPED,
         ROWS,
         KEYS,
@@ -159,6 +162,7 @@ def partial_entry(
     SCALES_WIDTH: tl.constexpr,
     SCALED_ROPE: tl.constexpr,
     CAUSAL: tl.constexpr,
+    CHUNKED: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
 ) -> None:
@@ -177,7 +181,7 @@ def partial_entry(
         partial_lse: ``[B, S, H, SPLITS]`` float32.
         SCALE: Factor of the dot products.
         SOFTCAP: Bound of the logits; 0 for none.
-        WINDOW: How many keys a query sees; 0 for all.
+        WINDOW: How many keys a query sees, or if ``CHUNKED`` a chunk has; 0 for all.
         SPLITS: In how many pieces the keys are cut.
         LEAST_TILES: See there; likewise all that follow.
         RANK: See there.
@@ -190,6 +194,7 @@ def partial_entry(
         SCALES_WIDTH: See there.
         SCALED_ROPE: See there.
         CAUSAL: See there.
+        CHUNKED: See there.
         ROWS: See there.
         KEYS: See there.
     """
@@ -221,6 +226,7 @@ def partial_entry(
         SCALED_ROPE,
         CAUSAL,
         WINDOW > 0,
+        CHUNKED,
         SOFTCAP > 0,
         ROWS,
         KEYS,

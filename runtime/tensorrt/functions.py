@@ -47,13 +47,13 @@ _PLAIN = Variant()
 _SIGNATURES = {
     APPEND: ("latent_rank", "row_BNR, cos_BSn, sin_BSn, cache_B1TR, lengths_B", "present_B1TR"),
     PARTIAL: (
-        "rope_groups, scale, softcap, window, key_scales, value_scales, scaled_rope, splits",
+        "rope_groups, scale, softcap, window, chunked, key_scales, value_scales, scaled_rope, splits",
         "latent_query_BSHr, rope_query_BSHd, rows_B1TR, lengths_B",
         "partial_BSHPr, lse_BSHP",
     ),
     COMBINE: ("to", "partial_BSHPr, lse_BSHP", "context_BSHr"),
     DECODE: (
-        "rope_groups, scale, softcap, window, key_scales, value_scales, scaled_rope, has_slopes, has_sinks",
+        "rope_groups, scale, softcap, window, chunked, key_scales, value_scales, scaled_rope, has_slopes, has_sinks",
         "latent_query_BSHr, rope_query_BSHd, rows_B1TR, lengths_B",
         "context_BSHr",
     ),
@@ -139,9 +139,20 @@ _SEEN = """
   own_BS1 = Unsqueeze (own_BS, two)
   distance_BST = Sub (own_BS1, place_T)
   behind_BST = GreaterOrEqual (distance_BST, zero_scalar)
+"""
+
+_WITHIN = """
   near_BST = Less (distance_BST, reach)
   unbounded = Equal (reach, zero_scalar)
   within_BST = Or (near_BST, unbounded)
+"""
+
+_WITHIN_CHUNK = """
+  inside_BS1 = Mod (own_BS1, reach)
+  within_BST = LessOrEqual (distance_BST, inside_BS1)
+"""
+
+_SEEN_WITHIN = """
   seen_BST = And (behind_BST, within_BST)
   seen_BS1T = Unsqueeze (seen_BST, two)
 """
@@ -273,12 +284,10 @@ def variants() -> Iterator[tuple[str, Variant]]:
     yield COMBINE, _PLAIN
     yield COMBINE, Variant(sinks=True)
     either = (False, True)
-    for keys, rope, values, softcap, slopes in product(either, either, either, either, either):
+    for keys, rope, values, softcap, slopes, chunked in product(*[either] * 6):
         if keys or not rope:
-            yield (
-                PARTIAL,
-                Variant(key_scales=keys, scaled_rope=rope, value_scales=values, softcap=softcap, slopes=slopes),
-            )
+            scales = {"key_scales": keys, "scaled_rope": rope, "value_scales": values}
+            yield PARTIAL, Variant(**scales, softcap=softcap, slopes=slopes, chunked=chunked)
 
 
 @functools.cache
@@ -288,13 +297,14 @@ def function(op_type: str, variant: Variant = _PLAIN) -> onnx.FunctionProto:
     ``LatentAppend`` is :func:`mla_compile.runtime.kernels.append_latent` on a contiguous cache, but for the memory
     right behind a sequence that is shorter than the new tokens, which it overwrites. ``LatentAttentionPartial`` and
     ``LatentAttentionCombine`` in a row are :func:`mla_compile.runtime.kernels.latent_attention`, causal, with
-    ``window`` 0 for none; of the ``splits`` that a kernel cuts the keys into the body makes one.
+    ``window`` 0 for none, or the length of chunks where the variant has some; of the ``splits`` that a kernel cuts the
+    keys into the body makes one.
     ``LatentAttentionDecode`` is both in one, for a plugin that launches two kernels and cuts the keys as it sees fit.
     Unlike the kernels the body reads what lies behind a sequence's last row, so that it must be numbers.
 
     Args:
         op_type: ``APPEND``, ``PARTIAL``, ``COMBINE`` or ``DECODE``.
-        variant: What the node has; a window is no variant here. ``LatentAppend`` is one for all.
+        variant: What the node has; a window is no variant here, but chunks are. ``LatentAppend`` is one for all.
     """
     attributes, inputs, outputs = _SIGNATURES[op_type]
     inputs += ", slopes_H" * variant.slopes + ", sinks_H" * variant.sinks
@@ -329,6 +339,8 @@ def _attention(variant: Variant) -> str:
             scale_sizes(variant),
             latent_scores(variant).replace("ROWS", "rows_BTR"),
             _SEEN,
+            _WITHIN_CHUNK if variant.chunked else _WITHIN,
+            _SEEN_WITHIN,
             _LOGITS,
             _CAPPED if variant.softcap else _UNCAPPED,
             _SLOPED if variant.slopes else _LEVEL,

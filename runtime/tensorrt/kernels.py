@@ -55,6 +55,7 @@ class Partial:
         window: How many keys a query sees; 0 for all.
         softcap: Bound of the logits; 0 for none.
         slopes: Whether logits fall with distance.
+        chunked: Whether the window does not slide (only beside ``window``).
     """
 
     layout: RowLayout
@@ -66,14 +67,22 @@ class Partial:
     window: int = 0
     softcap: float = 0.0
     slopes: bool = False
+    chunked: bool = False
 
     @property
     def spec(self) -> DecodeSpec:
         """What the decode kernel is compiled for."""
         itemsize = 4 if self.dtype == "fp32" else 2
-        windowed, capped = self.window > 0, self.softcap > 0
         # Two tokens stand for any number: what is compiled for several computes one too.
-        return DecodeSpec(self.layout, self.heads, self.new or 2, itemsize, windowed=windowed, capped=capped)
+        return DecodeSpec(
+            self.layout,
+            self.heads,
+            self.new or 2,
+            itemsize,
+            windowed=self.window > 0,
+            capped=self.softcap > 0,
+            chunked=self.chunked,
+        )
 
     def tactics(self, architecture: int) -> tuple[Tiles, ...]:
         """Tiles to choose among by time: all of 48 KiB or less, or where none is so small the schedule's own.

@@ -62,7 +62,8 @@ def _kind(node: onnx.NodeProto, tensors: dict[str, onnx.TypeProto.Tensor]) -> Ap
     (rope_dim,) = _extents(tensors[node.input[1]])[3:]
     scales = own["key_scales"], own["value_scales"], bool(own["scaled_rope"])
     layout = RowLayout(rank, own["rope_groups"], rope_dim, *scales)
-    features = {"windowed": "window", "capped": "softcap", "slopes": "has_slopes", "sinks": "has_sinks"}
+    features = {"windowed": "window", "chunked": "chunked", "capped": "softcap"}
+    features |= {"slopes": "has_slopes", "sinks": "has_sinks"}
     return Decode(layout, heads, dtype, **{feature: own[name] > 0 for feature, name in features.items()})
 
 

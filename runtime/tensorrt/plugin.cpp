@@ -54,7 +54,7 @@ struct DecodeKernels
     int32_t architecture;
     DataType type;
     int32_t rank, groups, ropeDim, keyScales, valueScales, heads;
-    bool scaledRope, windowed, capped, slopes, sinks;
+    bool scaledRope, windowed, capped, slopes, sinks, chunked;
     int32_t nbTactics;
     Tiles tactics[kMOST_TACTICS]; // for one new token; TensorRT takes the fastest
     Tiles several; // for any number of them
@@ -606,8 +606,8 @@ public:
     {
         PluginFieldType const integer = PluginFieldType::kINT32, real = PluginFieldType::kFLOAT32;
         return {{"rope_groups", integer}, {"scale", real}, {"softcap", real}, {"window", integer},
-            {"key_scales", integer}, {"value_scales", integer}, {"scaled_rope", integer}, {"has_slopes", integer},
-            {"has_sinks", integer}};
+            {"chunked", integer}, {"key_scales", integer}, {"value_scales", integer}, {"scaled_rope", integer},
+            {"has_slopes", integer}, {"has_sinks", integer}};
     }
 
     IPluginV3* clone() noexcept override
@@ -725,6 +725,7 @@ protected:
         auto const valueScales = mAttributes[kVALUE_SCALES].as<int32_t>();
         bool const scaledRope = mAttributes[kSCALED_ROPE].as<int32_t>() > 0;
         bool const windowed = mAttributes[kWINDOW].as<int32_t>() > 0;
+        bool const chunked = mAttributes[kCHUNKED].as<int32_t>() > 0;
         bool const capped = mAttributes[kSOFTCAP].as<float>() > 0;
         bool const slopes = mAttributes[kHAS_SLOPES].as<int32_t>() > 0;
         bool const sinks = mAttributes[kHAS_SINKS].as<int32_t>() > 0;
@@ -733,14 +734,14 @@ protected:
             return x.type == in[kQ_LATENT].type && x.rank == rank && x.groups == groups && x.ropeDim == ropeDim
                 && x.keyScales == keyScales && x.valueScales == valueScales && x.heads == heads
                 && x.scaledRope == scaledRope && x.windowed == windowed && x.capped == capped && x.slopes == slopes
-                && x.sinks == sinks;
+                && x.sinks == sinks && x.chunked == chunked;
         });
         return mKernels
             || refuse(mDevice,
                 std::string(nameOf(in[kQ_LATENT].type)) + " queries of " + std::to_string(heads) + " heads, rank "
                     + std::to_string(rank) + ", " + std::to_string(groups) + " rope keys of " + std::to_string(ropeDim)
                     + ", " + std::to_string(keyScales) + " key and " + std::to_string(valueScales) + " value scales"
-                    + (windowed ? " in a window" : ""));
+                    + (chunked ? " in chunks" : windowed ? " in a window" : ""));
     }
 
 private:
@@ -758,6 +759,7 @@ private:
         kSCALE,
         kSOFTCAP,
         kWINDOW,
+        kCHUNKED,
         kKEY_SCALES,
         kVALUE_SCALES,
         kSCALED_ROPE,

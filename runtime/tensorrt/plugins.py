@@ -124,6 +124,7 @@ def _partial(trt: Any, trtp: Any, architecture: int, variant: Variant) -> _Plugi
             own["window"],
             own["softcap"],
             variant.slopes,
+            variant.chunked,
         )
 
     def describe(given: _Inputs, own: _Settings) -> tuple[Any, ...]:
@@ -140,7 +141,7 @@ def _partial(trt: Any, trtp: Any, architecture: int, variant: Variant) -> _Plugi
 
     inputs = ("q_latent", "q_rope", "rows", "lengths", *("slopes",) * variant.slopes)
     types = {(0, 1, 2): _FLOATS, (3,): "INT32", (*range(4, len(inputs) + 2),): "FP32"}
-    numbers = dict.fromkeys(("window", "key_scales", "value_scales", "scaled_rope", "splits"), int)
+    numbers = dict.fromkeys(("window", "chunked", "key_scales", "value_scales", "scaled_rope", "splits"), int)
     return _Plugin(
         inputs=inputs,
         outputs=2,

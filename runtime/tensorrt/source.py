@@ -80,7 +80,7 @@ def _decode_row(images: _Images, node: Decode, architecture: int) -> str:
     several = _tiles(images, node, 2, choose_tiles(node.spec(2), architecture), architecture)
     layout = node.layout
     sizes = f"{layout.rank}, {layout.rope_groups}, {layout.rope_dim}, {layout.key_scales}, {layout.value_scales}"
-    features = layout.scaled_rope, node.windowed, node.capped, node.slopes, node.sinks
+    features = layout.scaled_rope, node.windowed, node.capped, node.slopes, node.sinks, node.chunked
     kind = f"{node.heads}, {', '.join(str(present).lower() for present in features)}"
     return f"{architecture}, {_TYPES[node.dtype]}, {sizes}, {kind}, {len(tactics)}, {{{', '.join(tactics)}}}, {several}"
 

@@ -12,7 +12,7 @@ import sys
 import onnx
 import pytest
 
-from mla_compile.runtime.onnx_variant import DOMAIN
+from mla_compile.runtime.onnx_variant import DOMAIN, Variant
 from mla_compile.runtime.tensorrt.functions import APPEND, COMBINE, DECODE, NAMESPACE, PARTIAL, SPLITS, function
 
 PARSE = """
@@ -41,10 +41,10 @@ print(json.dumps(parser.parse_from_file(path)), flush=True)
 """
 
 
-def parse(path, op_type, namespace):
+def parse(path, op_type, namespace, name=None):
     """What the first plugin that was asked for would be made of, or whether all nodes got bodies."""
-    fields = [name for name in function(op_type).attribute if not name.startswith("plugin_")]
-    command = [sys.executable, "-c", PARSE, str(path), op_type, namespace, json.dumps(fields)]
+    fields = [field for field in function(op_type).attribute if not field.startswith("plugin_")]
+    command = [sys.executable, "-c", PARSE, str(path), name or op_type, namespace, json.dumps(fields)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.stdout, done.stderr
     return json.loads(done.stdout.splitlines()[0])
@@ -57,6 +57,15 @@ def test_a_registered_plugin_is_asked_for(lowered, parser, op_type):
     found = parse(case.path, op_type, NAMESPACE)
     expected = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute if "plugin" not in a.name}
     assert found == {name: [pytest.approx(value)] for name, value in expected.items()}
+
+
+@pytest.mark.parametrize("op_type", [PARTIAL, DECODE])
+def test_chunks_ask_for_a_plugin_of_their_own(lowered, parser, op_type):
+    """One for windows, which chunks would be to it, is not: without their own the body is taken."""
+    case = lowered("chunks", splits=None if op_type == DECODE else SPLITS)
+    found = parse(case.path, op_type, NAMESPACE, Variant(chunked=True).named(op_type))
+    assert (found["window"], found["chunked"]) == ([5], [1])
+    assert parse(case.path, op_type, NAMESPACE) is True
 
 
 def test_a_plugin_in_another_namespace_is_not(lowered, parser):

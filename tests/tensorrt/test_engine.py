@@ -57,7 +57,7 @@ def decoder(request, trt, lowered, tmp_path):
     return open_engine
 
 
-@pytest.mark.parametrize("name", ["llama-gqa", "mistral-window"])
+@pytest.mark.parametrize("name", ["llama-gqa", "mistral-window", "chunks"])
 def test_engine_equals_the_module(decoder, lowered, name):
     """A prompt in two parts, a step that runs, and steps that are replayed."""
     made, model, ids = decoder(name), lowered(name).model, models.tokens(BATCH, PROMPT + STEPS)

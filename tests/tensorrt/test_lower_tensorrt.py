@@ -13,15 +13,17 @@ import onnxruntime
 import pytest
 import torch
 from conversion import difference
+from families import huggingface, tokens
 
+import mla_compile
 from mla_compile.errors import RefusedError
 from mla_compile.passes.lower_tensorrt import lower_to_tensorrt_onnx
 from mla_compile.runtime.module import LatentModel
-from mla_compile.runtime.onnx_variant import DOMAIN, VERSION
+from mla_compile.runtime.onnx_variant import DOMAIN, VERSION, Variant
 from mla_compile.runtime.tensorrt.functions import APPEND, COMBINE, DECODE, NAMESPACE, OPSET, PARTIAL
 
-# Grouped keys; a window, whose cache keeps all rows here; no rope.
-NAMES = ("llama-gqa", "mistral-window", "nanogpt")
+# Grouped keys; a window, whose cache keeps all rows here, and chunks likewise; no rope.
+NAMES = ("llama-gqa", "mistral-window", "chunks", "nanogpt")
 # Both compute in float32 in another order: 1e-6 was observed.
 LOGITS = 1e-4
 LENGTH, ROOM = 14, 32
@@ -73,9 +75,10 @@ def test_logits_are_those_of_the_module(lowered, name, sizes):
     assert difference(logits, expected) <= LOGITS
 
 
-def test_sequences_of_different_lengths_share_a_batch(lowered):
-    """Prompts are padded on the left, and the padding is not cached: a sequence's rows begin at 0."""
-    case, ids = lowered("llama-gqa"), models.tokens(2, LENGTH)
+@pytest.mark.parametrize("name", ["llama-gqa", "chunks"])
+def test_sequences_of_different_lengths_share_a_batch(lowered, name):
+    """Prompts are padded on the left, and the padding is not cached: a sequence's rows, and chunks, begin at 0."""
+    case, ids = lowered(name), models.tokens(2, LENGTH)
     lengths, steps = torch.tensor([LENGTH, 9]), 3
     prompt = ids.clone()
     prompt[1, LENGTH - 9 :] = ids[1, :9]
@@ -101,9 +104,10 @@ def test_nodes_ask_for_plugins_and_carry_bodies(lowered, name):
     case = lowered(name)
     onnx.checker.check_model(case.path, full_check=True)
     assert {entry.domain: entry.version for entry in case.proto.opset_import} == {"": OPSET, DOMAIN: VERSION}
-    assert sorted(f.name for f in case.proto.functions) == sorted([APPEND, PARTIAL, COMBINE])
+    partial = Variant(chunked=name == "chunks").named(PARTIAL)
+    assert sorted(f.name for f in case.proto.functions) == sorted([APPEND, partial, COMBINE])
     nodes = [n for n in case.proto.graph.node if n.domain]
-    assert [n.op_type for n in nodes] == [APPEND, PARTIAL, COMBINE] * len(case.model.rows)
+    assert [n.op_type for n in nodes] == [APPEND, partial, COMBINE] * len(case.model.rows)
     for node in nodes:
         found = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
         assert found["plugin_namespace"] == NAMESPACE.encode()
@@ -115,8 +119,9 @@ def test_nodes_for_a_library_of_plugins(lowered, name):
     """Attention is one node instead of two, and computes the same."""
     case, ids = lowered(name, splits=None), models.tokens(2, LENGTH)
     onnx.checker.check_model(case.path, full_check=True)
-    assert [n.op_type for n in case.proto.graph.node if n.domain] == [APPEND, DECODE] * len(case.model.rows)
-    assert sorted(f.name for f in case.proto.functions) == sorted([APPEND, DECODE])
+    decode = Variant(chunked=name == "chunks").named(DECODE)
+    assert [n.op_type for n in case.proto.graph.node if n.domain] == [APPEND, decode] * len(case.model.rows)
+    assert sorted(f.name for f in case.proto.functions) == sorted([APPEND, decode])
     with torch.no_grad():
         expected = case.model(ids).logits
     logits, _ = in_steps(case, ids, (5, 1, 3, 1, 4))
@@ -172,7 +177,7 @@ def with_scales(row, count):
     return torch.cat([row, 1 + row[..., :count].tanh() / 2], -1)
 
 
-def altered(model, key_scales=0, value_scales=0, scaled_rope=False, softcap=0.0, sinks=False, slopes=False):
+def altered(model, key_scales=0, value_scales=0, scaled_rope=False, softcap=0.0, sinks=False, slopes=False, chunk=0):
     """A converted model whose layers have these features too: another model, of which nothing is known but its code."""
     module = copy.copy(model.graph)
     module.graph = copy.deepcopy(model.graph.graph)
@@ -183,10 +188,9 @@ def altered(model, key_scales=0, value_scales=0, scaled_rope=False, softcap=0.0,
             row = module.graph.call_function(with_scales, (node.args[1], key_scales + value_scales))
             given = {8: sinks and "sinks", 9: slopes and "slopes"}
             extra = {at: module.graph.get_attr(name) if name else None for at, name in given.items()}
-        settled = (
-            dict(enumerate(node.args)) | {1: row, 12: softcap, 13: value_scales, 14: True, 15: scaled_rope} | extra
-        )
-        node.args = tuple(settled[i] for i in range(16))
+        masked = {11: chunk, 14: True, 16: chunk > 0}
+        settled = {1: row, 12: softcap, 13: value_scales, 15: scaled_rope, **masked, **extra}
+        node.args = tuple((dict(enumerate(node.args)) | settled)[i] for i in range(17))
     module.recompile()
     return LatentModel(module, [row + key_scales + value_scales for row in model.rows])
 
@@ -198,6 +202,8 @@ def altered(model, key_scales=0, value_scales=0, scaled_rope=False, softcap=0.0,
         {"key_scales": 2, "value_scales": 1, "scaled_rope": True},
         {"value_scales": 4, "sinks": True, "softcap": 3.0},
         {"key_scales": 1, "value_scales": 2, "softcap": 4.0, "sinks": True, "slopes": True},
+        {"chunk": 4},
+        {"chunk": 1, "sinks": True, "slopes": True},
     ],
     ids=lambda features: "-".join(features),
 )
@@ -217,6 +223,7 @@ def test_features_are_those_of_the_operator(lowered, parser, tmp_path, features)
 
 def test_a_library_takes_all_features_in_one_node(lowered, tmp_path):
     features = {"key_scales": 2, "value_scales": 1, "scaled_rope": True, "softcap": 4.0, "sinks": True, "slopes": True}
+    features |= {"chunk": 6}
     model, ids = altered(lowered("llama-gqa").model, **features), models.tokens(2, LENGTH)
     path = tmp_path / "model.onnx"
     lower_to_tensorrt_onnx(model.graph, model.rows, path, room=ROOM, metadata={}, splits=None)
@@ -236,10 +243,25 @@ def test_layers_with_an_ordinary_cache_are_refused(lowered, tmp_path):
     assert not [*tmp_path.iterdir()]
 
 
-def test_layers_with_chunks_are_refused(lowered, tmp_path):
+def test_tables_of_positions_are_made_for_the_room(parser, tmp_path):
+    """Of Llama 4, whose layers with chunks alternate with ones whose queries grow with their position."""
+    model, ids = mla_compile.compile(huggingface.CONVERTIBLE["llama4"].build(), exact=True).module, tokens(2, LENGTH)
+    path = tmp_path / "model.onnx"
+    lower_to_tensorrt_onnx(model.graph, model.rows, path, room=ROOM, metadata={})
+    with torch.no_grad():
+        expected = model(ids).logits
+    logits, _ = in_steps(Case(path, model), ids, (5, 1, 3, 1, 4))
+    assert difference(logits, expected) <= LOGITS
+    assert parser.build(parser.parse(path), extents) > 0
+
+
+def test_what_else_reads_the_padding_mask_is_refused(lowered, tmp_path):
     model = altered(lowered("llama-gqa").model)
-    first, *_ = [n for n in model.graph.graph.nodes if n.target is torch.ops.mla.latent_attention.default]
-    first.args = (*first.args[:11], 5, *first.args[12:], True)
-    with pytest.raises(RefusedError, match=r"Layer 0 sees its own chunk of tokens only.* Give TensorRT the ordinary"):
+    mask, last = (next(n for n in model.graph.graph.nodes if n.name == name) for name in ("attention_mask", "output"))
+    with model.graph.graph.inserting_before(last):
+        count = model.graph.graph.call_function(torch.ops.aten.sum.default, (mask,))
+        logits, *caches = last.args[0]
+        last.args = ([model.graph.graph.call_function(torch.ops.aten.add.Tensor, (logits, count)), *caches],)
+    with pytest.raises(RefusedError, match=r"other than attention reads the padding mask.* Give TensorRT the ordinary"):
         lower_to_tensorrt_onnx(model.graph, model.rows, tmp_path / "model.onnx", room=ROOM, metadata={})
     assert not [*tmp_path.iterdir()]

@@ -11,7 +11,7 @@ from mla_compile.runtime.onnx_function import attention_function
 from mla_compile.runtime.onnx_variant import CACHED, DOMAIN, VERSION, Variant
 
 
-@pytest.mark.parametrize("name", ["llama-gqa", "mistral-window"])
+@pytest.mark.parametrize("name", ["llama-gqa", "mistral-window", "chunks"])
 def test_parses_and_builds_with_a_growing_cache(lowered, parser, tmp_path, name):
     model = lowered(name).model
     path = tmp_path / "model.onnx"

@@ -18,6 +18,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
 from mla_compile.runtime.kernels import RowLayout
+from mla_compile.runtime.tensorrt.cubins import Decode
 from mla_compile.runtime.tensorrt.kernels import Kernel, Partial
 
 FILE = Path(__file__).parents[2] / "benchmarks" / "plugin_launches.py"
@@ -64,6 +65,17 @@ def test_arguments_are_those_declared(launches, monkeypatch):
     # Nothing ran, which is an error: rows as they were, and results of NaN.
     assert found[0][2] > 0.1
     assert all(error != error for _, _, error in found[1:])
+
+
+def test_chunks_take_the_same_arguments(launches, monkeypatch):
+    monkeypatch.setattr(launches, "LAYERS", (launches.Layer(RowLayout(32, 1, 8), 2, window=9, chunked=True),))
+    monkeypatch.setattr(launches, "_DTYPES", {"fp16": torch.float16})
+    for kind in (Partial, Decode):
+        tactics = kind.tactics
+        monkeypatch.setattr(kind, "tactics", lambda made, architecture, all=tactics: all(made, architecture)[-1:])
+    recorder = Recorder()
+    assert len([*launches.errors(recorder, 90, "cpu")]) == 4
+    assert len(recorder.names) == 6
 
 
 def test_the_driver_gets_addresses_of_values(launches, monkeypatch):

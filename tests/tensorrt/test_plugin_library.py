@@ -48,7 +48,8 @@ WIDTH = RANK + GROUPS * ROPE
 LAYOUT = RowLayout(RANK, GROUPS, ROPE)
 KIND = Decode(LAYOUT, HEADS, "bf16")
 SINKS = Decode(LAYOUT, HEADS, "bf16", slopes=True, sinks=True)
-ATTRIBUTES = {"rope_groups": GROUPS, "softcap": 0.0, "key_scales": 0, "value_scales": 0, "scaled_rope": 0}
+CHUNKS = Decode(LAYOUT, HEADS, "bf16", windowed=True, chunked=True)
+ATTRIBUTES = {"rope_groups": GROUPS, "softcap": 0.0, "chunked": 0, "key_scales": 0, "value_scales": 0, "scaled_rope": 0}
 # Quickly compiled; the first needs more than 48 KiB of shared memory, which a launch may have only if it asks for it.
 TACTICS = Tiles((32,), 16, 16, 256, 4, 3), Tiles((32,), 16, 16, 16, 4, 2)
 SCALE = 0.25
@@ -59,11 +60,11 @@ INPUTS = [4096 * i for i in range(1, 7)]
 
 
 def tactics(kind):
-    """Fewer for the kind that is there for its two inputs."""
-    return TACTICS[1:] if kind.sinks else TACTICS
+    """Fewer for the kinds that are there for their two inputs and for their chunks."""
+    return TACTICS[1:] if kind.sinks or kind.chunked else TACTICS
 
 
-def write_nodes(path, dtype=TensorProto.BFLOAT16, *, windows=(0,), heads=HEADS, sinks=False, decodes=True):
+def write_nodes(path, dtype=TensorProto.BFLOAT16, *, windows=(0,), heads=HEADS, sinks=False, chunk=0, decodes=True):
     """A file whose graph is nodes alone."""
     shapes = {
         "row": (dtype, ["B", "S", WIDTH]),
@@ -85,6 +86,9 @@ def write_nodes(path, dtype=TensorProto.BFLOAT16, *, windows=(0,), heads=HEADS, 
             own = own | {"has_slopes": 1, "has_sinks": 1}
             variant = Variant(slopes=True, sinks=True)
             made.append((DECODE, variant, [*queries, "slopes", "sinks"], [f"sink_context{i}"], own))
+        if chunk:
+            own = own | {"window": chunk, "chunked": 1, "has_slopes": 0, "has_sinks": 0}
+            made.append((DECODE, Variant(chunked=True), queries, [f"chunk_context{i}"], own))
     graph = helper.make_graph(
         [helper.make_node(v.named(op), i, o, domain=DOMAIN, **own, **PLUGIN) for op, v, i, o, own in made],
         "nodes",
@@ -126,7 +130,7 @@ def built(tmp_path_factory):
         for kind in (Decode, Combination, Append):
             patched.setattr(kind, "compile", remembering(kind.compile))
         patched.setattr(Decode, "tactics", lambda self, architecture: tactics(self))
-        assert build([write_nodes(folder / "nodes.onnx", sinks=True)], folder / "libmla_plugin.so") == 0
+        assert build([write_nodes(folder / "nodes.onnx", sinks=True, chunk=30)], folder / "libmla_plugin.so") == 0
         for source, options, target in (
             ("stub_cuda.cpp", ("-shared", "-fPIC"), "libcuda.so.1"),
             ("harness.cpp", (), "harness"),
@@ -203,7 +207,7 @@ def launched(compiled, grid, arguments):
     }
 
 
-def expected_attention(batch, new, room, tactic, kind=KIND):
+def expected_attention(batch, new, room, tactic, kind=KIND, window=0):
     """Launches of one step, and bytes of workspace that they use."""
     rows = new * HEADS
     spec = KIND.spec(new)
@@ -213,7 +217,7 @@ def expected_attention(batch, new, room, tactic, kind=KIND):
     parts = 0 if splits == 1 else 4 * batch * rows * splits * RANK
     output, lse = OUTPUT if splits == 1 else WORKSPACE, WORKSPACE + -(-parts // 16) * 16
     slopes, sinks = [INPUTS[4]] * kind.slopes, [INPUTS[5]] * kind.sinks
-    numbers = SCALE, 0, room, new, HEADS, 0, splits, spec.least_tiles(tiles)
+    numbers = SCALE, 0, room, new, HEADS, window, splits, spec.least_tiles(tiles)
     first = launched(
         decode(new, tactic, splits, kind),
         (blocks, splits, batch),
@@ -248,6 +252,15 @@ def test_slopes_and_sinks_are_two_more_inputs(built, room):
     (life,) = drive(built, attend(room=room, kind=SINKS)).lives
     assert only(life, "formats")[0]["types"] == [[BF16], [BF16], [BF16], [INT32], [FLOAT], [FLOAT], [BF16]]
     assert only(life, "launch") == expected_attention(2, 1, room, 1, SINKS)[0]
+
+
+@pytest.mark.parametrize("new", [1, 3])
+def test_chunks_are_a_window_that_other_kernels_take(built, new):
+    """Of any length: it is a parameter, as a window's is."""
+    lives = drive(built, *(attend(new=new, kind=CHUNKS, window=length) for length in (30, 8192))).lives
+    for life, length in zip(lives, (30, 8192), strict=True):
+        assert only(life, "fields")[0] | {"window": length, "chunked": 1} == only(life, "fields")[0]
+        assert only(life, "launch") == expected_attention(2, new, 4096, 1, CHUNKS, length)[0]
 
 
 def test_launches_are_those_of_the_schedule(built):
@@ -332,6 +345,11 @@ def test_much_shared_memory_is_asked_for(built):
             "no LatentAttentionDecode kernel for .* 9 heads, rank 32, 2 rope keys of 8, .* in a window",
         ),
         (
+            attend(kind=CHUNKS, heads=4, window=20),
+            {},
+            "no LatentAttentionDecode_chunked kernel for bfloat16 queries of 4 heads, .* in chunks",
+        ),
+        (
             append(),
             {"STUB_ARCHITECTURE": "80"},
             "no LatentAppend kernel for bfloat16 rows of rank 32 .* capability 8.0",
@@ -383,7 +401,7 @@ def test_the_real_registry_loads_it(built, lean):
     """The interfaces are TensorRT's: its registry and bindings call the plugin."""
     registry = lean.get_plugin_registry()
     assert registry.load_library(str(built / "libmla_plugin.so"))
-    creators = {name: registry.get_creator(name, "1", DOMAIN) for name in (APPEND, DECODE, SINKS.name)}
+    creators = {name: registry.get_creator(name, "1", DOMAIN) for name in (APPEND, DECODE, SINKS.name, CHUNKS.name)}
     for name, creator in creators.items():
         fields = {field.name for field in creator.field_names}
         assert fields == {*function(name.split("_")[0]).attribute} - {"plugin_namespace", "plugin_version"}
@@ -402,7 +420,7 @@ def test_the_real_registry_loads_it(built, lean):
     assert (asked.interface_info.kind, asked.interface_info.major) == ("PLUGIN_V3ONE_BUILD", 2)
     # The fifth, tenth and eleventh of the functions, and the ninth: their places are right.
     assert (asked.num_outputs, asked.format_combination_limit, asked.metadata_string) == (1, 100, None)
-    assert re.fullmatch(rf"[0-9a-f]{{16}}_{GROUPS}_{np.float32(SCALE).view(np.uint32)}(_0){{7}}", asked.timing_cache_id)
+    assert re.fullmatch(rf"[0-9a-f]{{16}}_{GROUPS}_{np.float32(SCALE).view(np.uint32)}(_0){{8}}", asked.timing_cache_id)
 
 
 REGISTERED = """
@@ -419,7 +437,7 @@ def test_it_registers_itself_in_the_real_registry(registering, lean):
     """In a process where nothing else has."""
     command = [sys.executable, "-c", REGISTERED, str(registering), DOMAIN]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert sorted(done.stdout.split()) == sorted([APPEND, DECODE, SINKS.name])
+    assert sorted(done.stdout.split()) == sorted([APPEND, DECODE, SINKS.name, CHUNKS.name])
 
 
 def test_kernels_that_serve_two_purposes_are_there_once(monkeypatch):
@@ -441,7 +459,7 @@ def test_kernels_that_serve_two_purposes_are_there_once(monkeypatch):
     nodes = {Decode(layout, 9, "fp32", windowed=True), Append(layout, "fp32")}
     text = kernel_tables(nodes, [80, 90])
     assert len(re.findall(r"kIMAGE_\d+\[\]", text)) == len({*compiled}) == 2 * (2 + len(SPLITS) + 1)
-    assert "{80, DataType::kFLOAT, 48, 3, 8, 0, 0, 9, false, true, false, false, false, 1, {{16, 16, " in text
+    assert "{80, DataType::kFLOAT, 48, 3, 8, 0, 0, 9, false, true, false, false, false, false, 1, {{16, 16, " in text
 
 
 def test_times_are_of_one_host_code(tmp_path, monkeypatch):
@@ -458,7 +476,7 @@ def test_nodes_of_a_file(tmp_path):
     path = write_nodes(tmp_path / "nodes.onnx", TensorProto.FLOAT16, windows=(0, 30, 40))
     decodes = {Decode(LAYOUT, HEADS, "fp16", windowed=windowed) for windowed in (False, True)}
     assert read_nodes(path) == {Append(LAYOUT, "fp16"), *decodes}
-    assert read_nodes(write_nodes(path, sinks=True)) == {Append(LAYOUT, "bf16"), KIND, SINKS}
+    assert read_nodes(write_nodes(path, sinks=True, chunk=7)) == {Append(LAYOUT, "bf16"), KIND, SINKS, CHUNKS}
 
 
 def test_nodes_of_a_lowered_model(lowered):

@@ -8,11 +8,13 @@ import os
 import re
 import struct
 import sys
+from dataclasses import replace
 
 import onnx
 import pytest
 
 from mla_compile.errors import UsageError
+from mla_compile.runtime.kernels.cache import RowLayout
 from mla_compile.runtime.tensorrt.functions import APPEND, COMBINE, NAMESPACE, PARTIAL, function, variants
 
 pytest.importorskip("triton")
@@ -21,6 +23,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 import stand_in
 
+from mla_compile.runtime.tensorrt.kernels import Partial, launchable
 from mla_compile.runtime.tensorrt.plugins import register
 
 ARCHITECTURE = 90
@@ -45,7 +48,7 @@ def attributes(op_type, given):
     return given
 
 
-PLAIN = {"softcap": 0.0, "window": 0, "key_scales": 0, "value_scales": 0, "scaled_rope": 0}
+PLAIN = {"softcap": 0.0, "window": 0, "chunked": 0, "key_scales": 0, "value_scales": 0, "scaled_rope": 0}
 
 
 def ask_partial(trt, dtype=None, new_known=True, name=PARTIAL, slopes=(), **features):
@@ -148,6 +151,17 @@ def test_features_of_a_layer_are_their_own_kernels(trt):
     for launch in launches.values():
         assert parameters(launch) == ["64"] * 5 + ["32"] * 3 + ["64"] * 2
         assert f"0f{bits}" in launch.ptx
+
+
+def test_chunks_are_their_own_kernels(trt):
+    """Their length is a constant, as a window's is; the name says that it does not slide."""
+    _, _, launches = ask_partial(trt, name=f"{PARTIAL}_chunked", window=20, chunked=1)
+    layout, settings = RowLayout(RANK, GROUPS, ROPE), {"window": 20, "chunked": True}
+    made = Partial(layout, HEADS, NEW, "bf16", 0.3, SPLITS, **settings)
+    assert len(launches) == len(made.tactics(ARCHITECTURE)) > 1
+    for tactic, launch in launches.items():
+        assert launch.ptx == launchable(made, ARCHITECTURE, tactic).ptx
+        assert launch.ptx != launchable(replace(made, chunked=False), ARCHITECTURE, tactic).ptx
 
 
 def test_append_writes_into_the_cache_it_is_given(trt):

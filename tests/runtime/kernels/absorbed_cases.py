@@ -34,6 +34,7 @@ class Problem:
     sinks: bool = False
     slopes: bool = False
     causal: bool = True
+    chunked: bool = False
     splits: int | None = None
     seed: int = 0
 
@@ -88,6 +89,7 @@ class Problem:
             "window": self.window,
             "softcap": self.softcap,
             "causal": self.causal,
+            "chunked": self.chunked,
             "return_lse": True,
         }
 
@@ -135,6 +137,7 @@ def expected(
     window: int,
     softcap: float,
     causal: bool,
+    chunked: bool = False,
     return_lse: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """By the reference: up-projections that are identities, angles of 0, one sequence at a time.
@@ -158,7 +161,7 @@ def expected(
         past = length - count if causal else 0
         mask = torch.ones(1, length, dtype=torch.long)
         common = {"scale": scale, "window": window or None, "softcap": softcap, "causal": causal}
-        common |= {"slopes": slopes, "scaled_rope": layout.scaled_rope}
+        common |= {"slopes": slopes, "scaled_rope": layout.scaled_rope, "chunked": chunked}
 
         def attend(rows: Tensor, sinks: Tensor | None, value_scales: int) -> Tensor:
             parts = query, rows[:, past:], rows[:, :past], mask, cos, sin, up[:, :rank], up  # noqa: B023
@@ -195,6 +198,7 @@ def problems(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = (torch.float32,)
         scaled_rope=key_scales > 0 and draw(st.booleans()),
     )
     causal = draw(st.sampled_from([True, True, True, False]))
+    window = draw(st.sampled_from([0, 1, 17])) if causal else 0
     return Problem(
         layout,
         heads,
@@ -205,11 +209,33 @@ def problems(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = (torch.float32,)
         page=draw(st.sampled_from([0, 16, 48, 64])),
         codes=draw(st.sampled_from([None, None, *Codes])),
         dtype=draw(st.sampled_from(dtypes)),
-        window=draw(st.sampled_from([0, 1, 17])) if causal else 0,
+        window=window,
         softcap=draw(st.sampled_from([0.0, 2.0])),
         sinks=draw(st.booleans()),
         slopes=causal and draw(st.booleans()),
         causal=causal,
+        chunked=window > 0 and draw(st.booleans()),
+        splits=draw(st.sampled_from([None, 1, 2, 5])),
+        seed=draw(st.integers(0, 2**16)),
+    )
+
+
+@st.composite
+def chunked_problems(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> Problem:
+    """Chunks of any size in small caches: shorter and longer than tiles, pages, splits, new tokens and sequences."""
+    heads = draw(st.sampled_from([1, 2, 9]))
+    return Problem(
+        RowLayout(16, draw(st.sampled_from([1, heads])), 8),
+        heads,
+        new=draw(st.sampled_from([1, 1, 2]) | st.integers(1, 40)),
+        lengths=tuple(draw(st.lists(st.integers(0, 140), min_size=1, max_size=3).filter(any))),
+        page=draw(st.sampled_from([0, 16, 48])),
+        codes=draw(st.sampled_from([None, None, *Codes])),
+        dtype=draw(st.sampled_from(dtypes)),
+        window=draw(st.integers(1, 20) | st.sampled_from([32, 64]) | st.integers(1, 150)),
+        sinks=draw(st.booleans()),
+        slopes=draw(st.booleans()),
+        chunked=True,
         splits=draw(st.sampled_from([None, 1, 2, 5])),
         seed=draw(st.integers(0, 2**16)),
     )

@@ -46,6 +46,11 @@ def test_what_the_interpreter_takes_compiles_too():
     assert aot.compile_decode(spec, 90, "fp16", sinks=True, slopes=True, one_split=True).spilled_bytes == 0
 
 
+def test_chunks_spill_nothing():
+    spec = DecodeSpec(RowLayout(96, 3, 8), 9, new=2, windowed=True, chunked=True)
+    assert aot.compile_decode(spec, 90, "bf16").spilled_bytes == 0
+
+
 def test_ptx_is_of_an_isa_that_drivers_know():
     found = aot.compile_combine(96, 7, 90, "bf16")
     assert re.search(r"^\.version 8\.7$", found.ptx, re.MULTILINE)

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from absorbed_cases import Problem, expected, numbers_of, problems
+from absorbed_cases import Problem, chunked_problems, expected, numbers_of, problems
 from hypothesis import given, settings
 
 from mla_compile.errors import UsageError
@@ -27,13 +27,14 @@ KINDS = {
     "fp8": Problem(codes=Codes.FP8),
     "int4": Problem(RowLayout(17, 1, 8), codes=Codes.INT4, page=16),
     "everything": Problem(LAYOUT, 4, new=2, window=9, softcap=2.0, sinks=True, slopes=True),
+    "chunks": Problem(LAYOUT, 4, new=2, window=3, chunked=True, slopes=True),
     "no rope": Problem(RowLayout(16), 2),
     "not causal": Problem(new=4, causal=False),
 }
 
 
-@settings(max_examples=40)
-@given(problems(dtypes=(torch.float64,)))
+@settings(max_examples=80)
+@given(problems(dtypes=(torch.float64,)) | chunked_problems(dtypes=(torch.float64,)))
 def test_equals_the_reference(problem):
     x = problem.arguments()
     context, lse = latent_attention(**x)
@@ -174,7 +175,7 @@ def test_schema_shapes_and_registrations(kind, training):
     arguments = (
         *(x["q_latent"], x["q_rope"], cache.latent, cache.rest, cache.token_scales, cache.page_table),
         *(x["lengths"], x["sinks"], x["slopes"], *op._sizes(cache.layout)),
-        *(x[name] for name in ("scale", "window", "softcap", "causal", "return_lse")),
+        *(x[name] for name in ("scale", "window", "softcap", "causal", "chunked", "return_lse")),
     )
     checks = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
     # The first compares arguments before and after by allclose, which torch's CPU has not for float8.
@@ -208,6 +209,7 @@ def test_gradient_is_the_slope(kind):
         ({"q_rope": torch.zeros(2, 1, 2, 8).half()}, "several types: torch.float16, torch.float32"),
         ({"window": -1}, "window is -1"),
         ({"softcap": -1.0}, "softcap -1"),
+        ({"chunked": True}, r"Chunks have no length\. Pass it as window, or chunked=False"),
         ({"causal": False, "window": 4}, "neither a window nor slopes"),
         ({"sinks": torch.zeros(3)}, r"sinks has shape \[3\]. Pass one number for each of 2 heads"),
         ({"cache": Problem(RowLayout(16, 1, 8, key_scales=3)).cache()}, "key_scales is 3, which does not divide 2"),

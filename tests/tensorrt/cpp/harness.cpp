@@ -60,7 +60,7 @@ PluginTensorDesc tensor(DataType type, std::vector<int64_t> extents)
 // Numbers that fields point to, for as long as a scenario lasts.
 struct Values
 {
-    int32_t rank, groups, window, slopes, sinks, none;
+    int32_t rank, groups, window, chunked, slopes, sinks, none;
     float scale, softcap;
 };
 
@@ -81,10 +81,12 @@ Scenario read(std::istringstream& line, Values& values)
             tensor(DataType::kINT32, {batch})};
         values.slopes = made.name.find("_slopes") != std::string::npos;
         values.sinks = made.name.find("_sinks") != std::string::npos;
+        values.chunked = made.name.find("_chunked") != std::string::npos;
         for (int32_t i = 0; i < values.slopes + values.sinks; ++i)
             made.inputs.push_back(tensor(DataType::kFLOAT, {heads}));
         made.output = made.inputs[0];
         made.fields = {{"window", &values.window, PluginFieldType::kINT32, 1},
+            {"chunked", &values.chunked, PluginFieldType::kINT32, 1},
             {"rope_groups", &values.groups, PluginFieldType::kINT32, 1},
             {"has_slopes", &values.slopes, PluginFieldType::kINT32, 1},
             {"has_sinks", &values.sinks, PluginFieldType::kINT32, 1},

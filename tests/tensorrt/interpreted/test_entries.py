@@ -60,6 +60,9 @@ ROWS = RowLayout(48, 3, 8)
         (Partial(ROWS, 9, 0, "fp32", 0.3, SPLITS, softcap=2.0, slopes=True), 3, True),
         (Partial(RowLayout(48, 3, 8, 3, 9), 9, 0, "fp32", 0.3, SPLITS), 2, False),
         (Partial(RowLayout(32, 1, 8, 2, scaled_rope=True), 4, 0, "fp32", 0.3, SPLITS, window=9, slopes=True), 2, True),
+        (Partial(RowLayout(64, 1, 16), 4, 0, "fp32", 0.2, SPLITS, window=30, chunked=True), 5, False),
+        (Partial(RowLayout(64, 1, 16), 4, 1, "fp32", 0.2, SPLITS, window=32, chunked=True), 1, False),
+        (Partial(ROWS, 9, 0, "fp32", 0.3, SPLITS, window=2, softcap=2.0, slopes=True, chunked=True), 7, True),
     ],
     ids=[
         "one token",
@@ -70,6 +73,9 @@ ROWS = RowLayout(48, 3, 8)
         "softcap, slopes, sinks",
         "scales",
         "scaled rope, window, slopes, sinks",
+        "chunks",
+        "chunks, one token",
+        "softcap, slopes, sinks, chunks",
     ],
 )
 def test_attention_in_two_parts(partial, new, sinks):
@@ -87,6 +93,7 @@ def test_attention_in_two_parts(partial, new, sinks):
         "scale": partial.scale,
         "softcap": partial.softcap,
         "window": partial.window,
+        "chunked": int(partial.chunked),
         "key_scales": layout.key_scales,
         "value_scales": layout.value_scales,
         "scaled_rope": int(layout.scaled_rope),
@@ -98,6 +105,7 @@ def test_attention_in_two_parts(partial, new, sinks):
         scaled_rope=layout.scaled_rope,
         softcap=partial.softcap > 0,
         slopes=partial.slopes,
+        chunked=partial.chunked,
     )
     nodes = [
         (PARTIAL, variant, [*inputs], ["partial", "lse"], settings),
@@ -137,8 +145,17 @@ def test_attention_in_two_parts(partial, new, sinks):
         (Decode(ROWS, 9, "fp32", sinks=True), 3, 0, 1),
         (Decode(ROWS, 9, "fp32", capped=True, slopes=True, sinks=True), 3, 0, 3),
         (Decode(RowLayout(32, 1, 8, 2, 4, scaled_rope=True), 4, "fp32", windowed=True, sinks=True), 2, 20, 2),
+        (Decode(ROWS, 9, "fp32", windowed=True, chunked=True), 5, 30, 1),
+        (Decode(ROWS, 9, "fp32", windowed=True, slopes=True, sinks=True, chunked=True), 1, 24, 3),
     ],
-    ids=["one split", "sinks in one split", "softcap, slopes, sinks", "scales, window, sinks"],
+    ids=[
+        "one split",
+        "sinks in one split",
+        "softcap, slopes, sinks",
+        "scales, window, sinks",
+        "chunks",
+        "chunks, slopes, sinks",
+    ],
 )
 def test_attention_in_one_node(decode, new, window, splits):
     """As a library's plugin launches it: how many splits is known only then; one writes the result."""
@@ -153,6 +170,7 @@ def test_attention_in_one_node(decode, new, window, splits):
         "scale": 0.3,
         "softcap": 2.0 * decode.capped,
         "window": window,
+        "chunked": int(decode.chunked),
         "key_scales": layout.key_scales,
         "value_scales": layout.value_scales,
         "scaled_rope": int(layout.scaled_rope),
@@ -163,6 +181,7 @@ def test_attention_in_one_node(decode, new, window, splits):
         scaled_rope=layout.scaled_rope,
         softcap=decode.capped,
         slopes=decode.slopes,
+        chunked=decode.chunked,
     )
     sloped = inputs | ({} if slopes is None else {"slopes": slopes})
     sink = {} if sinks is None else {"sinks": sinks}

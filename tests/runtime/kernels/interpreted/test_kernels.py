@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import triton
-from absorbed_cases import Problem, expected, problems
+from absorbed_cases import Problem, chunked_problems, expected, problems
 from hypothesis import Phase, given, settings
 
 from mla_compile.runtime.kernels import Codes, RowLayout, folded, launch
@@ -50,6 +50,10 @@ KINDS = {
     "int4 of an odd rank": Problem(RowLayout(33, 3, 8), 9, codes=INT4, new=2),
     "int4 of two parts": Problem(RowLayout(576, 1, 16), 4, codes=INT4, dtype=BF16),
     "window": Problem(SHARED, 4, new=3, lengths=(100, 7, 2), window=20, splits=2),
+    "chunks": Problem(SHARED, 4, new=3, lengths=(100, 7, 2), window=20, chunked=True, splits=2),
+    "chunks, their first key": Problem(SHARED, 4, lengths=(65, 64, 1), window=32, chunked=True, page=16),
+    "chunks, several of the new tokens": Problem(SHARED, 4, new=30, lengths=(100, 30, 9), window=7, chunked=True),
+    "chunks, int8": Problem(SHARED, 8, codes=INT8, page=64, dtype=F16, window=50, chunked=True, splits=3),
     "softcap and sinks": Problem(SHARED, 4, softcap=3.0, sinks=True, lengths=(60, 0), splits=2),
     "sinks, one split": Problem(SHARED, 4, sinks=True, lengths=(60, 0), splits=1),
     "slopes": Problem(SHARED, 4, new=4, slopes=True, window=30),
@@ -115,6 +119,23 @@ def test_a_sink_of_no_weight_is_none(splits):
 @given(problems(dtypes=(torch.float32, F16, BF16)))
 def test_decode_equals_the_reference_anywhere(problem):
     check(problem)
+
+
+@settings(max_examples=60, phases=[Phase.generate])
+@given(chunked_problems(dtypes=(torch.float32, F16, BF16)))
+def test_chunks_equal_the_reference_anywhere(problem):
+    check(problem)
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_tiles_before_a_window_are_not_read(chunked):
+    """The last two tokens see keys from 80 on, in a tile that begins at 64 or later."""
+    x = Problem(SHARED, 4, new=2, lengths=(100,), window=20 if chunked else 19, chunked=chunked).arguments()
+    exact, _ = expected(**x)
+    x["cache"].latent[:, :64] = torch.nan
+    for splits in (1, 3):
+        context, _ = launch.attend(**x, splits=splits)
+        torch.testing.assert_close(context.double(), exact, rtol=0, atol=TOLERANCE[torch.float32])
 
 
 def test_queries_may_be_more_than_32_bits_count(monkeypatch):
