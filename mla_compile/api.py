@@ -42,6 +42,7 @@ from mla_compile.program import AnyProgram
 from mla_compile.progress import Display
 from mla_compile.runtime.module import LatentModel
 from mla_compile.runtime.tensorrt.engine_builder import EngineSettings
+from mla_compile.sources.frontend import tell_notes
 from mla_compile.sources.given import require_model
 from mla_compile.text.calibration import Text
 
@@ -203,6 +204,7 @@ def inspect(
         return drawn.program, drawn.found
     source = ModelSource(model, example_inputs, None, attn_implementation, unsafe_load)
     program = load_source(source, any_kind=True)
+    tell_notes(program)
     return program, recognise(program)
 
 

@@ -156,6 +156,8 @@ def _fused(path: Path, providers: Sequence[str], kernel: str, options: Any) -> b
         try:
             model = fused_model(path) if on_cpu else None
         except DecodeError as error:
+            if kernel == "auto":
+                return None  # ONNX Runtime says it
             raise LoadError(f"'{path}' is no ONNX file ({first_line(error)}).", "Convert the model again.") from error
         if model is None and kernel == "auto":
             return None

@@ -101,6 +101,7 @@ def place(tmp_path_factory):
     (place / "short.txt").write_text("One day.")
 
     (place / "garbage.onnx").write_bytes(b"garbage" * 100)
+    (place / "model.gguf").write_bytes(b"GGUF")
     (place / "empty.onnx").write_bytes(b"")
     value = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])
     graph = onnx.helper.make_graph([onnx.helper.make_node("Identity", ["x"], ["y"])], "g", [value], [])
@@ -305,6 +306,14 @@ OTHERS = {
     "inspect missing, json": ("inspect {place}/none --json", 2, "There is no file or folder"),
     "plan missing": ("plan {place}/none.pt2 --method mha2mla", 2, "There is no file or folder"),
     "plan setting": ("plan {nano} --svd both", 2, "'joint' or 'split'"),
+    "plan converted file": ("plan {good}", 2, "is an ONNX file, which cannot be converted."),
+    "convert converted file": ("{good} --out {place}/x.onnx", 2, "is an ONNX file, which cannot be converted."),
+    "plan converted folder": ("plan {place}/good", 2, "holds a converted model in a file"),
+    "plan archive without tokenizer": (
+        "plan {nano} --calibration {text} -q",
+        2,
+        "The model comes without a tokenizer. Give one with --tokenizer FOLDER.",
+    ),
     "plan without text": ("plan {nano}", 2, "Give some with --calibration FILE, or add --method mha2mla for a quick"),
     "plan no smaller": (
         "plan {tiny}/config.json --kv-rank 100000000000",
@@ -333,7 +342,17 @@ OTHERS = {
     "run garbage": ("run {place}/garbage.onnx --prompt x", 2, "ONNX Runtime cannot load"),
     "run empty": ("run {place}/empty.onnx --prompt x", 2, "ONNX Runtime cannot load"),
     "run another model": ("run {place}/plain.onnx --prompt x", 2, "Give a file made by mla-compile."),
-    "run archive": ("run {nano} --prompt x", 2, "cannot load"),
+    "run archive": ("run {nano} --prompt x", 2, "is no file that runs here. Convert it first: mla-compile MODEL --out"),
+    "run gguf": (
+        "run {place}/model.gguf --prompt x",
+        2,
+        "is no file that runs here. Run it in llama.cpp: llama-cli -m",
+    ),
+    "export converted file": (
+        "export {good} --out {place}/x.onnx",
+        2,
+        "is a model as a file, and this takes one as a folder. Write that by:",
+    ),
     "run without tokenizer": ("run {place}/alone/wide.onnx --prompt x", 2, "Give one with --tokenizer FOLDER."),
     "run past the end": ("run {good} --prompt x --max-new-tokens 300 --json", 2, "128"),
     "eval without text": ("eval {good}", 2, "--text"),

@@ -10,11 +10,14 @@ from pathlib import Path
 import models
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
+import mla_compile
 from mla_compile import api
 from mla_compile.cli import main
+from mla_compile.config import CompileConfig
 from mla_compile.errors import LoadError, MlaCompileError
+from mla_compile.runtime.module import LatentModel
 from mla_compile.sources import frontend
 
 TINY = Path(__file__).parents[1] / "examples" / "tiny-llama"
@@ -144,3 +147,35 @@ def test_a_configuration_is_no_model(place, weights):
         assert refused.value.remedy.startswith(
             f"Give the folder: {place}." if weights else "Give a folder with weights"
         )
+
+
+LONG = "n" * 300
+
+
+@pytest.mark.usefixtures("unread")
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: api.compile(LONG),
+        lambda: api.compile(TINY, exact=True, out=LONG),
+        lambda: api.compile(TINY, exact=True, out=f"{LONG}/x.onnx"),
+        lambda: api.compile(TINY, calibration=LONG),
+        lambda: api.compile(TINY, exact=True, tokenizer=LONG),
+        lambda: api.inspect(LONG),
+        lambda: api.plan(LONG, CompileConfig(exact=True)),
+        lambda: api.load(LONG),
+        lambda: mla_compile.save(LatentModel(fx.GraphModule({}, fx.Graph()), []), "x", like=LONG),
+    ],
+    ids=["model", "out", "out in", "calibration", "tokenizer", "inspect", "plan", "load", "save"],
+)
+def test_a_name_that_is_too_long_is_refused(call, place):
+    with pytest.raises(MlaCompileError, match=f"^'{LONG}.*' cannot be used .*too long.*Give another path"):
+        call()
+
+
+@pytest.mark.usefixtures("unread")
+def test_the_tokenizer_of_an_archive_is_missed_before_it_is_read(place):
+    (place / "model.pt2").write_bytes(b"")
+    for call in (api.compile, api.plan):
+        with pytest.raises(LoadError, match="The model comes without a tokenizer"):
+            call("model.pt2", config=CompileConfig(), calibration="text.txt")

@@ -21,6 +21,7 @@ import mla_compile
 from mla_compile.artifacts.runnable import RunnableModel, open_model
 from mla_compile.cli import main
 from mla_compile.errors import LoadError, UsageError
+from mla_compile.evaluation import measure as measuring
 from mla_compile.evaluation import plot, trial
 from mla_compile.evaluation.measure import Measurement, ModelScore
 from mla_compile.runtime.onnx_session import OnnxDecoder
@@ -345,3 +346,13 @@ def test_without_matplotlib_the_error_says_how_to_get_it(place, tmp_path, monkey
     code, _, err = command("eval", place / "model", *words)
     assert (code, err.count("\n")) == (2, 1)
     assert "Run: pip install 'mla-compile[plot]'." in err
+
+
+def test_a_missing_tokenizer_is_noticed_before_the_other_models_are_read(monkeypatch, tmp_path):
+    (tmp_path / "text.txt").write_text("one two")
+    read = []
+    monkeypatch.setattr(measuring, "require_there", lambda _: None)
+    monkeypatch.setattr(measuring, "open_model", lambda name, _: read.append(name) or SimpleNamespace(tokenizer=None))
+    with pytest.raises(LoadError, match="comes without a tokenizer"):
+        measuring.measure(["small.onnx"], measuring.Sample(tmp_path / "text.txt"), original="large")
+    assert read == ["small.onnx"]

@@ -10,6 +10,7 @@ from torch.export import ExportedProgram
 
 from mla_compile.artifacts.companions import (
     MODEL,
+    MODEL_FILES,
     copy_assets,
     finished,
     is_converted_folder,
@@ -18,7 +19,7 @@ from mla_compile.artifacts.companions import (
 )
 from mla_compile.artifacts.mapped_archive import load_mapped
 from mla_compile.artifacts.places import check_cache_type, check_neighbours, check_target
-from mla_compile.disk.writing import moved_into, unseen_errors
+from mla_compile.disk.writing import moved_into, require_possible, unseen_errors
 from mla_compile.errors import LoadError
 from mla_compile.passes.insert_latent import past_name
 from mla_compile.passes.lower_encoder import EncoderFace, export_encoder
@@ -95,7 +96,15 @@ def read_folder(path: Path) -> LatentModel:
     Raises:
         LoadError: The folder holds no such model.
     """
+    require_possible(path)
     if not is_converted_folder(path):
+        if path.suffix in MODEL_FILES and path.is_file():
+            raise LoadError(
+                f"'{path}' is a model as a file, and this takes one as a folder.",
+                "Write that by: mla-compile MODEL --out FOLDER.",
+            )
+        if path.name == MODEL and is_converted_folder(path.parent):
+            raise LoadError(f"'{path}' is a part of a converted model.", f"Give the folder: {path.absolute().parent}.")
         if files := written_files(path):
             raise LoadError(
                 f"'{path}' holds a model as a file, '{files[0].name}', and this takes one as a folder.",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mla_compile.artifacts.companions import GENAI_CONFIG, MODEL_FILES, copy_assets
 from mla_compile.config import REPORT
-from mla_compile.disk.writing import is_occupied, sizes_in
+from mla_compile.disk.writing import is_occupied, require_possible, sizes_in
 from mla_compile.errors import UsageError
 from mla_compile.program import Assets
 from mla_compile.reporting.report_page import PAGE
@@ -38,6 +38,7 @@ def check_target(path: Path, force: bool) -> None:
     Raises:
         UsageError: The name is not one this version writes, exists already, or its folder cannot be written.
     """
+    require_possible(path)
     if not path.name:
         raise UsageError(f"'{path}' names no file.", "Name a .onnx file, or a folder.")
     if path.name == ".onnx":
@@ -126,6 +127,7 @@ def check_place(path: Path, force: bool) -> None:
 
 
 def _check_free(path: Path, force: bool) -> None:
+    require_possible(path)
     if is_occupied(path) and not force:
         raise UsageError(f"'{path}' exists already.", "Choose another name, or pass --force to replace it.")
 
@@ -155,6 +157,7 @@ def check_original(path: Path, source: str) -> None:
     Raises:
         UsageError: It is that folder.
     """
+    require_possible(path)
     folder = _folder_of(path)
     if Path(source).is_dir() and folder.exists() and folder.samefile(source):
         raise UsageError(f"'{folder}' is the folder of the original model.", "Choose another folder.")

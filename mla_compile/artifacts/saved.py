@@ -25,7 +25,7 @@ from mla_compile.artifacts.companions import (
 from mla_compile.artifacts.onnx_files import lower_and_check, stored_metadata
 from mla_compile.artifacts.places import check_neighbours, check_place, check_target
 from mla_compile.config import REPORT, SETTINGS, CompileConfig
-from mla_compile.disk.writing import moved_into
+from mla_compile.disk.writing import moved_into, require_possible
 from mla_compile.errors import LoadError, UsageError
 from mla_compile.passes.quantise_cache import check_quantisable
 from mla_compile.plan import LatentPlan
@@ -119,6 +119,7 @@ def save(model: LatentModel, folder: str | Path, *, like: str | Path, force: boo
             "Pass such a model, or call the method save of what mla_compile.compile returned.",
         )
     source, path = Path(like), Path(folder)
+    require_possible(source)
     if not is_converted_folder(source):
         raise LoadError(f"'{source}' holds no converted model.", "Give the folder that the model was read from.")
     check_place(path, force)

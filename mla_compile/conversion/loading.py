@@ -24,7 +24,7 @@ __all__ = ["load_original", "load_source"]
 
 
 def load_source(source: ModelSource, *, any_kind: bool, dtype: torch.dtype | None = None) -> AnyProgram:
-    """Read a model.
+    """Read a model; what the user should know of how it was read is in its notes, and was not told.
 
     Args:
         source: The model.
@@ -53,7 +53,7 @@ def _read(source: ModelSource, tokenizer: str | None, *, any_kind: bool, dtype: 
     example = (example,) if isinstance(example, Tensor) else example
     if isinstance(model, str | Path):
         return frontend.load_any(
-            model, tokenizer=tokenizer, attention=source.attention, unsafe=source.unsafe, dtype=dtype
+            model, tokenizer=tokenizer, attention=source.attention, unsafe=source.unsafe, dtype=dtype, tell=False
         )
     if isinstance(model, ExportedProgram):
         return read_export(model, source="ExportedProgram", assets=assets_of(tokenizer, None), in_memory=True)

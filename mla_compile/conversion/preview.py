@@ -27,8 +27,8 @@ from mla_compile.progress import Display, Stages
 from mla_compile.site import AttentionSite
 from mla_compile.sources import frontend
 from mla_compile.sources.given import require_model, require_on_hub
-from mla_compile.text.calibration import Text, cut_windows, read_text, require_text
-from mla_compile.text.corpus import require_named_tokenizer
+from mla_compile.text.calibration import Text, cut_windows, has_windows, read_text, require_text
+from mla_compile.text.corpus import require_named_tokenizer, require_tokenizer_of
 
 __all__ = ["ConversionPlan", "lossless_elements", "plan"]
 
@@ -96,6 +96,8 @@ def plan(
     documents = read_text(calibration)
     if tokenizer is not None:
         require_named_tokenizer(tokenizer)
+    elif documents is not None and not has_windows(documents):
+        require_tokenizer_of(model)
     dtype = wanted_type(config)
     program = frontend.load_any(
         model, tokenizer=tokenizer, attention=attn_implementation, unsafe=unsafe_load, dtype=dtype

@@ -20,7 +20,7 @@ from mla_compile.errors import UsageError
 from mla_compile.progress import Display, Stages
 from mla_compile.sources.given import require_model, require_on_hub
 from mla_compile.text.calibration import Text, has_windows, read_text, require_text
-from mla_compile.text.corpus import require_named_tokenizer, require_tokenizer
+from mla_compile.text.corpus import require_named_tokenizer, require_tokenizer, require_tokenizer_of
 from mla_compile.text.processes import Processes, join_processes
 from mla_compile.training.run import require_accelerate
 
@@ -146,8 +146,8 @@ def _require_tokenizer(request: Request) -> None:
         return
     if isinstance(source.tokenizer, str | Path):
         require_tokenizer(str(source.tokenizer))
-    elif source.tokenizer is None and isinstance(source.model, str | Path) and Path(source.model).is_dir():
-        require_tokenizer(str(source.model))
+    elif source.tokenizer is None:
+        require_tokenizer_of(source.model)
 
 
 def begin(request: Request, display: Display | None) -> Session:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from mla_compile.errors import UsageError, first_line
+from mla_compile.errors import LoadError, UsageError, first_line
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -29,6 +29,7 @@ __all__ = [
     "moved_into",
     "own_folder",
     "remove_empty",
+    "require_possible",
     "sizes_in",
     "unseen_errors",
     "whole_file",
@@ -215,6 +216,19 @@ def remove_empty(folders: Sequence[Path]) -> None:
     for folder in folders:
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
+
+
+def require_possible(path: str | Path) -> None:
+    """Refuse a name that there can be nothing of: a part of it is longer than a file system holds, or it is a loop.
+
+    Raises:
+        LoadError: It is one.
+    """
+    try:
+        Path(path).lstat()
+    except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise LoadError(f"'{path}' cannot be used ({error.strerror}).", "Give another path.") from error
 
 
 def is_occupied(path: Path) -> bool:

@@ -208,6 +208,8 @@ def measure(
     for name in names:
         with stages.stage("load"):
             opened.append(open_model(name, sample.tokenizer))
+        if len(opened) == 1:  # now, for the others may take minutes to read
+            load_tokenizer(sample.tokenizer or opened[0].tokenizer)
     windows = sample.windows(documents, _one_tokenizer(opened, sample.tokenizer), opened)
     if original is None:
         return Measurement.of(sample, windows, None, [run_beside([m], windows, "evaluate", stages)[0] for m in opened])

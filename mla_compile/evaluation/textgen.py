@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mla_compile.artifacts.companions import is_converted_folder, written_files
+from mla_compile.artifacts.companions import MODEL, is_converted_folder, written_files
 from mla_compile.errors import LoadError, UsageError
 from mla_compile.runtime.generate import Sampling, generate
 from mla_compile.runtime.onnx_checksum import require_unchanged
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Generation", "continuation", "cut_at", "generate_text"]
 
+_OF_OTHERS = (".bin", ".gguf", ".json", ".pt", ".pt2", ".pth", ".safetensors")
+"""Suffixes of models' files that are not run here, or not as files."""
 _FOREIGN = 0.75
 """Of the tokens that a model reads, a tokenizer of its own has as many at least: tables are filled up by a few."""
 
@@ -160,6 +162,8 @@ def _open(
     if model.is_dir():
         held = "models as files" if written_files(model) else "no converted model that runs here"
         raise LoadError(f"'{model}' holds {held}.", _what_to_run(model))
+    if model.suffix in _OF_OTHERS and model.is_file():
+        raise LoadError(f"'{model}' is no file that runs here.", _what_to_run_of(model))
     if model.suffix != ".plan":
         decoder = OnnxDecoder(model, [PROVIDERS[provider or "cpu"]], threads, max_length, kernel or "auto")
         require_unchanged(model)
@@ -185,6 +189,15 @@ def _what_to_run(folder: Path) -> str:
         "A DeepSeek checkpoint runs in transformers, vLLM or SGLang; anything else is first converted: "
         "mla-compile MODEL --out FILE.onnx."
     )
+
+
+def _what_to_run_of(file: Path) -> str:
+    """What to do about a file that is neither ONNX nor an engine."""
+    if file.name == MODEL and is_converted_folder(file.parent):
+        return f"Give the folder that it is in: {file.absolute().parent}."
+    if file.suffix == ".gguf":
+        return f"Run it in llama.cpp: llama-cli -m {file}."
+    return "Convert it first: mla-compile MODEL --out FILE.onnx."
 
 
 def continuation(tokenizer: Any, prompt: list[int], new: list[int]) -> str:  # noqa: ANN401 - see load_tokenizer

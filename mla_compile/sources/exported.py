@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,6 @@ __all__ = [
     "require_integers",
 ]
 
-_log = logging.getLogger(__name__)
 _TO = torch.ops.aten._to_copy.default
 _ASSERTION = torch.ops.aten._assert_tensor_metadata.default
 _RESPELLED = {torch.ops.aten.type_as.default: lambda value, other: value.to(other.dtype)}
@@ -163,16 +161,13 @@ def _as_language_model(common: Mapping[str, Any], max_positions: int | None) -> 
                 f"'{source}' was exported with a static {name} of {tensors[tokens].shape[dim]}.", HOW_TO_EXPORT
             )
     name, logits = _logits(exported, tokens, source)
-    notes = _notes(exported, name, logits, tokens)
-    for note in notes:
-        _log.warning("%s: %s.", source, note)
     return Program(
         **common,
         tokens=tokens,
         attention_mask=next(iter(roles[Role.MASK]), None),
         position_ids=next(iter(roles[Role.POSITIONS]), None),
         logits=logits,
-        notes=notes,
+        notes=_notes(exported, name, logits, tokens),
         max_positions=max_positions or _length_limit(exported, tensors[tokens]),
     )
 

@@ -6,21 +6,22 @@ safetensors. A pickled module is only opened when the user says so.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
 
-from mla_compile.config import holds_conversion
 from mla_compile.errors import LoadError
 from mla_compile.program import AnyProgram, Program
 from mla_compile.sources import huggingface
 from mla_compile.sources.capture import capture_any
-from mla_compile.sources.checkpoint_files import holds_result
 from mla_compile.sources.exported import language_model
-from mla_compile.sources.given import require_named
+from mla_compile.sources.given import require_named, require_unconverted
 from mla_compile.sources.model_files import load_file
 
-__all__ = ["load_any", "load_program"]
+__all__ = ["load_any", "load_program", "tell_notes"]
+
+_log = logging.getLogger(__name__)
 
 
 def load_program(
@@ -41,6 +42,7 @@ def load_any(
     attention: str = "auto",
     unsafe: bool = False,
     dtype: torch.dtype | None = None,
+    tell: bool = True,
 ) -> AnyProgram:
     """Load a model of any kind by name.
 
@@ -51,6 +53,7 @@ def load_any(
             the two that it has.
         unsafe: Unpickle a module saved by ``torch.save``; this runs whatever code the file holds.
         dtype: Type to load it in, where it is not exported yet; its own by default.
+        tell: Log what the user should know of how it was read; a report says it too.
 
     Returns:
         The program, exported without a cache, with dynamic batch and length.
@@ -58,17 +61,24 @@ def load_any(
     Raises:
         LoadError: The source does not exist, is not a model, or cannot be exported.
     """
+    program = _load(source, tokenizer, attention, unsafe, dtype)
+    if tell:
+        tell_notes(program)
+    return program
+
+
+def tell_notes(program: AnyProgram) -> None:
+    """Log what the user should know of how a model was read."""
+    for note in program.notes if isinstance(program, Program) else ():
+        _log.warning("%s: %s.", program.source, note)
+
+
+def _load(
+    source: str | Path, tokenizer: str | None, attention: str, unsafe: bool, dtype: torch.dtype | None
+) -> AnyProgram:
     path = Path(source)
+    require_unconverted(source)
     if path.is_dir():
-        if holds_conversion(path):
-            raise LoadError(
-                f"'{source}' is a model that was converted already.", "Give the model it was converted from instead."
-            )
-        if holds_result(path):
-            raise LoadError(
-                f"'{source}' holds a converted model in a file, and beside it the configuration of its original.",
-                "Give the model it was converted from, or name the file.",
-            )
         return _load_huggingface(str(path), tokenizer, attention, dtype)
     if path.is_file():
         return load_file(path, tokenizer, unsafe, dtype)

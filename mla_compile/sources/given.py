@@ -12,11 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from mla_compile.config import holds_conversion
+from mla_compile.disk.writing import require_possible
 from mla_compile.errors import LoadError
 from mla_compile.hub import is_hub_id
 from mla_compile.sources import huggingface
+from mla_compile.sources.checkpoint_files import holds_result
 
-__all__ = ["require_model", "require_named", "require_on_hub", "require_values"]
+__all__ = ["require_model", "require_named", "require_on_hub", "require_unconverted", "require_values"]
 
 
 _SCRIPT = (torch.jit.ScriptModule, torch.jit.ScriptFunction)
@@ -34,6 +37,7 @@ def require_model(model: object) -> None:
     """
     if isinstance(model, str | Path):
         require_named(model)
+        require_unconverted(model)
         return
     parts = [*model.modules()] if isinstance(model, nn.Module) else [model]
     script = [type(part).__name__ for part in parts if isinstance(part, _SCRIPT)]
@@ -72,9 +76,33 @@ def require_named(source: str | Path) -> None:
     Raises:
         LoadError: It is one.
     """
+    require_possible(source)
     if not Path(source).exists() and not is_hub_id(str(source)):
         raise LoadError(
             f"There is no file or folder '{source}'.", "Give a .pt2 archive, a Hugging Face folder or a hub id."
+        )
+
+
+def require_unconverted(source: str | Path) -> None:
+    """Refuse a name of what a conversion wrote: an ONNX file, or a folder.
+
+    Raises:
+        LoadError: It is one.
+    """
+    path = Path(source)
+    if path.suffix == ".onnx" and path.is_file():
+        raise LoadError(
+            f"'{source}' is an ONNX file, which cannot be converted.", "Give the model it was exported from instead."
+        )
+    if path.is_dir() and holds_conversion(path):
+        raise LoadError(
+            f"'{source}' is a model that was converted already.", "Give the model it was converted from instead."
+        )
+    if path.is_dir() and holds_result(path):
+        beside = ", and beside it the configuration of its original" if (path / "config.json").is_file() else ""
+        raise LoadError(
+            f"'{source}' holds a converted model in a file{beside}.",
+            "Give the model it was converted from, or name the file.",
         )
 
 

@@ -34,10 +34,6 @@ def load_file(path: Path, tokenizer: str | None, unsafe: bool, dtype: torch.dtyp
     Raises:
         LoadError: It holds no model, is damaged, or is a pickled module and ``unsafe`` was not given.
     """
-    if path.suffix == ".onnx":
-        raise LoadError(
-            f"'{path}' is an ONNX file, which cannot be converted.", "Give the model it was exported from instead."
-        )
     if not unsafe and path.name.endswith(_WEIGHTS) and (path.parent / "config.json").is_file():
         raise LoadError(
             f"'{path}' holds weights alone, and the model is the folder it is in.", f"Give the folder: {path.parent}."

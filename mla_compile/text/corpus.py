@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mla_compile.disk.writing import require_possible
 from mla_compile.errors import LoadError, UsageError, first_line
 from mla_compile.hub import hub_answers
 from mla_compile.text.tokenizer_files import holds_tokenizer
@@ -32,6 +33,7 @@ __all__ = [
     "read_documents",
     "require_named_tokenizer",
     "require_tokenizer",
+    "require_tokenizer_of",
     "special_tokens",
     "token_windows",
     "tokenize",
@@ -80,11 +82,30 @@ def require_tokenizer(folder: str) -> None:
     Raises:
         LoadError: There is none in it, or no such folder; a hub id is taken for what it is.
     """
+    require_possible(folder)
     path = Path(folder)
     if path.is_dir() and not holds_tokenizer(path):
         raise LoadError(f"There is no tokenizer in the folder '{folder}'.", "Give one with --tokenizer FOLDER.")
     if not path.exists() and (path.is_absolute() or folder.startswith(".") or folder.count("/") > 1):
         raise LoadError(f"There is no tokenizer folder '{folder}'.", "Give one with --tokenizer FOLDER.")
+
+
+def require_tokenizer_of(model: object) -> None:
+    """Refuse text for a model that comes without a tokenizer, before it is read, as far as that can be told.
+
+    Args:
+        model: A model, or its name: a folder's has to be in it, and an archive's beside it.
+
+    Raises:
+        LoadError: There is none there.
+    """
+    if not isinstance(model, str | Path):
+        return
+    path = Path(model)
+    if path.is_dir():
+        require_tokenizer(str(model))
+    elif path.suffix == ".pt2" and path.is_file() and not holds_tokenizer(path.parent):
+        load_tokenizer(None)
 
 
 def require_named_tokenizer(name: str) -> None:
@@ -95,6 +116,7 @@ def require_named_tokenizer(name: str) -> None:
     Raises:
         LoadError: There is no such folder, and none of that name came from the hub.
     """
+    require_possible(name)
     if not Path(name).exists():
         load_tokenizer(name)
 
@@ -213,6 +235,7 @@ def open_documents(path: str | Path) -> TextFile:
     Raises:
         LoadError: The file is missing, or has no documents, or it is not UTF-8 text as far as it was read.
     """
+    require_possible(path)
     file = TextFile(Path(path))
     next(iter(file))
     return file

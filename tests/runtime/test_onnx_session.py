@@ -372,6 +372,13 @@ def test_a_truncated_file_is_refused(pair, tmp_path, damaged, left):
         OnnxDecoder(tmp_path / "model.onnx")
 
 
+def test_what_is_no_file_is_said_once(tmp_path, caplog):
+    (tmp_path / "model.onnx").write_bytes(b"garbage" * 100)
+    with pytest.raises(LoadError, match="Convert the model again"):
+        OnnxDecoder(tmp_path / "model.onnx", kernel="auto")
+    assert not [r for r in caplog.records if r.name.startswith("mla_compile")]
+
+
 @pytest.mark.parametrize("damaged", ["model.onnx.data", "static.onnx"])
 def test_weights_that_changed_are_noticed(files, pair, tmp_path, damaged):
     """One bit of the largest weight; ONNX Runtime itself loads the file."""
