@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import HigherOrderOperator
 from torch.export import ExportedProgram
 from torch.fx import Node
 
@@ -22,6 +23,7 @@ from mla_compile.program import AnyProgram, Program
 from mla_compile.site import RejectCode
 
 __all__ = [
+    "FLEXIBLE",
     "PRODUCTS",
     "SHAPE_ONLY",
     "Anchor",
@@ -41,6 +43,8 @@ __all__ = [
 _aten = torch.ops.aten
 _SDPA = _aten.scaled_dot_product_attention.default
 _SOFTMAX = frozenset({_aten.softmax.int, _aten._softmax.default, _aten._safe_softmax.default})
+FLEXIBLE = "flex_attention"
+"""The higher-order operator whose mask and scores are functions that a model brings along."""
 PRODUCTS = frozenset(
     {
         _aten.matmul.default,
@@ -313,7 +317,10 @@ def find_anchors(flow: DataFlow, program: AnyProgram) -> list[Anchor | tuple[Nod
         except MismatchError as mismatch:
             found.append((node, mismatch))
             continue
-        if node.target is _SDPA:
+        if isinstance(node.target, HigherOrderOperator) and str(node.target) == FLEXIBLE:
+            reason = f"'{node.name}' is {FLEXIBLE}, whose mask and scores are functions, which are not read"
+            found.append((node, MismatchError(RejectCode.ANCHOR, reason)))
+        elif node.target is _SDPA:
             operands: Any = node.args
             query, key, value = operands[:3]
             found.append(Anchor(query, key, value, node, node, probabilities=None, product=node, output=node))
