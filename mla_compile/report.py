@@ -436,7 +436,7 @@ def summarise_site(site: AttentionSite | Rejection) -> dict[str, Any]:
         "query": site.query.weight,
         "key": site.key.weight,
         "value": site.value.weight,
-        "bias": site.query.bias is not None or site.key.bias is not None or site.value.bias is not None,
+        "bias": site.query.biased or site.key.biased or site.value.biased,
         "rope": site.rope.layout,
         "rotary_dim": site.rope.rotary_dim,
         "rope_max_freq": max(site.rope.inv_freq, default=0.0),

@@ -116,6 +116,8 @@ class Projection:
         turned: ``[heads][head_dim]`` factors of queries whose activation holds them as the attention product reads
             them, behind the rotation; times these, and turned back by the keys' rotation, they are the heads. None for
             queries in front of it.
+        inner: How ``x`` is read, as one head, from the output of another projection in front of this one (the first of
+            two linear layers in a row), where the two are read as one; else None.
     """
 
     node: str
@@ -128,6 +130,23 @@ class Projection:
     norm: Norm | None = None
     activation: str | None = None
     turned: tuple[tuple[float, ...], ...] | None = None
+    inner: Projection | None = None
+
+    @property
+    def origin(self) -> str:
+        """Graph node of what this projection and those in front of it read: ``x``, where there are none."""
+        return self.source if self.inner is None else self.inner.origin
+
+    @property
+    def biased(self) -> bool:
+        """Whether outputs have a bias: their own, or one of a projection in front."""
+        inner = self.inner
+        return self.bias is not None or (inner is not None and (inner.biased or inner.offset is not None))
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of all weights and biases, those of projections in front included."""
+        return (self.weight, *filter(None, (self.bias,)), *(() if self.inner is None else self.inner.parameters))
 
     @property
     def heads(self) -> int:
@@ -397,9 +416,9 @@ class AttentionSite:
         Args:
             nope_dim: Key channels per head that do not rotate.
         """
-        inside = self.key.bias is not None or (self.key.offset is not None and self.key.norm is None)
+        inside = self.key.biased or (self.key.offset is not None and self.key.norm is None)
         key = self.key_bias_matters and inside and nope_dim > 0
-        value = self.value.bias is not None or (self.value.offset is not None and self.value.norm is None)
+        value = self.value.biased or (self.value.offset is not None and self.value.norm is None)
         return key or (self.value_bias_matters and value)
 
     def key_scales(self, nope_dim: int) -> int:

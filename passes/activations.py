@@ -104,7 +104,7 @@ class SiteRun:
     def widths(self) -> list[int]:
         """Width of the input of every site's keys and values."""
         nodes = {n.name: n for n in self._program.exported.graph.nodes}
-        shapes = [(self._axes[s.key.source], nodes[s.key.source].meta["val"].shape) for s in self._sites]
+        shapes = [(self._axes[s.key.origin], nodes[s.key.origin].meta["val"].shape) for s in self._sites]
         return [math.prod(d for axis, d in zip(*pair, strict=True) if axis == "d") for pair in shapes]
 
     def steps(self, batches: int) -> int:
@@ -157,7 +157,7 @@ def output_run(
 def _watched(site: AttentionSite) -> tuple[str, ...]:
     """What is looked at of a site, its output last."""
     operands = (_printed(p) for p in (site.query, site.key, site.value))
-    return (*dict.fromkeys((site.key.source, *operands)), site.output)
+    return (*dict.fromkeys((site.key.origin, *operands)), site.output)
 
 
 def _printed(projection: Projection) -> str:
@@ -182,7 +182,7 @@ def _of_site(site: AttentionSite, seen: Mapping[str, Tensor], gradient: Tensor |
     query = turn_by_phases(query, site.rope)
     scale = norm_scale(site.key, seen[_printed(site.key)].double())
     return SiteActivations(
-        source=seen[site.key.source].float(),
+        source=seen[site.key.origin].float(),
         query=query.float(),
         key=key.float(),
         value=value.float(),

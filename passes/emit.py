@@ -224,7 +224,7 @@ class Emitter:
 
         Rope keys are normed, unless the scales that are cached belong to them too.
         """
-        row = self._call(_aten.linear.default, self._tokens(site.key.source), weight("row"), weight("row_bias"))
+        row = self._call(_aten.linear.default, self._tokens(site.key.origin), weight("row"), weight("row_bias"))
         width = weights.row.shape[0]
         row = self._call(_aten.reshape.default, row, [batch, length, width])
         parts = [row]

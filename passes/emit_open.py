@@ -65,7 +65,7 @@ class OpenEmitter(Emitter):
         """
         made = {name: x for name, x in layer_parameters(site, weights).items() if name in _ROW_WEIGHTS}
         weight = functools.partial(self._weight, self._add_weights(site.path, site.index, made))
-        keys = dataclasses.replace(self, sizes=self.sizes.of_keys(), reads=site.key.source)
+        keys = dataclasses.replace(self, sizes=self.sizes.of_keys(), reads=site.key.origin)
         with self.module.graph.inserting_before(next(n for n in self.module.graph.nodes if n.op == "output")):
             return keys._row(site, weights, *keys._batch_and_length(), weight)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -12,7 +13,9 @@ from torch import Tensor, fx
 from mla_compile.disk.mapped import DroppingInterpreter
 from mla_compile.errors import RefusedError, first_line
 from mla_compile.passes.evaluate import example_inputs
+from mla_compile.passes.layout import Sizes
 from mla_compile.passes.singled_out import singled_out
+from mla_compile.passes.trace import DataFlow
 from mla_compile.passes.weights import stored_numbers
 from mla_compile.program import DecoderProgram, Program
 from mla_compile.text.evaluate import differences, relative_error
@@ -28,6 +31,9 @@ _LONG_DIFFERENCE, _ROUNDED = 1e-3, 8
 """What is no rounding among so many tokens, and how many of them may be another expert's because of one."""
 _LARGE = 2**29
 """Numbers in the weights of models that so many tokens are too much for."""
+
+_COUNTS = frozenset({torch.ops.aten.cumsum.default, torch.ops.aten.sum.dim_IntList})
+"""Operators that add up."""
 
 
 def check_incremental(module: fx.GraphModule, program: Program, rows: Sequence[int], cross: Sequence[int] = ()) -> None:
@@ -61,17 +67,38 @@ def check_incremental(module: fx.GraphModule, program: Program, rows: Sequence[i
             "Compute it from positions instead.",
         ) from error
     beside = relative_error(padded, whole[::2, : _LENGTH - _PADDING])
+    counted = _counted_tokens(program)
     for difference, limit, how, what in (
         (relative_error(pieces, whole), _INCREMENTAL, "in pieces", "the length or on other tokens"),
         (beside, _INCREMENTAL, "padded, beside another sequence", "padding or on other sequences"),
         (far, _LONG_DIFFERENCE, "in pieces of hundreds of tokens", "the length or on tokens far back"),
     ):
+        if not difference < limit and counted is not None:
+            raise RefusedError(
+                f"'{program.source}' counts some of the token ids, at '{counted}': what follows, such as positions, "
+                "depends on which tokens came before.",
+                "Compute positions with torch.arange, or take them as an input position_ids.",
+            )
         if not difference < limit:
             raise RefusedError(
                 f"Something outside attention in '{program.source}' depends on {what}: {how}, the rewritten model "
                 f"differs by {difference:.1e}.",
                 "Compute it from positions, or convert a model whose only memory is attention.",
             )
+
+
+def _counted_tokens(program: Program) -> str | None:
+    """A node that adds up, along the sequence, what was computed from token ids without embedding them."""
+    flow = DataFlow(program)
+    length: Any = Sizes.of(program).length
+    for node in program.exported.graph.nodes:
+        if node.target in _COUNTS and node in flow.tokens and node not in flow.hidden:
+            arguments: Any = node.args
+            axes = arguments[1] if isinstance(arguments[1], list | tuple) else [arguments[1]]
+            sizes = [arguments[0].meta["val"].shape[axis] for axis in axes]
+            if any(not isinstance(size, int) and size.node.expr == length for size in sizes):
+                return str(node.name)
+    return None
 
 
 def _far_error(module: fx.GraphModule, program: Program, rows: Sequence[int], context: Sequence[Tensor]) -> float:

@@ -80,7 +80,7 @@ def insert_rows(
     sizes = layer_sizes(program)
     given = {name: nodes[name] for name in inputs}
     emitters = [
-        OpenEmitter(program, module, nodes, given, dtype, sizes=sizes[s.index], reads=s.key.source) for s in sites
+        OpenEmitter(program, module, nodes, given, dtype, sizes=sizes[s.index], reads=s.key.origin) for s in sites
     ]
     rows = tuple(e.rows(site, latent) for e, site, latent in zip(emitters, sites, weights, strict=True))
     nodes["output"].args = (rows,)

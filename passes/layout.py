@@ -171,10 +171,10 @@ class Layout:
             batch: The batch size, to split a merged axis.
         """
         axes = list(self.axes)
-        if "bh" in axes:
-            place = axes.index("bh")
+        for merged in {"bh", "bs"} & {*axes}:
+            place = axes.index(merged)
             x = x.unflatten(place, (batch, x.shape[place] // batch))
-            axes[place : place + 1] = ["b", "h"]
+            axes[place : place + 1] = [*merged]
         for letter in order:
             if letter not in axes:
                 x, axes = x.unsqueeze(0), [letter, *axes]

@@ -21,7 +21,18 @@ from mla_compile.passes.trace import DataFlow, ProjectionNode, projections_behin
 from mla_compile.passes.turned import Unscaled, as_read, gains_turn, scaled_by_place
 from mla_compile.site import Norm, Projection, RejectCode, Rope
 
-__all__ = ["MOVES", "ReadOperand", "norm_scale", "normalised", "read_operand", "read_query", "root", "with_gains"]
+__all__ = [
+    "MOVES",
+    "ReadOperand",
+    "norm_scale",
+    "normalised",
+    "projection_of",
+    "read_operand",
+    "read_query",
+    "require_matrix",
+    "root",
+    "with_gains",
+]
 
 _aten = torch.ops.aten
 _RESHAPES = frozenset(
@@ -80,7 +91,7 @@ def read_operand(
             raise MismatchError(RejectCode.POSITION_MIXING, reason) from mismatch
         raise
     operand = replace(operand, base=found.node)
-    _require_matrix(found, flow, operand.width)
+    require_matrix(found, flow, operand)
     try:
         probe_linear(operand, generator)
     except MismatchError as mismatch:
@@ -93,7 +104,7 @@ def read_operand(
     rope = _rotation(operand, read, flow, known)
     if known is None:
         require_same_far(operand, flow)
-    return ReadOperand(_projection(found, flow, read.rows, read.gain, read.offset), rope)
+    return ReadOperand(projection_of(found, flow, read.rows, read.gain, read.offset), rope)
 
 
 def _read_behind_norm(
@@ -116,13 +127,13 @@ def _read_behind_norm(
             raise
         norm = None  # queries are not cached: whatever is done to them at their own position is done anew
     if operand.role == "query":
-        projection = _projection(found, flow, rows, gain, offset)
+        projection = projection_of(found, flow, rows, gain, offset)
         described = None if norm is None else Norm(norm.kind, norm.groups(), norm.eps)
         return ReadOperand(replace(projection, norm=described, activation=later.base.name), rope)
     assert norm is not None
     total = gain * norm.gain[rows]
     shift = gain * norm.offset[rows] + offset
-    projection = _projection(found, flow, norm.rows[rows], total, shift)
+    projection = projection_of(found, flow, norm.rows[rows], total, shift)
     return ReadOperand(replace(projection, norm=_head_norm(norm, rows, operand.role)), rope)
 
 
@@ -161,7 +172,7 @@ def _read_norm_behind_rotation(
         require_same_far(operand, flow)
     commute = gains_turn(total, rope)
     projection = replace(
-        _projection(found, flow, rows, total if commute else ones, torch.zeros_like(total)), norm=described
+        projection_of(found, flow, rows, total if commute else ones, torch.zeros_like(total)), norm=described
     )
     return ReadOperand(projection, rope, None if commute else _tuples(total))
 
@@ -290,9 +301,20 @@ def root(node: Node) -> Node:
     return node
 
 
-def _require_matrix(found: ProjectionNode, flow: DataFlow, width: int) -> None:
-    """Refuse products whose weight is not one matrix from the activation's width to all outputs."""
-    node, weight = found.node, found.weight.meta["val"].shape
+def require_matrix(found: ProjectionNode, flow: DataFlow, operand: Operand) -> None:
+    """Refuse products whose weight is not one matrix from the activation's width to all outputs.
+
+    A weight of more axes is one matrix per head, which side by side are one, where all heads read the same activation.
+
+    Args:
+        found: The product.
+        flow: Data flow of the graph.
+        operand: What is read of it, with the product as its base.
+
+    Raises:
+        MismatchError: It has another form.
+    """
+    node, weight, width = found.node, found.weight.meta["val"].shape, operand.width
     if node.target is _aten.einsum.default:
         _require_einsum(found, width)
         return
@@ -301,12 +323,20 @@ def _require_matrix(found: ProjectionNode, flow: DataFlow, width: int) -> None:
     if node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("beta", 1) != 1:
         raise MismatchError(RejectCode.PROJECTION, f"the product '{node.name}' has factors of its own")
     outputs = weight[0] if node.target is _aten.linear.default or found.left else weight[-1]
-    if len(weight) != 2 or outputs != width:
+    per_head = len(weight) > 2 and node.target is _aten.matmul.default and not found.left
+    if not (_is_one_of_heads(found, operand) if per_head else len(weight) == 2 and outputs == width):
         raise MismatchError(
             RejectCode.PROJECTION, f"the weight of '{node.name}' is {tuple(weight)}, not one matrix for all heads"
         )
     if found.bias is not None and (found.bias not in flow.static or found.bias.meta["val"].numel() != width):
         raise MismatchError(RejectCode.PROJECTION, f"what is added in '{node.name}' is not one bias per output")
+
+
+def _is_one_of_heads(found: ProjectionNode, operand: Operand) -> bool:
+    """Whether the axes of a product's entries per token are the weight's, in its order, and none is the source's."""
+    shape = found.weight.meta["val"].shape
+    own = [int(n) for n in (*shape[:-2], shape[-1]) if n != 1]
+    return [n for n in operand.entries if n != 1] == own and replace(operand, base=found.source).width == shape[-2]
 
 
 def _require_einsum(found: ProjectionNode, width: int) -> None:
@@ -328,7 +358,8 @@ def _require_einsum(found: ProjectionNode, width: int) -> None:
     raise MismatchError(RejectCode.PROJECTION, f"the einsum '{arguments[0]}' of '{found.node.name}' is not one matrix")
 
 
-def _projection(found: ProjectionNode, flow: DataFlow, rows: Tensor, gain: Tensor, offset: Tensor) -> Projection:
+def projection_of(found: ProjectionNode, flow: DataFlow, rows: Tensor, gain: Tensor, offset: Tensor) -> Projection:
+    """A projection node by what is read of it: rows, gains and offsets ``[H, D]``."""
     return Projection(
         node=found.node.name,
         source=found.source.name,

@@ -69,10 +69,11 @@ class Operand:
     @property
     def width(self) -> int:
         """Entries of the base per token."""
-        return math.prod(self._rest)
+        return math.prod(self.entries)
 
     @property
-    def _rest(self) -> list[int]:
+    def entries(self) -> list[int]:
+        """Axes of the base beside batch and positions."""
         shape = self.base.meta["val"].shape
         return [int(d) for d, axis in zip(shape, self._axes, strict=True) if axis == "d"]
 
@@ -85,7 +86,7 @@ class Operand:
 
     def place(self, values: Tensor) -> Tensor:
         """Arrange ``[B, S, N]`` as the base."""
-        axes, rest = self._axes, self._rest
+        axes, rest = self._axes, self.entries
         if axes[0] == "bs":
             return values.reshape(-1, *rest)
         x = values.reshape(*values.shape[:2], *rest)

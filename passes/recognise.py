@@ -15,6 +15,7 @@ from torch.fx import Node
 
 from mla_compile.errors import first_line
 from mla_compile.passes.evaluate import GraphEvaluator, example_inputs
+from mla_compile.passes.factored import from_one_activation, read_from_one
 from mla_compile.passes.grouping import chosen_heads, distinct_heads, scaled_heads, side_by_side, value_heads
 from mla_compile.passes.kinds import kind_of
 from mla_compile.passes.late import require_same_far
@@ -28,7 +29,6 @@ from mla_compile.passes.operands import (
     normalised,
     read_operand,
     read_query,
-    root,
     with_gains,
 )
 from mla_compile.passes.padding import check_own_mask, padding_input
@@ -228,8 +228,7 @@ def _describe(context: _Context, other: AttentionSite | None = None) -> Attentio
         read["query"] = with_gains(queries(turned=True), read["key"].behind)
     query, key, value = (read[role].projection for role in ("query", "key", "value"))
     nodes = context.evaluator.nodes
-    if root(nodes[key.source]) is not root(nodes[value.source]):
-        raise MismatchError(RejectCode.CROSS, "keys and values are projected from different activations")
+    key, value = from_one_activation(key, value, context.evaluator, flow, context.sizes.of_keys())
     stop = {nodes[p.activation or p.node] for p in (query, key, value)}
     if (reader := flow.reads_tokens(anchor.output, stop)) is not None:
         raise MismatchError(RejectCode.MASK, f"attention depends on which tokens were given, at '{reader.name}'")
@@ -240,7 +239,7 @@ def _describe(context: _Context, other: AttentionSite | None = None) -> Attentio
     heads = query.heads
     if query.activation is not None and other is None:
         projected = query.node != query.activation
-        given = replace(operands["query"], base=nodes[query.node if projected else key.source])
+        given = replace(operands["query"], base=nodes[query.node if projected else key.origin])
         if looks_ahead(given, nodes[query.activation], projected):
             raise MismatchError(RejectCode.POSITION_MIXING, "the query depends on how many tokens follow it")
         require_same_far(given, flow, nodes_between(given, anchor.query, flow))
@@ -288,8 +287,9 @@ def _of_other_kind(context: _Context, site: AttentionSite) -> AttentionSite:
     Raises:
         MismatchError: Another sequence's keys rotate, or its keys are hidden in a way that is not understood.
     """
-    nodes = context.evaluator.nodes
-    cross = context.sizes.cross or root(nodes[site.query.source]) is not root(nodes[site.key.source])
+    cross = context.sizes.cross or not read_from_one(
+        site.query, site.key, context.evaluator, context.flow, context.sizes.of_keys()
+    )
     if cross and site.rope.pairs:
         raise MismatchError(RejectCode.ROPE, "keys of another sequence rotate by position")
     if site.query.turned is not None and site.rope.pairs:

@@ -42,7 +42,7 @@ def split_decoder(program: AnyProgram, cross: Sequence[AttentionSite], sizes: Si
         RefusedError: The layers read different states, or the decoder needs more of the encoder than its states.
     """
     originals = {n.name: n for n in program.exported.graph.nodes}
-    sources = {root(originals[site.key.source]).name for site in cross}
+    sources = {root(originals[site.key.origin]).name for site in cross}
     if len(sources) != 1:
         raise _not_split(program, f"its decoder reads {len(sources)} different encoder states")
     masks = {site.padding for site in cross if site.padding is not None}
@@ -105,13 +105,13 @@ def split_decoder(program: AnyProgram, cross: Sequence[AttentionSite], sizes: Si
 
 def encoder_inputs(program: AnyProgram, cross: Sequence[AttentionSite]) -> tuple[str, ...]:
     """The inputs of a model that its encoder's states, or the padding masks over them, are made from."""
-    seen = _behind(program, [s.key.source for s in cross] + [s.padding for s in cross if s.padding])
+    seen = _behind(program, [s.key.origin for s in cross] + [s.padding for s in cross if s.padding])
     return tuple(name for name in program.user_inputs if name in seen)
 
 
 def encoder_layers(program: AnyProgram, cross: Sequence[AttentionSite]) -> frozenset[int]:
     """Indices of the attention layers that the encoder's states are made with, understood or not."""
-    seen = _behind(program, [s.key.source for s in cross])
+    seen = _behind(program, [s.key.origin for s in cross])
     found = enumerate(find_anchors(DataFlow(program), program))
     return frozenset(i for i, a in found if (a.softmax if isinstance(a, Anchor) else a[0]).name in seen)
 

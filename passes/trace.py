@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import HigherOrderOperator
 from torch.export import ExportedProgram
 from torch.fx import Node
 
@@ -22,6 +23,7 @@ from mla_compile.program import AnyProgram, Program
 from mla_compile.site import RejectCode
 
 __all__ = [
+    "FLEXIBLE",
     "PRODUCTS",
     "SHAPE_ONLY",
     "Anchor",
@@ -41,6 +43,8 @@ __all__ = [
 _aten = torch.ops.aten
 _SDPA = _aten.scaled_dot_product_attention.default
 _SOFTMAX = frozenset({_aten.softmax.int, _aten._softmax.default, _aten._safe_softmax.default})
+FLEXIBLE = "flex_attention"
+"""The higher-order operator whose mask and scores are functions that a model brings along."""
 PRODUCTS = frozenset(
     {
         _aten.matmul.default,
@@ -106,7 +110,8 @@ def upstream(
 class ProjectionNode:
     """A product of one activation with one weight expression: ``node = source @ weight (+ bias)``.
 
-    Where ``left``, the weight stands on the left: ``node = weight @ source^T``, with channels before positions.
+    Where ``left``, the weight stands on the left: ``node = weight @ source^T``, with channels before positions. Where
+    the weight has more than two axes, the source is without the axes along which it is repeated for the product.
     """
 
     node: Node
@@ -237,6 +242,8 @@ class DataFlow:
             upright = _transposed(hidden[0])
             # A weight on the left of an activation that is not turned mixes positions.
             return None if upright is None else ProjectionNode(node, upright, weights[0], None, left=True)
+        if node.target in _MATRICES and weights[0].meta["val"].dim() > 2:
+            return ProjectionNode(node, _unrepeated(hidden[0]), weights[0], bias)
         return ProjectionNode(node, hidden[0], weights[0], bias)
 
     def parameter_name(self, node: Node) -> str:
@@ -268,6 +275,22 @@ def _transposed(node: Node) -> Node | None:
     return None
 
 
+def _unrepeated(node: Node) -> Node:
+    """What a node is without the axes that were added to it, and along which it may be repeated."""
+    while node.op == "call_function":
+        arguments: Any = node.args
+        whole = node.target is _aten.slice.Tensor and _same_shape(arguments[0], node)
+        if not whole and node.target not in (_aten.unsqueeze.default, _aten.expand.default, _aten.clone.default):
+            break
+        node = arguments[0]
+    return node
+
+
+def _same_shape(first: Node, second: Node) -> bool:
+    """Whether two values have the same sizes; sizes that are symbols are not compared by torch, which would note it."""
+    return [str(d) for d in first.meta["val"].shape] == [str(d) for d in second.meta["val"].shape]
+
+
 def _operands(node: Node) -> tuple[list[Node], Node | None]:
     """Split a product's arguments into its two factors and what is added."""
     arguments: Any = node.args  # a product's arguments are nodes, which fx's argument type does not say
@@ -294,7 +317,10 @@ def find_anchors(flow: DataFlow, program: AnyProgram) -> list[Anchor | tuple[Nod
         except MismatchError as mismatch:
             found.append((node, mismatch))
             continue
-        if node.target is _SDPA:
+        if isinstance(node.target, HigherOrderOperator) and str(node.target) == FLEXIBLE:
+            reason = f"'{node.name}' is {FLEXIBLE}, whose mask and scores are functions, which are not read"
+            found.append((node, MismatchError(RejectCode.ANCHOR, reason)))
+        elif node.target is _SDPA:
             operands: Any = node.args
             query, key, value = operands[:3]
             found.append(Anchor(query, key, value, node, node, probabilities=None, product=node, output=node))
@@ -405,9 +431,7 @@ def _completed(flow: DataFlow, scores: Node, softmax: Node, product: Node) -> No
         from_aside, from_main = (any(i in nodes for i in node.all_input_nodes) for nodes in (aside, main))
         if from_aside and from_main:
             value = node.meta["val"]
-            shape = [str(d) for d in value.shape] if isinstance(value, Tensor) else None  # a list of pieces has none
-            same = shape == [str(d) for d in product.meta["val"].shape]
-            if not same:
+            if not isinstance(value, Tensor) or not _same_shape(node, product):  # a list of pieces has no shape
                 raise MismatchError(
                     RejectCode.ORPHAN, f"the scores are used besides the weighted sum of values, at '{beside[0].name}'"
                 )
@@ -477,7 +501,8 @@ def read_projection(flow: DataFlow, operand: Node, role: str) -> ProjectionNode:
     ]
     if leaves:
         raise MismatchError(
-            RejectCode.PROJECTION, f"the {role} depends on '{leaves[0].name}', which is not a linear projection"
+            RejectCode.PROJECTION,
+            f"the {role} depends on '{_to_blame(flow, operand, leaves).name}', which is not a linear projection",
         )
     names = ", ".join(sorted({flow.parameter_name(p.weight) for p in projections}))
     if any(_chooses(n) for n in behind):
@@ -492,6 +517,26 @@ def read_projection(flow: DataFlow, operand: Node, role: str) -> ProjectionNode:
     if len(projections) != 1:
         raise MismatchError(RejectCode.PROJECTION, f"the {role} is made from {len(projections)} projections ({names})")
     return projections[0]
+
+
+def _to_blame(flow: DataFlow, operand: Node, leaves: Sequence[Node]) -> Node:
+    """What an operand is made by instead of a projection.
+
+    A leaf; or else, where leaves are the embedded tokens that everything is made of, the nearest operator with a weight
+    (a convolution).
+    """
+    made = [n for n in leaves if any(i in flow.hidden for i in n.all_input_nodes)]
+    if made:
+        return made[0]
+    queue, seen = [operand], {operand}
+    while queue:
+        node = queue.pop(0)
+        if any(i in flow.weighted and i in flow.static for i in node.all_input_nodes):
+            return node
+        further = [i for i in node.all_input_nodes if i in flow.hidden and i not in seen]
+        queue += further
+        seen.update(further)
+    return leaves[0]
 
 
 def _turns(flow: DataFlow, product: Node) -> bool:

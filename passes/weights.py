@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import Node
 
 from mla_compile.passes.einsum import einsum_parts
 from mla_compile.passes.evaluate import GraphEvaluator
 from mla_compile.passes.offset_rotation import turn_by_phases
+from mla_compile.passes.trace import upstream
 from mla_compile.program import AnyProgram
 from mla_compile.site import AttentionSite, Projection
 
@@ -71,7 +73,7 @@ def read_site(program: AnyProgram, site: AttentionSite) -> SiteWeights:
 def input_width(program: AnyProgram, site: AttentionSite) -> int:
     """Width of the activation a site's projections read; needs shapes only."""
     nodes = {n.name: n for n in program.exported.graph.nodes}
-    return int(nodes[site.key.source].meta["val"].shape[-1])
+    return int(nodes[site.key.origin].meta["val"].shape[-1])
 
 
 def has_numbers(program: AnyProgram) -> bool:
@@ -103,20 +105,33 @@ def _read(evaluator: GraphEvaluator, projection: Projection) -> HeadWeights:
 
 
 def _affine(evaluator: GraphEvaluator, projection: Projection) -> tuple[Tensor, Tensor]:
-    """Matrix ``[outputs, width]`` and bias ``[outputs]`` of a projection node, however the product was written."""
+    """Matrix ``[outputs, width]`` and bias ``[outputs]`` of a projection node, however the product was written.
+
+    Of projections in a row they are those of all together.
+    """
     node = evaluator.nodes[projection.node]
     arguments: Any = node.args
     if node.target is _aten.einsum.default:
         matrix = _einsum_matrix(evaluator, projection)
     else:
-        left = node.target in (_aten.matmul.default, _aten.mm.default) and arguments[0].name != projection.source
+        left = node.target in (_aten.matmul.default, _aten.mm.default) and _is_constant(evaluator, arguments[0])
         place = 0 if left else 2 if node.target is _aten.addmm.default else 1
         (weight,) = evaluator.run([arguments[place]], {}, {})
         matrix = weight if left or node.target is _aten.linear.default else weight.transpose(-1, -2)
-    if projection.bias is None:
-        return matrix, matrix.new_zeros(len(matrix))
-    (bias,) = evaluator.run([arguments[2] if node.target is _aten.linear.default else arguments[0]], {}, {})
-    return matrix, bias.reshape(-1)
+        matrix = matrix.flatten(0, -2)  # of several heads
+    added = matrix.new_zeros(len(matrix))
+    if projection.bias is not None:
+        (bias,) = evaluator.run([arguments[2] if node.target is _aten.linear.default else arguments[0]], {}, {})
+        added = bias.reshape(-1)
+    if projection.inner is None:
+        return matrix, added
+    inner = _read(evaluator, projection.inner)
+    return matrix @ inner.weight[0], matrix @ inner.bias[0] + added
+
+
+def _is_constant(evaluator: GraphEvaluator, node: Node) -> bool:
+    """Whether a value is made of weights and constants alone."""
+    return all(n.name in evaluator.constants for n in upstream([node]) if n.op == "placeholder")
 
 
 def _einsum_matrix(evaluator: GraphEvaluator, projection: Projection) -> Tensor:

@@ -106,7 +106,7 @@ def require_blocks(program: AnyProgram, sites: Sequence[AttentionSite]) -> None:
     """
     _require_config(program.assets.config, program.source)
     found = {name for name, value in program.exported.state_dict.items() if value.is_floating_point()}
-    own = {name for s in sites for p in (s.query, s.key, s.value) for name in (p.weight, p.bias) if name}
+    own = {name for s in sites for p in (s.query, s.key, s.value) for name in p.parameters}
     _require_names(_both_tables(dict.fromkeys(found - own)).keys(), program.source, len(sites))
 
 

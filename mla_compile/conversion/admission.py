@@ -14,6 +14,7 @@ from mla_compile.errors import RefusedError, UsageError
 from mla_compile.passes.plain_caches import with_plain_caches
 from mla_compile.passes.recognise import Recognition
 from mla_compile.passes.task import Task
+from mla_compile.passes.trace import FLEXIBLE
 from mla_compile.passes.weights import has_numbers, stored_numbers
 from mla_compile.plan import latent_budget, shared_rope_plan
 from mla_compile.program import AnyProgram, OtherProgram, Program
@@ -118,7 +119,9 @@ def _require_some(program: AnyProgram, found: Recognition) -> None:
         raise RefusedError(
             f"{len(lost or found.rejections)} of {len(found.rejections) + len(found.sites)} attention layers of "
             f"'{program.source}' cannot be {verb}: {why}.",
-            "Pass --encoders to make its projections low-rank instead."
+            "Use torch.nn.functional.scaled_dot_product_attention with a mask in its place."
+            if any(FLEXIBLE in r.reason for r in lost)
+            else "Pass --encoders to make its projections low-rank instead."
             if is_encoder(found)
             else "Run 'mla-compile inspect' for the whole table.",
         )

@@ -76,13 +76,18 @@ def capture_any(
     if dtype in (torch.float16, torch.bfloat16):
         module = _narrowed(module, dtype)
     config = getattr(module, "config", None)
+    known = huggingface.is_transformers_model(module)
+    if known and getattr(config, "_attn_implementation", None) == "flex_attention":
+        raise LoadError(
+            f"{source} attends by flex_attention, whose mask and scores are functions, which are not read.",
+            "Call model.set_attn_implementation('sdpa') first.",
+        )
     keyword = isinstance(example_inputs, Mapping)
     values = {k: _enlarge(v) for k, v in example_inputs.items()} if keyword else tuple(map(_enlarge, example_inputs))  # type: ignore[union-attr]
     shapes = {k: _dynamic(v) for k, v in values.items()} if isinstance(values, dict) else tuple(map(_dynamic, values))
     with _evaluating(module), huggingface.without_cache(module):
         exported = export_module(module, values, shapes, source)
     positions = getattr(config, "max_position_embeddings", None)
-    known = huggingface.is_transformers_model(module)
     assets = huggingface.assets_of(module, tokenizer) if known else assets_of(tokenizer, None)
     return read_export(exported, source=source, assets=assets, max_positions=positions, in_memory=in_memory)
 

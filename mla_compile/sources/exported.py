@@ -16,6 +16,7 @@ from mla_compile.program import AnyProgram, Assets, OtherProgram, Program, Role,
 from mla_compile.quiet import quiet_exporter
 from mla_compile.sources.ellipses import has_ellipses, spell_ellipses
 from mla_compile.sources.patterns import patterns
+from mla_compile.sources.products import has_other_products, spell_products
 from mla_compile.sources.softmaxes import has_other_softmaxes, spell_softmaxes
 from mla_compile.sources.tables import has_other_tables, spell_tables
 
@@ -114,6 +115,7 @@ def read_export(
                 f"The graph of '{source}' could not be normalised ({reason_of(error)}).", HOW_TO_EXPORT
             ) from error
         _drop_type_assertions(exported)
+        spell_products(exported)
         spell_tables(exported)
         spell_softmaxes(exported)
         spell_ellipses(exported)
@@ -252,6 +254,7 @@ def _has_compositions(exported: ExportedProgram) -> bool:
     return (
         exported.dialect != "ATEN"
         or any(n.target in unwanted for n in exported.graph.nodes)
+        or has_other_products(exported)
         or has_other_tables(exported)
         or has_other_softmaxes(exported)
         or has_ellipses(exported)

@@ -552,6 +552,119 @@ class ParallelLM(GatedLM):
     attention, block = ParallelAttention, ParallelBlock
 
 
+# ---- products with weights in other words
+
+
+class ConvolutionAttention(ParallelAttention):
+    """Every projection is a convolution of one position."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.o_proj = nn.Conv1d(WIDTH, HEADS * DIM, 1), nn.Conv1d(HEADS * DIM, WIDTH, 1)
+        self.k_proj, self.v_proj = (nn.Conv1d(WIDTH, KV_HEADS * DIM, 1) for _ in range(2))
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        turned = x.transpose(1, 2)
+        heads = (HEADS, KV_HEADS, KV_HEADS)
+        q, k, v = (
+            project(turned).view(x.shape[0], count, DIM, x.shape[1]).transpose(2, 3)
+            for project, count in zip((self.q_proj, self.k_proj, self.v_proj), heads, strict=True)
+        )
+        q, k = LitAttention.apply_rope(q, cos, sin), LitAttention.apply_rope(k, cos, sin)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return self.o_proj(y.transpose(2, 3).flatten(1, 2)).transpose(1, 2)
+
+
+class ConvolutionLM(GatedLM):
+    """Attention of convolutions."""
+
+    attention = ConvolutionAttention
+
+
+class TensordotAttention(ParallelAttention):
+    """Keys and queries by weights stored input-first, values by one of three axes, outputs by a sum over two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wq = nn.Parameter(torch.randn(WIDTH, HEADS * DIM))
+        self.wk = nn.Parameter(torch.randn(WIDTH, KV_HEADS * DIM))
+        self.wv = nn.Parameter(torch.randn(KV_HEADS, DIM, WIDTH))
+        self.wo = nn.Parameter(torch.randn(HEADS, DIM, WIDTH))
+        self.bias = nn.Parameter(torch.zeros(KV_HEADS * DIM))
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        q = torch.tensordot(x, self.wq, dims=1).unflatten(2, (HEADS, DIM)).transpose(1, 2)
+        k = (torch.tensordot(x, self.wk, dims=1) + self.bias).unflatten(2, (KV_HEADS, DIM)).transpose(1, 2)
+        v = torch.tensordot(x, self.wv, dims=([-1], [-1])).transpose(1, 2)
+        q, k = LitAttention.apply_rope(q, cos, sin), LitAttention.apply_rope(k, cos, sin)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return torch.tensordot(y.transpose(1, 2), self.wo, dims=2)
+
+
+class TensordotLM(GatedLM):
+    """Attention of tensordots."""
+
+    attention = TensordotAttention
+
+
+class PerHeadAttention(ParallelAttention):
+    """Weights ``[heads, width, head_dim]`` and biases of every head; outputs by an einsum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wq = nn.Parameter(torch.randn(HEADS, WIDTH, DIM))
+        self.wk, self.wv = (nn.Parameter(torch.randn(KV_HEADS, WIDTH, DIM)) for _ in range(2))
+        self.wo = nn.Parameter(torch.randn(HEADS, DIM, WIDTH))
+        self.bq, self.bk = nn.Parameter(torch.randn(HEADS, 1, DIM)), nn.Parameter(torch.randn(KV_HEADS, 1, DIM))
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        q, k, v = x[:, None] @ self.wq + self.bq, x[:, None] @ self.wk + self.bk, x[:, None] @ self.wv
+        q, k = LitAttention.apply_rope(q, cos, sin), LitAttention.apply_rope(k, cos, sin)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return torch.einsum("bhsc,hcd->bsd", y, self.wo)
+
+
+class PerHeadLM(GatedLM):
+    """Attention of a weight per head."""
+
+    attention = PerHeadAttention
+
+
+class PerHeadEinsumAttention(PerHeadAttention):
+    """The same by einsums, with outputs of every head added up."""
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        q, k, v = (torch.einsum("bsd,hdc->bhsc", x, w) for w in (self.wq, self.wk, self.wv))
+        q, k = LitAttention.apply_rope(q + self.bq, cos, sin), LitAttention.apply_rope(k + self.bk, cos, sin)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return (y @ self.wo).sum(1)
+
+
+class PerHeadEinsumLM(GatedLM):
+    """Attention of einsums over a weight per head."""
+
+    attention = PerHeadEinsumAttention
+
+
+class FactoredAttention(ParallelAttention):
+    """Projections are two layers each, as a singular value decomposition leaves them."""
+
+    rank = 12
+
+    def __init__(self) -> None:
+        super().__init__()
+        heads = {"q_proj": HEADS, "k_proj": KV_HEADS, "v_proj": KV_HEADS}
+        for name, count in heads.items():
+            down, up = nn.Linear(WIDTH, self.rank, bias=False), nn.Linear(self.rank, count * DIM)
+            setattr(self, name, nn.Sequential(down, up))
+
+
+class FactoredLM(GatedLM):
+    """Attention of projections in two steps."""
+
+    attention = FactoredAttention
+
+
 class SharedAttention(nn.Module):
     """Queries and keys are the same projection; order is told by the rotation alone."""
 
@@ -671,6 +784,11 @@ CONVERTIBLE: dict[str, Family] = {
     "gated": _family(GatedLM, _HALF),
     "alibi": _family(AlibiLM, Layer(slopes=SLOPES)),
     "parallel": _family(ParallelLM, _HALF),
+    "convolutions": _family(ConvolutionLM, _HALF),
+    "tensordots": _family(TensordotLM, _HALF),
+    "per-head": _family(PerHeadLM, _HALF),
+    "per-head-einsum": _family(PerHeadEinsumLM, _HALF),
+    "factored": _family(FactoredLM, _HALF),
     "shared-qk": _family(SharedLM, Layer(layout="half", **_ROPE)),
 }
 """Models that must convert."""

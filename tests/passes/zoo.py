@@ -542,6 +542,65 @@ class WeightOfThreeDimensions(Attention):
         return tuple((x @ w).flatten(2) for w in self.w)
 
 
+class WeightPerHead(HalfRope):
+    """Weights ``[heads, width, head_dim]`` make heads that stand before positions; keys have a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.ParameterList(0.2 * torch.randn(HEADS, WIDTH, DIM) for _ in range(3))
+        self.bias = nn.Parameter(torch.randn(HEADS, 1, DIM))
+
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        wq, wk, wv = self.w
+        return x[:, None] @ wq, x.unsqueeze(1) @ wk + self.bias, torch.matmul(x[:, None, :, :], wv[None])
+
+    def split(self, x: Tensor, heads: int) -> Tensor:
+        return x
+
+
+class WeightPerHeadRepeated(WeightPerHead):
+    """The activation is repeated for every head first."""
+
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        repeated = x[:, None].expand(-1, HEADS, -1, -1)
+        return tuple(repeated @ w for w in self.w)
+
+
+class ChannelsPerHead(WeightPerHead):
+    """Every head's keys are made of its own part of the activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w[1] = nn.Parameter(0.2 * torch.randn(HEADS, WIDTH // HEADS, DIM))
+
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        q, _, v = (x[:, None] @ w for w in (self.w[0], self.w[0], self.w[2]))
+        return q, x.unflatten(2, (HEADS, -1)).transpose(1, 2) @ self.w[1], v
+
+
+class WeightPerHeadOnTheLeft(WeightPerHead):
+    """Channels before positions; the weight, which is square for that to be mistaken, is on the left."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.ParameterList(0.2 * torch.randn(HEADS, WIDTH, WIDTH) for _ in range(3))
+        self.out = nn.Linear(HEADS * WIDTH, WIDTH)
+
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple((w @ x.mT[:, None]).mT for w in self.w)
+
+
+class WeightPerPosition(Attention):
+    """The axis of the weight that is no part of a matrix lies along the positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(0.2 * torch.randn(512, WIDTH, HEADS * DIM))
+
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.q(x), (x[:, :, None] @ self.w[: x.shape[1]]).squeeze(2), self.v(x)
+
+
 class ProjectionPerHead(Attention):
     """One small matrix is applied to every head's part of the activation."""
 
@@ -1440,6 +1499,9 @@ ACCEPTED: dict[str, type[Attention]] = {
     "parameter product": ParameterProduct,
     "flat product": FlatProduct,
     "weights on the left": WeightsOnTheLeft,
+    "a weight of three dimensions": WeightOfThreeDimensions,
+    "a weight per head": WeightPerHead,
+    "a weight per head, by repeated activations": WeightPerHeadRepeated,
     "scaled queries": ScaledQueries,
     "wide values": WideValues,
     "large negative mask": LargeNegativeMask,
@@ -1490,7 +1552,9 @@ REFUSED: dict[str, tuple[type[Attention], frozenset[RejectCode]]] = {
         ("keys without a projection", NoProjection, RejectCode.PROJECTION),
         ("an activation as bias", ActivationAsBias, RejectCode.PROJECTION),
         ("a product with factors", ScaledProduct, RejectCode.PROJECTION),
-        ("a weight of three dimensions", WeightOfThreeDimensions, RejectCode.PROJECTION),
+        ("every head its own channels", ChannelsPerHead, RejectCode.PROJECTION),
+        ("weights per head on the left", WeightPerHeadOnTheLeft, RejectCode.PROJECTION),
+        ("a weight per position", WeightPerPosition, RejectCode.PROJECTION, RejectCode.LAYOUT),
         ("a small projection per head", ProjectionPerHead, RejectCode.PROJECTION, RejectCode.LAYOUT),
         ("scores summed over heads", SummedScores, RejectCode.LAYOUT),
         ("channels before positions", TransposedScores, RejectCode.LAYOUT),
