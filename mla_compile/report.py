@@ -445,6 +445,7 @@ def summarise_site(site: AttentionSite | Rejection) -> dict[str, Any]:
         "rope_slowing": list(site.rope.slowing),
         "scale": site.scale,
         "logit_scale": site.logit_scale,
+        "logit_scales": None if site.logit_scales is None else list(site.logit_scales),
         "mask": str(site.kind) if site.kind == Kind.CROSS else str(site.mask),
         "query_norm": None if site.query.norm is None else str(site.query.norm),
         "key_norm": None if site.key.norm is None else str(site.key.norm),

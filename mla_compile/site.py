@@ -279,6 +279,11 @@ class Scores:
         return self.sinks is not None or self.factors is not None
 
 
+def _alike(one: float, other: float) -> bool:
+    """Whether two factors are one; gains are measured in float32 graphs."""
+    return math.isclose(one, other, rel_tol=1e-5)
+
+
 @dataclass(frozen=True, slots=True)
 class AttentionSite:
     """One attention layer whose meaning is known and has been checked against the graph.
@@ -332,14 +337,19 @@ class AttentionSite:
     @property
     def logit_scale(self) -> float | None:
         """Factor of ``q . k`` with the gains (softmax scale, YaRN's attention factor); None where channels differ."""
-        group = self.heads // self.kv_heads
-        found = [
-            self.scale * q * k
-            for head, gains in enumerate(self.query.turned or self.query.gain)
-            for q, k in zip(gains, self.key.gain[head // group], strict=True)
-        ]
-        same = all(math.isclose(f, found[0], rel_tol=1e-5) for f in found)  # gains are measured in float32 graphs
-        return found[0] if same else None
+        found = self.logit_scales
+        return found[0] if found and all(_alike(f, found[0]) for f in found) else None
+
+    @property
+    def logit_scales(self) -> tuple[float, ...] | None:
+        """The same per query head (a temperature); None where channels of one head differ."""
+        group, found = self.heads // self.kv_heads, []
+        for head, gains in enumerate(self.query.turned or self.query.gain):
+            first, *others = (self.scale * q * k for q, k in zip(gains, self.key.gain[head // group], strict=True))
+            if not all(_alike(other, first) for other in others):
+                return None
+            found.append(first)
+        return tuple(found)
 
     @property
     def mask(self) -> Mask:

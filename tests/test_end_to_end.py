@@ -572,6 +572,17 @@ def test_a_module_read_back_and_saved_again_is_the_same_bytes(compiled, tmp_path
         mla_compile.save(compiled.module, tmp_path / "third", like=tmp_path)
 
 
+def test_a_model_saved_beside_a_file_leaves_the_report_of_that(compiled, tmp_path):
+    compiled.save(tmp_path / "own")
+    place, of_file = tmp_path / "place", json.dumps({"artifacts": {"tiny.onnx": 4}})
+    place.mkdir()
+    (place / "tiny.onnx").write_text("mine")
+    (place / "report.json").write_text(of_file)
+    mla_compile.save(mla_compile.load(tmp_path / "own"), place, like=tmp_path / "own", force=True)
+    assert (place / "tiny.onnx.report.json").read_text() == of_file
+    assert (place / "report.json").read_bytes() == (tmp_path / "own" / "report.json").read_bytes()
+
+
 def test_what_is_no_converted_model_is_not_saved(compiled, tmp_path):
     for other in (torch.nn.Linear(2, 2), compiled, None):
         with pytest.raises(UsageError, match=f"of type {type(other).__name__}, and no model that mla_compile.load"):

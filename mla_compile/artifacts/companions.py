@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +23,7 @@ from mla_compile.reporting.seq2seq_report import Seq2SeqReport
 from mla_compile.text.tokenizer_files import tokenizer_files
 
 __all__ = [
+    "CHECKPOINT",
     "GENAI_CONFIG",
     "MODEL",
     "MODEL_FILES",
@@ -32,6 +33,7 @@ __all__ = [
     "displaced",
     "finished",
     "is_converted_folder",
+    "keep_reports",
     "read_assets",
     "read_settings",
     "report_of",
@@ -46,6 +48,8 @@ OPENED_HERE = (".onnx", ".plan")
 """Suffixes of files that are run here."""
 MODEL_FILES = (".gguf", *OPENED_HERE)
 """Suffixes of files that are a model."""
+CHECKPOINT = "model.safetensors"
+"""What the weights of a checkpoint are called here, be they in one file or in several."""
 _AnyReport = TypeVar("_AnyReport", Report, EncoderReport, Seq2SeqReport)
 
 
@@ -153,13 +157,22 @@ def completed(report: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _files_of_report(folder: Path) -> Sequence[str]:
-    """Names of the models' files that the ``report.json`` of a folder is of, as far as they are still there."""
+    """Names of the models' files that the ``report.json`` of a folder is of, as far as they are still there.
+
+    A checkpoint's are one: :data:`CHECKPOINT`.
+    """
     try:
         report: Mapping[str, Any] = json.loads((folder / REPORT).read_text(encoding="utf-8"))
         names = sorted(report["artifacts"])
     except (OSError, ValueError, KeyError, TypeError):
         return ()
-    return [n for n in names if (n == MODEL or Path(n).suffix in MODEL_FILES) and (folder / n).is_file()]
+    return _models(n for n in names if (folder / n).is_file())
+
+
+def _models(names: Iterable[str]) -> list[str]:
+    """Those of some files that are models, each once."""
+    called = (CHECKPOINT if Path(name).suffix == ".safetensors" else name for name in names)
+    return sorted({n for n in called if n in (MODEL, CHECKPOINT) or Path(n).suffix in MODEL_FILES})
 
 
 def displaced(folder: Path, new: Mapping[str, int]) -> Sequence[str]:
@@ -169,7 +182,7 @@ def displaced(folder: Path, new: Mapping[str, int]) -> Sequence[str]:
         folder: Where the new files go.
         new: Their names, with their sizes.
     """
-    others = [name for name in _files_of_report(folder) if name not in new]
+    others = [name for name in _files_of_report(folder) if name not in _models(new)]
     if not others:
         return ()
     kept = report_of(folder / _first(others))
@@ -185,7 +198,10 @@ def report_of(file: Path) -> Path:
 
 
 def stored_report(file: Path) -> Path:
-    """Where the report of a file, or of a folder's :data:`MODEL`, is: also when another was written beside it since."""
+    """Where the report of a file is, also when another was written beside it since.
+
+    Of a folder it is that of :data:`MODEL`, of a checkpoint that of :data:`CHECKPOINT`.
+    """
     kept = report_of(file)
     return kept if kept.is_file() else file.with_name(REPORT)
 
@@ -202,9 +218,18 @@ def _write_reports(report: Mapping[str, Any], folder: Path) -> None:
         report: What was done.
         folder: A hidden one, with the files that the report is of, in the folder that they go to.
     """
-    target, new = folder.parent, [path.name for path in folder.iterdir()]
-    others = [name for name in _files_of_report(target) if name not in new]
     write_report(report, folder)
+    keep_reports(folder)
+
+
+def keep_reports(folder: Path) -> None:
+    """Keep what a new report takes the place of, under the name of the file that it is of; and replace what was kept.
+
+    Args:
+        folder: A hidden one, with a report and the files that it is of, in the folder that they go to.
+    """
+    target, new = folder.parent, _models(path.name for path in folder.iterdir())
+    others = [name for name in _files_of_report(target) if name not in new]
     pairs = [(target, report_of(folder / _first(others)))] if others else []
     pairs += [(folder, report_of(folder / name)) for name in new if report_of(target / name).is_file()]
     for source, kept in pairs:

@@ -18,12 +18,11 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from mla_compile.artifacts.checkpoint_folder import DEFAULT_SHARD, read_expected, write_checkpoint
-from mla_compile.artifacts.companions import finished
+from mla_compile.artifacts.companions import CHECKPOINT, finished, stored_report
 from mla_compile.artifacts.gguf_check import GREEDY, IDS, LOGITS, TOLERANCE, has_llama_cpp, verify_gguf
 from mla_compile.artifacts.gguf_tensors import DeepSeekFolder, write_tensors
 from mla_compile.artifacts.gguf_vocabulary import read_vocabulary
 from mla_compile.artifacts.places import check_neighbours, check_place
-from mla_compile.config import REPORT
 from mla_compile.disk.writing import moved_into
 from mla_compile.errors import RefusedError, UsageError
 from mla_compile.program import Assets
@@ -34,7 +33,7 @@ from mla_compile.runtime.module import LatentModel
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-__all__ = ["UNCHECKED", "check_gguf", "export_gguf", "write_and_check", "write_gguf"]
+__all__ = ["UNCHECKED", "check_gguf", "cost_of_biases", "export_gguf", "write_and_check", "write_gguf"]
 
 _ARCHITECTURE = "deepseek2"
 _LITE_LAYERS = (26, 27)
@@ -190,7 +189,7 @@ def _require_expressible(stored: DeepSeekFolder) -> None:
     scaling = config["rope_parameters"]["rope_type"]
     obstacles = {
         "attention has biases, and its loader takes no tensors for them ('wrong number of tensors')"
-        f"{_cost_of_biases(stored.folder)}": config.get("attention_bias"),
+        f"{cost_of_biases(stored.folder)}": config.get("attention_bias"),
         f"rotations are scaled by '{scaling}', and its rope takes no table of factors": scaling not in _SCALINGS,
         "'truncate' of YaRN is false, and its ramp begins and ends at whole channels": (
             config["rope_parameters"].get("truncate", True) is False
@@ -212,10 +211,12 @@ def _require_expressible(stored: DeepSeekFolder) -> None:
         )
 
 
-def _cost_of_biases(folder: Path) -> str:
+def cost_of_biases(folder: Path) -> str:
     """What leaving them out would cost, where it was measured."""
     try:
-        cost = json.loads((folder / REPORT).read_text(encoding="utf-8"))["checkpoint"]["without_biases"]
+        cost = json.loads(stored_report(folder / CHECKPOINT).read_text(encoding="utf-8"))["checkpoint"][
+            "without_biases"
+        ]
     except (OSError, ValueError, KeyError, TypeError):
         return ""
     return f"; leaving them out would cost {cost:.2g} nats per token" if cost else ""

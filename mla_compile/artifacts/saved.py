@@ -18,8 +18,8 @@ from mla_compile.artifacts.companions import (
     completed,
     copy_assets,
     is_converted_folder,
+    keep_reports,
     read_assets,
-    report_of,
     stored_report,
 )
 from mla_compile.artifacts.onnx_files import lower_and_check, stored_metadata
@@ -131,11 +131,10 @@ def save(model: LatentModel, folder: str | Path, *, like: str | Path, force: boo
         write_archive(model, hidden)
         copy_assets(assets, hidden)
         copies = [(source / SETTINGS, SETTINGS), (stored, REPORT), (stored.with_suffix(".html"), PAGE)]
-        if (kept := report_of(path / MODEL)).is_file():  # of what was in this place
-            copies += [(stored, kept.name), (stored.with_suffix(".html"), kept.with_suffix(".html").name)]
         for file, name in copies:
             if file.is_file():
                 shutil.copyfile(file, hidden / name)
+        keep_reports(hidden)
 
 
 def write_trained(

@@ -71,9 +71,11 @@ def _rope_in_words(row: Mapping[str, Any]) -> str:
 def _extras(row: Mapping[str, Any]) -> str:
     """What a layer has beyond plain attention, in a few words."""
     found = []
-    plain = row["qk_dim"] ** -0.5
-    if row["logit_scale"] is not None and abs(row["logit_scale"] / plain - 1) > _SCALED:
-        found.append(f"logits x{row['logit_scale'] / plain:.4g}")
+    factors = [scale * row["qk_dim"] ** 0.5 for scale in row["logit_scales"] or ()]
+    if row["logit_scale"] is None and factors:
+        found.append(f"logits x{min(factors):.4g} to x{max(factors):.4g} by head")
+    elif factors and abs(factors[0] - 1) > _SCALED:
+        found.append(f"logits x{factors[0]:.4g}")
     if row["query_norm"] or row["key_norm"]:
         found.append(f"qk-norm {row['key_norm'] or row['query_norm']}")
     if row["value_norm"]:

@@ -12,9 +12,11 @@ from conversion import convert, difference, in_chunks
 from torch import Tensor
 
 import mla_compile
+from mla_compile.display.layers import show_layers
 from mla_compile.passes.mismatch import MismatchError
 from mla_compile.passes.offset_rotation import common_rope, turn_by_phases, with_phases
 from mla_compile.passes.recognise import plain_layers, recognise
+from mla_compile.report import summarise_site
 from mla_compile.site import RejectCode, Rope
 from mla_compile.sources.capture import capture
 
@@ -153,6 +155,19 @@ def test_a_temperature_that_is_folded_is_that_of_a_model_without_one():
         program = zoo.program_of(module)
         model = convert(program, zoo.sites_of(program))
         assert difference(model(ids).logits, plain(ids)) < 1e-5
+
+
+def test_the_temperatures_of_heads_are_shown(capsys):
+    module = zoo.model(zoo.LearnedTemperature)
+    layer, site = module.layers[0], zoo.sites_of(zoo.program_of(module))[0]
+    row = summarise_site(site) | {"lossless_elements_per_token": site.elements_per_token}
+    factors = layer.logit_scale.detach().exp().clamp(max=10.0).flatten()
+    factors = (factors / factors[0] * row["logit_scales"][0]).tolist()
+    assert row["logit_scale"] is None
+    assert row["logit_scales"] == pytest.approx(factors, rel=1e-5)  # float32 gains
+    show_layers([row])
+    least, most = (f * row["qk_dim"] ** 0.5 for f in (min(factors), max(factors)))
+    assert f"logits x{least:.4g} to x{most:.4g} by head" in capsys.readouterr().out
 
 
 def test_a_layer_with_an_ordinary_cache_keeps_its_temperature():
