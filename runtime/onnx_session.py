@@ -403,11 +403,11 @@ class OnnxDecoder:
         cache.bind(binding)
         return binding, cache
 
-    def logits(self, ids: Ids) -> NDArray[Any]:
-        """Logits ``[batch, length, vocabulary]`` of whole, unpadded sequences."""
+    def logits(self, ids: Ids, logits_to_keep: int = 0) -> NDArray[Any]:
+        """Logits ``[batch, length, vocabulary]`` of whole, unpadded sequences, or of their last tokens as in `step`."""
         ids = as_ids(f"'{self._path}'", ids)
         positions = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
-        return self.step(ids, np.ones_like(ids), positions, self.empty_cache(*ids.shape))[0]
+        return self.step(ids, np.ones_like(ids), positions, self.empty_cache(*ids.shape), logits_to_keep)[0]
 
     def generate(
         self,

@@ -87,3 +87,17 @@ def test_pairs_do_not_disturb_each_other(batch):
 
 def test_nothing_is_certain():
     assert likelihoods(([1, 2], [])) == [(0.0, True)]
+
+
+def test_only_the_logits_that_are_read_are_asked_for():
+    """The same as of all logits; contexts of several lengths, run together behind padding."""
+    asked = []
+
+    def last(ids, tokens):
+        asked.append((ids.shape[1], tokens))
+        return score(ids)[:, -tokens:]
+
+    pairs = [([1, 2, 3, 4], [6]), ([1, 2, 3], [4, 6]), ([7, 8, 9], [3]), ([2], [5, 1])]
+    sizes = {"prefix": PREFIX, "longest": LONGEST, "batch": 3}
+    assert log_likelihoods(score, pairs, last=last, **sizes) == log_likelihoods(score, pairs, **sizes)
+    assert asked == [(4, 2), (2, 2)]

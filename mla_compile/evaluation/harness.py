@@ -14,13 +14,17 @@ token by itself: ``hf`` then scores that token too, unless it is given ``add_bos
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from mla_compile.artifacts.runnable import open_model
 from mla_compile.errors import UsageError
 from mla_compile.evaluation.textgen import continuation, cut_at
 from mla_compile.runtime.generate import Sampling, generate
+from mla_compile.runtime.onnx_session import OnnxDecoder
 from mla_compile.text.corpus import load_tokenizer
 from mla_compile.text.evaluate import longest_window
 from mla_compile.text.likelihood import log_likelihoods
@@ -134,7 +138,12 @@ class MlaCompileLM(TemplateLM):
 
     def _likelihoods(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
         return log_likelihoods(
-            self._score, pairs, prefix=self.prefix_token_id, longest=self.max_length, batch=self.batch_size
+            self._score,
+            pairs,
+            prefix=self.prefix_token_id,
+            longest=self.max_length,
+            batch=self.batch_size,
+            last=_last_logits(self._decoder) if isinstance(self._decoder, OnnxDecoder) else None,
         )
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
@@ -165,6 +174,11 @@ class MlaCompileLM(TemplateLM):
         ids = generate(self._decoder, [prompt], new, sampling=sampling, stop=stop, until=ends)[0]
         text = continuation(self.tokenizer, prompt, ids)
         return cut_at(text, strings)
+
+
+def _last_logits(decoder: OnnxDecoder) -> Callable[[Tensor, int], Tensor]:
+    """A file as a function of whole sequences and of how many last tokens it is to compute the logits."""
+    return lambda ids, tokens: torch.from_numpy(decoder.logits(ids.numpy(), tokens))
 
 
 if __name__ == "__main__":

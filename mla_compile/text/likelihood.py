@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -33,7 +33,13 @@ def scored_windows(tokens: Ids, scored: int, longest: int) -> Iterator[tuple[Ids
 
 
 def log_likelihoods(
-    score: Scorer, pairs: Sequence[tuple[Ids, Ids]], *, prefix: int, longest: int, batch: int
+    score: Scorer,
+    pairs: Sequence[tuple[Ids, Ids]],
+    *,
+    prefix: int,
+    longest: int,
+    batch: int,
+    last: Callable[[Tensor, int], Tensor] | None = None,
 ) -> list[tuple[float, bool]]:
     """Score continuations of contexts.
 
@@ -44,6 +50,7 @@ def log_likelihoods(
         prefix: Token that stands for an empty context.
         longest: Tokens the model can be given at once.
         batch: Sequences run together.
+        last: The model where it can compute the logits of so many last tokens alone ``[batch, tokens, vocabulary]``.
 
     Returns:
         For each pair the log-likelihood of the continuation in nats, and whether each of its tokens is the most likely
@@ -62,8 +69,11 @@ def log_likelihoods(
             ids = torch.zeros(len(together), len(together[0][1]), dtype=torch.long)
             for row, (_, given, _) in enumerate(together):
                 ids[row, : len(given)] = torch.tensor(given)
-            for logits, (pair, given, targets) in zip(score(ids), together, strict=True):
-                value, likely = _of_targets(logits[len(given) - len(targets) : len(given)], torch.tensor(targets))
+            unread = 0 if last is None else min(len(given) - len(targets) for _, given, targets in together)
+            found = score(ids) if last is None else last(ids, ids.shape[1] - unread)
+            for logits, (pair, given, targets) in zip(found, together, strict=True):
+                end = len(given) - unread
+                value, likely = _of_targets(logits[end - len(targets) : end], torch.tensor(targets))
                 sums[pair] += value
                 greedy[pair] &= likely
     return list(zip(sums, greedy, strict=True))
