@@ -15,7 +15,7 @@ import pytest
 import stand_in_engine
 
 import mla_compile
-from mla_compile.artifacts import opened
+from mla_compile.artifacts import runnable
 from mla_compile.artifacts import tensorrt as tensorrt_command
 from mla_compile.artifacts.tensorrt import write_for_tensorrt
 from mla_compile.cli import main
@@ -35,7 +35,7 @@ def converted(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "tensorrt", stand_in_engine.module())
         decoder = functools.partial(engine.TensorRTDecoder, device="cpu")
-        for module in (engine, tensorrt_command, opened):
+        for module in (engine, tensorrt_command, runnable):
             patch.setattr(module, "TensorRTDecoder", decoder)
         patch.setattr(tensorrt_command, "require_device", lambda: None)
         patch.setattr(tensorrt_command, "architecture", lambda: 90)
