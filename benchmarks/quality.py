@@ -58,7 +58,7 @@ class Row:
         perplexity: On that text.
         base_perplexity: The original's.
         plan: Sizes of every layer.
-        settings: The best ones by the calibration text.
+        settings: The best ones by the calibration text; of a polished one, also on how many windows of it.
         seconds: Of trying all settings of the method. Statistics are measured by the first method that needs them, at
             the first size, and read again by all others; of a polished one, of polishing.
     """
@@ -133,17 +133,18 @@ def measure(folder: Path, arguments: argparse.Namespace) -> Iterator[Row]:
                 if chosen is None:
                     continue
                 settings, choice = chosen
-                results = [(method, choice.weights, time.perf_counter() - begin)]
+                results = [(method, settings, choice.weights, time.perf_counter() - begin)]
                 if method == "fisher" and arguments.polish_steps:
                     begin = time.perf_counter()
                     trained = polish(replace(task, windows=more), choice.weights, arguments.polish_steps).weights
-                    results.append((_POLISHED, trained, time.perf_counter() - begin))
+                    polished = {**settings, "polish_steps": arguments.polish_steps, "polish_windows": len(more)}
+                    results.append((_POLISHED, polished, trained, time.perf_counter() - begin))
                 kept = sum(p.elements_after for p in choice.plans) / sum(p.elements_before for p in choice.plans)
                 plan = [{"rope_dims": p.rope_groups * p.rope_dims, "kv_rank": p.kv_rank} for p in choice.plans]
-                for name, weights, seconds in results:
+                for name, made_by, weights, seconds in results:
                     model = task.rewrite(weights)
                     value = perplexity(lambda ids, model=model: model(ids).logits, text).value  # type: ignore[misc]
-                    yield Row(folder.name, name, kept, arguments.text.name, value, base, plan, settings, seconds)
+                    yield Row(folder.name, name, kept, arguments.text.name, value, base, plan, made_by, seconds)
 
 
 def table(rows: Sequence[Row], ratios: Sequence[float]) -> list[str]:
@@ -206,10 +207,11 @@ def main() -> None:
             if arguments.json:
                 arguments.json.write_text(json.dumps([asdict(r) for r in rows], indent=1) + "\n", encoding="utf-8")
     made = environment()
+    polished = {(r.settings["polish_steps"], r.settings["polish_windows"]) for r in rows if r.method == _POLISHED}
     trained = "no training"
-    if arguments.polish_steps:
-        on = arguments.polish_windows or arguments.calibration_windows
-        trained += f" but, for `{_POLISHED}`, {arguments.polish_steps} steps on {on} windows of the same text"
+    if polished:
+        steps = " or ".join(f"{count} steps on {windows} windows" for count, windows in sorted(polished))
+        trained += f" but, for `{_POLISHED}`, {steps} of the same text"
     first = "all" if arguments.windows is None else f"the first {arguments.windows}"
     measured = f"{first} windows of {_LENGTH} tokens"
     head = [
