@@ -191,16 +191,15 @@ def convert(source: Path, out: Path, settings: Settings) -> dict[str, Any]:
     with store_beside(out) as store:
         compiled = api.compile(
             source,
-            calibration=text if settings["calibrated"] else None,
             method=settings["method"],
             dtype=settings["dtype"],
-            gradients=settings["method"] == "fisher",
             jobs=settings["jobs"],
             statistics_cache=False,
             check=settings["verified"],
             out=out,
             store=store,
             display=memory,
+            **({"calibration": text, "gradients": settings["method"] == "fisher"} if settings["calibrated"] else {}),
         )
         assert isinstance(compiled, api.CompiledModel)
         report = compiled.to_onnx(out, display=memory)
