@@ -25,7 +25,7 @@ from mla_compile.config import CompileConfig
 from mla_compile.latent_weights import LatentWeights
 from mla_compile.passes.calibrate import PairNorms
 from mla_compile.passes.low_rank import low_rank_factors
-from mla_compile.passes.side_by_side import side_by_side
+from mla_compile.passes.parallel import parallel_map
 from mla_compile.passes.weights import SiteWeights, read_site
 from mla_compile.plan import LatentPlan
 from mla_compile.program import AnyProgram
@@ -199,7 +199,7 @@ def factorise_layers(
     found: list[LatentWeights] = []
     with stages.stage("factorise", len(layers)) as stage, _one_thread():
         stage.note = _note(sites[0])
-        for done in side_by_side(factorised, layers, jobs):
+        for done in parallel_map(factorised, layers, jobs):
             found.append(done)
             stage()
             stage.note = _note(sites[len(found)]) if len(found) < len(sites) else ""

@@ -24,11 +24,11 @@ from mla_compile.latent_weights import LatentWeights
 from mla_compile.passes.converted import steps_beside
 from mla_compile.passes.gauge import balanced
 from mla_compile.passes.layers import MeasuredLayer, input_moments, measure_layers, no_room, rope_is_shifted, settled_by
+from mla_compile.passes.parallel import parallel_map
 from mla_compile.passes.principal import principal_components
 from mla_compile.passes.refit import refit_values
 from mla_compile.passes.rope_split import RopeSplit, rotary_channels, split_rope
 from mla_compile.passes.search import Divergence, Shares, require_finite, search_shares
-from mla_compile.passes.side_by_side import side_by_side
 from mla_compile.passes.sizes import LayerSizes, same_ranks, shared_ranks, split_budget
 from mla_compile.passes.statistics import key_weighting
 from mla_compile.passes.task import BATCH, Choice, Task, left_out
@@ -230,7 +230,7 @@ def fisher(task: Task) -> Choice:
             advance()
 
             def measure() -> float:
-                weights = side_by_side(lambda one: parts.weights(*one), [*enumerate(sizes)], task.jobs)
+                weights = parallel_map(lambda one: parts.weights(*one), [*enumerate(sizes)], task.jobs)
                 return divergence(task.rewrite(weights, check=next(checks)))
 
             return measure() if tries is None else tries.recall(repr(sizes), measure)
@@ -242,7 +242,7 @@ def fisher(task: Task) -> Choice:
         require_finite(loss(sizes))
         if config.kv_rank is None and len(layers) > 1 and not (even or config.uniform_rank):
             sizes = min(sizes, shared_ranks(layers, config, sizes, costs(sizes)), key=loss)
-    weights = tuple(side_by_side(lambda one: finished(*one), [*enumerate(sizes)], task.jobs))
+    weights = tuple(parallel_map(lambda one: finished(*one), [*enumerate(sizes)], task.jobs))
     weights = _refitted(task, weights, divergence)
     plans = tuple(
         shared_rope_plan(layer.site, layer.width, s.components, s.rank) for layer, s in zip(layers, sizes, strict=True)

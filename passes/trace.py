@@ -21,6 +21,7 @@ from mla_compile.passes.einsum import einsum_parts
 from mla_compile.passes.mismatch import MismatchError
 from mla_compile.program import AnyProgram, Program
 from mla_compile.site import RejectCode
+from mla_compile.sources.products import transposed
 
 __all__ = [
     "FLEXIBLE",
@@ -239,7 +240,7 @@ class DataFlow:
         if len(hidden) != 1 or len(weights) != 1:
             return None
         if node.target in _MATRICES and node.args[0] is weights[0]:
-            upright = _transposed(hidden[0])
+            upright = transposed(hidden[0])
             # A weight on the left of an activation that is not turned mixes positions.
             return None if upright is None else ProjectionNode(node, upright, weights[0], None, left=True)
         if node.target in _MATRICES and weights[0].meta["val"].dim() > 2:
@@ -261,18 +262,6 @@ def _given(ids: Any) -> Node:  # noqa: ANN401 - an operator's argument, which is
     while ids.target in (_aten._to_copy.default, _aten.clone.default, _aten.alias.default):
         ids = ids.args[0]
     return ids  # type: ignore[no-any-return]
-
-
-def _transposed(node: Node) -> Node | None:
-    """What a node is with its last two axes exchanged, if it is made so."""
-    arguments: Any = node.args
-    last = node.meta["val"].dim() if node.op == "call_function" else 0
-    if node.target is _aten.transpose.int and {a % last for a in arguments[1:]} == {last - 2, last - 1}:
-        return arguments[0]  # type: ignore[no-any-return]
-    order = [*range(last - 2), last - 1, last - 2]
-    if node.target is _aten.permute.default and [a % last for a in arguments[1]] == order:
-        return arguments[0]  # type: ignore[no-any-return]
-    return None
 
 
 def _unrepeated(node: Node) -> Node:

@@ -21,10 +21,10 @@ from mla_compile.errors import UsageError
 from mla_compile.latent_weights import LatentWeights
 from mla_compile.passes.fisher import JointFactors, assemble, from_rows, joint_rows
 from mla_compile.passes.layers import MeasuredLayer, input_moments, measure_layers, no_room, settled_by
+from mla_compile.passes.parallel import parallel_map
 from mla_compile.passes.principal import principal_components
 from mla_compile.passes.rope_split import RopeSplit, RotaryChannels, real_split, rotary_channels, split_rope
 from mla_compile.passes.search import Divergence, require_finite
-from mla_compile.passes.side_by_side import side_by_side
 from mla_compile.passes.statistics import key_weighting
 from mla_compile.passes.task import Choice, Task, unpredicted
 from mla_compile.passes.weights import SiteWeights
@@ -165,7 +165,7 @@ class _Try:
     def weights(self) -> tuple[LatentWeights, ...]:
         """Latent weights of every layer; made when they are needed, which those of an earlier process are not."""
         layers = [*zip(self.layers, self.plans, strict=True)]
-        made = side_by_side(lambda layer: _weights(*layer, self.fold), layers, self.task.jobs)
+        made = parallel_map(lambda layer: _weights(*layer, self.fold), layers, self.task.jobs)
         return tuple(map(self.task.held, made))
 
     def cost(self, divergence: Divergence, checks: Iterator[bool]) -> float:

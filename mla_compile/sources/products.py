@@ -14,7 +14,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import Graph, Node
 
-__all__ = ["has_other_products", "spell_products"]
+__all__ = ["has_other_products", "spell_products", "transposed"]
 
 _aten = torch.ops.aten
 _TENSORDOT = _aten.tensordot.default
@@ -124,7 +124,7 @@ def _linear(graph: Graph, node: Node, upright: dict[Node, Node]) -> Node:
     arguments = _arguments(node)
     given, weight, bias = arguments["input"], arguments["weight"], arguments.get("bias")
     if given not in upright:
-        turned = _transposed(given)
+        turned = transposed(given)
         if turned is None:
             turned = _made(graph, node, given.meta["val"].transpose(1, 2), _aten.transpose.int, given, 1, 2)
         upright[given] = turned
@@ -134,12 +134,14 @@ def _linear(graph: Graph, node: Node, upright: dict[Node, Node]) -> Node:
     return _made(graph, node, value.transpose(1, 2), _aten.transpose.int, linear, 1, 2)
 
 
-def _transposed(node: Node) -> Node | None:
-    """What ``[batch, channels, length]`` is the transposition of, if it is one."""
+def transposed(node: Node) -> Node | None:
+    """What a node is with its last two axes exchanged, if it is made so."""
     arguments: Any = node.args
-    if node.target is _aten.transpose.int and {axis % 3 for axis in arguments[1:]} == {1, 2}:
+    last = node.meta["val"].dim() if node.op == "call_function" else 0
+    if node.target is _aten.transpose.int and {a % last for a in arguments[1:]} == {last - 2, last - 1}:
         return arguments[0]  # type: ignore[no-any-return]
-    if node.target is _aten.permute.default and [axis % 3 for axis in arguments[1]] == [0, 2, 1]:
+    order = [*range(last - 2), last - 1, last - 2]
+    if node.target is _aten.permute.default and [a % last for a in arguments[1]] == order:
         return arguments[0]  # type: ignore[no-any-return]
     return None
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mla_compile.program import Program
+from mla_compile.runtime.module import LatentModel
 from mla_compile.site import AttentionSite, RejectCode
 
 VOCABULARY, WIDTH, HEADS, DIM = 5003, 24, 4, 6
@@ -138,6 +139,16 @@ def program_of(module: nn.Module) -> Program:
     from mla_compile.sources.capture import capture
 
     return capture(module, (torch.randint(0, VOCABULARY, (2, 5), generator=torch.Generator().manual_seed(0)),))
+
+
+def error_in_two_pieces(converted: LatentModel, original: nn.Module) -> float:
+    """How far a converted model is from its original over 7 tokens and then 5, as a share of the largest logit."""
+    ids = torch.randint(VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        first = converted(ids[:, :7])
+        second = converted(ids[:, 7:], past=first.cache)
+        got, expected = torch.cat([first.logits, second.logits], 1), original(ids)
+    return float((got - expected).abs().max() / expected.abs().max())
 
 
 def sites_of(program: Program) -> tuple[AttentionSite, ...]:

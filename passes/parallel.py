@@ -13,13 +13,13 @@ from typing import TypeVar
 
 import torch
 
-__all__ = ["side_by_side"]
+__all__ = ["parallel_map"]
 
 _Item = TypeVar("_Item")
 _Made = TypeVar("_Made")
 
 
-def side_by_side(make: Callable[[_Item], _Made], items: Sequence[_Item], jobs: int) -> Iterator[_Made]:
+def parallel_map(make: Callable[[_Item], _Made], items: Sequence[_Item], jobs: int) -> Iterator[_Made]:
     """Make something of every item, in their order.
 
     With one job, ``make`` runs in this thread with all of torch's threads. With several, each has one: sums come out

@@ -10,7 +10,7 @@ import torch
 
 from mla_compile import api
 from mla_compile.errors import UsageError
-from mla_compile.passes.side_by_side import side_by_side
+from mla_compile.passes.parallel import parallel_map
 
 
 @pytest.fixture
@@ -32,12 +32,12 @@ def test_results_come_in_order(jobs):
             done.set()
         return item**2
 
-    assert [*side_by_side(make, range(7), jobs)] == [item**2 for item in range(7)]
+    assert [*parallel_map(make, range(7), jobs)] == [item**2 for item in range(7)]
 
 
 def test_no_more_than_the_jobs_are_begun_before_one_is_taken():
     begun = []
-    found = side_by_side(lambda item: begun.append(item) or item, range(10), 3)
+    found = parallel_map(lambda item: begun.append(item) or item, range(10), 3)
     for taken in range(10):
         assert next(found) == taken
         assert len(begun) <= taken + 3
@@ -45,10 +45,10 @@ def test_no_more_than_the_jobs_are_begun_before_one_is_taken():
 
 def test_every_job_has_one_thread_and_the_caller_gets_its_own_back(two_threads):
     with torch.no_grad():
-        seen = [*side_by_side(lambda _: (torch.get_num_threads(), torch.is_grad_enabled()), range(4), 2)]
+        seen = [*parallel_map(lambda _: (torch.get_num_threads(), torch.is_grad_enabled()), range(4), 2)]
     assert seen == [(1, False)] * 4
     assert torch.get_num_threads() == 2
-    assert [*side_by_side(lambda _: torch.get_num_threads(), range(2), 1)] == [2, 2]
+    assert [*parallel_map(lambda _: torch.get_num_threads(), range(2), 1)] == [2, 2]
 
 
 def test_what_goes_wrong_in_one_ends_all(two_threads):
@@ -61,7 +61,7 @@ def test_what_goes_wrong_in_one_ends_all(two_threads):
         return item
 
     with pytest.raises(ValueError, match="layer 1"):
-        list(side_by_side(make, range(100), 2))
+        list(parallel_map(make, range(100), 2))
     assert len(begun) < 10
     assert torch.get_num_threads() == 2
 
