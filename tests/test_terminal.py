@@ -20,9 +20,22 @@ import pytest
 from mla_compile import display
 from mla_compile.cli import main
 from mla_compile.cli.program import COMMANDS, app
+from mla_compile.display.layers import _duration
 
+DURATIONS = {
+    59: "less than a minute",
+    80: "about a minute",
+    7199: "about 120 minutes",
+    108_000: "about 30 hours",
+    640_000: "about 7 days",
+}
 TINY = Path(__file__).parents[1] / "examples" / "tiny-llama"
 COLOUR = re.compile(r"\x1b\[(?:[0-9;]*;)?(?:3[0-7]|4[0-7]|9[0-7]|10[0-7]|38|48)(?:;[0-9;]*)?m")
+
+
+@pytest.mark.parametrize("seconds", DURATIONS)
+def test_long_times_are_told_in_large_units(seconds):
+    assert _duration(seconds) == DURATIONS[seconds]
 
 
 def command(*words: object, code: int = 0) -> tuple[str, str]:

@@ -191,17 +191,20 @@ def show_conversion(cost: ConversionCost | None, alike: tuple[int, int] | None, 
     if cost is not None:
         read, written, held = (_amount(n) for n in (cost.weight_bytes, cost.written_bytes, cost.memory_bytes))
         tell(
-            f"converting it takes {_minutes(cost.seconds)} besides verification ({_amount(cost.operations)}FLOP in "
+            f"converting it takes {_duration(cost.seconds)} besides verification ({_amount(cost.operations)}FLOP in "
             f"float64, one core), reads {read}B, writes {written}B and holds {held}B (estimated)"
         )
         tell(f"by fisher, {_by_text(cost.fisher)}")
         tell(f"by transmla, {_by_text(cost.transmla)}")
         trained = cost.polish
         tell(
-            f"polishing by {trained.steps} steps takes {_minutes(trained.seconds)} more "
+            f"polishing by {trained.steps} steps takes {_duration(trained.seconds)} more "
             f"({_amount(trained.operations)}FLOP of running models) and {_amount(trained.memory_bytes)}B of memory, as "
             "all layers are trained at once (estimated)"
         )
+
+
+_UNITS = (("days", 86400), ("hours", 3600), ("minutes", 60))
 
 
 def _by_text(cost: TextCost) -> str:
@@ -218,15 +221,18 @@ def _by_text(cost: TextCost) -> str:
         )
     )
     return (
-        f"on {cost.tokens:,} tokens, {_minutes(cost.seconds)} ({model}FLOP of running the model, {exact}FLOP in "
+        f"on {cost.tokens:,} tokens, {_duration(cost.seconds)} ({model}FLOP of running the model, {exact}FLOP in "
         f"float64), {held}B of memory, or {less}B with {off}B of --offload, and {beside}B of files beside the "
         "output (estimated, without checks)"
     )
 
 
-def _minutes(seconds: float) -> str:
-    """A time of a conversion."""
-    return "less than a minute" if seconds < 60 else f"about {seconds / 60:,.0f} minutes"
+def _duration(seconds: float) -> str:
+    """A time of a conversion, in the largest unit of which there are two."""
+    if seconds < 90:
+        return "less than a minute" if seconds < 60 else "about a minute"
+    unit, size = next((unit, size) for unit, size in _UNITS if seconds >= 2 * size or size == 60)
+    return f"about {seconds / size:,.0f} {unit}"
 
 
 def _amount(number: float) -> str:
