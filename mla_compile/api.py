@@ -39,7 +39,7 @@ from mla_compile.disk.layer_store import LayerStore
 from mla_compile.errors import UsageError
 from mla_compile.passes.recognise import Recognition, recognise
 from mla_compile.program import AnyProgram
-from mla_compile.progress import Display
+from mla_compile.progress import Display, Stages
 from mla_compile.runtime.module import LatentModel
 from mla_compile.runtime.tensorrt.engine_builder import EngineSettings
 from mla_compile.sources.frontend import tell_notes
@@ -82,7 +82,8 @@ def compile(
         model: An ``nn.Module``, an ``ExportedProgram``, an archive, a Hugging Face folder or a hub id.
         example_inputs: Inputs to export an ``nn.Module`` with: token ids ``[batch, length]`` first; any for an encoder.
         calibration: Text to calibrate and measure on, for causal language models only: a ``.txt`` or ``.jsonl`` file,
-            ``hf:NAME[:CONFIG][:SPLIT]`` for a dataset, documents, or token windows ``[windows, length]``.
+            ``hf:NAME[:CONFIG][:SPLIT]`` for a dataset, documents, or token windows ``[windows, length]``; or
+            ``"sampled"``, and the model writes it itself.
         tokenizer: Tokenizer for the text, or its folder, if the model has none.
         config: All settings at once, also as a dictionary.
         statistics_cache: Whether to save statistics of the text for the next conversion of the same model, or the
@@ -181,6 +182,7 @@ def inspect(
     *,
     attn_implementation: str = "auto",
     unsafe_load: bool = False,
+    display: Display | None = None,
 ) -> tuple[AnyProgram, Recognition]:
     """Load a model of any kind and describe its attention layers, or say why they are not understood.
 
@@ -191,6 +193,7 @@ def inspect(
         example_inputs: Inputs to export an ``nn.Module`` with; integers are token ids, floats anything else.
         attn_implementation: Attention implementation of a transformers model given by name: auto, sdpa or eager.
         unsafe_load: Allow unpickling a module from a file.
+        display: Shows progress.
 
     Returns:
         The exported model and its attention layers: those recognised, and why each of the others was not.
@@ -199,13 +202,17 @@ def inspect(
         LoadError: The model cannot be read.
     """
     require_model(model)
+    stages = Stages(display)
     if isinstance(model, str | Path) and is_weightless(model):
-        drawn = draw(model, attn_implementation)
+        with stages.stage("load"):
+            drawn = draw(model, attn_implementation)
         return drawn.program, drawn.found
     source = ModelSource(model, example_inputs, None, attn_implementation, unsafe_load)
-    program = load_source(source, any_kind=True)
+    with stages.stage("load"):
+        program = load_source(source, any_kind=True)
     tell_notes(program)
-    return program, recognise(program)
+    with stages.stage("recognise"):
+        return program, recognise(program)
 
 
 def load(folder: str | Path) -> LatentModel:

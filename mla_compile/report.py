@@ -32,6 +32,7 @@ __all__ = [
     "Verification",
     "environment",
     "summarise_site",
+    "text_kind",
 ]
 
 _CONTEXT, _SHARES = 16384, (32, 4, 1)
@@ -80,24 +81,31 @@ class Verification:
 
 @dataclass(frozen=True, slots=True)
 class Quality:
-    """Perplexity on windows of the user's text.
+    """Perplexity on windows of a text.
 
     Attributes:
         original: Before.
         converted: After.
         tokens: Scored tokens.
         held_out: Whether the windows were kept out of calibration.
+        sampled: Whether the model wrote the text itself.
     """
 
     original: float
     converted: float
     tokens: int
     held_out: bool
+    sampled: bool = False
 
     @property
     def ratio(self) -> float:
         """After over before."""
         return self.converted / self.original
+
+    @property
+    def text(self) -> str:
+        """The text's kind, as :func:`text_kind` says it."""
+        return text_kind(dataclasses.asdict(self))
 
 
 @dataclass(frozen=True, slots=True)
@@ -411,7 +419,7 @@ class Report:
         if self.quality:
             lines.append(
                 f"perplexity: {self.quality.original:.4f} -> {self.quality.converted:.4f} "
-                f"({self.quality.tokens} {'held-out' if self.quality.held_out else 'calibration'} tokens)"
+                f"({self.quality.tokens} {self.quality.text} tokens)"
             )
         return "\n".join([*lines, *(f"warning: {w}" for w in self.warnings)])
 
@@ -466,6 +474,16 @@ def _cache_in_words(site: AttentionSite) -> str:
     if site.kind == Kind.CROSS:
         return f"cross cache {site.elements_per_token} numbers per encoder token"
     return f"{site.elements_per_token} numbers per token"
+
+
+def text_kind(quality: Mapping[str, Any]) -> str:
+    """What text perplexity was measured on, in a word or two.
+
+    Args:
+        quality: Fields of :class:`Quality`, also of a report from before there were sampled texts.
+    """
+    kept = "held-out" if quality["held_out"] else "calibration"
+    return f"{kept} sampled" if quality.get("sampled") else kept
 
 
 def environment() -> dict[str, str]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from mla_compile.config import DEFAULT_CACHE_RATIO, CompileConfig
 from mla_compile.disk.content import content_of
 from mla_compile.disk.spill import spilled
-from mla_compile.disk.statistics_cache import RecalledStatistics, statistics_key
+from mla_compile.disk.statistics_cache import Recalled, statistics_key
 from mla_compile.errors import RefusedError, UsageError
 from mla_compile.passes.output_metric import output_metrics
 from mla_compile.passes.statistics import collect_statistics
@@ -113,7 +113,7 @@ def measure_layers(task: Task) -> MeasuredModel:
         stage.note = f"{windows.numel()} tokens, {found.origin}"
     layers = [
         MeasuredLayer(site, functools.partial(read_site, task.program, site), measured)
-        for site, measured in zip(task.sites, found.statistics, strict=True)
+        for site, measured in zip(task.sites, found.value, strict=True)
     ]
     return MeasuredModel(tuple(layers), (*found.warnings, *notes, *_too_few(layers)))
 
@@ -132,7 +132,9 @@ def input_moments(task: Task, layers: Sequence[MeasuredLayer]) -> tuple[Tensor, 
     )
 
 
-def _measured_once(task: Task, measure: Callable[[], tuple[SiteStatistics, ...]]) -> RecalledStatistics:
+def _measured_once(
+    task: Task, measure: Callable[[], tuple[SiteStatistics, ...]]
+) -> Recalled[tuple[SiteStatistics, ...]]:
     """Measure, all processes together, unless the first has the statistics already; only the first goes on.
 
     Raises:
@@ -149,7 +151,7 @@ def _measured_once(task: Task, measure: Callable[[], tuple[SiteStatistics, ...]]
         return measure()
 
     if task.cache is None:
-        return RecalledStatistics(together(), "computed")
+        return Recalled(together(), "computed")
     key = statistics_key(task.program, task.sites, task.require_windows(), gradients=task.config.gradients)
     found = task.cache.recall(key, together)
     if not asked:

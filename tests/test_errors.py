@@ -172,7 +172,7 @@ CONVERT = {
         2,
         "chooses by what the model does on text",
     ),
-    "no text": ("{nano} --out {out} --method auto", 2, "--calibration FILE, or choose --method mha2mla"),
+    "no text": ("{nano} --out {out} --method auto", 2, "--calibration sampled, or choose --method mha2mla"),
     "no text, rank": ("{nano} --out {out} --kv-rank 4 --method auto", 2, "'fisher' chooses by what the model does"),
     "fisher without text": ("{nano} --out {out} --method fisher", 2, "chooses by what the model does on text"),
     "transmla with a setting of mha2mla": (
@@ -314,7 +314,7 @@ OTHERS = {
         2,
         "The model comes without a tokenizer. Give one with --tokenizer FOLDER.",
     ),
-    "plan without text": ("plan {nano}", 2, "Give some with --calibration FILE, or add --method mha2mla for a quick"),
+    "plan without text": ("plan {nano}", 2, "with --calibration sampled, or add --method mha2mla for a quick"),
     "plan no smaller": (
         "plan {tiny}/config.json --kv-rank 100000000000",
         2,

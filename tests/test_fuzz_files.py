@@ -216,7 +216,7 @@ def test_damaged_statistics_are_measured_anew(data, measured, tmp_path):
     known, whole = measured
     with entrance(tmp_path) as folder:
         (folder / "key.safetensors").write_bytes(data.draw(damages(whole)))
-        found = StatisticsCache(folder).recall("key", lambda: (known,)).statistics
+        found = StatisticsCache(folder).recall("key", lambda: (known,)).value
         assert len(found) == 1
         for name in SiteStatistics.__dataclass_fields__:
             assert np.array_equal(np.asarray(getattr(found[0], name)), np.asarray(getattr(known, name)))

@@ -61,8 +61,8 @@ def test_what_was_measured_comes_back_bit_by_bit(cache):
     measure = Measuring()
     first, second = (cache.recall("key", measure) for _ in range(2))
     assert measure.times == 1
-    assert equal(first.statistics, STATISTICS)
-    assert equal(second.statistics, STATISTICS)
+    assert equal(first.value, STATISTICS)
+    assert equal(second.value, STATISTICS)
     path = cache.folder / "key.safetensors"
     assert (first.origin, second.origin) == (f"computed, saved to {path}", f"reused from {path}")
     assert not first.warnings
@@ -86,7 +86,7 @@ def test_a_spoilt_file_is_told_and_replaced(cache, spoil):
     path.write_bytes(spoil(path.read_bytes()))
     found = cache.recall("key", measure)
     assert measure.times == 2
-    assert equal(found.statistics, STATISTICS)
+    assert equal(found.value, STATISTICS)
     (warning,) = found.warnings
     assert str(path) in warning
     assert "\n" not in warning
@@ -100,13 +100,13 @@ def test_a_file_of_something_else_is_told_and_replaced(cache):
     save_file({"x": torch.zeros(3)}, cache.folder / "key.safetensors")
     found = cache.recall("key", Measuring())
     assert found.warnings
-    assert equal(found.statistics, STATISTICS)
+    assert equal(found.value, STATISTICS)
 
 
 def test_a_folder_that_cannot_be_made_is_told_and_nothing_more(tmp_path):
     (tmp_path / "file").write_text("mine")
     found = StatisticsCache(tmp_path / "file" / "below").recall("key", Measuring())
-    assert equal(found.statistics, STATISTICS)
+    assert equal(found.value, STATISTICS)
     assert found.origin == "computed"
     assert any("could not be saved" in w for w in found.warnings)
     assert (tmp_path / "file").read_text() == "mine"

@@ -31,7 +31,7 @@ from mla_compile.errors import LoadError, UsageError, VerificationError, reason_
 from mla_compile.passes.retype import type_name
 from mla_compile.program import Assets
 from mla_compile.progress import Stages
-from mla_compile.report import CheckpointFacts, Report
+from mla_compile.report import CheckpointFacts, Report, text_kind
 from mla_compile.runtime.generate import generate
 from mla_compile.runtime.module import LatentModel, cache_dtype
 from mla_compile.runtime.torch_decoder import TorchDecoder
@@ -484,9 +484,8 @@ def _card(report: Mapping[str, Any], facts: CheckpointFacts) -> str:
 def _quality(quality: Mapping[str, Any] | None) -> list[str]:
     if quality is None:
         return []
-    text = "held-out" if quality["held_out"] else "calibration"
     change = f"{quality['original']:.4f} -> {quality['converted']:.4f}"
-    return [f"| perplexity, {quality['tokens']} {text} tokens | {change} |"]
+    return [f"| perplexity, {quality['tokens']} {text_kind(quality)} tokens | {change} |"]
 
 
 def _training(training: Mapping[str, Any] | None) -> list[str]:

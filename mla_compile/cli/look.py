@@ -39,8 +39,10 @@ def inspect(
     from mla_compile.conversion.preview import lossless_elements
     from mla_compile.report import summarise_site
 
-    with display.make_display(quiet, as_json, verbose):
-        program, found = api.inspect(model, attn_implementation=attn_implementation, unsafe_load=unsafe_load)
+    with display.make_display(quiet, as_json, verbose) as shown:
+        program, found = api.inspect(
+            model, attn_implementation=attn_implementation, unsafe_load=unsafe_load, display=shown
+        )
         sites, rejections = convertible(program, found, encoders)
         lossless = lossless_elements(program, sites)
     rows = [summarise_site(s) | {"lossless_elements_per_token": n} for s, n in zip(sites, lossless, strict=True)]

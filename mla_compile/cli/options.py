@@ -188,7 +188,7 @@ Calibration = Annotated[
     str | None,
     typer.Option(
         help="Text to calibrate and measure on: a .txt file (documents separated by <|endoftext|>), a .jsonl file, "
-        "or a dataset hf:NAME[:CONFIG][:SPLIT] (split train by default).",
+        "a dataset hf:NAME[:CONFIG][:SPLIT] (split train by default), or 'sampled' to let the model write it.",
         rich_help_panel=TEXT,
     ),
 ]

@@ -14,9 +14,10 @@ from mla_compile.config import CompileConfig
 from mla_compile.conversion.admission import as_causal, require_no_kept_layers, require_room_to_polish
 from mla_compile.conversion.number_types import require_float32
 from mla_compile.conversion.request import Request, Session
+from mla_compile.conversion.sampled_text import sample_text
 from mla_compile.conversion.verdict import costly_layers, log_sizes, require_smaller, rounded_slopes, warnings_of
 from mla_compile.deepseek import require_expressible, with_preset
-from mla_compile.disk.statistics_cache import open_cache
+from mla_compile.disk.statistics_cache import StatisticsCache, open_cache
 from mla_compile.latent_weights import LatentWeights
 from mla_compile.passes.converted import converted_logits, original_logits
 from mla_compile.passes.gauge import balanced
@@ -34,7 +35,7 @@ from mla_compile.program import Program
 from mla_compile.progress import Stages
 from mla_compile.report import LayerError, Polish, Quality, Report, Training, Verification
 from mla_compile.runtime.module import LatentModel
-from mla_compile.text.calibration import TextWindows, cut_windows
+from mla_compile.text.calibration import TextWindows, cut_windows, is_sampled
 from mla_compile.text.evaluate import longest_window, original_scorer, streamed_perplexity
 from mla_compile.training.recipe import make_recipe
 from mla_compile.training.run import finetune_module
@@ -132,9 +133,10 @@ def prepare(program: Program, found: Recognition, session: Session) -> Case:
         config = with_preset(config, found.sites[0])
     if config.cache_layout == "genai":
         require_no_kept_layers(found)
-    text = cut_windows(program, session.documents, request.source.tokenizer, config)
+    cache = open_cache(request.statistics_cache)
+    text, told = _text(program, config, session, cache)
     config, notes = _settled(config, text is not None)
-    notes = (*program.notes, *notes, *rounded_slopes(program, found.sites))
+    notes = (*program.notes, *told, *notes, *rounded_slopes(program, found.sites))
     folder = None if request.offload is None else Path(request.offload)
     task = Task(
         program,
@@ -143,7 +145,7 @@ def prepare(program: Program, found: Recognition, session: Session) -> Case:
         config,
         None if text is None else text.calibration,
         session.stages,
-        open_cache(request.statistics_cache),
+        cache,
         request.store,
         resources=Resources(folder=folder, device=session.processes.device),
         processes=session.processes,
@@ -151,6 +153,18 @@ def prepare(program: Program, found: Recognition, session: Session) -> Case:
     )
     require_room_to_polish(task)
     return Case(request, task, text, notes)
+
+
+def _text(
+    program: Program, config: CompileConfig, session: Session, cache: StatisticsCache | None
+) -> tuple[TextWindows | None, tuple[str, ...]]:
+    """Windows of the text that was given, or that the model writes; and what the user should know of it."""
+    request = session.request
+    if not is_sampled(request.calibration):
+        return cut_windows(program, session.documents, request.source.tokenizer, config), ()
+    windows, notes = sample_text(program, config, cache, session.stages)
+    text = cut_windows(program, windows, None, config)
+    return None if text is None else dataclasses.replace(text, sampled=True), notes
 
 
 def choose(case: Case) -> Choice:
@@ -268,7 +282,7 @@ def measure(case: Case, converted: LatentModel) -> Quality | None:
         original = original_logits(task.program, task.sites, batches, task.resources)
         before = streamed_perplexity(original, batches, stage.each)
         after = streamed_perplexity(converted_logits(model, batches, task.resources), batches, stage.each)
-    return Quality(before.value, after.value, before.tokens, case.text.separate)
+    return Quality(before.value, after.value, before.tokens, case.text.separate, case.text.sampled)
 
 
 def make_report(case: Case, choice: Choice, finished: FinalWeights, findings: Findings) -> Report:

@@ -10,6 +10,7 @@ from mla_compile.config import CompileConfig
 from mla_compile.conversion.admission import as_causal, is_beyond_causal, require_causal, require_in_pieces
 from mla_compile.conversion.encoders import require_encoder
 from mla_compile.conversion.number_types import result_type, wanted_type
+from mla_compile.conversion.sampled_text import sample_text
 from mla_compile.conversion.seq2seq import is_seq2seq, plan_seq2seq
 from mla_compile.conversion.verdict import log_sizes, require_smaller
 from mla_compile.conversion.weightless import draw, is_weightless
@@ -27,7 +28,7 @@ from mla_compile.progress import Display, Stages
 from mla_compile.site import AttentionSite
 from mla_compile.sources import frontend
 from mla_compile.sources.given import require_model, require_on_hub
-from mla_compile.text.calibration import Text, cut_windows, has_windows, read_text, require_text
+from mla_compile.text.calibration import Text, cut_windows, has_windows, is_sampled, read_text, require_text
 from mla_compile.text.corpus import require_named_tokenizer, require_tokenizer_of
 
 __all__ = ["ConversionPlan", "lossless_elements", "plan"]
@@ -89,20 +90,23 @@ def plan(
         UsageError: Sizes are chosen by text, and there is none; or settings do not fit the model.
     """
     require_model(model)
+    stages = Stages(display)
     if is_weightless(model):
-        return _plan_weightless(model, config, calibration, attn_implementation)
+        return _plan_weightless(model, config, calibration, attn_implementation, stages)
     require_on_hub(model)
     require_text(config, calibration, planned=True)
-    documents = read_text(calibration)
+    documents = None if is_sampled(calibration) else read_text(calibration)
     if tokenizer is not None:
         require_named_tokenizer(tokenizer)
     elif documents is not None and not has_windows(documents):
         require_tokenizer_of(model)
     dtype = wanted_type(config)
-    program = frontend.load_any(
-        model, tokenizer=tokenizer, attention=attn_implementation, unsafe=unsafe_load, dtype=dtype
-    )
-    found = recognise(program)
+    with stages.stage("load"):
+        program = frontend.load_any(
+            model, tokenizer=tokenizer, attention=attn_implementation, unsafe=unsafe_load, dtype=dtype
+        )
+    with stages.stage("recognise"):
+        found = recognise(program)
     types = type_name(program.dtype), type_name(result_type(program, config))
     if is_beyond_causal(program, found, config):
         require_text(config, calibration)  # of these nothing is estimated
@@ -124,9 +128,12 @@ def plan(
         cost = conversion_cost(sites, plans, widths, config, stored_numbers(program), itemsize, program.vocabulary)
         log_sizes(plans)
         return ConversionPlan(found, plans, widths, *types, cost, max_positions=program.max_positions)
+    cache = open_cache(statistics_cache)
+    if is_sampled(calibration):
+        documents, _ = sample_text(program, config, cache, stages)
     text = cut_windows(program, documents, tokenizer, config)
     windows = None if text is None else text.calibration
-    task = Task(program, sites, found.rejections, config, windows, Stages(display), open_cache(statistics_cache))
+    task = Task(program, sites, found.rejections, config, windows, stages, cache)
     plans = METHODS[method](task).plans
     require_smaller(plans, config, program.dtype, task.dtype)
     log_sizes(plans)
@@ -134,7 +141,7 @@ def plan(
 
 
 def _plan_weightless(
-    model: str | Path, config: CompileConfig, calibration: Text | None, attn_implementation: str
+    model: str | Path, config: CompileConfig, calibration: Text | None, attn_implementation: str, stages: Stages
 ) -> ConversionPlan:
     """Plan from a configuration alone; ``auto`` is then the one method that needs no text.
 
@@ -148,7 +155,8 @@ def _plan_weightless(
             f"'{model}' has no weights, and text is of use only where the model can be run on it.",
             "Plan with --method mha2mla and without --calibration, or give the whole checkpoint.",
         )
-    drawn = draw(model, attn_implementation)
+    with stages.stage("load"):
+        drawn = draw(model, attn_implementation)
     found = drawn.found
     alike = (drawn.layers, drawn.exported) if drawn.exported < drawn.layers else None
     if is_beyond_causal(drawn.program, found, config):

@@ -19,7 +19,7 @@ from mla_compile.disk.layer_store import LayerStore
 from mla_compile.errors import UsageError
 from mla_compile.progress import Display, Stages
 from mla_compile.sources.given import require_model, require_on_hub
-from mla_compile.text.calibration import Text, has_windows, read_text, require_text
+from mla_compile.text.calibration import Text, has_windows, is_sampled, read_text, require_text
 from mla_compile.text.corpus import require_named_tokenizer, require_tokenizer, require_tokenizer_of
 from mla_compile.text.processes import Processes, join_processes
 from mla_compile.training.run import require_accelerate
@@ -87,7 +87,7 @@ class Session:
 
     Attributes:
         request: What was asked for.
-        documents: Its text, as far as it is read: documents or token windows; None without text.
+        documents: Its text, as far as it is read: documents or token windows; None where there is none to read.
         processes: Those that share the text.
         stages: Times and shows what runs.
     """
@@ -139,7 +139,8 @@ def _require_tokenizer(request: Request) -> None:
     Raises:
         LoadError: There is none where it is to come from.
     """
-    source, texts = request.source, (request.calibration, request.finetune)
+    source, calibration = request.source, None if is_sampled(request.calibration) else request.calibration
+    texts = (calibration, request.finetune)
     if isinstance(source.tokenizer, str | Path):
         require_named_tokenizer(str(source.tokenizer))
     if all(text is None or has_windows(text) for text in texts):
@@ -159,7 +160,8 @@ def begin(request: Request, display: Display | None) -> Session:
             training was asked for, which one of several processes cannot do alone.
         ShareDone: Another process does all there is to do.
     """
-    documents = read_text(request.calibration)
+    sampled = is_sampled(request.calibration)
+    documents = None if sampled else read_text(request.calibration)
     read_text(request.finetune)  # it is opened again when it is time to train
     _require_tokenizer(request)
     if request.destination is not None:
@@ -171,6 +173,11 @@ def begin(request: Request, display: Display | None) -> Session:
         raise UsageError(
             "Several processes share a calibration, and only the first of them goes on, which cannot train alone.",
             "Convert without --finetune, then train with mla-compile finetune.",
+        )
+    if processes.count > 1 and sampled:
+        raise UsageError(
+            "Several processes share a calibration text, and each of them would write the same one.",
+            "Calibrate by one process, or give a text with --calibration FILE.",
         )
     processes.wait()  # all have checked what is there before anything is written
     if documents is None or request.config.exact:

@@ -1,5 +1,7 @@
 """Statistics of a model on a text, kept between conversions: measuring them is most of the work of a large model.
 
+So is writing text, where the model does that itself.
+
 A file is named by a hash of everything that its content follows from, so that it never has to be invalidated: another
 weight, graph, text or version is another name.
 """
@@ -11,6 +13,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,7 +28,9 @@ from mla_compile.runtime.user_cache import default_folder
 from mla_compile.site import AttentionSite
 from mla_compile.site_statistics import SiteStatistics
 
-__all__ = ["RecalledStatistics", "StatisticsCache", "open_cache", "statistics_key"]
+__all__ = ["Recalled", "StatisticsCache", "open_cache", "sampling_key", "statistics_key"]
+
+T = TypeVar("T")
 
 _MOST = 32 * 2**30
 """Bytes that the usual folder holds, at most: one file of a model of 7 billion parameters is about 4 GB."""
@@ -36,16 +41,16 @@ _SCHEMA = 1
 
 
 @dataclass(frozen=True)
-class RecalledStatistics:
-    """Statistics, and where they came from.
+class Recalled(Generic[T]):
+    """What was kept or has just been made, and where it came from.
 
     Attributes:
-        statistics: One entry per site.
+        value: Statistics, one entry per site; or windows of text.
         origin: In a few words.
         warnings: What the user should know.
     """
 
-    statistics: tuple[SiteStatistics, ...]
+    value: T
     origin: str
     warnings: tuple[str, ...] = ()
 
@@ -62,33 +67,49 @@ class StatisticsCache:
     folder: Path
     most: int | None = None
 
-    def recall(self, key: str, measure: Callable[[], tuple[SiteStatistics, ...]]) -> RecalledStatistics:
+    def recall(
+        self, key: str, measure: Callable[[], tuple[SiteStatistics, ...]]
+    ) -> Recalled[tuple[SiteStatistics, ...]]:
         """Read what was measured before, or measure and keep it. A cache that fails costs time and nothing else.
 
         Args:
             key: Name of the statistics, from :func:`statistics_key`.
             measure: Measures them.
         """
+        return self._recall(key, "statistics", measure, _read, _write)
+
+    def recall_windows(self, key: str, write: Callable[[], Tensor]) -> Recalled[Tensor]:
+        """Read text that was sampled before, or sample and keep it, likewise.
+
+        Args:
+            key: Name of the text, from :func:`sampling_key`.
+            write: Samples it: token ids ``[windows, length]``.
+        """
+        return self._recall(key, "windows of text", write, _read_windows, _write_windows)
+
+    def _recall(
+        self, key: str, what: str, make: Callable[[], T], read: Callable[[Path], T], write: Callable[[Path, T], None]
+    ) -> Recalled[T]:
         path = self.folder / f"{key}.safetensors"
         warnings = []
         try:
-            found = RecalledStatistics(_read(path), f"reused from {path}")
+            found = Recalled(read(path), f"reused from {path}")
             with contextlib.suppress(OSError):
                 path.touch()  # what was not used for longest goes first
             return found
         except FileNotFoundError:
             pass
         except (OSError, SafetensorError, KeyError, ValueError) as error:
-            warnings.append(f"saved statistics could not be read and were measured anew ({path}: {first_line(error)})")
-        statistics = measure()
+            warnings.append(f"saved {what} could not be read and were made anew ({path}: {first_line(error)})")
+        made = make()
         try:
-            _write(path, statistics)
+            write(path, made)
             if self.most is not None:
                 _prune(path, self.most)
         except (OSError, SafetensorError) as error:
-            warnings.append(f"statistics could not be saved to {self.folder} ({first_line(error)})")
-            return RecalledStatistics(statistics, "computed", tuple(warnings))
-        return RecalledStatistics(statistics, f"computed, saved to {path}", tuple(warnings))
+            warnings.append(f"{what} could not be saved to {self.folder} ({first_line(error)})")
+            return Recalled(made, "computed", tuple(warnings))
+        return Recalled(made, f"computed, saved to {path}", tuple(warnings))
 
 
 def open_cache(where: bool | str | Path) -> StatisticsCache | None:
@@ -111,11 +132,26 @@ def statistics_key(program: Program, sites: Sequence[AttentionSite], windows: Te
         windows: Token ids.
         gradients: Whether errors are weighed by the loss's gradients.
     """
+    return _key(program, (gradients, tuple(sites)), windows)
+
+
+def sampling_key(program: Program, starts: Tensor, length: int, seed: int) -> str:
+    """Hash everything that text which a model writes itself follows from, but for how its numbers are rounded.
+
+    Args:
+        program: The model.
+        starts: First tokens of every window.
+        length: Tokens of each.
+        seed: Of all that is drawn.
+    """
+    return _key(program, ("sampled", length, seed), starts)
+
+
+def _key(program: Program, settled: object, windows: Tensor) -> str:
     digest = hashlib.blake2b(digest_size=16)
     exported = program.exported
     code = [m.code for m in exported.graph_module.modules() if isinstance(m, fx.GraphModule)]
-    settled = (_SCHEMA, torch.__version__, gradients, tuple(sites), code, program.logits)
-    digest.update(repr(settled).encode())
+    digest.update(repr((_SCHEMA, torch.__version__, settled, code, program.logits)).encode())
     constants = {name: value for name, value in exported.constants.items() if isinstance(value, Tensor)}
     for tensors in ({"windows": windows}, exported.state_dict, constants):
         hash_tensors(digest, tensors)
@@ -128,17 +164,32 @@ def _read(path: Path) -> tuple[SiteStatistics, ...]:
     Raises:
         OSError, SafetensorError, KeyError, ValueError: The file is missing or not what was written.
     """
-    with safe_open(path, "pt") as file:
-        stored = file.metadata() or {}
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
-    if stored["content"] != content_of(tensors):
-        raise ValueError("Its content is not what was written. Remove the file.")
+    stored, tensors = _stored(path)
     sites = range(1 + max(int(name.split(".")[0]) for name in tensors))
     names = [f.name for f in fields(SiteStatistics) if f.name != "tokens"]
     return tuple(
         SiteStatistics(int(stored["tokens"]), **{name: tensors.get(f"{index}.{name}") for name in names})  # type: ignore[arg-type]
         for index in sites
     )
+
+
+def _read_windows(path: Path) -> Tensor:
+    """Read sampled text, likewise."""
+    return _stored(path)[1]["windows"]
+
+
+def _stored(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """What was written about a file's tensors, and the tensors.
+
+    Raises:
+        OSError, SafetensorError, KeyError, ValueError: The file is missing or not what was written.
+    """
+    with safe_open(path, "pt") as file:
+        stored = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+    if stored["content"] != content_of(tensors):
+        raise ValueError("Its content is not what was written. Remove the file.")
+    return stored, tensors
 
 
 def _prune(new: Path, most: int) -> None:
@@ -172,3 +223,10 @@ def _write(path: Path, statistics: Sequence[SiteStatistics]) -> None:
     }
     with whole_file(path) as file:
         save_file(tensors, file, {"tokens": str(statistics[0].tokens), "content": content_of(tensors)})
+
+
+def _write_windows(path: Path, windows: Tensor) -> None:
+    """Write sampled text, likewise."""
+    tensors = {"windows": windows}
+    with whole_file(path) as file:
+        save_file(tensors, file, {"content": content_of(tensors)})

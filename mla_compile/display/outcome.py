@@ -75,7 +75,7 @@ def _quality_rows(report: Report) -> _Rows:
         rows.append([name, f"{t.before:.4f} -> {t.after:.4f} nats per token"])
     if report.quality:
         q = report.quality
-        name = f"perplexity, {'held-out' if q.held_out else 'calibration'} text"
+        name = f"perplexity, {q.text} text"
         rows.append([name, f"{q.original:.4f} -> {q.converted:.4f} (x{q.ratio:.3f}, {q.tokens} tokens)"])
     return rows
 

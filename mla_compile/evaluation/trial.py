@@ -21,6 +21,7 @@ from mla_compile.artifacts.runnable import (
 from mla_compile.config import CompileConfig, make_config
 from mla_compile.conversion.admission import require_causal
 from mla_compile.conversion.number_types import require_known_types
+from mla_compile.conversion.sampled_text import sample_windows
 from mla_compile.disk.statistics_cache import StatisticsCache
 from mla_compile.errors import RefusedError, UsageError
 from mla_compile.evaluation.measure import Measurement, ModelScore, Sample, run_beside
@@ -32,7 +33,7 @@ from mla_compile.progress import Display, Stages
 from mla_compile.runtime.module import LatentModel
 from mla_compile.runtime.onnx_session import OnnxDecoder
 from mla_compile.sources import frontend
-from mla_compile.text.calibration import read_text
+from mla_compile.text.calibration import is_sampled, read_text
 from mla_compile.text.corpus import TextFile, load_tokenizer, open_documents, token_windows, tokenize
 
 __all__ = ["measure_conversions", "read_trials"]
@@ -106,7 +107,7 @@ def measure_conversions(
         original: An archive, a Hugging Face folder or a hub id.
         sample: What to measure on.
         trials: What to try; one that does not fit the model is left out with a warning.
-        calibration: The text to choose by: a file, or ``hf:`` and a dataset.
+        calibration: The text to choose by: a file, ``hf:`` and a dataset, or ``sampled``.
         onnxruntime: Measure every conversion in ONNX Runtime as well.
         cache: Where statistics are kept, if anywhere.
         display: Shows progress.
@@ -119,7 +120,7 @@ def measure_conversions(
     if onnxruntime and importlib.util.find_spec("onnxruntime") is None:
         raise UsageError("ONNX Runtime is not installed.", "Run: pip install 'mla-compile[cpu]'.")
     documents = open_documents(sample.text)
-    chosen_by = read_text(calibration)
+    chosen_by = None if is_sampled(calibration) else read_text(calibration)
     same = isinstance(chosen_by, TextFile) and chosen_by == documents
     warnings = ["the conversions were calibrated on the text they are measured on"] if same else []
     stages = Stages(display)
@@ -134,8 +135,11 @@ def measure_conversions(
     longest = sample.longest([base])
     windows = sample.windows(documents, tokenizer, [base], longest)
     examples = None
+    limit = trials[0].calibration_tokens
+    if is_sampled(calibration):
+        examples, notes = sample_windows(program, max(1, limit // longest), longest, trials[0].seed, cache, stages)
+        warnings += notes
     if chosen_by is not None:
-        limit = trials[0].calibration_tokens
         stream = tokenize(chosen_by, tokenizer, max(limit, longest))
         examples = token_windows(stream, longest, limit, name="calibration text")
     beside: ModelScore | None = None

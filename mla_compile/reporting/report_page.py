@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from mla_compile.config import REPORT
 from mla_compile.errors import LoadError
+from mla_compile.report import text_kind
 from mla_compile.reporting.charts import Axis, Bar, Series, bar_chart, dot_rows, line_chart
 from mla_compile.reporting.reproduction import reproducing
 
@@ -124,7 +125,14 @@ def render_page(report: Mapping[str, Any], measurement: Mapping[str, Any] | None
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    pages.filters |= {"count": _count, "amount": _amount, "bytes": _bytes, "percent": _percent, "error": _error}
+    pages.filters |= {
+        "count": _count,
+        "amount": _amount,
+        "bytes": _bytes,
+        "percent": _percent,
+        "error": _error,
+        "text_kind": text_kind,
+    }
     return pages.get_template("report.html").render(
         report=dict.fromkeys(_OF_DECODERS) | dict(report),
         name=Path(report["source"]).name,

@@ -92,8 +92,8 @@ def _in_a_shell(report: Mapping[str, Any], name: str, out: str) -> Sequence[str]
             continue
         words = [f"--{setting.replace('_', '-')}", *([] if isinstance(value, bool) else [str(value)])]
         parts += _OTHER_WORDS.get((setting, value), words)
-    if _had_text(report):
-        parts += ["--calibration", "TEXT"]
+    if (text := _text(report)) is not None:
+        parts += ["--calibration", text]
     if (tokens := _trained_on(report)) is not None:
         parts += ["--finetune", "TEXT", "--finetune-tokens", str(tokens)]
     return [shlex.join(parts)]
@@ -101,8 +101,8 @@ def _in_a_shell(report: Mapping[str, Any], name: str, out: str) -> Sequence[str]
 
 def _in_python(report: Mapping[str, Any], name: str, out: str) -> Sequence[str]:
     given = [f"{setting}={value!r}" for setting, value in _own_settings(report).items()]
-    if _had_text(report):
-        given.append("calibration='TEXT'")
+    if (text := _text(report)) is not None:
+        given.append(f"calibration={text!r}")
     if (tokens := _trained_on(report)) is not None:
         given.append(f"finetune='TEXT', finetune_tokens={tokens}")
     folder = "to_deepseek" if report["config"].get("format") == "deepseek" else "save"
@@ -115,6 +115,9 @@ def _in_python(report: Mapping[str, Any], name: str, out: str) -> Sequence[str]:
     ]
 
 
-def _had_text(report: Mapping[str, Any]) -> bool:
-    """Whether there was text to calibrate on: perplexity was measured, perhaps before a training."""
-    return bool(report.get("quality") or (report.get("before_training") or {}).get("quality"))
+def _text(report: Mapping[str, Any]) -> str | None:
+    """The text to calibrate on, if there was some: perplexity was measured on it, perhaps before a training."""
+    quality = report.get("quality") or (report.get("before_training") or {}).get("quality")
+    if not quality:
+        return None
+    return "sampled" if quality.get("sampled") else "TEXT"

@@ -28,10 +28,22 @@ from mla_compile.text.corpus import (
 from mla_compile.text.dataset import is_dataset, stream_documents
 from mla_compile.text.evaluate import advised_window, longest_window, original_scorer, require_window
 
-__all__ = ["Text", "TextWindows", "cut_windows", "has_windows", "read_text", "require_text"]
+__all__ = [
+    "SAMPLED",
+    "Text",
+    "TextWindows",
+    "cut_windows",
+    "has_windows",
+    "is_sampled",
+    "read_text",
+    "require_text",
+    "sampled_count",
+]
 
 Text = str | Path | Sequence[str] | Tensor | NDArray[np.integer[Any]]
-"""Calibration text: a file, ``hf:`` and a dataset, documents, or token windows ``[windows, length]``."""
+"""Text: a file, ``hf:`` and a dataset, documents, or token windows ``[windows, length]``; see also ``SAMPLED``."""
+SAMPLED = "sampled"
+"""The name of a calibration text that the model writes itself. A file of that name is given as ``./sampled``."""
 _WHAT_IS_TEXT = "Pass text, or a tensor of token ids [windows, length]."
 _QUICKER = "add --method mha2mla for a quick plan of the same cache ratio by weights alone"
 _WORSE = "choose --method mha2mla, which does without and loses more"
@@ -47,11 +59,13 @@ class TextWindows:
         calibration: What statistics are measured on.
         held_out: What perplexity is measured on; the same window where there is only one.
         separate: Whether no window is in both.
+        sampled: Whether the model wrote them itself.
     """
 
     calibration: Tensor
     held_out: Tensor
     separate: bool
+    sampled: bool = False
 
 
 def require_text(config: CompileConfig, calibration: Text | None, *, planned: bool = False) -> None:
@@ -76,7 +90,8 @@ def require_text(config: CompileConfig, calibration: Text | None, *, planned: bo
         raise UsageError("The 2-norm selection needs text to measure on.", "Give some with --calibration FILE.")
     raise UsageError(
         f"The method '{config.chosen_method}' chooses by what the model does on text, and none was given.",
-        f"Give some with --calibration FILE, or {_QUICKER if planned else _WORSE}.",
+        f"Give some with --calibration FILE, let the model write it with --calibration {SAMPLED}, or "
+        f"{_QUICKER if planned else _WORSE}.",
     )
 
 
@@ -98,6 +113,17 @@ def _require_no_settings_of_text(config: CompileConfig) -> None:
             "was given.",
             "Leave it out, or give some with --calibration FILE.",
         )
+
+
+def is_sampled(text: Text | None) -> bool:
+    """Whether the model is to write a calibration text itself."""
+    return isinstance(text, str) and text == SAMPLED
+
+
+def sampled_count(config: CompileConfig, length: int) -> int:
+    """How many windows of that length a model writes: to calibrate on, and a tenth, or 16, to hold back."""
+    used = _used(config, length)
+    return used + min(_HELD_OUT, max(1, used // 9))
 
 
 def read_text(text: Text | None) -> Iterable[str] | Tensor | None:

@@ -1,0 +1,122 @@
+"""Calibration text that a model writes itself, where there is none: windows sampled from its own predictions."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from mla_compile.config import CompileConfig
+from mla_compile.disk.statistics_cache import StatisticsCache, sampling_key
+from mla_compile.passes.plain_caches import with_plain_caches
+from mla_compile.program import Program
+from mla_compile.progress import Stage, Stages, machine_memory
+from mla_compile.runtime.generate import Sampling, generate
+from mla_compile.runtime.module import LatentModel, cache_dtype
+from mla_compile.runtime.torch_decoder import TorchDecoder
+from mla_compile.text.calibration import sampled_count
+from mla_compile.text.evaluate import longest_window, original_scorer, require_window
+
+__all__ = ["sample_text", "sample_windows"]
+
+_TOGETHER = 128
+"""Windows that are sampled together, at most."""
+_SHARE = 8
+"""One part of so many of the machine's memory is for their caches."""
+_MEMORY = 16 * 2**30
+"""Bytes of memory where nobody says how much there is."""
+_COPIES = 2
+"""While a step grows a cache, the old one is still there."""
+
+
+def sample_text(
+    program: Program, config: CompileConfig, cache: StatisticsCache | None, stages: Stages
+) -> tuple[Tensor, tuple[str, ...]]:
+    """As much of a model's own text as a conversion calibrates and measures on; see :func:`sample_windows`.
+
+    Args:
+        program: The model.
+        config: Length and number of the windows, and the seed.
+        cache: Where they are kept for the next conversion, if anywhere.
+        stages: Times and shows what runs.
+
+    Returns:
+        Token ids ``[windows, length]``, and what the user should know.
+
+    Raises:
+        RefusedError: A layer is not understood.
+        UsageError: A window is longer than the model can run.
+    """
+    score, limit = original_scorer(program), program.max_positions
+    length = config.seq_len or longest_window(score, limit)
+    require_window(score, limit, length, program.source)
+    return sample_windows(program, sampled_count(config, length), length, config.seed, cache, stages)
+
+
+def sample_windows(
+    program: Program, count: int, length: int, seed: int, cache: StatisticsCache | None, stages: Stages
+) -> tuple[Tensor, tuple[str, ...]]:
+    """Let a model write text: every next token is drawn from its own probabilities, as they are.
+
+    A window begins with the token that begins a text, if the model names one, and one drawn evenly from all that it
+    reads, so that windows differ from there on. Nothing ends one: a token that ends a text is followed by another text.
+    The unconverted model writes, with ordinary caches.
+
+    Args:
+        program: The model.
+        count: Windows.
+        length: Tokens of each.
+        seed: Of all that is drawn.
+        cache: Where windows are kept, if anywhere.
+        stages: Times and shows what runs.
+
+    Returns:
+        Token ids ``[windows, length]``, and what the user should know.
+
+    Raises:
+        RefusedError: A layer is not understood.
+    """
+    starts = _starts(program, count, length, seed)
+    with stages.stage("sample text", length - starts.shape[1]) as stage:
+
+        def write() -> Tensor:
+            return _continued(program, starts, length, seed, stage)
+
+        if cache is None:
+            return write(), ()
+        found = cache.recall_windows(sampling_key(program, starts, length, seed), write)
+        stage.noted(f"{found.value.numel()} tokens, {found.origin}")
+    return found.value, found.warnings
+
+
+def _starts(program: Program, count: int, length: int, seed: int) -> Tensor:
+    """First tokens of every window ``[windows, 1 or 2]``, no more than it has."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(0, program.known_tokens, (count, 1), generator=generator)
+    begin = program.assets.generation.get("bos_token_id")
+    if isinstance(begin, int) and 0 <= begin < program.known_tokens:
+        drawn = torch.cat([torch.full_like(drawn, begin), drawn], 1)
+    return drawn[:, :length]
+
+
+def _continued(program: Program, starts: Tensor, length: int, seed: int, stage: Stage) -> Tensor:
+    """Sample what follows ``[windows, length]``, of as many windows together as there is memory for their caches."""
+    plain = with_plain_caches(program)
+    model = LatentModel(plain.module, plain.rows)
+    decoder = TorchDecoder(model, program.source)
+    each = _COPIES * model.cached_elements(length) * cache_dtype(model.graph).itemsize
+    together = max(1, min(_TOGETHER, (machine_memory() or _MEMORY) // _SHARE // each))
+    batches, new = starts.split(together), length - starts.shape[1]
+    drawn = itertools.count(1)
+
+    def step(_: object) -> None:
+        if next(drawn) % len(batches) == 0:  # a step of the stage is a token of every window
+            stage()
+
+    found = [
+        generate(decoder, batch.tolist(), new, sampling=Sampling(temperature=1.0, seed=seed + place), on_tokens=step)
+        for place, batch in enumerate(batches)
+    ]
+    written = torch.tensor(list(itertools.chain.from_iterable(found)), dtype=torch.long)
+    return torch.cat([starts, written.reshape(len(starts), new)], 1)
