@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from mla_compile.config import CompileConfig
 from mla_compile.plan import LatentPlan, latent_budget
 from mla_compile.site import AttentionSite
+from mla_compile.text.calibration import sampled_count
 
-__all__ = ["ConversionCost", "PolishCost", "TextCost", "conversion_cost", "polish_cost"]
+__all__ = ["ConversionCost", "PolishCost", "SamplingCost", "TextCost", "conversion_cost", "polish_cost"]
 
 _OPERATIONS = 45e9
 """Per second, of products of large matrices."""
@@ -64,6 +65,7 @@ class ConversionCost:
         fisher: What the method fisher takes, which is not that of the figures above.
         transmla: What the method transmla takes, likewise.
         polish: What polishing takes on top of any of them.
+        sampling: What it takes that the model writes the text itself.
     """
 
     operations: float
@@ -74,6 +76,7 @@ class ConversionCost:
     fisher: TextCost
     transmla: TextCost
     polish: PolishCost
+    sampling: SamplingCost
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +125,23 @@ class PolishCost:
     seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class SamplingCost:
+    """What writing calibration text takes, estimated: the whole model decodes, many windows together.
+
+    Attributes:
+        tokens: Tokens that are written, those that are held back included.
+        operations: Of the model, in float32.
+        memory_bytes: Its weights and the libraries; caches take up to an eighth of the machine's memory besides.
+        seconds: By one core, at least: with few windows together, reading the weights takes longer.
+    """
+
+    tokens: int
+    operations: float
+    memory_bytes: int
+    seconds: float
+
+
 def conversion_cost(
     sites: Sequence[AttentionSite],
     plans: Sequence[LatentPlan],
@@ -160,7 +180,15 @@ def conversion_cost(
     seconds = operations / _OPERATIONS + (read + wrote) / _DISK
     model = _Model(tuple(sites), tuple(plans), tuple(widths), config, parameters, itemsize, vocabulary)
     return ConversionCost(
-        operations, read, wrote, largest + _BASE, seconds, model.fisher(), model.transmla(), model.polish()
+        operations,
+        read,
+        wrote,
+        largest + _BASE,
+        seconds,
+        model.fisher(),
+        model.transmla(),
+        model.polish(),
+        model.sampling(),
     )
 
 
@@ -318,6 +346,14 @@ class _Model:
         least = _TRAINED * trained + wide
         memory = _BASE + least + kept + self._head_bytes(passed)
         return PolishCost(steps, operations, memory, least, operations / _NARROW_OPERATIONS)
+
+    def sampling(self) -> SamplingCost:
+        """What writing the text takes; a token attends to half a window in the mean."""
+        tokens = sampled_count(self.config, self.length) * self.length
+        operations = float(tokens * (2 * self.weights + self.attended // 2))
+        return SamplingCost(
+            tokens, operations, _BASE + self.parameters * self.itemsize, operations / _NARROW_OPERATIONS
+        )
 
 
 def _folds(site: AttentionSite, config: CompileConfig) -> list[tuple[int, int]]:

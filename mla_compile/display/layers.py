@@ -189,13 +189,19 @@ def show_conversion(cost: ConversionCost | None, alike: tuple[int, int] | None, 
         first = "the first shows" if alike[1] == 1 else f"the first {alike[1]} show"
         tell(f"{alike[0]} layers, of which {first} all kinds; no more was exported")
     if cost is not None:
-        read, written, held = (_amount(n) for n in (cost.weight_bytes, cost.written_bytes, cost.memory_bytes))
+        read, wrote, held = (_amount(n) for n in (cost.weight_bytes, cost.written_bytes, cost.memory_bytes))
         tell(
             f"converting it takes {_duration(cost.seconds)} besides verification ({_amount(cost.operations)}FLOP in "
-            f"float64, one core), reads {read}B, writes {written}B and holds {held}B (estimated)"
+            f"float64, one core), reads {read}B, writes {wrote}B and holds {held}B (estimated)"
         )
         tell(f"by fisher, {_by_text(cost.fisher)}")
         tell(f"by transmla, {_by_text(cost.transmla)}")
+        written = cost.sampling
+        tell(
+            f"writing the text first, with --calibration sampled, takes {_duration(written.seconds)} more where memory "
+            f"is for many windows at a time ({written.tokens:,} tokens, {_amount(written.operations)}FLOP of running "
+            f"the model), and {_amount(written.memory_bytes)}B of it besides caches, as the whole model runs (estimated)"
+        )
         trained = cost.polish
         tell(
             f"polishing by {trained.steps} steps takes {_duration(trained.seconds)} more "
