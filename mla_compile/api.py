@@ -82,8 +82,8 @@ def compile(
         model: An ``nn.Module``, an ``ExportedProgram``, an archive, a Hugging Face folder or a hub id.
         example_inputs: Inputs to export an ``nn.Module`` with: token ids ``[batch, length]`` first; any for an encoder.
         calibration: Text to calibrate and measure on, for causal language models only: a ``.txt`` or ``.jsonl`` file,
-            ``hf:NAME[:CONFIG][:SPLIT]`` for a dataset, documents, or token windows ``[windows, length]``; or
-            ``"sampled"``, and the model writes it itself.
+            ``hf:NAME[:CONFIG][:SPLIT]`` for a dataset, documents, or token windows ``[windows, length]``. The model
+            writes it itself where it is ``"sampled"``, or where the method needs text and none is given.
         tokenizer: Tokenizer for the text, or its folder, if the model has none.
         config: All settings at once, also as a dictionary.
         statistics_cache: Whether to save statistics of the text for the next conversion of the same model, or the

@@ -698,8 +698,6 @@ BAD_CALLS = {
     "no documents": ({"calibration": []}, "text"),
     "blank documents": ({"calibration": ["", " "]}, "text"),
     "missing file": ({"calibration": "Once upon a time"}, "There is no text file"),
-    "polish without text": ({"polish_steps": 5, "method": "mha2mla"}, "Polishing needs text"),
-    "no text": ({"cache_ratio": 0.5}, "--calibration FILE, or choose --method mha2mla"),
     "limit without text": ({"method": "mha2mla", "max_perplexity_ratio": 1.5}, "needs text"),
 }
 

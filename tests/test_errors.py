@@ -167,20 +167,17 @@ CONVERT = {
     "rank negative": ("{nano} --out {out} --kv-rank -3", 2, "greater than or equal to 1"),
     "rope dims negative": ("{nano} --out {out} --rope-dims -2", 2, "greater than or equal to 0"),
     "exact and rank": ("{nano} --out {out} --exact --kv-rank 3", 2, "exact and kv_rank exclude each other"),
-    "deepseek layout without text": (
-        "{nano} --out {out} --method auto --layout deepseek",
+    "fisher for what may be an encoder": (
+        "{nano} --out {out} --method fisher --encoders",
         2,
-        "chooses by what the model does on text",
+        "with --calibration sampled, or choose --method mha2mla, which does without and loses more.",
     ),
-    "no text": ("{nano} --out {out} --method auto", 2, "--calibration sampled, or choose --method mha2mla"),
-    "no text, rank": ("{nano} --out {out} --kv-rank 4 --method auto", 2, "'fisher' chooses by what the model does"),
-    "fisher without text": ("{nano} --out {out} --method fisher", 2, "chooses by what the model does on text"),
     "transmla with a setting of mha2mla": (
         "{nano} --out {out} --method transmla --svd split",
         2,
         "svd belongs to the method mha2mla, not to transmla",
     ),
-    "polish without text": ("{nano} --out {out} --polish-steps 5", 2, "Polishing needs text to train on"),
+    "polish without text": ("{nano} --out {out} --polish-steps 5 --encoders", 2, "Polishing needs text to train on"),
     "polish exact": ("{nano} --out {out} --exact --polish-steps 5", 2, "nothing to polish"),
     "polish steps": ("{nano} --out {out} --polish-steps -1", 2, "polish_steps=-1"),
     "exact and ratio": ("{nano} --out {out} --exact --cache-ratio 1", 2, "exact and cache_ratio exclude each other"),
@@ -221,7 +218,7 @@ CONVERT = {
     "not convertible": ("{place}/both-ways.pt2 --out {out}", 3, "2 of 2 attention layers"),
     "no attention": ("{place}/bag.pt2 --out {out}", 3, "No attention was found in"),
     # ---- the text
-    "2-norm without text": ("{nano} --out {out} --selection 2-norm", 2, "needs text to measure on"),
+    "2-norm without text": ("{nano} --out {out} --selection 2-norm --encoders", 2, "needs text to measure on"),
     "limit without text": ("{nano} --out {out} --max-ppl-ratio 1.1", 2, "A perplexity limit needs text"),
     "text missing": ("{wide} --out {out} --tokenizer {tiny} --calibration none.txt", 2, "There is no text file"),
     "text is a folder": (

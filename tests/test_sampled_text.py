@@ -17,7 +17,7 @@ from mla_compile import api, cli
 from mla_compile.conversion import request, sampled_text
 from mla_compile.conversion.sampled_text import sample_windows
 from mla_compile.disk.statistics_cache import StatisticsCache
-from mla_compile.errors import LoadError, UsageError
+from mla_compile.errors import LoadError, QualityGateError, UsageError
 from mla_compile.progress import Stages, StageTiming
 from mla_compile.reporting.reproduction import reproducing
 from mla_compile.text.calibration import cut_windows, sampled_count
@@ -194,6 +194,43 @@ def test_a_conversion_by_it_is_that_by_the_same_windows(likely):
     assert sampled.report.quality.ratio == given.report.quality.ratio
     assert f"{LENGTH - 1} held-out sampled tokens)" in str(sampled.report)
     assert f"{LENGTH - 1} held-out tokens)" in str(given.report)
+
+
+NO_TEXT = "no calibration text was given, and the model wrote its own"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"method": "transmla"}, {"selection": "2-norm"}, {"polish_steps": 1}, {"layout": "deepseek"}],
+    ids=str,
+)
+def test_it_is_written_where_text_is_needed_and_none_is_given(likely, settings):
+    how = {"seq_len": LENGTH, "calibration_tokens": 8 * LENGTH, "check": False, **settings}
+    report = api.compile(likely[0], **how).report
+    assert report.quality.sampled
+    assert sum(warning.startswith(NO_TEXT) for warning in report.warnings) == 1
+    asked = api.compile(likely[0], calibration="sampled", **how).report
+    assert asked.plans == report.plans
+    assert not any(warning.startswith(NO_TEXT) for warning in asked.warnings)
+
+
+@pytest.mark.parametrize("settings", [{"method": "mha2mla"}, {"exact": True}, {"svd": "split"}], ids=str)
+def test_it_is_not_written_where_none_is_needed(likely, settings, monkeypatch):
+    monkeypatch.setattr(sampled_text, "with_plain_caches", lambda program: pytest.fail("text was written"))
+    report = api.compile(likely[0], check=False, **settings).report
+    assert report.quality is None
+    assert not any(warning.startswith(NO_TEXT) for warning in report.warnings)
+
+
+def test_a_limit_of_perplexity_holds_on_it(likely):
+    how = {"seq_len": LENGTH, "calibration_tokens": 8 * LENGTH, "check": False, "cache_ratio": 0.2}
+    with pytest.raises(QualityGateError):
+        api.compile(likely[0], max_perplexity_ratio=0.5, **how)
+
+
+def test_what_may_be_an_encoder_writes_nothing_unasked(likely):
+    with pytest.raises(UsageError, match="The method 'fisher' chooses by what the model does on text"):
+        api.compile(likely[0], encoders=True, method="fisher")
 
 
 @pytest.mark.parametrize("method", ["transmla", "mha2mla"])

@@ -188,7 +188,8 @@ Calibration = Annotated[
     str | None,
     typer.Option(
         help="Text to calibrate and measure on: a .txt file (documents separated by <|endoftext|>), a .jsonl file, "
-        "a dataset hf:NAME[:CONFIG][:SPLIT] (split train by default), or 'sampled' to let the model write it.",
+        "a dataset hf:NAME[:CONFIG][:SPLIT] (split train by default), or 'sampled' to let the model write it, as "
+        "convert does where text is needed and none is given.",
         rich_help_panel=TEXT,
     ),
 ]

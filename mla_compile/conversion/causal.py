@@ -35,7 +35,7 @@ from mla_compile.program import Program
 from mla_compile.progress import Stages
 from mla_compile.report import LayerError, Polish, Quality, Report, Training, Verification
 from mla_compile.runtime.module import LatentModel
-from mla_compile.text.calibration import TextWindows, cut_windows, is_sampled
+from mla_compile.text.calibration import SAMPLED, TextWindows, cut_windows
 from mla_compile.text.evaluate import longest_window, original_scorer, streamed_perplexity
 from mla_compile.training.recipe import make_recipe
 from mla_compile.training.run import finetune_module
@@ -124,7 +124,7 @@ def prepare(program: Program, found: Recognition, session: Session) -> Case:
         RefusedError: The format cannot express the model.
     """
     request = session.request
-    config = as_causal(request.config, request.calibration)
+    config = as_causal(request.config, SAMPLED if request.samples else request.calibration)
     if request.finetune is not None:
         require_float32(program, getattr(torch, config.dtype), "A conversion", "fine-tuned")
     if config.for_stock_code:
@@ -160,9 +160,14 @@ def _text(
 ) -> tuple[TextWindows | None, tuple[str, ...]]:
     """Windows of the text that was given, or that the model writes; and what the user should know of it."""
     request = session.request
-    if not is_sampled(request.calibration):
+    if not request.samples:
         return cut_windows(program, session.documents, request.source.tokenizer, config), ()
     windows, notes = sample_text(program, config, cache, session.stages)
+    if request.calibration is None:
+        notes = (
+            "no calibration text was given, and the model wrote its own; one like what it will read may serve better",
+            *notes,
+        )
     text = cut_windows(program, windows, None, config)
     return None if text is None else dataclasses.replace(text, sampled=True), notes
 

@@ -80,6 +80,15 @@ class Request:
     finetune: Text | None = None
     finetune_tokens: int | None = None
 
+    @property
+    def samples(self) -> bool:
+        """Whether the model writes its calibration text itself: by request, or where one is needed and none is given.
+
+        Encoders write none, and with ``encoders`` a model may be one.
+        """
+        missing = self.calibration is None and self.config.needs_text and not self.config.encoders
+        return missing or is_sampled(self.calibration)
+
 
 @dataclass(frozen=True)
 class Session:
@@ -110,7 +119,7 @@ def check_request(request: Request) -> None:
     limit = request.max_perplexity_ratio
     if limit is not None and not 0 < limit < math.inf:
         raise UsageError(f"--max-ppl-ratio {limit} is not a factor.", "Give a number above 0.")
-    if request.calibration is None and limit is not None:
+    if request.calibration is None and limit is not None and not request.samples:
         raise UsageError("A perplexity limit needs text to measure on.", "Give some with --calibration FILE.")
     if request.finetune is not None:
         require_accelerate()
@@ -156,28 +165,28 @@ def begin(request: Request, display: Display | None) -> Session:
 
     Raises:
         LoadError: A text or the tokenizer cannot be read, or the hub has no such model.
-        UsageError: The result cannot be written where it is to go; there is no text, and something is chosen by it; or
-            training was asked for, which one of several processes cannot do alone.
+        UsageError: The result cannot be written where it is to go; there is no text, and something is chosen by it that
+            the model cannot write; or one of several processes would have to train or write alone.
         ShareDone: Another process does all there is to do.
     """
-    sampled = is_sampled(request.calibration)
-    documents = None if sampled else read_text(request.calibration)
+    documents = None if request.samples else read_text(request.calibration)
     read_text(request.finetune)  # it is opened again when it is time to train
     _require_tokenizer(request)
     if request.destination is not None:
         _check_destination(request.destination, request.config, request.source)
     require_on_hub(request.source.model)  # only now: the hub may take long
-    require_text(request.config, request.calibration)
+    if not request.samples:
+        require_text(request.config, request.calibration)
     processes = join_processes() if request.share else Processes()
     if processes.count > 1 and request.finetune is not None:
         raise UsageError(
             "Several processes share a calibration, and only the first of them goes on, which cannot train alone.",
             "Convert without --finetune, then train with mla-compile finetune.",
         )
-    if processes.count > 1 and sampled:
+    if processes.count > 1 and request.samples:
         raise UsageError(
             "Several processes share a calibration text, and each of them would write the same one.",
-            "Calibrate by one process, or give a text with --calibration FILE.",
+            "Give a text with --calibration FILE, or convert by one process.",
         )
     processes.wait()  # all have checked what is there before anything is written
     if documents is None or request.config.exact:

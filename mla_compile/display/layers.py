@@ -200,7 +200,7 @@ def show_conversion(cost: ConversionCost | None, alike: tuple[int, int] | None, 
         tell(
             f"writing the text first, with --calibration sampled, takes {_duration(written.seconds)} more where memory "
             f"is for many windows at a time ({written.tokens:,} tokens, {_amount(written.operations)}FLOP of running "
-            f"the model), and {_amount(written.memory_bytes)}B of it besides caches, as the whole model runs (estimated)"
+            f"the model), and {_amount(written.memory_bytes)}B of it besides caches, as all of it runs (estimated)"
         )
         trained = cost.polish
         tell(

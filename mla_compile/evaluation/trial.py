@@ -59,7 +59,7 @@ def read_trials(methods: str, cache_ratios: str, calibrated: bool, calibration_t
     if needy and not calibrated:
         raise UsageError(
             f"The method '{needy[0]}' chooses by what the model does on text, and none was given.",
-            "Give some with --calibration FILE.",
+            "Give some with --calibration FILE, or let the model write it with --calibration sampled.",
         )
     selection = {"mha2mla": "2-norm" if calibrated else "uniform"}
     return [
