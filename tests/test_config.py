@@ -199,7 +199,7 @@ def test_the_command_line_refuses_a_layout_that_the_format_does_not_have(tmp_pat
     assert main([*words, "--layout", "free"]) == 2
     assert "the layout free was given" in capsys.readouterr().err
     assert main([*words, "--method", "transmla"]) == 2
-    assert "layout" not in capsys.readouterr().err  # but that there is no text
+    assert "layout" not in capsys.readouterr().err  # but that there is no such model
 
 
 def test_settings_are_taken_as_a_dictionary_too():
@@ -210,7 +210,7 @@ def test_settings_are_taken_as_a_dictionary_too():
         with pytest.raises(UsageError, match=said):
             mla_compile.compile("no-model", config=given)
     with pytest.raises(UsageError, match="none was given"):
-        mla_compile.compile(models.llama(), config={"method": "fisher"})
+        mla_compile.compile(models.llama(), config={"method": "fisher", "encoders": True})
 
 
 def test_settings_are_copied_and_pickled_as_they_are():

@@ -313,12 +313,12 @@ OTHERS = {
     ),
     "plan without text": ("plan {nano}", 2, "with --calibration sampled, or add --method mha2mla for a quick"),
     "plan no smaller": (
-        "plan {tiny}/config.json --kv-rank 100000000000",
+        "plan {tiny}/config.json --kv-rank 100000000000 -q",
         2,
         "The cache of all 4 layers does not shrink at this setting. Take the original, or a smaller --cache-ratio",
     ),
     "plan by text without text": ("plan {nano} --method fisher", 2, "Give some with --calibration FILE"),
-    "plan not convertible": ("plan {place}/both-ways.pt2 --exact", 3, "2 of 2 attention layers"),
+    "plan not convertible": ("plan {place}/both-ways.pt2 --exact -q", 3, "2 of 2 attention layers"),
     "plan no attention": ("plan {place}/bag.pt2 --exact --json", 3, "No attention was found in"),
     "run nothing": ("run --prompt x", 2, "model"),
     "run without prompt": ("run {good}", 2, "--prompt"),
@@ -382,7 +382,7 @@ OTHERS = {
     ),
     "eval method": ("eval {wide} --text {text} --methods palu", 2, "Choose some of fisher,transmla,mha2mla."),
     "eval no method": ("eval {wide} --text {text} --methods fisher,", 2, "There is no method ''."),
-    "eval method without text": ("eval {wide} --text {text} --methods mha2mla,fisher", 2, "with --calibration FILE."),
+    "eval method without text": ("eval {wide} --text {text} --methods mha2mla,fisher", 2, "--calibration sampled."),
     "eval ratio no number": (
         "eval {wide} --text {text} --methods mha2mla --cache-ratios 0.5,half",
         2,
@@ -478,7 +478,7 @@ def test_every_layer_is_refused_with_its_reason(place, tmp_path):
 
 def test_the_table_of_refused_layers_goes_to_standard_output(place):
     """And what a conversion would say of them to the other stream."""
-    done = command("inspect", place / "both-ways.pt2")
+    done = command("inspect", place / "both-ways.pt2", "-q")
     told = r"mla-compile: 2 of 2 attention layers of '.*' cannot be converted: .* Pass --encoders .*\.\n"
     assert done.code == 3
     assert re.fullmatch(told, done.err)
@@ -493,7 +493,7 @@ def test_the_table_of_refused_layers_goes_to_standard_output(place):
 
 
 def test_a_model_without_attention_is_inspected(place):
-    done = command("inspect", place / "bag.pt2")
+    done = command("inspect", place / "bag.pt2", "-q")
     assert (done.code, done.out) == (3, "No attention was found.\n")
     assert done.err.startswith(f"mla-compile: No attention was found in '{place / 'bag.pt2'}'. ")
 
