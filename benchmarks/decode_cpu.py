@@ -76,8 +76,10 @@ SHAPES = {
     "7B-like, 512+64": Shape(32, 32, 128, 512, 1, 64),
     "1B-like, 128+32": Shape(32, 8, 64, 128, 1, 32),
     "1B-like, 256+8x16": Shape(32, 8, 64, 256, 8, 16),
+    "7B-like, default, 2496+64": Shape(32, 32, 128, 2496, 1, 64),
+    "8B-like, default, 576+64": Shape(32, 8, 128, 576, 1, 64),
 }
-"""Rank + rope keys x their channels."""
+"""Rank + rope keys x their channels; those of the default size keep 31.25 % of the cache."""
 IN_PLACE = ", in place"
 ORIGINALS = tuple(f"{form}{IN_PLACE}" for form in OriginalForm if form != OriginalForm.GROUPED_INT8)
 LATENTS = ("latent, growing", "latent, static", "latent, nothing written")

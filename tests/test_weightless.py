@@ -148,6 +148,17 @@ def test_what_text_costs_follows_from_how_much_there_is(programs, method):
     assert deep.disk_bytes == 3 * one.disk_bytes
 
 
+def test_what_writing_a_text_costs_follows_from_how_much_there_is(programs):
+    captured = programs["llama-gqa"]
+    one, more = (cost_of(captured, calibration_tokens=tokens).sampling for tokens in (2**14, 2**15))
+    assert one.tokens == 2**14 + 16 * 16  # sixteen windows are held back
+    assert more.operations / one.operations == pytest.approx(more.tokens / one.tokens)
+    forward = cost_of(captured, calibration_tokens=2**14, gradients=False).fisher.text_operations / 2**14
+    assert one.operations / one.tokens < forward  # which runs the refit, too
+    whole = cost_of(captured, layers=3).sampling.memory_bytes - cost_of(captured, layers=2).sampling.memory_bytes
+    assert whole == 4 * sum(p.numel() for p in captured.module.parameters())
+
+
 def test_transmla_refits_nothing(programs):
     cost = cost_of(programs["llama-gqa"], calibration_tokens=2**14)
     assert cost.transmla.text_operations < cost.fisher.text_operations
