@@ -111,7 +111,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, nargs="+", required=True)
-    parser.add_argument("--calibrations", type=Path, nargs="+", required=True)
+    parser.add_argument("--calibrations", type=Path, nargs="*", default=[])
     parser.add_argument("--texts", type=Path, nargs="+", required=True)
     parser.add_argument("--ratios", type=float, nargs="+", default=list(_RATIOS))
     parser.add_argument("--json", type=Path, required=True)
