@@ -63,7 +63,7 @@ def sample_windows(
     """Let a model write text: every next token is drawn from its own probabilities, as they are.
 
     A window begins with the token that begins a text, or, if the model names none, with one drawn evenly from all that
-    it reads. What follows the former is drawn at a higher temperature, so that rarer kinds of text are begun more often.
+    it reads. What follows the former is drawn at a higher temperature, so that rare kinds of text are begun more often.
     Nothing ends a window: a token that ends a text is followed by another text. The unconverted model writes, with
     ordinary caches.
 
