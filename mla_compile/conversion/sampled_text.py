@@ -30,7 +30,7 @@ _COPIES = 2
 """While a step grows a cache, the old one is still there."""
 _FIRST = 2.0
 """Temperature of the first token of a text. At 1 a model of several kinds of text wrote too little of the rarer ones; a
-token drawn evenly from all led a model of one kind to texts unlike any: either lost more when it was converted."""
+token drawn evenly from all leads models of one kind to texts unlike any. docs/method.md has what each of them lost."""
 
 
 def sample_text(
