@@ -58,14 +58,7 @@ def test_a_command_of_ours_is_parsed(command: Command):
     assert words
     if words == ["--install-completion"]:
         return
-    settings = parsed(words)
-    if settings["verb"] == "convert":
-        assert (
-            settings["calibration"] is not None
-            or settings["exact"]
-            or settings["encoders"]
-            or settings["method"] == "mha2mla"
-        ), "a conversion without text is refused"
+    assert parsed(words)["verb"] in parsers()
 
 
 @pytest.mark.parametrize("command", [c for c in ALL_COMMANDS if c.words[0] == "make"], ids=lambda c: c.line)
