@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from mla_compile.config import CompileConfig
 from mla_compile.plan import LatentPlan, latent_budget
 from mla_compile.site import AttentionSite
-from mla_compile.text.calibration import sampled_count
+from mla_compile.text.amounts import sampled_count, used_count
 
 __all__ = ["ConversionCost", "PolishCost", "SamplingCost", "TextCost", "conversion_cost", "polish_cost"]
 
@@ -238,7 +238,7 @@ class _Model:
     @property
     def tokens(self) -> int:
         """Tokens of text."""
-        return max(1, self.config.calibration_tokens // self.length) * self.length
+        return used_count(self.config, self.length) * self.length
 
     @property
     def weights(self) -> int:

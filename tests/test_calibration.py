@@ -219,8 +219,9 @@ def test_layers_whose_outputs_go_nowhere_linear_are_named(llama, monkeypatch):
 
 
 def test_asking_for_encoders_changes_nothing_for_a_causal_model(llama):
-    given = {"check": False, "cache_ratio": 0.5, "encoders": True}
+    given = {"check": False, "cache_ratio": 0.5, "encoders": True, "statistics_cache": False}
     compiled = api.compile(llama.program.exported, calibration=WINDOWS, **given)
     assert (compiled.report.config["method"], compiled.report.config["encoders"]) == ("fisher", False)
-    with pytest.raises(UsageError, match="The method 'fisher' chooses by what the model does on text"):
-        api.compile(llama.program.exported, **given)
+    written = [api.compile(llama.program.exported, **given | {"encoders": flag}) for flag in (True, False)]
+    assert written[0].report.quality == written[1].report.quality
+    assert written[0].report.quality.sampled

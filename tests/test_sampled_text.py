@@ -20,7 +20,8 @@ from mla_compile.disk.statistics_cache import StatisticsCache
 from mla_compile.errors import LoadError, QualityGateError, UsageError
 from mla_compile.progress import Stages, StageTiming
 from mla_compile.reporting.reproduction import reproducing
-from mla_compile.text.calibration import cut_windows, sampled_count
+from mla_compile.text.amounts import sampled_count
+from mla_compile.text.calibration import cut_windows
 from mla_compile.text.processes import Processes
 
 COUNT, LENGTH, SEED = 7, 12, 3
@@ -230,9 +231,16 @@ def test_a_limit_of_perplexity_holds_on_it(likely):
         api.compile(likely[0], max_perplexity_ratio=0.5, **how)
 
 
-def test_what_may_be_an_encoder_writes_nothing_unasked(likely):
+def test_what_may_be_an_encoder_is_refused_before_it_is_read():
     with pytest.raises(UsageError, match="The method 'fisher' chooses by what the model does on text"):
-        api.compile(likely[0], encoders=True, method="fisher")
+        api.compile(models.llama(), encoders=True, method="fisher")
+
+
+def test_what_turns_out_to_be_no_encoder_writes_alone(likely, monkeypatch):
+    monkeypatch.setattr(Processes, "wait", lambda self: None)
+    monkeypatch.setattr(request, "join_processes", lambda: Processes(0, 2))
+    with pytest.raises(UsageError, match="each of them would write the same one"):
+        api.compile(likely[1].exported, encoders=True, share=True)
 
 
 @pytest.mark.parametrize("method", ["transmla", "mha2mla"])

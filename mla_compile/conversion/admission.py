@@ -20,7 +20,6 @@ from mla_compile.plan import latent_budget, shared_rope_plan
 from mla_compile.program import AnyProgram, OtherProgram, Program
 from mla_compile.progress import machine_memory
 from mla_compile.site import AttentionSite, Kind, Rejection, reasons
-from mla_compile.text.calibration import Text, require_text
 from mla_compile.verification.agreement import WHOLE
 
 __all__ = [
@@ -99,15 +98,9 @@ def require_causal(program: AnyProgram, found: Recognition) -> Program:
     )
 
 
-def as_causal(config: CompileConfig, calibration: Text | None, *, planned: bool = False) -> CompileConfig:
-    """Settings as they hold for a causal language model, which ``encoders`` says nothing of.
-
-    Raises:
-        UsageError: Then there must be text, and there is none.
-    """
-    config = config.model_copy(update={"encoders": False})
-    require_text(config, calibration, planned=planned)
-    return config
+def as_causal(config: CompileConfig) -> CompileConfig:
+    """Settings as they hold for a causal language model, which ``encoders`` says nothing of."""
+    return config.model_copy(update={"encoders": False})
 
 
 def _require_some(program: AnyProgram, found: Recognition) -> None:

@@ -13,7 +13,7 @@ from mla_compile.artifacts.checkpoint import require_blocks
 from mla_compile.config import CompileConfig
 from mla_compile.conversion.admission import as_causal, require_no_kept_layers, require_room_to_polish
 from mla_compile.conversion.number_types import require_float32
-from mla_compile.conversion.request import Request, Session
+from mla_compile.conversion.request import Request, Session, require_one_process
 from mla_compile.conversion.sampled_text import sample_text
 from mla_compile.conversion.verdict import costly_layers, log_sizes, require_smaller, rounded_slopes, warnings_of
 from mla_compile.deepseek import require_expressible, with_preset
@@ -35,7 +35,7 @@ from mla_compile.program import Program
 from mla_compile.progress import Stages
 from mla_compile.report import LayerError, Polish, Quality, Report, Training, Verification
 from mla_compile.runtime.module import LatentModel
-from mla_compile.text.calibration import SAMPLED, TextWindows, cut_windows
+from mla_compile.text.calibration import TextWindows, cut_windows, writes_text
 from mla_compile.text.evaluate import longest_window, original_scorer, streamed_perplexity
 from mla_compile.training.recipe import make_recipe
 from mla_compile.training.run import finetune_module
@@ -124,7 +124,7 @@ def prepare(program: Program, found: Recognition, session: Session) -> Case:
         RefusedError: The format cannot express the model.
     """
     request = session.request
-    config = as_causal(request.config, SAMPLED if request.samples else request.calibration)
+    config = as_causal(request.config)
     if request.finetune is not None:
         require_float32(program, getattr(torch, config.dtype), "A conversion", "fine-tuned")
     if config.for_stock_code:
@@ -160,8 +160,9 @@ def _text(
 ) -> tuple[TextWindows | None, tuple[str, ...]]:
     """Windows of the text that was given, or that the model writes; and what the user should know of it."""
     request = session.request
-    if not request.samples:
+    if not writes_text(request.calibration, config):
         return cut_windows(program, session.documents, request.source.tokenizer, config), ()
+    require_one_process(session.processes)
     windows, notes = sample_text(program, config, cache, session.stages)
     if request.calibration is None:
         notes = (

@@ -117,7 +117,8 @@ def plan(
         sites, _ = require_encoder(program, found)
         return ConversionPlan(found, plan_layers(sites, [input_width(program, s) for s in sites], config))
     program = require_causal(program, found)
-    config = as_causal(config, calibration, planned=True)
+    config = as_causal(config)
+    require_text(config, calibration, planned=True)
     require_in_pieces(program)
     sites, method = found.sites, config.chosen_method
     widths = tuple(input_width(program, s) for s in sites)

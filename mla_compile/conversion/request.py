@@ -19,12 +19,12 @@ from mla_compile.disk.layer_store import LayerStore
 from mla_compile.errors import UsageError
 from mla_compile.progress import Display, Stages
 from mla_compile.sources.given import require_model, require_on_hub
-from mla_compile.text.calibration import Text, has_windows, is_sampled, read_text, require_text
+from mla_compile.text.calibration import Text, has_windows, is_sampled, read_text, require_text, writes_text
 from mla_compile.text.corpus import require_named_tokenizer, require_tokenizer, require_tokenizer_of
 from mla_compile.text.processes import Processes, join_processes
 from mla_compile.training.run import require_accelerate
 
-__all__ = ["ModelSource", "Request", "Session", "begin", "check_request"]
+__all__ = ["ModelSource", "Request", "Session", "begin", "check_request", "require_one_process"]
 
 
 @dataclass(frozen=True)
@@ -80,15 +80,6 @@ class Request:
     finetune: Text | None = None
     finetune_tokens: int | None = None
 
-    @property
-    def samples(self) -> bool:
-        """Whether the model writes its calibration text itself: by request, or where one is needed and none is given.
-
-        Encoders write none, and with ``encoders`` a model may be one.
-        """
-        missing = self.calibration is None and self.config.needs_text and not self.config.encoders
-        return missing or is_sampled(self.calibration)
-
 
 @dataclass(frozen=True)
 class Session:
@@ -119,7 +110,7 @@ def check_request(request: Request) -> None:
     limit = request.max_perplexity_ratio
     if limit is not None and not 0 < limit < math.inf:
         raise UsageError(f"--max-ppl-ratio {limit} is not a factor.", "Give a number above 0.")
-    if request.calibration is None and limit is not None and not request.samples:
+    if request.calibration is None and limit is not None and not request.config.needs_text:
         raise UsageError("A perplexity limit needs text to measure on.", "Give some with --calibration FILE.")
     if request.finetune is not None:
         require_accelerate()
@@ -160,6 +151,19 @@ def _require_tokenizer(request: Request) -> None:
         require_tokenizer_of(source.model)
 
 
+def require_one_process(processes: Processes) -> None:
+    """Refuse to let a model write the text that several processes are to share.
+
+    Raises:
+        UsageError: There are several.
+    """
+    if processes.count > 1:
+        raise UsageError(
+            "Several processes share a calibration text, and each of them would write the same one.",
+            "Give a text with --calibration FILE, or convert by one process.",
+        )
+
+
 def begin(request: Request, display: Display | None) -> Session:
     """Open the texts, look at where the result will go, and join the processes that share the calibration.
 
@@ -169,13 +173,14 @@ def begin(request: Request, display: Display | None) -> Session:
             the model cannot write; or one of several processes would have to train or write alone.
         ShareDone: Another process does all there is to do.
     """
-    documents = None if request.samples else read_text(request.calibration)
+    written = writes_text(request.calibration, request.config)
+    documents = None if written else read_text(request.calibration)
     read_text(request.finetune)  # it is opened again when it is time to train
     _require_tokenizer(request)
     if request.destination is not None:
         _check_destination(request.destination, request.config, request.source)
     require_on_hub(request.source.model)  # only now: the hub may take long
-    if not request.samples:
+    if not written:
         require_text(request.config, request.calibration)
     processes = join_processes() if request.share else Processes()
     if processes.count > 1 and request.finetune is not None:
@@ -183,11 +188,8 @@ def begin(request: Request, display: Display | None) -> Session:
             "Several processes share a calibration, and only the first of them goes on, which cannot train alone.",
             "Convert without --finetune, then train with mla-compile finetune.",
         )
-    if processes.count > 1 and request.samples:
-        raise UsageError(
-            "Several processes share a calibration text, and each of them would write the same one.",
-            "Give a text with --calibration FILE, or convert by one process.",
-        )
+    if written:
+        require_one_process(processes)
     processes.wait()  # all have checked what is there before anything is written
     if documents is None or request.config.exact:
         processes.leave_unless_first()

@@ -15,7 +15,7 @@ from mla_compile.progress import Stage, Stages, machine_memory
 from mla_compile.runtime.generate import Sampling, generate
 from mla_compile.runtime.module import LatentModel, cache_dtype
 from mla_compile.runtime.torch_decoder import TorchDecoder
-from mla_compile.text.calibration import sampled_count
+from mla_compile.text.amounts import sampled_count
 from mla_compile.text.evaluate import longest_window, original_scorer, require_window
 
 __all__ = ["sample_text", "sample_windows"]
@@ -52,8 +52,11 @@ def sample_text(
         UsageError: A window is longer than the model can run.
     """
     score, limit = original_scorer(program), program.max_positions
-    length = config.seq_len or longest_window(score, limit)
-    require_window(score, limit, length, program.source)
+    length = config.seq_len
+    if length is None:
+        length = longest_window(score, limit)
+    else:
+        require_window(score, limit, length, program.source)
     return sample_windows(program, sampled_count(config, length), length, config.seed, cache, stages)
 
 

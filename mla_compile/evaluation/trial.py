@@ -33,6 +33,7 @@ from mla_compile.progress import Display, Stages
 from mla_compile.runtime.module import LatentModel
 from mla_compile.runtime.onnx_session import OnnxDecoder
 from mla_compile.sources import frontend
+from mla_compile.text.amounts import used_count
 from mla_compile.text.calibration import is_sampled, read_text
 from mla_compile.text.corpus import TextFile, load_tokenizer, open_documents, token_windows, tokenize
 
@@ -135,11 +136,13 @@ def measure_conversions(
     longest = sample.longest([base])
     windows = sample.windows(documents, tokenizer, [base], longest)
     examples = None
-    limit = trials[0].calibration_tokens
     if is_sampled(calibration):
-        examples, notes = sample_windows(program, max(1, limit // longest), longest, trials[0].seed, cache, stages)
+        examples, notes = sample_windows(
+            program, used_count(trials[0], longest), longest, trials[0].seed, cache, stages
+        )
         warnings += notes
     if chosen_by is not None:
+        limit = trials[0].calibration_tokens
         stream = tokenize(chosen_by, tokenizer, max(limit, longest))
         examples = token_windows(stream, longest, limit, name="calibration text")
     beside: ModelScore | None = None

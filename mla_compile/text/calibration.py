@@ -18,6 +18,7 @@ from torch import Tensor
 from mla_compile.config import CompileConfig
 from mla_compile.errors import UsageError
 from mla_compile.program import Program
+from mla_compile.text.amounts import HELD_OUT, used_count
 from mla_compile.text.corpus import (
     check_vocabulary,
     load_tokenizer,
@@ -37,7 +38,7 @@ __all__ = [
     "is_sampled",
     "read_text",
     "require_text",
-    "sampled_count",
+    "writes_text",
 ]
 
 Text = str | Path | Sequence[str] | Tensor | NDArray[np.integer[Any]]
@@ -47,8 +48,6 @@ SAMPLED = "sampled"
 _WHAT_IS_TEXT = "Pass text, or a tensor of token ids [windows, length]."
 _QUICKER = "add --method mha2mla for a quick plan of the same cache ratio by weights alone"
 _WORSE = "choose --method mha2mla, which does without and loses more"
-_HELD_OUT = 16
-"""Windows kept for measuring, at most; a tenth of the text if that is less."""
 
 
 @dataclass(frozen=True)
@@ -120,10 +119,12 @@ def is_sampled(text: Text | None) -> bool:
     return isinstance(text, str) and text == SAMPLED
 
 
-def sampled_count(config: CompileConfig, length: int) -> int:
-    """How many windows of that length a model writes: to calibrate on, and a tenth, or 16, to hold back."""
-    used = _used(config, length)
-    return used + min(_HELD_OUT, max(1, used // 9))
+def writes_text(text: Text | None, config: CompileConfig) -> bool:
+    """Whether a causal language model writes its calibration text: by request, or as it needs one and has none.
+
+    Encoders write none, and as long as ``config`` allows them a model may be one.
+    """
+    return is_sampled(text) or (text is None and config.needs_text and not config.encoders)
 
 
 def read_text(text: Text | None) -> Iterable[str] | Tensor | None:
@@ -227,17 +228,12 @@ def cut_windows(
         length = config.seq_len or longest_window(score, limit)
         if limit is not None:  # else the model is tried below, with windows that there are
             require_window(score, limit, length, program.source)
-        enough = (_used(config, length) + _HELD_OUT) * length
+        enough = (used_count(config, length) + HELD_OUT) * length
         ids = tokenize(text, tokenizer, enough)
         windows = token_windows(ids, length, longest=lambda tokens: advised_window(score, limit, tokens))
     check_vocabulary(int(windows.max()), program.known_tokens, program.source, program.vocabulary)
     length = windows.shape[1]
     require_window(original_scorer(program), program.max_positions, length, program.source)
-    held_out = min(_HELD_OUT, max(1, len(windows) // 10))
-    calibration = windows[: max(1, len(windows) - held_out)][: _used(config, length)]
+    held_out = min(HELD_OUT, max(1, len(windows) // 10))
+    calibration = windows[: max(1, len(windows) - held_out)][: used_count(config, length)]
     return TextWindows(calibration, windows[-held_out:], len(windows) > 1)
-
-
-def _used(config: CompileConfig, length: int) -> int:
-    """Windows to calibrate on."""
-    return max(1, config.calibration_tokens // length)
