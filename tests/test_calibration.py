@@ -11,6 +11,7 @@ import torch
 
 from mla_compile import api
 from mla_compile.config import make_config
+from mla_compile.conversion import causal
 from mla_compile.errors import UsageError
 from mla_compile.passes.layers import certain, measure_layers
 from mla_compile.passes.task import Task
@@ -218,10 +219,11 @@ def test_layers_whose_outputs_go_nowhere_linear_are_named(llama, monkeypatch):
 # ---- settings of another kind of model
 
 
-def test_asking_for_encoders_changes_nothing_for_a_causal_model(llama):
+def test_asking_for_encoders_changes_nothing_for_a_causal_model(llama, monkeypatch):
     given = {"check": False, "cache_ratio": 0.5, "encoders": True, "statistics_cache": False}
     compiled = api.compile(llama.program.exported, calibration=WINDOWS, **given)
     assert (compiled.report.config["method"], compiled.report.config["encoders"]) == ("fisher", False)
+    monkeypatch.setattr(causal, "sample_text", lambda *_: (WINDOWS, ()))  # a model that writes it: test_sampled_text.py
     written = [api.compile(llama.program.exported, **given | {"encoders": flag}) for flag in (True, False)]
     assert written[0].report.quality == written[1].report.quality
     assert written[0].report.quality.sampled
