@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from mla_compile.runtime.onnx_function import attention_function
+from mla_compile.runtime.onnx_halves import half_width
 from mla_compile.runtime.onnx_quantised import SCALES
 from mla_compile.runtime.onnx_variant import DOMAIN, FUSED_DOMAIN, LATENT, VERSION, Variant
 
@@ -69,6 +70,10 @@ def features(shape: Shape) -> dict[str, Feature]:
         "plain, float16": Feature("Llama", Variant(**static), float16=True),
         "key scales, float16": Feature(
             "Qwen3", Variant(key_scales=True, **static), {"key_scales": heads}, float16=True
+        ),
+        "plain, halves": Feature("Llama in onnxruntime-genai", Variant(halves=True, **static)),
+        "key scales, halves": Feature(
+            "Qwen3 in onnxruntime-genai", Variant(key_scales=True, halves=True, **static), {"key_scales": heads}
         ),
         "plain, int8": Feature("Llama", Variant(quantised=True, **static)),
         "soft-cap, int8": Feature("Gemma 2", Variant(softcap=True, quantised=True, **static), {"softcap": 50.0}),
@@ -117,8 +122,9 @@ def model_and_inputs(shape: Shape, feature: Feature, context: int, fused: bool) 
         weights["sinks"] = numbers(shape.heads)
     if variant.slopes:
         weights["slopes"] = 2.0 ** (-8 * np.arange(1, shape.heads + 1, dtype=np.float32) / shape.heads)
-    caches = ["past", *(["past_scale"] if variant.quantised else [])]
-    names = [*list(inputs)[:2], "past", *list(inputs)[2:], *weights, *caches[1:]]
+    caches = ["past_key", "past_value"] if variant.halves else ["past", *(["past_scale"] if variant.quantised else [])]
+    beside = [name for name in caches if name == "past_scale"]
+    names = [*list(inputs)[:2], *[n for n in caches if n not in beside], *list(inputs)[2:], *weights, *beside]
     results = ["output", *(name.replace("past", "present") for name in caches)]
     number = TensorProto.FLOAT16 if feature.float16 else TensorProto.FLOAT
     kinds = {"attention_mask": TensorProto.INT64, "cos": TensorProto.FLOAT, "sin": TensorProto.FLOAT}
@@ -127,9 +133,10 @@ def model_and_inputs(shape: Shape, feature: Feature, context: int, fused: bool) 
     shapes |= {"attention_mask": [1, "T"], "output": [1, 1, shape.heads, shape.head_dim]}
     for name in ("past", "present"):
         shapes |= {name: [1, "P", width], f"{name}_scale": [1, "P", SCALES]}
+        shapes |= {f"{name}_{half}": [1, 1, "P", half_width([width])] for half in ("key", "value")}
     function = attention_function(LATENT, OPSET, variant, fused=fused, float16=feature.float16)
     sizes = {"num_heads": shape.heads, "rope_groups": shape.rope_groups, "rope_dim": shape.rope_dim}
-    flags = {"static": 1, **({"quantised": 1} if variant.quantised else {})}
+    flags = {name: 1 for name in ("static", "quantised", "halves") if getattr(variant, name)}
     node = helper.make_node(
         function.name,
         names,
@@ -166,6 +173,10 @@ def make_caches(shape: Shape, feature: Feature, context: int) -> dict[tuple[str,
         return {("past", "present"): codes, ("past_scale", "present_scale"): units}
     rows = random.standard_normal((1, room, shape.row + scales)).astype(np.float32)
     rows[..., shape.row :] = random.uniform(0.5, 2, rows[..., shape.row :].shape)
+    if feature.variant.halves:
+        rows = np.pad(rows, ((0, 0), (0, 0), (0, rows.shape[-1] % 2)))
+        named = zip(("key", "value"), np.split(rows[:, None], 2, axis=-1), strict=True)
+        return {(f"past_{half}", f"present_{half}"): held for half, held in named}
     return {("past", "present"): rows.astype(feature.dtype)}
 
 

@@ -49,6 +49,8 @@ FUSED = {
     "uint8": "FoldedAttentionOfCodes",
 }
 """Operators of :mod:`mla_compile.runtime.cpu` by the type of a cache: the folded form in one."""
+_FUSED_PAIRS = "FoldedAttentionOfPairs"
+"""That of float32 caches in two halves."""
 
 _APPEND = """
   new_BNR = Concat <axis = -1> (latent_BNr, key_turned_BNR)
@@ -96,7 +98,9 @@ def attention_function(
     if variant.chunked and not variant.window:
         raise ValueError("Chunks have no length. Pass window too.")
     if fused and not (op_type == LATENT and has_fused_form(variant)):
-        raise ValueError("The fused operator is for causal latent attention whose cache is in one piece.")
+        raise ValueError("The fused operator is for causal latent attention.")
+    if fused and variant.halves and float16:
+        raise ValueError("The fused operator of two halves is for float32.")
     # A flag for every optional input: which inputs a node has cannot be told from their number.
     attributes = {
         "key_scales": variant.key_scales,
@@ -136,19 +140,20 @@ def _listing(always: str, sometimes: dict[str, bool]) -> str:
 
 def has_fused_form(variant: Variant) -> bool:
     """Whether :mod:`mla_compile.runtime.cpu` has an operator for the folded form of ``LatentAttention``."""
-    return not (variant.bidirectional or variant.halves)
+    return not variant.bidirectional
 
 
 def _fused_attention(variant: Variant, float16: bool) -> str:
     numbers = {"key_scales": "int", "value_scales": "int", "scaled_rope": "int", "softcap": "float"}
     features = ", ".join(f"{name}: {kind} = @{name}" for name, kind in numbers.items() if getattr(variant, name))
+    rows, beside = ("present_key_B1TW", "present_value_B1TW") if variant.halves else ("ROWS", "ROW_SCALES")
     optional = {
-        "ROW_SCALES": variant.quantised,
+        beside: variant.quantised or variant.halves,
         "sinks_H": variant.sinks,
         "slopes_H": variant.slopes,
         "distance_BST": variant.slopes,
     }
-    given = ["plain_BSHD", "turned_BSnhd", "ROWS", "seen_BST", "key_up_GDr", "value_up_GrV"]
+    given = ["plain_BSHD", "turned_BSnhd", rows, "seen_BST", "key_up_GDr", "value_up_GrV"]
     given += [name if present else "" for name, present in optional.items()]
     as_float32 = {"distance_BST"}
     if float16:
@@ -156,6 +161,7 @@ def _fused_attention(variant: Variant, float16: bool) -> str:
     casts = "".join(f"  float32_{name} = Cast <to = 1> ({name})\n" for name in given if name in as_float32)
     inputs = ", ".join(f"float32_{name}" if name in as_float32 else name for name in given).rstrip(", ")
     operator = FUSED["uint8" if variant.quantised else "float16" if float16 else "float32"]
+    operator = _FUSED_PAIRS if variant.halves else operator
     # A branch must say of what type its result is, and the types of operators that ONNX does not know are not inferred.
     return f"""
 {casts}
@@ -167,10 +173,11 @@ def _fused_attention(variant: Variant, float16: bool) -> str:
 def _latent_body(variant: Variant, fused: bool, float16: bool) -> str:
     norms = variant.key_scales or variant.value_scales
     attention = _fused_attention(variant, float16) if fused else folded_attention(variant)
+    joined = joins_halves(variant) and not fused  # for both forms
     if fused or _has_two_forms(variant):
         unfolded = unfolded_attention(variant)
         unfolded = dequantised(unfolded, norms=norms) if variant.quantised else unfolded
-        unfolded = JOINED_HALVES + unfolded if variant.halves and not joins_halves(variant) else unfolded
+        unfolded = JOINED_HALVES + unfolded if variant.halves and not joined else unfolded
         attention = MANY_QUERIES + _branches(unfolded, attention)
     sizes = SIZES
     if variant.halves:
@@ -185,7 +192,7 @@ def _latent_body(variant: Variant, fused: bool, float16: bool) -> str:
             scale_sizes(variant),
             quantised_append(norms) if variant.quantised else APPENDED_SCALES if norms else _APPEND,
             *_masks(variant),
-            JOINED_HALVES if joins_halves(variant) else "",
+            JOINED_HALVES if joined else "",
             attention,
         ],
     )

@@ -146,7 +146,7 @@ def _fused(path: Path, providers: Sequence[str], kernel: str, options: Any) -> b
         return None
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-    from mla_compile.runtime.cpu.fused import fused_model, obstacle
+    from mla_compile.runtime.cpu.fused import FUSED_CACHES, fused_model
     from mla_compile.runtime.cpu.library import compiler, library
 
     on_cpu = list(providers) == [PROVIDERS["cpu"]]
@@ -164,7 +164,7 @@ def _fused(path: Path, providers: Sequence[str], kernel: str, options: Any) -> b
         if model is None:
             raise UsageError(
                 f"'{path}' has no attention that the fused kernel computes: "
-                f"{obstacle(path) if on_cpu else 'it is for the CPU'}.",
+                f"{FUSED_CACHES if on_cpu else 'it is for the CPU'}.",
                 "Run it with --kernel standard.",
             )
         _register(options, library())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import models
 import numpy as np
@@ -11,13 +12,15 @@ import pytest
 import torch
 from conversion import convert, difference
 
+from mla_compile.artifacts.companions import copy_assets
 from mla_compile.artifacts.fuse import write_fused
-from mla_compile.artifacts.genai import write_genai_config
+from mla_compile.artifacts.genai import genai_config_of, write_genai_config
 from mla_compile.artifacts.onnx_files import stored_metadata
 from mla_compile.config import make_config
-from mla_compile.errors import RefusedError, UsageError
+from mla_compile.errors import LoadError, RefusedError, UsageError
 from mla_compile.passes.lower_onnx import CacheForm, lower_to_onnx
 from mla_compile.program import Assets
+from mla_compile.runtime.cpu.library import compiler
 from mla_compile.runtime.onnx_function import attention_function
 from mla_compile.runtime.onnx_halves import half_width, halves_bytes
 from mla_compile.runtime.onnx_session import OnnxDecoder
@@ -72,7 +75,16 @@ def test_genai_generates_the_same_tokens(folders, static):
     """One prompt, and two of different lengths, which genai pads on the right."""
     genai = pytest.importorskip("onnxruntime_genai", reason="pip install 'mla-compile[genai]'")
     folder, _ = folders["llama-gqa", static]
-    decoder, model = OnnxDecoder(folder / "model.onnx", threads=1), genai.Model(str(folder))
+    decoder = OnnxDecoder(folder / "model.onnx", threads=1)
+    for prompts, sequences in greedy(genai, folder):
+        for wanted, got in zip(decoder.generate(prompts, TOKENS, stop=[96]), sequences, strict=True):
+            assert got[: len(wanted)] == wanted
+            assert len(wanted) > 1
+
+
+def greedy(genai, folder):
+    """What onnxruntime-genai makes of some prompts: pairs of prompts and their continuations."""
+    model, made = genai.Model(str(folder)), []
     for prompts in ([[5, 9, 40, 7, 3]], [[5, 9, 40], [11, 12]]):
         longest = max(map(len, prompts))
         settings = genai.GeneratorParams(model)
@@ -82,11 +94,8 @@ def test_genai_generates_the_same_tokens(folders, static):
         generator.append_tokens(np.array(padded, np.int32) if len(prompts) > 1 else padded[0])
         while not generator.is_done():
             generator.generate_next_token()
-        expected = decoder.generate(prompts, TOKENS, stop=[96])
-        for place, wanted in enumerate(expected):
-            got = generator.get_sequence(place)[longest:].tolist()
-            assert got[: len(wanted)] == wanted
-            assert len(wanted) > 1
+        made.append((prompts, [generator.get_sequence(i)[longest:].tolist() for i in range(len(prompts))]))
+    return made
 
 
 def test_the_configuration_names_what_the_file_has(folders):
@@ -109,12 +118,52 @@ def test_the_configuration_names_what_the_file_has(folders):
         assert config["model"]["vocab_size"] == models.VOCABULARY
 
 
-def test_the_fused_kernel_names_the_layout(folders, tmp_path):
-    path = folders["llama-gqa", False][0] / "model.onnx"
-    with pytest.raises(UsageError, match="have the layout genai"):
-        OnnxDecoder(path, kernel="fused")
-    with pytest.raises(RefusedError, match="have the layout genai"):
-        write_fused(path, tmp_path / "fused.onnx")
+@pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler")
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+@pytest.mark.parametrize("name", ["llama-gqa", "mistral-window"])
+def test_the_fused_kernel_reads_halves(folders, name, static):
+    path = folders[name, static][0] / "model.onnx"
+    prompts = [[5, 9, 40], [11, 12]]
+    fused = OnnxDecoder(path, kernel="fused", threads=1)
+    assert fused.fused
+    assert fused.generate(prompts, TOKENS) == OnnxDecoder(path, threads=1).generate(prompts, TOKENS)
+
+
+def test_fused_is_what_genai_is_told_of(folders, tmp_path):
+    """In another folder with the rest of the model; in its own only if that is wanted."""
+    if compiler() is None:
+        pytest.skip("there is no C++ compiler")
+    genai = pytest.importorskip("onnxruntime_genai", reason="pip install 'mla-compile[genai]'")
+    source = tmp_path / "source"
+    shutil.copytree(folders["llama-gqa", True][0], source)
+    copy_assets(ASSETS, source)
+    told = (source / "genai_config.json").read_text()
+    with pytest.raises(UsageError, match=r"genai_config\.json' names 'model\.onnx'.*one file per folder.*--force"):
+        write_fused(source / "model.onnx", source / "fused.onnx")
+    assert (source / "genai_config.json").read_text() == told
+    assert not (source / "fused.onnx").exists()
+    write_fused(source / "model.onnx", tmp_path / "other" / "fused.onnx")
+    assert {"config.json", "genai_config.json"} <= {path.name for path in (tmp_path / "other").iterdir()}
+    with pytest.raises(UsageError, match="belongs to something else"):
+        write_fused(source / "model.onnx", tmp_path / "other" / "again.onnx")
+    expected = greedy(genai, source)
+    write_fused(source / "model.onnx", source / "fused.onnx", force=True)
+    for folder in (source, tmp_path / "other"):
+        decoder = json.loads((folder / "genai_config.json").read_text())["model"]["decoder"]
+        assert (decoder["filename"], decoder["session_options"]["custom_ops_library"]) == ("fused.onnx", "fused.so")
+        assert greedy(genai, folder) == expected
+    (source / "genai_config.json").write_text(told)
+    assert greedy(genai, source) == expected
+
+
+def test_a_damaged_configuration_is_said(folders, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(folders["llama-gqa", True][0], source)
+    (source / "genai_config.json").write_text("{}")
+    with pytest.raises(LoadError, match=r"genai_config\.json' is damaged"):
+        write_fused(source / "model.onnx", tmp_path / "fused.onnx")
+    (source / "genai_config.json").write_text(json.dumps({"model": {"decoder": {"filename": "another.onnx"}}}))
+    assert genai_config_of(source / "model.onnx") is None
 
 
 def test_halves_of_odd_and_unequal_rows():

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import onnx
 
 from mla_compile.artifacts.companions import GENAI_CONFIG
+from mla_compile.errors import LoadError, first_line
 from mla_compile.program import Assets
 from mla_compile.runtime.onnx_cache import KEY_VALUE
 from mla_compile.runtime.onnx_halves import half_width
 
-__all__ = ["write_genai_config"]
+__all__ = ["genai_config_of", "with_operators", "write_config", "write_genai_config"]
 
 _CONTEXT = 2048
 """Longest sequence of a model that does not say."""
@@ -71,7 +72,45 @@ def write_genai_config(file: Path, rows: Sequence[int], assets: Assets, *, stati
             "top_p": 1.0,
         },
     }
-    file.with_name(GENAI_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_config(config, file.parent)
+
+
+def write_config(config: Mapping[str, Any], folder: Path) -> None:
+    """Write a configuration into a folder."""
+    (folder / GENAI_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def genai_config_of(file: Path) -> Mapping[str, Any] | None:
+    """What is told of an ONNX file in the ``genai_config.json`` beside it; None: there is none, or it is of another.
+
+    Args:
+        file: The ONNX file.
+
+    Raises:
+        LoadError: The configuration is damaged.
+    """
+    path = file.with_name(GENAI_CONFIG)
+    if not path.is_file():
+        return None
+    try:
+        config: Mapping[str, Any] = json.loads(path.read_text("utf-8"))
+        return config if config["model"]["decoder"]["filename"] == file.name else None
+    except (ValueError, KeyError, TypeError) as error:
+        raise LoadError(f"'{path}' is damaged ({first_line(error)}).", "Convert the model again.") from error
+
+
+def with_operators(config: Mapping[str, Any], file: Path, library: Path) -> Mapping[str, Any]:
+    """The configuration for another file beside it, with a library of operators.
+
+    Args:
+        config: What is told of a file.
+        file: One with the same inputs and outputs.
+        library: What it needs, in the same folder: onnxruntime-genai loads no other.
+    """
+    decoder = config["model"]["decoder"]
+    options = {**decoder.get("session_options", {}), "custom_ops_library": library.name}
+    told = {**decoder, "filename": file.name, "session_options": options}
+    return {**config, "model": {**config["model"], "decoder": told}}
 
 
 def _known(token: Any, other: Any = None) -> Any:  # noqa: ANN401 - token ids, or a list of them

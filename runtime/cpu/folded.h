@@ -85,13 +85,23 @@ inline void place_scales(const Sizes& s, float* query_RM) {
     place(s.first_value_scale(), s.value_scales);
 }
 
-// Scores of kTokens rows with 2 kLanes queries, over channels [begin, end); rows behind the last one are the last one.
-template <int Tokens>
-inline void score(const float* rows, long stride, long begin, long end, const float* query, long lanes,
-                  Vector (&sums)[Tokens][2]) {
+// Rows of some tokens: channels below the border lie on the left, [tokens, stride], and others on the right.
+struct Rows {
+    const float *left, *right;
+    long border, stride;
+
+    Rows from(long t) const { return {left + t * stride, right ? right + t * stride : nullptr, border, stride}; }
+};
+
+// Scores of kTokens rows with 2 kLanes queries, over channels [begin, end). While a row's line of the processor's cache
+// is multiplied, what lies at `ahead(t, k)` is brought there, for token t and channel k. (A place, for compilers drop calls
+// of functions that do nothing but bring it.)
+template <int Tokens, typename Ahead>
+inline void score_side(const float* rows, long stride, long begin, long end, const float* query, long lanes,
+                  Vector (&sums)[Tokens][2], const Ahead& ahead) {
     constexpr long line = 64 / sizeof(float);
     for (long start = begin; start < end; start += line) {
-        for (int t = 0; t < Tokens; t++) __builtin_prefetch(rows + (t + Tokens) * stride + start);
+        for (int t = 0; t < Tokens; t++) __builtin_prefetch(ahead(t, start));
         for (long k = start; k < std::min(start + line, end); k++) {
             Vector left = load(query + k * lanes), right = load(query + k * lanes + kLanes);
             keep(left);
@@ -107,35 +117,46 @@ inline void score(const float* rows, long stride, long begin, long end, const fl
     }
 }
 
+template <int Tokens, typename Ahead>
+inline void score(const Rows& rows, long begin, long end, const float* query, long lanes, Vector (&sums)[Tokens][2],
+                  const Ahead& ahead) {
+    const long border = rows.border, middle = std::min(std::max(border, begin), end);
+    score_side<Tokens>(rows.left, rows.stride, begin, middle, query, lanes, sums, ahead);
+    if (middle < end)
+        score_side<Tokens>(rows.right, rows.stride, middle - border, end - border, query + border * lanes, lanes, sums,
+                           [&](long t, long k) { return ahead(t, k + border); });
+}
+
 // Multiply with every query's scale, of `count` channels of the rows.
-template <int Tokens>
-inline void scale(const Sizes& s, const float* rows, long first, long count, const float* query,
-                  Vector (&numbers)[Tokens][2]) {
+template <int Tokens, typename Ahead>
+inline void scale(const Sizes& s, const Rows& rows, long first, long count, const float* query,
+                  Vector (&numbers)[Tokens][2], const Ahead& ahead) {
     Vector scales[Tokens][2] = {};
-    score<Tokens>(rows, s.row, first, first + count, query, s.lanes(), scales);
+    score<Tokens>(rows, first, first + count, query, s.lanes(), scales, ahead);
     for (int t = 0; t < Tokens; t++)
         for (int j = 0; j < 2; j++) numbers[t][j] *= scales[t][j];
 }
 
 enum class Scaled { Nothing, Latent, All };  // of a key
 
-template <Scaled Keys, int Tokens>
-inline void score_tile(const Sizes& s, const float* rows, long first_rope, long last_rope, const float* query,
-                       float* scores) {
+template <Scaled Keys, int Tokens, typename Ahead>
+inline void score_tile(const Sizes& s, const Rows& rows, long first_rope, long last_rope, const float* query,
+                       float* scores, const Ahead& ahead) {
     Vector sums[Tokens][2] = {};
-    score<Tokens>(rows, s.row, 0, s.rank, query, s.lanes(), sums);
-    if constexpr (Keys == Scaled::Latent) scale<Tokens>(s, rows, s.first_key_scale(), s.key_scales, query, sums);
-    score<Tokens>(rows, s.row, first_rope, last_rope, query, s.lanes(), sums);
-    if constexpr (Keys == Scaled::All) scale<Tokens>(s, rows, s.first_key_scale(), s.key_scales, query, sums);
+    score<Tokens>(rows, 0, s.rank, query, s.lanes(), sums, ahead);
+    if constexpr (Keys == Scaled::Latent) scale<Tokens>(s, rows, s.first_key_scale(), s.key_scales, query, sums, ahead);
+    score<Tokens>(rows, first_rope, last_rope, query, s.lanes(), sums, ahead);
+    if constexpr (Keys == Scaled::All) scale<Tokens>(s, rows, s.first_key_scale(), s.key_scales, query, sums, ahead);
     for (int t = 0; t < Tokens; t++) {
         store(scores + t * s.lanes(), sums[t][0]);
         store(scores + t * s.lanes() + kLanes, sums[t][1]);
     }
 }
 
-// Scores of a block of tokens with all queries: [tokens, lanes].
-template <Scaled Keys>
-inline void score_block(const Sizes& s, const float* rows, long tokens, const float* query_RM, float* scores) {
+// Scores of a block of tokens, from `start` on, with all queries: [tokens, lanes].
+template <Scaled Keys, typename Source>
+inline void score_block(const Sizes& s, const Source& source, const Rows& rows, long start, long tokens,
+                        const float* query_RM, float* scores) {
     for (long lane = 0; lane < s.lanes(); lane += s.tile()) {
         // Which groups' channels these heads have; all, where they are of several queries.
         long first = 0, last = s.rope_groups - 1;
@@ -147,31 +168,33 @@ inline void score_block(const Sizes& s, const float* rows, long tokens, const fl
         const long begin = s.rank + first * s.rope, end = s.rank + (last + 1) * s.rope;
         const float* query = query_RM + lane;
         long t = 0;
+        const auto ahead = [&](long i, long k) { return source.ahead(start + t + i, k); };
         for (; t + kTokens <= tokens; t += kTokens)
-            score_tile<Keys, kTokens>(s, rows + t * s.row, begin, end, query, scores + t * s.lanes() + lane);
+            score_tile<Keys, kTokens>(s, rows.from(t), begin, end, query, scores + t * s.lanes() + lane, ahead);
         for (; t < tokens; t++)
-            score_tile<Keys, 1>(s, rows + t * s.row, begin, end, query, scores + t * s.lanes() + lane);
+            score_tile<Keys, 1>(s, rows.from(t), begin, end, query, scores + t * s.lanes() + lane, ahead);
     }
 }
 
 // Weights of a tile of tokens times the scales of their values.
 template <int Tokens>
-inline void scale_weights(const Sizes& s, const float* rows, const float* query, float* weights) {
+inline void scale_weights(const Sizes& s, const Rows& rows, const float* query, float* weights) {
     Vector scaled[Tokens][2];
     for (int t = 0; t < Tokens; t++)
         for (int j = 0; j < 2; j++) scaled[t][j] = load(weights + t * s.lanes() + j * kLanes);
-    scale<Tokens>(s, rows, s.first_value_scale(), s.value_scales, query, scaled);
+    scale<Tokens>(s, rows, s.first_value_scale(), s.value_scales, query, scaled,
+                  [&](long t, long k) { return rows.left + t * rows.stride + k; });  // they are there
     for (int t = 0; t < Tokens; t++)
         for (int j = 0; j < 2; j++) store(weights + t * s.lanes() + j * kLanes, scaled[t][j]);
 }
 
-inline void scale_block(const Sizes& s, const float* rows, long tokens, const float* query_RM, float* weights) {
+inline void scale_block(const Sizes& s, const Rows& rows, long tokens, const float* query_RM, float* weights) {
     for (long lane = 0; lane < s.lanes(); lane += s.tile()) {
         long t = 0;
         for (; t + kTokens <= tokens; t += kTokens)
-            scale_weights<kTokens>(s, rows + t * s.row, query_RM + lane, weights + t * s.lanes() + lane);
+            scale_weights<kTokens>(s, rows.from(t), query_RM + lane, weights + t * s.lanes() + lane);
         for (; t < tokens; t++)
-            scale_weights<1>(s, rows + t * s.row, query_RM + lane, weights + t * s.lanes() + lane);
+            scale_weights<1>(s, rows.from(t), query_RM + lane, weights + t * s.lanes() + lane);
     }
 }
 
@@ -260,17 +283,30 @@ inline void add_tile(long tokens, const float* latents, long stride, const float
         for (int j = 0; j < kColumns; j++) store(sums + h * sum_stride + j * kLanes, tile[h][j]);
 }
 
-inline void add_block(const Sizes& s, const float* rows, long tokens, const float* weights, const float* shrink,
+// Some channels of rows, to be read in one piece: as many of `count` as are latents, and zeros.
+inline void copy_strip(const Rows& rows, long tokens, long column, long latents, long count, float* to) {
+    const long middle = std::min(std::max(rows.border, column), latents);
+    for (long t = 0; t < tokens; t++) {
+        float* row = to + t * count;
+        std::memcpy(row, rows.left + t * rows.stride + column, (middle - column) * sizeof(float));
+        if (middle < latents)
+            std::memcpy(row + middle - column, rows.right + t * rows.stride + middle - rows.border,
+                        (latents - middle) * sizeof(float));
+        std::memset(row + latents - column, 0, (column + count - latents) * sizeof(float));
+    }
+}
+
+inline void add_block(const Sizes& s, const Rows& rows, long tokens, const float* weights, const float* shrink,
                       float* sums, float* scratch) {
     constexpr long strip = kColumns * kLanes;
     for (long column = 0; column < s.rank; column += strip) {
-        const float* latents = rows + column;
-        long stride = s.row;
-        if (column + strip > s.rank) {  // what is behind the latent is not to be added, nor to be read behind the cache
-            for (long t = 0; t < tokens; t++) {
-                std::memcpy(scratch + t * strip, rows + t * s.row + column, (s.rank - column) * sizeof(float));
-                std::memset(scratch + t * strip + s.rank - column, 0, (strip - s.rank + column) * sizeof(float));
-            }
+        const long end = column + strip;
+        const bool on_right = column >= rows.border;
+        const float* latents = on_right ? rows.right + column - rows.border : rows.left + column;
+        long stride = rows.stride;
+        // What is behind the latent is not to be added, nor to be read behind the cache.
+        if (end > s.rank || (!on_right && end > rows.border)) {
+            copy_strip(rows, tokens, column, std::min(end, s.rank), strip, scratch);
             latents = scratch;
             stride = strip;
         }
@@ -279,11 +315,12 @@ inline void add_block(const Sizes& s, const float* rows, long tokens, const floa
     }
 }
 
-// One task: attend to a split of the tokens of one sequence. `partial` is [maxima | totals | sums of latents]; `block`
-// gives the rows of some tokens from one on.
-template <Scaled Keys, typename Block>
+// One task: attend to a split of the tokens of one sequence. `partial` is [maxima | totals | sums of latents]. A source
+// is what the cache holds: `rows(t, tokens)` are those of some tokens from one on, at most kBlock, and `ahead(t, k)` is
+// the place to read next while channel k of token t is multiplied.
+template <Scaled Keys, typename Source>
 inline void attend_blocks(const Sizes& s, long split, const Logits& logits, const float* query_RM, float* partial,
-                          float* scratch, Block block) {
+                          float* scratch, const Source& source) {
     float *maxima = partial, *totals = partial + s.lanes(), *sums = partial + 2 * s.lanes();
     float *scores = scratch, *shrink = scores + kBlock * s.lanes(), *strip = shrink + s.lanes();
     begin_partial(s, partial);
@@ -291,8 +328,8 @@ inline void attend_blocks(const Sizes& s, long split, const Logits& logits, cons
     for (long t = split * s.split(); t < end; t += kBlock) {
         const long tokens = std::min(kBlock, end - t);
         if (!mask_block(s, logits.seen_ST + t, tokens, nullptr)) continue;
-        const float* rows = block(t, tokens);
-        score_block<Keys>(s, rows, tokens, query_RM, scores);
+        const Rows rows = source.rows(t, tokens);
+        score_block<Keys>(s, source, rows, t, tokens, query_RM, scores);
         finish_scores(s, logits, t, tokens, scores);
         soften(s, tokens, scores, maxima, totals, shrink);
         if (s.value_scales) scale_block(s, rows, tokens, query_RM, scores);
@@ -300,36 +337,70 @@ inline void attend_blocks(const Sizes& s, long split, const Logits& logits, cons
     }
 }
 
-template <typename Block>
+template <typename Source>
 inline void attend_scaled(const Sizes& s, long split, const Logits& logits, const float* query_RM, float* partial,
-                          float* scratch, Block block) {
+                          float* scratch, const Source& source) {
     if (!s.key_scales)
-        attend_blocks<Scaled::Nothing>(s, split, logits, query_RM, partial, scratch, block);
+        attend_blocks<Scaled::Nothing>(s, split, logits, query_RM, partial, scratch, source);
     else if (s.scaled_rope)
-        attend_blocks<Scaled::All>(s, split, logits, query_RM, partial, scratch, block);
+        attend_blocks<Scaled::All>(s, split, logits, query_RM, partial, scratch, source);
     else
-        attend_blocks<Scaled::Latent>(s, split, logits, query_RM, partial, scratch, block);
+        attend_blocks<Scaled::Latent>(s, split, logits, query_RM, partial, scratch, source);
 }
 
 inline long attend_scratch(const Sizes& s) {
     return kBlock * s.lanes() + s.lanes() + kBlock * kColumns * kLanes;
 }
 
+struct Whole {
+    const float* from;
+    long row;
+
+    Rows rows(long t, long) const { return {from + t * row, nullptr, row, row}; }
+    const float* ahead(long t, long k) const { return from + (t + kTokens) * row + k; }
+};
+
 inline void attend(const Sizes& s, long split, const float* rows, const Logits& logits, const float* query_RM,
                    float* partial, float* scratch) {
-    attend_scaled(s, split, logits, query_RM, partial, scratch, [&](long t, long) { return rows + t * s.row; });
+    attend_scaled(s, split, logits, query_RM, partial, scratch, Whole{rows, s.row});
 }
 
-// The same over halves, a block of which at a time becomes numbers.
-inline long attend_halves_scratch(const Sizes& s) { return attend_scratch(s) + kBlock * s.row; }
+// Rows that are copied, a block at a time: what is read ahead is the next block's.
+inline long attend_copies_scratch(const Sizes& s) { return attend_scratch(s) + kBlock * s.row; }
+
+// In float16, which becomes numbers.
+struct Widened {
+    const Half* from;
+    long row;
+    float* to;
+
+    Rows rows(long t, long tokens) const {
+        widen(from + t * row, tokens * row, to);
+        return {to, nullptr, row, row};
+    }
+    const Half* ahead(long t, long k) const { return from + (t + kBlock) * row + k; }
+};
 
 inline void attend_halves(const Sizes& s, long split, const Half* halves, const Logits& logits, const float* query_RM,
                           float* partial, float* scratch) {
-    float* rows = scratch + attend_scratch(s);
-    attend_scaled(s, split, logits, query_RM, partial, scratch, [&](long t, long tokens) {
-        widen(halves + t * s.row, tokens * s.row, rows);
-        return static_cast<const float*>(rows);
-    });
+    const Widened source{halves, s.row, scratch + attend_scratch(s)};
+    attend_scaled(s, split, logits, query_RM, partial, scratch, source);
+}
+
+// In two halves [tokens, width], behind whose own numbers there may be others.
+struct Paired {
+    const float *first, *second;
+    long width;
+
+    Rows rows(long t, long) const { return Rows{first, second, width, width}.from(t); }
+    const float* ahead(long t, long k) const {
+        return (k < width ? first + k : second + k - width) + (t + kTokens) * width;
+    }
+};
+
+inline void attend_pairs(const Sizes& s, long split, const float* first, const float* second, long width,
+                         const Logits& logits, const float* query_RM, float* partial, float* scratch) {
+    attend_scaled(s, split, logits, query_RM, partial, scratch, Paired{first, second, width});
 }
 
 // Merge one sequence's splits for the heads of one group, and unfold the sums with its value up-projection. A sink is

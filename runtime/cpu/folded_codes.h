@@ -25,24 +25,34 @@ inline long code_query(const Sizes& s) { return s.query(); }
 
 inline void encode_queries(const Sizes&, float*) {}
 
-inline long attend_codes_scratch(const Sizes& s) { return attend_scratch(s) + kBlock * s.row; }
+inline long attend_codes_scratch(const Sizes& s) { return attend_copies_scratch(s); }
 
-inline void attend_codes(const Sizes& s, long split, const uint8_t* codes, const float* scales, const Logits& logits,
-                         const float* query_RM, float* partial, float* scratch) {
-    float* rows = scratch + attend_scratch(s);
-    const auto block = [&](long first, long tokens) -> const float* {
+// Codes become numbers, a block at a time.
+struct Decoded {
+    const Sizes& s;
+    const uint8_t* codes;
+    const float* scales;
+    float* to;
+
+    Rows rows(long first, long tokens) const {
         for (long t = 0; t < tokens; t++) {
             const uint8_t* code = codes + (first + t) * s.codes();
             const float* scale = scales + (first + t) * s.scales();
             const float latent = scale[0], rope = scale[1];
-            float* row = rows + t * s.row;
+            float* row = to + t * s.row;
             for (long k = 0; k < s.rank; k++) row[k] = (code[k] - kLatentMiddle) * latent;
             for (long k = s.rank; k < s.codes(); k++) row[k] = (code[k] - kRopeMiddle) * rope;
             std::memcpy(row + s.codes(), scale + 2, (s.scales() - 2) * sizeof(float));
         }
-        return rows;
-    };
-    attend_scaled(s, split, logits, query_RM, partial, scratch, block);
+        return {to, nullptr, s.row, s.row};
+    }
+    const uint8_t* ahead(long t, long k) const { return codes + (t + kBlock) * s.codes() + k; }
+};
+
+inline void attend_codes(const Sizes& s, long split, const uint8_t* codes, const float* scales, const Logits& logits,
+                         const float* query_RM, float* partial, float* scratch) {
+    const Decoded source{s, codes, scales, scratch + attend_scratch(s)};
+    attend_scaled(s, split, logits, query_RM, partial, scratch, source);
 }
 
 #else

@@ -13,11 +13,13 @@ from mla_compile.runtime.onnx_cache import PAST
 from mla_compile.runtime.onnx_function import attention_function, has_fused_form
 from mla_compile.runtime.onnx_variant import DOMAIN, FUSED_DOMAIN, LATENT, VERSION, Variant
 
-__all__ = ["fused_model", "obstacle"]
+__all__ = ["FUSED_CACHES", "fused_model"]
+
+FUSED_CACHES = "it is for caches of float32, float16 and int8, in files written without --inline"
+"""What the kernel is for, to stand behind a colon where a file has no such attention."""
 
 _ALL = [Variant(*features) for features in product([False, True], repeat=len(fields(Variant)))]
 _VARIANTS = {variant.named(LATENT): variant for variant in _ALL if has_fused_form(variant)}
-_HALVES = {variant.named(LATENT) for variant in _ALL if variant.halves}
 
 
 def fused_model(path: Path) -> onnx.ModelProto | None:
@@ -49,11 +51,3 @@ def fused_model(path: Path) -> onnx.ModelProto | None:
         return None
     model.opset_import.append(helper.make_opsetid(FUSED_DOMAIN, 1))
     return model
-
-
-def obstacle(path: Path) -> str:
-    """Why :func:`fused_model` has nothing to change in a file, to stand behind a colon."""
-    model = onnx.load(path, load_external_data=False)
-    if any(f.domain == DOMAIN and f.name in _HALVES for f in model.functions):
-        return "it reads caches of rows, and those of this file have the layout genai"
-    return "it is for caches of float32, float16 and int8, in files written without --inline"

@@ -4,7 +4,9 @@
 // query sees [B, S, T] (bool), key up-projections [G, D, r], value up-projections [G', r, V]; output [B, S, H, V].
 // FoldedAttentionOfHalves: the same with rows in float16. All else is float32 there too.
 // FoldedAttentionOfCodes: the same with codes (uint8) for rows, and behind these inputs their scales [B, T, 2 + m + w].
-// Optional inputs of all, behind scales or nothing in their place: sinks [H]; slopes [H], and with them distances of
+// FoldedAttentionOfPairs: the same with rows in two halves [B, 1, T, W], of which the second stand behind these inputs;
+// behind a row's own numbers a pair of halves may have others.
+// Optional inputs of all, behind those or nothing in their place: sinks [H]; slopes [H], and with them distances of
 // tokens from queries [B, S, T]. Optional attributes: softcap; how many key_scales (m) and value_scales (w) a row ends in,
 // or stand behind the scales of its codes; and scaled_rope.
 
@@ -185,14 +187,22 @@ struct Codes {
     static constexpr const char* name = "FoldedAttentionOfCodes";
 };
 
+struct Pairs {
+    using Row = float;
+    static constexpr ort::Element element = ort::Element::Float;
+    static constexpr const char* name = "FoldedAttentionOfPairs";
+};
+
 template <typename Form>
 constexpr bool quantised = std::is_same_v<Form, Codes>;
+template <typename Form>
+constexpr bool paired = std::is_same_v<Form, Pairs>;
 
-// Inputs of all operators, in order.
-enum Input : size_t { Plain, Turned, Rows, Seen, KeyUp, ValueUp, Scales, Sinks, Slopes, Distance, Inputs };
+// Inputs of all operators, in order. Beside: what belongs to rows besides, scales of codes or second halves.
+enum Input : size_t { Plain, Turned, Rows, Seen, KeyUp, ValueUp, Beside, Sinks, Slopes, Distance, Inputs };
 
-constexpr const char* names[] = {"queries",          "turned queries", "rows",  "mask",   "key up-projections",
-                                 "value up-projections", "scales",         "sinks", "slopes", "distances"};
+constexpr const char* names[] = {"queries", "turned queries", "rows", "mask", "key up-projections",
+                                 "value up-projections", "scales or second halves", "sinks", "slopes", "distances"};
 
 // ONNX Runtime lets sizes that are told at run time be anything, and what does not fit would be read past its end.
 void require(const Call& call, Input input, const std::vector<int64_t>& sizes) {
@@ -207,15 +217,19 @@ long of_each(const Call& call, Input input, const mla::Sizes& s) {
     return shared ? 0 : s.queries * s.tokens;
 }
 
-// Whether all inputs are as large as s says, which is read from five of them.
+// Whether all inputs are as large as s says, which is read from five of them, with W of the halves of rows.
 template <typename Form>
-void require_sizes(const Call& call, const mla::Sizes& s, bool sinks, bool slopes) {
+void require_sizes(const Call& call, const mla::Sizes& s, long width, bool sinks, bool slopes) {
     require(call, Turned, {s.batch, s.queries, s.rope_groups, s.heads / std::max(1L, s.rope_groups), s.rope});
-    require(call, Rows, {s.batch, s.tokens, s.first_value_scale() + s.value_scales -
-                                                (quantised<Form> ? s.key_scales + s.value_scales : 0)});
+    if constexpr (paired<Form>) {
+        require(call, Rows, {s.batch, 1, s.tokens, std::max(width, (s.row + 1) / 2)});
+        require(call, Beside, {s.batch, 1, s.tokens, width});
+    } else {
+        require(call, Rows, {s.batch, s.tokens, quantised<Form> ? s.codes() : s.row});
+    }
     require(call, KeyUp, {s.key_groups, s.plain, s.rank});
     require(call, ValueUp, {s.value_groups, s.rank, s.value});
-    if (quantised<Form>) require(call, Scales, {s.batch, s.tokens, s.scales()});
+    if (quantised<Form>) require(call, Beside, {s.batch, s.tokens, s.scales()});
     if (sinks) require(call, Sinks, {s.heads});
     if (slopes) require(call, Slopes, {s.heads});
 }
@@ -224,8 +238,9 @@ template <typename Form>
 void attention(const Call& call, const Kernel& kernel) {
     const auto plain = call.shape(Plain), turned = call.shape(Turned), rows = call.shape(Rows),
                key_up = call.shape(KeyUp), value_up = call.shape(ValueUp);
-    const int64_t apart = quantised<Form> ? kernel.key_scales + kernel.value_scales : 0;
-    const mla::Sizes s{plain[0],  plain[1],  plain[2], rows[1],   rows[2] + apart, key_up[2],
+    const int64_t tokens = rows[rows.size() - 2], width = rows.back();
+    const int64_t row = key_up[2] + turned[2] * turned[4] + kernel.key_scales + kernel.value_scales;
+    const mla::Sizes s{plain[0],  plain[1],  plain[2], tokens,    row,         key_up[2],
                        turned[4], turned[2], plain[3], key_up[0], value_up[0], value_up[2],
                        kernel.key_scales, kernel.value_scales, kernel.scaled_rope != 0};
     const auto *plain_data = call.data<float>(call.input(Plain)), *turned_data = call.data<float>(call.input(Turned)),
@@ -233,7 +248,7 @@ void attention(const Call& call, const Kernel& kernel) {
     const bool* seen_data = call.data<bool>(call.input(Seen));
     const float *sinks = call.optional(Sinks), *slopes = call.optional(Slopes), *distance = call.optional(Distance);
     const auto* rows_data = call.data<typename Form::Row>(call.input(Rows));
-    require_sizes<Form>(call, s, sinks, slopes);
+    require_sizes<Form>(call, s, width, sinks, slopes);
     const long seen_each = of_each(call, Seen, s), distance_each = slopes ? of_each(call, Distance, s) : 0;
     float* output = call.output({s.batch, s.queries, s.heads, s.value});
 
@@ -254,17 +269,21 @@ void attention(const Call& call, const Kernel& kernel) {
     });
     call.each(s.batch * s.splits(), [&](long task) {
         const long b = task / s.splits(), split = task % s.splits();
-        const auto* own_rows = rows_data + b * s.tokens * rows[2];
+        const auto* own_rows = rows_data + b * s.tokens * width;
         const mla::Logits logits{seen_data + b * seen_each, kernel.softcap, slopes,
                                  slopes ? distance + b * distance_each : nullptr};
         const float* query = queries + b * query_size;
         float* partial = partials + task * s.partial();
         if constexpr (quantised<Form>) {
-            const float* scales = call.data<float>(call.input(Scales)) + b * s.tokens * s.scales();
+            const float* scales = call.data<float>(call.input(Beside)) + b * s.tokens * s.scales();
             Borrowed scratch(mla::attend_codes_scratch(s));
             mla::attend_codes(s, split, own_rows, scales, logits, query, partial, scratch.data());
+        } else if constexpr (paired<Form>) {
+            const float* second = call.data<float>(call.input(Beside)) + b * s.tokens * width;
+            Borrowed scratch(mla::attend_scratch(s));
+            mla::attend_pairs(s, split, own_rows, second, width, logits, query, partial, scratch.data());
         } else if constexpr (std::is_same_v<Form, Halves>) {
-            Borrowed scratch(mla::attend_halves_scratch(s));
+            Borrowed scratch(mla::attend_copies_scratch(s));
             mla::attend_halves(s, split, own_rows, logits, query, partial, scratch.data());
         } else {
             Borrowed scratch(mla::attend_scratch(s));
@@ -309,7 +328,7 @@ ort::Operator folded_attention() {
     made.destroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
     made.input_kind = [](const ort::Operator*, size_t index) {
         constexpr int required = 0, optional = 1;
-        return index < (quantised<Form> ? Sinks : Scales) ? required : optional;
+        return index < (quantised<Form> || paired<Form> ? Sinks : Beside) ? required : optional;
     };
     made.output_kind = [](const ort::Operator*, size_t) { return 0; };
     made.input_memory = [](const ort::Operator*, size_t) { return 0; };
@@ -337,7 +356,7 @@ ort::Operator folded_attention() {
 extern "C" __attribute__((visibility("default"))) ort::Status* RegisterCustomOps(ort::SessionOptions* options,
                                                                               const ort::ApiBase* base) {
     static const ort::Operator operators[] = {folded_attention<Numbers>(), folded_attention<Halves>(),
-                                              folded_attention<Codes>()};
+                                              folded_attention<Codes>(), folded_attention<Pairs>()};
     const ort::Table table = base->table(ort::kVersion);
     if (!table)
         return ort::call<ort::Status*>(base->table(1), ort::Place::CreateStatus, 1,

@@ -296,6 +296,59 @@ def test_many_halves_are_near_the_reference(library, kind):
     check_halves(case, half_session(library, case, half_forms(case)[1], threads=2))
 
 
+def pair_session(library, case, form, width, threads=1):
+    """A node whose cache is two tensors, of halves of rows."""
+    halves = {f"past_{kind}": ["B", 1, "P", width] for kind in ("key", "value")}
+    others = {name: shape for name, shape in dimensions(case).items() if name != "past"}
+    names = [name for first in input_names(case) for name in (halves if first == "past" else [first])]
+    present = {f"present_{kind}": ["B", 1, "T", width] for kind in ("key", "value")}
+    outputs = {"output": ["B", "S", case.heads, case.v_dim], **present}
+    node = make_node(case, names, [*outputs])
+    node.op_type = form.name
+    node.attribute.append(helper.make_attribute("halves", 1))
+    return session_of(library, node, form, others | halves, outputs, threads=threads)
+
+
+def pair_forms(case):
+    return forms_of(attention_function(LATENT, 23, replace(variant_of(case), halves=True), fused=True))
+
+
+def check_pairs(case, session, width):
+    """Behind a row's own numbers there are others, as before rows that a window shows: nothing reads them."""
+    x = case.tensors(torch.float32)
+    hidden = x["attention_mask"].shape[1] - case.new - x["past"].shape[1]
+    past = torch.nn.functional.pad(x.pop("past"), (0, 2 * width - case.width, hidden, 0), value=7.0)
+    given = x | {f"past_{name}": half for name, half in zip(("key", "value"), past[:, None].chunk(2, -1), strict=True)}
+    got, *halves = session.run(None, {name: value.numpy() for name, value in given.items()})
+    exact = {n: v.double() if v.is_floating_point() else v for n, v in case.tensors(torch.float32).items()}
+    expected, rows = case.expected(exact)
+    torch.testing.assert_close(torch.from_numpy(got).double(), expected, **CLOSE)
+    written = torch.from_numpy(np.concatenate(halves, -1))[:, 0].double()
+    new = min(case.new, rows.shape[1])  # a window keeps fewer
+    torch.testing.assert_close(
+        written[:, written.shape[1] - new :, : case.width], rows[:, rows.shape[1] - new :], **CLOSE
+    )
+    assert not written[:, -case.new :, case.width :].any()
+
+
+@pytest.mark.parametrize("more", [0, 3, 40], ids=["as wide", "some wider", "twice as wide"])
+@pytest.mark.parametrize("kind", SHORT)
+def test_halves_of_rows_equal_the_reference(library, kind, more):
+    """A layer's rows may be shorter than those of others, down to less than a half of theirs."""
+    case = replace(SHORT[kind], new=2, past=5)
+    width = (case.width + 1) // 2 + more
+    for form in pair_forms(case):
+        check_pairs(case, pair_session(library, case, form, width), width)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("kind", LONG_WITH_SCALES)
+def test_halves_of_many_rows_equal_the_reference(library, kind, threads):
+    case = LONG_WITH_SCALES[kind]
+    width = (case.width + 1) // 2
+    check_pairs(case, pair_session(library, case, pair_forms(case)[1], width, threads), width)
+
+
 @pytest.mark.parametrize("rank", [7, 64])
 def test_every_half_is_read_as_it_is(library, rank):
     """A token by itself has the weight of one, and its latent is the output. So few are read one by one, more in
@@ -357,15 +410,18 @@ OPERANDS = {
 }
 
 
-def operator(library, shapes):
-    """The operator by itself, of inputs that are zeros and see everything."""
+PAIRED = {"rows": (2, 1, 5, 7), "second halves": (2, 1, 5, 7)}
+
+
+def operator(library, shapes, name="FoldedAttention"):
+    """An operator by itself, of inputs that are zeros and see everything."""
     kinds = {"seen": TensorProto.BOOL}
     given = [
         helper.make_tensor_value_info(n, kinds.get(n, TensorProto.FLOAT), ["?"] * len(s)) for n, s in shapes.items()
     ]
     result = helper.make_tensor_value_info("output", TensorProto.FLOAT, ["?"] * 4)
     graph = helper.make_graph(
-        [helper.make_node("FoldedAttention", [*shapes], ["output"], domain=FUSED_DOMAIN)], "operator", given, [result]
+        [helper.make_node(name, [*shapes], ["output"], domain=FUSED_DOMAIN)], "operator", given, [result]
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid(FUSED_DOMAIN, 1)], ir_version=10)
     options = onnxruntime.SessionOptions()
@@ -395,11 +451,27 @@ def test_what_would_be_read_past_its_end_is_refused(library, name, shape, words)
 
 
 @pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("rows", (2, 1, 5, 6)),
+        ("rows", (1, 1, 5, 7)),
+        ("rows", (2, 2, 5, 7)),
+        ("second halves", (2, 1, 5, 8)),
+        ("second halves", (2, 1, 4, 7)),
+    ],
+)
+def test_what_would_be_read_past_the_end_of_halves_is_refused(library, name, shape):
+    paired = "FoldedAttentionOfPairs"
+    assert operator(library, OPERANDS | PAIRED, paired).shape == (2, 1, 4, 3)
+    with pytest.raises(Exception, match=r"the sizes of (rows|scales or second halves) do not fit the others"):
+        operator(library, OPERANDS | PAIRED | {name: shape}, paired)
+
+
+@pytest.mark.parametrize(
     ("op_type", "variant"),
     [
         (CACHED, Variant()),
         (LATENT, Variant(bidirectional=True)),
-        (LATENT, Variant(halves=True)),
     ],
 )
 def test_what_it_does_not_compute_is_refused(op_type, variant):
