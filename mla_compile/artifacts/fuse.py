@@ -7,9 +7,9 @@ from pathlib import Path
 import onnx
 from onnx.external_data_helper import uses_external_data
 
-from mla_compile.artifacts.companions import GENAI_CONFIG, copy_assets, read_assets
-from mla_compile.artifacts.genai import genai_config_of, with_operators, write_config
-from mla_compile.artifacts.places import check_neighbours, check_place
+from mla_compile.artifacts.companions import copy_assets
+from mla_compile.artifacts.genai import assets_beside, genai_config_of, with_file, write_config
+from mla_compile.artifacts.places import check_place
 from mla_compile.disk.writing import moved_into
 from mla_compile.errors import LoadError, RefusedError, UsageError
 from mla_compile.program import Assets
@@ -61,30 +61,11 @@ def write_fused(model: Path, out: Path, *, march: str = "native", force: bool = 
         raise UsageError(f"The weights of '{model}' lie beside it.", f"Write to the same folder: {model.parent}.")
     config, assets = genai_config_of(model), Assets()
     if config is not None:
-        assets = _assets_beside(model, out, force)
+        assets = assets_beside(model, out, force)
     with moved_into(out.parent) as folder:
         onnx.save(fused, folder / out.name)
         compile_library(folder / library.name, f"-march={march}")
         if config is not None:
             copy_assets(assets, folder)
-            write_config(with_operators(config, out, library), folder)
+            write_config(with_file(config, out, library), folder)
     return library
-
-
-def _assets_beside(model: Path, out: Path, force: bool) -> Assets:
-    """What onnxruntime-genai needs beside a file and does not find there.
-
-    Raises:
-        LoadError: What lies beside the given file is damaged.
-        UsageError: Something of another model lies there, or what it is told of the given file.
-    """
-    if out.absolute().parent != model.absolute().parent:
-        assets = read_assets(model.parent)
-        check_neighbours(out, str(model), assets, force, "genai")
-        return assets
-    if not force:
-        raise UsageError(
-            f"'{out.with_name(GENAI_CONFIG)}' names '{model.name}', and onnxruntime-genai knows one file per folder.",
-            f"Pass --force to have it name '{out.name}', or write to another folder.",
-        )
-    return Assets()

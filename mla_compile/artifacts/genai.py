@@ -9,13 +9,14 @@ from typing import Any
 
 import onnx
 
-from mla_compile.artifacts.companions import GENAI_CONFIG
-from mla_compile.errors import LoadError, first_line
+from mla_compile.artifacts.companions import GENAI_CONFIG, read_assets
+from mla_compile.artifacts.places import check_neighbours
+from mla_compile.errors import LoadError, UsageError, first_line
 from mla_compile.program import Assets
 from mla_compile.runtime.onnx_cache import KEY_VALUE
 from mla_compile.runtime.onnx_halves import half_width
 
-__all__ = ["genai_config_of", "with_operators", "write_config", "write_genai_config"]
+__all__ = ["assets_beside", "genai_config_of", "with_file", "write_config", "write_genai_config"]
 
 _CONTEXT = 2048
 """Longest sequence of a model that does not say."""
@@ -99,16 +100,37 @@ def genai_config_of(file: Path) -> Mapping[str, Any] | None:
         raise LoadError(f"'{path}' is damaged ({first_line(error)}).", "Convert the model again.") from error
 
 
-def with_operators(config: Mapping[str, Any], file: Path, library: Path) -> Mapping[str, Any]:
-    """The configuration for another file beside it, with a library of operators.
+def assets_beside(model: Path, out: Path, force: bool) -> Assets:
+    """What onnxruntime-genai needs beside a file that is made of another, and does not find there.
+
+    Raises:
+        LoadError: What lies beside the given file is damaged.
+        UsageError: Something of another model lies there, or what it is told of the given file.
+    """
+    if out.absolute().parent != model.absolute().parent:
+        assets = read_assets(model.parent)
+        check_neighbours(out, str(model), assets, force, "genai")
+        return assets
+    if not force:
+        raise UsageError(
+            f"'{out.with_name(GENAI_CONFIG)}' names '{model.name}', and onnxruntime-genai knows one file per folder.",
+            f"Pass --force to have it name '{out.name}', or write to another folder.",
+        )
+    return Assets()
+
+
+def with_file(config: Mapping[str, Any], file: Path, library: Path | None = None) -> Mapping[str, Any]:
+    """The configuration for another file.
 
     Args:
         config: What is told of a file.
         file: One with the same inputs and outputs.
-        library: What it needs, in the same folder: onnxruntime-genai loads no other.
+        library: Operators that it needs, in the same folder: onnxruntime-genai loads no other.
     """
     decoder = config["model"]["decoder"]
-    options = {**decoder.get("session_options", {}), "custom_ops_library": library.name}
+    options = dict(decoder.get("session_options", {}))
+    if library is not None:
+        options["custom_ops_library"] = library.name
     told = {**decoder, "filename": file.name, "session_options": options}
     return {**config, "model": {**config["model"], "decoder": told}}
 

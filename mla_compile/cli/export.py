@@ -1,11 +1,11 @@
-"""``export``, ``verify`` and ``report``: what was converted, in another form, checked, or drawn."""
+"""``export``, ``fuse``, ``quantize``, ``verify`` and ``report``: what was converted in other forms, checked, or drawn."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -27,7 +27,7 @@ from mla_compile.errors import UsageError
 if TYPE_CHECKING:
     from mla_compile.config import CompileConfig
 
-__all__ = ["export", "fuse", "report", "verify"]
+__all__ = ["export", "fuse", "quantize", "report", "verify"]
 
 
 @grouped
@@ -140,6 +140,35 @@ def fuse(
         display.print_json({"onnx": str(out), "library": str(library)})
     else:
         display.say(f"wrote {out} and {library}")
+
+
+def quantize(
+    model: Annotated[Path, typer.Argument(help="An ONNX file made by mla-compile.")],
+    out: Annotated[Path, typer.Option(help="The .onnx file to write.", rich_help_panel=OUTPUT)],
+    weights: Annotated[
+        str,
+        typer.Option(
+            help="Type of the weights of products: int8, or int4, where what makes logits stays int8.",
+            callback=one_of("int8", "int4"),
+        ),
+    ] = "int8",
+    force: Force = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Write an ONNX file with weights of eight or four bits, and say how far its logits are from those of the first."""
+    from mla_compile import display
+    from mla_compile.artifacts.quantised_file import write_quantised
+    from mla_compile.passes.quantise_weights import WeightType
+    from mla_compile.progress import Stages
+
+    with display.make_display(quiet, as_json, verbose) as shown:
+        found = write_quantised(model, out, cast(WeightType, weights), force=force, stages=Stages(shown))
+    if as_json:
+        display.print_json({"onnx": str(out), "weights": weights, **dataclasses.asdict(found)})
+    else:
+        display.show_quantised(out, weights, found)
 
 
 def verify(

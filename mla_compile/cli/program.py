@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 from mla_compile.cli.convert import convert
-from mla_compile.cli.export import export, fuse, report, verify
+from mla_compile.cli.export import export, fuse, quantize, report, verify
 from mla_compile.cli.finetune import fine_tune
 from mla_compile.cli.look import inspect, plan
 from mla_compile.cli.measure import bench_speed, evaluate
@@ -46,6 +46,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "finetune": fine_tune,
     "export": export,
     "tensorrt": tensorrt,
+    "quantize": quantize,
     "fuse": fuse,
     "build-plugin": build_plugin,
     "verify": verify,

@@ -14,6 +14,7 @@ from mla_compile.display.written import (
     show_gguf,
     show_library,
     show_library_commands,
+    show_quantised,
     show_written,
     written_row,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "show_library_commands",
     "show_measurement",
     "show_plan",
+    "show_quantised",
     "show_report",
     "show_seq2seq_report",
     "show_training",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mla_compile.display.console import print_table, say, warn
 
 if TYPE_CHECKING:
+    from mla_compile.artifacts.quantised_file import QuantisedFile
     from mla_compile.artifacts.tensorrt import TensorRTFiles
 
 
@@ -20,6 +21,7 @@ __all__ = [
     "show_gguf",
     "show_library",
     "show_library_commands",
+    "show_quantised",
     "show_written",
     "written_row",
 ]
@@ -56,6 +58,16 @@ def show_gguf(out: Path, error: float | None) -> None:
         else "it was not checked, for want of llama-cpp-python or of answers in the folder"
     )
     say(f"{out}: {checked}.")
+
+
+def show_quantised(out: Path, weights: str, found: QuantisedFile) -> None:
+    """A file with weights of fewer bits, and how far it is from the one it was made of."""
+    say(
+        f"{out}: {weights} weights in {found.products} products, {found.bytes_before / 2**20:.1f} -> "
+        f"{found.bytes_after / 2**20:.1f} MiB; on random tokens logits change by at most {found.error:.1%} of the "
+        f"largest, and {found.greedy:.0%} of the most likely next tokens are the same. What that costs: mla-compile "
+        f"eval {out} --text FILE --original MODEL."
+    )
 
 
 def show_check(path: Path, found: Mapping[str, float | None]) -> None:

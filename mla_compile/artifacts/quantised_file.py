@@ -1,0 +1,156 @@
+"""``mla-compile quantize``: an ONNX file with weights of eight or four bits, compared with the one it is made of."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from mla_compile.artifacts.companions import copy_assets, read_assets
+from mla_compile.artifacts.genai import assets_beside, genai_config_of, with_file, write_config
+from mla_compile.artifacts.places import check_neighbours, check_target
+from mla_compile.disk.writing import moved_into, sizes_in
+from mla_compile.errors import LoadError, RefusedError, UsageError, VerificationError
+from mla_compile.passes.onnx_export import METADATA_KEY, save
+from mla_compile.passes.onnx_pieces import PiecewiseSession
+from mla_compile.passes.quantise_weights import WeightType, quantise_weights
+from mla_compile.program import Assets
+from mla_compile.progress import Stages
+from mla_compile.runtime.onnx_checksum import require_unchanged
+from mla_compile.runtime.onnx_session import OnnxDecoder
+from mla_compile.runtime.onnx_variant import FUSED_DOMAIN
+from mla_compile.text.evaluate import relative_error
+from mla_compile.verification.agreement import WHOLE
+
+__all__ = ["QuantisedFile", "write_quantised"]
+
+_SEQUENCES, _TOKENS = 2, 64
+"""Random tokens that both files are compared on."""
+_BROKEN = 0.5
+"""Change of a logit, over the largest, beyond which the file is no version of the other: 0.02 to 0.2 were seen with four
+bits, 0.002 to 0.02 with eight."""
+
+
+@dataclass(frozen=True)
+class QuantisedFile:
+    """What became of a file.
+
+    Attributes:
+        products: Products whose weights are codes now.
+        bytes_before: Size of the file, with its ``.data`` file.
+        bytes_after: The same of the new one.
+        error: Largest change of a logit on random tokens, over the largest logit.
+        greedy: Share of the tokens where both have the same most likely next one.
+    """
+
+    products: int
+    bytes_before: int
+    bytes_after: int
+    error: float
+    greedy: float
+
+
+def write_quantised(
+    model: Path, out: Path, weights: WeightType, *, force: bool = False, stages: Stages
+) -> QuantisedFile:
+    """Write a file whose products have weights of fewer bits, by :mod:`mla_compile.passes.quantise_weights`.
+
+    In another folder it gets a copy of the tokenizer and configuration. If onnxruntime-genai is told of the given file,
+    another ``genai_config.json`` tells it of the new one.
+
+    Args:
+        model: An ONNX file made by this compiler.
+        out: The ``.onnx`` file to write.
+        weights: Their type.
+        force: Replace existing files.
+        stages: Times and shows what runs.
+
+    Returns:
+        What was measured.
+
+    Raises:
+        LoadError: The file is missing or damaged, or is none that :class:`OnnxDecoder` runs.
+        RefusedError: It has no products with constant weights.
+        UsageError: It cannot be written there, or this ONNX Runtime cannot run the file.
+        VerificationError: The new file computes something else.
+    """
+    if out.suffix != ".onnx":
+        raise UsageError(f"'{out}' is not named like an ONNX file.", "Name it with the suffix .onnx.")
+    if not model.is_file():
+        raise LoadError(f"There is no file '{model}'.", "Convert a model first: mla-compile MODEL --out FILE.onnx.")
+    if out.exists() and out.samefile(model):
+        raise UsageError(f"'{out}' is the file that is to be read.", "Choose another name.")
+    check_target(out, force)
+    require_unchanged(model)
+    if _is_fused(model):
+        raise RefusedError(
+            f"'{model}' was written by mla-compile fuse.",
+            "Quantize the file that it was made of, and fuse the result.",
+        )
+    config, elsewhere = genai_config_of(model), out.absolute().parent != model.absolute().parent
+    assets = read_assets(model.parent) if elsewhere else Assets()
+    if config is not None:
+        assets = assets_beside(model, out, force)
+    elif elsewhere:
+        check_neighbours(out, str(model), assets, force)
+    before = _size(model)
+    with stages.stage("run the file"):
+        decoder = OnnxDecoder(model, session=PiecewiseSession(model) if before > WHOLE else None)
+        generator = torch.Generator().manual_seed(0)
+        length = min(_TOKENS, decoder.metadata.get("max_position_embeddings") or _TOKENS)
+        ids = torch.randint(decoder.known_tokens, (_SEQUENCES, length), generator=generator)
+        expected, metadata = _logits(decoder, ids), dict(decoder.metadata)
+        del decoder  # and its memory
+    with moved_into(out.parent) as folder:
+        with stages.stage("quantise weights"):
+            changed = ir.load(model)
+            products = quantise_weights(changed, weights)
+            if not products:
+                raise RefusedError(
+                    f"'{model}' has no products with weights in float32 or float16: they are codes already, or bfloat16.",
+                    "Run the file as it is.",
+                )
+            kept = json.loads(changed.metadata_props[METADATA_KEY])
+            save(changed, folder / out.name, {**kept, "weights": weights})
+            del changed
+        with stages.stage("compare"):
+            got = _logits(OnnxDecoder(folder / out.name), ids)
+        error = relative_error(got, expected)
+        if not error <= _BROKEN:
+            raise VerificationError(
+                f"With {weights} weights the logits of '{model}' change by {error:.0%} of the largest.",
+                "Keep more bits (--weights int8), or report this with the model's config.json.",
+            )
+        after = _size(folder / out.name)
+        copy_assets(assets, folder)
+        if config is not None:
+            write_config(with_file(config, out), folder)
+    greedy = (got.argmax(-1) == expected.argmax(-1)).double().mean().item()
+    return QuantisedFile(products, before, after, error, greedy)
+
+
+def _logits(decoder: OnnxDecoder, ids: Tensor) -> Tensor:
+    return torch.from_numpy(np.asarray(decoder.logits(ids.numpy())))
+
+
+def _is_fused(model: Path) -> bool:
+    """Whether a file needs the library of the fused kernel.
+
+    Raises:
+        LoadError: It is no ONNX file.
+    """
+    try:
+        opened = ir.load(model)
+    except Exception as error:  # protobuf's own, and onnx's
+        raise LoadError(f"'{model}' is no ONNX file, or a damaged one.", "Give a file made by mla-compile.") from error
+    return FUSED_DOMAIN in opened.graph.opset_imports
+
+
+def _size(file: Path) -> int:
+    """Bytes of a file and of its weights beside it."""
+    return sum(p.stat().st_size for p in (file, file.with_name(f"{file.name}.data")) if p.is_file())

@@ -1,0 +1,162 @@
+"""Weights of an ONNX file as codes, which ONNX Runtime multiplies with as they are: a quarter or an eighth of the bytes.
+
+A step of decoding reads every weight once, and is as fast as they are short. ``com.microsoft.MatMulNBits`` takes codes of
+eight or four bits, with a scale and a middle for every 32 channels that an output adds up. The codes are made by ONNX
+Runtime's own quantiser, which takes the range of each block and no text. What makes logits has eight bits in either
+case. What tokens look up, norms, biases, and the up-projections of latent attention, which are inputs of its nodes, stay
+as they are.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from mla_compile.disk.mapped import drop_pages
+
+__all__ = ["BITS", "WeightType", "quantise_weights"]
+
+WeightType = Literal["int8", "int4"]
+BITS: dict[WeightType, int] = {"int8": 8, "int4": 4}
+_BLOCK = 32
+"""Channels that share a scale and a middle."""
+_DOMAIN = "com.microsoft"
+_COMPUTE_INT8 = 4
+"""``accuracy_level``: activations become bytes too, so that products are of integers."""
+_SMALLEST = 4096
+"""Numbers of a weight, below which it is not worth it."""
+_NUMBERS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16})
+
+
+@dataclass(frozen=True)
+class _Codes:
+    """A weight ``[inner, columns]`` as codes.
+
+    Attributes:
+        bits: Of a code.
+        inner: Channels that are added up.
+        columns: Channels of the result.
+        inputs: Codes, scales and middles, as inputs of the node.
+    """
+
+    bits: int
+    inner: int
+    columns: int
+    inputs: tuple[ir.Value, ir.Value, ir.Value]
+
+
+def quantise_weights(model: ir.Model, weights: WeightType) -> int:
+    """Replace products with constant weights by products with codes.
+
+    Args:
+        model: It is changed. Codes are in memory; weights that lie in a file are read one after another.
+        weights: Of what type they are to be.
+
+    Returns:
+        How many products were replaced.
+    """
+    made: dict[tuple[str, bool], _Codes] = {}
+    count = 0
+    logits = model.graph.outputs[0].shape
+    vocabulary = None if logits is None else logits[-1]
+    for node in list(model.graph):
+        found = _weight_of(node)
+        if found is None:
+            continue
+        weight, transposed = found
+        key = (weight.name or "", transposed)
+        if key not in made:
+            matrix = _matrix(weight, transposed)
+            bits = BITS["int8" if matrix.shape[1] == vocabulary else weights]
+            made[key] = _codes_of(model.graph, "_".join([key[0], *(["transposed"] * transposed)]), matrix, bits)
+        _multiply_codes(node, made[key])
+        count += 1
+    if count:
+        model.graph.opset_imports[_DOMAIN] = 1
+        RemoveUnusedNodesPass()(model)
+    return count
+
+
+def _weight_of(node: ir.Node) -> tuple[ir.Value, bool] | None:
+    """The constant matrix that a node multiplies with, and whether it is to be transposed; None: it is no such product.
+
+    A table of tokens that makes logits as well is transposed by a node of its own.
+    """
+    if node.domain or node.op_type not in ("MatMul", "Gemm"):
+        return None
+    right = node.inputs[1]
+    transposed = False
+    if node.op_type == "Gemm":
+        if any(node.attributes.get_float(name, 1.0) != 1 for name in ("alpha", "beta")):
+            return None
+        if node.attributes.get_int("transA", 0):
+            return None
+        transposed = bool(node.attributes.get_int("transB", 0))
+    turned = right.producer() if right is not None else None
+    if turned is not None and turned.op_type == "Transpose" and not turned.domain:
+        right, transposed = turned.inputs[0], not transposed
+    if right is None or right.const_value is None or not right.is_initializer() or right.is_graph_input():
+        return None
+    kept = right.const_value
+    if kept.dtype not in _NUMBERS or len(kept.shape) != 2 or kept.size < _SMALLEST:  # noqa: PLR2004 - a matrix
+        return None
+    return right, transposed
+
+
+def _matrix(weight: ir.Value, transposed: bool) -> NDArray[Any]:
+    """A weight ``[inner, columns]``."""
+    assert weight.const_value is not None
+    kept = weight.const_value.numpy()
+    matrix = np.array(kept.T if transposed else kept, order="C")
+    drop_pages([kept])
+    return matrix
+
+
+def _codes_of(graph: ir.Graph, name: str, matrix: NDArray[Any], bits: int) -> _Codes:
+    """Make a weight's codes, and initializers of them."""
+    parts = _quantiser(bits).qbits_block_quant(matrix)
+    codes, scales, middles = (
+        _register(graph, f"{name}_{part}", array)
+        for part, array in zip(("codes", "scales", "middles"), parts, strict=True)
+    )
+    return _Codes(bits, *matrix.shape, (codes, scales, middles))
+
+
+def _register(graph: ir.Graph, name: str, array: NDArray[Any]) -> ir.Value:
+    tensor = ir.tensor(array, name=name)
+    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+    graph.register_initializer(value)
+    return value
+
+
+def _multiply_codes(node: ir.Node, codes: _Codes) -> None:
+    """Make a node the product with codes; a bias stays what it is."""
+    bias = node.inputs[2] if len(node.inputs) > 2 else None  # noqa: PLR2004 - of a Gemm
+    node.domain, node.op_type = _DOMAIN, "MatMulNBits"
+    node.attributes.clear()
+    sizes = {"K": codes.inner, "N": codes.columns, "bits": codes.bits, "block_size": _BLOCK}
+    sizes["accuracy_level"] = _COMPUTE_INT8
+    for name, number in sizes.items():
+        node.attributes[name] = ir.AttrInt64(name, number)
+    inputs = [*codes.inputs, *([] if bias is None else [None, bias])]
+    node.resize_inputs(1 + len(inputs))
+    for place, value in enumerate(inputs, 1):
+        node.replace_input_with(place, value)
+
+
+def _quantiser(bits: int) -> Any:  # noqa: ANN401 - onnxruntime has no types
+    """ONNX Runtime's, whose module would have the whole program log on the console."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    module = importlib.import_module("onnxruntime.quantization.matmul_nbits_quantizer")
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    config = module.DefaultWeightOnlyQuantConfig(block_size=_BLOCK, is_symmetric=False, bits=bits)
+    return module.DefaultWeightOnlyQuantizer(config)
