@@ -2,9 +2,9 @@
 
 A step of decoding reads every weight once, and is as fast as they are short. ``com.microsoft.MatMulNBits`` takes codes of
 eight or four bits, with a scale and a middle for every 32 channels that an output adds up. The codes are made by ONNX
-Runtime's own quantiser, which takes the range of each block and no text. What makes logits has eight bits in either
-case. What tokens look up, norms, biases, and the up-projections of latent attention, which are inputs of its nodes, stay
-as they are.
+Runtime's own quantiser, which takes the range of each block and no text. The table of tokens, which
+``com.microsoft.GatherBlockQuantized`` looks up, and what makes logits have eight bits in either case. Norms, biases, and
+the up-projections of latent attention, which are inputs of its nodes, stay as they are.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _BLOCK = 32
 _DOMAIN = "com.microsoft"
 _COMPUTE_INT8 = 4
 """``accuracy_level``: activations become bytes too, so that products are of integers."""
-_SMALLEST = 4096
+_SMALLEST = 1024
 """Numbers of a weight, below which it is not worth it."""
 _NUMBERS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16})
 
@@ -53,21 +53,21 @@ class _Codes:
 
 
 def quantise_weights(model: ir.Model, weights: WeightType) -> int:
-    """Replace products with constant weights by products with codes.
+    """Replace products with constant weights by products with codes, and the table of tokens by one of codes.
 
     Args:
         model: It is changed. Codes are in memory; weights that lie in a file are read one after another.
         weights: Of what type they are to be.
 
     Returns:
-        How many products were replaced.
+        How many operators have codes now.
     """
     made: dict[tuple[str, bool], _Codes] = {}
     count = 0
     logits = model.graph.outputs[0].shape
     vocabulary = None if logits is None else logits[-1]
     for node in list(model.graph):
-        found = _weight_of(node)
+        found = _table_of(node, vocabulary) or _weight_of(node)
         if found is None:
             continue
         weight, transposed = found
@@ -76,7 +76,10 @@ def quantise_weights(model: ir.Model, weights: WeightType) -> int:
             matrix = _matrix(weight, transposed)
             bits = BITS["int8" if matrix.shape[1] == vocabulary else weights]
             made[key] = _codes_of(model.graph, "_".join([key[0], *(["transposed"] * transposed)]), matrix, bits)
-        _multiply_codes(node, made[key])
+        if node.op_type == "Gather":
+            _look_codes_up(model.graph, node, made[key])
+        else:
+            _multiply_codes(node, made[key])
         count += 1
     if count:
         model.graph.opset_imports[_DOMAIN] = 1
@@ -102,12 +105,25 @@ def _weight_of(node: ir.Node) -> tuple[ir.Value, bool] | None:
     turned = right.producer() if right is not None else None
     if turned is not None and turned.op_type == "Transpose" and not turned.domain:
         right, transposed = turned.inputs[0], not transposed
-    if right is None or right.const_value is None or not right.is_initializer() or right.is_graph_input():
+    return (right, transposed) if _is_large(right) else None
+
+
+def _table_of(node: ir.Node, vocabulary: int | ir.SymbolicDim | None) -> tuple[ir.Value, bool] | None:
+    """The table of tokens that a node looks up, to be transposed: as a matrix that makes logits. None: it is another."""
+    if node.domain or node.op_type != "Gather" or node.attributes.get_int("axis", 0):
         return None
-    kept = right.const_value
-    if kept.dtype not in _NUMBERS or len(kept.shape) != 2 or kept.size < _SMALLEST:  # noqa: PLR2004 - a matrix
+    table = node.inputs[0]
+    if not _is_large(table) or table.const_value.shape[0] != vocabulary:
         return None
-    return right, transposed
+    return table, True
+
+
+def _is_large(value: ir.Value | None) -> bool:
+    """Whether it is a constant matrix that is worth it."""
+    if value is None or value.const_value is None or not value.is_initializer() or value.is_graph_input():
+        return False
+    kept = value.const_value
+    return kept.dtype in _NUMBERS and len(kept.shape) == 2 and kept.size >= _SMALLEST  # noqa: PLR2004 - a matrix
 
 
 def _matrix(weight: ir.Value, transposed: bool) -> NDArray[Any]:
@@ -148,6 +164,23 @@ def _multiply_codes(node: ir.Node, codes: _Codes) -> None:
     inputs = [*codes.inputs, *([] if bias is None else [None, bias])]
     node.resize_inputs(1 + len(inputs))
     for place, value in enumerate(inputs, 1):
+        node.replace_input_with(place, value)
+
+
+def _look_codes_up(graph: ir.Graph, node: ir.Node, codes: _Codes) -> None:
+    """Make a node look codes of rows up, which are those of the transposed matrix's columns."""
+    stored, scales, middles = codes.inputs
+    assert stored.const_value is not None
+    rows = stored.const_value.numpy().reshape(codes.columns, -1)[:, : codes.inner]
+    indices = node.inputs[1]
+    node.domain, node.op_type = _DOMAIN, "GatherBlockQuantized"
+    node.attributes.clear()
+    sizes = {"gather_axis": 0, "quantize_axis": 1, "bits": codes.bits, "block_size": _BLOCK}
+    for name, number in sizes.items():
+        node.attributes[name] = ir.AttrInt64(name, number)
+    inputs = [_register(graph, f"{stored.name}_of_rows", np.ascontiguousarray(rows)), indices, scales, middles]
+    node.resize_inputs(len(inputs))
+    for place, value in enumerate(inputs):
         node.replace_input_with(place, value)
 
 

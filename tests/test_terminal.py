@@ -93,6 +93,7 @@ RESULTS = {
         {"training"},
     ),
     "export": ("export {place}/folder --out {out}/model.onnx", {"verification"}),
+    "quantize": ("quantize {place}/model.onnx --out {out}/small.onnx", {"onnx", "weights", "error"}),
     "tensorrt": (
         "tensorrt {place}/folder --out {out}/rt.onnx --max-length 32 --max-prompt 8 --max-batch 1",
         {"onnx", "build_command"},

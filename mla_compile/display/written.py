@@ -63,7 +63,7 @@ def show_gguf(out: Path, error: float | None) -> None:
 def show_quantised(out: Path, weights: str, found: QuantisedFile) -> None:
     """A file with weights of fewer bits, and how far it is from the one it was made of."""
     say(
-        f"{out}: {weights} weights in {found.products} products, {found.bytes_before / 2**20:.1f} -> "
+        f"{out}: {weights} weights in {found.operators} operators, {found.bytes_before / 2**20:.1f} -> "
         f"{found.bytes_after / 2**20:.1f} MiB; on random tokens logits change by at most {found.error:.1%} of the "
         f"largest, and {found.greedy:.0%} of the most likely next tokens are the same. What that costs: mla-compile "
         f"eval {out} --text FILE --original MODEL."
