@@ -1,10 +1,10 @@
-"""Weights of an ONNX file as codes, which ONNX Runtime multiplies with as they are: a quarter or an eighth of the bytes.
+"""Weights of an ONNX file as codes, which ONNX Runtime multiplies with as they are: a quarter of the bytes, or less.
 
-A step of decoding reads every weight once, and is as fast as they are short. ``com.microsoft.MatMulNBits`` takes codes of
-eight or four bits, with a scale and a middle for every 32 channels that an output adds up. The codes are made by ONNX
+A step of decoding reads every weight once, and is as fast as they are short. ``com.microsoft.MatMulNBits`` takes codes
+of eight or four bits, with a scale and a middle for every 32 channels that an output adds up. They are made by ONNX
 Runtime's own quantiser, which takes the range of each block and no text. The table of tokens, which
-``com.microsoft.GatherBlockQuantized`` looks up, and what makes logits have eight bits in either case. Norms, biases, and
-the up-projections of latent attention, which are inputs of its nodes, stay as they are.
+``com.microsoft.GatherBlockQuantized`` looks up, and what makes logits have eight bits in either case. Norms, biases,
+and the up-projections of latent attention, which are inputs of its nodes, stay as they are.
 """
 
 from __future__ import annotations
@@ -33,6 +33,33 @@ _COMPUTE_INT8 = 4
 _SMALLEST = 1024
 """Numbers of a weight, below which it is not worth it."""
 _NUMBERS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16})
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """A constant matrix in a file.
+
+    Attributes:
+        name: Its initializer's.
+        stored: Its numbers.
+        transposed: Whether ``[inner, columns]`` is its transpose.
+    """
+
+    name: str
+    stored: ir.TensorProtocol
+    transposed: bool
+
+    @property
+    def columns(self) -> int:
+        """Channels of what is multiplied with it."""
+        return int(self.stored.shape[0 if self.transposed else 1])
+
+    def matrix(self) -> NDArray[Any]:
+        """A copy ``[inner, columns]``."""
+        stored = self.stored.numpy()
+        found = np.array(stored.T if self.transposed else stored, order="C")
+        drop_pages([stored])
+        return found
 
 
 @dataclass(frozen=True)
@@ -67,15 +94,13 @@ def quantise_weights(model: ir.Model, weights: WeightType) -> int:
     logits = model.graph.outputs[0].shape
     vocabulary = None if logits is None else logits[-1]
     for node in list(model.graph):
-        found = _table_of(node, vocabulary) or _weight_of(node)
-        if found is None:
+        weight = _table_of(node, vocabulary) or _weight_of(node)
+        if weight is None:
             continue
-        weight, transposed = found
-        key = (weight.name or "", transposed)
-        if key not in made:
-            matrix = _matrix(weight, transposed)
-            bits = BITS["int8" if matrix.shape[1] == vocabulary else weights]
-            made[key] = _codes_of(model.graph, "_".join([key[0], *(["transposed"] * transposed)]), matrix, bits)
+        key = (weight.name, weight.transposed)
+        if key not in made:  # a table that makes logits too is quantised once
+            bits = BITS["int8" if weight.columns == vocabulary else weights]
+            made[key] = _codes_of(model.graph, weight, bits)
         if node.op_type == "Gather":
             _look_codes_up(model.graph, node, made[key])
         else:
@@ -87,74 +112,67 @@ def quantise_weights(model: ir.Model, weights: WeightType) -> int:
     return count
 
 
-def _weight_of(node: ir.Node) -> tuple[ir.Value, bool] | None:
-    """The constant matrix that a node multiplies with, and whether it is to be transposed; None: it is no such product.
+def _weight_of(node: ir.Node) -> _Weight | None:
+    """The constant matrix that a node multiplies with; None: it is no such product.
 
     A table of tokens that makes logits as well is transposed by a node of its own.
     """
     if node.domain or node.op_type not in ("MatMul", "Gemm"):
         return None
-    right = node.inputs[1]
-    transposed = False
+    right, transposed = node.inputs[1], False
     if node.op_type == "Gemm":
-        if any(node.attributes.get_float(name, 1.0) != 1 for name in ("alpha", "beta")):
-            return None
-        if node.attributes.get_int("transA", 0):
+        numbers = [node.attributes.get_float(name, 1.0) for name in ("alpha", "beta")]
+        if numbers != [1, 1] or node.attributes.get_int("transA", 0):
             return None
         transposed = bool(node.attributes.get_int("transB", 0))
-    turned = right.producer() if right is not None else None
-    if turned is not None and turned.op_type == "Transpose" and not turned.domain:
+    turned = None if right is None else right.producer()
+    if turned is not None and (turned.domain, turned.op_type) == ("", "Transpose"):
         right, transposed = turned.inputs[0], not transposed
-    return (right, transposed) if _is_large(right) else None
+    return _constant(right, transposed)
 
 
-def _table_of(node: ir.Node, vocabulary: int | ir.SymbolicDim | None) -> tuple[ir.Value, bool] | None:
-    """The table of tokens that a node looks up, to be transposed: as a matrix that makes logits. None: it is another."""
-    if node.domain or node.op_type != "Gather" or node.attributes.get_int("axis", 0):
+def _table_of(node: ir.Node, vocabulary: int | ir.SymbolicDim | None) -> _Weight | None:
+    """The table of tokens that a node looks up, transposed as where it makes logits; None: it looks up another."""
+    if (node.domain, node.op_type) != ("", "Gather") or node.attributes.get_int("axis", 0):
         return None
-    table = node.inputs[0]
-    if not _is_large(table) or table.const_value.shape[0] != vocabulary:
+    table = _constant(node.inputs[0], transposed=True)
+    return table if table is not None and table.columns == vocabulary else None
+
+
+def _constant(value: ir.Value | None, transposed: bool) -> _Weight | None:
+    """A constant matrix that is large enough; None: it is none."""
+    if value is None or not value.is_initializer() or value.is_graph_input():
         return None
-    return table, True
+    stored = value.const_value
+    if stored is None or stored.dtype not in _NUMBERS or len(stored.shape) != 2 or stored.size < _SMALLEST:
+        return None
+    return _Weight(value.name or "", stored, transposed)
 
 
-def _is_large(value: ir.Value | None) -> bool:
-    """Whether it is a constant matrix that is worth it."""
-    if value is None or value.const_value is None or not value.is_initializer() or value.is_graph_input():
-        return False
-    kept = value.const_value
-    return kept.dtype in _NUMBERS and len(kept.shape) == 2 and kept.size >= _SMALLEST  # noqa: PLR2004 - a matrix
-
-
-def _matrix(weight: ir.Value, transposed: bool) -> NDArray[Any]:
-    """A weight ``[inner, columns]``."""
-    assert weight.const_value is not None
-    kept = weight.const_value.numpy()
-    matrix = np.array(kept.T if transposed else kept, order="C")
-    drop_pages([kept])
-    return matrix
-
-
-def _codes_of(graph: ir.Graph, name: str, matrix: NDArray[Any], bits: int) -> _Codes:
+def _codes_of(graph: ir.Graph, weight: _Weight, bits: int) -> _Codes:
     """Make a weight's codes, and initializers of them."""
-    parts = _quantiser(bits).qbits_block_quant(matrix)
-    codes, scales, middles = (
-        _register(graph, f"{name}_{part}", array)
-        for part, array in zip(("codes", "scales", "middles"), parts, strict=True)
+    matrix = weight.matrix()
+    inner, columns = matrix.shape
+    codes, scales, middles = _quantiser(bits).qbits_block_quant(matrix)
+    name = f"{weight.name}_transposed" if weight.transposed else weight.name
+    inputs = (
+        _register(graph, f"{name}_codes", codes),
+        _register(graph, f"{name}_scales", scales),
+        _register(graph, f"{name}_middles", middles),
     )
-    return _Codes(bits, *matrix.shape, (codes, scales, middles))
+    return _Codes(bits, inner, columns, inputs)
 
 
 def _register(graph: ir.Graph, name: str, array: NDArray[Any]) -> ir.Value:
     tensor = ir.tensor(array, name=name)
-    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor)
     graph.register_initializer(value)
     return value
 
 
 def _multiply_codes(node: ir.Node, codes: _Codes) -> None:
     """Make a node the product with codes; a bias stays what it is."""
-    bias = node.inputs[2] if len(node.inputs) > 2 else None  # noqa: PLR2004 - of a Gemm
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
     node.domain, node.op_type = _DOMAIN, "MatMulNBits"
     node.attributes.clear()
     sizes = {"K": codes.inner, "N": codes.columns, "bits": codes.bits, "block_size": _BLOCK}

@@ -23,8 +23,8 @@ def write_fused(model: Path, out: Path, *, march: str = "native", force: bool = 
     """Write a file whose attention nodes use the fused kernel, and the library of its operators.
 
     A program registers the library (``SessionOptions.register_custom_ops_library``) and opens the file. Weights beside
-    the given file are used where they lie. If onnxruntime-genai is told of the given file, another ``genai_config.json``
-    tells it of the new one, with a copy of the tokenizer in another folder.
+    the given file are used where they lie. If onnxruntime-genai is told of the given file, it is told of the new one in
+    another ``genai_config.json``; another folder gets a copy of the tokenizer then.
 
     Args:
         model: An ONNX file made by this compiler.

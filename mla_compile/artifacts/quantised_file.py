@@ -14,7 +14,7 @@ from torch import Tensor
 from mla_compile.artifacts.companions import copy_assets, read_assets
 from mla_compile.artifacts.genai import assets_beside, genai_config_of, with_file, write_config
 from mla_compile.artifacts.places import check_neighbours, check_target
-from mla_compile.disk.writing import moved_into, sizes_in
+from mla_compile.disk.writing import moved_into
 from mla_compile.errors import LoadError, RefusedError, UsageError, VerificationError
 from mla_compile.passes.onnx_export import METADATA_KEY, save
 from mla_compile.passes.onnx_pieces import PiecewiseSession
@@ -32,8 +32,8 @@ __all__ = ["QuantisedFile", "write_quantised"]
 _SEQUENCES, _TOKENS = 2, 64
 """Random tokens that both files are compared on."""
 _BROKEN = 1.0
-"""Change of a logit, over the largest, which is that between models that have nothing in common: 0.07 was seen with four
-bits, 0.01 with eight; of random weights 0.44 and 0.04."""
+"""Change of a logit, over the largest, which is that between models that have nothing in common: 0.07 was seen with
+four bits, 0.01 with eight; of random weights 0.44 and 0.04."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def write_quantised(
         generator = torch.Generator().manual_seed(0)
         length = min(_TOKENS, decoder.metadata.get("max_position_embeddings") or _TOKENS)
         ids = torch.randint(decoder.known_tokens, (_SEQUENCES, length), generator=generator)
-        expected, metadata = _logits(decoder, ids), dict(decoder.metadata)
+        expected = _logits(decoder, ids)
         del decoder  # and its memory
     with moved_into(out.parent) as folder:
         with stages.stage("quantise weights"):
@@ -112,7 +112,7 @@ def write_quantised(
             operators = quantise_weights(changed, weights)
             if not operators:
                 raise RefusedError(
-                    f"'{model}' has no products with weights in float32 or float16: they are codes already, or bfloat16.",
+                    f"'{model}' has no products with weights in float32 or float16: they may be codes already.",
                     "Run the file as it is.",
                 )
             kept = json.loads(changed.metadata_props[METADATA_KEY])

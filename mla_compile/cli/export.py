@@ -1,4 +1,4 @@
-"""``export``, ``fuse``, ``quantize``, ``verify`` and ``report``: what was converted in other forms, checked, or drawn."""
+"""``export``, ``fuse``, ``quantize``, ``verify``, ``report``: what was converted, in another form, checked, drawn."""
 
 from __future__ import annotations
 
