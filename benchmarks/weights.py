@@ -5,7 +5,8 @@
 A random model of Llama 3.2 1B's layers (four of them, and a smaller vocabulary) is converted at the default size,
 without text; ``mla-compile quantize`` makes two files of the result. All three run in turns in one process, with
 standard operators and with the fused kernel, a static cache, and one token at a time after a prompt of random tokens.
-With one thread, times are CPU time. Random weights are as fast as any; what fewer bits cost is measured on trained ones.
+With one thread, times are CPU time. Random weights are as fast as any; what fewer bits cost trained ones is measured by
+``mla-compile eval``.
 """
 
 from __future__ import annotations

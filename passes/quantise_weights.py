@@ -52,7 +52,7 @@ class _Weight:
     @property
     def columns(self) -> int:
         """Channels of what is multiplied with it."""
-        return int(self.stored.shape[0 if self.transposed else 1])
+        return self.stored.shape.numpy()[0 if self.transposed else 1]
 
     def matrix(self) -> NDArray[Any]:
         """A copy ``[inner, columns]``."""
@@ -122,9 +122,9 @@ def _weight_of(node: ir.Node) -> _Weight | None:
     right, transposed = node.inputs[1], False
     if node.op_type == "Gemm":
         numbers = [node.attributes.get_float(name, 1.0) for name in ("alpha", "beta")]
-        if numbers != [1, 1] or node.attributes.get_int("transA", 0):
+        if numbers != [1, 1] or node.attributes.get_int("transA", False):
             return None
-        transposed = bool(node.attributes.get_int("transB", 0))
+        transposed = bool(node.attributes.get_int("transB", False))
     turned = None if right is None else right.producer()
     if turned is not None and (turned.domain, turned.op_type) == ("", "Transpose"):
         right, transposed = turned.inputs[0], not transposed
@@ -133,7 +133,7 @@ def _weight_of(node: ir.Node) -> _Weight | None:
 
 def _table_of(node: ir.Node, vocabulary: int | ir.SymbolicDim | None) -> _Weight | None:
     """The table of tokens that a node looks up, transposed as where it makes logits; None: it looks up another."""
-    if (node.domain, node.op_type) != ("", "Gather") or node.attributes.get_int("axis", 0):
+    if (node.domain, node.op_type) != ("", "Gather") or node.attributes.get_int("axis", False):
         return None
     table = _constant(node.inputs[0], transposed=True)
     return table if table is not None and table.columns == vocabulary else None
