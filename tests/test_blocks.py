@@ -39,6 +39,7 @@ EXCLUDED = {
     r"^mla-compile verify \S+\.gguf": "needs llama-cpp-python, which is built from source; tests/test_gguf.py",
     r"import register\n": "needs TensorRT; tests/tensorrt/test_plugins.py",
     r"TensorrtExecutionProvider": "needs a GPU",
+    r"^CXX=|^python check_fused\.py ": "needs a compiler for another processor, and that; tests/test_examples.py",
 }
 """What is not run, by what it matches, and why."""
 

@@ -14,6 +14,7 @@ import pytest
 from pages import ROOT
 from small_folder import model_folder
 
+from mla_compile.runtime.cpu.library import compiler
 from mla_compile.sources.patterns import patterns
 
 EXAMPLES = ROOT / "examples"
@@ -111,6 +112,16 @@ def test_chat_onnxruntime(run, model, tmp_path):
     assert second > first, "the cache goes on where it was"
     alone = run("chat_onnxruntime.py", *settings, typed="Once there was.\n")
     assert both.startswith(alone.rstrip("\n")), "a later turn does not change an earlier one"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler")
+def test_check_fused(run, tmp_path):
+    printed = run("check_fused.py")
+    assert float(re.search(r"over the largest: (\S+) \(", printed)[1]) < 1e-5
+    assert re.search(r"a step: \S+ ms with standard operators, \S+ ms with the fused kernel", printed)
+    with pytest.raises(SystemExit, match="2"):
+        run("check_fused.py", "one.onnx")
 
 
 class Template:

@@ -229,13 +229,13 @@ def test_is_near_the_reference_over_what_many_codes_stand_for(library, kind, thr
         test_onnx_quantised.check_form(case, static, session, nearly, scale)
 
 
-@pytest.fixture(scope="module")
-def older(tmp_path_factory):
-    """The library for processors without products of bytes, which decode codes."""
+@pytest.fixture(scope="module", params=["x86-64-v3", "x86-64"], ids=["AVX2", "portable"])
+def older(tmp_path_factory, request):
+    """The library for processors without products of bytes, which decode codes; the portable one is what ARM gets too."""
     if not (CPU_FLAGS.exists() and " avx2" in CPU_FLAGS.read_text()):
         pytest.skip("this is no x86-64 processor with AVX2, or its kind is not known")
     out = tmp_path_factory.mktemp("older") / "library.so"
-    compiling.compile_library(out, "-march=x86-64-v3")
+    compiling.compile_library(out, f"-march={request.param}")
     return out
 
 
@@ -247,8 +247,11 @@ def test_codes_are_exact_where_they_are_decoded(older, kind):
 
 @pytest.mark.parametrize("kind", ["a block and a bit", "soft-cap, sinks, slopes", "everything"])
 def test_numbers_are_exact_without_the_widest_registers(older, kind):
-    """By vectors of eight numbers, not of sixteen."""
+    """By vectors of eight or four numbers, not of sixteen."""
     case = LONG_WITH_SCALES[kind]
+    width = (case.width + 1) // 2
+    check_pairs(case, pair_session(older, case, pair_forms(case)[1], width), width)
+    check_halves(case, half_session(older, case, half_forms(case)[1]))
     test_onnx_static.check_form(case, static_session(older, case))
     check_growing(older, case, fused_form(case, 23))
 
