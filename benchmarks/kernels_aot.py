@@ -39,6 +39,10 @@ SHAPES = {
         DecodeSpec(RowLayout(512, 1, 64), 32, new=2, page=64, windowed=True, capped=True),
         "bf16",
     ),
+    "512+64, 2 tokens, chunks": (
+        DecodeSpec(RowLayout(512, 1, 64), 32, new=2, page=64, windowed=True, chunked=True),
+        "bf16",
+    ),
     **{
         f"{name} {codes}": (DecodeSpec(layout, heads, page=64, codes=codes), "fp16")
         for name, (layout, heads) in {
