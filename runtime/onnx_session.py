@@ -270,8 +270,15 @@ class OnnxDecoder:
             for names in ([PAST], [PAST_SCALE], [keys[0], values[0]])
         )
         stored = self._session.get_modelmeta().custom_metadata_map.get("mla_compile")
-        if not (caches or halves) or stored is None:
-            raise LoadError(f"'{path}' has no latent cache inputs.", "Give a file made by mla-compile.")
+        if stored is None:
+            raise LoadError(
+                f"'{path}' was not made by mla-compile.", "Convert a model: mla-compile MODEL --out FILE.onnx."
+            )
+        if not (caches or halves):
+            raise LoadError(
+                f"'{path}' has no caches: it is an encoder.",
+                "Run it with ONNX Runtime itself, or give a causal model's file.",
+            )
         self.metadata: Mapping[str, Any] = json.loads(stored)
         self._layers = tuple(map(CacheLayer.of, (*caches, *scales, *halves)))
         rows = [layer.row * (layer.heads or 1) for layer in self._layers[: len(caches)]]
