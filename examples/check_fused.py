@@ -1,8 +1,8 @@
 r"""Check the fused kernel on the machine where it is to run, with nothing installed but ONNX Runtime and NumPy.
 
-Copy this script, a converted file, and what `mla-compile fuse` made of it: both files read the same tokens, a prompt and
-then a few at a time, and their logits are compared. Without arguments the bundled model is converted for it, which needs
-mla-compile and a C++ compiler. A library for another processor is made by its compiler:
+Copy this script, a converted file, and what `mla-compile fuse` made of it: both files read the same tokens, a prompt
+and then a few at a time, and their logits are compared. Without arguments the bundled model is converted for it, which
+needs mla-compile and a C++ compiler. A library for another processor is made by its compiler:
 
     CXX=aarch64-linux-gnu-g++ mla-compile fuse model_mla.onnx --out fused.onnx --march armv8-a
     python check_fused.py model_mla.onnx fused.onnx fused.so      # over there
@@ -24,7 +24,7 @@ PROMPT, STEPS = 24, (1, 3, *[1] * 12)
 ROOM = PROMPT + sum(STEPS)
 TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
 CLOSE = {"tensor(float)": 1e-4, "tensor(float16)": 2e-2, "tensor(uint8)": 5e-2}
-"""What rounding may change, over the largest logit: the kernel gives int8 codes one digit less than the operators do."""
+"""What rounding may change, over the largest logit: with int8 codes the kernel has one digit less than operators do."""
 
 
 def open_session(path: str, library: str | None) -> onnxruntime.InferenceSession:

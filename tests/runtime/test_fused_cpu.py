@@ -231,7 +231,7 @@ def test_is_near_the_reference_over_what_many_codes_stand_for(library, kind, thr
 
 @pytest.fixture(scope="module", params=["x86-64-v3", "x86-64"], ids=["AVX2", "portable"])
 def older(tmp_path_factory, request):
-    """The library for processors without products of bytes, which decode codes; the portable one is what ARM gets too."""
+    """The library for processors without products of bytes, which decode codes; the portable one is that of ARM too."""
     if not (CPU_FLAGS.exists() and " avx2" in CPU_FLAGS.read_text()):
         pytest.skip("this is no x86-64 processor with AVX2, or its kind is not known")
     out = tmp_path_factory.mktemp("older") / "library.so"
