@@ -338,7 +338,7 @@ OTHERS = {
     "run folder": ("run {place}/full --prompt x", 2, "holds no converted model that runs here"),
     "run garbage": ("run {place}/garbage.onnx --prompt x", 2, "ONNX Runtime cannot load"),
     "run empty": ("run {place}/empty.onnx --prompt x", 2, "ONNX Runtime cannot load"),
-    "run another model": ("run {place}/plain.onnx --prompt x", 2, "Give a file made by mla-compile."),
+    "run another model": ("run {place}/plain.onnx --prompt x", 2, "plain.onnx' was not made by mla-compile. Convert"),
     "run archive": ("run {nano} --prompt x", 2, "is no file that runs here. Convert it first: mla-compile MODEL --out"),
     "run gguf": (
         "run {place}/model.gguf --prompt x",
@@ -357,7 +357,7 @@ OTHERS = {
     "eval folder of a file": ("eval {place}/good --text {text}", 2, "but wide.onnx. Name the file:"),
     "eval garbage": ("eval {place}/garbage.onnx --text {text}", 2, "ONNX Runtime cannot load"),
     "eval garbage, json": ("eval {place}/garbage.onnx --text {text} --json", 2, "ONNX Runtime cannot load"),
-    "eval another model": ("eval {place}/plain.onnx --text {text}", 2, "Give a file made by mla-compile."),
+    "eval another model": ("eval {place}/plain.onnx --text {text}", 2, "plain.onnx' was not made by mla-compile. Convert"),
     "eval text missing": ("eval {good} --text {place}/none.txt", 2, "There is no text file"),
     "eval bad jsonl": ("eval {good} --text {place}/text.jsonl --json", 2, "Line 2 of"),
     "eval text short": ("eval {good} --text {place}/short.txt -q", 2, "of 128. Give more text."),
