@@ -357,7 +357,11 @@ OTHERS = {
     "eval folder of a file": ("eval {place}/good --text {text}", 2, "but wide.onnx. Name the file:"),
     "eval garbage": ("eval {place}/garbage.onnx --text {text}", 2, "ONNX Runtime cannot load"),
     "eval garbage, json": ("eval {place}/garbage.onnx --text {text} --json", 2, "ONNX Runtime cannot load"),
-    "eval another model": ("eval {place}/plain.onnx --text {text}", 2, "plain.onnx' was not made by mla-compile. Convert"),
+    "eval another model": (
+        "eval {place}/plain.onnx --text {text}",
+        2,
+        "plain.onnx' was not made by mla-compile. Convert",
+    ),
     "eval text missing": ("eval {good} --text {place}/none.txt", 2, "There is no text file"),
     "eval bad jsonl": ("eval {good} --text {place}/text.jsonl --json", 2, "Line 2 of"),
     "eval text short": ("eval {good} --text {place}/short.txt -q", 2, "of 128. Give more text."),
