@@ -12,6 +12,7 @@ With one thread, times are CPU time. Random weights are as fast as any; what few
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import tempfile
@@ -25,6 +26,7 @@ from decode_cpu import conditions
 
 import mla_compile
 from mla_compile.artifacts.quantised_file import write_quantised
+from mla_compile.evaluation.turns import spread, turns
 from mla_compile.passes.quantise_weights import BITS
 from mla_compile.progress import Stages
 from mla_compile.runtime.onnx_cache import OnnxCache
@@ -88,25 +90,24 @@ def measure(files: dict[str, Path], contexts: list[int], rounds: int, threads: i
     """Steps of all files, with either kernel, in turns."""
     clock = time.process_time if threads == 1 else time.perf_counter
     decoders = {
-        (weights, kernel): OnnxDecoder(path, kernel=kernel, threads=threads, in_turns=True)
+        f"{weights}, {kernel}": OnnxDecoder(path, kernel=kernel, threads=threads, in_turns=True)
         for weights, path in files.items()
         for kernel in KERNELS
     }
     rows = []
     for context in contexts:
-        caches = {key: fill(decoder, context) for key, decoder in decoders.items()}
-        seconds: dict[tuple[str, str], list[float]] = {key: [] for key in decoders}
         token, mask, place = np.array([[7]]), np.ones((1, context), np.int64), np.array([[context - 1]])
-        for _ in range(rounds + 1):
-            for key, decoder in decoders.items():
-                begin = clock()
-                decoder.step(token, mask, place, caches[key])
-                seconds[key].append(clock() - begin)
-        for (weights, kernel), times in seconds.items():
-            ratios = np.divide(seconds[FLOAT32, kernel][1:], times[1:])
-            size = files[weights].stat().st_size / 1e6
-            step = 1e3 * statistics.median(times[1:])
-            rows.append(Row(weights, kernel, size, context, step, statistics.median(ratios.tolist())))
+        steps = {
+            key: functools.partial(decoder.step, token, mask, place, fill(decoder, context))
+            for key, decoder in decoders.items()
+        }
+        seconds = turns(steps, rounds, clock)
+        for weights, path in files.items():
+            for kernel in KERNELS:
+                times = seconds[f"{weights}, {kernel}"]
+                ratio = spread(seconds[f"{FLOAT32}, {kernel}"], times).median
+                size, step = path.stat().st_size / 1e6, 1e3 * statistics.median(times)
+                rows.append(Row(weights, kernel, size, context, step, ratio))
     return rows
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -172,31 +173,28 @@ def _register(graph: ir.Graph, name: str, array: NDArray[Any]) -> ir.Value:
 
 def _multiply_codes(node: ir.Node, codes: _Codes) -> None:
     """Make a node the product with codes; a bias stays what it is."""
-    bias = node.inputs[2] if len(node.inputs) > 2 else None
-    node.domain, node.op_type = _DOMAIN, "MatMulNBits"
-    node.attributes.clear()
-    sizes = {"K": codes.inner, "N": codes.columns, "bits": codes.bits, "block_size": _BLOCK}
-    sizes["accuracy_level"] = _COMPUTE_INT8
-    for name, number in sizes.items():
-        node.attributes[name] = ir.AttrInt64(name, number)
-    inputs = [*codes.inputs, *([] if bias is None else [None, bias])]
-    node.resize_inputs(1 + len(inputs))
-    for place, value in enumerate(inputs, 1):
-        node.replace_input_with(place, value)
+    bias = node.inputs[2:]  # of a Gemm, where there is one
+    sizes = {"K": codes.inner, "N": codes.columns, "accuracy_level": _COMPUTE_INT8}
+    _become(node, "MatMulNBits", codes, sizes, [node.inputs[0], *codes.inputs, *([None, *bias] if bias else [])])
 
 
 def _look_codes_up(graph: ir.Graph, node: ir.Node, codes: _Codes) -> None:
     """Make a node look codes of rows up, which are those of the transposed matrix's columns."""
     stored, scales, middles = codes.inputs
     assert stored.const_value is not None
-    rows = stored.const_value.numpy().reshape(codes.columns, -1)[:, : codes.inner]
-    indices = node.inputs[1]
-    node.domain, node.op_type = _DOMAIN, "GatherBlockQuantized"
+    rows = np.ascontiguousarray(stored.const_value.numpy().reshape(codes.columns, -1)[:, : codes.inner])
+    inputs = [_register(graph, f"{stored.name}_of_rows", rows), node.inputs[1], scales, middles]
+    _become(node, "GatherBlockQuantized", codes, {"gather_axis": 0, "quantize_axis": 1}, inputs)
+
+
+def _become(
+    node: ir.Node, op_type: str, codes: _Codes, numbers: Mapping[str, int], inputs: Sequence[ir.Value | None]
+) -> None:
+    """Make a node one of ONNX Runtime's operators on codes, with the same output."""
+    node.domain, node.op_type = _DOMAIN, op_type
     node.attributes.clear()
-    sizes = {"gather_axis": 0, "quantize_axis": 1, "bits": codes.bits, "block_size": _BLOCK}
-    for name, number in sizes.items():
+    for name, number in {**numbers, "bits": codes.bits, "block_size": _BLOCK}.items():
         node.attributes[name] = ir.AttrInt64(name, number)
-    inputs = [_register(graph, f"{stored.name}_of_rows", np.ascontiguousarray(rows)), indices, scales, middles]
     node.resize_inputs(len(inputs))
     for place, value in enumerate(inputs):
         node.replace_input_with(place, value)

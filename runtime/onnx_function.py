@@ -160,8 +160,8 @@ def _fused_attention(variant: Variant, float16: bool) -> str:
         as_float32 |= {"plain_BSHD", "turned_BSnhd", "key_up_GDr", "value_up_GrV", "sinks_H", "slopes_H"}
     casts = "".join(f"  float32_{name} = Cast <to = 1> ({name})\n" for name in given if name in as_float32)
     inputs = ", ".join(f"float32_{name}" if name in as_float32 else name for name in given).rstrip(", ")
-    operator = FUSED["uint8" if variant.quantised else "float16" if float16 else "float32"]
-    operator = _FUSED_PAIRS if variant.halves else operator
+    cache = "uint8" if variant.quantised else "float16" if float16 else "float32"
+    operator = _FUSED_PAIRS if variant.halves else FUSED[cache]
     # A branch must say of what type its result is, and the types of operators that ONNX does not know are not inferred.
     return f"""
 {casts}

@@ -9,7 +9,7 @@ from onnx.external_data_helper import uses_external_data
 
 from mla_compile.artifacts.companions import copy_assets
 from mla_compile.artifacts.genai import assets_beside, genai_config_of, with_file, write_config
-from mla_compile.artifacts.places import check_place
+from mla_compile.artifacts.places import check_onnx_suffix, check_place, require_file
 from mla_compile.disk.writing import moved_into
 from mla_compile.errors import LoadError, RefusedError, UsageError
 from mla_compile.program import Assets
@@ -40,13 +40,11 @@ def write_fused(model: Path, out: Path, *, march: str = "native", force: bool = 
         RefusedError: No attention of the file is what the kernel computes.
         UsageError: There is no compiler, it fails, or the files cannot be written there.
     """
-    if out.suffix != ".onnx":
-        raise UsageError(f"'{out}' is not named like an ONNX file.", "Name it with the suffix .onnx.")
+    check_onnx_suffix(out)
     library = out.with_suffix(".so")
     for path in (out, library):
         check_place(path, force)
-    if not model.is_file():
-        raise LoadError(f"There is no file '{model}'.", "Convert a model first: mla-compile MODEL --out FILE.onnx.")
+    require_file(model)
     try:
         fused = fused_model(model)
     except Exception as error:  # protobuf's own, and onnx's
@@ -61,7 +59,7 @@ def write_fused(model: Path, out: Path, *, march: str = "native", force: bool = 
         raise UsageError(f"The weights of '{model}' lie beside it.", f"Write to the same folder: {model.parent}.")
     config, assets = genai_config_of(model), Assets()
     if config is not None:
-        assets = assets_beside(model, out, force)
+        assets = assets_beside(model, out, force, told=True)
     with moved_into(out.parent) as folder:
         onnx.save(fused, folder / out.name)
         compile_library(folder / library.name, f"-march={march}")

@@ -100,18 +100,24 @@ def genai_config_of(file: Path) -> Mapping[str, Any] | None:
         raise LoadError(f"'{path}' is damaged ({first_line(error)}).", "Convert the model again.") from error
 
 
-def assets_beside(model: Path, out: Path, force: bool) -> Assets:
-    """What onnxruntime-genai needs beside a file that is made of another, and does not find there.
+def assets_beside(model: Path, out: Path, force: bool, *, told: bool) -> Assets:
+    """Configuration and tokenizer that a file which is made of another lacks: in another folder, those of the other.
+
+    Args:
+        model: The file it is made of.
+        out: Where it goes.
+        force: Replace existing files.
+        told: Whether onnxruntime-genai is told of it.
 
     Raises:
         LoadError: What lies beside the given file is damaged.
-        UsageError: Something of another model lies there, or what it is told of the given file.
+        UsageError: Something of another model lies there, or what onnxruntime-genai is told of the given file.
     """
     if out.absolute().parent != model.absolute().parent:
         assets = read_assets(model.parent)
-        check_neighbours(out, str(model), assets, force, "genai")
+        check_neighbours(out, str(model), assets, force, "genai" if told else "rows")
         return assets
-    if not force:
+    if told and not force:
         raise UsageError(
             f"'{out.with_name(GENAI_CONFIG)}' names '{model.name}', and onnxruntime-genai knows one file per folder.",
             f"Pass --force to have it name '{out.name}', or write to another folder.",

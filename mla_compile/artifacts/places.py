@@ -11,7 +11,7 @@ from pathlib import Path
 from mla_compile.artifacts.companions import GENAI_CONFIG, MODEL_FILES, copy_assets
 from mla_compile.config import REPORT
 from mla_compile.disk.writing import is_occupied, require_possible, sizes_in
-from mla_compile.errors import UsageError
+from mla_compile.errors import LoadError, UsageError
 from mla_compile.program import Assets
 from mla_compile.reporting.report_page import PAGE
 
@@ -20,12 +20,14 @@ __all__ = [
     "check_cache_type",
     "check_neighbours",
     "check_onnx_options",
+    "check_onnx_suffix",
     "check_onnx_target",
     "check_original",
     "check_pair",
     "check_place",
     "check_target",
     "is_named_file",
+    "require_file",
 ]
 
 _SUFFIXES_WITH_DIGITS = ("7z", "bz2", "h5", "mp4", "pt2")
@@ -201,6 +203,26 @@ def check_neighbours(path: Path, source: str, assets: Assets, force: bool, layou
         raise _belongs_to_another(page)
 
 
+def check_onnx_suffix(path: Path) -> None:
+    """Refuse another name than that of an ONNX file.
+
+    Raises:
+        UsageError: It has another suffix.
+    """
+    if path.suffix != ".onnx":
+        raise UsageError(f"'{path}' is not named like an ONNX file.", "Name it with the suffix .onnx.")
+
+
+def require_file(model: Path) -> None:
+    """Refuse a file that is not there, of which another is to be made.
+
+    Raises:
+        LoadError: It is not.
+    """
+    if not model.is_file():
+        raise LoadError(f"There is no file '{model}'.", "Convert a model first: mla-compile MODEL --out FILE.onnx.")
+
+
 def check_onnx_target(path: Path, source: str, assets: Assets, force: bool, layout: str = "rows") -> None:
     """Refuse an ONNX file that cannot be written where it is to go.
 
@@ -208,8 +230,7 @@ def check_onnx_target(path: Path, source: str, assets: Assets, force: bool, layo
         UsageError: As :func:`check_target` and :func:`check_neighbours`, or for another suffix.
     """
     check_target(path, force)
-    if path.suffix != ".onnx":
-        raise UsageError(f"'{path}' is not named like an ONNX file.", "Name it with the suffix .onnx.")
+    check_onnx_suffix(path)
     check_neighbours(path, source, assets, force, layout)
 
 

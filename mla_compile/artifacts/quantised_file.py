@@ -11,15 +11,14 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from mla_compile.artifacts.companions import copy_assets, read_assets
+from mla_compile.artifacts.companions import copy_assets
 from mla_compile.artifacts.genai import assets_beside, genai_config_of, with_file, write_config
-from mla_compile.artifacts.places import check_neighbours, check_target
+from mla_compile.artifacts.places import check_onnx_suffix, check_target, require_file
 from mla_compile.disk.writing import moved_into
 from mla_compile.errors import LoadError, RefusedError, UsageError, VerificationError
 from mla_compile.passes.onnx_export import METADATA_KEY, save
 from mla_compile.passes.onnx_pieces import PiecewiseSession
 from mla_compile.passes.quantise_weights import WeightType, quantise_weights
-from mla_compile.program import Assets
 from mla_compile.progress import Stages
 from mla_compile.runtime.onnx_checksum import require_unchanged
 from mla_compile.runtime.onnx_session import OnnxDecoder
@@ -79,10 +78,8 @@ def write_quantised(
         UsageError: It cannot be written there, or this ONNX Runtime cannot run the file.
         VerificationError: The new file computes something else.
     """
-    if out.suffix != ".onnx":
-        raise UsageError(f"'{out}' is not named like an ONNX file.", "Name it with the suffix .onnx.")
-    if not model.is_file():
-        raise LoadError(f"There is no file '{model}'.", "Convert a model first: mla-compile MODEL --out FILE.onnx.")
+    check_onnx_suffix(out)
+    require_file(model)
     if out.exists() and out.samefile(model):
         raise UsageError(f"'{out}' is the file that is to be read.", "Choose another name.")
     check_target(out, force)
@@ -92,12 +89,8 @@ def write_quantised(
             f"'{model}' was written by mla-compile fuse.",
             "Give the file that it was made of, and fuse the result.",
         )
-    config, elsewhere = genai_config_of(model), out.absolute().parent != model.absolute().parent
-    assets = read_assets(model.parent) if elsewhere else Assets()
-    if config is not None:
-        assets = assets_beside(model, out, force)
-    elif elsewhere:
-        check_neighbours(out, str(model), assets, force)
+    config = genai_config_of(model)
+    assets = assets_beside(model, out, force, told=config is not None)
     before = _size(model)
     with stages.stage("run the file"):
         decoder = OnnxDecoder(model, session=PiecewiseSession(model) if before > WHOLE else None)

@@ -98,7 +98,7 @@ struct Rows {
 // of functions that do nothing but bring it.)
 template <int Tokens, typename Ahead>
 inline void score_side(const float* rows, long stride, long begin, long end, const float* query, long lanes,
-                  Vector (&sums)[Tokens][2], const Ahead& ahead) {
+                       Vector (&sums)[Tokens][2], const Ahead& ahead) {
     constexpr long line = 64 / sizeof(float);
     for (long start = begin; start < end; start += line) {
         for (int t = 0; t < Tokens; t++) __builtin_prefetch(ahead(t, start));
