@@ -54,6 +54,8 @@ Result call(Table table, Place place, Arguments... arguments) {
 
 enum class Element : int { Float = 1, UInt8 = 2, Bool = 9, Float16 = 10 };
 
+constexpr int kRequired = 0, kOptional = 1;  // of inputs and outputs
+
 // What ONNX Runtime asks about an operator. It reads no further than the version says.
 struct Operator {
     uint32_t version;

@@ -81,6 +81,12 @@ inline __m512i four_bytes(const void* from) {
 
 inline long fours(long count) { return (count + 3) / 4; }
 
+// Memory that is read next.
+struct Ahead {
+    const uint8_t* from = nullptr;
+    long bytes = 0;
+};
+
 // A query's part, the latent's or the rope keys', for `lanes` queries side by side: four channels' high bytes, as many
 // low ones where there are two digits, and so on; then every query's scale, and what its products are too large by for
 // the codes' middle.
@@ -130,11 +136,14 @@ struct CodeQuery {
         }
     }
 
-    // Products of Tokens rows' codes with 2 kLanes queries, in units of the queries' scales.
+    // Products of Tokens rows' codes with 2 kLanes queries, in units of the queries' scales. Meanwhile `ahead` is brought
+    // to the processor's cache: bit by bit, for it can wait for a few lines only.
     template <int Tokens>
-    void multiply(const uint8_t* codes, long stride, long lane, Vector (&products)[Tokens][2]) const {
+    void multiply(const uint8_t* codes, long stride, long lane, Vector (&products)[Tokens][2], Ahead ahead = {}) const {
         __m512i sums[Tokens][2 * Digits] = {};
+        const long step = up_to(ahead.bytes / std::max(1L, groups) + 1, 64);
         for (long g = 0; g < groups; g++) {
+            for (long i = g * step; i < std::min((g + 1) * step, ahead.bytes); i += 64) __builtin_prefetch(ahead.from + i);
             const int8_t* from = digits + (g * Digits * lanes + lane) * 4;
             __m512i own[2 * Digits];
 #pragma GCC unroll 4
@@ -206,10 +215,8 @@ inline void code_scores(const Sizes& s, const uint8_t* codes, const float* scale
             const uint8_t* row = codes + t * width;
             const float* scale = scales + t * beside;
             float* to = scores + t * s.lanes() + lane;
-            for (int i = 0; i < kCodeTokens; i++)
-                for (long k = 0; k < width; k += 64) __builtin_prefetch(row + (kCodeTokens + i) * width + k);
             Vector of_latent[kCodeTokens][2];
-            latent.multiply(row, width, lane, of_latent);
+            latent.multiply(row, width, lane, of_latent, Ahead{row + kCodeTokens * width, kCodeTokens * width});
 #pragma GCC unroll 16
             for (int i = 0; i < kCodeTokens; i++)
 #pragma GCC unroll 4
