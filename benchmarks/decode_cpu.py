@@ -36,6 +36,7 @@ from mla_compile.passes.original_attention import MICROSOFT, OriginalForm, origi
 from mla_compile.runtime.cpu.library import library
 from mla_compile.runtime.onnx_function import attention_function
 from mla_compile.runtime.onnx_quantised import LATENT_LEVELS, ROPE_LEVELS, SCALES
+from mla_compile.runtime.onnx_up_codes import KEY_AXIS, VALUE_AXIS, codes_and_scales
 from mla_compile.runtime.onnx_variant import DOMAIN, FUSED_DOMAIN, LATENT, VERSION, Variant
 
 OPSET = 24
@@ -87,7 +88,18 @@ QUANTISED_ORIGINAL, QUANTISED_LATENT = f"{OriginalForm.GROUPED_INT8}{IN_PLACE}",
 FUSED = ", fused"
 """Behind the name of a form, where the fused kernel computes attention."""
 FUSED_LATENT, FUSED_QUANTISED_LATENT = f"latent, static{FUSED}", f"{QUANTISED_LATENT}{FUSED}"
-FORMS = (*ORIGINALS, QUANTISED_ORIGINAL, *LATENTS, FUSED_LATENT, QUANTISED_LATENT, FUSED_QUANTISED_LATENT)
+CODED = ", int8 up-projections"
+"""Behind the name of a form, whose up-projections are bytes, as ``mla-compile quantize`` makes them."""
+CODED_LATENT = f"{FUSED_QUANTISED_LATENT}{CODED}"
+FORMS = (
+    *ORIGINALS,
+    QUANTISED_ORIGINAL,
+    *LATENTS,
+    FUSED_LATENT,
+    QUANTISED_LATENT,
+    FUSED_QUANTISED_LATENT,
+    CODED_LATENT,
+)
 KEY_SCALE = 4 / 127
 """Of the quantised original's keys and values, which are normal numbers."""
 
@@ -142,12 +154,15 @@ def latent_model(
     quantised: bool = False,
     projected: bool = False,
     fused: bool = False,
+    coded: bool = False,
 ) -> onnx.ModelProto:
     """The node as the compiler writes it; ``written`` False leaves out that the cache is.
 
-    With ``projected`` its query and row are projected from a hidden state.
+    With ``projected`` its query and row are projected from a hidden state; with ``coded`` up-projections are int8, as
+    ``mla-compile quantize`` writes them.
     """
-    function = attention_function(LATENT, OPSET, Variant(static=static, quantised=quantised), fused=fused)
+    variant = Variant(static=static, quantised=quantised, coded_up=coded)
+    function = attention_function(LATENT, OPSET, variant, fused=fused)
     if not written:
         (scatter,) = (node for node in function.node if node.op_type == "TensorScatter")
         kept = helper.make_node("Identity", scatter.input[:1], scatter.output)
@@ -157,12 +172,14 @@ def latent_model(
     random = np.random.default_rng(0)
     nope = shape.head_dim - shape.rope_dim
     sizes = {"key_up": (shape.kv_heads, nope, shape.rank), "value_up": (shape.kv_heads, shape.rank, shape.head_dim)}
-    weights = [
-        numpy_helper.from_array((random.standard_normal(size) / size[-1] ** 0.5).astype(np.float32), name)
-        for name, size in sizes.items()
-    ]
-    names = ["query", "row", "past", "attention_mask", "cos", "sin", "key_up", "value_up"]
+    ups = {n: (random.standard_normal(size) / size[-1] ** 0.5).astype(np.float32) for n, size in sizes.items()}
+    names = ["query", "row", "past", "attention_mask", "cos", "sin", *ups]
     names += ["past_scale"] if quantised else []
+    if coded:
+        axes = zip(sizes, (KEY_AXIS, VALUE_AXIS), strict=True)
+        ups = {n: part for key, axis in axes for n, part in _coded(key, ups[key], axis).items()}
+        names += [f"{key}_scale" for key in sizes]
+    weights = [numpy_helper.from_array(array, name) for name, array in ups.items()]
     attributes = {
         "num_heads": shape.heads,
         "rope_groups": shape.rope_groups,
@@ -171,6 +188,7 @@ def latent_model(
         "scale": shape.head_dim**-0.5,
         **({"static": 1} if static else {}),
         **({"quantised": 1} if quantised else {}),
+        **({"coded_up": 1} if coded else {}),
     }
     results = ["output", "present", *(["present_scale"] if quantised else [])]
     node = helper.make_node(function.name, names, results, domain=DOMAIN, **attributes)
@@ -207,6 +225,12 @@ def latent_model(
     imports = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)]
     imports += [helper.make_opsetid(FUSED_DOMAIN, 1)] if fused else []
     return helper.make_model(graph, functions=[function], opset_imports=imports, ir_version=10)
+
+
+def _coded(name: str, up: NDArray[np.float32], axis: int) -> Arrays:
+    """An up-projection's codes, under its own name, and their scales."""
+    codes, scales = codes_and_scales(up, axis)
+    return {name: codes, f"{name}_scale": scales}
 
 
 def _projected(shape: Shape, parts: Mapping[str, int]) -> tuple[list[onnx.NodeProto], onnx.TensorProto]:
@@ -379,7 +403,10 @@ def make_steps(
         for names, part in held.items():
             caches[names][:, :past] = part
         copies = max(1, int(memory // sum(cache.nbytes for cache in caches.values())))
-        model = latent_model(shape, True, quantised=True, projected=projected, fused=form.endswith(FUSED))
+        fused = form.removesuffix(CODED).endswith(FUSED)
+        model = latent_model(
+            shape, True, quantised=True, projected=projected, fused=fused, coded=form.endswith(CODED)
+        )
         return Step(model, inputs, caches, True, copies, threads)
 
     plain: Arrays = {
@@ -399,7 +426,7 @@ def make_steps(
 
     plain_forms = {form: functools.partial(original, form) for form in (*ORIGINALS, QUANTISED_ORIGINAL)}
     latents = {form: functools.partial(latent, form) for form in (*LATENTS, FUSED_LATENT)}
-    codes_forms = (QUANTISED_LATENT, FUSED_QUANTISED_LATENT)
+    codes_forms = (QUANTISED_LATENT, FUSED_QUANTISED_LATENT, CODED_LATENT)
     return plain_forms | latents | {form: functools.partial(quantised_latent, form) for form in codes_forms}
 
 
@@ -415,6 +442,7 @@ def measure(case: Case, rounds: int, memory: float, threads: int, seconds: float
         (ORIGINALS, QUANTISED_ORIGINAL),
         (exact, QUANTISED_LATENT),
         (exact, FUSED_QUANTISED_LATENT),
+        (exact, CODED_LATENT),
     ):
         first, *others, last = (made[form]().reshape(batch, -1) for form in (*group, rounded))
         for other in others:

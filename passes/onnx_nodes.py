@@ -40,6 +40,7 @@ def node_variant(node: ir.Node) -> Variant:
         quantised="quantised" in node.attributes,
         halves="halves" in node.attributes,
         chunked="chunked" in node.attributes,
+        coded_up="coded_up" in node.attributes,
     )
 
 

@@ -3,8 +3,8 @@
 A step of decoding reads every weight once, and is as fast as they are short. ``com.microsoft.MatMulNBits`` takes codes
 of eight or four bits, with a scale and a middle for every 32 channels that an output adds up. They are made by ONNX
 Runtime's own quantiser, which takes the range of each block and no text. The table of tokens, which
-``com.microsoft.GatherBlockQuantized`` looks up, and what makes logits have eight bits in either case. Norms, biases,
-and the up-projections of latent attention, which are inputs of its nodes, stay as they are.
+``com.microsoft.GatherBlockQuantized`` looks up, and what makes logits have eight bits in either case. So do the
+up-projections of latent attention (:mod:`mla_compile.runtime.onnx_up_codes`). Norms and biases stay as they are.
 """
 
 from __future__ import annotations
@@ -18,9 +18,13 @@ from typing import Any, Literal
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
-from onnx_ir.passes.common import RemoveUnusedNodesPass
+from onnx_ir.passes.common import RemoveUnusedFunctionsPass, RemoveUnusedNodesPass
 
 from mla_compile.disk.mapped import drop_pages
+from mla_compile.passes.onnx_nodes import name_function, node_variant
+from mla_compile.runtime.onnx_function import attention_function
+from mla_compile.runtime.onnx_up_codes import KEY_AXIS, VALUE_AXIS, codes_and_scales
+from mla_compile.runtime.onnx_variant import DOMAIN, LATENT, variant_named
 
 __all__ = ["BITS", "WeightType", "quantise_weights"]
 
@@ -81,7 +85,7 @@ class _Codes:
 
 
 def quantise_weights(model: ir.Model, weights: WeightType) -> int:
-    """Replace products with constant weights by products with codes, and the table of tokens by one of codes.
+    """Replace products with constant weights by products with codes, and likewise the table of tokens and up-projections.
 
     Args:
         model: It is changed. Codes are in memory; weights that lie in a file are read one after another.
@@ -95,6 +99,9 @@ def quantise_weights(model: ir.Model, weights: WeightType) -> int:
     logits = model.graph.outputs[0].shape
     vocabulary = None if logits is None else logits[-1]
     for node in list(model.graph):
+        if node.domain == DOMAIN:
+            count += _encode_up(model, node)
+            continue
         weight = _table_of(node, vocabulary) or _weight_of(node)
         if weight is None:
             continue
@@ -110,7 +117,35 @@ def quantise_weights(model: ir.Model, weights: WeightType) -> int:
     if count:
         model.graph.opset_imports[_DOMAIN] = 1
         RemoveUnusedNodesPass()(model)
+        RemoveUnusedFunctionsPass()(model)
     return count
+
+
+def _encode_up(model: ir.Model, node: ir.Node) -> bool:
+    """Give a node of latent attention codes for its up-projections; False: it is another, or has none that are constant."""
+    variant = variant_named(LATENT, node.op_type)
+    if variant is None or variant.bidirectional or variant.coded_up:
+        return False
+    first = 7 if variant.halves else 6
+    ups = [node.inputs[place] for place in (first, first + 1)]
+    stored = [_stored(up, 3) for up in ups]
+    if None in stored:
+        return False
+    scales = []
+    for place, axis, up, numbers in zip((first, first + 1), (KEY_AXIS, VALUE_AXIS), ups, stored, strict=True):
+        assert up is not None and numbers is not None
+        read = numbers.numpy()
+        codes, scale = codes_and_scales(read, axis)
+        drop_pages([read])
+        node.replace_input_with(place, _register(model.graph, f"{up.name}_codes", codes))
+        scales.append(_register(model.graph, f"{up.name}_scales", scale))
+    last = len(node.inputs)
+    node.resize_inputs(last + len(scales))
+    for place, value in enumerate(scales, last):
+        node.replace_input_with(place, value)
+    node.attributes.add(ir.AttrInt64("coded_up", 1))
+    name_function(model, node, attention_function(LATENT, model.opset_imports[""], node_variant(node)))
+    return True
 
 
 def _weight_of(node: ir.Node) -> _Weight | None:
@@ -142,12 +177,18 @@ def _table_of(node: ir.Node, vocabulary: int | ir.SymbolicDim | None) -> _Weight
 
 def _constant(value: ir.Value | None, transposed: bool) -> _Weight | None:
     """A constant matrix that is large enough; None: it is none."""
+    stored = _stored(value, 2)
+    return None if value is None or stored is None else _Weight(value.name or "", stored, transposed)
+
+
+def _stored(value: ir.Value | None, axes: int) -> ir.TensorProtocol | None:
+    """The numbers of a constant with so many axes that is large enough; None: it is none."""
     if value is None or not value.is_initializer() or value.is_graph_input():
         return None
     stored = value.const_value
-    if stored is None or stored.dtype not in _NUMBERS or len(stored.shape) != 2 or stored.size < _SMALLEST:
+    if stored is None or stored.dtype not in _NUMBERS or len(stored.shape) != axes or stored.size < _SMALLEST:
         return None
-    return _Weight(value.name or "", stored, transposed)
+    return stored
 
 
 def _codes_of(graph: ir.Graph, weight: _Weight, bits: int) -> _Codes:

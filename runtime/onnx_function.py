@@ -14,7 +14,8 @@ TensorRT's parser takes no notice of them: two nodes of equally many inputs get 
 
 A cache either grows (``present`` is ``past`` and the new rows) or is static: both have as many rows as the caller makes
 room for, and new rows are written where those of earlier tokens end. A runtime that is given one memory for both writes
-nothing else. A quantised one holds codes and scales (:mod:`mla_compile.runtime.onnx_quantised`).
+nothing else. A quantised one holds codes and scales (:mod:`mla_compile.runtime.onnx_quantised`); up-projections may be
+codes too (:mod:`mla_compile.runtime.onnx_up_codes`).
 
 Bodies are put together here from parts, which are text over the same names, each in a module of its own. Suffixes name
 the axes: B batch, S new tokens, N new rows (as many, if attention is causal), T all tokens, H query heads, n rope
@@ -35,6 +36,7 @@ from mla_compile.runtime.onnx_quantised import dequantised, quantised_append, wi
 from mla_compile.runtime.onnx_queries import SIZES, TURNED_KEYS, TURNED_QUERIES
 from mla_compile.runtime.onnx_rows import rows_and_masks
 from mla_compile.runtime.onnx_unfolded import MANY_QUERIES, unfolded_attention
+from mla_compile.runtime.onnx_up_codes import DECODED_IN_BRANCH, DECODED_UP, of_codes
 from mla_compile.runtime.onnx_variant import CACHED, DOMAIN, FUSED_DOMAIN, LATENT, PLAIN, Variant
 
 __all__ = [
@@ -95,6 +97,8 @@ def attention_function(
         raise ValueError("A quantised cache is of causal latent attention.")
     if variant.halves and (op_type == CACHED or variant.bidirectional or variant.quantised):
         raise ValueError("Two halves are of causal latent attention whose cache is not quantised.")
+    if variant.coded_up and (op_type == CACHED or variant.bidirectional):
+        raise ValueError("Codes of up-projections are of causal latent attention.")
     if variant.chunked and not variant.window:
         raise ValueError("Chunks have no length. Pass window too.")
     if fused and not (op_type == LATENT and has_fused_form(variant)):
@@ -115,13 +119,17 @@ def attention_function(
         "quantised": variant.quantised,
         "halves": variant.halves,
         "chunked": variant.chunked,
+        "coded_up": variant.coded_up,
     }
     inputs = {"sinks_H": variant.sinks, "slopes_H": variant.slopes, "past_BP2": variant.quantised}
+    inputs |= dict.fromkeys(("key_scale_G1r", "value_scale_Gr1"), variant.coded_up)
     outputs = {"present_BT2": variant.quantised}
     taken, returned = _INPUTS[op_type], "output_BSHV present_BTR"
     if variant.halves:
         taken = taken.replace("past_BPR", "past_key_B1PW past_value_B1PW")
         returned = returned.replace("present_BTR", "present_key_B1TW present_value_B1TW")
+    if variant.coded_up:
+        taken = taken.replace("key_up_GDr value_up_GrV", "key_code_GDr value_code_GrV")
     text = f"""
 <opset_import: ["" : {opset}{f', "{FUSED_DOMAIN}" : 1' if fused else ""}], domain: "{DOMAIN}">
 {variant.named(op_type)}
@@ -152,12 +160,14 @@ def _fused_attention(variant: Variant, float16: bool) -> str:
         "sinks_H": variant.sinks,
         "slopes_H": variant.slopes,
         "distance_BST": variant.slopes,
+        "key_scale_G1r": variant.coded_up,
+        "value_scale_Gr1": variant.coded_up,
     }
     given = ["plain_BSHD", "turned_BSnhd", rows, "seen_BST", "key_up_GDr", "value_up_GrV"]
     given += [name if present else "" for name, present in optional.items()]
     as_float32 = {"distance_BST"}
     if float16:
-        as_float32 |= {"plain_BSHD", "turned_BSnhd", "key_up_GDr", "value_up_GrV", "sinks_H", "slopes_H"}
+        as_float32 |= {"plain_BSHD", "turned_BSnhd", "sinks_H", "slopes_H", "key_scale_G1r", "value_scale_Gr1"}
     casts = "".join(f"  float32_{name} = Cast <to = 1> ({name})\n" for name in given if name in as_float32)
     inputs = ", ".join(f"float32_{name}" if name in as_float32 else name for name in given).rstrip(", ")
     cache = "uint8" if variant.quantised else "float16" if float16 else "float32"
@@ -173,11 +183,13 @@ def _fused_attention(variant: Variant, float16: bool) -> str:
 def _latent_body(variant: Variant, fused: bool, float16: bool) -> str:
     norms = variant.key_scales or variant.value_scales
     attention = _fused_attention(variant, float16) if fused else folded_attention(variant)
+    attention = of_codes(attention) if variant.coded_up and fused else attention
     joined = joins_halves(variant) and not fused  # for both forms
     if fused or _has_two_forms(variant):
         unfolded = unfolded_attention(variant)
         unfolded = dequantised(unfolded, norms=norms) if variant.quantised else unfolded
         unfolded = JOINED_HALVES + unfolded if variant.halves and not joined else unfolded
+        unfolded = DECODED_IN_BRANCH + unfolded if variant.coded_up and fused else unfolded
         attention = MANY_QUERIES + _branches(unfolded, attention)
     sizes = SIZES
     if variant.halves:
@@ -186,8 +198,9 @@ def _latent_body(variant: Variant, fused: bool, float16: bool) -> str:
     return _over_rows(
         variant,
         [
+            DECODED_UP if variant.coded_up and not fused else "",
             sizes,
-            TURNED_QUERIES,
+            of_codes(TURNED_QUERIES) if variant.coded_up and fused else TURNED_QUERIES,
             TURNED_KEYS,
             scale_sizes(variant),
             quantised_append(norms) if variant.quantised else APPENDED_SCALES if norms else _APPEND,

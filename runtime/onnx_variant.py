@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-__all__ = ["CACHED", "DOMAIN", "FUSED_DOMAIN", "LATENT", "PLAIN", "VERSION", "Variant"]
+__all__ = ["CACHED", "DOMAIN", "FUSED_DOMAIN", "LATENT", "PLAIN", "VERSION", "Variant", "variant_named"]
 
 DOMAIN, FUSED_DOMAIN = "mla_compile", "mla_compile.cpu"
 """Of our nodes, and of the operators of :mod:`mla_compile.runtime.cpu`, which are in a library."""
@@ -38,6 +38,9 @@ class Variant:
             neither ``bidirectional`` nor ``quantised``); attribute ``halves``, 1.
         chunked: Queries see the tokens of their own chunk, of which ``window`` says the length (only beside
             ``window``); attribute ``chunked``, 1.
+        coded_up: Up-projections are int8, and their scales, one per latent channel of a group, are two inputs behind
+            all others: ``[G, 1, r]`` and ``[G', r, 1]`` (``LatentAttention`` only, not ``bidirectional``); attribute
+            ``coded_up``, 1.
     """
 
     key_scales: bool = False
@@ -52,6 +55,7 @@ class Variant:
     quantised: bool = False
     halves: bool = False
     chunked: bool = False
+    coded_up: bool = False
 
     def named(self, op_type: str) -> str:
         """Name of a function's variant: the function's own, and behind it the features that the variant has."""
@@ -60,3 +64,14 @@ class Variant:
 
 PLAIN = Variant()
 """Plain attention."""
+
+
+def variant_named(op_type: str, name: str) -> Variant | None:
+    """Which variant a function is that has such a name; None: it is none of this type."""
+    rest = name.removeprefix(op_type)
+    found = {}
+    for field in fields(Variant):
+        found[field.name] = rest.startswith(f"_{field.name}")  # no name begins with another
+        rest = rest.removeprefix(f"_{field.name}")
+    variant = Variant(**found)
+    return variant if variant.named(op_type) == name else None

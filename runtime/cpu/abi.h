@@ -27,6 +27,7 @@ enum class Place {
     CustomOpDomainAdd = 27,
     AddCustomOpDomain = 28,
     GetTensorMutableData = 51,
+    GetTensorElementType = 60,
     GetDimensionsCount = 61,
     GetDimensions = 62,
     GetTensorTypeAndShape = 65,
@@ -52,7 +53,7 @@ Result call(Table table, Place place, Arguments... arguments) {
     return reinterpret_cast<Function>(table[static_cast<int>(place)])(arguments...);
 }
 
-enum class Element : int { Float = 1, UInt8 = 2, Bool = 9, Float16 = 10 };
+enum class Element : int { Any = 0, Float = 1, UInt8 = 2, Int8 = 3, Bool = 9, Float16 = 10 };
 
 constexpr int kRequired = 0, kOptional = 1;  // of inputs and outputs
 

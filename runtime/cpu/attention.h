@@ -2,12 +2,13 @@
 //
 // FoldedAttention: plain queries [B, S, H, D], turned queries [B, S, n, h, d], rows [B, T, R], which of them each
 // query sees [B, S, T] (bool), key up-projections [G, D, r], value up-projections [G', r, V]; output [B, S, H, V].
+// Up-projections are float32, float16, or int8 with scales.
 // FoldedAttentionOfHalves: the same with rows in float16. All else is float32 there too.
 // FoldedAttentionOfCodes: the same with codes (uint8) for rows, and behind these inputs their scales [B, T, 2 + m + w].
 // FoldedAttentionOfPairs: the same with rows in two halves [B, 1, T, W], of which the second stand behind these inputs;
 // behind a row's own numbers a pair of halves may have others.
 // Optional inputs of all, behind those or nothing in their place: sinks [H]; slopes [H], and with them distances of
-// tokens from queries [B, S, T]. Optional attributes: softcap; how many key_scales (m) and value_scales (w) a row ends in,
+// tokens from queries [B, S, T]; scales of key up-projections [G, 1, r] and of value up-projections [G', r, 1]. Optional attributes: softcap; how many key_scales (m) and value_scales (w) a row ends in,
 // or stand behind the scales of its codes; and scaled_rope.
 #pragma once
 
@@ -59,10 +60,11 @@ template <typename Form>
 constexpr bool paired = std::is_same_v<Form, Pairs>;
 
 // Inputs of all operators, in order. Beside: what belongs to rows besides, scales of codes or second halves.
-enum Input : size_t { Plain, Turned, Rows, Seen, KeyUp, ValueUp, Beside, Sinks, Slopes, Distance, Inputs };
+enum Input : size_t { Plain, Turned, Rows, Seen, KeyUp, ValueUp, Beside, Sinks, Slopes, Distance, KeyUpScales, ValueUpScales, Inputs };
 
 constexpr const char* names[] = {"queries", "turned queries", "rows", "mask", "key up-projections",
-                                 "value up-projections", "scales or second halves", "sinks", "slopes", "distances"};
+                                 "value up-projections", "scales or second halves", "sinks", "slopes", "distances",
+                                 "scales of key up-projections", "scales of value up-projections"};
 
 // ONNX Runtime lets sizes that are told at run time be anything, and what does not fit would be read past its end.
 void require(const ort::Call& call, Input input, const std::vector<int64_t>& sizes) {
@@ -94,6 +96,37 @@ void require_sizes(const ort::Call& call, const mla::Sizes& s, long width, bool 
     if (slopes) require(call, Slopes, {s.heads});
 }
 
+// Tasks of some sequences and one of so many groups of heads each.
+template <typename Task>
+void for_groups(const ort::Call& call, const mla::Sizes& s, long groups, Task task) {
+    const long each = mla::sequences(s, groups), parts = (s.batch + each - 1) / each;
+    call.each(groups * parts, [&](long index) {
+        const long first = index % parts * each;
+        task(mla::Sequences{first, std::min(first + each, s.batch)}, index / parts);
+    });
+}
+
+// Call a task with the up-projections of one kind, whatever numbers they are, [G, ...]; their scales, where they are codes,
+// have the sizes given.
+template <typename Task>
+void with_up_projection(const ort::Call& call, Input input, Input scales, const std::vector<int64_t>& sizes, Task task) {
+    ort::Value* value = call.input(input);
+    switch (call.element(input)) {
+        case ort::Element::Float:
+            return task(mla::UpProjection<float>{call.data<float>(value), nullptr});
+        case ort::Element::Float16:
+            return task(mla::UpProjection<mla::Half>{call.data<mla::Half>(value), nullptr});
+        case ort::Element::Int8: {
+            const float* found = call.optional(scales);
+            if (!found) call.refuse(std::string("attention: there are no ") + names[scales] + ", which are int8.");
+            require(call, scales, sizes);
+            return task(mla::UpProjection<int8_t>{call.data<int8_t>(value), found});
+        }
+        default:
+            call.refuse(std::string("attention: ") + names[input] + " are neither float32, float16 nor int8.");
+    }
+}
+
 template <typename Form>
 void attention(const ort::Call& call, const Kernel& kernel) {
     const auto plain = call.shape(Plain), turned = call.shape(Turned), rows = call.shape(Rows),
@@ -103,8 +136,7 @@ void attention(const ort::Call& call, const Kernel& kernel) {
     const mla::Sizes s{plain[0],  plain[1],  plain[2], tokens,    row,         key_up[2],
                        turned[4], turned[2], plain[3], key_up[0], value_up[0], value_up[2],
                        kernel.key_scales, kernel.value_scales, kernel.scaled_rope != 0};
-    const auto *plain_data = call.data<float>(call.input(Plain)), *turned_data = call.data<float>(call.input(Turned)),
-               *key_data = call.data<float>(call.input(KeyUp)), *value_data = call.data<float>(call.input(ValueUp));
+    const auto *plain_data = call.data<float>(call.input(Plain)), *turned_data = call.data<float>(call.input(Turned));
     const bool* seen_data = call.data<bool>(call.input(Seen));
     const float *sinks = call.optional(Sinks), *slopes = call.optional(Slopes), *distance = call.optional(Distance);
     const auto* rows_data = call.data<typename Form::Row>(call.input(Rows));
@@ -115,11 +147,11 @@ void attention(const ort::Call& call, const Kernel& kernel) {
     const long query_size = quantised<Form> ? mla::code_query(s) : s.query();
     mla::Borrowed memory(s.batch * (query_size + s.splits() * s.partial()));
     float *queries = memory.data(), *partials = queries + s.batch * query_size;
-    // A group's weights are read for one sequence after another.
-    call.each(s.batch * s.key_groups, [&](long task) {
-        const long b = task % s.batch, group = task / s.batch;
-        mla::Borrowed scratch(s.heads / s.key_groups * s.rank);
-        mla::fold_queries(s, b, group, plain_data, key_data, scratch.data(), queries + b * query_size);
+    with_up_projection(call, KeyUp, KeyUpScales, {s.key_groups, 1, s.rank}, [&](const auto& up) {
+        for_groups(call, s, s.key_groups, [&](const mla::Sequences& all, long group) {
+            mla::Borrowed scratch(mla::product_scratch(s, all, s.key_groups, s.plain));
+            mla::fold_queries(s, all, group, plain_data, up, scratch.data(), queries, query_size);
+        });
     });
     call.each(s.batch, [&](long b) {
         float* query = queries + b * query_size;
@@ -150,11 +182,11 @@ void attention(const ort::Call& call, const Kernel& kernel) {
             mla::attend(s, split, own_rows, logits, query, partial, scratch.data());
         }
     });
-    call.each(s.batch * s.value_groups, [&](long task) {
-        const long b = task % s.batch, group = task / s.batch;
-        mla::Borrowed scratch(s.heads / s.value_groups * s.rank);
-        mla::unfold_output(s, b, group, partials + b * s.splits() * s.partial(), value_data, sinks, scratch.data(),
-                           output);
+    with_up_projection(call, ValueUp, ValueUpScales, {s.value_groups, s.rank, 1}, [&](const auto& up) {
+        for_groups(call, s, s.value_groups, [&](const mla::Sequences& all, long group) {
+            mla::Borrowed scratch(mla::product_scratch(s, all, s.value_groups, s.value));
+            mla::unfold_output(s, all, group, partials, s.splits() * s.partial(), up, sinks, scratch.data(), output);
+        });
     });
 }
 
@@ -164,6 +196,7 @@ ort::Operator folded_attention() {
     made.name = [](const ort::Operator*) { return Form::name; };
     made.input_type = [](const ort::Operator*, size_t index) {
         if (index == Seen) return ort::Element::Bool;
+        if (index == KeyUp || index == ValueUp) return ort::Element::Any;
         return index == Rows ? Form::element : ort::Element::Float;
     };
     made.input_count = [](const ort::Operator*) { return size_t{Inputs}; };

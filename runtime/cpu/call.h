@@ -49,15 +49,21 @@ struct Call {
     }
 
     std::vector<int64_t> shape(size_t index) const {
-        TensorInfo* info;
-        check(ort::call<Status*>(table, Place::GetTensorTypeAndShape, static_cast<const Value*>(input(index)), &info));
-        const TensorInfo* read = info;
-        size_t rank;
-        check(ort::call<Status*>(table, Place::GetDimensionsCount, read, &rank));
-        std::vector<int64_t> sizes(rank);
-        check(ort::call<Status*>(table, Place::GetDimensions, read, sizes.data(), rank));
-        ort::call<void>(table, Place::ReleaseTensorTypeAndShapeInfo, info);
-        return sizes;
+        return described<std::vector<int64_t>>(index, [&](const TensorInfo* info) {
+            size_t rank;
+            check(ort::call<Status*>(table, Place::GetDimensionsCount, info, &rank));
+            std::vector<int64_t> sizes(rank);
+            check(ort::call<Status*>(table, Place::GetDimensions, info, sizes.data(), rank));
+            return sizes;
+        });
+    }
+
+    Element element(size_t index) const {
+        return described<Element>(index, [&](const TensorInfo* info) {
+            Element found;
+            check(ort::call<Status*>(table, Place::GetTensorElementType, info, &found));
+            return found;
+        });
     }
 
     template <typename T>
@@ -73,6 +79,16 @@ struct Call {
         check(ort::call<Status*>(table, Place::KernelContextGetOutput, context, index, sizes.data(), sizes.size(),
                                  &value));
         return data<T>(value);
+    }
+
+    // Read an input's description.
+    template <typename Result, typename Read>
+    Result described(size_t index, Read read) const {
+        TensorInfo* info;
+        check(ort::call<Status*>(table, Place::GetTensorTypeAndShape, static_cast<const Value*>(input(index)), &info));
+        const Result found = read(info);
+        ort::call<void>(table, Place::ReleaseTensorTypeAndShapeInfo, info);
+        return found;
     }
 
     // Run tasks by the session's threads. No exception may leave one: between them and us are functions in C.

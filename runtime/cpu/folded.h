@@ -10,7 +10,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "vectors.h"
+#include "products.h"
 
 namespace mla {
 
@@ -47,18 +47,48 @@ struct Logits {
     const float* distance_ST;  // of tokens from queries, with slopes
 };
 
-// Queries of one sequence, folded with the key up-projections of one group of heads: [row, lanes], of which these
-// heads' columns are written. `scratch` holds queries * heads-per-group rows of rank.
-inline void fold_queries(const Sizes& s, long b, long group, const float* plain_BSHD, const float* key_up_GDr,
-                         float* scratch, float* query_RM) {
-    const long per_group = s.heads / s.key_groups;
-    const float* up = key_up_GDr + group * s.plain * s.rank;
-    for (long q = 0; q < s.queries; q++) {
-        const float* plain = plain_BSHD + ((b * s.queries + q) * s.heads + group * per_group) * s.plain;
-        multiply(plain, s.plain, up, scratch, s.rank, per_group, s.plain, s.rank);
-        for (long h = 0; h < per_group; h++)
-            for (long k = 0; k < s.rank; k++)
-                query_RM[k * s.lanes() + q * s.heads + group * per_group + h] = scratch[h * s.rank + k];
+// Up-projections of all groups: key's [G, D, r] or value's [G, r, V]. Of codes every latent channel has a scale,
+// [G, r]; null: there are none.
+template <typename Weight>
+struct UpProjection {
+    const Weight* weights;
+    const float* scales_Gr;
+
+    const Weight* of(long group, long size) const { return weights + group * size; }
+    float scale(long group, long rank, long k) const { return scales_Gr ? scales_Gr[group * rank + k] : 1; }
+};
+
+// Sequences [first, last), whose rows are multiplied with a group's weights side by side.
+struct Sequences {
+    long first, last;
+
+    long count() const { return last - first; }
+};
+
+// How many are in a task: a tile's rows, and several tiles' while they are of few heads.
+inline long sequences(const Sizes& s, long groups) { return std::max(1L, 4 * kTokens / (s.queries * s.heads / groups)); }
+
+// What a task of so many heads per group needs: rows of what is multiplied, and of products.
+inline long product_scratch(const Sizes& s, const Sequences& all, long groups, long channels) {
+    return all.count() * s.queries * s.heads / groups * (s.rank + channels);
+}
+
+// Queries of some sequences, folded with the key up-projections of one group of heads: [row, lanes] each, `stride` apart,
+// of which these heads' columns are written.
+template <typename Weight>
+inline void fold_queries(const Sizes& s, const Sequences& all, long group, const float* plain_BSHD,
+                         const UpProjection<Weight>& key_up, float* scratch, float* queries, long stride) {
+    const long per_group = s.heads / s.key_groups, own = s.queries * per_group, rows = all.count() * own;
+    float *plain = scratch, *folded = plain + rows * s.plain;
+    for (long i = 0; i < rows; i += per_group)
+        std::memcpy(plain + i * s.plain,
+                    plain_BSHD + ((all.first * s.queries + i / per_group) * s.heads + group * per_group) * s.plain,
+                    per_group * s.plain * sizeof(float));
+    multiply(plain, key_up.of(group, s.plain * s.rank), folded, rows, s.plain, s.rank);
+    for (long i = 0; i < rows; i++) {
+        const long q = i % own / per_group, head = group * per_group + i % per_group;
+        float* to = queries + (all.first + i / own) * stride + q * s.heads + head;
+        for (long k = 0; k < s.rank; k++) to[k * s.lanes()] = folded[i * s.rank + k] * key_up.scale(group, s.rank, k);
     }
 }
 
@@ -403,31 +433,35 @@ inline void attend_pairs(const Sizes& s, long split, const float* first, const f
     attend_scaled(s, split, logits, query_RM, partial, scratch, Paired{first, second, width});
 }
 
-// Merge one sequence's splits for the heads of one group, and unfold the sums with its value up-projection. A sink is
-// one more logit of its head, without a value; null: there are none. `scratch` holds heads-per-group rows of rank.
-inline void unfold_output(const Sizes& s, long b, long group, const float* partials, const float* value_up_GrV,
-                          const float* sinks_H, float* scratch, float* output_BSHV) {
-    const long per_group = s.heads / s.value_groups;
-    for (long q = 0; q < s.queries; q++) {
-        for (long h = 0; h < per_group; h++) {
-            const long head = group * per_group + h, m = q * s.heads + head;
-            float most = sinks_H ? std::max(kNothing, sinks_H[head]) : kNothing;
-            for (long i = 0; i < s.splits(); i++) most = std::max(most, partials[i * s.partial() + m]);
-            float total = sinks_H ? std::exp(sinks_H[head] - most) : 0;
-            float* merged = scratch + h * s.rank;
-            std::memset(merged, 0, s.rank * sizeof(float));
-            for (long i = 0; i < s.splits(); i++) {
-                const float* partial = partials + i * s.partial();
-                const float share = std::exp(partial[m] - most);
-                const float* sums = partial + 2 * s.lanes() + m * s.sum();
-                total += share * partial[s.lanes() + m];
-                for (long k = 0; k < s.rank; k++) merged[k] += share * sums[k];
-            }
-            for (long k = 0; k < s.rank; k++) merged[k] /= total;
+// Merge the splits of some sequences for the heads of one group, and unfold the sums with its value up-projection. A sink
+// is one more logit of its head, without a value; null: there are none. A sequence's partials are `stride` from the next's.
+template <typename Weight>
+inline void unfold_output(const Sizes& s, const Sequences& all, long group, const float* partials, long stride,
+                          const UpProjection<Weight>& value_up, const float* sinks_H, float* scratch,
+                          float* output_BSHV) {
+    const long per_group = s.heads / s.value_groups, own = s.queries * per_group, rows = all.count() * own;
+    float *sums = scratch, *values = sums + rows * s.rank;
+    for (long i = 0; i < rows; i++) {
+        const float* splits = partials + (all.first + i / own) * stride;
+        const long head = group * per_group + i % per_group, m = i % own / per_group * s.heads + head;
+        float most = sinks_H ? std::max(kNothing, sinks_H[head]) : kNothing;
+        for (long j = 0; j < s.splits(); j++) most = std::max(most, splits[j * s.partial() + m]);
+        float total = sinks_H ? std::exp(sinks_H[head] - most) : 0;
+        float* merged = sums + i * s.rank;
+        std::memset(merged, 0, s.rank * sizeof(float));
+        for (long j = 0; j < s.splits(); j++) {
+            const float* partial = splits + j * s.partial();
+            const float share = std::exp(partial[m] - most);
+            const float* latents = partial + 2 * s.lanes() + m * s.sum();
+            total += share * partial[s.lanes() + m];
+            for (long k = 0; k < s.rank; k++) merged[k] += share * latents[k];
         }
-        float* to = output_BSHV + ((b * s.queries + q) * s.heads + group * per_group) * s.value;
-        multiply(scratch, s.rank, value_up_GrV + group * s.rank * s.value, to, s.value, per_group, s.rank, s.value);
+        for (long k = 0; k < s.rank; k++) merged[k] *= value_up.scale(group, s.rank, k) / total;
     }
+    multiply(sums, value_up.of(group, s.rank * s.value), values, rows, s.rank, s.value);
+    for (long i = 0; i < rows; i += per_group)
+        std::memcpy(output_BSHV + ((all.first * s.queries + i / per_group) * s.heads + group * per_group) * s.value,
+                    values + i * s.value, per_group * s.value * sizeof(float));
 }
 
 }  // namespace mla

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-from itertools import product
 from pathlib import Path
 
 import onnx
@@ -11,15 +9,12 @@ from onnx import TensorProto, helper
 
 from mla_compile.runtime.onnx_cache import PAST
 from mla_compile.runtime.onnx_function import attention_function, has_fused_form
-from mla_compile.runtime.onnx_variant import DOMAIN, FUSED_DOMAIN, LATENT, VERSION, Variant
+from mla_compile.runtime.onnx_variant import DOMAIN, FUSED_DOMAIN, LATENT, VERSION, variant_named
 
 __all__ = ["FUSED_CACHES", "fused_model"]
 
 FUSED_CACHES = "it is for caches of float32, float16 and int8, in files written without --inline"
 """What the kernel is for, to stand behind a colon where a file has no such attention."""
-
-_ALL = [Variant(*features) for features in product([False, True], repeat=len(fields(Variant)))]
-_VARIANTS = {variant.named(LATENT): variant for variant in _ALL if has_fused_form(variant)}
 
 
 def fused_model(path: Path) -> onnx.ModelProto | None:
@@ -41,12 +36,14 @@ def fused_model(path: Path) -> onnx.ModelProto | None:
     versions = {o.domain: o.version for o in model.opset_import}
     if not kinds <= {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.UINT8} or versions.get(DOMAIN) != VERSION:
         return None
-    found = [i for i, f in enumerate(model.functions) if f.domain == DOMAIN and f.name in _VARIANTS]
-    for place in found:
-        function = model.functions[place]
+    found = 0
+    for function in model.functions:
+        variant = variant_named(LATENT, function.name) if function.domain == DOMAIN else None
+        if variant is None or not has_fused_form(variant):
+            continue
         opset = next(o.version for o in function.opset_import if not o.domain)
-        variant = _VARIANTS[function.name]
         function.CopyFrom(attention_function(LATENT, opset, variant, fused=True, float16=float16))
+        found += 1
     if not found:
         return None
     model.opset_import.append(helper.make_opsetid(FUSED_DOMAIN, 1))
