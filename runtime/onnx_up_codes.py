@@ -62,7 +62,7 @@ def codes_and_scales(up: NDArray[Any], axis: int) -> tuple[NDArray[np.int8], NDA
     Returns:
         Codes of the same size, and their scales, of size 1 on that axis and of the type of the given numbers.
     """
-    largest = np.abs(up).max(axis, keepdims=True).astype(np.float32)
+    largest = np.abs(up).max(axis, keepdims=True, initial=0).astype(np.float32)
     scales = (np.maximum(largest, _SMALLEST) / LEVELS).astype(up.dtype)
     scales[scales == 0] = np.finfo(up.dtype).tiny  # of float16
     codes = np.rint(up.astype(np.float32) / scales.astype(np.float32))

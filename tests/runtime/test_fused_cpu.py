@@ -66,6 +66,9 @@ LONG = {
     "two splits, many heads": Case(
         scale=0.05, heads=36, rope_groups=1, up_groups=12, rank=64, nope=16, half=8, v_dim=32, past=1300, new=1
     ),
+    "many sequences": Case(
+        scale=0.05, batch=11, heads=12, up_groups=6, rank=70, nope=9, v_dim=37, past=60, new=1, padding=((0, 0),) * 11
+    ),
     "hidden blocks": Case(scale=0.05, heads=6, rank=20, past=400, new=2, padding=((0, 0), (310, 0))),
     "new tokens in two tiles": Case(scale=0.05, heads=12, rope_groups=4, up_groups=3, rank=33, past=150, new=7),
     "soft-cap, sinks, slopes": Sloped(
@@ -141,8 +144,8 @@ def fused_form(case, opset=24, **cache):
     return fused
 
 
-def session_of(library, node, function, inputs, outputs, codes=(), halves=(), threads=1):
-    kinds = {"attention_mask": TensorProto.INT64}
+def session_of(library, node, function, inputs, outputs, codes=(), halves=(), threads=1, signed=()):
+    kinds = {"attention_mask": TensorProto.INT64} | dict.fromkeys(signed, TensorProto.INT8)
     kinds |= dict.fromkeys(codes, TensorProto.UINT8) | dict.fromkeys(halves, TensorProto.FLOAT16)
 
     def described(name, shape):
@@ -153,7 +156,10 @@ def session_of(library, node, function, inputs, outputs, codes=(), halves=(), th
     )
     domains = (("", 24), (DOMAIN, VERSION), (FUSED_DOMAIN, 1))
     imports = [helper.make_opsetid(*domain) for domain in domains]
-    model = helper.make_model(graph, functions=[function], opset_imports=imports, ir_version=10)
+    return opened(library, helper.make_model(graph, functions=[function], opset_imports=imports, ir_version=10), threads)
+
+
+def opened(library, model, threads=1):
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 4
     options.register_custom_ops_library(str(library))
@@ -427,12 +433,8 @@ def operator(library, shapes, name="FoldedAttention"):
         [helper.make_node(name, [*shapes], ["output"], domain=FUSED_DOMAIN)], "operator", given, [result]
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid(FUSED_DOMAIN, 1)], ir_version=10)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.register_custom_ops_library(str(library))
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
     dtypes = {"seen": bool}
-    return session.run(None, {n: np.ones(s, dtypes.get(n, np.float32)) for n, s in shapes.items()})[0]
+    return opened(library, model).run(None, {n: np.ones(s, dtypes.get(n, np.float32)) for n, s in shapes.items()})[0]
 
 
 @pytest.mark.parametrize(
