@@ -36,7 +36,7 @@ _DOMAIN = "com.microsoft"
 _COMPUTE_INT8 = 4
 """``accuracy_level``: activations become bytes too, so that products are of integers."""
 _SMALLEST = 1024
-"""Numbers of a weight, below which it is not worth it."""
+"""Numbers of a matrix, below which it is not worth it."""
 _NUMBERS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16})
 
 
@@ -178,15 +178,17 @@ def _table_of(node: ir.Node, vocabulary: int | ir.SymbolicDim | None) -> _Weight
 def _constant(value: ir.Value | None, transposed: bool) -> _Weight | None:
     """A constant matrix that is large enough; None: it is none."""
     stored = _stored(value, 2)
-    return None if value is None or stored is None else _Weight(value.name or "", stored, transposed)
+    if value is None or stored is None or stored.size < _SMALLEST:
+        return None
+    return _Weight(value.name or "", stored, transposed)
 
 
 def _stored(value: ir.Value | None, axes: int) -> ir.TensorProtocol | None:
-    """The numbers of a constant with so many axes that is large enough; None: it is none."""
+    """The numbers of a constant with so many axes; None: it is none."""
     if value is None or not value.is_initializer() or value.is_graph_input():
         return None
     stored = value.const_value
-    if stored is None or stored.dtype not in _NUMBERS or len(stored.shape) != axes or stored.size < _SMALLEST:
+    if stored is None or stored.dtype not in _NUMBERS or len(stored.shape) != axes:
         return None
     return stored
 

@@ -30,6 +30,7 @@ from mla_compile.progress import Stages
 from mla_compile.runtime.cpu.library import compiler
 from mla_compile.runtime.onnx_checksum import require_unchanged
 from mla_compile.runtime.onnx_session import OnnxDecoder
+from mla_compile.runtime.onnx_variant import DOMAIN
 from mla_compile.sources.capture import capture
 
 PROMPTS = [[5, 9, 40, 7, 3], [8], [11, 12, 13]]
@@ -42,8 +43,9 @@ FORMS = {
 }
 BLOCK = 32
 ROUNDING = 1e-4  # of float32, through two layers: 2e-6 was seen
-# Random weights of tiny models are as hard to quantise as any: 0.012 was seen with eight bits, and 0.25 with four.
-CHANGE = {"int8": 0.03, "int4": 0.4}
+# Random weights of tiny models are as hard to quantise as any: 0.033 was seen with eight bits, of which up-projections
+# alone make 0.008, and 0.25 with four.
+CHANGE = {"int8": 0.05, "int4": 0.4}
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +102,26 @@ def look_up_decoded(model):
     return table
 
 
+def decode_up(model, before):
+    """Replace nodes that take up-projections in codes by those of the file before, with what the codes stand for."""
+    weights = {w.name: numpy_helper.to_array(w) for w in model.graph.initializer}
+    ours = [node for node in model.graph.node if node.domain == DOMAIN]
+    for node, old in zip(ours, (node for node in before.graph.node if node.domain == DOMAIN), strict=True):
+        assert node.op_type == f"{old.op_type}_coded_up"
+        for place, scales in zip((6, 7), list(node.input)[-2:], strict=True):
+            up = weights[node.input[place]] * weights[scales].astype(np.float64)
+            exact = next(numpy_helper.to_array(w) for w in before.graph.initializer if w.name == old.input[place])
+            assert np.abs(up - exact).max() <= np.abs(exact).max() / 200
+            model.graph.initializer.append(numpy_helper.from_array(up.astype(np.float32), f"{old.input[place]}_decoded"))
+            node.input[place] = f"{old.input[place]}_decoded"
+        del node.input[-2:]
+        node.op_type = old.op_type
+        node.attribute.remove(next(a for a in node.attribute if a.name == "coded_up"))
+    del model.functions[:]
+    model.functions.extend(before.functions)
+    return len(ours)
+
+
 def table_of(model):
     """The table of tokens in a file: what is looked up with as many rows as the vocabulary has."""
     weights = {w.name: numpy_helper.to_array(w) for w in model.graph.initializer}
@@ -129,7 +151,7 @@ def test_a_file_computes_with_what_its_codes_stand_for(written, tmp_path, name, 
     found = write_quantised(written(name), out, weights, stages=Stages())
     exact, plain = onnx.load(out), onnx.load(out)
     nodes = [*quantised_nodes(exact)]
-    assert found.operators == len(nodes) + 1
+    assert found.operators == len(nodes) + 1 + decode_up(plain, before)
     for node, _, _ in nodes:  # activations stay what they are
         next(a for a in node.attribute if a.name == "accuracy_level").i = 0
     for node, _, weight in quantised_nodes(plain):
