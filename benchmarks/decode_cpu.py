@@ -404,9 +404,7 @@ def make_steps(
             caches[names][:, :past] = part
         copies = max(1, int(memory // sum(cache.nbytes for cache in caches.values())))
         fused = form.removesuffix(CODED).endswith(FUSED)
-        model = latent_model(
-            shape, True, quantised=True, projected=projected, fused=fused, coded=form.endswith(CODED)
-        )
+        model = latent_model(shape, True, quantised=True, projected=projected, fused=fused, coded=form.endswith(CODED))
         return Step(model, inputs, caches, True, copies, threads)
 
     plain: Arrays = {

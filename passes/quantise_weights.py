@@ -85,7 +85,7 @@ class _Codes:
 
 
 def quantise_weights(model: ir.Model, weights: WeightType) -> int:
-    """Replace products with constant weights by products with codes, and likewise the table of tokens and up-projections.
+    """Replace products with constant weights by products with codes; the table of tokens and up-projections likewise.
 
     Args:
         model: It is changed. Codes are in memory; weights that lie in a file are read one after another.
@@ -122,7 +122,7 @@ def quantise_weights(model: ir.Model, weights: WeightType) -> int:
 
 
 def _encode_up(model: ir.Model, node: ir.Node) -> bool:
-    """Give a node of latent attention codes for its up-projections; False: it is another, or has none that are constant."""
+    """Give a node of latent attention codes for its up-projections; False: it is another, or they are not constant."""
     variant = variant_named(LATENT, node.op_type)
     if variant is None or variant.bidirectional or variant.coded_up:
         return False
@@ -133,7 +133,8 @@ def _encode_up(model: ir.Model, node: ir.Node) -> bool:
         return False
     scales = []
     for place, axis, up, numbers in zip((first, first + 1), (KEY_AXIS, VALUE_AXIS), ups, stored, strict=True):
-        assert up is not None and numbers is not None
+        assert up is not None
+        assert numbers is not None
         read = numbers.numpy()
         codes, scale = codes_and_scales(read, axis)
         drop_pages([read])

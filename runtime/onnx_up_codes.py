@@ -2,9 +2,9 @@
 
 Text of ONNX operators over the names of :mod:`mla_compile.runtime.onnx_function`, which says what its suffixes are.
 
-Latent channels are ordered by what they explain, and so are very unequal: one scale for all that an output adds up would
-leave the later ones few levels. A channel's scale belongs to the folded query, or to the sum of latents, as well as to
-the weights: the fused kernel never decodes these.
+Latent channels are ordered by what they explain, and so are very unequal: one scale for all that an output adds up
+would leave the later ones few levels. A channel's scale belongs to the folded query, or to the sum of latents, as well
+as to the weights: the fused kernel never decodes these.
 """
 
 from __future__ import annotations

@@ -112,8 +112,9 @@ def decode_up(model, before):
             up = weights[node.input[place]] * weights[scales].astype(np.float64)
             exact = next(numpy_helper.to_array(w) for w in before.graph.initializer if w.name == old.input[place])
             assert np.abs(up - exact).max() <= np.abs(exact).max() / 200
-            model.graph.initializer.append(numpy_helper.from_array(up.astype(np.float32), f"{old.input[place]}_decoded"))
-            node.input[place] = f"{old.input[place]}_decoded"
+            decoded_name = f"{old.input[place]}_decoded"
+            model.graph.initializer.append(numpy_helper.from_array(up.astype(np.float32), decoded_name))
+            node.input[place] = decoded_name
         del node.input[-2:]
         node.op_type = old.op_type
         node.attribute.remove(next(a for a in node.attribute if a.name == "coded_up"))

@@ -156,7 +156,8 @@ def session_of(library, node, function, inputs, outputs, codes=(), halves=(), th
     )
     domains = (("", 24), (DOMAIN, VERSION), (FUSED_DOMAIN, 1))
     imports = [helper.make_opsetid(*domain) for domain in domains]
-    return opened(library, helper.make_model(graph, functions=[function], opset_imports=imports, ir_version=10), threads)
+    model = helper.make_model(graph, functions=[function], opset_imports=imports, ir_version=10)
+    return opened(library, model, threads)
 
 
 def opened(library, model, threads=1):

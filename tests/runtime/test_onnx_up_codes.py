@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import test_fused_cpu
 import test_onnx_quantised
-import test_onnx_static
 import torch
 from latent_cases import Case
 from onnx import TensorProto, helper
