@@ -560,7 +560,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
     parser.add_argument("--plot", type=Path, help="a .svg or .png file")
-    parser.add_argument("--only", help="part of a shape's name")
+    parser.add_argument("--only", nargs="+", default=[""], help="parts of shapes' names")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--memory", type=float, default=256, help="MB of caches per form that take turns")
     parser.add_argument("--largest", type=float, default=2, help="GB of an original's cache; larger cases are left out")
@@ -573,7 +573,7 @@ def main() -> None:
         for projected in ((False, True) if arguments.projections else (False,))
         for batch in (1, 8)
         for context in contexts
-        if (arguments.only or "") in name
+        if any(part in name for part in arguments.only)
         and batch * context * 2 * shape.kv_heads * shape.head_dim * 4 <= 1e9 * arguments.largest
     ]
     end = time.monotonic() + 60 * (arguments.minutes or 1e6)
