@@ -82,7 +82,11 @@ long of_each(const ort::Call& call, Input input, const mla::Sizes& s) {
 // Whether all inputs are as large as s says, which is read from five of them, with W of the halves of rows.
 template <typename Form>
 void require_sizes(const ort::Call& call, const mla::Sizes& s, long width, bool sinks, bool slopes) {
-    require(call, Turned, {s.batch, s.queries, s.rope_groups, s.heads / std::max(1L, s.rope_groups), s.rope});
+    for (long groups : {s.key_groups, s.value_groups, s.rope_groups})
+        if (groups < 1 || s.heads % groups)
+            call.refuse("attention: " + std::to_string(s.heads) + " heads are no whole number for each of " +
+                        std::to_string(groups) + " groups.");
+    require(call, Turned, {s.batch, s.queries, s.rope_groups, s.heads / s.rope_groups, s.rope});
     if constexpr (paired<Form>) {
         require(call, Rows, {s.batch, 1, s.tokens, std::max(width, (s.row + 1) / 2)});
         require(call, Beside, {s.batch, 1, s.tokens, width});

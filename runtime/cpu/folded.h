@@ -66,7 +66,9 @@ struct Sequences {
 };
 
 // How many are in a task: a tile's rows, and several tiles' while they are of few heads.
-inline long sequences(const Sizes& s, long groups) { return std::max(1L, 4 * kTokens / (s.queries * s.heads / groups)); }
+inline long sequences(const Sizes& s, long groups) {
+    return std::max(1L, 4 * kTokens / std::max(1L, s.queries * s.heads / groups));
+}
 
 // What a task of so many heads per group needs: rows of what is multiplied, and of products.
 inline long product_scratch(const Sizes& s, const Sequences& all, long groups, long channels) {

@@ -457,6 +457,14 @@ def test_what_would_be_read_past_its_end_is_refused(library, name, shape, words)
 
 
 @pytest.mark.parametrize(
+    ("name", "shape"), [("key_up", (3, 3, 5)), ("value_up", (0, 5, 3)), ("turned", (2, 1, 3, 1, 4))]
+)
+def test_groups_that_do_not_divide_the_heads_are_refused(library, name, shape):
+    with pytest.raises(Exception, match=r"4 heads are no whole number for each of \d groups"):
+        operator(library, OPERANDS | {name: shape})
+
+
+@pytest.mark.parametrize(
     ("name", "shape"),
     [
         ("rows", (2, 1, 5, 6)),
@@ -471,6 +479,11 @@ def test_what_would_be_read_past_the_end_of_halves_is_refused(library, name, sha
     assert operator(library, OPERANDS | PAIRED, paired).shape == (2, 1, 4, 3)
     with pytest.raises(Exception, match=r"the sizes of (rows|scales or second halves) do not fit the others"):
         operator(library, OPERANDS | PAIRED | {name: shape}, paired)
+
+
+def test_no_queries_are_no_outputs(library):
+    none = {"plain": (2, 0, 4, 3), "turned": (2, 0, 2, 2, 4), "seen": (2, 0, 5)}
+    assert operator(library, OPERANDS | none).shape == (2, 0, 4, 3)
 
 
 @pytest.mark.parametrize(
