@@ -31,6 +31,7 @@ import onnx.parser
 
 from mla_compile.runtime.onnx_cached import cached_attention
 from mla_compile.runtime.onnx_folded import APPENDED_SCALES, JOINED_HALVES, folded_attention, joins_halves, scale_sizes
+from mla_compile.runtime.onnx_prepared import prepared, unfolded_of_prepared
 from mla_compile.runtime.onnx_quantised import dequantised, quantised_append, with_scales
 from mla_compile.runtime.onnx_queries import SIZES, TURNED_KEYS, TURNED_QUERIES
 from mla_compile.runtime.onnx_rows import rows_and_masks
@@ -155,9 +156,7 @@ def _fused_attention(variant: Variant, float16: bool) -> str:
     }
     given = ["plain_BSHD", "turned_BSnhd", rows, "seen_BST", "key_up_GDr", "value_up_GrV"]
     given += [name if present else "" for name, present in optional.items()]
-    as_float32 = {"distance_BST"}
-    if float16:
-        as_float32 |= {"plain_BSHD", "turned_BSnhd", "key_up_GDr", "value_up_GrV", "sinks_H", "slopes_H"}
+    as_float32 = {"key_up_GDr", "value_up_GrV", "sinks_H", "slopes_H"} if float16 else set()
     casts = "".join(f"  float32_{name} = Cast <to = 1> ({name})\n" for name in given if name in as_float32)
     inputs = ", ".join(f"float32_{name}" if name in as_float32 else name for name in given).rstrip(", ")
     cache = "uint8" if variant.quantised else "float16" if float16 else "float32"
@@ -172,30 +171,31 @@ def _fused_attention(variant: Variant, float16: bool) -> str:
 
 def _latent_body(variant: Variant, fused: bool, float16: bool) -> str:
     norms = variant.key_scales or variant.value_scales
-    attention = _fused_attention(variant, float16) if fused else folded_attention(variant)
     joined = joins_halves(variant) and not fused  # for both forms
+    unfolded = ""
     if fused or _has_two_forms(variant):
         unfolded = unfolded_attention(variant)
         unfolded = dequantised(unfolded, norms=norms) if variant.quantised else unfolded
         unfolded = JOINED_HALVES + unfolded if variant.halves and not joined else unfolded
-        attention = MANY_QUERIES + _branches(unfolded, attention)
     sizes = SIZES
     if variant.halves:
         old = "P = Shape <start = 1, end = 2> (past_BPR)"
         sizes = sizes.replace(old, "P = Shape <start = 2, end = 3> (past_key_B1PW)")
-    return _over_rows(
-        variant,
-        [
-            sizes,
-            TURNED_QUERIES,
-            TURNED_KEYS,
-            scale_sizes(variant),
-            quantised_append(norms) if variant.quantised else APPENDED_SCALES if norms else _APPEND,
-            *_masks(variant),
-            JOINED_HALVES if joined else "",
-            attention,
-        ],
-    )
+    before = [
+        sizes,
+        TURNED_QUERIES,
+        TURNED_KEYS,
+        scale_sizes(variant),
+        quantised_append(norms) if variant.quantised else APPENDED_SCALES if norms else _APPEND,
+        *_masks(variant),
+        JOINED_HALVES if joined else "",
+        MANY_QUERIES if unfolded else "",
+    ]
+    if fused:
+        unfolded = unfolded_of_prepared(_over_rows(variant, before), _over_rows(variant, [unfolded]), float16)
+        before = [prepared(variant, float16)]
+    attention = _fused_attention(variant, float16) if fused else folded_attention(variant)
+    return _over_rows(variant, [*before, _branches(unfolded, attention) if unfolded else attention])
 
 
 def _has_two_forms(variant: Variant) -> bool:
