@@ -51,22 +51,35 @@ struct Rotation {
     }
 };
 
-// Scale and rotate pairs of channels, which lie `half` apart. Products are rounded before they are added, as those of
-// standard operators are: compilers do both at once where processors can.
+// Rotate pairs of channels. Products are rounded before they are added, as those of standard operators are: compilers do
+// both at once where processors can.
+template <typename Value>
+inline void turn_pairs(Value cos, Value sin, Value& real, Value& imaginary) {
+    keep(real);
+    keep(imaginary);
+    Value rc = real * cos, is = imaginary * sin, ic = imaginary * cos, rs = real * sin;
+    keep(rc);
+    keep(is);
+    keep(ic);
+    keep(rs);
+    real = rc - is;
+    imaginary = ic + rs;
+}
+
+// Scale and rotate channels, of which those of a pair lie `half` apart.
 inline void turn(const float* from, float factor, const Rotation& by, long half, float* to) {
-    for (long i = 0; i < half; i += kLanes) {
-        const long count = std::min<long>(kLanes, half - i);
-        const Vector cos = load(by.cos + i, count), sin = load(by.sin + i, count);
-        Vector real = load(from + i, count) * factor, imaginary = load(from + half + i, count) * factor;
-        keep(real);
-        keep(imaginary);
-        Vector rc = real * cos, is = imaginary * sin, ic = imaginary * cos, rs = real * sin;
-        keep(rc);
-        keep(is);
-        keep(ic);
-        keep(rs);
-        store(to + i, rc - is, count);
-        store(to + half + i, ic + rs, count);
+    long i = 0;
+    for (; i + kLanes <= half; i += kLanes) {
+        Vector real = load(from + i) * factor, imaginary = load(from + half + i) * factor;
+        turn_pairs(load(by.cos + i), load(by.sin + i), real, imaginary);
+        store(to + i, real);
+        store(to + half + i, imaginary);
+    }
+    for (; i < half; i++) {
+        float real = from[i] * factor, imaginary = from[half + i] * factor;
+        turn_pairs(by.cos[i], by.sin[i], real, imaginary);
+        to[i] = real;
+        to[half + i] = imaginary;
     }
 }
 

@@ -30,17 +30,12 @@ inline Vector load(const float* from) {
 
 inline void store(float* to, Vector value) { std::memcpy(to, &value, sizeof value); }
 
-// Fewer numbers than a vector has, and zeros; and back.
+// Fewer numbers than a vector has, and zeros.
 inline Vector load(const float* from, long count) {
     if (count >= kLanes) return load(from);
     Vector found{};
     std::memcpy(&found, from, count * sizeof(float));
     return found;
-}
-
-inline void store(float* to, Vector value, long count) {
-    if (count >= kLanes) return store(to, value);
-    std::memcpy(to, &value, count * sizeof(float));
 }
 
 // The bits of a float16.
@@ -110,8 +105,9 @@ inline void narrow(const float* from, long count, Half* to) {
 }
 
 // Keep a value in a register: compilers else read it from memory anew for each of its products, and loads are what there
-// are too few of.
-inline void keep(Vector& value) {
+// are too few of. (A vector, or a number.)
+template <typename Value>
+inline void keep(Value& value) {
 #if defined(__AVX512F__)
     asm("" : "+v"(value));
 #elif defined(__AVX__)

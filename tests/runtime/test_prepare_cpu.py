@@ -13,10 +13,10 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from latent_cases import Case, cases
-from onnx import TensorProto, helper
+from onnx import helper
 from test_fused_cpu import CLOSE, LONG_WITH_SCALES, SHORT, STEPS, library, older  # noqa: F401
 from test_onnx_function import every_node, variant_of
-from test_onnx_static import GARBAGE, SPARE, slots_of
+from test_onnx_static import SPARE, slots_of
 
 from mla_compile.runtime.cpu import library as compiling
 from mla_compile.runtime.onnx_function import attention_function
@@ -129,7 +129,7 @@ def session_of(libraries, case, form: Form, fused: bool, inner=(), threads=1):
     function.output.extend(inner)
     given = inputs_of(case, form)
     number = TYPES[given["query_BSHD"].dtype]
-    results = {name: number for name in function.output}
+    results = dict.fromkeys(function.output, number)
     results |= {name: TYPES[given["past_BPR"].dtype] for name in results if name.endswith("_BTR") and not form.halves}
     results |= {name: 1 for name in results if name.endswith("_BT2")}
     results |= {"seen_BST": 9, "many": 9} if inner else {}
@@ -439,7 +439,9 @@ def check_rounding(libraries, rank: int) -> None:
     """Every float16, what lies in the middle of two, and what is next to that; and what is too large."""
     every = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)
     middles = (every[:-1] + every[1:]) / 2
-    sizes = np.concatenate([every, middles, np.nextafter(middles, np.float32(0)), np.nextafter(middles, np.float32(9e9))])
+    sizes = np.concatenate(
+        [every, middles, np.nextafter(middles, np.float32(0)), np.nextafter(middles, np.float32(9e9))]
+    )
     sizes = np.concatenate([sizes, np.float32([65519.9, 65520, 65536, 1e6, 3e38, np.inf, 1e-45, 1e-30])])
     numbers = np.concatenate([sizes, -sizes])
     numbers = np.resize(numbers, (1, -(-len(numbers) // rank), rank))
@@ -450,7 +452,9 @@ def check_rounding(libraries, rank: int) -> None:
     parts, step = [], 500
     for start in range(0, tokens, step):
         part = numbers[:, start : start + step]
-        own = {n: (s[0], part.shape[1], *s[2:]) if n in ("query", "row", "cos", "sin") else s for n, s in shapes.items()}
+        own = {
+            n: (s[0], part.shape[1], *s[2:]) if n in ("query", "row", "cos", "sin") else s for n, s in shapes.items()
+        }
         own["mask"] = (1, part.shape[1])
         made = operator(
             libraries,
