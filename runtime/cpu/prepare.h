@@ -169,6 +169,7 @@ inline void keep_rows(const Step& s, const Part& part, long b) {
     const char* rows = part.attended + b * s.rows() * part.bytes;
     char* kept = part.present + b * s.kept() * part.bytes;
     const long count = std::min(s.kept(), s.keeps == Keeps::Ring ? s.queries : s.kept()), first = s.rows() - count;
+    if (!count) return;
     if (s.keeps == Keeps::Last) {
         std::memcpy(kept, rows + first * part.bytes, count * part.bytes);
         return;

@@ -14,7 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from latent_cases import Case, cases
 from onnx import helper
-from test_fused_cpu import CLOSE, LONG_WITH_SCALES, SHORT, STEPS, library, older  # noqa: F401
+from test_fused_cpu import SHORT, STEPS, library, older  # noqa: F401
 from test_onnx_function import every_node, variant_of
 from test_onnx_static import SPARE, slots_of
 
@@ -282,7 +282,7 @@ def test_a_ring_is_filled_over_and_over(library, form, chunked):  # noqa: F811
 @pytest.mark.parametrize(("form", "count"), [("growing", 5), ("codes, static", 5), ("float16, growing", 11)])
 def test_a_body_has_few_nodes(form, count):
     """A cast of the mask, the operator, the choice, and attention and a cast to its type; with float16, six more casts
-    of inputs. In the unfolded form there is nothing that leads to no result, and nothing of queries, masks and caches."""
+    of inputs. In the unfolded form all leads to its result, and nothing is of queries, masks and caches."""
     function = FORMS[form].function(Case(), True)
     (choice,) = (node for node in function.node if node.op_type == "If")
     unfolded, folded = (attribute.g.node for attribute in choice.attribute)
