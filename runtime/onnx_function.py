@@ -77,7 +77,7 @@ def attention_function(
         op_type: ``LATENT`` or ``CACHED``.
         opset: Version of the standard operators, 23 or later.
         variant: What the node has.
-        fused: Whether the folded form is an operator of :mod:`mla_compile.runtime.cpu`.
+        fused: Whether the folded form is an operator of :mod:`mla_compile.runtime.cpu`, and one more all before it.
         float16: Of what type the numbers are then: float16, else float32. Standard operators take either.
 
     Returns:

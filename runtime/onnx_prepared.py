@@ -27,12 +27,16 @@ _ASSIGNED = re.compile(r" *(?P<results>\w+(?:, \w+)*) = .*\((?P<inputs>[^()]*)\)
 
 
 def prepared(variant: Variant, float16: bool) -> str:
-    """From the inputs to queries, the new cache, and what :data:`MANY_QUERIES` and the masks say; see ``prepare.h``."""
-    numbers = {"key_scales": "int", "value_scales": "int", "window": "int", "chunked": "int", "static": "int"}
-    features = ["scale: float = @scale"]
-    features += [f"{name}: int = @{name}" for name in ("rope_groups", "rope_dim", "latent_rank")]
-    features += [f"{name}: {kind} = @{name}" for name, kind in numbers.items() if getattr(variant, name)]
-    features += ["has_slopes: int = @has_slopes"] if variant.slopes else []
+    """From the inputs to queries, the new cache, masks, and whether there are many queries: see ``prepare.h``.
+
+    Args:
+        variant: What the node has.
+        float16: Whether its numbers are float16. The operator takes float32, and writes rows of the cache's type.
+    """
+    features = ["rope_groups", "rope_dim", "latent_rank"]
+    features += [n for n in ("key_scales", "value_scales", "window", "chunked", "static") if getattr(variant, n)]
+    features += ["has_slopes"] if variant.slopes else []
+    attributes = ", ".join(["scale: float = @scale", *(f"{name}: int = @{name}" for name in features)])
     inputs = ["query_BSHD", "row_BNR", "past_BPR", "mask_BT", "cos_BSn", "sin_BSn", "key_up_GDr", "value_up_GrV"]
     made = [*_MADE, "present_BTR", ""]
     if variant.quantised:
@@ -52,7 +56,7 @@ def prepared(variant: Variant, float16: bool) -> str:
   # ---- queries, the new cache, and which of its rows each query sees
   mask_BT = Cast <to = 7> (attention_mask_BT)
 {casts}
-  {", ".join(made).rstrip(", ")} = {FUSED_DOMAIN}.{operator} <{", ".join(features)}> ({given})
+  {", ".join(made).rstrip(", ")} = {FUSED_DOMAIN}.{operator} <{attributes}> ({given})
 """
 
 
@@ -67,7 +71,7 @@ def unfolded_of_prepared(before: str, unfolded: str, float16: bool) -> str:
     made = {f"{rows}_{axes}" for rows in ("rows", "present") for axes in ("BTR", "BT2")}
     made |= {"distance_BST", "present_key_B1TW", "present_value_B1TW", *_MADE}
     # A row that is not quantised is as long as the new one.
-    text = leading_to("unfolded_BSHV", before + unfolded.replace("row_length", "R"), made)
+    text = _leading_to("unfolded_BSHV", before + unfolded.replace("row_length", "R"), made)
     if not float16:
         return text
     for name in _MADE[:2]:
@@ -75,7 +79,7 @@ def unfolded_of_prepared(before: str, unfolded: str, float16: bool) -> str:
     return text
 
 
-def leading_to(result: str, text: str, given: Collection[str]) -> str:
+def _leading_to(result: str, text: str, given: Collection[str]) -> str:
     """Those lines of a text that lead to a result from the given names, and are not what makes these."""
     needed, kept = {result}, []
     for line in reversed(text.splitlines()):

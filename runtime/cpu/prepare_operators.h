@@ -94,7 +94,8 @@ mla::Keeps keeps_of(const Preparation& kernel) {
 
 template <typename Form>
 mla::Step step_of(const ort::Call& call, const Preparation& kernel) {
-    const auto query = sizes_of(call, Given::Query, "queries", 4), past = sizes_of(call, Given::Past, "cache", 3 + paired<Form>),
+    const auto query = sizes_of(call, Given::Query, "queries", 4),
+               past = sizes_of(call, Given::Past, "cache", 3 + paired<Form>),
                mask = sizes_of(call, Given::Mask, "mask", 2), key_up = sizes_of(call, Given::KeyUp, names[KeyUp], 3),
                value_up = sizes_of(call, Given::ValueUp, names[ValueUp], 3);
     const mla::Step s{query[0], query[1], query[2], key_up[1], kernel.rope_dim, kernel.rope_groups, kernel.latent_rank,
