@@ -117,7 +117,7 @@ def quantise_weights(model: ir.Model, weights: WeightType) -> int:
     if count:
         model.graph.opset_imports[_DOMAIN] = 1
         RemoveUnusedNodesPass()(model)
-        RemoveUnusedFunctionsPass()(model)
+        RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
     return count
 
 

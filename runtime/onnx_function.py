@@ -32,6 +32,7 @@ import onnx.parser
 
 from mla_compile.runtime.onnx_cached import cached_attention
 from mla_compile.runtime.onnx_folded import APPENDED_SCALES, JOINED_HALVES, folded_attention, joins_halves, scale_sizes
+from mla_compile.runtime.onnx_prepared import prepared, unfolded_of_prepared
 from mla_compile.runtime.onnx_quantised import dequantised, quantised_append, with_scales
 from mla_compile.runtime.onnx_queries import SIZES, TURNED_KEYS, TURNED_QUERIES
 from mla_compile.runtime.onnx_rows import rows_and_masks
@@ -78,7 +79,7 @@ def attention_function(
         op_type: ``LATENT`` or ``CACHED``.
         opset: Version of the standard operators, 23 or later.
         variant: What the node has.
-        fused: Whether the folded form is an operator of :mod:`mla_compile.runtime.cpu`.
+        fused: Whether the folded form is an operator of :mod:`mla_compile.runtime.cpu`, and one more all before it.
         float16: Of what type the numbers are then: float16, else float32. Standard operators take either.
 
     Returns:
@@ -130,13 +131,15 @@ def attention_function(
         returned = returned.replace("present_BTR", "present_key_B1TW present_value_B1TW")
     if variant.coded_up:
         taken = taken.replace("key_up_GDr value_up_GrV", "key_code_GDr value_code_GrV")
+    body = _cached_body(variant) if op_type == CACHED else _latent_body(variant)
+    body = _fused_body(variant, float16) if fused else body
     text = f"""
 <opset_import: ["" : {opset}{f', "{FUSED_DOMAIN}" : 1' if fused else ""}], domain: "{DOMAIN}">
 {variant.named(op_type)}
   <{_listing(_ATTRIBUTES[op_type], attributes)}>
   ({_listing(taken, inputs)})
   => ({_listing(returned, outputs)})
-{{{_latent_body(variant, fused, float16) if op_type == LATENT else _cached_body(variant)}}}
+{{{body}}}
 """
     lines = [line.split("#")[0].rstrip() for line in text.splitlines()]
     return onnx.parser.parse_function("\n".join(line for line in lines if line))
@@ -165,9 +168,7 @@ def _fused_attention(variant: Variant, float16: bool) -> str:
     }
     given = ["plain_BSHD", "turned_BSnhd", rows, "seen_BST", "key_up_GDr", "value_up_GrV"]
     given += [name if present else "" for name, present in optional.items()]
-    as_float32 = {"distance_BST"}
-    if float16:
-        as_float32 |= {"plain_BSHD", "turned_BSnhd", "sinks_H", "slopes_H", "key_scale_G1r", "value_scale_Gr1"}
+    as_float32 = {"sinks_H", "slopes_H", "key_scale_G1r", "value_scale_Gr1"} if float16 else set()
     casts = "".join(f"  float32_{name} = Cast <to = 1> ({name})\n" for name in given if name in as_float32)
     inputs = ", ".join(f"float32_{name}" if name in as_float32 else name for name in given).rstrip(", ")
     cache = "uint8" if variant.quantised else "float16" if float16 else "float32"
@@ -180,35 +181,43 @@ def _fused_attention(variant: Variant, float16: bool) -> str:
 """
 
 
-def _latent_body(variant: Variant, fused: bool, float16: bool) -> str:
+def _latent_body(variant: Variant) -> str:
+    joined = JOINED_HALVES if joins_halves(variant) else ""  # for both forms
+    attention = folded_attention(variant)
+    if _has_two_forms(variant):
+        attention = MANY_QUERIES + _branches(_unfolded(variant, joined=bool(joined)), attention)
+    decoded = DECODED_UP if variant.coded_up else ""
+    return _over_rows(variant, [decoded, *_before_attention(variant), joined, attention])
+
+
+def _fused_body(variant: Variant, float16: bool) -> str:
+    """One operator before attention, and one for its folded form; in the unfolded one, what is needed of the rest."""
+    before = _over_rows(variant, [*_before_attention(variant), MANY_QUERIES])
+    unfolded = _over_rows(variant, [_unfolded(variant, joined=False)])
+    folded = _over_rows(variant, [_fused_attention(variant, float16)])
+    operator = _over_rows(variant, [prepared(variant, float16)])
+    if variant.coded_up:
+        operator, before, folded = of_codes(operator), of_codes(before), of_codes(folded)
+        unfolded = DECODED_IN_BRANCH + unfolded
+    return operator + _branches(unfolded_of_prepared(before, unfolded, float16), folded)
+
+
+def _before_attention(variant: Variant) -> list[str]:
     norms = variant.key_scales or variant.value_scales
-    attention = _fused_attention(variant, float16) if fused else folded_attention(variant)
-    attention = of_codes(attention) if variant.coded_up and fused else attention
-    joined = joins_halves(variant) and not fused  # for both forms
-    if fused or _has_two_forms(variant):
-        unfolded = unfolded_attention(variant)
-        unfolded = dequantised(unfolded, norms=norms) if variant.quantised else unfolded
-        unfolded = JOINED_HALVES + unfolded if variant.halves and not joined else unfolded
-        unfolded = DECODED_IN_BRANCH + unfolded if variant.coded_up and fused else unfolded
-        attention = MANY_QUERIES + _branches(unfolded, attention)
     sizes = SIZES
     if variant.halves:
         old = "P = Shape <start = 1, end = 2> (past_BPR)"
         sizes = sizes.replace(old, "P = Shape <start = 2, end = 3> (past_key_B1PW)")
-    return _over_rows(
-        variant,
-        [
-            DECODED_UP if variant.coded_up and not fused else "",
-            sizes,
-            of_codes(TURNED_QUERIES) if variant.coded_up and fused else TURNED_QUERIES,
-            TURNED_KEYS,
-            scale_sizes(variant),
-            quantised_append(norms) if variant.quantised else APPENDED_SCALES if norms else _APPEND,
-            *_masks(variant),
-            JOINED_HALVES if joined else "",
-            attention,
-        ],
-    )
+    append = quantised_append(norms) if variant.quantised else APPENDED_SCALES if norms else _APPEND
+    return [sizes, TURNED_QUERIES, TURNED_KEYS, scale_sizes(variant), append, *_masks(variant)]
+
+
+def _unfolded(variant: Variant, *, joined: bool) -> str:
+    """The unfolded form; ``joined`` says whether rows in halves are whole before it."""
+    text = unfolded_attention(variant)
+    if variant.quantised:
+        return dequantised(text, norms=variant.key_scales or variant.value_scales)
+    return JOINED_HALVES + text if variant.halves and not joined else text
 
 
 def _has_two_forms(variant: Variant) -> bool:

@@ -53,7 +53,7 @@ Result call(Table table, Place place, Arguments... arguments) {
     return reinterpret_cast<Function>(table[static_cast<int>(place)])(arguments...);
 }
 
-enum class Element : int { Any = 0, Float = 1, UInt8 = 2, Int8 = 3, Bool = 9, Float16 = 10 };
+enum class Element : int { Any = 0, Float = 1, UInt8 = 2, Int8 = 3, Int64 = 7, Bool = 9, Float16 = 10 };
 
 constexpr int kRequired = 0, kOptional = 1;  // of inputs and outputs
 

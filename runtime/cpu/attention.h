@@ -66,10 +66,8 @@ constexpr const char* names[] = {"queries", "turned queries", "rows", "mask", "k
                                  "value up-projections", "scales or second halves", "sinks", "slopes", "distances",
                                  "scales of key up-projections", "scales of value up-projections"};
 
-// ONNX Runtime lets sizes that are told at run time be anything, and what does not fit would be read past its end.
 void require(const ort::Call& call, Input input, const std::vector<int64_t>& sizes) {
-    if (call.shape(input) != sizes) call.refuse(std::string("attention: the sizes of ") + names[input] +
-                                                " do not fit the others: are all inputs of equally many sequences and tokens?");
+    call.require(input, names[input], sizes);
 }
 
 // How far the numbers of one sequence are from those of the next; one sequence's are all others' too.

@@ -66,6 +66,16 @@ struct Call {
         });
     }
 
+    // ONNX Runtime lets sizes that are told at run time be anything, and what does not fit would be read past its end.
+    void require(size_t index, const char* name, const std::vector<int64_t>& sizes) const {
+        if (shape(index) != sizes) refuse_sizes(name);
+    }
+
+    [[noreturn]] void refuse_sizes(const char* name) const {
+        refuse(std::string("attention: the sizes of ") + name +
+               " do not fit the others: are all inputs of equally many sequences and tokens?");
+    }
+
     template <typename T>
     T* data(Value* value) const {
         void* found;
@@ -78,6 +88,7 @@ struct Call {
         Value* value;
         check(ort::call<Status*>(table, Place::KernelContextGetOutput, context, index, sizes.data(), sizes.size(),
                                  &value));
+        if (!value) refuse("attention: an output is missing");
         return data<T>(value);
     }
 

@@ -3,12 +3,15 @@
 #include <mutex>
 
 #include "attention.h"
+#include "prepare_operators.h"
 
 extern "C" __attribute__((visibility("default"))) ort::Status* RegisterCustomOps(ort::SessionOptions* options,
                                                                               const ort::ApiBase* base) {
     using namespace operators;
     static const ort::Operator all[] = {folded_attention<Numbers>(), folded_attention<Halves>(),
-                                        folded_attention<Codes>(), folded_attention<Pairs>()};
+                                        folded_attention<Codes>(), folded_attention<Pairs>(),
+                                        prepare_attention<Numbers>(), prepare_attention<Halves>(),
+                                        prepare_attention<Codes>(), prepare_attention<Pairs>()};
     const ort::Table table = base->table(ort::kVersion);
     if (!table)
         return ort::call<ort::Status*>(base->table(1), ort::Place::CreateStatus, 1,

@@ -109,8 +109,11 @@ template <typename Weight>
 inline void multiply(const float* a, const Weight* b, float* c, long rows, long inner, long columns) {
     constexpr long bytes = 16384;  // of a block: it and the next stay in the processor's nearest caches
     const long step = std::max<long>(bytes / (columns * sizeof(Weight)), 4);
-    for (long k = 0; k < inner; k += step)
+    long k = 0;
+    do {  // once at least: of no channels the sum is zero
         multiply_block<kTokens>(a, b, c, rows, inner, columns, Block{k, std::min(k + step, inner)});
+        k += step;
+    } while (k < inner);
 }
 
 }  // namespace mla

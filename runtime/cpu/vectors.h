@@ -30,6 +30,14 @@ inline Vector load(const float* from) {
 
 inline void store(float* to, Vector value) { std::memcpy(to, &value, sizeof value); }
 
+// Fewer numbers than a vector has, and zeros.
+inline Vector load(const float* from, long count) {
+    if (count >= kLanes) return load(from);
+    Vector found{};
+    std::memcpy(&found, from, count * sizeof(float));
+    return found;
+}
+
 // The bits of a float16.
 struct Half {
     uint16_t bits;
@@ -60,9 +68,46 @@ inline void widen(const Half* from, long count, float* to) {
     for (; i < count; i++) to[i] = number(from[i]);
 }
 
+// The nearest float16 of a number, of two as near the one that is even. What is too large is infinite.
+inline Half nearest_half(float number) {
+    uint32_t bits;
+    std::memcpy(&bits, &number, sizeof bits);
+    const uint32_t sign = bits >> 16 & 0x8000;
+    bits &= 0x7fffffff;
+    if (bits > 0x7f800000) {
+        bits = 0x7e00 | (bits >> 13 & 0x3ff);  // no number
+    } else if (bits >= 0x47800000) {
+        bits = 0x7c00;
+    } else if (bits < 0x38800000) {  // there float16 has one unit, which is the last place of 0.5
+        float size;
+        std::memcpy(&size, &bits, sizeof size);
+        size += 0.5f;
+        std::memcpy(&bits, &size, sizeof bits);
+        bits -= 0x3f000000;
+    } else {
+        bits = (bits - (112u << 23) + 0xfff + (bits >> 13 & 1)) >> 13;
+    }
+    return {static_cast<uint16_t>(sign | bits)};
+}
+
+inline void narrow(const float* from, long count, Half* to) {
+    long i = 0;
+#if defined(__AVX512F__)
+    for (; i + 16 <= count; i += 16)
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i),
+                            _mm512_cvtps_ph(_mm512_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__F16C__)
+    for (; i + 8 <= count; i += 8)
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i),
+                         _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#endif
+    for (; i < count; i++) to[i] = nearest_half(from[i]);
+}
+
 // Keep a value in a register: compilers else read it from memory anew for each of its products, and loads are what there
-// are too few of.
-inline void keep(Vector& value) {
+// are too few of. (A vector, or a number.)
+template <typename Value>
+inline void keep(Value& value) {
 #if defined(__AVX512F__)
     asm("" : "+v"(value));
 #elif defined(__AVX__)
