@@ -288,7 +288,7 @@ def test_a_ring_is_filled_over_and_over(library, form, chunked):  # noqa: F811
         )
 
 
-@pytest.mark.parametrize(("form", "count"), [("growing", 5), ("codes, static", 5), ("float16, growing", 11)])
+@pytest.mark.parametrize(("form", "count"), [("growing", 5), ("codes, static", 5), ("float16, growing", 9)])
 def test_a_body_has_few_nodes(form, count):
     """A cast of the mask, the operator, the choice, and attention and a cast to its type; with float16, six more casts
     of inputs. In the unfolded form all leads to its result, and nothing is of queries, masks and caches."""
