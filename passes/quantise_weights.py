@@ -127,26 +127,31 @@ def _encode_up(model: ir.Model, node: ir.Node) -> bool:
     if variant is None or variant.bidirectional or variant.coded_up:
         return False
     first = 7 if variant.halves else 6
-    ups = [node.inputs[place] for place in (first, first + 1)]
-    stored = [_stored(up, 3) for up in ups]
-    if None in stored:
+    axes = {first: KEY_AXIS, first + 1: VALUE_AXIS}
+    if any(_stored(node.inputs[place], 3) is None for place in axes):
         return False
-    scales = []
-    for place, axis, up, numbers in zip((first, first + 1), (KEY_AXIS, VALUE_AXIS), ups, stored, strict=True):
-        assert up is not None
-        assert numbers is not None
-        read = numbers.numpy()
-        codes, scale = codes_and_scales(read, axis)
-        drop_pages([read])
-        node.replace_input_with(place, _register(model.graph, f"{up.name}_codes", codes))
-        scales.append(_register(model.graph, f"{up.name}_scales", scale))
     last = len(node.inputs)
-    node.resize_inputs(last + len(scales))
-    for place, value in enumerate(scales, last):
-        node.replace_input_with(place, value)
+    node.resize_inputs(last + len(axes))
+    for behind, (place, axis) in enumerate(axes.items(), last):
+        codes, scales = _up_codes(model.graph, node.inputs[place], axis)
+        node.replace_input_with(place, codes)
+        node.replace_input_with(behind, scales)
     node.attributes.add(ir.AttrInt64("coded_up", 1))
     name_function(model, node, attention_function(LATENT, model.opset_imports[""], node_variant(node)))
     return True
+
+
+def _up_codes(graph: ir.Graph, up: ir.Value | None, axis: int) -> tuple[ir.Value, ir.Value]:
+    """An up-projection's codes and scales; of one that several nodes have they are made once."""
+    assert up is not None
+    assert up.const_value is not None
+    names = f"{up.name}_codes_{axis}", f"{up.name}_scales_{axis}"
+    if names[0] not in graph.initializers:
+        numbers = up.const_value.numpy()
+        for name, array in zip(names, codes_and_scales(numbers, axis), strict=True):
+            _register(graph, name, array)
+        drop_pages([numbers])
+    return graph.initializers[names[0]], graph.initializers[names[1]]
 
 
 def _weight_of(node: ir.Node) -> _Weight | None:

@@ -257,6 +257,21 @@ def test_every_form_of_a_file_can_be_one(written, tmp_path, form, weights):
         assert np.abs(got - expected).max() <= CHANGE["int8"] * np.abs(expected).max()
 
 
+def test_up_projections_that_layers_share_are_encoded_once(written, tmp_path):
+    model = onnx.load(written())
+    first, *others = (node for node in model.graph.node if node.domain == DOMAIN)
+    for node in others:
+        node.input[6:8] = first.input[6:8]
+    onnx.save(model, tmp_path / "shared.onnx")
+    opened = ir.load(tmp_path / "shared.onnx")
+    quantise_weights(opened, "int8")
+    nodes = [node for node in opened.graph if node.domain == DOMAIN]
+    assert len(nodes) == 1 + len(others)
+    for place in (6, 7, -2, -1):
+        (value,) = {node.inputs[place] for node in nodes}
+        assert value.is_initializer()
+
+
 def test_operators_that_are_written_out_stay(written, tmp_path):
     out = tmp_path / "out.onnx"
     assert write_quantised(written(inline=True), out, "int8", stages=Stages()).error <= CHANGE["int8"]
