@@ -126,8 +126,9 @@ def _encode_up(model: ir.Model, node: ir.Node) -> bool:
     variant = variant_named(LATENT, node.op_type)
     if variant is None or variant.bidirectional or variant.coded_up:
         return False
-    first = 7 if variant.halves else 6
-    axes = {first: KEY_AXIS, first + 1: VALUE_AXIS}
+    opset = model.opset_imports[""]
+    names = list(attention_function(LATENT, opset, variant).input)
+    axes = {names.index("key_up_GDr"): KEY_AXIS, names.index("value_up_GrV"): VALUE_AXIS}
     if any(_stored(node.inputs[place], 3) is None for place in axes):
         return False
     last = len(node.inputs)
@@ -137,7 +138,7 @@ def _encode_up(model: ir.Model, node: ir.Node) -> bool:
         node.replace_input_with(place, codes)
         node.replace_input_with(behind, scales)
     node.attributes.add(ir.AttrInt64("coded_up", 1))
-    name_function(model, node, attention_function(LATENT, model.opset_imports[""], node_variant(node)))
+    name_function(model, node, attention_function(LATENT, opset, node_variant(node)))
     return True
 
 

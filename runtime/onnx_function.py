@@ -38,22 +38,12 @@ from mla_compile.runtime.onnx_queries import SIZES, TURNED_KEYS, TURNED_QUERIES
 from mla_compile.runtime.onnx_rows import rows_and_masks
 from mla_compile.runtime.onnx_unfolded import MANY_QUERIES, unfolded_attention
 from mla_compile.runtime.onnx_up_codes import DECODED_IN_BRANCH, DECODED_UP, of_codes
-from mla_compile.runtime.onnx_variant import CACHED, DOMAIN, FUSED_DOMAIN, LATENT, PLAIN, Variant
+from mla_compile.runtime.onnx_variant import CACHED, DOMAIN, FUSED_DOMAIN, LATENT, PLAIN, Variant, fused_operator
 
 __all__ = [
-    "FUSED",
     "attention_function",
     "has_fused_form",
 ]
-
-FUSED = {
-    "float32": "FoldedAttention",
-    "float16": "FoldedAttentionOfHalves",
-    "uint8": "FoldedAttentionOfCodes",
-}
-"""Operators of :mod:`mla_compile.runtime.cpu` by the type of a cache: the folded form in one."""
-_FUSED_PAIRS = "FoldedAttentionOfPairs"
-"""That of float32 caches in two halves."""
 
 _APPEND = """
   new_BNR = Concat <axis = -1> (latent_BNr, key_turned_BNR)
@@ -171,12 +161,11 @@ def _fused_attention(variant: Variant, float16: bool) -> str:
     as_float32 = {"sinks_H", "slopes_H", "key_scale_G1r", "value_scale_Gr1"} if float16 else set()
     casts = "".join(f"  float32_{name} = Cast <to = 1> ({name})\n" for name in given if name in as_float32)
     inputs = ", ".join(f"float32_{name}" if name in as_float32 else name for name in given).rstrip(", ")
-    cache = "uint8" if variant.quantised else "float16" if float16 else "float32"
-    operator = _FUSED_PAIRS if variant.halves else FUSED[cache]
+    operator = fused_operator("FoldedAttention", variant, float16=float16)
     # A branch must say of what type its result is, and the types of operators that ONNX does not know are not inferred.
     return f"""
 {casts}
-  fused_BSHV = {FUSED_DOMAIN}.{operator} {f"<{features}>" if features else ""} ({inputs})
+  fused_BSHV = {operator} {f"<{features}>" if features else ""} ({inputs})
   output_BSHV = Cast <to = {10 if float16 else 1}> (fused_BSHV)
 """
 

@@ -8,18 +8,9 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 
-from mla_compile.runtime.onnx_variant import FUSED_DOMAIN, Variant
+from mla_compile.runtime.onnx_variant import Variant, fused_operator
 
 __all__ = ["prepared", "unfolded_of_prepared"]
-
-_PREPARE = {
-    "float32": "PrepareAttention",
-    "float16": "PrepareAttentionOfHalves",
-    "uint8": "PrepareAttentionOfCodes",
-}
-"""Operators of :mod:`mla_compile.runtime.cpu` by the type of a cache: what comes before attention in one."""
-_PREPARE_PAIRS = "PrepareAttentionOfPairs"
-"""That of float32 caches in two halves."""
 
 _MADE = ("plain_BSHD", "turned_BSnhd", "many", "seen_BST")
 _NUMBERS = ("query_BSHD", "row_BNR", "cos_BSn", "sin_BSn")
@@ -50,13 +41,12 @@ def prepared(variant: Variant, float16: bool) -> str:
     made += ["ROWS" if apart else "", "ROW_SCALES" if apart and variant.quantised else ""]
     casts = "".join(f"  float32_{name} = Cast <to = 1> ({name})\n" for name in _NUMBERS if float16)
     given = ", ".join(f"float32_{name}" if float16 and name in _NUMBERS else name for name in inputs)
-    cache = "uint8" if variant.quantised else "float16" if float16 else "float32"
-    operator = _PREPARE_PAIRS if variant.halves else _PREPARE[cache]
+    operator = fused_operator("PrepareAttention", variant, float16=float16)
     return f"""
   # ---- queries, the new cache, and which of its rows each query sees
   mask_BT = Cast <to = 7> (attention_mask_BT)
 {casts}
-  {", ".join(made).rstrip(", ")} = {FUSED_DOMAIN}.{operator} <{attributes}> ({given})
+  {", ".join(made).rstrip(", ")} = {operator} <{attributes}> ({given})
 """
 
 

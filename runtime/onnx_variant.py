@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-__all__ = ["CACHED", "DOMAIN", "FUSED_DOMAIN", "LATENT", "PLAIN", "VERSION", "Variant", "variant_named"]
+__all__ = [
+    "CACHED",
+    "DOMAIN",
+    "FUSED_DOMAIN",
+    "LATENT",
+    "PLAIN",
+    "VERSION",
+    "Variant",
+    "fused_operator",
+    "variant_named",
+]
 
 DOMAIN, FUSED_DOMAIN = "mla_compile", "mla_compile.cpu"
 """Of our nodes, and of the operators of :mod:`mla_compile.runtime.cpu`, which are in a library."""
@@ -64,6 +74,18 @@ class Variant:
 
 PLAIN = Variant()
 """Plain attention."""
+
+
+def fused_operator(name: str, variant: Variant, *, float16: bool) -> str:
+    """The operator of :mod:`mla_compile.runtime.cpu` for a variant's cache; there is one per type of cache and name.
+
+    Args:
+        name: Its own, which that for rows in float32 has alone.
+        variant: What the node has.
+        float16: Whether the model's numbers are float16.
+    """
+    cache = "OfPairs" if variant.halves else "OfCodes" if variant.quantised else "OfHalves" if float16 else ""
+    return f"{FUSED_DOMAIN}.{name}{cache}"
 
 
 def variant_named(op_type: str, name: str) -> Variant | None:

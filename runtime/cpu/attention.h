@@ -60,7 +60,9 @@ template <typename Form>
 constexpr bool paired = std::is_same_v<Form, Pairs>;
 
 // Inputs of all operators, in order. Beside: what belongs to rows besides, scales of codes or second halves.
-enum Input : size_t { Plain, Turned, Rows, Seen, KeyUp, ValueUp, Beside, Sinks, Slopes, Distance, KeyUpScales, ValueUpScales, Inputs };
+enum Input : size_t {
+    Plain, Turned, Rows, Seen, KeyUp, ValueUp, Beside, Sinks, Slopes, Distance, KeyUpScales, ValueUpScales, Inputs
+};
 
 constexpr const char* names[] = {"queries", "turned queries", "rows", "mask", "key up-projections",
                                  "value up-projections", "scales or second halves", "sinks", "slopes", "distances",
@@ -131,8 +133,9 @@ void with_up_projection(const ort::Call& call, Input input, Input scales, const 
 
 template <typename Form>
 void attention(const ort::Call& call, const Kernel& kernel) {
-    const auto plain = call.shape(Plain), turned = call.shape(Turned), rows = call.shape(Rows),
-               key_up = call.shape(KeyUp), value_up = call.shape(ValueUp);
+    const auto sizes = [&](Input input, size_t rank) { return call.shape(input, names[input], rank); };
+    const auto plain = sizes(Plain, 4), turned = sizes(Turned, 5), rows = sizes(Rows, 3 + paired<Form>),
+               key_up = sizes(KeyUp, 3), value_up = sizes(ValueUp, 3);
     const int64_t tokens = rows[rows.size() - 2], width = rows.back();
     const int64_t row = key_up[2] + turned[2] * turned[4] + kernel.key_scales + kernel.value_scales;
     const mla::Sizes s{plain[0],  plain[1],  plain[2], tokens,    row,         key_up[2],

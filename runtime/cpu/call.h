@@ -58,6 +58,13 @@ struct Call {
         });
     }
 
+    // Of an input that has so many axes.
+    std::vector<int64_t> shape(size_t index, const char* name, size_t rank) const {
+        auto sizes = shape(index);
+        if (sizes.size() != rank) refuse_sizes(name);
+        return sizes;
+    }
+
     Element element(size_t index) const {
         return described<Element>(index, [&](const TensorInfo* info) {
             Element found;

@@ -66,15 +66,9 @@ void spread(const ort::Call& call, long count, long numbers, Task task) {
     call.each(tasks, [&](long i) { task(i * step, std::min(count, (i + 1) * step)); });
 }
 
-std::vector<int64_t> sizes_of(const ort::Call& call, size_t index, const char* name, size_t rank) {
-    auto sizes = call.shape(index);
-    if (sizes.size() != rank) call.refuse_sizes(name);
-    return sizes;
-}
-
 // Cosines or sines: of a size that is one, the only ones are all others' too.
 mla::Rotation rotation_of(const ort::Call& call, const mla::Step& s) {
-    const auto sizes = sizes_of(call, Given::Cos, "cosines", 4);
+    const auto sizes = call.shape(Given::Cos, "cosines", 4);
     const auto fits = [&](size_t axis, long whole) { return sizes[axis] == whole || sizes[axis] == 1; };
     if (!fits(0, s.batch) || !fits(1, s.queries) || !fits(2, s.rope_groups) || sizes[3] != s.half())
         call.refuse_sizes("cosines");
@@ -94,10 +88,10 @@ mla::Keeps keeps_of(const Preparation& kernel) {
 
 template <typename Form>
 mla::Step step_of(const ort::Call& call, const Preparation& kernel) {
-    const auto query = sizes_of(call, Given::Query, "queries", 4),
-               past = sizes_of(call, Given::Past, "cache", 3 + paired<Form>),
-               mask = sizes_of(call, Given::Mask, "mask", 2), key_up = sizes_of(call, Given::KeyUp, names[KeyUp], 3),
-               value_up = sizes_of(call, Given::ValueUp, names[ValueUp], 3);
+    const auto query = call.shape(Given::Query, "queries", 4),
+               past = call.shape(Given::Past, "cache", 3 + paired<Form>),
+               mask = call.shape(Given::Mask, "mask", 2), key_up = call.shape(Given::KeyUp, names[KeyUp], 3),
+               value_up = call.shape(Given::ValueUp, names[ValueUp], 3);
     const mla::Step s{query[0], query[1], query[2], key_up[1], kernel.rope_dim, kernel.rope_groups, kernel.latent_rank,
                       kernel.key_scales + kernel.value_scales, past[past.size() - 2], mask[1],
                       std::min<int64_t>(kernel.window, INT32_MAX), kernel.chunked != 0, keeps_of<Form>(kernel)};

@@ -427,9 +427,9 @@ def operator(library, shapes, name="FoldedAttention"):
     """An operator by itself, of inputs that are zeros and see everything."""
     kinds = {"seen": TensorProto.BOOL}
     given = [
-        helper.make_tensor_value_info(n, kinds.get(n, TensorProto.FLOAT), ["?"] * len(s)) for n, s in shapes.items()
+        helper.make_tensor_value_info(n, kinds.get(n, TensorProto.FLOAT), [None] * len(s)) for n, s in shapes.items()
     ]
-    result = helper.make_tensor_value_info("output", TensorProto.FLOAT, ["?"] * 4)
+    result = helper.make_tensor_value_info("output", TensorProto.FLOAT, [None] * 4)
     graph = helper.make_graph(
         [helper.make_node(name, [*shapes], ["output"], domain=FUSED_DOMAIN)], "operator", given, [result]
     )
@@ -446,6 +446,9 @@ def operator(library, shapes, name="FoldedAttention"):
         ("seen", (2, 1, 4), "mask"),
         ("seen", (3, 1, 5), "mask"),
         ("turned", (1, 1, 2, 2, 4), "turned queries"),
+        ("turned", (2, 1, 4, 4), "turned queries"),
+        ("rows", (2, 1, 5, 13), "rows"),
+        ("key_up", (2, 15), "key up-projections"),
         ("key_up", (2, 4, 5), "key up-projections"),
         ("value_up", (2, 4, 3), "value up-projections"),
     ],
