@@ -1,14 +1,15 @@
-"""The decode kernels on a GPU: are they right, and how close to the memory's speed.
+"""A conversion and the decode kernels on a GPU: are they right, and how close to the memory's speed.
 
 Usage: python benchmarks/gpu.py [--quick] --json OUT
 
-In order: every kernel path against the CPU's form in float64, which the tests hold to the reference; what TensorRT's
-plugins launch, launched by the driver, likewise; a captured CUDA graph against the plain launch; where TensorRT is
-installed, engines of the bundled model with our kernels and without, against ONNX Runtime; the speed of a copy; and a
-table of decode attention: bytes of cache read per second as a share of the copy's, and the speed-up over the fastest of
-torch's attentions on the original model's heads, or for latents of fewer bits over the same with 16. Lengths are equal;
-caches are larger than the L2 cache or take turns so that nothing is found there; times are medians of replayed CUDA
-graphs.
+In order: the bundled model converted with ``--device cuda``, against the CPU's conversion; without ``--quick`` also the
+stages of converting one layer of Llama-2-7B's shape; every kernel path against the CPU's form in float64, which the
+tests hold to the reference; what TensorRT's plugins launch, launched by the driver, likewise; a captured CUDA graph
+against the plain launch; where TensorRT is installed, engines of the bundled model with our kernels and without,
+against ONNX Runtime; the speed of a copy; and a table of decode attention: bytes of cache read per second as a share of
+the copy's, and the speed-up over the fastest of torch's attentions on the original model's heads, or for latents of
+fewer bits over the same with 16. Lengths are equal; caches are larger than the L2 cache or take turns so that nothing
+is found there; times are medians of replayed CUDA graphs.
 
 A wrong number ends the command with an error; a slow one is a row that misses its goal.
 """
@@ -32,6 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import mla_compile
 from mla_compile.runtime.kernels import Codes, LatentCache, RowLayout, append_latent, folded, latent_attention
@@ -41,6 +43,8 @@ from mla_compile.runtime.tensorrt.engine_builder import EngineSettings
 PAGE = 64
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 """Relative to the largest result: weights and results are rounded to the type; float32 products come in three parts."""
+SAME_PERPLEXITY = 1e-3
+"""How far perplexities may be apart, relatively: the search for sizes may take another of two that are alike."""
 HALVES = torch.bfloat16
 BUNDLED = Path(__file__).parents[1] / "examples" / "tiny-llama"
 
@@ -276,6 +280,38 @@ def engines() -> list[dict[str, object]]:
     return rows
 
 
+def conversions() -> list[dict[str, object]]:
+    """The bundled model, converted on the CPU and on the GPU: equally good, or the GPU's is wrong."""
+    sys.path.append(str(BUNDLED.parent))
+    from story_grammar import story
+
+    stories = [story(seed) for seed in range(60)]
+    rows: list[dict[str, object]] = []
+    for device in ("cpu", "cuda"):
+        begin = time.perf_counter()
+        made = mla_compile.compile(BUNDLED, calibration=stories, statistics_cache=False, polish_steps=8, device=device)
+        assert isinstance(made, mla_compile.CompiledModel)
+        assert made.report.quality is not None
+        seconds = time.perf_counter() - begin
+        rows.append({"device": device, "seconds": seconds, "perplexity": made.report.quality.converted})
+    here, there = (float(str(row["perplexity"])) for row in rows)
+    rows[-1]["good"] = abs(there / here - 1) <= SAME_PERPLEXITY
+    print(f"conversions: {rows}", flush=True)
+    return rows
+
+
+def wide_layer() -> dict[str, float]:
+    """Seconds of every stage of converting a random layer of Llama-2-7B's shape on the GPU, on 8192 random tokens."""
+    config = LlamaConfig(vocab_size=1024, num_hidden_layers=1, max_position_embeddings=512)
+    model = LlamaForCausalLM(config).eval()
+    ids = torch.randint(0, 1024, (17, 512), generator=torch.Generator().manual_seed(0))
+    settings = {"calibration_tokens": 8192, "statistics_cache": False, "check": False}
+    made = mla_compile.compile(model, calibration=ids, device="cuda", **settings)
+    found = {timing.name: timing.seconds for timing in made.report.stages}
+    print(f"one layer, 4096 wide: {found}", flush=True)
+    return found
+
+
 def microseconds(step: Callable[[int], object], turns: int) -> float:
     """Median time of ``step(i)``, of which a captured graph makes one for every ``i`` below ``turns``."""
     stream = torch.cuda.Stream()
@@ -426,6 +462,8 @@ def main() -> None:
         errors.append({"problem": str(problem), "error": error, "lse_error": lse_error, "good": good})
         if not good:
             print(f"WRONG by {error:.1e}, denominators by {lse_error:.1e}: {problem}")
+    converted = conversions()
+    wide = {} if arguments.quick else wide_layer()
     checks = {"append": appended_is_right(), "captured graph": captured_is_right()}
     print(f"{sum(e['good'] for e in errors)} of {len(errors)} problems right; {checks}")
     launched = plugins()
@@ -444,6 +482,8 @@ def main() -> None:
     report = {
         "device": device.name,
         "torch": torch.__version__,
+        "conversions": converted,
+        "wide_layer_seconds": wide,
         "copy_bytes_per_second": speed,
         "correctness": errors,
         "checks": checks,
@@ -452,7 +492,7 @@ def main() -> None:
         "rows": [asdict(row) for row in rows],
     }
     arguments.json.write_text(json.dumps(report, indent=1) + "\n")
-    if not (all(e["good"] for e in (*errors, *launched, *built)) and all(checks.values())):
+    if not (all(e["good"] for e in (*errors, *launched, *built, converted[-1])) and all(checks.values())):
         sys.exit("Some results are wrong: see above.")
 
 

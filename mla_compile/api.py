@@ -35,6 +35,7 @@ from mla_compile.conversion.seq2seq import CompiledSeq2Seq
 from mla_compile.conversion.targets import Destination
 from mla_compile.conversion.verdict import require_quality
 from mla_compile.conversion.weightless import draw, is_weightless
+from mla_compile.devices import memory_explained
 from mla_compile.disk.layer_store import LayerStore
 from mla_compile.errors import UsageError
 from mla_compile.passes.recognise import Recognition, recognise
@@ -49,6 +50,7 @@ from mla_compile.text.calibration import Text
 __all__ = ["CompiledModel", "ConversionPlan", "compile", "inspect", "load", "plan"]
 
 
+@memory_explained()
 def compile(
     model: nn.Module | ExportedProgram | str | Path,
     example_inputs: Tensor | Sequence[Any] | Mapping[str, Any] | None = None,
@@ -59,6 +61,7 @@ def compile(
     statistics_cache: bool | str | Path = True,
     offload: str | Path | None = None,
     jobs: int = 1,
+    device: str | None = None,
     share: bool = False,
     check: bool = True,
     max_perplexity_ratio: float | None = None,
@@ -91,6 +94,8 @@ def compile(
         offload: Folder for activations, when a model is too large to hold them in memory; by default they stay in
             memory, in as many rounds as that takes.
         jobs: Layers to factorise at a time. Each takes the memory of one, and one thread where there are several.
+        device: Where the model runs on text, and layers are factorised and polished, such as ``cuda``; by default the
+            processor, or with ``share`` what the launcher gave. The result is on the processor, and verified there.
         share: Share the calibration with the other processes that a launcher started, which do nothing else.
         check: Verify the conversion against the original.
         max_perplexity_ratio: Fail if perplexity grows by more than this factor; needs calibration text.
@@ -141,6 +146,7 @@ def compile(
         statistics_cache=statistics_cache,
         offload=offload,
         jobs=jobs,
+        device=device,
         store=store,
         share=share,
         check=check,

@@ -135,7 +135,9 @@ class SiteRun:
                         name: per_token(self._axes[name], seen.values[name], *shape) for name in _watched(site)[:-1]
                     }
                     gradient = seen.gradients[site.output] if self._gradients else None
-                    yield seen.batch, number, _of_site(site, values, gradient, len(batches[seen.batch]))
+                    with torch.device(self.layerwise.device):  # constants of the site's
+                        found = _of_site(site, values, gradient, len(batches[seen.batch]))
+                    yield seen.batch, number, found
 
 
 def output_run(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from mla_compile.devices import on_device
 from mla_compile.passes.activations import SiteRun
 from mla_compile.program import Program
 from mla_compile.site import AttentionSite
@@ -58,12 +60,13 @@ def pair_norms(
               for s in sites]  # fmt: skip
     for _, number, seen in run.run(processes.share(windows.split(batch)), progress):
         for total, heads in ((totals[number].query, seen.query), (totals[number].key, seen.key)):
-            total += _lengths(heads.double(), sites[number])
+            lengths = functools.partial(_lengths, sites[number])
+            total += on_device(run.layerwise.device, lengths, heads.double())
     tokens = windows.numel()
     return tuple(PairNorms(processes.total(t.query) / tokens, processes.total(t.key) / tokens) for t in totals)
 
 
-def _lengths(heads: Tensor, site: AttentionSite) -> Tensor:
+def _lengths(site: AttentionSite, heads: Tensor) -> Tensor:
     """Sum over tokens of the length of every pair, ``[heads, pairs]``, of ``[B, S, heads, D]``."""
     pairs = torch.tensor(site.rope.pairs, dtype=torch.long).reshape(-1, 2)
     return torch.hypot(heads[..., pairs[:, 0]], heads[..., pairs[:, 1]]).sum((0, 1))

@@ -17,6 +17,7 @@ from torch.fx import Node
 
 from mla_compile.disk.mapped import drop_pages
 from mla_compile.passes.layout import Sizes
+from mla_compile.passes.moved import VIEWS
 from mla_compile.program import AnyProgram, Program, Role
 
 __all__ = ["Arguments", "GraphEvaluator", "example_inputs"]
@@ -36,8 +37,6 @@ _CREATION = frozenset(
         _aten.arange.start_step,
     }
 )
-# Exported views record the strides of the kernels seen at export; other sizes may need a copy.
-_VIEWS = {_aten.view.default: _aten.reshape.default, _aten._unsafe_view.default: _aten.reshape.default}
 
 
 def example_inputs(
@@ -167,7 +166,7 @@ class GraphEvaluator:
         if node.target in _CREATION and "dtype" not in kwargs and _is_narrow_float(node):
             kwargs["dtype"] = torch.float64
         target: Any = node.target
-        return _VIEWS.get(target, target)(*args, **kwargs)
+        return VIEWS.get(target, target)(*args, **kwargs)
 
 
 def _is_narrow_float(node: Node) -> bool:

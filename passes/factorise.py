@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from mla_compile.config import CompileConfig
+from mla_compile.devices import on_device
 from mla_compile.latent_weights import LatentWeights
 from mla_compile.passes.calibrate import PairNorms
 from mla_compile.passes.low_rank import low_rank_factors
@@ -163,6 +164,7 @@ def factorise_layers(
     keep: Keep | None = None,
     dtype: torch.dtype = torch.float32,
     jobs: int = 1,
+    device: str = "cpu",
 ) -> list[LatentWeights]:
     """Factorise every layer by :func:`factorise_mha2mla`, as one stage.
 
@@ -179,6 +181,7 @@ def factorise_layers(
         keep: Where finished layers are kept; in memory, in float64, by default.
         dtype: Type they are kept in there.
         jobs: Layers at a time; each takes the memory of one.
+        device: Where they are computed.
     """
 
     def factorised(layer: tuple[AttentionSite, LatentPlan, PairNorms | None]) -> LatentWeights:
@@ -186,7 +189,9 @@ def factorise_layers(
         weights = read_site(program, site)
 
         def make() -> LatentWeights:
-            made = factorise_mha2mla(site, weights, plan, config, norm)
+            made = on_device(
+                device, lambda own, norms: factorise_mha2mla(site, own, plan, config, norms), weights, norm
+            )
             return made if finish is None else finish(made)
 
         if keep is None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from mla_compile.deepseek import deepseek_shape, require_expressible, require_table, rope_table
+from mla_compile.devices import on_device
 from mla_compile.latent_weights import LatentWeights
 from mla_compile.passes.converted import steps_beside
 from mla_compile.passes.gauge import balanced
@@ -202,7 +203,7 @@ def fisher(task: Task) -> Choice:
     layers = measured.layers
     divergence = Divergence(task.program, windows, task.sites, task.resources)
 
-    parts = _Parts(layers, even)
+    parts = _Parts(layers, even, task.resources.device)
     settled = None if task.store is None else settled_by(task)
     tries = None if task.store is None else task.store.journal(settled)
     checks = chain([True], repeat(False))  # the first of what is tried
@@ -307,8 +308,8 @@ class _Parts:
     again; what they are worth is small, and always kept. Several threads may ask, each for another layer.
     """
 
-    def __init__(self, layers: Sequence[MeasuredLayer], even: bool) -> None:
-        self._layers, self._even = layers, even
+    def __init__(self, layers: Sequence[MeasuredLayer], even: bool, device: str) -> None:
+        self._layers, self._even, self._device = layers, even, device
         self._made: dict[tuple[int, int, int], tuple[RopeSplit, JointFactors]] = {}
         self._worth: dict[tuple[int, int, int], _Worth] = {}
         self._lock = threading.Lock()
@@ -340,14 +341,18 @@ class _Parts:
         return made
 
     def _make(self, index: int, components: int, own: int, original: SiteWeights) -> tuple[RopeSplit, JointFactors]:
-        layer, statistics = self._layers[index], self._layers[index].statistics()
-        found = rotary_channels(layer.site, original, statistics)
-        table = rope_table(layer.site, 2 * components) if self._even else None
-        if table is not None:
-            found = found.aimed_at(torch.tensor(table, dtype=torch.float64))
-        split = split_rope(layer.site, found, components, own, once=self._even)
-        # Serving engines read no biases from such a checkpoint.
-        return split, joint_factors(layer.site, original, statistics, split, centred=not self._even)
+        layer = self._layers[index]
+
+        def make(original: SiteWeights, statistics: SiteStatistics) -> tuple[RopeSplit, JointFactors]:
+            found = rotary_channels(layer.site, original, statistics)
+            table = rope_table(layer.site, 2 * components) if self._even else None
+            if table is not None:
+                found = found.aimed_at(torch.tensor(table, dtype=torch.float64))
+            split = split_rope(layer.site, found, components, own, once=self._even)
+            # Serving engines read no biases from such a checkpoint.
+            return split, joint_factors(layer.site, original, statistics, split, centred=not self._even)
+
+        return on_device(self._device, make, original, layer.statistics())
 
 
 def _nbytes(made: tuple[RopeSplit, JointFactors]) -> int:

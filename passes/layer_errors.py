@@ -69,8 +69,8 @@ def layer_errors(
         """Go on with what the original's layer made, and tell how far this one is from it."""
         got, present = torch.ops.mla.latent_attention.default(**given)
         bias = weights[index].output_bias  # it is added behind the operator
-        inner = wanted if bias is None else wanted - bias.to(wanted.dtype)
-        return (inner.to(got.device), present), got.cpu() - inner
+        inner = wanted if bias is None else wanted - bias.to(wanted)
+        return (inner, present), got - inner
 
     batches = windows.split(batch)
     shape = (int(batches[0].shape[0]), int(batches[0].shape[1]))
@@ -81,14 +81,14 @@ def layer_errors(
         part = batches[start : start + count]
         with kept_values(resources.folder) as kept:
             for place, index, wanted, error in side_by_side(program, sites, model, forced, part, resources, progress):
-                errors[index] += error.double().square().sum()
-                squares[index] += wanted.double().square().sum()
+                errors[index] += float(error.double().square().sum())
+                squares[index] += float(wanted.double().square().sum())
                 if look is not None:
                     kept.put(place, {str(index): error})
             for place, index, seen in [] if look is None else look.run(part, progress):
                 assert seen.gradient is not None
-                error = kept.get(place, [str(index)])[str(index)]
-                losses[index] += (seen.gradient * error).sum((2, 3)).double().square().sum() / 2
+                error = kept.get(place, [str(index)])[str(index)].to(seen.gradient.device)
+                losses[index] += float((seen.gradient * error).sum((2, 3)).double().square().sum() / 2)
                 kept.drop(place, [str(index)])
     return tuple(
         LayerError(math.sqrt(error / max(square, 1e-300)), loss / windows.numel() if gradients else None)

@@ -22,6 +22,7 @@ from torch.fx import Node
 from mla_compile.disk.mapped import drop_pages
 from mla_compile.errors import RefusedError, first_line
 from mla_compile.passes.kept import KeptValues, kept_values
+from mla_compile.passes.moved import VIEWS
 from mla_compile.passes.segments import Mark, Segment, cut_graph, downstream, value_bytes
 
 __all__ = ["Call", "Layerwise", "Observation", "Resources"]
@@ -39,7 +40,7 @@ class Resources:
         kept: Bytes of values between segments that are kept in memory; it decides how many batches run at a time, and
             so how often all weights are read.
         folder: Where values between segments are kept instead; all batches then run at a time.
-        device: Where segments run. What is kept, and what is observed, is on the CPU.
+        device: Where segments run, and where what is observed is. What is kept is on the processor.
     """
 
     whole: int = 2**30
@@ -54,7 +55,8 @@ class Observation:
 
     Attributes:
         batch: Number of the batch.
-        values: Values of the wanted nodes in the segment, by name; empty where a step has nothing to show.
+        values: Values of the wanted nodes in the segment, by name, on the device that computed them; empty where a step
+            has nothing to show.
         gradients: Derivatives of the loss by the followed nodes among them; empty without gradients.
     """
 
@@ -83,6 +85,10 @@ class Layerwise:
         calls: What computes some nodes, by their names.
         follow: Names of nodes by which the loss is differentiated; none for a forward pass.
         loss: From the value of the last wanted node, and the number of the batch, to a sum; with ``follow`` only.
+
+    Attributes:
+        segments: What it is cut into.
+        device: Where it runs, and what is observed is.
     """
 
     def __init__(
@@ -112,6 +118,7 @@ class Layerwise:
             self._handed_on = sum(self._bytes(w, shape) for w in writes)
         else:
             self._handed_on = 2 * max(self._bytes(w, shape) for w in writes)  # what is read, and what is written
+        self.device = resources.device
         self._first = next((i for i, s in enumerate(self.segments) if any(n.name in self._follow for n in s.nodes)), 0)
         self._last_reader = self._last_readers()
 
@@ -184,7 +191,7 @@ class Layerwise:
         if self._follow:
             return Observation(step.batch, {}, {})
         self._drop_read(step, kept)
-        return Observation(step.batch, {n.name: _here(values[n]) for n in segment.results}, {})
+        return Observation(step.batch, {n.name: _seen(values[n]) for n in segment.results}, {})
 
     def _backward(
         self, step: _Step, given: dict[Node, Any], ids: Tensor, kept: KeptValues, gradients: KeptValues
@@ -207,11 +214,11 @@ class Layerwise:
                 ends = [(values[n], self._moved(gradients.get(batch, [n.name])[n.name])) for n in wanted]
             found = _gradients_of(ends, [*(values[n] for n in followed), *(read[n] for n in leaves)], len(followed))
         for node, gradient in zip(leaves, found[len(followed) :], strict=True):
-            gradients.add(batch, node.name, _here(gradient))
+            gradients.add(batch, node.name, gradient.cpu())
         gradients.drop(batch, [n.name for n in segment.writes])
         self._drop_read(step, kept)
-        by_name = {n.name: _here(gradient) for n, gradient in zip(followed, found, strict=False)}
-        return Observation(batch, {n.name: _here(values[n]) for n in segment.results}, by_name)
+        by_name = {n.name: gradient.detach() for n, gradient in zip(followed, found, strict=False)}
+        return Observation(batch, {n.name: _seen(values[n]) for n in segment.results}, by_name)
 
     def _last_readers(self) -> dict[str, int]:
         """Which segment is the last to read a value: of a backward pass, the first that reads it and is run again."""
@@ -244,7 +251,8 @@ class Layerwise:
                 if node.name in self._calls:
                     values[node] = self._calls[node.name](node, args, kwargs)
                 else:
-                    values[node] = getattr(self._interpreter, node.op)(node.target, args, kwargs)
+                    target = VIEWS.get(node.target, node.target)
+                    values[node] = getattr(self._interpreter, node.op)(target, args, kwargs)
                 if node.name in self._follow and torch.is_grad_enabled() and not values[node].requires_grad:
                     values[node] = values[node].detach().requires_grad_()  # nothing before it is asked for
             for dead in segment.frees.get(node, ()):
@@ -268,8 +276,8 @@ def _named(values: Mapping[Node, Any], name: str) -> Tensor:
     return found
 
 
-def _here(value: Any) -> Any:  # noqa: ANN401 - the value of any node
-    return value.detach().cpu() if isinstance(value, Tensor) else value
+def _seen(value: Any) -> Any:  # noqa: ANN401 - the value of any node
+    return value.detach() if isinstance(value, Tensor) else value
 
 
 def _differentiable(value: Any) -> bool:  # noqa: ANN401 - what a graph hands on

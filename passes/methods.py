@@ -55,6 +55,7 @@ def _factorised(
         keep=None if task.store is None else task.store.recall,
         dtype=torch.float32 if task.wide else task.dtype,
         jobs=task.jobs,
+        device=task.resources.device,
     )
     return Choice(plans, tuple(weights), unpredicted(weights, own=True), balanced=done)
 

@@ -25,10 +25,12 @@ from torch.func import functional_call
 from mla_compile.latent_weights import LatentWeights
 from mla_compile.passes.emit import holder_name
 from mla_compile.passes.gauge import balanced
+from mla_compile.passes.moved import moved_graph
 from mla_compile.passes.retype import widened
 from mla_compile.passes.search import Divergence
 from mla_compile.passes.task import Task
 from mla_compile.report import Polish
+from mla_compile.runtime.module import LatentModel
 from mla_compile.site import AttentionSite
 from mla_compile.text.evaluate import divergence, original_scorer
 
@@ -93,20 +95,21 @@ def _train(
 ) -> tuple[tuple[LatentWeights, ...], int]:
     """Train for so many steps; the weights, and the steps they are from: fewer where the loss became not finite."""
     start = [task.held(balanced(w)) for w in weights]
-    model = task.rewrite(start, check=False)
+    device, built = task.resources.device, task.rewrite(start, check=False)
+    model = LatentModel(moved_graph(built.graph, device), built.rows)
     frozen = {name: p.detach() for name, p in model.named_parameters()}
     layers = [_Layer.of(site, w, frozen) for site, w in zip(task.sites, start, strict=True)]
     parameters = {name: p for layer in layers for name, p in layer.parameters.items()}
     optimiser = torch.optim.Adam([group for layer in layers for group in layer.groups()], betas=_BETAS)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _share(step, steps))
-    teacher = original_scorer(task.program, widened(task.program.flat_module()))
+    teacher = original_scorer(task.program, moved_graph(widened(task.program.flat_module()), device))
     # The last weights that are known to have a finite loss.
     good, done = {name: p.detach().clone() for name, p in parameters.items()}, 0
     with task.stages.stage("polish", steps) as advance:
         for ids in _batches(windows, steps, task.config.seed):
             optimiser.zero_grad()
             loss = 0.0
-            for part in ids.split(max(1, _LOGITS // (ids.shape[1] * task.program.vocabulary))):
+            for part in ids.to(device).split(max(1, _LOGITS // (ids.shape[1] * task.program.vocabulary))):
                 with torch.no_grad():
                     expected = teacher(part).log_softmax(-1)
                 got = functional_call(model, frozen | parameters, (part,)).logits.log_softmax(-1)
@@ -162,7 +165,7 @@ class _Layer:
         if site.needs_constant(start.key_up.shape[1]):
             constant = start.key_up.shape[2] - 1
             for name in (prefix + "row", prefix + "row_bias"):
-                parameters[name].register_hook(lambda gradient: gradient.index_fill(0, torch.tensor(constant), 0))
+                parameters[name].register_hook(lambda g: g.index_fill(0, torch.tensor(constant, device=g.device), 0))
         return cls(start, fields, parameters)
 
     def groups(self) -> list[dict[str, object]]:
@@ -179,7 +182,7 @@ class _Layer:
     def weights(self, values: Mapping[str, Tensor]) -> LatentWeights:
         """The layer with trained values, by their parameters' names."""
         found: dict[str, Any] = {
-            field: values[name].detach().double().reshape(getattr(self.start, field).shape)
+            field: values[name].detach().cpu().double().reshape(getattr(self.start, field).shape)
             for name, field in self.fields.items()
         }
         return replace(self.start, **found)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mla_compile.devices import on_device
 from mla_compile.disk.spill import Shelf, spilled
 from mla_compile.latent_weights import LatentWeights
 from mla_compile.passes.converted import side_by_side, steps_beside
@@ -37,7 +38,7 @@ def _context(_: int, given: Mapping[str, Any], __: Tensor) -> tuple[tuple[Tensor
     identity = torch.eye(value_up.shape[1], dtype=value_up.dtype, device=value_up.device)[None]
     context, present = torch.ops.mla.latent_attention.default(**{**given, "value_up": identity})
     per_head = value_up.repeat_interleave(context.shape[2] // len(value_up), 0)
-    return (torch.einsum("bshr,hrv->bshv", context, per_head), present), context.cpu()
+    return (torch.einsum("bshr,hrv->bshv", context, per_head), present), context
 
 
 def refit_values(
@@ -74,11 +75,8 @@ def refit_values(
     left = [len(batches)] * len(sites)
     found: dict[int, LatentWeights] = {}
     for _, index, wanted, context in side_by_side(program, sites, model, _context, batches, resources, progress):
-        bias, context = weights[index].output_bias, context.double()
-        target = wanted.double() if bias is None else wanted.double() - bias
-        grown = sums.at(index)
-        _add_gram(grown.gram, context.flatten(0, 1).transpose(0, 1))
-        grown.cross += torch.einsum("bshr,bshv->hrv", context, target)
+        bias = weights[index].output_bias
+        sums.at(index).add(on_device(resources.device, _Sums.of_batch, context, wanted, bias))
         left[index] -= 1
         if not left[index]:
             done = sums.take(index)
@@ -105,13 +103,33 @@ class _Sums:
         gram = torch.zeros(site.heads, rank, rank, dtype=torch.float64)
         return cls(gram, torch.zeros(site.heads, rank, site.v_dim, dtype=torch.float64))
 
+    @classmethod
+    def of_batch(cls, context: Tensor, wanted: Tensor, bias: Tensor | None) -> _Sums:
+        """Of a batch's tokens.
 
-def _add_gram(gram: Tensor, seen: Tensor) -> None:
-    """Add ``X^T X`` of ``[H, tokens, r]`` below the diagonal, block by block: little more than half of the products."""
-    for start in range(0, gram.shape[1], _BLOCK):
+        Args:
+            context: ``[B, S, H, r]``, latents that heads average.
+            wanted: ``[B, S, H, Dv]``, outputs.
+            bias: ``[H, Dv]``, what is added to outputs behind the up-projection, or None.
+        """
+        seen = context.double()
+        target = wanted.double() if bias is None else wanted.double() - bias
+        return cls(_gram(seen.flatten(0, 1).transpose(0, 1)), torch.einsum("bshr,bshv->hrv", seen, target))
+
+    def add(self, other: _Sums) -> None:
+        """Add those of other tokens."""
+        self.gram += other.gram
+        self.cross += other.cross
+
+
+def _gram(seen: Tensor) -> Tensor:
+    """``X^T X`` of ``[H, tokens, r]`` below the diagonal, block by block: little more than half of the products."""
+    heads, _, rank = seen.shape
+    gram = seen.new_zeros(heads, rank, rank)
+    for start in range(0, rank, _BLOCK):
         rows = seen[:, :, start : start + _BLOCK]
-        part = gram[:, start : start + _BLOCK, : start + rows.shape[2]]
-        part.baddbmm_(rows.mT, seen[:, :, : start + rows.shape[2]])
+        gram[:, start : start + _BLOCK, : start + rows.shape[2]] = rows.mT @ seen[:, :, : start + rows.shape[2]]
+    return gram
 
 
 def _mirrored(gram: Tensor) -> Tensor:

@@ -251,7 +251,10 @@ class _Riders:
 
     def __init__(self, scale: Tensor, moment: Tensor) -> None:
         self._scale = scale.T.contiguous()
-        noise = torch.randn(2, *self._scale.shape, generator=torch.Generator().manual_seed(0), dtype=scale.dtype)
+        generator = torch.Generator("cpu").manual_seed(0)  # the same numbers on every device
+        noise = torch.randn(2, *self._scale.shape, generator=generator, dtype=scale.dtype, device="cpu").to(
+            scale.device
+        )
         self._noise = torch.nn.functional.normalize(torch.complex(*noise), dim=1) * _NOISE
         self._vectors = torch.zeros_like(self._noise)
         squares = self._scale.square()

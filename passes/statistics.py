@@ -13,6 +13,7 @@ moment, the place of ``(dL/ds_mj)^2``. Losses then have no unit, but can be comp
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -20,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mla_compile.devices import on_device
 from mla_compile.disk.spill import Shelf, spilled
 from mla_compile.errors import RefusedError
 from mla_compile.passes.activations import AttentionRun, SiteActivations, SiteRun, attend_site, per_head
@@ -88,7 +90,8 @@ def collect_statistics(
         lambda number: SiteSums.zeros(sites[number], widths[number], windows.shape[1]), folder if in_turn else None
     )
     for _, number, seen in run.run(processes.share(windows.split(batch)), progress, tell):
-        sums.at(number).add(sites[number], seen, costs[number])
+        of_batch = functools.partial(SiteSums.of_batch, sites[number])
+        sums.at(number).add(on_device(run.layerwise.device, of_batch, seen, costs[number]))
     found = tuple(
         spilled(sums.take(number).over(processes).means(site, windows.numel()), folder)
         for number, site in enumerate(sites)  # never two of all
@@ -114,7 +117,7 @@ def _require_finite(sites: Sequence[AttentionSite], found: Sequence[SiteStatisti
 class SiteSums:
     """Running sums of one site over text, in float64: what its statistics are means of.
 
-    Sums over parts of a text :meth:`merge` into those over all of it, whichever way it is cut. Additions are in float64
+    Sums over parts of a text :meth:`add` up to those over all of it, whichever way it is cut. Additions are in float64
     and rounded, so that another cut agrees to some 1e-15 of the largest number, not to the last bit.
     """
 
@@ -154,8 +157,15 @@ class SiteSums:
         """Sums over the parts of all processes, merged in the order of their numbers."""
         return SiteSums(**{f.name: processes.total(getattr(self, f.name)) for f in fields(self)})
 
-    def add(self, site: AttentionSite, seen: SiteActivations, metric: Tensor | None) -> None:
-        """Add what a site does on a batch.
+    def add(self, other: SiteSums) -> None:
+        """Add sums over more text."""
+        for field in fields(self):
+            total: Tensor = getattr(self, field.name)
+            total += getattr(other, field.name)
+
+    @classmethod
+    def of_batch(cls, site: AttentionSite, seen: SiteActivations, metric: Tensor | None) -> SiteSums:
+        """Sums over one batch.
 
         Args:
             site: The layer.
@@ -167,22 +177,27 @@ class SiteSums:
         if metric is None:
             assert seen.gradient is not None
             cost, gradient = logit_fisher(site, seen, attended), seen.gradient.double()
-            self.output += torch.einsum("bshd,bshe->hde", gradient, gradient)
+            output = torch.einsum("bshd,bshe->hde", gradient, gradient)
         else:
             cost = logit_spread(site, seen, attended, metric)
-            self.output += metric * source.shape[:2].numel()
-        self.mean += source.sum((0, 1))
-        self.moment += torch.einsum("bsd,bse->de", source, source)
+            output = metric * source.shape[:2].numel()
         weighted = seen.query * cost.sum(-1).transpose(1, 2)[..., None]
-        self.query += torch.einsum("bshd,bshe->hde", weighted.double(), seen.query.double())
-        self.distance += _by_distance(cost)
-        self.attended += attended.output.double().square().sum((0, 1, 3))
-        self.value += seen.value.double().square().sum((0, 1, 3))
-        if seen.key_scale.shape[-1]:
-            squares = seen.key_scale.double().square()
-            self.key_squares += squares.sum((0, 1))  # of one norm for all heads, every head's
-            self.key_moment += torch.einsum("bs,bsd,bse->de", squares.mean(-1), source, source)
-            self.key_mean += torch.einsum("bs,bsd->d", squares.mean(-1), source)
+        squares = seen.key_scale.double().square()
+        of_keys = squares.mean(-1) if squares.shape[-1] else None
+        nothing = source.new_zeros(())
+        return cls(
+            mean=source.sum((0, 1)),
+            moment=torch.einsum("bsd,bse->de", source, source),
+            query=torch.einsum("bshd,bshe->hde", weighted.double(), seen.query.double()),
+            distance=_by_distance(cost),
+            output=output,
+            attended=attended.output.double().square().sum((0, 1, 3)),
+            value=seen.value.double().square().sum((0, 1, 3)),
+            # of one norm for all heads, every head's
+            key_squares=nothing if of_keys is None else squares.sum((0, 1)),
+            key_moment=nothing if of_keys is None else torch.einsum("bs,bsd,bse->de", of_keys, source, source),
+            key_mean=nothing if of_keys is None else torch.einsum("bs,bsd->d", of_keys, source),
+        )
 
     def means(self, site: AttentionSite, tokens: int) -> SiteStatistics:
         """Statistics over so many tokens."""

@@ -17,6 +17,7 @@ import torch
 
 from mla_compile.config import CompileConfig
 from mla_compile.deepseek import deepseek_shape, require_expressible, require_table, rope_table
+from mla_compile.devices import on_device
 from mla_compile.errors import UsageError
 from mla_compile.latent_weights import LatentWeights
 from mla_compile.passes.fisher import JointFactors, assemble, from_rows, joint_rows
@@ -164,8 +165,8 @@ class _Try:
     @functools.cached_property
     def weights(self) -> tuple[LatentWeights, ...]:
         """Latent weights of every layer; made when they are needed, which those of an earlier process are not."""
-        layers = [*zip(self.layers, self.plans, strict=True)]
-        made = parallel_map(lambda layer: _weights(*layer, self.fold), layers, self.task.jobs)
+        layers, device = [*zip(self.layers, self.plans, strict=True)], self.task.resources.device
+        made = parallel_map(lambda layer: _weights(*layer, self.fold, device), layers, self.task.jobs)
         return tuple(map(self.task.held, made))
 
     def cost(self, divergence: Divergence, checks: Iterator[bool]) -> float:
@@ -173,18 +174,21 @@ class _Try:
         return divergence(self.task.rewrite(self.weights, check=next(checks)))
 
 
-def _weights(layer: MeasuredLayer, plan: LatentPlan, fold: int) -> LatentWeights:
-    """A layer's latent weights."""
-    original, statistics = layer.original(), layer.statistics()
-    channels = rotary_channels(layer.site, original, statistics)
-    if plan.rope_dims:
-        split = fold_frequencies(layer.site, channels, plan.rope_dims // 2, fold)
-    else:
-        split = split_rope(layer.site, channels.unfolded(), 0, 0)
-    factors = balanced_factors(layer.site, original, statistics, split)
-    worth = factors.loss.clamp(min=0)
-    worth = torch.cat([worth[: layer.least_rank - 1], worth])  # a constant entry is as needed as any
-    return replace(assemble(layer.site, original, split, factors, plan.kv_rank), worth=worth)
+def _weights(layer: MeasuredLayer, plan: LatentPlan, fold: int, device: str) -> LatentWeights:
+    """A layer's latent weights, computed on a device."""
+
+    def make(original: SiteWeights, statistics: SiteStatistics) -> LatentWeights:
+        channels = rotary_channels(layer.site, original, statistics)
+        if plan.rope_dims:
+            split = fold_frequencies(layer.site, channels, plan.rope_dims // 2, fold)
+        else:
+            split = split_rope(layer.site, channels.unfolded(), 0, 0)
+        factors = balanced_factors(layer.site, original, statistics, split)
+        worth = factors.loss.clamp(min=0)
+        worth = torch.cat([worth[: layer.least_rank - 1], worth])  # a constant entry is as needed as any
+        return replace(assemble(layer.site, original, split, factors, plan.kv_rank), worth=worth)
+
+    return on_device(device, make, layer.original(), layer.statistics())
 
 
 def _collapses(layers: Sequence[MeasuredLayer], config: CompileConfig) -> list[int]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -95,7 +95,26 @@ def cache_dtype(module: nn.Module) -> torch.dtype:
     return next(p.dtype for p in module.parameters() if p.is_floating_point())
 
 
-class LatentModel(nn.Module):
+class _GraphModel(nn.Module):
+    """What computes by a graph of ATen operators and ours, as it was exported."""
+
+    graph: fx.GraphModule
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """See ``torch.nn.Module.to``: an exported graph names the device of what it creates, which goes along."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        device = next(value.device for value in (*self.graph.parameters(), *self.graph.buffers()))
+        graph = getattr(self.graph, "graph", None)
+        nodes = graph.nodes if isinstance(graph, fx.Graph) else ()
+        staying = [n for n in nodes if (n.kwargs.get("device") or device) != device]
+        for node in staying:
+            node.kwargs = {**node.kwargs, "device": device}
+        if staying:
+            self.graph.recompile()
+        return self
+
+
+class LatentModel(_GraphModel):
     """A converted causal language model.
 
     Args:
@@ -103,8 +122,6 @@ class LatentModel(nn.Module):
         rows: Numbers one token adds to the cache, per layer.
         windows: How many tokens a layer sees, 0 for all; its cache keeps one less. Read from the graph by default.
     """
-
-    graph: fx.GraphModule
 
     def __init__(self, graph: fx.GraphModule, rows: Sequence[int], windows: Sequence[int] | None = None) -> None:
         super().__init__()
@@ -188,7 +205,7 @@ class LatentModel(nn.Module):
         return tuple(torch.empty(batch, 0, row, device=self.device, dtype=dtype) for row in self.rows)
 
 
-class LowRankModel(nn.Module):
+class LowRankModel(_GraphModel):
     """A converted encoder: the original's inputs and outputs, smaller projections, no cache.
 
     Args:
@@ -196,8 +213,6 @@ class LowRankModel(nn.Module):
         inputs: Names of its inputs, in order.
         outputs: Names of its outputs, in order.
     """
-
-    graph: fx.GraphModule
 
     def __init__(self, graph: fx.GraphModule, inputs: Sequence[str], outputs: Sequence[str]) -> None:
         super().__init__()

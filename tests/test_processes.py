@@ -89,7 +89,7 @@ def test_sums_over_parts_of_a_text_merge(programs, text):
     def sums(part):
         found = [SiteSums.zeros(s, w, LENGTH) for s, w in zip(captured.sites, run.widths, strict=True)]
         for _, number, seen in run.run(part):
-            found[number].add(captured.sites[number], seen, None)
+            found[number].add(SiteSums.of_batch(captured.sites[number], seen, None))
         return found
 
     whole = sums(batches)

@@ -126,13 +126,13 @@ def test_caches_take_no_more_than_a_part_of_the_memory(likely, monkeypatch):
         lambda decoder, prompts, *a, **k: batches.append(len(prompts)) or right(decoder, prompts, *a, **k),
     )
     row = 2 * 2 * models.WIDTH // models.HEADS * 4
-    monkeypatch.setattr(sampled_text, "machine_memory", lambda: 8 * (3 * 2 * LENGTH * row) + 1)
+    monkeypatch.setattr(sampled_text, "free_memory", lambda _: 8 * (3 * 2 * LENGTH * row) + 1)
     shown = Shown()
     windows, _ = sample(likely[1], display=shown)
     assert batches == [3, 3, 3, 3, 1, 1]  # first the first token
     assert windows.shape == (COUNT, LENGTH)
     assert shown.totals == shown.steps == {"sample text": LENGTH - 1}
-    monkeypatch.setattr(sampled_text, "machine_memory", lambda: 1)
+    monkeypatch.setattr(sampled_text, "free_memory", lambda _: 1)
     batches.clear()
     sample(likely[1])
     assert batches == [1] * 2 * COUNT

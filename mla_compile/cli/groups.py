@@ -17,6 +17,7 @@ from mla_compile.cli.options import (
     CacheType,
     Calibration,
     CalibrationTokens,
+    Device,
     Dtype,
     Encoders,
     Exact,
@@ -91,6 +92,7 @@ class SourceOptions:
     calibration: Calibration = None
     tokenizer: Tokenizer = None
     no_cache: NoCache = False
+    device: Device = None
     attn_implementation: AttnImplementation = "auto"
     unsafe_load: UnsafeLoad = False
 

@@ -12,6 +12,7 @@ from mla_compile.cli.options import (
     OUTPUT,
     TRIALS,
     AsJson,
+    Device,
     ForcePlot,
     NoCache,
     Quiet,
@@ -62,6 +63,7 @@ def evaluate(
         typer.Option("--onnxruntime", help="Measure each conversion in ONNX Runtime too.", rich_help_panel=TRIALS),
     ] = False,
     no_cache: NoCache = False,
+    device: Device = None,
     seq_len: SeqLen = None,
     max_tokens: Annotated[int | None, typer.Option(min=2, help="Measure on at most this many tokens.")] = None,
     tokenizer: Tokenizer = None,
@@ -83,6 +85,7 @@ def evaluate(
         "--calibration-tokens": calibration_tokens != CALIBRATION_TOKENS,
         "--onnxruntime": onnxruntime,
         "--no-cache": no_cache,
+        "--device": device is not None,
     }
     _check_eval(model, original, methods, [flag for flag, there in given.items() if there], plot)
     if plot is not None:
@@ -107,6 +110,7 @@ def evaluate(
                 calibration=calibration,
                 onnxruntime=onnxruntime,
                 cache=open_cache(not no_cache),
+                device=device or "cpu",
                 display=shown,
             )
     if plot is not None:

@@ -32,6 +32,7 @@ __all__ = [
     "Calibration",
     "CalibrationTokens",
     "Described",
+    "Device",
     "Dtype",
     "Encoders",
     "Exact",
@@ -236,6 +237,15 @@ Offload = Annotated[
         help="Folder for activations, when a model is too large to hold them in memory.",
         show_default="in memory, in rounds",
         rich_help_panel=TEXT,
+    ),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        help="Device on which the model runs on text and layers are factorised, such as cuda or cuda:1. Only polishing "
+        "and writing text need room for the whole model there.",
+        show_default="cpu",
+        rich_help_panel=METHOD,
     ),
 ]
 Jobs = Annotated[

@@ -10,6 +10,7 @@ from mla_compile.config import CompileConfig
 from mla_compile.conversion.encoders import is_encoder, require_encoder
 from mla_compile.conversion.seq2seq import is_seq2seq, require_decodable
 from mla_compile.conversion_cost import polish_cost
+from mla_compile.devices import free_memory
 from mla_compile.errors import RefusedError, UsageError
 from mla_compile.passes.plain_caches import with_plain_caches
 from mla_compile.passes.recognise import Recognition
@@ -18,7 +19,6 @@ from mla_compile.passes.trace import FLEXIBLE
 from mla_compile.passes.weights import has_numbers, stored_numbers
 from mla_compile.plan import latent_budget, shared_rope_plan
 from mla_compile.program import AnyProgram, OtherProgram, Program
-from mla_compile.progress import machine_memory
 from mla_compile.site import AttentionSite, Kind, Rejection, reasons
 from mla_compile.verification.agreement import WHOLE
 
@@ -145,14 +145,14 @@ def require_no_kept_layers(found: Recognition) -> None:
 
 
 def require_room_to_polish(task: Task) -> None:
-    """Refuse, before anything is measured, to polish a model whose matrices alone do not fit in this machine.
+    """Refuse, before anything is measured, to polish a model whose matrices alone do not fit where that is done.
 
     Sizes are not known yet: all of a layer's budget is taken to be latent, or the rank is the one that was asked for.
 
     Raises:
         UsageError: They do not fit.
     """
-    config, memory = task.config, machine_memory()
+    config, memory = task.config, free_memory(task.resources.device)
     if not config.polish_steps or memory is None:
         return
     plans = [
@@ -164,8 +164,9 @@ def require_room_to_polish(task: Task) -> None:
         task.sites, plans, task.widths, config, stored_numbers(program), program.dtype.itemsize, program.vocabulary
     )
     if cost.least_memory_bytes > memory:
+        where = "this machine" if task.resources.device == "cpu" else f"the device {task.resources.device}"
         raise UsageError(
             f"Polishing trains all layers at once, whose matrices alone take {cost.least_memory_bytes / 1e9:,.1f} GB, "
-            f"and this machine has {memory / 1e9:,.1f} GB of memory.",
+            f"and {where} has {memory / 1e9:,.1f} GB of memory.",
             "Leave --polish-steps out, or give it a machine with more memory; 'mla-compile plan' says what it takes.",
         )

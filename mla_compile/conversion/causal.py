@@ -147,7 +147,7 @@ def prepare(program: Program, found: Recognition, session: Session) -> Case:
         session.stages,
         cache,
         request.store,
-        resources=Resources(folder=folder, device=session.processes.device),
+        resources=Resources(folder=folder, device=session.device),
         processes=session.processes,
         jobs=request.jobs,
     )
@@ -163,7 +163,7 @@ def _text(
     if not writes_text(request.calibration, config):
         return cut_windows(program, session.documents, request.source.tokenizer, config), ()
     require_one_process(session.processes)
-    windows, notes = sample_text(program, config, cache, session.stages)
+    windows, notes = sample_text(program, config, cache, session.stages, session.device)
     if request.calibration is None:
         notes = (
             "no calibration text was given, and the model wrote its own; one like what it will read may serve better",

@@ -46,6 +46,8 @@ def _require_plain(request: Request) -> None:
     config = request.config
     if request.calibration is not None or request.finetune is not None:
         raise UsageError("Text cannot be used for an encoder.", "Leave --calibration and --finetune out.")
+    if request.device is not None:
+        raise UsageError("Only a causal language model is converted on another device.", "Leave --device out.")
     if config.cache == "static":
         raise UsageError("Only a causal language model can have a static cache.", "Leave --cache static out.")
     if config.cache_layout != "rows":

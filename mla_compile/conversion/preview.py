@@ -15,8 +15,10 @@ from mla_compile.conversion.seq2seq import is_seq2seq, plan_seq2seq
 from mla_compile.conversion.verdict import log_sizes, require_smaller
 from mla_compile.conversion.weightless import draw, is_weightless
 from mla_compile.conversion_cost import ConversionCost, conversion_cost
+from mla_compile.devices import memory_explained, require_device
 from mla_compile.disk.statistics_cache import open_cache
 from mla_compile.errors import UsageError
+from mla_compile.passes.layerwise import Resources
 from mla_compile.passes.methods import METHODS
 from mla_compile.passes.recognise import Recognition, recognise
 from mla_compile.passes.retype import type_name
@@ -60,6 +62,7 @@ class ConversionPlan:
     max_positions: int | None = None
 
 
+@memory_explained()
 def plan(
     model: str | Path,
     config: CompileConfig,
@@ -67,6 +70,7 @@ def plan(
     calibration: Text | None = None,
     tokenizer: str | None = None,
     statistics_cache: bool | str | Path = True,
+    device: str | None = None,
     attn_implementation: str = "auto",
     unsafe_load: bool = False,
     display: Display | None = None,
@@ -80,6 +84,7 @@ def plan(
         calibration: Text for the methods that need it, as in :func:`mla_compile.compile`.
         tokenizer: Folder of the tokenizer, if the model does not bring one.
         statistics_cache: As in :func:`mla_compile.compile`.
+        device: Likewise, for methods that choose sizes by text; the processor by default.
         attn_implementation: Attention implementation of a transformers model given by name: auto, sdpa or eager.
         unsafe_load: Allow unpickling a module from a file.
         display: Shows progress.
@@ -90,6 +95,8 @@ def plan(
         UsageError: Sizes are chosen by text, and there is none; or settings do not fit the model.
     """
     require_model(model)
+    device = device or "cpu"
+    require_device(device)
     stages = Stages(display)
     if is_weightless(model):
         return _plan_weightless(model, config, calibration, attn_implementation, stages)
@@ -131,10 +138,10 @@ def plan(
         return ConversionPlan(found, plans, widths, *types, cost, max_positions=program.max_positions)
     cache = open_cache(statistics_cache)
     if is_sampled(calibration):
-        documents, _ = sample_text(program, config, cache, stages)
+        documents, _ = sample_text(program, config, cache, stages, device)
     text = cut_windows(program, documents, tokenizer, config)
     windows = None if text is None else text.calibration
-    task = Task(program, sites, found.rejections, config, windows, stages, cache)
+    task = Task(program, sites, found.rejections, config, windows, stages, cache, resources=Resources(device=device))
     plans = METHODS[method](task).plans
     require_smaller(plans, config, program.dtype, task.dtype)
     log_sizes(plans)

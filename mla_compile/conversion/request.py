@@ -15,6 +15,7 @@ from mla_compile.artifacts.places import check_cache_layout, check_cache_type, c
 from mla_compile.artifacts.tensorrt import check_settings
 from mla_compile.config import CompileConfig
 from mla_compile.conversion.targets import Destination, target_of
+from mla_compile.devices import require_device
 from mla_compile.disk.layer_store import LayerStore
 from mla_compile.errors import UsageError
 from mla_compile.progress import Display, Stages
@@ -58,6 +59,7 @@ class Request:
         statistics_cache: Whether to keep what was measured on the text, or the folder to keep it in.
         offload: A folder for activations between layers; None for memory.
         jobs: Layers that are factorised at a time.
+        device: Where the model runs on text and layers are factorised; None for the processor, or what a launcher gave.
         store: Where finished layers are kept; None for memory.
         share: Share the calibration with the other processes that a launcher started.
         check: Verify the conversion against the original.
@@ -73,6 +75,7 @@ class Request:
     statistics_cache: bool | str | Path = True
     offload: str | Path | None = None
     jobs: int = 1
+    device: str | None = None
     store: LayerStore | None = None
     share: bool = False
     check: bool = True
@@ -97,6 +100,11 @@ class Session:
     processes: Processes
     stages: Stages
 
+    @property
+    def device(self) -> str:
+        """Where it computes."""
+        return self.request.device or self.processes.device
+
 
 def check_request(request: Request) -> None:
     """Refuse what cannot be done, before anything is read.
@@ -107,6 +115,8 @@ def check_request(request: Request) -> None:
     """
     if request.jobs < 1:
         raise UsageError(f"--jobs {request.jobs} is less than one layer at a time.", "Give 1 or more.")
+    if request.device is not None:
+        require_device(request.device)
     limit = request.max_perplexity_ratio
     if limit is not None and not 0 < limit < math.inf:
         raise UsageError(f"--max-ppl-ratio {limit} is not a factor.", "Give a number above 0.")
@@ -187,6 +197,11 @@ def begin(request: Request, display: Display | None) -> Session:
         raise UsageError(
             "Several processes share a calibration, and only the first of them goes on, which cannot train alone.",
             "Convert without --finetune, then train with mla-compile finetune.",
+        )
+    if processes.count > 1 and request.device is not None:
+        raise UsageError(
+            f"--device {request.device} is one device, and several processes would share it.",
+            "Leave --device out: every process then takes a device of its own.",
         )
     if written:
         require_one_process(processes)

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from mla_compile.config import CompileConfig
+from mla_compile.devices import free_memory
 from mla_compile.disk.statistics_cache import StatisticsCache, sampling_key
+from mla_compile.passes.moved import moved_graph
 from mla_compile.passes.plain_caches import with_plain_caches
 from mla_compile.program import Program
-from mla_compile.progress import Stage, Stages, machine_memory
+from mla_compile.progress import Stage, Stages
 from mla_compile.runtime.generate import Sampling, generate
 from mla_compile.runtime.module import LatentModel, cache_dtype
 from mla_compile.runtime.torch_decoder import TorchDecoder
@@ -23,7 +25,7 @@ __all__ = ["sample_text", "sample_windows"]
 _TOGETHER = 128
 """Windows that are sampled together, at most."""
 _SHARE = 8
-"""One part of so many of the machine's memory is for their caches."""
+"""One part of so many of the machine's memory, or of what is free on a device, is for their caches."""
 _MEMORY = 16 * 2**30
 """Bytes of memory where nobody says how much there is."""
 _COPIES = 2
@@ -34,7 +36,7 @@ token drawn evenly from all leads models of one kind to texts unlike any. docs/m
 
 
 def sample_text(
-    program: Program, config: CompileConfig, cache: StatisticsCache | None, stages: Stages
+    program: Program, config: CompileConfig, cache: StatisticsCache | None, stages: Stages, device: str = "cpu"
 ) -> tuple[Tensor, tuple[str, ...]]:
     """As much of a model's own text as a conversion calibrates and measures on; see :func:`sample_windows`.
 
@@ -43,6 +45,7 @@ def sample_text(
         config: Length and number of the windows, and the seed.
         cache: Where they are kept for the next conversion, if anywhere.
         stages: Times and shows what runs.
+        device: Where the model runs.
 
     Returns:
         Token ids ``[windows, length]``, and what the user should know.
@@ -57,11 +60,17 @@ def sample_text(
         length = longest_window(score, limit)
     else:
         require_window(score, limit, length, program.source)
-    return sample_windows(program, sampled_count(config, length), length, config.seed, cache, stages)
+    return sample_windows(program, sampled_count(config, length), length, config.seed, cache, stages, device)
 
 
 def sample_windows(
-    program: Program, count: int, length: int, seed: int, cache: StatisticsCache | None, stages: Stages
+    program: Program,
+    count: int,
+    length: int,
+    seed: int,
+    cache: StatisticsCache | None,
+    stages: Stages,
+    device: str = "cpu",
 ) -> tuple[Tensor, tuple[str, ...]]:
     """Let a model write text: every next token is drawn from its own probabilities, as they are.
 
@@ -77,6 +86,7 @@ def sample_windows(
         seed: Of all that is drawn.
         cache: Where windows are kept, if anywhere.
         stages: Times and shows what runs.
+        device: Where the model runs; all that is drawn is drawn on the processor.
 
     Returns:
         Token ids ``[windows, length]``, and what the user should know.
@@ -88,7 +98,7 @@ def sample_windows(
     with stages.stage("sample text", length - 1) as stage:
 
         def write() -> Tensor:
-            return _continued(program, starts, length, seed, stage)
+            return _continued(program, starts, length, seed, stage, device)
 
         if cache is None:
             return write(), ()
@@ -110,13 +120,13 @@ def _starts(program: Program, count: int, seed: int) -> Tensor:
     return torch.randint(0, program.known_tokens, (count, 1), generator=torch.Generator().manual_seed(seed))
 
 
-def _continued(program: Program, starts: Tensor, length: int, seed: int, stage: Stage) -> Tensor:
+def _continued(program: Program, starts: Tensor, length: int, seed: int, stage: Stage, device: str) -> Tensor:
     """Sample what follows ``[windows, length]``, of as many windows together as there is memory for their caches."""
     plain = with_plain_caches(program)
-    model = LatentModel(plain.module, plain.rows)
+    model = LatentModel(moved_graph(plain.module, device), plain.rows)
     decoder = TorchDecoder(model, program.source)
     each = _COPIES * model.cached_elements(length) * cache_dtype(model.graph).itemsize
-    together = max(1, min(_TOGETHER, (machine_memory() or _MEMORY) // _SHARE // each))
+    together = max(1, min(_TOGETHER, (free_memory(device) or _MEMORY) // _SHARE // each))
     batches = starts.split(together)
     drawn = itertools.count(1)
 

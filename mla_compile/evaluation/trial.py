@@ -22,9 +22,11 @@ from mla_compile.config import CompileConfig, make_config
 from mla_compile.conversion.admission import require_causal
 from mla_compile.conversion.number_types import require_known_types
 from mla_compile.conversion.sampled_text import sample_windows
+from mla_compile.devices import memory_explained, require_device
 from mla_compile.disk.statistics_cache import StatisticsCache
 from mla_compile.errors import RefusedError, UsageError
 from mla_compile.evaluation.measure import Measurement, ModelScore, Sample, run_beside
+from mla_compile.passes.layerwise import Resources
 from mla_compile.passes.lower_onnx import lower_to_onnx
 from mla_compile.passes.methods import METHODS
 from mla_compile.passes.recognise import recognise
@@ -89,6 +91,7 @@ def _ratio(word: str) -> float:
     return value
 
 
+@memory_explained()
 def measure_conversions(
     original: str,
     sample: Sample,
@@ -97,6 +100,7 @@ def measure_conversions(
     calibration: str | None = None,
     onnxruntime: bool = False,
     cache: StatisticsCache | None = None,
+    device: str = "cpu",
     display: Display | None = None,
 ) -> Measurement:
     """Convert a model in several ways, one at a time, and measure each beside the original.
@@ -111,6 +115,7 @@ def measure_conversions(
         calibration: The text to choose by: a file, ``hf:`` and a dataset, or ``sampled``.
         onnxruntime: Measure every conversion in ONNX Runtime as well.
         cache: Where statistics are kept, if anywhere.
+        device: Where conversions are computed; all are measured on the processor.
         display: Shows progress.
 
     Raises:
@@ -120,6 +125,7 @@ def measure_conversions(
     """
     if onnxruntime and importlib.util.find_spec("onnxruntime") is None:
         raise UsageError("ONNX Runtime is not installed.", "Run: pip install 'mla-compile[cpu]'.")
+    require_device(device)
     documents = open_documents(sample.text)
     chosen_by = None if is_sampled(calibration) else read_text(calibration)
     same = isinstance(chosen_by, TextFile) and chosen_by == documents
@@ -138,7 +144,7 @@ def measure_conversions(
     examples = None
     if is_sampled(calibration):
         examples, notes = sample_windows(
-            program, used_count(trials[0], longest), longest, trials[0].seed, cache, stages
+            program, used_count(trials[0], longest), longest, trials[0].seed, cache, stages, device
         )
         warnings += notes
     if chosen_by is not None:
@@ -149,7 +155,8 @@ def measure_conversions(
     measured: list[ModelScore] = []
     refused: UsageError | RefusedError | None = None
     for trial in trials:
-        task = Task(program, found.sites, found.rejections, trial, examples, stages, cache)
+        resources = Resources(device=device)
+        task = Task(program, found.sites, found.rejections, trial, examples, stages, cache, resources=resources)
         try:
             choice = METHODS[trial.method](task)
         except (UsageError, RefusedError) as error:

@@ -53,7 +53,10 @@ def require_model(model: object) -> None:
         )
     if isinstance(model, nn.Module):
         require_values(model, type(model).__name__)
-    elif not isinstance(model, ExportedProgram):
+        _require_here(_tensors(model), type(model).__name__)
+    elif isinstance(model, ExportedProgram):
+        _require_here(model.state_dict, "the ExportedProgram")
+    else:
         raise _no_model(model)
 
 
@@ -116,7 +119,7 @@ def require_values(module: nn.Module, source: str) -> None:
     Raises:
         LoadError: Some of its parameters or buffers are on the device ``meta``.
     """
-    everything = dict(module.named_parameters()) | dict(module.named_buffers())
+    everything = _tensors(module)
     empty = [name for name, value in everything.items() if value.is_meta]
     if empty:
         raise LoadError(
@@ -124,6 +127,25 @@ def require_values(module: nn.Module, source: str) -> None:
             "them: they are on the device meta.",
             "Put weights into it first, e.g. with load_state_dict(..., assign=True).",
         )
+
+
+def _require_here(values: Mapping[str, Tensor], source: str) -> None:
+    """Refuse weights that are on an accelerator.
+
+    Raises:
+        LoadError: Some are.
+    """
+    elsewhere = [(name, value.device) for name, value in values.items() if value.device.type not in ("cpu", "meta")]
+    if elsewhere:
+        name, device = elsewhere[0]
+        raise LoadError(
+            f"Weights of {source} are on the device {device}, '{name}' among them; a conversion reads them on the CPU.",
+            f"Pass the model as model.cpu(). With device='{device.type}' a conversion computes there all the same.",
+        )
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return dict(module.named_parameters()) | dict(module.named_buffers())
 
 
 def _no_model(model: object) -> LoadError:

@@ -167,15 +167,15 @@ def _sums(logits: Tensor, ids: Tensor, first: Tensor | None) -> Tensor:
     In float64, so that a model that computes the same is at no distance, and window by window for the memory's sake.
     """
     total = torch.zeros(3, dtype=torch.float64)
-    for row, targets in enumerate(ids[:, 1:]):
+    for row, targets in enumerate(ids[:, 1:].to(logits.device)):
         got = logits[row, :-1].double().log_softmax(-1)
-        total[0] -= got.gather(-1, targets[:, None]).sum()
+        total[0] -= got.gather(-1, targets[:, None]).sum().item()
         if first is None:
             total[2] += len(targets)
             continue
         expected = first[row, :-1].double().log_softmax(-1)
-        total[1] += divergence(expected, got)
-        total[2] += (got.argmax(-1) == expected.argmax(-1)).sum()
+        total[1] += divergence(expected, got).item()
+        total[2] += (got.argmax(-1) == expected.argmax(-1)).sum().item()
     return total
 
 

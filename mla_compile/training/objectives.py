@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
+from mla_compile.passes.moved import moved_graph
 from mla_compile.program import Program
 from mla_compile.runtime.module import LatentModel
 from mla_compile.text.evaluate import Scorer
@@ -56,8 +57,8 @@ class Teacher:
         Raises:
             RefusedError: They are, and cannot be found.
         """
-        module = program.flat_module().to(device)
-        attending = with_attention_outputs(program).to(device) if layers else None
+        module = moved_graph(program.flat_module(), device)
+        attending = moved_graph(with_attention_outputs(program), device) if layers else None
         return cls(
             lambda ids: module(*program.inputs(ids)),
             None if attending is None else lambda ids: attending(*program.inputs(ids)),

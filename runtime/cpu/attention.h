@@ -8,8 +8,9 @@
 // FoldedAttentionOfPairs: the same with rows in two halves [B, 1, T, W], of which the second stand behind these inputs;
 // behind a row's own numbers a pair of halves may have others.
 // Optional inputs of all, behind those or nothing in their place: sinks [H]; slopes [H], and with them distances of
-// tokens from queries [B, S, T]; scales of key up-projections [G, 1, r] and of value up-projections [G', r, 1]. Optional attributes: softcap; how many key_scales (m) and value_scales (w) a row ends in,
-// or stand behind the scales of its codes; and scaled_rope.
+// tokens from queries [B, S, T]; scales of key up-projections [G, 1, r] and of value up-projections [G', r, 1].
+// Optional attributes: softcap; how many key_scales (m) and value_scales (w) a row ends in, or stand behind the scales
+// of its codes; and scaled_rope.
 #pragma once
 
 #include <cmath>
@@ -110,8 +111,8 @@ void for_groups(const ort::Call& call, const mla::Sizes& s, long groups, Task ta
     });
 }
 
-// Call a task with the up-projections of one kind, whatever numbers they are, [G, ...]; their scales, where they are codes,
-// have the sizes given.
+// Call a task with the up-projections of one kind, whatever numbers they are, [G, ...]; their scales, where they are
+// codes, have the sizes given.
 template <typename Task>
 void with_up_projection(const ort::Call& call, Input input, Input scales, const std::vector<int64_t>& sizes, Task task) {
     ort::Value* value = call.input(input);

@@ -232,7 +232,8 @@ inline void code_scores(const Sizes& s, const uint8_t* codes, const float* scale
 #pragma GCC unroll 4
                     for (int j = 0; j < 2; j++) {
                         float* score = to + (first + i) * s.lanes() + j * kLanes;
-                        store(score, load(score) + rope.score(of_rope[i][j], lane + j * kLanes) * scale[(first + i) * beside + 1]);
+                        const float unit = scale[(first + i) * beside + 1];
+                        store(score, load(score) + rope.score(of_rope[i][j], lane + j * kLanes) * unit);
                     }
             }
             if (s.key_scales && s.scaled_rope) scale_codes<kCodeTokens>(s, scale, 2, s.key_scales, query_RM + lane, to);

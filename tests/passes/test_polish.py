@@ -180,7 +180,7 @@ def test_a_single_window_is_trained_on(programs, polished):
 def test_what_cannot_fit_is_refused_before_anything_is_measured(programs, monkeypatch):
     captured = programs["llama-gqa"]
     asked = {"method": "fisher", "calibration": TEXT, "check": False, "statistics_cache": False}
-    monkeypatch.setattr("mla_compile.conversion.admission.machine_memory", lambda: 10**5)
+    monkeypatch.setattr("mla_compile.conversion.admission.free_memory", lambda _: 10**5)
     monkeypatch.setattr("mla_compile.conversion.causal.METHODS", {})
     with pytest.raises(UsageError, match=r"matrices alone take .* GB, and this machine has 0\.0 GB") as caught:
         api.compile(captured.module, models.example(captured.module), polish_steps=1, **asked)
@@ -191,7 +191,7 @@ def test_what_cannot_fit_is_refused_before_anything_is_measured(programs, monkey
 
 @pytest.mark.parametrize("memory", [10**12, None])
 def test_what_fits_and_what_nobody_can_tell_is_polished(programs, monkeypatch, memory):
-    monkeypatch.setattr("mla_compile.conversion.admission.machine_memory", lambda: memory)
+    monkeypatch.setattr("mla_compile.conversion.admission.free_memory", lambda _: memory)
     require_room_to_polish(task_of(programs["llama-gqa"], method="fisher", polish_steps=1))
 
 
