@@ -261,7 +261,10 @@ class Layerwise:
 
     def _weights(self, segment: Segment) -> dict[Node, Any]:
         found = {n: self._interpreter.fetch_attr(str(n.target)) for n in segment.weights}
-        return {n: self._moved(v.detach()) if isinstance(v, Tensor) else v for n, v in found.items()}
+        moved = {n: self._moved(v.detach()) if isinstance(v, Tensor) else v for n, v in found.items()}
+        if torch.device(self.device).type != "cpu":  # what they were copied from is not read again
+            drop_pages(v for v in found.values() if isinstance(v, Tensor))
+        return moved
 
     def _weight_bytes(self, segment: Segment) -> int:
         found = (self._interpreter.fetch_attr(str(n.target)) for n in segment.weights)

@@ -18,9 +18,11 @@ from accelerate.state import AcceleratorState, PartialState
 from torch import nn
 
 import mla_compile
+from mla_compile.artifacts.runnable import module_scorer
 from mla_compile.conversion import causal
 from mla_compile.errors import LoadError
 from mla_compile.passes.layerwise import Resources
+from mla_compile.text.evaluate import perplexity
 from mla_compile.training.checkpoints import Checkpoints
 
 _IDS = models.tokens(24, 32, seed=3)
@@ -85,7 +87,9 @@ if __name__ == "__main__":
         refusal = str(error)
     devices = sorted({str(p.device) for p in there.module.parameters()})
     on_it = _logits(there.module.to(pretend_device.NAME))
+    scores = [perplexity(module_scorer(here.module, device), _IDS).value for device in ("cpu", pretend_device.NAME)]
     found = {
+        "perplexity": [[value] for value in scores],
         "logits": float((after - before).abs().max() / before.abs().max()),
         "logits there": float((on_it - after).abs().max() / after.abs().max()),
         "devices": devices,

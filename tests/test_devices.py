@@ -59,7 +59,7 @@ def test_a_conversion_on_another_device_is_the_processors(case, tmp_path):
     # Kernels of attention are chosen by the device, and round in another order: 4e-7 was seen.
     assert found["logits"] < 1e-5
     assert found["logits there"] < 1e-5
-    for key in ("quality", "layers", "polish", "training"):
+    for key in ("perplexity", "quality", "layers", "polish", "training"):
         here, there = found[key]
         assert _flat(there) == pytest.approx(_flat(here), rel=1e-3, abs=1e-7), key
     assert CASES[case] <= found["seen"].keys()

@@ -352,7 +352,7 @@ def test_a_missing_tokenizer_is_noticed_before_the_other_models_are_read(monkeyp
     (tmp_path / "text.txt").write_text("one two")
     read = []
     monkeypatch.setattr(measuring, "require_there", lambda _: None)
-    monkeypatch.setattr(measuring, "open_model", lambda name, _: read.append(name) or SimpleNamespace(tokenizer=None))
+    monkeypatch.setattr(measuring, "open_model", lambda name, *_: read.append(name) or SimpleNamespace(tokenizer=None))
     with pytest.raises(LoadError, match="comes without a tokenizer"):
         measuring.measure(["small.onnx"], measuring.Sample(tmp_path / "text.txt"), original="large")
     assert read == ["small.onnx"]

@@ -17,6 +17,7 @@ from mla_compile.artifacts.companions import OPENED_HERE, is_converted_folder, r
 from mla_compile.config import REPORT
 from mla_compile.disk.mapped import DroppingInterpreter
 from mla_compile.errors import LoadError
+from mla_compile.passes.moved import moved_graph
 from mla_compile.passes.recognise import Recognition, recognise
 from mla_compile.program import Program
 from mla_compile.runtime.generate import Decoder
@@ -81,12 +82,13 @@ class RunnableModel:
     cache_ratio: float | None = None
 
 
-def open_model(name: str, tokenizer: str | None = None) -> RunnableModel:
+def open_model(name: str, tokenizer: str | None = None, device: str = "cpu") -> RunnableModel:
     """Open a model of any kind.
 
     Args:
         name: An ONNX file, engine or folder made by this compiler, an archive, a Hugging Face folder or a hub id.
         tokenizer: Folder of the tokenizer, if the model does not bring one.
+        device: Where a model in PyTorch runs.
 
     Raises:
         LoadError: It cannot be read.
@@ -95,11 +97,11 @@ def open_model(name: str, tokenizer: str | None = None) -> RunnableModel:
     if path.suffix in OPENED_HERE:
         return _open_decoder(path, name)
     if is_converted_folder(path):
-        return _open_folder(path, name)
+        return _open_folder(path, name, device)
     if (path / REPORT).is_file() and (files := written_files(path)):
         raise LoadError(f"'{name}' holds no model in PyTorch, but {files[0].name}.", f"Name the file: {files[0]}.")
     program = frontend.load_program(name, tokenizer=tokenizer)
-    return open_program(name, program, recognise(program))
+    return open_program(name, program, recognise(program), device)
 
 
 def require_there(names: Iterable[str]) -> None:
@@ -118,12 +120,13 @@ def require_there(names: Iterable[str]) -> None:
             open_model(name)
 
 
-def open_program(name: str, program: Program, found: Recognition) -> RunnableModel:
-    """Open an original that was read and recognised already."""
+def open_program(name: str, program: Program, found: Recognition, device: str = "cpu") -> RunnableModel:
+    """Open an original that was read and recognised already, and let it run on a device."""
+    score = original_scorer(program, moved_graph(program.flat_module(), device))
     return RunnableModel(
         name=name,
         runtime=Runtime.TORCH,
-        score=original_scorer(program),
+        score=lambda ids: score(ids.to(device)),
         cache_bytes=_plain_bytes(found, program.dtype),
         longest=program.max_positions,
         known_tokens=program.known_tokens,
@@ -151,9 +154,12 @@ def decoder_scorer(decoder: OnnxDecoder | TensorRTDecoder) -> Scorer:
     return lambda ids: torch.from_numpy(decoder.logits(ids.numpy()))
 
 
-def module_scorer(model: LatentModel) -> Scorer:
-    """A converted model in PyTorch as a function of whole sequences."""
-    return lambda ids: model(ids).logits
+def module_scorer(model: LatentModel, device: str = "cpu") -> Scorer:
+    """A converted model in PyTorch as a function of whole sequences, on a device; on the processor as it is."""
+    there = model
+    if torch.device(device).type != "cpu":
+        there = LatentModel(moved_graph(model.graph, device), model.rows, model.windows)
+    return lambda ids: there(ids.to(device)).logits
 
 
 def mapped_scorer(model: LatentModel) -> Scorer:
@@ -194,13 +200,14 @@ def _opened(path: Path, name: str, runtime: Runtime, decoder: OnnxDecoder | Tens
     )
 
 
-def _open_folder(path: Path, name: str) -> RunnableModel:
+def _open_folder(path: Path, name: str, device: str) -> RunnableModel:
     model = read_folder(path)
+    mapped = torch.device(device).type == "cpu"
     method, ratio = _asked_for(read_settings(path), path)
     return RunnableModel(
         name=name,
         runtime=Runtime.TORCH,
-        score=mapped_scorer(model),
+        score=mapped_scorer(model) if mapped else module_scorer(model, device),
         cache_bytes=latent_bytes(model),
         longest=read_assets(path).longest,
         known_tokens=model.known_tokens,

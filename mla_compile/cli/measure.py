@@ -12,7 +12,6 @@ from mla_compile.cli.options import (
     OUTPUT,
     TRIALS,
     AsJson,
-    Device,
     ForcePlot,
     NoCache,
     Quiet,
@@ -63,7 +62,13 @@ def evaluate(
         typer.Option("--onnxruntime", help="Measure each conversion in ONNX Runtime too.", rich_help_panel=TRIALS),
     ] = False,
     no_cache: NoCache = False,
-    device: Device = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="Device on which models in PyTorch run, and conversions are computed, such as cuda.",
+            show_default="cpu",
+        ),
+    ] = None,
     seq_len: SeqLen = None,
     max_tokens: Annotated[int | None, typer.Option(min=2, help="Measure on at most this many tokens.")] = None,
     tokenizer: Tokenizer = None,
@@ -85,7 +90,6 @@ def evaluate(
         "--calibration-tokens": calibration_tokens != CALIBRATION_TOKENS,
         "--onnxruntime": onnxruntime,
         "--no-cache": no_cache,
-        "--device": device is not None,
     }
     _check_eval(model, original, methods, [flag for flag, there in given.items() if there], plot)
     if plot is not None:
@@ -99,7 +103,7 @@ def evaluate(
 
         sample = Sample(text, seq_len, max_tokens, tokenizer)
         if methods is None:
-            result = measure(model, sample, original=original, display=shown)
+            result = measure(model, sample, original=original, device=device or "cpu", display=shown)
         else:
             ratios = "0.5,0.3125,0.25" if cache_ratios is None else cache_ratios
             trials = read_trials(methods, ratios, calibration is not None, calibration_tokens)

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from mla_compile.artifacts.runnable import RunnableModel, open_model, require_there
+from mla_compile.devices import memory_explained, require_device
 from mla_compile.errors import LoadError, UsageError
 from mla_compile.progress import Display, Stages
 from mla_compile.text.corpus import (
@@ -180,8 +181,14 @@ class Measurement:
         }
 
 
+@memory_explained()
 def measure(
-    models: Sequence[str], sample: Sample, *, original: str | None = None, display: Display | None = None
+    models: Sequence[str],
+    sample: Sample,
+    *,
+    original: str | None = None,
+    device: str = "cpu",
+    display: Display | None = None,
 ) -> Measurement:
     """Measure models on the same windows of a text.
 
@@ -191,6 +198,7 @@ def measure(
         models: ONNX files, converted folders, archives, Hugging Face folders or hub ids.
         sample: What to measure on.
         original: The model to compare them with.
+        device: Where models in PyTorch run, with room for all of them.
         display: Shows progress.
 
     Returns:
@@ -198,8 +206,10 @@ def measure(
 
     Raises:
         LoadError: A model, the tokenizer or the text cannot be read.
-        UsageError: The models have different vocabularies, or the text or a model is too short for a window.
+        UsageError: The models have different vocabularies, the text or a model is too short for a window, or there is
+            no such device.
     """
+    require_device(device)
     stages = Stages(display)
     names = (*models, *([] if original is None else [original]))
     require_there(names)
@@ -207,7 +217,7 @@ def measure(
     opened: list[RunnableModel] = []
     for name in names:
         with stages.stage("load"):
-            opened.append(open_model(name, sample.tokenizer))
+            opened.append(open_model(name, sample.tokenizer, device))
         if len(opened) == 1:  # now, for the others may take minutes to read
             load_tokenizer(sample.tokenizer or opened[0].tokenizer)
     windows = sample.windows(documents, _one_tokenizer(opened, sample.tokenizer), opened)

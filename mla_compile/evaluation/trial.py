@@ -115,7 +115,7 @@ def measure_conversions(
         calibration: The text to choose by: a file, ``hf:`` and a dataset, or ``sampled``.
         onnxruntime: Measure every conversion in ONNX Runtime as well.
         cache: Where statistics are kept, if anywhere.
-        device: Where conversions are computed; all are measured on the processor.
+        device: Where conversions are computed and models in PyTorch run.
         display: Shows progress.
 
     Raises:
@@ -137,7 +137,7 @@ def measure_conversions(
     with stages.stage("recognise"):
         found = recognise(loaded)
     program = require_causal(loaded, found)
-    base = open_program(original, program, found)
+    base = open_program(original, program, found, device)
     tokenizer = load_tokenizer(base.tokenizer)
     longest = sample.longest([base])
     windows = sample.windows(documents, tokenizer, [base], longest)
@@ -181,7 +181,7 @@ def _runnable(task: Task, base: RunnableModel, model: LatentModel, onnxruntime: 
     """A conversion in torch and, if wanted, in ONNX Runtime from a file that is gone afterwards."""
     config = task.config
     asked = replace(base, name=_name(config), method=config.method, cache_ratio=config.cache_ratio)
-    converted = replace(asked, score=module_scorer(model), cache_bytes=latent_bytes(model))
+    converted = replace(asked, score=module_scorer(model, task.resources.device), cache_bytes=latent_bytes(model))
     if not onnxruntime:
         yield [converted]
         return

@@ -173,7 +173,7 @@ def _sums(logits: Tensor, ids: Tensor, first: Tensor | None) -> Tensor:
         if first is None:
             total[2] += len(targets)
             continue
-        expected = first[row, :-1].double().log_softmax(-1)
+        expected = first[row, :-1].to(logits.device).double().log_softmax(-1)
         total[1] += divergence(expected, got).item()
         total[2] += (got.argmax(-1) == expected.argmax(-1)).sum().item()
     return total
