@@ -182,15 +182,20 @@ def commands_page() -> str:
     ]
     for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
         out += [f"## {name}", _cell(inspect.cleandoc(command.help or ""))]
-        rows = ["| | | default |", "|---|---|---|"]
+        panels: dict[str, list[str]] = {"": []}
         for parameter in command.params:
-            if parameter.name == "help":
-                continue
-            names = [n for n in (*parameter.opts, *parameter.secondary_opts) if n.startswith("-")]
-            shown = ", ".join(f"`{n}`" for n in names) or f"`{parameter.name.upper()}`"
-            rows.append(f"| {shown} | {_cell(getattr(parameter, 'help', None) or '')} | {_default(parameter)} |")
-        out.append("\n".join(rows))
+            if parameter.name != "help":
+                panels.setdefault(getattr(parameter, "rich_help_panel", None) or "", []).append(_row(parameter))
+        for panel, rows in panels.items():
+            out += [f"**{panel}**"] * bool(panel)
+            out.append("\n".join(["| | | default |", "|---|---|---|", *rows]))
     return "\n\n".join(out) + "\n"
+
+
+def _row(parameter: Any) -> str:  # noqa: ANN401 - the parser's own
+    names = [n for n in (*parameter.opts, *parameter.secondary_opts) if n.startswith("-")]
+    shown = ", ".join(f"`{n}`" for n in names) or f"`{parameter.name.upper()}`"
+    return f"| {shown} | {_cell(getattr(parameter, 'help', None) or '')} | {_default(parameter)} |"
 
 
 def _default(parameter: Any) -> str:  # noqa: ANN401 - the parser's own
