@@ -168,6 +168,7 @@ def finished(module: fx.GraphModule) -> fx.GraphModule:
         if node.target in _VIEWS:  # recorded strides were those of the old attention's output
             node.target = _aten.reshape.default
     graph.lint()
+    graph._tracer_cls = None  # torch's exporter leaves one that no copy can be unpickled with
     used = {str(n.target): attribute(module, str(n.target)) for n in graph.nodes if n.op == "get_attr"}
     return fx.GraphModule(used, graph, class_name="LatentGraph")
 

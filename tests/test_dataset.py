@@ -88,6 +88,11 @@ def test_the_column_is_the_one_called_text_or_the_only_string(library):
     assert [*stream_documents("hf:a")] == ["one", "two"]
 
 
+def test_a_row_without_the_column_is_passed_over(library):
+    library([{"text": "one"}, {"other": "two"}, {"text": "three"}])
+    assert [*stream_documents("hf:a")] == ["one", "three"]
+
+
 @pytest.mark.parametrize("row", [{"question": "a", "answer": "b", "id": 1}, {"id": 1, "tokens": [1, 2]}])
 def test_columns_that_leave_a_doubt_are_named(library, row):
     library([row])

@@ -9,6 +9,7 @@ import functools
 import io
 import json
 import math
+import pickle
 import runpy
 import shutil
 import subprocess
@@ -570,6 +571,25 @@ def test_a_module_read_back_and_saved_again_is_the_same_bytes(compiled, tmp_path
         mla_compile.save(compiled.module, tmp_path / "second", like=tmp_path / "first")
     with pytest.raises(LoadError, match="holds no converted model"):
         mla_compile.save(compiled.module, tmp_path / "third", like=tmp_path)
+
+
+def test_a_converted_module_is_pickled_as_any_other(compiled):
+    again = pickle.loads(pickle.dumps(compiled.module))
+    ids = torch.tensor([[1, 5, 9, 3]])
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, compiled.module(ids).logits)
+
+
+def test_a_module_is_saved_to_a_folder_only(compiled, tmp_path):
+    compiled.save(tmp_path / "own")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    for name in ("model.onnx", "file", "link"):
+        with pytest.raises(UsageError, match="a model in PyTorch is a folder"):
+            compiled.save(tmp_path / name, force=True)
+        with pytest.raises(UsageError, match="a model in PyTorch is a folder"):
+            mla_compile.save(compiled.module, tmp_path / name, like=tmp_path / "own", force=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "link", "own"]
 
 
 def test_a_model_saved_beside_a_file_leaves_the_report_of_that(compiled, tmp_path):

@@ -194,6 +194,22 @@ def test_a_module_is_converted_in_another_type_and_left_as_it_is():
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
 
 
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_float32_model_with_a_narrow_part_is_compared_in_float32(exact):
+    class NarrowHead(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = models.llama(num_hidden_layers=1).model
+            self.head = nn.Linear(models.WIDTH, models.VOCABULARY, bias=False, dtype=BFLOAT16)
+
+        def forward(self, ids):
+            return self.head(self.body(ids).last_hidden_state.to(BFLOAT16)).float()
+
+    settings = {"exact": True} if exact else {"method": "mha2mla", "cache_ratio": 0.5}
+    result = mla_compile.compile(NarrowHead().eval(), models.tokens(2, 8), **settings)
+    assert result.report.verification.rewrite_error < 1e-5
+
+
 def test_a_narrow_graph_becomes_float32():
     """Oracle: the module itself made float32, which is the same numbers."""
     module = original("llama", BFLOAT16)

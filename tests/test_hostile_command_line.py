@@ -121,7 +121,7 @@ ENDS = {signal.SIGINT: (130, "mla-compile: Interrupted."), signal.SIGTERM: (143,
 
 
 @pytest.mark.parametrize("sent", ENDS)
-def test_an_interrupt_of_the_real_program_leaves_nothing(sent, model, tmp_path):
+def test_an_interrupt_of_the_real_program_leaves_no_result(sent, model, tmp_path):
     def interruptible() -> None:  # programs that a shell starts in the background are not
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -134,7 +134,8 @@ def test_an_interrupt_of_the_real_program_leaves_nothing(sent, model, tmp_path):
     assert child.returncode == code, first
     assert sentence is None or rest.splitlines()[-1] == sentence
     assert "Traceback" not in rest
-    assert not list(tmp_path.iterdir())
+    left = {p.name for p in (tmp_path / "new").iterdir()} if (tmp_path / "new").exists() else set()
+    assert left <= ({".out.onnx.layers"} if sent == signal.SIGTERM else set())  # finished layers, for the next try
 
 
 @pytest.mark.parametrize("name", ["out.onnx", "folder"])

@@ -114,6 +114,23 @@ def test_layers_go_when_a_conversion_ends_in_whatever_way(error, tmp_path):
     assert out.parent.exists() == (error is None)
 
 
+@pytest.mark.parametrize("finished", [True, False])
+def test_layers_stay_when_a_conversion_is_asked_to_end(finished, tmp_path):
+    """As schedulers do before they kill: what took hours is there for the next try, and nothing else is."""
+    out = tmp_path / "new" / "model.onnx"
+
+    def convert(store):
+        store.folder.mkdir(parents=True)
+        if finished:
+            (store.folder / "layer.safetensors").touch()
+        raise SystemExit(143)
+
+    with pytest.raises(SystemExit), store_beside(out) as store:
+        convert(store)
+    left = [p.relative_to(tmp_path).as_posix() for p in sorted(tmp_path.rglob("*"))]
+    assert left == (["new", "new/.model.onnx.layers", "new/.model.onnx.layers/layer.safetensors"] if finished else [])
+
+
 def test_layers_stay_when_another_process_has_done_its_share(tmp_path):
     """All processes of a launcher name the same folder, and the first goes on in it."""
     out = tmp_path / "new" / "model.onnx"
@@ -302,6 +319,15 @@ def test_a_new_graph_never_stands_beside_old_weights(tmp_path, monkeypatch):
                 (hidden / name).write_text("new")
         assert len(moves) == survived
         assert not (tmp_path / "model.onnx").exists()
+
+
+def test_a_folder_in_the_place_of_a_file_stops_all_of_them(tmp_path):
+    (tmp_path / "report.json").mkdir()
+    (tmp_path / "model.onnx").write_text("old")
+    with pytest.raises(UsageError, match=r"report.json' is a folder"), moved_into(tmp_path) as hidden:
+        [(hidden / name).write_text("new") for name in ("config.json", "model.onnx", "model.onnx.data", "report.json")]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.onnx", "report.json"]
+    assert (tmp_path / "model.onnx").read_text() == "old"
 
 
 def test_weights_of_an_earlier_file_do_not_stay_beside_a_smaller_one(tmp_path):

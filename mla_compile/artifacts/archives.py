@@ -18,7 +18,7 @@ from mla_compile.artifacts.companions import (
     written_files,
 )
 from mla_compile.artifacts.mapped_archive import load_mapped
-from mla_compile.artifacts.places import check_cache_type, check_neighbours, check_target
+from mla_compile.artifacts.places import check_cache_type, check_folder, check_neighbours
 from mla_compile.disk.writing import moved_into, require_possible, unseen_errors
 from mla_compile.errors import LoadError
 from mla_compile.passes.insert_latent import past_name
@@ -39,7 +39,7 @@ _PROVENANCE = ("custom", "from_node", "nn_module_stack", "source_fn_stack", "sta
 def write_folder(module: LatentModel, report: Report, assets: Assets, path: Path, force: bool) -> Report:
     """Write the PyTorch module as a ``torch.export`` archive in a folder of its own."""
     check_cache_type(path, report.config["cache_type"])
-    check_target(path, force)
+    check_folder(path, force)
     check_neighbours(path, report.source, assets, force)
     with moved_into(path) as folder:
         write_archive(module, folder)
@@ -81,7 +81,7 @@ def write_encoder_folder(
     force: bool,
 ) -> EncoderReport:
     """Write an encoder as a ``torch.export`` archive in a folder of its own."""
-    check_target(path, force)
+    check_folder(path, force)
     check_neighbours(path, report.source, assets, force)
     with moved_into(path) as folder:
         _save(export_encoder(module.graph, face), folder)

@@ -15,8 +15,22 @@ from mla_compile.errors import LoadError, RefusedError, UsageError
 from mla_compile.program import Assets
 from mla_compile.runtime.cpu.fused import FUSED_CACHES, fused_model
 from mla_compile.runtime.cpu.library import compile_library
+from mla_compile.runtime.onnx_variant import FUSED_DOMAIN
 
-__all__ = ["write_fused"]
+__all__ = ["is_fused", "write_fused"]
+
+
+def is_fused(model: Path) -> bool:
+    """Whether a file needs the library of the fused kernel.
+
+    Raises:
+        LoadError: It is no ONNX file.
+    """
+    try:
+        opened = onnx.load(model, load_external_data=False)
+    except Exception as error:  # protobuf's own, and onnx's
+        raise _no_file(model) from error
+    return any(opset.domain == FUSED_DOMAIN for opset in opened.opset_import)
 
 
 def write_fused(model: Path, out: Path, *, march: str = "native", force: bool = False) -> Path:
@@ -37,7 +51,7 @@ def write_fused(model: Path, out: Path, *, march: str = "native", force: bool = 
 
     Raises:
         LoadError: The file is missing or damaged.
-        RefusedError: No attention of the file is what the kernel computes.
+        RefusedError: No attention of the file is what the kernel computes, or it uses the kernel already.
         UsageError: There is no compiler, it fails, or the files cannot be written there.
     """
     check_onnx_suffix(out)
@@ -45,10 +59,14 @@ def write_fused(model: Path, out: Path, *, march: str = "native", force: bool = 
     for path in (out, library):
         check_place(path, force)
     require_file(model)
+    if out.exists() and out.samefile(model):  # whose weights may lie in a file of their own, which would go
+        raise UsageError(f"'{out}' is the file that is to be read.", "Choose another name.")
+    if is_fused(model):
+        raise RefusedError(f"'{model}' was written by mla-compile fuse already.", "Give the file that it was made of.")
     try:
         fused = fused_model(model)
     except Exception as error:  # protobuf's own, and onnx's
-        raise LoadError(f"'{model}' is no ONNX file, or a damaged one.", "Give a file made by mla-compile.") from error
+        raise _no_file(model) from error
     if fused is None:
         raise RefusedError(
             f"'{model}' has no attention that the fused kernel computes: {FUSED_CACHES}.",
@@ -67,3 +85,7 @@ def write_fused(model: Path, out: Path, *, march: str = "native", force: bool = 
             copy_assets(assets, folder)
             write_config(with_file(config, out, library), folder)
     return library
+
+
+def _no_file(model: Path) -> LoadError:
+    return LoadError(f"'{model}' is no ONNX file, or a damaged one.", "Give a file made by mla-compile.")

@@ -128,6 +128,18 @@ def check_place(path: Path, force: bool) -> None:
         raise UsageError(f"'{existing}' cannot be written ({error.strerror}).", "Choose another folder.") from error
 
 
+def check_folder(path: Path, force: bool) -> None:
+    """Refuse a folder for a model in PyTorch that cannot be made.
+
+    Raises:
+        UsageError: It is named like a file, is a file or a link to nothing, is not empty, or cannot be written.
+    """
+    require_possible(path)
+    if is_named_file(path) or path.is_file() or (path.is_symlink() and not path.exists()):
+        raise UsageError(f"'{path}' names a file, and a model in PyTorch is a folder.", "Name a folder.")
+    check_place(path, force)
+
+
 def _check_free(path: Path, force: bool) -> None:
     require_possible(path)
     if is_occupied(path) and not force:

@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 
 from mla_compile.artifacts.companions import copy_assets
+from mla_compile.artifacts.fuse import is_fused
 from mla_compile.artifacts.genai import assets_beside, genai_config_of, with_file, write_config
 from mla_compile.artifacts.places import check_onnx_suffix, check_target, require_file
 from mla_compile.disk.writing import moved_into
-from mla_compile.errors import LoadError, RefusedError, UsageError, VerificationError
+from mla_compile.errors import RefusedError, UsageError, VerificationError
 from mla_compile.passes.onnx_export import METADATA_KEY, save
 from mla_compile.passes.onnx_pieces import PiecewiseSession
 from mla_compile.passes.quantise_weights import WeightType, quantise_weights
 from mla_compile.progress import Stages
 from mla_compile.runtime.onnx_checksum import require_unchanged
 from mla_compile.runtime.onnx_session import OnnxDecoder
-from mla_compile.runtime.onnx_variant import FUSED_DOMAIN
 from mla_compile.text.evaluate import relative_error
 from mla_compile.verification.agreement import WHOLE
 
@@ -84,7 +84,7 @@ def write_quantised(
         raise UsageError(f"'{out}' is the file that is to be read.", "Choose another name.")
     check_target(out, force)
     require_unchanged(model)
-    if _is_fused(model):
+    if is_fused(model):
         raise RefusedError(
             f"'{model}' was written by mla-compile fuse.",
             "Give the file that it was made of, and fuse the result.",
@@ -129,19 +129,6 @@ def write_quantised(
 
 def _logits(decoder: OnnxDecoder, ids: Tensor) -> Tensor:
     return torch.from_numpy(np.asarray(decoder.logits(ids.numpy())))
-
-
-def _is_fused(model: Path) -> bool:
-    """Whether a file needs the library of the fused kernel.
-
-    Raises:
-        LoadError: It is no ONNX file.
-    """
-    try:
-        opened = ir.load(model)
-    except Exception as error:  # protobuf's own, and onnx's
-        raise LoadError(f"'{model}' is no ONNX file, or a damaged one.", "Give a file made by mla-compile.") from error
-    return FUSED_DOMAIN in opened.graph.opset_imports
 
 
 def _size(file: Path) -> int:

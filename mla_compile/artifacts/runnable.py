@@ -28,7 +28,7 @@ from mla_compile.runtime.tensorrt.engine import TensorRTDecoder
 from mla_compile.runtime.torch_decoder import TorchDecoder
 from mla_compile.sources import frontend
 from mla_compile.sources.given import require_named
-from mla_compile.text.evaluate import Scorer, original_scorer
+from mla_compile.text.evaluate import Scorer, longest_window, original_scorer
 
 __all__ = [
     "RunnableModel",
@@ -122,13 +122,15 @@ def require_there(names: Iterable[str]) -> None:
 
 def open_program(name: str, program: Program, found: Recognition, device: str = "cpu") -> RunnableModel:
     """Open an original that was read and recognised already, and let it run on a device."""
-    score = original_scorer(program, moved_graph(program.flat_module(), device))
+    score, longest = original_scorer(program, moved_graph(program.flat_module(), device)), program.max_positions
+    if longest is None and torch.device(device).type != "cpu":  # there, what is too long may end more than this run
+        longest = longest_window(original_scorer(program), None)
     return RunnableModel(
         name=name,
         runtime=Runtime.TORCH,
         score=lambda ids: score(ids.to(device)),
         cache_bytes=_plain_bytes(found, program.dtype),
-        longest=program.max_positions,
+        longest=longest,
         known_tokens=program.known_tokens,
         vocabulary=program.vocabulary,
         tokenizer=program.assets.folder,

@@ -23,7 +23,7 @@ from mla_compile.artifacts.companions import (
     stored_report,
 )
 from mla_compile.artifacts.onnx_files import lower_and_check, stored_metadata
-from mla_compile.artifacts.places import check_neighbours, check_place, check_target
+from mla_compile.artifacts.places import check_folder, check_neighbours, check_target
 from mla_compile.config import REPORT, SETTINGS, CompileConfig
 from mla_compile.disk.writing import moved_into, require_possible
 from mla_compile.errors import LoadError, UsageError
@@ -122,7 +122,7 @@ def save(model: LatentModel, folder: str | Path, *, like: str | Path, force: boo
     require_possible(source)
     if not is_converted_folder(source):
         raise LoadError(f"'{source}' holds no converted model.", "Give the folder that the model was read from.")
-    check_place(path, force)
+    check_folder(path, force)
     assets = read_assets(source)
     stored = stored_report(source / MODEL)
     original = read_report(stored).get("source", "") if stored.is_file() else ""

@@ -28,7 +28,7 @@ from mla_compile.passes.polish import polish
 from mla_compile.passes.quantise_cache import check_quantisable
 from mla_compile.passes.query_rank import with_query_rank
 from mla_compile.passes.recognise import Recognition
-from mla_compile.passes.retype import NARROW, widened
+from mla_compile.passes.retype import widened
 from mla_compile.passes.task import BATCH, Choice, Task
 from mla_compile.plan import plan_layers
 from mla_compile.program import Program
@@ -252,7 +252,8 @@ def verify_module(case: Case, converted: LatentModel, ids: Tensor) -> Verificati
     if not case.request.check:
         return None
     program = case.task.program
-    narrow = program.dtype in NARROW
+    flat = program.flat_module()
+    wide = widened(flat)  # the same where nothing in it is narrow, which a part of a float32 model may be
     with case.task.stages.stage("verify"):
         exact = case.task.config.exact and program.dtype == torch.float32
         return check_module(
@@ -261,7 +262,7 @@ def verify_module(case: Case, converted: LatentModel, ids: Tensor) -> Verificati
             converted,
             ids,
             case.text is not None,
-            wide_original=original_scorer(program, widened(program.flat_module())) if narrow else None,
+            wide_original=None if wide is flat else original_scorer(program, wide),
         )
 
 

@@ -113,9 +113,9 @@ def store_folder(out: Path) -> Path:
 def store_beside(out: Path) -> Iterator[LayerStore]:
     """Keep finished layers beside an output while it is made.
 
-    They are removed when the body ends, fails or is interrupted, and stay when this process is killed: the same
-    conversion then continues after the last of them. They also stay when this process has done its share of the text,
-    because the first process, which continues, needs them.
+    They are removed when the body ends, fails or is interrupted, and stay when this process is killed or asked to end
+    (``SIGTERM``): the same conversion then continues after the last of them. They also stay when this process has done
+    its share of the text, because the first process, which continues, needs them.
 
     Args:
         out: The file or folder that is made.
@@ -128,6 +128,11 @@ def store_beside(out: Path) -> Iterator[LayerStore]:
     try:
         yield LayerStore(folder)
     except ShareDone:
+        raise
+    except SystemExit:
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # which holds nothing yet
+        remove_empty(created)
         raise
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)

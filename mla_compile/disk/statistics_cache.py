@@ -36,7 +36,7 @@ _MOST = 32 * 2**30
 """Bytes that the usual folder holds, at most: one file of a model of 7 billion parameters is about 4 GB."""
 _NAMES = f"{'[0-9a-f]' * 32}.safetensors"
 """What files are called here."""
-_SCHEMA = 1
+_SCHEMA = 2
 """Raise it with every change of what statistics are or how they are measured."""
 
 

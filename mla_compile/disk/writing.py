@@ -266,8 +266,13 @@ def _move(hidden: Path, target: Path) -> None:
     """Move files to where they belong; one that others continue (``X.onnx``, and ``X.onnx.data``) comes last.
 
     It is removed before: a process that is killed in between leaves none, rather than a new one with old weights.
+
+    Raises:
+        UsageError: A folder is in the place of one of them; then none is moved.
     """
     names = sizes_in(hidden)
+    if blocked := next((target / name for name in names if (target / name).is_dir()), None):
+        raise UsageError(f"'{blocked}' is a folder, and a file is to be written there.", "Choose another folder.")
     heads = [name for name in names if any(other.startswith(f"{name}.") for other in names)]
     for name in heads:
         (target / name).unlink(missing_ok=True)

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import onnx
 import torch
 
 from mla_compile.artifacts.companions import stored_report
+from mla_compile.artifacts.fuse import is_fused
 from mla_compile.errors import LoadError, MlaCompileError, RefusedError, UsageError
 from mla_compile.evaluation.benchmark import USUAL, Benchmark, File, Prefill, Step, Workload, slower
 from mla_compile.evaluation.turns import spread, turns
@@ -33,7 +33,6 @@ from mla_compile.progress import Display, Stages
 from mla_compile.runtime.onnx_cache import StaticCache
 from mla_compile.runtime.onnx_session import OnnxDecoder
 from mla_compile.runtime.onnx_timing import filled, last_token, random_ids
-from mla_compile.runtime.onnx_variant import FUSED_DOMAIN
 from mla_compile.sources import frontend
 from mla_compile.sources.exported import language_model
 from mla_compile.sources.given import require_named
@@ -119,21 +118,12 @@ def _open(path: Path, threads: int, kernel: str = "standard") -> OnnxDecoder:
     """Open a file to be timed in turns with others, whose threads must not wait busily meanwhile."""
     if path.suffix != ".onnx":
         raise UsageError(f"'{path}' is not named like an ONNX file.", "Give a .onnx file made by mla-compile.")
-    if kernel == "standard" and _is_fused(path):
+    if kernel == "standard" and path.is_file() and is_fused(path):
         raise UsageError(
             f"'{path}' was written by mla-compile fuse, and originals are measured beside files of standard operators.",
             "Give the file that it was made from; the fused kernel is measured with that too.",
         )
     return OnnxDecoder(path, threads=threads, kernel=kernel, in_turns=True)
-
-
-def _is_fused(path: Path) -> bool:
-    """Whether the nodes of a file are those of the fused kernel's library; no, where it cannot be read."""
-    try:
-        model = onnx.load(path, load_external_data=False)
-    except Exception:  # protobuf's own: opening it says what is wrong
-        return False
-    return any(opset.domain == FUSED_DOMAIN for opset in model.opset_import)
 
 
 def _unused(stem: str, place: int, files: Sequence[str | Path]) -> str:

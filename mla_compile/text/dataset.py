@@ -50,7 +50,7 @@ class TextDataset:
             LoadError: The dataset cannot be read any further.
         """
         rows, self._begun = self._begun or _rows(self._source, self._load), None
-        return (text for row in rows if isinstance(text := row[self._column], str) and text.strip())
+        return (text for row in rows if isinstance(text := row.get(self._column), str) and text.strip())
 
 
 def stream_documents(source: str) -> TextDataset:

@@ -151,6 +151,8 @@ def compare(
             for model, score in enumerate(scores):
                 begin = time.perf_counter()
                 logits = score(ids)
+                if logits.device.type != "cpu":
+                    logits[:1, :1, :1].cpu()  # a device has only begun: this waits for it
                 seconds[model] += time.perf_counter() - begin
                 totals[model] += _sums(logits, ids, first)
                 first = logits if first is None else first

@@ -592,6 +592,21 @@ def test_a_file_and_its_library_are_written(files, tmp_path):
     write_fused(files().paths["dynamic"], out, force=True)
 
 
+def test_the_file_that_is_read_is_not_replaced(files, tmp_path):
+    """Its weights may lie in a file of their own, which would go with it."""
+    path = tmp_path / "model.onnx"
+    model = onnx.load(files().paths["dynamic"])
+    onnx.save(model, path, save_as_external_data=True, location="model.onnx.data", size_threshold=0)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    with pytest.raises(UsageError, match="is the file that is to be read"):
+        write_fused(path, path, force=True)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    write_fused(path, tmp_path / "fused.onnx")
+    with pytest.raises(RefusedError, match=r"written by mla-compile fuse already\. Give the file"):
+        write_fused(tmp_path / "fused.onnx", tmp_path / "again.onnx")
+    assert (tmp_path / "model.onnx.data").exists()
+
+
 def test_the_command_line_says_what_it_wrote(files, tmp_path, capsys):
     words = ["fuse", str(files().paths["static"]), "--out", str(tmp_path / "fused.onnx")]
     assert main(words) == 0
