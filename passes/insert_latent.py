@@ -28,6 +28,7 @@ from mla_compile.latent_weights import LatentWeights
 from mla_compile.passes.emit import Emitter, last_placeholder
 from mla_compile.passes.emit_open import OpenEmitter
 from mla_compile.passes.incremental import check_incremental
+from mla_compile.passes.moved import VIEWS
 from mla_compile.passes.positions import repair_positions
 from mla_compile.passes.retype import attribute, widened
 from mla_compile.passes.scores import layer_sizes
@@ -49,7 +50,6 @@ __all__ = [
 _aten = torch.ops.aten
 ENCODER_MASK = "encoder_attention_mask"
 INPUT_NAMES = ("input_ids", "attention_mask", "position_ids")
-_VIEWS = (_aten.view.default, _aten._unsafe_view.default)
 
 
 @dataclass(frozen=True)
@@ -165,8 +165,7 @@ def finished(module: fx.GraphModule) -> fx.GraphModule:
     """A rewritten graph with only what it reads: replaced projections must not linger among its parameters."""
     graph = module.graph
     for node in graph.nodes:
-        if node.target in _VIEWS:  # recorded strides were those of the old attention's output
-            node.target = _aten.reshape.default
+        node.target = VIEWS.get(node.target, node.target)  # recorded strides were those of the old attention's output
     graph.lint()
     graph._tracer_cls = None  # torch's exporter leaves one that no copy can be unpickled with
     used = {str(n.target): attribute(module, str(n.target)) for n in graph.nodes if n.op == "get_attr"}

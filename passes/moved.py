@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from mla_compile.passes.retype import attribute
+from mla_compile.runtime.module import LatentModel, create_on
 
-__all__ = ["VIEWS", "moved_graph"]
+__all__ = ["VIEWS", "moved_graph", "moved_model"]
 
 _aten = torch.ops.aten
 VIEWS: Mapping[Any, Any] = {
@@ -47,10 +48,15 @@ def moved_graph(module: fx.GraphModule, device: str | torch.device) -> fx.GraphM
     graph = copy.deepcopy(module.graph)
     for node in graph.nodes:
         node.target = VIEWS.get(node.target, node.target)
-        if "device" in node.kwargs:
-            node.kwargs = {**node.kwargs, "device": device}
+    create_on(graph, torch.device(device))
     tensors = {str(n.target): attribute(module, str(n.target)) for n in graph.nodes if n.op == "get_attr"}
     return fx.GraphModule({n: there(v) for n, v in tensors.items()}, graph, class_name=type(module).__name__)
+
+
+def moved_model(model: LatentModel, device: str | torch.device) -> LatentModel:
+    """A model with :func:`moved_graph` of its graph; the model itself, if it is to stay on the processor."""
+    graph = moved_graph(model.graph, device)
+    return model if graph is model.graph else LatentModel(graph, model.rows, model.windows)
 
 
 def _there(value: Any, device: str | torch.device) -> Any:  # noqa: ANN401 - parameters, buffers and constants

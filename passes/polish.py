@@ -25,12 +25,11 @@ from torch.func import functional_call
 from mla_compile.latent_weights import LatentWeights
 from mla_compile.passes.emit import holder_name
 from mla_compile.passes.gauge import balanced
-from mla_compile.passes.moved import moved_graph
+from mla_compile.passes.moved import moved_graph, moved_model
 from mla_compile.passes.retype import widened
 from mla_compile.passes.search import Divergence
 from mla_compile.passes.task import Task
 from mla_compile.report import Polish
-from mla_compile.runtime.module import LatentModel
 from mla_compile.site import AttentionSite
 from mla_compile.text.evaluate import divergence, original_scorer
 
@@ -95,8 +94,8 @@ def _train(
 ) -> tuple[tuple[LatentWeights, ...], int]:
     """Train for so many steps; the weights, and the steps they are from: fewer where the loss became not finite."""
     start = [task.held(balanced(w)) for w in weights]
-    device, built = task.resources.device, task.rewrite(start, check=False)
-    model = LatentModel(moved_graph(built.graph, device), built.rows)
+    device = task.resources.device
+    model = moved_model(task.rewrite(start, check=False), device)
     frozen = {name: p.detach() for name, p in model.named_parameters()}
     layers = [_Layer.of(site, w, frozen) for site, w in zip(task.sites, start, strict=True)]
     parameters = {name: p for layer in layers for name, p in layer.parameters.items()}

@@ -21,6 +21,7 @@ __all__ = [
     "LowRankModel",
     "cache_dtype",
     "cache_windows",
+    "create_on",
     "known_tokens",
     "positions_from_mask",
 ]
@@ -95,6 +96,14 @@ def cache_dtype(module: nn.Module) -> torch.dtype:
     return next(p.dtype for p in module.parameters() if p.is_floating_point())
 
 
+def create_on(graph: fx.Graph, device: torch.device) -> bool:
+    """Let what a graph creates be on a device; whether it was to be on another before."""
+    elsewhere = [n for n in graph.nodes if (n.kwargs.get("device") or device) != device]
+    for node in elsewhere:
+        node.kwargs = {**node.kwargs, "device": device}
+    return bool(elsewhere)
+
+
 class _GraphModel(nn.Module):
     """What computes by a graph of ATen operators and ours, as it was exported."""
 
@@ -103,13 +112,9 @@ class _GraphModel(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """See ``torch.nn.Module.to``: an exported graph names the device of what it creates, which goes along."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        device = next(value.device for value in (*self.graph.parameters(), *self.graph.buffers()))
+        device = next((value.device for value in (*self.graph.parameters(), *self.graph.buffers())), None)
         graph = getattr(self.graph, "graph", None)
-        nodes = graph.nodes if isinstance(graph, fx.Graph) else ()
-        staying = [n for n in nodes if (n.kwargs.get("device") or device) != device]
-        for node in staying:
-            node.kwargs = {**node.kwargs, "device": device}
-        if staying:
+        if device is not None and isinstance(graph, fx.Graph) and create_on(graph, device):
             self.graph.recompile()
         return self
 

@@ -18,6 +18,7 @@ from mla_compile.reporting.report_page import PAGE
 __all__ = [
     "check_cache_layout",
     "check_cache_type",
+    "check_folder",
     "check_neighbours",
     "check_onnx_options",
     "check_onnx_suffix",

@@ -17,7 +17,7 @@ from mla_compile.artifacts.companions import OPENED_HERE, is_converted_folder, r
 from mla_compile.config import REPORT
 from mla_compile.disk.mapped import DroppingInterpreter
 from mla_compile.errors import LoadError
-from mla_compile.passes.moved import moved_graph
+from mla_compile.passes.moved import moved_graph, moved_model
 from mla_compile.passes.recognise import Recognition, recognise
 from mla_compile.program import Program
 from mla_compile.runtime.generate import Decoder
@@ -158,9 +158,7 @@ def decoder_scorer(decoder: OnnxDecoder | TensorRTDecoder) -> Scorer:
 
 def module_scorer(model: LatentModel, device: str = "cpu") -> Scorer:
     """A converted model in PyTorch as a function of whole sequences, on a device; on the processor as it is."""
-    there = model
-    if torch.device(device).type != "cpu":
-        there = LatentModel(moved_graph(model.graph, device), model.rows, model.windows)
+    there = moved_model(model, device)
     return lambda ids: there(ids.to(device)).logits
 
 

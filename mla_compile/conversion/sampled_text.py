@@ -10,7 +10,7 @@ from torch import Tensor
 from mla_compile.config import CompileConfig
 from mla_compile.devices import free_memory
 from mla_compile.disk.statistics_cache import StatisticsCache, sampling_key
-from mla_compile.passes.moved import moved_graph
+from mla_compile.passes.moved import moved_model
 from mla_compile.passes.plain_caches import with_plain_caches
 from mla_compile.program import Program
 from mla_compile.progress import Stage, Stages
@@ -123,7 +123,7 @@ def _starts(program: Program, count: int, seed: int) -> Tensor:
 def _continued(program: Program, starts: Tensor, length: int, seed: int, stage: Stage, device: str) -> Tensor:
     """Sample what follows ``[windows, length]``, of as many windows together as there is memory for their caches."""
     plain = with_plain_caches(program)
-    model = LatentModel(moved_graph(plain.module, device), plain.rows)
+    model = moved_model(LatentModel(plain.module, plain.rows), device)
     decoder = TorchDecoder(model, program.source)
     each = _COPIES * model.cached_elements(length) * cache_dtype(model.graph).itemsize
     together = max(1, min(_TOGETHER, (free_memory(device) or _MEMORY) // _SHARE // each))
